@@ -1,0 +1,41 @@
+# Two commands on a fresh machine that has Python (3.11 or later), pip and make: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+export RAY_AUTH_MODE ?= disabled
+
+.PHONY: env quickstart test check format lock clean
+
+env: $(VENV)/installed
+
+# Bytecode is compiled once here: Ray starts many processes, and each would compile torch again.
+$(VENV)/installed: requirements.lock requirements-uv.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=<path>")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-uv.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements.lock
+	touch $@
+
+quickstart: env
+	$(BIN)/python jobs/distill.py recipes/quickstart.yaml
+
+test: env
+	$(BIN)/python -m pytest
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Versions and hashes for every platform; no index address is recorded.
+lock: env
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-annotate --no-emit-index-url --quiet -o requirements.lock
+
+clean:
+	rm -rf $(VENV) work

@@ -1,0 +1,1 @@
+"""Entry points: parse the configuration, call the pipeline, print a summary."""

@@ -1,0 +1,51 @@
+"""The resolved plan as text: what is there, what is missing, what it will take."""
+
+from __future__ import annotations
+
+from jobs._cli import size, table
+from pipeline.cache.build import CachePlan, SplitPlan
+from pipeline.cache.extract import CachedTeacher, teacher_labels
+from pipeline.config import Config
+from pipeline.distill.job import grid_rules
+from pipeline.runs import work_folder
+
+
+def cache_plan(plan: CachePlan, config: Config) -> str:
+    """Datasets, teachers, shards and bytes."""
+    rows: dict[str, str | None] = {"work folder": str(work_folder(config)), "cache": plan.store.uri}
+    for split in plan.splits:
+        dataset = split.dataset
+        missing = len(split.missing_images())
+        rows[f"{split.split} images"] = (
+            f"{dataset.count} from {dataset.location}; {dataset.id}: {dataset.shards - missing} of {dataset.shards} shards there"
+        )
+    labels = teacher_labels(plan.teachers)
+    for teacher in plan.teachers:
+        rows[f"teacher {labels[teacher.id]}"] = _teacher(plan, teacher)
+    return table(rows)
+
+
+def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
+    spec = teacher.spec
+    images = sum(split.dataset.count for split in plan.splits)
+    shards = sum(split.dataset.shards for split in plan.splits)
+    missing = sum(len(split.missing(teacher)) for split in plan.splits)
+    summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
+    return (
+        f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
+        f"weights {spec.weights[:20]}; {size(teacher.bytes_per_image)} an image, {size(teacher.bytes_per_image * images)} in all; "
+        f"{teacher.id}: {shards - missing} of {shards} shards there"
+    )
+
+
+def training_plan(plan: CachePlan, config: Config) -> str:
+    """Student, grid rules and steps."""
+    train = plan.split("train")
+    assert isinstance(train, SplitPlan)
+    steps = train.dataset.count // config.train.batch_size
+    rows: dict[str, str | None] = {
+        "student": f"{config.student.name} at {config.student.input_size} px",
+        "training": f"{config.train.epochs} epochs of {steps} steps of {config.train.batch_size} images",
+    }
+    rows |= {f"grid {name}": rule for name, rule in grid_rules(config, plan).items()}
+    return table(rows)

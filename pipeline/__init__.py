@@ -1,0 +1,1 @@
+"""Sources, cache, student, distillation, evaluation and tracking: data flows one way through them."""

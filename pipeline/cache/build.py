@@ -1,0 +1,254 @@
+"""Plan and fill the cache: what is there, what is missing, and the Ray Data pipelines that compute just that.
+
+    images     source -> Ingest (CPU tasks, one row a shard) -> committed `images` shards
+    teachers   shard -> Extract (actors, a GPU each where there are any) -> committed teacher shards
+
+A Ray Data row is a shard: what travels between operators is its number and what became of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.cache.dataset import Dataset, create_dataset, plan_dataset
+from pipeline.cache.extract import CachedTeacher, Extract, make_teacher
+from pipeline.cache.ingest import Ingest, check_quarantine
+from pipeline.cache.keys import teacher_id, teacher_identity
+from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
+from pipeline.cache.store import Store
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+from pipeline.sources import SceneSettings, open_source
+from pipeline.sources.base import Source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One split of the data (``train`` or ``val``): its source, its index and the dataset it is in the cache."""
+
+    split: str
+    source: Source
+    index: pa.Table
+    dataset: Dataset
+
+    def missing_images(self) -> list[int]:
+        """Shards of `images` that are not there."""
+        done = self.dataset.images.records()
+        return [shard for shard in range(self.dataset.shards) if shard not in done]
+
+    def missing(self, teacher: CachedTeacher) -> list[int]:
+        """Shards of a teacher that are not there."""
+        done = self.dataset.teacher(teacher.id).records()
+        return [shard for shard in range(self.dataset.shards) if shard not in done]
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a job needs of the cache; made before anything expensive starts, and writes nothing."""
+
+    store: Store
+    splits: tuple[SplitPlan, ...]
+    teachers: tuple[CachedTeacher, ...]
+
+    def split(self, name: str) -> SplitPlan | None:
+        """The plan of ``train`` or ``val``."""
+        return next((split for split in self.splits if split.split == name), None)
+
+
+@dataclass
+class BuildReport:
+    """What filling the cache did.
+
+    Attributes:
+        shards_computed: teacher shards, over all splits.
+        images_ingested: images that went through `Ingest`.
+        images_extracted: pairs of image and teacher that were computed.
+        seconds: wall-clock time.
+        quarantined: by split, the samples left out, each with ``sample_id`` and ``reason``.
+    """
+
+    shards_computed: int = 0
+    images_ingested: int = 0
+    images_extracted: int = 0
+    seconds: float = 0.0
+    quarantined: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+
+def plan_cache(config: Config, store: Store, teachers: bool = True) -> CachePlan:
+    """Index the sources and name every folder that the job needs.
+
+    Args:
+        teachers: whether the teachers are needed, or only the images.
+
+    Raises:
+        UserError, TeacherError: where a source, a teacher or the cache is not as the configuration says.
+    """
+    cached = tuple(_cached_teacher(config, index) for index in range(len(config.teachers))) if teachers else ()
+    ids = [teacher.id for teacher in cached]
+    for twin in {name for name in ids if ids.count(name) > 1}:
+        raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; give each teacher once")
+    locations = {"train": config.data.train, "val": config.val}
+    splits = tuple(_plan_split(config, store, split, where) for split, where in locations.items() if where)
+    return CachePlan(store, splits, cached)
+
+
+def _cached_teacher(config: Config, index: int) -> CachedTeacher:
+    teacher, cache = config.teachers[index], config.cache
+    spec = make_teacher(teacher).spec
+    return CachedTeacher(teacher, spec, teacher_id(spec, cache.codec, cache.precision), cache.codec, cache.precision)
+
+
+def _plan_split(config: Config, store: Store, split: str, location: str) -> SplitPlan:
+    data = config.data
+    source = open_source(
+        location,
+        split=split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
+    )
+    name = f"{data.name}-{split}" if data.name else source.name
+    dataset, rows = plan_dataset(store, source, name, config.cache.shard_size)
+    return SplitPlan(split, source, rows, dataset)
+
+
+def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport]:
+    """Compute and commit what is missing.
+
+    Returns:
+        The plan with the teachers' weight digests filled in, and what was done.
+
+    Raises:
+        UserError, TeacherError: for whatever the user can mend; all that was committed stays.
+    """
+    started = time.perf_counter()
+    report = BuildReport()
+    # Weights are looked for first: a missing file must not be found out after hours of decoding.
+    plan = replace(plan, teachers=tuple(_with_weights(plan, teacher) for teacher in plan.teachers))
+    for split in plan.splits:
+        create_dataset(split.dataset, split.index)
+        report.images_ingested += _ingest(split)
+        records = split.dataset.images.records().values()
+        report.quarantined[split.split] = check_quarantine(split.dataset, records, config.data.max_bad)
+    for split in plan.splits:
+        _extract(split, plan.teachers, config.cache.batch_size, report)
+        for teacher in plan.teachers:
+            _freeze_stats(split.dataset, teacher)
+    report.seconds = time.perf_counter() - started
+    return plan, report
+
+
+def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
+    """Learn the digest of the weights where they are needed, and refuse a folder that was made with others."""
+    folders = [split.dataset.teacher(cached.id).store for split in plan.splits]
+    known = {_recorded_digest(folder) for folder in folders if folder.exists("teacher.json")}
+    if known and not any(split.missing(cached) for split in plan.splits):
+        return replace(cached, weights_sha256=known.pop())
+    teacher = cached.create()
+    teacher.load()
+    for folder in folders:
+        if folder.exists("teacher.json") and _recorded_digest(folder) != teacher.weights_sha256:
+            raise UserError(
+                f"{folder.uri} was made with other weights of {cached.spec.name} (SHA-256 {_recorded_digest(folder)[:12]}) "
+                f"than the present ones ({teacher.weights_sha256[:12]}): name their file in weights, or delete that folder"
+            )
+        described = {**asdict(cached.spec), **teacher_identity(cached.spec, cached.codec, cached.precision)}
+        described |= {"id": cached.id, "weights_sha256": teacher.weights_sha256}
+        folder.put("teacher.json", json.dumps(described, indent=2, sort_keys=True).encode())
+    return replace(cached, weights_sha256=teacher.weights_sha256)
+
+
+def _recorded_digest(folder: Store) -> str:
+    digest: str = json.loads(folder.get("teacher.json"))["weights_sha256"]
+    return digest
+
+
+def _ingest(split: SplitPlan) -> int:
+    missing = split.missing_images()
+    dataset = split.dataset
+    total = sum(dataset.shard_rows(shard) for shard in missing)
+    with Progress(total, "img", f"index {split.split}") as progress:
+        for row in _map_shards(Ingest(dataset, split.source), missing):
+            _raise_error(row)
+            progress.update(row["rows"])
+    return total
+
+
+def _extract(split: SplitPlan, teachers: Sequence[CachedTeacher], batch_size: int, report: BuildReport) -> None:
+    missing = {teacher.id: set(split.missing(teacher)) for teacher in teachers}
+    needed = [teacher for teacher in teachers if missing[teacher.id]]
+    shards = sorted(set().union(*missing.values()))
+    if not shards:
+        return
+    total = sum(split.dataset.shard_rows(shard) for shard in shards)
+    names = " ".join(teacher.spec.name for teacher in needed)
+    with Progress(total, "img", f"extract {split.split} ({names})") as progress:
+        for row in _map_shards_on_actors(split.dataset, needed, shards, batch_size):
+            _raise_error(row)
+            report.shards_computed += row["computed"]
+            report.images_extracted += row["rows"] * row["computed"]
+            progress.update(split.dataset.shard_rows(row["shard"]))
+    for teacher in needed:
+        if left := split.missing(teacher):
+            raise UserError(f"{len(left)} shards of {teacher.id} were not committed, the first is {left[0]}: run the job again")
+
+
+def _map_shards(function: Ingest, shards: list[int]) -> Iterator[dict[str, Any]]:
+    if shards:
+        yield from _rows(shards).map(function, num_cpus=1).iter_rows()
+
+
+def _map_shards_on_actors(
+    dataset: Dataset, teachers: Sequence[CachedTeacher], shards: list[int], batch_size: int
+) -> Iterator[dict[str, Any]]:
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    cpus, gpus = ray.cluster_resources().get("CPU", 1), int(ray.cluster_resources().get("GPU", 0))
+    # One CPU is left for the tasks that feed the actors: without it Ray Data starves (ray_facts, section 3).
+    threads = max(1, min(8, int((cpus - 1) // gpus))) if gpus else max(1, min(os.cpu_count() or 1, int(cpus) - 1))
+    actors = min(len(shards), gpus or max(1, int((cpus - 1) // threads)))
+    pool = ActorPoolStrategy(
+        min_size=1, max_size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+    )
+    arguments = (dataset, list(teachers), "cuda" if gpus else "cpu", threads, batch_size)
+    extracted = _rows(shards).map(
+        Extract, fn_constructor_args=arguments, compute=pool, num_cpus=threads, num_gpus=1 if gpus else 0
+    )
+    yield from extracted.iter_rows()
+
+
+def _rows(shards: list[int]) -> Any:
+    import ray.data
+
+    return ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+
+
+def _raise_error(row: dict[str, Any]) -> None:
+    if row["error"]:
+        raise UserError(row["error"])
+
+
+def _freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
+    folder = dataset.teacher(teacher.id)
+    if folder.store.exists("stats.npz"):
+        return
+    parts = folder.moments(record for record in folder.records().values() if record.moments)
+    merged = {kind: merge_all(part[kind] for part in parts) for kind in teacher.shapes}
+    folder.store.put("stats.npz", dump_moments(merged))
+
+
+def teacher_stats(dataset: Dataset, teacher: CachedTeacher) -> dict[str, Moments]:
+    """Frozen statistics of a teacher over a dataset, by token type."""
+    return load_moments(dataset.teacher(teacher.id).store.get("stats.npz"))

@@ -1,0 +1,219 @@
+"""`images` shards -> teacher shards: decode once, ask every teacher that is missing, commit each on its own.
+
+Rendering runs on threads ahead of the device, and an actor works on two shards at once (see `pipeline/cache/build.py`):
+while one is on the device the other is decoded or written. Features never travel: the actor that computed a shard
+writes it. This module imports neither Ray nor MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.cache.codec import encode, fidelity, row_bytes
+from pipeline.cache.dataset import Dataset
+from pipeline.cache.shards import ShardFolder, ShardRecord
+from pipeline.cache.stats import Moments
+from pipeline.config import TeacherConfig
+from pipeline.errors import UserError
+from pipeline.prefetch import map_ahead
+from pipeline.views import View, decode_image, render
+from teachers.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
+from teachers.registry import create_teacher
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """A teacher as the cache knows it. Picklable.
+
+    Attributes:
+        config: how to make it.
+        spec: what it gives.
+        id: its folder below a view.
+        codec, precision: how its features are computed and stored.
+        weights_sha256: of its loaded weights; "" until they were needed, and for weight-free teachers.
+    """
+
+    config: TeacherConfig
+    spec: TeacherSpec
+    id: str
+    codec: str
+    precision: str
+    weights_sha256: str = ""
+
+    def create(self) -> Teacher:
+        """The teacher itself, without weights."""
+        return make_teacher(self.config)
+
+    @property
+    def summary_shape(self) -> tuple[int, ...] | None:
+        """(D_s,) or None."""
+        return None if self.spec.summary_dim is None else (self.spec.summary_dim,)
+
+    @property
+    def patches_shape(self) -> tuple[int, ...]:
+        """(h, w, D)."""
+        return (*self.spec.grid, self.spec.patch_dim)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one image's features by column (``summary``, ``patches``)."""
+        summary = {} if self.summary_shape is None else {"summary": self.summary_shape}
+        return {**summary, "patches": self.patches_shape}
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Bytes that one image takes in the cache."""
+        return sum(row_bytes(self.codec, shape) for shape in self.shapes.values())
+
+
+def teacher_labels(teachers: Sequence[CachedTeacher]) -> dict[str, str]:
+    """A label for every teacher id: its readable name, or the id itself where two teachers share the name."""
+    names = [teacher.spec.name for teacher in teachers]
+    return {teacher.id: teacher.spec.name if names.count(teacher.spec.name) == 1 else teacher.id for teacher in teachers}
+
+
+def make_teacher(config: TeacherConfig) -> Teacher:
+    """The teacher that a configuration names, without weights.
+
+    Raises:
+        TeacherError: where there is no such teacher or it cannot be made as asked.
+    """
+    options = config.model_dump(include={"weights", "input_size", "pool", "args"})
+    return create_teacher(config.model, **options)
+
+
+class Extract:
+    """Commits the missing teachers of one shard a call; a Ray Data row is a shard.
+
+    Args:
+        dataset: whose `images` shards are complete.
+        teachers: loaded once, kept for all shards.
+        device: ``cuda`` or ``cpu``.
+        threads: that decode and resize.
+        batch_size: images per forward.
+    """
+
+    def __init__(
+        self, dataset: Dataset, teachers: Sequence[CachedTeacher], device: str, threads: int, batch_size: int
+    ) -> None:
+        logging.getLogger("teachers").setLevel(logging.ERROR)  # the driver has said what there is to say
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.pool = ThreadPoolExecutor(threads)
+        self.device_lock = threading.Lock()
+        self.device = device
+        self.cached = {teacher.id: teacher for teacher in teachers}
+        self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
+
+    def _load(self, cached: CachedTeacher) -> Teacher:
+        teacher = cached.create()
+        teacher.load(self.device, getattr(torch, cached.precision))
+        if teacher.weights_sha256 != cached.weights_sha256:
+            raise TeacherError(f"teacher {cached.spec.name}: this machine has other weights than the one that planned the job")
+        return teacher
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Compute what is missing of shard `row["shard"]`; a user-facing failure comes back as ``error``."""
+        shard = int(row["shard"])
+        try:
+            done = {name: self.dataset.teacher(name).record(shard) for name in self.teachers}
+            missing = [name for name, record in done.items() if record is None]
+            rows = self._extract(shard, missing) if missing else 0
+        except (UserError, TeacherError) as error:
+            return {"shard": shard, "rows": 0, "computed": 0, "error": str(error)}
+        return {"shard": shard, "rows": rows, "computed": len(missing), "error": ""}
+
+    def _extract(self, shard: int, names: list[str]) -> int:
+        record = self.dataset.images.record(shard)
+        if record is None:
+            raise UserError(f"{self.dataset.images.store.uri} lacks shard {shard}: run the job again")
+        images = self.dataset.images.read(record)
+        writers = {name: _ShardBuilder(self.cached[name]) for name in names}
+        for pixels in self._rendered(images, names):
+            for name, batch in pixels.items():
+                started = time.perf_counter()
+                with self.device_lock:
+                    output = self.teachers[name].encode(batch)
+                writers[name].add(output, time.perf_counter() - started)
+        for name, writer in writers.items():
+            writer.commit(self.dataset.teacher(name), shard, images, self.device)
+        return images.num_rows
+
+    def _rendered(self, images: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
+        """Batches of [B, 3, H, W] uint8 by teacher, rendered two batches ahead of the device."""
+        specs = [self.teachers[name].spec for name in names]
+        samples = zip(images["image"], views_of(images), strict=True)
+        work = ((image.as_py(), view, specs) for image, view in samples)
+        rendered = map_ahead(self.pool, _render_all, work, ahead=2 * self.batch_size)
+        remaining = images.num_rows
+        while remaining:
+            batch = [next(rendered) for _ in range(min(self.batch_size, remaining))]
+            remaining -= len(batch)
+            yield {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, zip(*batch, strict=True), strict=True)}
+
+
+def views_of(images: pa.Table) -> list[View]:
+    """The stored view of every row of an `images` table."""
+    columns = [images[name].to_pylist() for name in ("left", "top", "right", "bottom", "flip")]
+    return [View((left, top, right, bottom), flip) for left, top, right, bottom, flip in zip(*columns, strict=True)]
+
+
+def _render_all(work: tuple[bytes, View, Sequence[TeacherSpec]]) -> list[np.ndarray]:
+    data, view, specs = work
+    image = decode_image(data)
+    return [render(image, view, spec.input_size, spec.interpolation).transpose(2, 0, 1) for spec in specs]
+
+
+class _ShardBuilder:
+    """Gathers the encoded features of one teacher and shard, and their statistics."""
+
+    def __init__(self, teacher: CachedTeacher) -> None:
+        self.teacher = teacher
+        self.encoded: dict[str, list[np.ndarray]] = {kind: [] for kind in teacher.shapes}
+        self.moments: dict[str, Moments] = {}
+        self.seconds = 0.0
+        self.fidelity: dict[str, float] = {}
+
+    def add(self, output: TeacherOutput, seconds: float) -> None:
+        self.seconds += seconds
+        for kind in self.encoded:
+            features: Tensor = getattr(output, kind)
+            try:
+                self.encoded[kind].append(encode(self.teacher.codec, features))
+            except ValueError as error:
+                raise TeacherError(f"teacher {self.teacher.spec.name} gave {kind} {error}") from error
+            moments = Moments.of(features)
+            self.moments[kind] = self.moments[kind].merge(moments) if kind in self.moments else moments
+            self.fidelity.setdefault(kind, fidelity(self.teacher.codec, features))
+
+    def commit(self, folder: ShardFolder, shard: int, images: pa.Table, device: str) -> ShardRecord:
+        columns = {kind: self._column(kind, parts) for kind, parts in self.encoded.items()}
+        table = pa.table({"sample_id": images["sample_id"], "view": images["view"], **columns})
+        facts = {
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "device_seconds": round(self.seconds, 3),
+            "fidelity": self.fidelity,
+            "torch": torch.__version__,
+        }
+        return folder.commit(shard, table.replace_schema_metadata(self._metadata()), self.moments, facts)
+
+    def _column(self, kind: str, parts: list[np.ndarray]) -> pa.FixedSizeBinaryArray:
+        width = row_bytes(self.teacher.codec, self.teacher.shapes[kind])
+        rows = np.concatenate(parts) if parts else np.empty((0, width), np.uint8)
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
+
+    def _metadata(self) -> dict[str, str]:
+        shapes = {f"{kind}.shape": json.dumps(shape) for kind, shape in self.teacher.shapes.items()}
+        return {"teacher": self.teacher.id, "codec": self.teacher.codec, **shapes}

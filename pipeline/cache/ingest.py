@@ -1,0 +1,98 @@
+"""Source -> `images` shards: the spine of keys and pixels that every teacher aligns with.
+
+An image that cannot be decoded never enters the spine: it is quarantined with its reason in the shard's record.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.cache.dataset import Dataset
+from pipeline.cache.shards import ShardRecord
+from pipeline.errors import UserError
+from pipeline.sources.base import Source
+from pipeline.views import FULL, decode_image
+
+IMAGES_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("view", pa.int16(), nullable=False),
+        pa.field("left", pa.float32(), nullable=False),
+        pa.field("top", pa.float32(), nullable=False),
+        pa.field("right", pa.float32(), nullable=False),
+        pa.field("bottom", pa.float32(), nullable=False),
+        pa.field("flip", pa.bool_(), nullable=False),
+        pa.field("label", pa.int64()),
+        pa.field("image", pa.binary(), nullable=False),
+    ]
+)
+"""Key (sample_id, view), the view's box as fractions of the image, its mirroring, the label, the encoded image."""
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """Commits one shard of `images` a call; a Ray Data row is a shard."""
+
+    dataset: Dataset
+    source: Source
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Ingest shard `row["shard"]`; a user-facing failure comes back as ``error``, so that it stays one clear line."""
+        shard = int(row["shard"])
+        try:
+            record = self.dataset.images.record(shard) or self._commit(shard)
+        except UserError as error:
+            return {"shard": shard, "rows": 0, "error": str(error)}
+        return {"shard": shard, "rows": self.dataset.shard_rows(shard), "error": "", "bad": len(record.facts["bad"])}
+
+    def _commit(self, shard: int) -> ShardRecord:
+        started = time.perf_counter()
+        index = self.dataset.shard_index(shard)
+        rows: list[dict[str, Any]] = []
+        bad: list[dict[str, str]] = []
+        keys = zip(index["sample_id"].to_pylist(), index["label"].to_pylist(), strict=True)
+        for (sample_id, label), data in zip(keys, self.source.read(index), strict=True):
+            reason = _unreadable(data)
+            if reason:
+                bad.append({"sample_id": sample_id, "reason": reason})
+            else:
+                rows.append(_row(sample_id, label, data))
+        table = pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA)
+        return self.dataset.images.commit(shard, table, facts={"bad": bad, "seconds": time.perf_counter() - started})
+
+
+def _row(sample_id: str, label: int | None, data: Any) -> dict[str, Any]:
+    left, top, right, bottom = FULL.box
+    box = {"left": left, "top": top, "right": right, "bottom": bottom, "flip": FULL.flip}
+    return {"sample_id": sample_id, "view": 0, **box, "label": label, "image": data}
+
+
+def _unreadable(data: bytes | Exception) -> str:
+    if isinstance(data, Exception):
+        return f"{type(data).__name__}: {data}"
+    try:
+        decode_image(data)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def check_quarantine(dataset: Dataset, records: Iterable[ShardRecord], max_bad: float) -> list[dict[str, str]]:
+    """The quarantined samples of a dataset, each with ``sample_id`` and ``reason``.
+
+    Raises:
+        UserError: where they are more than the share `max_bad` of all samples, naming the first ones.
+    """
+    bad = [sample for record in records for sample in record.facts["bad"]]
+    if len(bad) > max_bad * dataset.count:
+        first = ", ".join(f"{sample['sample_id']} ({sample['reason']})" for sample in bad[:10])
+        raise UserError(
+            f"{len(bad)} of {dataset.count} images of {dataset.location} cannot be read, more than data.max_bad={max_bad:g} "
+            f"allows: {first}{', ...' if len(bad) > 10 else ''}; repair or remove them, or raise data.max_bad"
+        )
+    return bad

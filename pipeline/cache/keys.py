@@ -1,0 +1,52 @@
+"""Content-addressed names: same inputs, same id; another input, another id. Nothing is ever mixed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import pyarrow as pa
+
+from teachers.base import TeacherSpec
+
+FORMAT_VERSION = 1
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-ready value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def readable(name: str) -> str:
+    """A name made safe as a folder: letters, digits, dot, underscore and dash."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+
+
+def index_fingerprint(index: pa.Table) -> str:
+    """SHA-256 over (sample id, byte size, label) of an index, in its order."""
+    state = hashlib.sha256()
+    for batch in index.select(["sample_id", "size", "label"]).to_batches():
+        rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        state.update("".join(f"{sample}\t{size}\t{label}\n" for sample, size, label in rows).encode())
+    return state.hexdigest()
+
+
+def dataset_id(name: str, fingerprint: str) -> str:
+    """Folder of a dataset: its readable name and a short hash of its index."""
+    return f"{readable(name)}-{fingerprint[:8]}"
+
+
+def teacher_identity(spec: TeacherSpec, codec: str, precision: str) -> dict[str, Any]:
+    """Everything that decides the numbers of a cached teacher, JSON-ready."""
+    return {"format": FORMAT_VERSION, "codec": codec, "precision": precision, **spec.identity()}
+
+
+def teacher_id(spec: TeacherSpec, codec: str, precision: str) -> str:
+    """Folder of a teacher: its readable name and a short hash of its identity.
+
+    The readable name is that of the architecture, so that an alias finds what is there under the full name.
+    """
+    identity = json.loads(json.dumps(teacher_identity(spec, codec, precision)))
+    return f"{readable(spec.architecture.rsplit('/', 1)[-1])}-{digest(identity)[:10]}"

@@ -1,0 +1,279 @@
+"""One typed configuration tree for every job: a YAML recipe, then dotted overrides.
+
+    python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s teachers.0.weights=random
+
+Every field has a type, a default and one line of meaning, which `--help` prints. An unknown key, a wrong type or a
+value out of range raises :class:`~pipeline.errors.UserError` that names the key and, where one is near, the right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import UserError
+
+
+class Section(BaseModel):
+    """A group of fields; unknown keys are refused and values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SamplesConfig(Section):
+    """The generated sample scenes, used where `data.train` is `samples`."""
+
+    train: int = Field(1000, ge=1, description="number of generated training scenes")
+    val: int = Field(300, ge=0, description="number of generated held-out scenes")
+    size: int = Field(96, ge=32, description="side of a generated scene in pixels")
+
+
+class DataConfig(Section):
+    """Where images come from."""
+
+    train: str = Field(
+        "samples", description="images to distil on: class folder, tar shards, Parquet, or `samples` (generated)"
+    )
+    val: str | None = Field(None, description="held-out images for kNN, in the same forms; none: no kNN")
+    name: str | None = Field(None, description="readable name of the data in the cache; none: from the path")
+    image_column: str | None = Field(None, description="Parquet column that holds the images; none: found by type")
+    label_column: str | None = Field(None, description="Parquet column that holds the labels; none: label, fine_label")
+    max_bad: float = Field(
+        0.05, ge=0, le=1, description="share of unreadable images that is quarantined before the job stops"
+    )
+    samples: SamplesConfig = SamplesConfig()
+
+
+class TeacherConfig(Section):
+    """One teacher; a plain string in `teachers` is its `model`."""
+
+    model: str = Field(
+        description="dinov2[/vitb14_reg], clip[/ViT-L-14@openai], sam[/vit_b], hog, timm/<name> or package.module:factory"
+    )
+    weights: str = Field("pretrained", description="pretrained, random[:seed] (untrained), or a checkpoint file")
+    input_size: int | None = Field(None, ge=1, description="side of the teacher's input in pixels; none: as published")
+    pool: int | None = Field(None, ge=1, description="side of the square of patches averaged into one; none: default")
+    args: dict[str, Any] = Field({}, description="arguments passed to the library's model constructor")
+    weight: float = Field(1.0, ge=0, description="weight of this teacher in the loss")
+    summary_weight: float = Field(1.0, ge=0, description="weight of its summary loss within it")
+    patch_weight: float = Field(1.0, ge=0, description="weight of its patch loss within it")
+
+
+class CacheConfig(Section):
+    """The feature cache and how it is filled."""
+
+    uri: str | None = Field(None, description="folder of the cache; none: <work>/cache")
+    shard_size: int = Field(512, ge=1, description="images per shard: the unit of extraction, commit and resume")
+    codec: Literal["float16"] = Field("float16", description="how features are stored")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the teachers' forward")
+    batch_size: int = Field(32, ge=1, description="images per teacher forward")
+
+
+class StudentConfig(Section):
+    """The network that learns."""
+
+    name: str = Field("regla_t", description="regla_t, regla_s, regla_m, regla_l, regla_xl, or timm/<name>")
+    input_size: int = Field(256, ge=16, description="side of the student's input in pixels")
+    args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
+    token_dim: int = Field(256, ge=1, description="channels of the tokens that the neck fuses for the patch heads")
+    head_dim: int = Field(1024, ge=1, description="hidden channels of the distillation heads")
+
+
+class TrainConfig(Section):
+    """The training run."""
+
+    epochs: int = Field(30, ge=1, description="passes over the training images")
+    batch_size: int = Field(256, ge=2, description="images per step over all workers")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW at this batch size")
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    warmup_epochs: float = Field(1.5, ge=0, description="epochs of linear warm-up")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay; none on norms and biases")
+    clip_grad: float = Field(1.0, gt=0, description="largest L2 norm of the gradient")
+    ema_decay: float = Field(0.9998, ge=0, lt=1, description="decay of the averaged student that is evaluated and kept")
+    workers: int = Field(0, ge=0, description="training workers; 0: one per GPU, one without GPUs")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="arithmetic of the student; auto: bfloat16 where the device is fast in it"
+    )
+    shuffle_window: int = Field(1024, ge=1, description="images shuffled together after the shuffle of row groups")
+    checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: at epoch ends")
+    keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints that are kept")
+
+
+class KnnConfig(Section):
+    """Weighted k-nearest-neighbour classification of the held-out images."""
+
+    k: int = Field(20, ge=1, description="neighbours that vote")
+    temperature: float = Field(0.07, gt=0, description="temperature of the votes")
+    bank: int = Field(50_000, ge=1, description="training images in the bank, at most; evenly spaced")
+    batch_size: int = Field(256, ge=1, description="images per student forward")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="tracking URI; none: MLFLOW_TRACKING_URI, else SQLite in the work folder")
+    experiment: str = Field("regla-distill", description="MLflow experiment")
+
+
+class EvaluateConfig(Section):
+    """What `jobs/evaluate.py` evaluates."""
+
+    student: str | None = Field(None, description="MLflow model URI (models:/m-...) or an exported student folder")
+
+
+class Config(Section):
+    """The whole tree."""
+
+    name: str = Field("distill", description="name of the run")
+    work: str | None = Field(
+        None, description="folder for cache, runs and MLflow; none: ./work, or ~/regla-distill in a submitted job"
+    )
+    seed: int = Field(0, ge=0, description="seed of weights, order and generated scenes")
+    data: DataConfig = DataConfig()
+    teachers: list[TeacherConfig] = Field([TeacherConfig(model="hog")], min_length=1, description="list of teachers")
+    cache: CacheConfig = CacheConfig()
+    student: StudentConfig = StudentConfig()
+    train: TrainConfig = TrainConfig()
+    knn: KnnConfig = KnnConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _strings_are_models(cls, value: Any) -> Any:
+        return [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+    @property
+    def val(self) -> str | None:
+        """Held-out images: `data.val`, or the generator's own where the training images are generated."""
+        generated = self.data.train == "samples" and self.data.samples.val > 0
+        return self.data.val or ("samples" if generated else None)
+
+    def fingerprint(self) -> str:
+        """Digest of every field that decides what the run computes; a rerun of equal digest is the same run."""
+        fields = self.model_dump(mode="json", exclude={"tracking", "evaluate", "work"})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML recipe and apply dotted overrides (`train.epochs=5`) in order.
+
+    Raises:
+        UserError: for a missing or malformed recipe, an unknown key, a wrong type or a value out of range.
+    """
+    tree = _read_recipe(Path(recipe)) if recipe else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}' is neither a recipe (.yaml) nor an override (key=value), see --help")
+        _assign(tree, key, _parse(override, text))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        raise UserError(f"recipe {path} does not exist" + (f"; there are {', '.join(known)}" if known else ""))
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} must be a mapping of fields, such as `train: {{epochs: 5}}`")
+    return tree
+
+
+def _parse(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}' is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    node: Any = tree
+    for position, part in enumerate(path):
+        node = _child(node, part, ".".join(path[: position + 1]))
+    if isinstance(node, list):
+        _child(node, last, key)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, where: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdecimal() or int(part) >= len(node):
+            raise UserError(f"{where}: the list has {len(node)} entries, numbered from 0")
+        index = int(part)
+        if isinstance(node[index], str):
+            node[index] = {"model": node[index]}
+        return node[index]
+    if not isinstance(node.get(part), dict | list):
+        node[part] = {}
+    return node[part]
+
+
+def _explain(problem: Any) -> str:
+    location, kind = problem["loc"], problem["type"]
+    where = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
+        return f"unknown key {where}" + _suggest(location)
+    if kind == "missing":
+        return f"{where} must be given"
+    given = "" if isinstance(problem["input"], dict | list) else f", not {problem['input']!r}"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
+
+
+def _suggest(location: tuple[Any, ...]) -> str:
+    every = [name for name, *_ in iter_fields()]
+    near = difflib.get_close_matches(".".join("0" if isinstance(p, int) else str(p) for p in location), every, n=1)
+    same_leaf = [name for name in every if name.rsplit(".", 1)[-1] == location[-1]]
+    best = (near or same_leaf)[:1]
+    return f"; did you mean {best[0]}?" if best else "; --help lists every key"
+
+
+def iter_fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """(dotted key, type, default, meaning) of every field, in order; list entries are shown with index 0."""
+    for name, info in model.model_fields.items():
+        annotation = info.annotation
+        item = next((arg for arg in typing.get_args(annotation) if _is_section(arg)), None)
+        if _is_section(annotation):
+            yield from iter_fields(typing.cast(type[BaseModel], annotation), f"{prefix}{name}.")
+        elif item is not None:
+            yield from iter_fields(item, f"{prefix}{name}.0.")
+        else:
+            default = "required" if info.is_required() else info.default
+            yield prefix + name, _type_name(annotation), default, info.description or ""
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(str(value) for value in typing.get_args(annotation))
+    if isinstance(annotation, types.UnionType):
+        return "|".join("none" if arg is type(None) else _type_name(arg) for arg in typing.get_args(annotation))
+    return getattr(annotation, "__name__", str(annotation)) if not typing.get_args(annotation) else "mapping"
+
+
+def describe_fields() -> str:
+    """The text of `--help`: one line per field with its type, default and meaning."""
+    rows = [(key, f"{kind} = {'none' if default is None else default}", text) for key, kind, default, text in iter_fields()]
+    width = max(len(key) for key, *_ in rows)
+    return "\n".join(f"  {key:<{width}}  {text}  [{value}]" for key, value, text in rows)

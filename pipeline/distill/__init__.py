@@ -1,0 +1,1 @@
+"""Distillation from the cache: targets, losses, and the task that the training engine runs."""

@@ -1,0 +1,121 @@
+"""Distillation under an MLflow run: train from the cache, log the curves and the student."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline.cache.build import CachePlan
+from pipeline.cache.dataset import Dataset
+from pipeline.cache.extract import teacher_labels
+from pipeline.config import Config
+from pipeline.distill.distiller import token_grid
+from pipeline.distill.grid import GridRule
+from pipeline.distill.task import DistillJob, build_distiller, build_student, make_distill_task
+from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
+from pipeline.student.model import Encoder
+from pipeline.tracking import Run, log_student
+from pipeline.training import fit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a distillation gave.
+
+    Attributes:
+        knn_before, knn_after: accuracy in percent of the student on held-out images, or None without labels.
+        teacher_knn: of every teacher's cached features, in percent.
+        steps, samples: optimiser steps and images seen.
+        model_uri: of the student in MLflow.
+        student: folder of the exported student.
+    """
+
+    knn_before: float | None
+    knn_after: float | None
+    teacher_knn: dict[str, float]
+    steps: int
+    samples: int
+    model_uri: str
+    student: Path
+
+
+def grid_rules(config: Config, plan: CachePlan) -> dict[str, str]:
+    """How the student's tokens meet every teacher's patches, in words."""
+    grid = token_grid(build_student(config), config.student.input_size)
+    labels = teacher_labels(plan.teachers)
+    return {labels[teacher.id]: str(GridRule(grid, teacher.spec.grid)) for teacher in plan.teachers}
+
+
+def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillResult:
+    """Train on a complete cache, from the last checkpoint below `folder` if there is one.
+
+    Raises:
+        UserError: where the data is too small for the batch or the splits do not fit together.
+        DivergedError: where the loss is not finite.
+    """
+    job = make_job(config, plan)
+    teachers = evaluate_teachers(job, run)
+    state = fit(make_distill_task, {"job": job}, config.train, str(folder / "train"), run.log_metrics)
+    distiller = build_distiller(job)
+    distiller.load_state_dict(state["ema"])
+    curve = [metrics["knn"] for _, metrics in state["evaluations"] if "knn" in metrics]
+    before, after = (curve[0], curve[-1]) if curve else (None, None)
+    encoder = distiller.student.encoder
+    export_student(encoder, config, folder / "student")
+    uri = _log(encoder, config, run, folder / "student", {"knn": after} if after is not None else {})
+    position = state["position"]
+    return DistillResult(before, after, teachers, position["step"], position["samples"], uri, folder / "student")
+
+
+def make_job(config: Config, plan: CachePlan) -> DistillJob:
+    """The job on a complete cache; held-out images without labels are left out, aloud."""
+    train, val = plan.split("train"), plan.split("val")
+    assert train is not None
+    held_out: Dataset | None = None
+    if val is not None:
+        check_classes(train.dataset, val.dataset)
+        if has_labels(train.dataset) and has_labels(val.dataset):
+            held_out = val.dataset
+        else:
+            log.warning("no kNN: data.train or data.val has no labels")
+    return DistillJob(config, train.dataset, held_out, plan.teachers)
+
+
+def evaluate_teachers(job: DistillJob, run: Run) -> dict[str, float]:
+    """Every teacher's own kNN accuracy in percent, from the cache."""
+    if job.val is None:
+        return {}
+    labels = teacher_labels(job.teachers)
+    scores = {labels[t.id]: teacher_knn(t, job.train, job.val, job.config.knn) for t in job.teachers}
+    run.log_metric_dict({f"teacher_knn/{name}": score for name, score in scores.items()})
+    return scores
+
+
+def export_student(encoder: Encoder, config: Config, folder: Path) -> None:
+    """Write the backbone as safetensors, and beside it what `load_encoder` and timm need; neck and heads are dropped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
+    save_file(weights, folder / "student.safetensors")
+    description = {
+        "model": config.student.name.removeprefix("timm/"),
+        "args": {"num_classes": 0, **config.student.args},
+        "input_size": config.student.input_size,
+        "mean": encoder.mean.flatten().tolist(),
+        "std": encoder.std.flatten().tolist(),
+    }
+    (folder / "student.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+
+def _log(encoder: Encoder, config: Config, run: Run, folder: Path, metrics: dict[str, float]) -> str:
+    for name in ("student.safetensors", "student.json"):
+        run.log_file(folder / name, "student")
+    size = config.student.input_size
+    example = torch.zeros(2, 3, size, size)
+    return log_student(run, encoder.eval(), example, name="student", metrics=metrics, tags={"model": config.student.name})

@@ -1,0 +1,111 @@
+"""Distillation as a task of the training engine. Imports neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.cache.build import teacher_stats
+from pipeline.cache.dataset import Dataset
+from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.reader import Batch, CacheReader
+from pipeline.config import Config
+from pipeline.distill.distiller import Distiller
+from pipeline.evaluate.knn import student_knn
+from pipeline.student.model import Encoder, Student, create_backbone
+from pipeline.training import Task
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """What travels to every training worker.
+
+    Attributes:
+        config: the whole tree.
+        train: the dataset that is distilled on.
+        val: held-out images for kNN, or None where there are none or they have no labels.
+        teachers: whose shards are complete in `train`.
+    """
+
+    config: Config
+    train: Dataset
+    val: Dataset | None
+    teachers: tuple[CachedTeacher, ...]
+
+
+def build_student(config: Config) -> Student:
+    """The student of a configuration with its seeded initial weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = create_backbone(config.student.name, config.student.args)
+        return Student(Encoder(backbone), config.student.token_dim)
+
+
+def build_distiller(job: DistillJob) -> Distiller:
+    """Student, heads and frozen statistics, seeded."""
+    config = job.config
+    student = build_student(config)
+    stats = {teacher.id: teacher_stats(job.train, teacher) for teacher in job.teachers}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Distiller(
+            student, job.teachers, stats, config.student.input_size, config.student.token_dim, config.student.head_dim
+        )
+
+
+class DistillTask(Task):
+    """Distils on one rank."""
+
+    module: Distiller
+
+    def __init__(self, job: DistillJob, rank: int = 0, world: int = 1) -> None:
+        self.job = job
+        config = job.config
+        self.module = build_distiller(job)
+        torch.manual_seed(config.seed + rank)
+        self.reader = CacheReader(
+            job.train,
+            job.teachers,
+            image_size=config.student.input_size,
+            batch_size=config.train.batch_size // world,
+            seed=config.seed,
+            window=config.train.shuffle_window,
+            rank=rank,
+            world=world,
+            threads=max(2, torch.get_num_threads()),
+        )
+
+    def steps(self, epoch: int) -> int:
+        """Steps of an epoch."""
+        return self.reader.steps(epoch)
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        """This rank's batches of an epoch."""
+        return self.reader.batches(epoch, start)
+
+    def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """The distillation loss of a batch."""
+        features = {
+            teacher: {kind: raw.to(device, non_blocking=True) for kind, raw in kinds.items()}
+            for teacher, kinds in batch.features.items()
+        }
+        result: tuple[Tensor, dict[str, Tensor]] = module(batch.images.to(device, non_blocking=True), features)
+        return result
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """kNN accuracy in percent, where there are labelled held-out images."""
+        assert isinstance(module, Distiller)
+        if self.job.val is None:
+            return {}
+        config = self.job.config
+        accuracy = student_knn(module.student.encoder, self.job.train, self.job.val, config.student.input_size, config.knn)
+        return {"knn": accuracy}
+
+
+def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:
+    """The task of one Ray Train worker; `payload` holds the job under ``job``."""
+    return DistillTask(payload["job"], rank, world)

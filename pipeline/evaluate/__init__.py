@@ -1,0 +1,1 @@
+"""How good a backbone is without training anything on top."""

@@ -1,0 +1,75 @@
+"""One job from start to end: its run folder, its MLflow run, its Ray session, and their end whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeline.config import Config
+from pipeline.ray_session import connect
+from pipeline.runs import RunState, open_run, work_folder
+from pipeline.tracking import Run, resolve_uri, start_job
+
+
+@dataclass(frozen=True)
+class Job:
+    """A running job.
+
+    Attributes:
+        state: its run folder and what is known of it.
+        run: the parent MLflow run.
+        tracking_uri: where that is.
+    """
+
+    state: RunState
+    run: Run
+    tracking_uri: str
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Run]:
+        """A nested MLflow run; the one of an interrupted start is continued."""
+        run = self.run.child(name, run_id=self.state.mlflow.get(name))
+        self.state.mlflow[name] = run.run_id
+        self.state.save()
+        with _ended(run):
+            yield run
+
+
+@contextmanager
+def open_job(config: Config, name: str) -> Iterator[Job]:
+    """Resume the unfinished run of this job and configuration, or start one; connect to Ray; end both.
+
+    Raises:
+        UserError: where MLflow or Ray cannot be reached.
+    """
+    work, state = work_folder(config), open_run(config, name)
+    uri = resolve_uri(config.tracking.uri, work)
+    run = start_job(
+        uri,
+        experiment=config.tracking.experiment,
+        name=f"{config.name}-{name}",
+        config=config.model_dump(mode="json"),
+        tags={"job": name},
+        work=work,
+        run_id=state.mlflow.get("job"),
+    )
+    state.mlflow["job"] = run.run_id
+    state.save()
+    with _ended(run), connect():
+        yield Job(state, run, uri)
+        state.finished = True
+        state.save()
+
+
+@contextmanager
+def _ended(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.finish("KILLED")
+        raise
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    run.finish()

@@ -1,0 +1,77 @@
+"""The work folder and the state of a run: what makes a second start of the same command go on with the first.
+
+    <work>/cache/                      the feature cache, unless cache.uri names another place
+    <work>/runs/<name>-<hash>[-<n>]/   one run: run.json, checkpoints, the exported student
+    <work>/mlflow.db, <work>/mlartifacts/
+
+A run is known by the hash of its resolved configuration. An unfinished one is resumed, under the same MLflow run; a
+finished one is never touched: the same command starts another, with the next number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.cache.keys import readable
+from pipeline.cache.store import Store
+from pipeline.config import Config
+from pipeline.ray_session import is_submitted_job
+
+
+def work_folder(config: Config) -> Path:
+    """The absolute work folder.
+
+    A submitted job runs in a copy of the working directory that Ray deletes, so that its default is the home folder.
+    """
+    if config.work:
+        return Path(config.work).expanduser().resolve()
+    return Path.home() / "regla-distill" if is_submitted_job() else Path("work").resolve()
+
+
+def cache_store(config: Config) -> Store:
+    """The folder or object store of the cache."""
+    return Store.at(config.cache.uri or work_folder(config) / "cache")
+
+
+@dataclass
+class RunState:
+    """State of one run, kept in its folder.
+
+    Attributes:
+        folder: of the run.
+        mlflow: MLflow run ids by role (``job``, ``precompute``, ``distill``).
+        finished: whether everything was done.
+        resumed: whether this process found the run unfinished.
+    """
+
+    folder: Path
+    mlflow: dict[str, str] = field(default_factory=dict)
+    finished: bool = False
+    resumed: bool = False
+
+    def save(self) -> None:
+        """Write run.json as a whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / ".run.json"
+        temporary.write_text(json.dumps({"mlflow": self.mlflow, "finished": self.finished}, indent=2), encoding="utf-8")
+        os.replace(temporary, self.folder / "run.json")
+
+
+def open_run(config: Config, job: str) -> RunState:
+    """The unfinished run of this job and configuration, or a new one."""
+    runs = work_folder(config) / "runs"
+    stem = f"{readable(config.name)}-{job}-{config.fingerprint()[:8]}"
+    number = 1
+    while True:
+        folder = runs / (stem if number == 1 else f"{stem}-{number}")
+        if not (folder / "run.json").exists():
+            return RunState(folder)
+        known = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not known["finished"]:
+            return RunState(folder, known["mlflow"], resumed=True)
+        number += 1
+
+

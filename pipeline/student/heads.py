@@ -1,0 +1,20 @@
+"""Heads that map student features to a teacher's: one per teacher and token type, dropped on export."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def distillation_head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """LayerNorm, Linear, GELU, LayerNorm, Linear over the last dimension: [..., in_dim] -> [..., out_dim].
+
+    Two layers as in UNIC (Sariyildiz et al. 2024) and EUPE; the norms keep teachers of unlike scale from steering the
+    hidden layer.
+    """
+    return nn.Sequential(
+        nn.LayerNorm(in_dim),
+        nn.Linear(in_dim, hidden_dim),
+        nn.GELU(),
+        nn.LayerNorm(hidden_dim),
+        nn.Linear(hidden_dim, out_dim),
+    )

@@ -1,0 +1,120 @@
+"""The student: any timm backbone (ReGLA registers itself) seen as a summary vector and a grid of tokens."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import pipeline.student.regla  # noqa: F401  registers regla_* with timm
+from pipeline.errors import UserError
+from pipeline.student.neck import FuseNeck
+
+
+class StudentOutput(NamedTuple):
+    """Summary [B, C] (average pool of the last map) and tokens [B, D, h, w] at stride 16 (or the finest at most that)."""
+
+    summary: Tensor
+    tokens: Tensor
+
+
+def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
+    """A timm model without classifier: `regla_m`, or any backbone as `timm/<name>`.
+
+    Raises:
+        UserError: for a name that timm does not know, arguments it refuses, or a model without intermediate features.
+    """
+    model_name = name.removeprefix("timm/")
+    if not timm.is_model(model_name):
+        near = difflib.get_close_matches(model_name, timm.list_models(), n=3)
+        raise UserError(
+            f"student.name: timm has no model {model_name}" + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
+    try:
+        model: nn.Module = timm.create_model(model_name, pretrained=False, **{"num_classes": 0, **(args or {})})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"student.args: {model_name} refuses {dict(args or {})}: {error}") from error
+    if not hasattr(model, "forward_intermediates"):
+        raise UserError(f"student.name: {model_name} gives no intermediate features (timm's forward_intermediates)")
+    return model
+
+
+class Encoder(nn.Module):
+    """What ships: normalisation and backbone, giving one vector an image.
+
+    Args:
+        backbone: a timm model with ``feature_info`` and ``forward_intermediates``.
+
+    Attributes:
+        channels, strides: of every level of the pyramid.
+        dim: channels C of the summary.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels: list[int] = backbone.feature_info.channels()  # type: ignore[union-attr, operator]
+        self.strides: list[int] = backbone.feature_info.reduction()  # type: ignore[union-attr, operator]
+        self.dim = self.channels[-1]
+        config: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+
+    def maps(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """[B, 3, H, W] RGB in [0, 1] -> the maps [B, C_l, H_l, W_l] of these levels."""
+        normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        maps: list[Tensor] = self.backbone.forward_intermediates(  # type: ignore[operator]
+            normalised, indices=list(levels), intermediates_only=True, output_fmt="NCHW"
+        )
+        return maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] float32 RGB in [0, 1] -> [B, C]: the average of the last map."""
+        return self.maps(images, [len(self.channels) - 1])[0].mean(dim=(2, 3))
+
+
+class Student(nn.Module):
+    """Encoder and neck.
+
+    Args:
+        encoder: what ships.
+        token_dim: channels D of the tokens.
+    """
+
+    def __init__(self, encoder: Encoder, token_dim: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        last = len(encoder.channels) - 1
+        fine = max((i for i, stride in enumerate(encoder.strides) if stride <= 16), default=last)
+        self.levels = [fine, last]
+        self.neck = FuseNeck(encoder.channels[fine], encoder.channels[last], token_dim)
+
+    def forward(self, pixels: Tensor) -> StudentOutput:
+        """[B, 3, H, W] uint8 RGB -> summary [B, C] and tokens [B, D, h, w]."""
+        fine, coarse = self.encoder.maps(pixels.float() / 255, self.levels)
+        return StudentOutput(coarse.mean(dim=(2, 3)), self.neck(fine, coarse))
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """An exported student: `student.safetensors` and `student.json`.
+
+    Raises:
+        UserError: where the folder is not an exported student, or the weights do not fit.
+    """
+    try:
+        described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        encoder = Encoder(create_backbone(described["model"], described["args"]))
+        encoder.backbone.load_state_dict(load_file(folder / "student.safetensors"))
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} is not an exported student: {' '.join(str(error).split())}") from error
+    return encoder.eval()

@@ -1,0 +1,1 @@
+"""Foundation models as teachers. Imports nothing of the pipeline."""

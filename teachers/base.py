@@ -1,0 +1,186 @@
+"""What a teacher is: a frozen image encoder that turns pixels into a summary vector and a grid of patch features.
+
+A teacher is described by a :class:`TeacherSpec`, which is known without its weights, so that plans, cache ids and
+student heads can be made before anything is downloaded. Subclass :class:`Teacher`, and register a factory (see
+`teachers/registry.py`) or name it as ``package.module:factory`` in the configuration; `teachers/hog.py` is a complete
+example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class TeacherError(Exception):
+    """A teacher cannot be made as asked; the message is one line that names what is wrong and the remedy."""
+
+
+class WeightsNotFoundError(TeacherError):
+    """No hub and no local file holds the weights that were asked for."""
+
+
+class TeacherOutput(NamedTuple):
+    """What a teacher says of a batch of B images.
+
+    Attributes:
+        summary: [B, D_s] one vector an image, or None where the teacher has none (SAM).
+        patches: [B, h, w, D] features in row-major image order.
+    """
+
+    summary: Tensor | None
+    patches: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """What a user may ask of any teacher; a factory raises :class:`TeacherError` on what it cannot honour.
+
+    Attributes:
+        variant: what follows the slash in the teacher's name (``vitb14`` in ``dinov2/vitb14``), or "".
+        weights: ``pretrained``, ``random``, ``random:<seed>``, or the path of a checkpoint file.
+        input_size: side of the square input in pixels, or None for the published one.
+        pool: side of the square of patches that is averaged into one, or None for the teacher's default.
+        args: arguments that the underlying library's model constructor takes.
+    """
+
+    variant: str = ""
+    weights: str = "pretrained"
+    input_size: int | None = None
+    pool: int | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """Everything that decides a teacher's numbers, known before its weights are loaded.
+
+    Attributes:
+        name: the readable name, as in the configuration (``dinov2/vitb14``).
+        architecture: the library and the model in it (``timm/vit_base_patch14_dinov2``).
+        weights: ``hub:<tag>``, ``file:<sha256 of the file>``, ``random:<seed>`` or ``none`` (weight-free).
+        input_size: (H, W) in pixels.
+        mean, std: per-channel normalisation of RGB in [0, 1].
+        interpolation: ``bicubic`` or ``bilinear``; how the original pixels are resized, once, to `input_size`.
+        summary_dim: channels of the summary, or None.
+        patch_dim: channels of a patch.
+        grid: (h, w) patches, after pooling.
+        pool: side of the square of patches averaged into one; divides the encoder's own grid exactly.
+        model_args: arguments passed to the library's constructor.
+        licence: SPDX identifier or name of the weights' licence, as published.
+    """
+
+    name: str
+    architecture: str
+    weights: str
+    input_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    summary_dim: int | None
+    patch_dim: int
+    grid: tuple[int, int]
+    pool: int = 1
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = "unknown"
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the numbers, JSON-ready: two specs of equal identity may share a cache.
+
+        The readable name and the licence are left out, so that an alias does not compute anything twice.
+        """
+        fields = asdict(self)
+        del fields["name"], fields["licence"]
+        return fields
+
+
+class Teacher(ABC):
+    """A frozen encoder. Cheap to construct; `load` brings the weights.
+
+    Attributes:
+        spec: what it is and what it gives.
+        weights_sha256: digest of the loaded parameters and buffers, "" before `load` and for weight-free teachers.
+    """
+
+    spec: TeacherSpec
+    weights_sha256: str = ""
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    @abstractmethod
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Bring the weights onto `device`, computing in `dtype`.
+
+        Raises:
+            WeightsNotFoundError: naming the model, the path to put it at, and the flag.
+            TeacherError: where the file does not fit the architecture, naming the keys.
+        """
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """Encode normalised images.
+
+        Args:
+            images: [B, 3, H, W] in the dtype and on the device of `load`, normalised with the spec's mean and std.
+        """
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> TeacherOutput:
+        """Normalise on the device and encode.
+
+        Args:
+            pixels: [B, 3, H, W] uint8 RGB at the spec's input size, on any device.
+
+        Returns:
+            float32 features on the device of `load`: summary [B, D_s] or None, patches [B, h, w, D].
+
+        Raises:
+            TeacherError: where the features do not have the shape that the spec promises.
+        """
+        images = pixels.to(self.device, non_blocking=True).float().div_(255)
+        mean = images.new_tensor(self.spec.mean).view(1, 3, 1, 1)
+        std = images.new_tensor(self.spec.std).view(1, 3, 1, 1)
+        output = self.forward(images.sub_(mean).div_(std).to(self.dtype))
+        self._check(output, len(pixels))
+        return TeacherOutput(None if output.summary is None else output.summary.float(), output.patches.float())
+
+    def _check(self, output: TeacherOutput, batch: int) -> None:
+        spec = self.spec
+        promised = (None if spec.summary_dim is None else (batch, spec.summary_dim), (batch, *spec.grid, spec.patch_dim))
+        given = (None if output.summary is None else tuple(output.summary.shape), tuple(output.patches.shape))
+        if promised != given:
+            raise TeacherError(f"teacher {spec.name}: gave summary and patches of shape {given}, its spec says {promised}")
+
+
+def pool_grid(patches: Tensor, pool: int) -> Tensor:
+    """Average non-overlapping squares of `pool` x `pool` patches; exact, no interpolation.
+
+    Args:
+        patches: [B, h, w, D] with h and w divisible by `pool`.
+
+    Returns:
+        [B, h / pool, w / pool, D].
+    """
+    if pool == 1:
+        return patches
+    batch, height, width, channels = patches.shape
+    return patches.view(batch, height // pool, pool, width // pool, pool, channels).mean(dim=(2, 4))
+
+
+def digest_state(module: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of a module's state dict, whatever file it came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,36 @@
+import numpy as np
+import torch
+
+from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
+
+
+def test_merged_moments_equal_those_of_all_rows_at_once():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(n, 7, 5, generator=generator, dtype=torch.float64) * 3 + 100 for n in (1, 4, 13)]
+    merged = merge_all([Moments.of(part) for part in parts])
+    rows = np.concatenate([part.reshape(-1, 5).numpy() for part in parts])
+    assert merged.count == 18 * 7
+    np.testing.assert_allclose(merged.mean, rows.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(merged.std, rows.std(axis=0), rtol=1e-11)
+
+
+def test_merge_in_any_order_agrees_to_float64_accuracy():
+    parts = [Moments.of(torch.randn(9, 4) * 10**power) for power in range(4)]
+    forward, backward = merge_all(parts), merge_all(parts[::-1])
+    np.testing.assert_allclose(forward.m2, backward.m2, rtol=1e-13)
+
+
+def test_large_mean_does_not_cancel_the_variance():
+    rows = torch.tensor([[1e4 + 0.25], [1e4 - 0.25]], dtype=torch.float32)
+    merged = merge_all([Moments.of(rows[:1]), Moments.of(rows[1:])])
+    np.testing.assert_allclose(merged.std, [0.25], rtol=1e-6)
+
+
+def test_moments_survive_the_file():
+    moments = {"summary": Moments.of(torch.randn(6, 3)), "patches": Moments.of(torch.randn(6, 2, 2, 4))}
+    loaded = load_moments(dump_moments(moments))
+    assert loaded.keys() == moments.keys()
+    for kind, expected in moments.items():
+        assert loaded[kind].count == expected.count
+        np.testing.assert_array_equal(loaded[kind].mean, expected.mean)
+        np.testing.assert_array_equal(loaded[kind].m2, expected.m2)

@@ -1,0 +1,65 @@
+"""A small real teacher for tests: it computes true features of the pixels, and writes down every call."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teachers.base import Teacher, TeacherOptions, TeacherOutput, TeacherSpec
+
+
+class ColourGrid(Teacher):
+    """Mean colour of each of 4 x 4 cells, and of the image, seen through a fixed random projection.
+
+    Args:
+        dim: channels of the features.
+        log: file that gets one line a forward with the number of images, or "".
+        delay: seconds that every forward takes longer.
+        poison: brightness (mean of the pixels in [0, 255]) above which an image gives NaN; 0: never.
+    """
+
+    def __init__(self, dim: int, log: str, delay: float, poison: float) -> None:
+        self.log, self.delay, self.poison = log, delay, poison
+        self.spec = TeacherSpec(
+            name=f"colours{dim}",
+            architecture=f"tests/colours{dim}",
+            weights="none",
+            input_size=(32, 32),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            interpolation="bilinear",
+            summary_dim=dim,
+            patch_dim=dim,
+            grid=(4, 4),
+            licence="none",
+        )
+        self.projection = torch.randn(3, dim, generator=torch.Generator().manual_seed(dim))
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+
+    def forward(self, images: Tensor) -> TeacherOutput:
+        if self.log:
+            with Path(self.log).open("a") as file:
+                file.write(f"{len(images)}\n")
+        time.sleep(self.delay)
+        patches = F.adaptive_avg_pool2d(images, 4).permute(0, 2, 3, 1) @ self.projection
+        if self.poison:
+            bright = (images.mean(dim=(1, 2, 3)) * 0.5 + 0.5) * 255 > self.poison
+            patches[bright] = float("nan")
+        return TeacherOutput(patches.mean(dim=(1, 2)), patches)
+
+
+def colours(options: TeacherOptions) -> Teacher:
+    """Factory of `ColourGrid`, as `tests.fakes:colours`."""
+    settings = {"dim": 8, "log": "", "delay": 0.0, "poison": 0.0, **options.args}
+    return ColourGrid(**settings)
+
+
+def images_seen(log: Path) -> int:
+    """Images over all calls that a `ColourGrid` wrote down."""
+    return sum(int(line) for line in log.read_text().split()) if log.exists() else 0
