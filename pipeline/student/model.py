@@ -63,8 +63,9 @@ class Encoder(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.channels: list[int] = backbone.feature_info.channels()  # type: ignore[union-attr, operator]
-        self.strides: list[int] = backbone.feature_info.reduction()  # type: ignore[union-attr, operator]
+        levels: list[dict[str, Any]] = backbone.feature_info  # type: ignore[assignment]
+        self.channels: list[int] = [level["num_chs"] for level in levels]
+        self.strides: list[int] = [level["reduction"] for level in levels]
         self.dim = self.channels[-1]
         config: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)

@@ -1,0 +1,240 @@
+"""The bricks of ReGLA (specification, section 1) and how each one folds for inference (section 6).
+
+Marks in the docstrings: [paper] stated in the ReGLA paper, arXiv 2602.05262; [2nd] stated only by third-party summaries
+of it; [family: X] taken from the published relative X; [ours] our choice, with the reason. All maps are (B, C, H, W).
+
+A brick with a method ``fuse() -> nn.Module`` returns what stands in for it at inference, so both :func:`fuse_children`
+and ``timm.utils.reparameterize_model`` fold a whole network. Folding is done in float64 and cast back once.
+"""
+
+from typing import TypeVar
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Affine = TypeVar("Affine", nn.Conv2d, nn.Linear)
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"hardswish": nn.Hardswish, "gelu": nn.GELU}
+
+
+class ConvBN(nn.Sequential):
+    """Convolution without bias, then BatchNorm2d: (B, in_dim, H, W) -> (B, out_dim, ceil(H/stride), ceil(W/stride)).
+
+    [family: iFormer, RepViT] BatchNorm everywhere and no LayerNorm, so that every norm folds away at inference.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_dim)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return the float64 (weight, bias) of the one convolution that equals this pair in eval mode.
+
+        w' = w * g / sqrt(var + eps), b' = beta - mean * g / sqrt(var + eps)   [family: RepViT].
+        """
+        scale, shift = affine(self.bn)
+        return double(self.conv.weight) * scale.view(-1, 1, 1, 1), shift
+
+    def fuse(self) -> nn.Conv2d:
+        """Return one Conv2d with bias that equals this module in eval mode."""
+        return biased_conv(self.conv, *self.folded())
+
+
+class RepDW(nn.Module):
+    """Depthwise convolution with parallel training branches: (B, C, H, W) -> (B, C, H, W).
+
+    BN(DW_kernel(x)) [+ BN(DW_small(x))] [+ x] in training, one biased DW_kernel at inference
+    [family: RepViT, RepLKNet, UniRepLKNet].
+
+    Args:
+        dim: channels C.
+        kernel: odd kernel size.
+        small: odd kernel size of the extra branch, at most ``kernel``; 0 leaves the branch out.
+        identity: add the input.
+    """
+
+    def __init__(self, dim: int, kernel: int, small: int = 0, identity: bool = False) -> None:
+        super().__init__()
+        self.large = ConvBN(dim, dim, kernel, groups=dim)
+        self.small = ConvBN(dim, dim, small, groups=dim) if small else None
+        self.identity = identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), same dtype."""
+        y = self.large(x)
+        if self.small is not None:
+            y = y + self.small(x)
+        return x + y if self.identity else y
+
+    def fuse(self) -> nn.Conv2d:
+        """Return one depthwise Conv2d with bias that equals this module in eval mode."""
+        weight, bias = self.large.folded()
+        centre = weight.shape[-1] // 2
+        if self.small is not None:
+            small_weight, small_bias = self.small.folded()
+            margin = centre - small_weight.shape[-1] // 2
+            weight = weight + nn.functional.pad(small_weight, [margin] * 4)
+            bias = bias + small_bias
+        if self.identity:
+            weight[..., centre, centre] += 1
+        return biased_conv(self.large.conv, weight, bias)
+
+
+class Residual(nn.Module):
+    """x + DropPath(gamma * branch(x)), with layer scale gamma of shape (1, C, 1, 1) or none [family: iFormer].
+
+    Args:
+        branch: maps (B, C, H, W) to the same shape; the ConvBN that it registers last must be the one it ends with.
+        dim: channels C.
+        drop_path: probability of dropping the branch per sample, in training only.
+        layer_scale: initial value of gamma; None leaves gamma out.
+    """
+
+    gamma: nn.Parameter | None
+
+    def __init__(self, branch: nn.Module, dim: int, drop_path: float = 0.0, layer_scale: float | None = None) -> None:
+        super().__init__()
+        self.branch = branch
+        gamma = None if layer_scale is None else nn.Parameter(torch.full((1, dim, 1, 1), layer_scale))
+        self.register_parameter("gamma", gamma)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), same dtype."""
+        y = self.branch(x)
+        if self.gamma is not None:
+            y = y * self.gamma
+        return x + self.drop_path(y)
+
+    def fuse(self) -> "Residual":
+        """Fold gamma into the last norm of the branch, drop the DropPath, fuse the branch; return self."""
+        if self.gamma is not None:
+            last = [module for module in self.branch.modules() if isinstance(module, ConvBN)][-1]
+            last.bn.weight.data.mul_(self.gamma.flatten())
+            last.bn.bias.data.mul_(self.gamma.flatten())
+            self.gamma = None
+        self.drop_path = nn.Identity().train(self.training)
+        return fuse_children(self)
+
+
+class FFN(nn.Sequential):
+    """Two 1x1 convolutions around an activation: (B, C, H, W) -> (B, C, H, W), width C -> ratio * C -> C.
+
+    [family: iFormer FFN2d], with two places for a depthwise convolution, both used by the ELRF block.
+
+    Args:
+        dim: channels C.
+        ratio: expansion of the hidden width.
+        act: a key of ``ACTIVATIONS``.
+        before: module on C channels in front of the expansion.
+        inside: module on the hidden channels between the expansion and the activation.
+    """
+
+    def __init__(
+        self, dim: int, ratio: float, act: str, before: nn.Module | None = None, inside: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        hidden = int(ratio * dim)
+        if before is not None:
+            self.before = before
+        self.expand = ConvBN(dim, hidden)
+        if inside is not None:
+            self.inside = inside
+        self.act = ACTIVATIONS[act]()
+        self.project = ConvBN(hidden, dim)
+
+
+class NormLinear(nn.Sequential):
+    """BatchNorm1d, then Linear: (B, dim) -> (B, num_classes) [family: iFormer, RepViT]."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(dim)
+        self.linear = nn.Linear(dim, num_classes)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return the float64 (weight, bias) of the one Linear that equals this pair in eval mode."""
+        scale, shift = affine(self.bn)
+        weight = double(self.linear.weight)
+        return weight * scale, double(self.linear.bias) + weight @ shift
+
+
+class Classifier(nn.Module):
+    """One NormLinear head, or two whose mean is the prediction: (B, dim) -> (B, num_classes).
+
+    The second head is for distillation; each may then learn from its own target [family: iFormer, RepViT, DeiT].
+
+    Attributes:
+        distilled_training: with two heads and in training mode, return both outputs as a pair instead of their mean.
+    """
+
+    def __init__(self, dim: int, num_classes: int, distill_head: bool = False) -> None:
+        super().__init__()
+        self.main = NormLinear(dim, num_classes)
+        self.distill = NormLinear(dim, num_classes) if distill_head else None
+        self.distilled_training = False
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Map (B, dim) to (B, num_classes), or to two of them (see ``distilled_training``)."""
+        y = self.main(x)
+        if self.distill is None:
+            return y
+        z = self.distill(x)
+        if self.training and self.distilled_training:
+            return y, z
+        return (y + z) / 2
+
+    def fuse(self) -> nn.Linear:
+        """Return one Linear that equals this module in eval mode."""
+        weight, bias = self.main.folded()
+        if self.distill is not None:
+            other_weight, other_bias = self.distill.folded()
+            weight, bias = (weight + other_weight) / 2, (bias + other_bias) / 2
+        linear = self.main.linear
+        fused = nn.Linear(linear.in_features, linear.out_features, device="meta")
+        return with_parameters(fused, linear, weight, bias)
+
+
+def fuse_children(module: AnyModule) -> AnyModule:
+    """Replace, in place and recursively, every child that has ``fuse()`` by what that returns; return ``module``."""
+    for name, child in list(module.named_children()):
+        fuse = getattr(child, "fuse", None)
+        setattr(module, name, fuse() if fuse else fuse_children(child))
+    return module
+
+
+def affine(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return the float64 (scale, shift), each (C,), that ``bn`` applies per channel in eval mode."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    scale = double(bn.weight) / torch.sqrt(double(bn.running_var) + bn.eps)
+    return scale, double(bn.bias) - double(bn.running_mean) * scale
+
+
+def double(tensor: Tensor) -> Tensor:
+    """Return a detached float64 copy, on the CPU where the device has no float64 (Apple's MPS)."""
+    return (tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()).double()
+
+
+def biased_conv(like: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """Return a Conv2d shaped as ``like`` with these parameters, in the dtype and on the device of ``like``."""
+    conv = nn.Conv2d(
+        like.in_channels,
+        like.out_channels,
+        (like.kernel_size[0], like.kernel_size[1]),
+        (like.stride[0], like.stride[1]),
+        (like.kernel_size[0] // 2, like.kernel_size[1] // 2),
+        groups=like.groups,
+        device="meta",
+    )
+    return with_parameters(conv, like, weight, bias)
+
+
+def with_parameters(module: Affine, like: Affine, weight: Tensor, bias: Tensor) -> Affine:
+    """Give ``module`` these parameters, in the dtype, device and mode of ``like``; return it."""
+    module.weight = nn.Parameter(weight.to(like.weight))
+    module.bias = nn.Parameter(bias.to(like.weight))
+    return module.train(like.training)

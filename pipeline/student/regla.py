@@ -1,0 +1,607 @@
+"""ReGLA: efficient receptive-field modelling with a gated linear attention network, as a timm model.
+
+Paper: J. Li et al., "ReGLA: Efficient Receptive-Field Modeling with Gated Linear Attention Network", arXiv 2602.05262.
+Its equations and tables were not available when this was written, so every decision below carries a mark: [paper]
+stated in the paper; [2nd] stated only by third-party summaries of it; [family: X] taken from the published relative X;
+[ours] our choice, with the reason. Widths, depths and head counts are all [ours], chosen for parameter parity with
+iFormer (arXiv 2501.15369), and are not the paper's.
+
+    stem /4 -> ELRF x L1 -> down /8 -> ELRF x L2 -> down /16 -> RGMA x L3 -> down /32 -> RGMA x L4 -> pool -> classifier
+
+Four stages, ELRF blocks in the first two and RGMA blocks in the last two [paper]. No position table and no fixed input
+size: any height and width >= 1. ``import pipeline.student`` registers the sizes, after which
+``timm.create_model("regla_m", features_only=True)`` and the like work.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from pipeline.student.layers import ACTIVATIONS, FFN, Classifier, ConvBN, RepDW, Residual, fuse_children
+
+__all__ = ["ELRF", "RGMA", "RGMABlock", "ReGLA", "attend"]
+
+GATES: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "silu": nn.SiLU, "hardsigmoid": nn.Hardsigmoid}
+NO_GATE = "none"
+ELRF_MODES = ("in", "mid", "pre")
+STEMS = ("conv", "fused_ib")
+POOLINGS = ("avg", "")
+STAGES = 4
+# Keeps a head whose K is all zero at 0 / 0.001 instead of 0 / 0; K is of order one after its BatchNorm.
+K_FLOOR = 1e-3
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-3) -> Tensor:
+    """Linear attention with non-negative features: out_n = V K^T q_n / (sum_m k_m . q_n), in O(N).
+
+    The form is EfficientViT's ReLU linear attention (arXiv 2205.14756, LiteMLA) [family]; the arrangement below is
+    [ours] (specification 3.2) and safe in half precision, where the textbook sums overflow or divide 0 by 0:
+
+    - K is scaled by N^-1/2, so that sums over tokens grow like sqrt(N) instead of N;
+    - numerator and denominator are divided by the mean of the denominator vector, so the scale of K cancels (which also
+      makes a traced graph that bakes in N right at other sizes) and ``eps`` is relative to it;
+    - the weights are non-negative and sum to less than 1, so |out| <= max |v|. A token whose q is all zero, and every
+      token of a head whose K is all zero, gets 0.
+
+    A query with sum(q) near ``eps`` is pulled towards zero; after BatchNorm and ReLU the sum is typically above 10.
+    float16 stays finite while sqrt(N) * mean(k) * max|v| < 65504. The sum over tokens accumulates in float32 for half
+    inputs, under autocast on any device too.
+
+    Args:
+        q: queries (B, h, d, N), >= 0, any floating dtype.
+        k: keys (B, h, d, N), >= 0, same dtype.
+        v: values (B, h, e, N), same dtype.
+        eps: added to the denominator.
+
+    Returns:
+        (B, h, e, N), dtype of the inputs (the autocast dtype under autocast).
+    """
+    k = k * k.shape[-1] ** -0.5
+    z = k.sum(-1, dtype=torch.promote_types(k.dtype, torch.float32)).unsqueeze(-2)
+    s = v @ k.transpose(-1, -2)
+    scale = z.mean(-1, keepdim=True) + K_FLOOR
+    # One matrix (B, h, e + 1, d) for numerator and denominator: one product with Q instead of two.
+    s = (torch.cat([s.to(z.dtype), z], -2) / scale).to(q.dtype)
+    o = s @ q
+    return o[..., :-1, :] / (o[..., -1:, :] + eps)
+
+
+class RGMA(nn.Module):
+    """ReLU-gated modulated attention: (B, C, H, W) -> (B, C, H, W), linear in H * W.
+
+    With N = H * W, h heads, d query channels and e = C / h value channels per head (specification 3.1):
+
+        [Q|K] = ReLU(BN(W_qk X))                      (1)  [paper: ReLU-based, softmax-free, linear in tokens]
+        V     = BN(W_v X)                             (2)  signed [ours]; iFormer puts its sigmoid here
+        A     = attend(Q, K, V)                       (3)-(4)  [family: EfficientViT]
+        M     = BN(DW_local(V))                       (5)  local term [family: MLLA, FLatten]; see below
+        Y     = BN(W_o ((A + M) * gate(BN(W_g X))))   (6)  [paper: gated]; on the output [family: iFormer SHMA]
+
+    M restores the rank that linear attention (rank <= d) loses and makes the gated quantity local and global
+    ([paper]: "enhances local feature representation").
+
+    Args:
+        dim: channels C.
+        heads: heads h, a divisor of C; h = C / 64 in the sizes shipped [ours].
+        qk_dim: query and key channels d per head; 32 in the sizes shipped [ours].
+        local_kernel: kernel of the local term, 0 leaves it out.
+        gate_act: a key of ``GATES``, or "none" to leave the gate out (for ablation).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, qk_dim: int = 32, local_kernel: int = 3, gate_act: str = "sigmoid"
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        # Per head [q(d) | k(d)], so that batch and head merge without a copy; V and the gate stay convolutions of their
+        # own, so that V is contiguous for the depthwise local term [ours].
+        self.qk = nn.Sequential(ConvBN(dim, 2 * heads * qk_dim), nn.ReLU())
+        self.v = ConvBN(dim, dim)
+        self.local = ConvBN(dim, dim, local_kernel, groups=dim) if local_kernel else None
+        self.gate = None if gate_act == NO_GATE else nn.Sequential(ConvBN(dim, dim), GATES[gate_act]())
+        # Registered last: Residual folds layer scale into the last ConvBN of its branch.
+        self.proj = ConvBN(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), same dtype."""
+        v = self.v(x)
+        q, k = self._split_heads(self.qk(x)).chunk(2, dim=2)
+        y = attend(q, k, self._split_heads(v)).reshape(v.shape)
+        if self.local is not None:
+            y = y + self.local(v)
+        if self.gate is not None:
+            y = y * self.gate(x)
+        return self.proj(y)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(B, h * c, H, W) -> (B, h, c, N)."""
+        return x.flatten(2).unflatten(1, (self.heads, -1))
+
+
+class RGMABlock(nn.Module):
+    """Block of stages 3 and 4: CPE, then RGMA, then FFN, each residual: (B, C, H, W) -> (B, C, H, W).
+
+    CPE is a depthwise convolution with residual [paper]; 3x3 with BatchNorm [family: iFormer RepCPE]. FFN ratio 3
+    [family: iFormer], specification 3.
+
+    Args:
+        dim: channels C.
+        ffn_ratio: expansion of the FFN.
+        drop_path: drop probability of both residual branches.
+        cpe_kernel: kernel of the CPE, 0 leaves it out (for ablation).
+        act: activation of the FFN, a key of ``ACTIVATIONS``.
+        layer_scale: initial layer scale, None for none.
+        **attention: the arguments of :class:`RGMA` after ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_ratio: float,
+        drop_path: float = 0.0,
+        *,
+        cpe_kernel: int = 3,
+        act: str = "hardswish",
+        layer_scale: float | None = None,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        self.cpe = RepDW(dim, cpe_kernel, identity=True) if cpe_kernel else nn.Identity()
+        self.attn = Residual(RGMA(dim, **attention), dim, drop_path, layer_scale)
+        self.ffn = Residual(FFN(dim, ffn_ratio, act), dim, drop_path, layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), same dtype."""
+        return self.ffn(self.attn(self.cpe(x)))
+
+
+class ELRF(nn.Module):
+    """Efficient large receptive field, the block of stages 1 and 2: (B, C, H, W) -> (B, C, H, W).
+
+        y = x + BN(DW3x3(x))
+        y = y + FFN(y)
+        z = y + FFN(y) with BN(DW5x5(.)) in it
+
+    A 3x3 and a 5x5 depthwise convolution with an FFN between them replace one 7x7 [2nd]: same receptive field, 34 taps
+    instead of 49. Training adds a 1x1 branch beside the 3x3 and a 3x3 beside the 5x5 [family: RepViT, UniRepLKNet].
+
+    Args:
+        dim: channels C.
+        ffn_ratio: expansion of both FFNs.
+        drop_path: drop probability of both residual branches.
+        mode: where the second depthwise convolution is. "in": in front of the expansion, on C channels ([ours]: our
+            reading of [2nd] "integrated within another FFN"); "mid": on the hidden channels, before the activation
+            [family: Mix-FFN of SegFormer], +16 % latency at 512 px; "pre": residual by itself, in front of the FFN.
+        kernels: the two kernel sizes.
+        reparam: add the smaller parallel branches in training.
+        act: activation of the FFNs, a key of ``ACTIVATIONS``.
+        layer_scale: initial layer scale, None for none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_ratio: float,
+        drop_path: float = 0.0,
+        *,
+        mode: str = "in",
+        kernels: tuple[int, int] = (3, 5),
+        reparam: bool = True,
+        act: str = "hardswish",
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        near_small, far_small = (kernel - 2 if reparam else 0 for kernel in kernels)
+        far_dim = int(ffn_ratio * dim) if mode == "mid" else dim
+        far = RepDW(far_dim, kernels[1], far_small, identity=mode == "pre")
+        self.near = RepDW(dim, kernels[0], near_small, identity=True)
+        self.ffn1 = Residual(FFN(dim, ffn_ratio, act), dim, drop_path, layer_scale)
+        self.far = far if mode == "pre" else nn.Identity()
+        wide_ffn = FFN(dim, ffn_ratio, act, before=far if mode == "in" else None, inside=far if mode == "mid" else None)
+        self.ffn2 = Residual(wide_ffn, dim, drop_path, layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), same dtype."""
+        return self.ffn2(self.far(self.ffn1(self.near(x))))
+
+
+class Stem(nn.Sequential):
+    """Two stride-2 3x3 convolutions: (B, in_chans, H, W) -> (B, dim, ceil(H/4), ceil(W/4)).
+
+    "conv" [family: RepViT]: in_chans -> dim/2 -> dim. "fused_ib": in_chans -> dim/2 -> 2 dim, then 1x1 to dim; closer
+    to iFormer's stem, +0.25 GMACs at 512 px for size M.
+    """
+
+    def __init__(self, in_chans: int, dim: int, kind: str = "conv", act: str = "hardswish") -> None:
+        super().__init__()
+        wide = 2 * dim if kind == "fused_ib" else dim
+        self.conv1 = ConvBN(in_chans, dim // 2, 3, stride=2)
+        self.act1 = ACTIVATIONS[act]()
+        self.conv2 = ConvBN(dim // 2, wide, 3, stride=2)
+        if kind == "fused_ib":
+            self.act2 = ACTIVATIONS[act]()
+            self.conv3 = ConvBN(wide, dim)
+
+
+class Stage(nn.Module):
+    """Down-sampling (a 3x3 stride-2 ConvBN without activation [family: iFormer], or nothing), then blocks.
+
+    (B, C_in, H, W) -> (B, C, ceil(H/2), ceil(W/2)), or H and W as they are without down-sampling.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the stage; with ``grad_checkpointing`` the blocks are recomputed in the backward pass."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class ReGLA(nn.Module):
+    """ReGLA backbone and classifier: images (B, in_chans, H, W) -> logits (B, num_classes).
+
+    Args:
+        dims: channels C1..C4; C1 even, C3 and C4 divisible by their heads.
+        depths: blocks L1..L4.
+        heads: heads in stages 3 and 4; one number for both.
+        ffn_ratio: FFN expansion per stage.
+        qk_dim: query and key channels per head in stages 3 and 4; one number for both.
+        elrf_mode: "in", "mid" or "pre", see :class:`ELRF`.
+        elrf_kernels: the two depthwise kernels of ELRF, odd, >= 3.
+        reparam: extra parallel branches in ELRF during training.
+        cpe_kernel: kernel of the CPE, odd, >= 3; 0 for none.
+        local_kernel: kernel of RGMA's local term: 0 (none), 3 or 5.
+        gate_act: "sigmoid", "silu", "hardsigmoid" or "none".
+        act: "hardswish" ([ours]: kinder to quantisation, no slower) or "gelu" [family: iFormer].
+        stem: "conv" or "fused_ib", see :class:`Stem`.
+        drop_path: drop-path rate of the last block; rises linearly from 0 over the blocks.
+        layer_scale: initial layer scale, None for none [family: iFormer: none up to L2].
+        num_classes: classes; 0 leaves the classifier out.
+        in_chans: input channels.
+        distill_head: second classifier for distillation, see :class:`~pipeline.student.layers.Classifier`.
+        drop_rate: dropout in front of the classifier.
+        global_pool: "avg", or "" to return the last map (num_classes must then be 0).
+
+    Attributes:
+        feature_info: per stage ``num_chs`` (C_i), ``reduction`` (4, 8, 16, 32) and ``module``, as timm expects.
+        num_features: C4.
+
+    Raises:
+        ValueError: an argument is outside its range; the message names it and what is valid.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        heads: int | Sequence[int],
+        ffn_ratio: Sequence[float] = (3, 3, 3, 3),
+        qk_dim: int | Sequence[int] = 32,
+        elrf_mode: str = "in",
+        elrf_kernels: Sequence[int] = (3, 5),
+        reparam: bool = True,
+        cpe_kernel: int = 3,
+        local_kernel: int = 3,
+        gate_act: str = "sigmoid",
+        act: str = "hardswish",
+        stem: str = "conv",
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        distill_head: bool = False,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__()
+        heads, qk_dim = _per_attention_stage(heads), _per_attention_stage(qk_dim)
+        _check_shape(dims, depths, heads, ffn_ratio, qk_dim)
+        _check_kernels(elrf_kernels, cpe_kernel)
+        _check_choice("elrf_mode", elrf_mode, ELRF_MODES)
+        _check_choice("local_kernel", local_kernel, (0, 3, 5))
+        _check_choice("gate_act", gate_act, (*GATES, NO_GATE))
+        _check_choice("act", act, tuple(ACTIVATIONS))
+        _check_choice("stem", stem, STEMS)
+        _check(0 <= drop_path < 1, "drop_path", drop_path, "a number in [0, 1)")
+        _check(0 <= drop_rate < 1, "drop_rate", drop_rate, "a number in [0, 1)")
+        _check(layer_scale is None or layer_scale > 0, "layer_scale", layer_scale, "None or a number > 0")
+        _check(in_chans >= 1, "in_chans", in_chans, "an integer >= 1")
+
+        common: dict[str, Any] = {"act": act, "layer_scale": layer_scale}
+        elrf = partial(ELRF, mode=elrf_mode, kernels=(elrf_kernels[0], elrf_kernels[1]), reparam=reparam, **common)
+        rgma = partial(RGMABlock, cpe_kernel=cpe_kernel, local_kernel=local_kernel, gate_act=gate_act, **common)
+        attention = [partial(rgma, heads=h, qk_dim=d) for h, d in zip(heads, qk_dim, strict=True)]
+        blocks: list[Callable[..., nn.Module]] = [elrf, elrf, *attention]
+        drop_rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+
+        self.stem = Stem(in_chans, dims[0], stem, act)
+        self.stages = nn.Sequential()
+        for i in range(STAGES):
+            downsample = ConvBN(dims[i - 1], dims[i], 3, stride=2) if i else nn.Identity()
+            mixers = [blocks[i](dims[i], ffn_ratio[i], next(drop_rates)) for _ in range(depths[i])]
+            self.stages.append(Stage(downsample, mixers))
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.in_chans = in_chans
+        self.distill_head = distill_head
+        self.distilled_training = False
+        self.global_pool = global_pool
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.apply(_init_weights)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Map (B, in_chans, H, W) to logits (B, num_classes); see :meth:`forward_head` for the other outputs."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map (B, in_chans, H, W) to the last map (B, C4, ceil(H/32), ceil(W/32)).
+
+        For the pyramid of all four maps see :meth:`forward_intermediates`.
+        """
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Pool and classify: global average pool -> BatchNorm1d -> Linear [family: iFormer, RepViT].
+
+        Args:
+            x: (B, C4, H, W).
+            pre_logits: stop before the classifier.
+
+        Returns:
+            (B, num_classes); (B, C4) with ``pre_logits`` or without classes; ``x`` itself with ``global_pool=""``; a
+            pair of (B, num_classes) in training after :meth:`set_distilled_training`.
+        """
+        if self.global_pool == "avg":
+            x = x.mean((2, 3))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the maps of the stages, (B, C_i, ceil(H / 2^(i+1)), ceil(W / 2^(i+1))) for i = 1..4.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stages to return: the last n if an int, all if None, else these (negative from the end).
+            norm: no effect, there is no norm after a stage.
+            stop_early: do not run the stages after the last one asked for.
+            output_fmt: "NCHW".
+            intermediates_only: return the list alone.
+
+        Returns:
+            The list of maps in the order of the stages, or (last map that ran, list of maps).
+
+        Raises:
+            ValueError: another ``output_fmt``.
+            AssertionError: an index out of range (timm's ``feature_take_indices``).
+        """
+        _check_choice("output_fmt", output_fmt, ("NCHW",))
+        wanted, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
+        x = self.stem(x)
+        maps = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in wanted:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the stages in ``indices`` do not need, in place; return their indices counted from the front.
+
+        Args:
+            indices: as in :meth:`forward_intermediates`.
+            prune_norm: no effect, there is no norm after a stage.
+            prune_head: remove the classifier; it goes anyway when the last stage does.
+        """
+        wanted, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
+        shortened = last + 1 < len(self.stages)
+        self.stages = self.stages[: last + 1]
+        self.feature_info = self.feature_info[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier: a ``Classifier``, an ``Identity`` without classes, a ``Linear`` after :meth:`fuse`."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a freshly initialised one for ``num_classes`` (0: none).
+
+        Raises:
+            ValueError: ``num_classes`` is negative, or ``global_pool`` is neither "avg" nor "", or is "" with classes.
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        _check(num_classes >= 0, "num_classes", num_classes, "an integer >= 0")
+        _check_choice("global_pool", global_pool, POOLINGS)
+        _check(bool(global_pool) or not num_classes, "global_pool", global_pool, "'avg', or '' with num_classes=0")
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        head = Classifier(self.num_features, num_classes, self.distill_head) if num_classes else nn.Identity()
+        self.head = head.apply(_init_weights).to(next(self.stem.parameters())).train(self.training)
+        self.set_distilled_training(self.distilled_training)
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """With ``distill_head``, return the outputs of both heads in training mode instead of their mean."""
+        self.distilled_training = enable
+        if isinstance(self.head, Classifier):
+            self.head.distilled_training = enable
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass of training, to save memory.
+
+        Outputs and gradients stay the same. Running BatchNorm statistics move twice per step, since each block runs
+        twice (true of every BatchNorm network under ``torch.utils.checkpoint``).
+        """
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns for layer-wise learning rates: stem, then stages (``coarse``) or blocks."""
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters without weight decay beside the norms and biases that timm exempts: layer scale."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".gamma")}
+
+    @torch.no_grad()
+    def fuse(self) -> "ReGLA":
+        """Fold every BatchNorm, merge every parallel branch and head, drop every DropPath, in place; return self.
+
+        The outputs stay the same up to rounding (folded in float64, cast back). Idempotent. Specification 6
+        [family: RepViT, FastViT].
+
+        Raises:
+            RuntimeError: the model is in training mode, where BatchNorm does not use its running statistics.
+        """
+        if self.training:
+            raise RuntimeError(
+                "fuse() folds BatchNorm's running statistics, which training mode does not use: call eval() first"
+            )
+        return fuse_children(self)
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Convolutions and linears: truncated normal, std 0.02, bias 0 [family: iFormer]. BatchNorm starts at 1 and 0."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _per_attention_stage(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _check(valid: bool, field: str, value: object, wanted: str) -> None:
+    if not valid:
+        raise ValueError(f"{field}={value!r} is not valid: it must be {wanted}")
+
+
+def _check_choice(field: str, value: object, options: Sequence[object]) -> None:
+    _check(value in options, field, value, "one of " + ", ".join(map(repr, options)))
+
+
+def _check_shape(
+    dims: Sequence[int],
+    depths: Sequence[int],
+    heads: Sequence[int],
+    ffn_ratio: Sequence[float],
+    qk_dim: Sequence[int],
+) -> None:
+    _check(len(dims) == STAGES and all(dim >= 1 for dim in dims), "dims", dims, "four integers >= 1")
+    _check(dims[0] % 2 == 0, "dims", dims, "even in its first entry, which the stem halves")
+    _check(len(depths) == STAGES and all(depth >= 1 for depth in depths), "depths", depths, "four integers >= 1")
+    _check(len(heads) == 2 and all(h >= 1 for h in heads), "heads", heads, "one or two integers >= 1")
+    divides = all(dim % h == 0 for dim, h in zip(dims[2:], heads, strict=True))
+    _check(divides, "heads", heads, f"divisors of the last two dims, {dims[2]} and {dims[3]}")
+    _check(len(qk_dim) == 2 and all(d >= 1 for d in qk_dim), "qk_dim", qk_dim, "one or two integers >= 1")
+    wide_enough = len(ffn_ratio) == STAGES and all(int(r * c) >= 1 for r, c in zip(ffn_ratio, dims, strict=True))
+    _check(wide_enough, "ffn_ratio", ffn_ratio, "four numbers > 0, each giving at least one hidden channel")
+
+
+def _check_kernels(elrf_kernels: Sequence[int], cpe_kernel: int) -> None:
+    odd = all(kernel >= 3 and kernel % 2 == 1 for kernel in elrf_kernels)
+    _check(len(elrf_kernels) == 2 and odd, "elrf_kernels", elrf_kernels, "two odd integers >= 3")
+    _check(cpe_kernel == 0 or (cpe_kernel >= 3 and cpe_kernel % 2 == 1), "cpe_kernel", cpe_kernel, "0 or odd and >= 3")
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.95,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1.conv",
+        "classifier": ("head.main.linear", "head.distill.linear"),
+        "paper_ids": "arXiv:2602.05262",
+        "paper_name": "ReGLA: Efficient Receptive-Field Modeling with Gated Linear Attention Network",
+        **kwargs,
+    }
+
+
+# Specification 5. Drop path: L as iFormer-M [family], XL [ours].
+SIZES: dict[str, dict[str, Any]] = {
+    "regla_t": {"dims": (32, 64, 128, 256), "depths": (1, 1, 7, 2), "heads": (2, 4), "ffn_ratio": (3, 3, 3, 2)},
+    "regla_s": {"dims": (32, 64, 192, 320), "depths": (1, 2, 6, 3), "heads": (3, 5)},
+    "regla_m": {"dims": (48, 96, 192, 384), "depths": (1, 2, 8, 3), "heads": (3, 6)},
+    "regla_l": {"dims": (48, 96, 256, 448), "depths": (1, 2, 10, 3), "heads": (4, 7), "drop_path": 0.1},
+    "regla_xl": {"dims": (64, 128, 320, 512), "depths": (2, 2, 11, 4), "heads": (5, 8), "drop_path": 0.2},
+}
+
+default_cfgs = generate_default_cfgs({name: _cfg() for name in SIZES})
+
+
+def _create_regla(variant: str, pretrained: bool, **kwargs: Any) -> ReGLA:
+    # timm's scripts know drop path under this name.
+    if "drop_path_rate" in kwargs:
+        kwargs["drop_path"] = kwargs.pop("drop_path_rate")
+    return build_model_with_cfg(
+        ReGLA,
+        variant,
+        pretrained,
+        feature_cfg={"flatten_sequential": True, "out_indices": tuple(range(STAGES))},
+        **{**SIZES[variant], **kwargs},
+    )
+
+
+@register_model
+def regla_t(pretrained: bool = False, **kwargs: Any) -> ReGLA:
+    """ReGLA-T: 2.95 M parameters fused, 0.44 GMACs at 224 px. ``kwargs``: the arguments of :class:`ReGLA`."""
+    return _create_regla("regla_t", pretrained, **kwargs)
+
+
+@register_model
+def regla_s(pretrained: bool = False, **kwargs: Any) -> ReGLA:
+    """ReGLA-S: 6.47 M parameters fused, 0.81 GMACs at 224 px. ``kwargs``: the arguments of :class:`ReGLA`."""
+    return _create_regla("regla_s", pretrained, **kwargs)
+
+
+@register_model
+def regla_m(pretrained: bool = False, **kwargs: Any) -> ReGLA:
+    """ReGLA-M: 8.98 M parameters fused, 1.23 GMACs at 224 px. ``kwargs``: the arguments of :class:`ReGLA`."""
+    return _create_regla("regla_m", pretrained, **kwargs)
+
+
+@register_model
+def regla_l(pretrained: bool = False, **kwargs: Any) -> ReGLA:
+    """ReGLA-L: 14.70 M parameters fused, 2.06 GMACs at 224 px. ``kwargs``: the arguments of :class:`ReGLA`."""
+    return _create_regla("regla_l", pretrained, **kwargs)
+
+
+@register_model
+def regla_xl(pretrained: bool = False, **kwargs: Any) -> ReGLA:
+    """ReGLA-XL: 24.86 M parameters fused, 3.70 GMACs at 224 px. ``kwargs``: the arguments of :class:`ReGLA`."""
+    return _create_regla("regla_xl", pretrained, **kwargs)
