@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,3 +64,39 @@ def colours(options: TeacherOptions) -> Teacher:
 def images_seen(log: Path) -> int:
     """Images over all calls that a `ColourGrid` wrote down."""
     return sum(int(line) for line in log.read_text().split()) if log.exists() else 0
+
+
+def write_photos(folder: Path, count: int, classes: int = 3, size: int = 48, seed: int = 0) -> None:
+    """Real JPEGs of smooth random colours in class folders."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        cells = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        target = folder / f"class{number % classes}" / f"photo{number:03d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(cells).resize((size + number % 5, size), Image.Resampling.BICUBIC).save(target, quality=95)
+
+
+def fill_in_process(plan: Any, batch_size: int = 16) -> int:
+    """Fill a planned cache without Ray, shard by shard; returns the teacher shards computed."""
+    from pipeline.cache.build import _freeze_stats
+    from pipeline.cache.dataset import create_dataset
+    from pipeline.cache.extract import Extract
+    from pipeline.cache.ingest import Ingest
+
+    computed = 0
+    for split in plan.splits:
+        create_dataset(split.dataset, split.index)
+        for shard in range(split.dataset.shards):
+            row = Ingest(split.dataset, split.source)({"shard": shard})
+            assert not row["error"], row
+        extract = Extract(split.dataset, plan.teachers, "cpu", 2, batch_size)
+        for shard in range(split.dataset.shards):
+            row = extract({"shard": shard})
+            assert not row["error"], row
+            computed += row["computed"]
+        for teacher in plan.teachers:
+            _freeze_stats(split.dataset, teacher)
+    return computed

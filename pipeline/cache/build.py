@@ -201,7 +201,9 @@ def _extract(split: SplitPlan, teachers: Sequence[CachedTeacher], batch_size: in
             progress.update(split.dataset.shard_rows(row["shard"]))
     for teacher in needed:
         if left := split.missing(teacher):
-            raise UserError(f"{len(left)} shards of {teacher.id} were not committed, the first is {left[0]}: run the job again")
+            raise UserError(
+                f"{len(left)} shards of {teacher.id} were not committed, the first is {left[0]}: run the job again"
+            )
 
 
 def _map_shards(function: Ingest, shards: list[int]) -> Iterator[dict[str, Any]]:

@@ -107,7 +107,9 @@ def plan_dataset(cache: Store, source: Source, name: str, shard_size: int) -> tu
     _refuse_other_data(cache, dataset)
     if dataset.store.exists("dataset.json"):
         meta = _read_meta(dataset.store)
-        dataset = _dataset(cache, meta["name"], meta["location"], fingerprint, meta["count"], meta["classes"], meta["shard_size"])
+        dataset = _dataset(
+            cache, meta["name"], meta["location"], fingerprint, meta["count"], meta["classes"], meta["shard_size"]
+        )
     return dataset, index
 
 

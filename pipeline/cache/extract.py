@@ -81,7 +81,9 @@ class CachedTeacher:
 def teacher_labels(teachers: Sequence[CachedTeacher]) -> dict[str, str]:
     """A label for every teacher id: its readable name, or the id itself where two teachers share the name."""
     names = [teacher.spec.name for teacher in teachers]
-    return {teacher.id: teacher.spec.name if names.count(teacher.spec.name) == 1 else teacher.id for teacher in teachers}
+    return {
+        teacher.id: teacher.spec.name if names.count(teacher.spec.name) == 1 else teacher.id for teacher in teachers
+    }
 
 
 def make_teacher(config: TeacherConfig) -> Teacher:
@@ -121,7 +123,9 @@ class Extract:
         teacher = cached.create()
         teacher.load(self.device, getattr(torch, cached.precision))
         if teacher.weights_sha256 != cached.weights_sha256:
-            raise TeacherError(f"teacher {cached.spec.name}: this machine has other weights than the one that planned the job")
+            raise TeacherError(
+                f"teacher {cached.spec.name}: this machine has other weights than the one that planned the job"
+            )
         return teacher
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +165,10 @@ class Extract:
         while remaining:
             batch = [next(rendered) for _ in range(min(self.batch_size, remaining))]
             remaining -= len(batch)
-            yield {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, zip(*batch, strict=True), strict=True)}
+            yield {
+                name: torch.from_numpy(np.stack(column))
+                for name, column in zip(names, zip(*batch, strict=True), strict=True)
+            }
 
 
 def views_of(images: pa.Table) -> list[View]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import simplejpeg
 
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ShardRecord
@@ -73,10 +74,17 @@ def _row(sample_id: str, label: int | None, data: Any) -> dict[str, Any]:
 
 
 def _unreadable(data: bytes | Exception) -> str:
+    """Why an image cannot be used, or "".
+
+    Pillow decodes around damage inside a JPEG's scan data without a word; a strict decode finds most of it.
+    """
     if isinstance(data, Exception):
         return f"{type(data).__name__}: {data}"
     try:
         decode_image(data)
+        if data.startswith(b"\xff\xd8"):
+            stored = simplejpeg.decode_jpeg_header(data)[2]
+            simplejpeg.decode_jpeg(data, colorspace="CMYK" if stored in ("CMYK", "YCCK") else "RGB", strict=True)
     except ValueError as error:
         return str(error)
     return ""

@@ -194,7 +194,9 @@ def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int |
     with ThreadPoolExecutor(2) as pool:
         for unit in _spaced(_units(records), limit):
             table = _read_group(dataset.images, records[unit.shard], unit.group)
-            work = [(data.as_py(), view, image_size) for data, view in zip(table["image"], views_of(table), strict=True)]
+            work = [
+                (data.as_py(), view, image_size) for data, view in zip(table["image"], views_of(table), strict=True)
+            ]
             pixels = torch.from_numpy(np.stack(list(pool.map(_student_pixels, *zip(*work, strict=True)))))
             for first in range(0, unit.rows, batch_size):
                 part = table.slice(first, batch_size)

@@ -58,7 +58,11 @@ class ShardFolder:
     store: Store
 
     def commit(
-        self, shard: int, table: pa.Table, moments: dict[str, Moments] | None = None, facts: dict[str, Any] | None = None
+        self,
+        shard: int,
+        table: pa.Table,
+        moments: dict[str, Moments] | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> ShardRecord:
         """Write a shard, its statistics, and then the record that lists it.
 

@@ -1,0 +1,109 @@
+"""What every image source gives: an index of samples, and the encoded bytes of any of its rows."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import UserError
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("label", pa.int64()),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+    ]
+)
+"""One row per sample.
+
+`sample_id` is stable across machines and runs; `label` is null where there is none; `uri` is the absolute path of the
+file that holds the image ("" for generated scenes); `offset` is the byte offset in a tar, the row in a Parquet file,
+the number of a generated scene, else 0; `size` is in bytes: the encoded image, or the array of a raw one, or 0 where
+there is nothing to measure.
+"""
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""Lower case, in order of preference where one sample has several."""
+
+
+class Source(Protocol):
+    """A set of images. Small and picklable: it travels to Ray workers and holds no open file."""
+
+    @property
+    def name(self) -> str:
+        """Readable and safe as a file name, such as `imagenette224-train`."""
+
+    @property
+    def location(self) -> str:
+        """Absolute path or pattern, or `samples`."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label; empty where the source does not tell them."""
+
+    @property
+    def random_access(self) -> bool:
+        """Whether rows are quick to read in any order; else neighbours of the index share what must be read whole."""
+
+    def index(self) -> pa.Table:
+        """Table of `INDEX_SCHEMA`, sorted by sample id, ids unique, never empty.
+
+        Raises:
+            UserError: nothing found, an id occurs twice, or a file that the index needs cannot be read.
+        """
+
+    def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
+        """Encoded image bytes of these index rows, in their order.
+
+        A sample that cannot be read is given as its exception, so that the others still arrive.
+        """
+
+
+class Extent(NamedTuple):
+    """Where one sample lies in its file: `offset` and `size` of its index row."""
+
+    offset: int
+    size: int
+
+
+def finish_index(table: pa.Table, *, location: str, looked_for: str) -> pa.Table:
+    """Cast to `INDEX_SCHEMA`, sort by sample id and refuse an empty index or repeated ids.
+
+    Negative labels mean "no label" (as in Hugging Face test sets) and become null.
+
+    Raises:
+        UserError: the table has no rows (the message says what was `looked_for`) or repeats a sample id.
+    """
+    if table.num_rows == 0:
+        raise UserError(f"{location}: no images found; looked for {looked_for}")
+    label = table["label"].cast(pa.int64())
+    label = pc.if_else(pc.less(label, 0), pa.scalar(None, pa.int64()), label)
+    table = table.set_column(table.schema.get_field_index("label"), "label", label)
+    table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA).sort_by("sample_id").combine_chunks()
+    _refuse_repeats(table, location)
+    return table
+
+
+def _refuse_repeats(table: pa.Table, location: str) -> None:
+    ids = table["sample_id"]
+    repeated = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1))
+    first = pc.index(repeated, True).as_py()
+    if first < 0:
+        return
+    files = sorted({table["uri"][first].as_py(), table["uri"][first + 1].as_py()})
+    raise UserError(
+        f"{location}: sample id '{ids[first].as_py()}' occurs more than once (in {' and '.join(files)}); "
+        "rename or remove one of them"
+    )
+
+
+def by_file(rows: pa.Table) -> Iterator[tuple[str, list[Extent]]]:
+    """Runs of neighbouring index rows that lie in the same file."""
+    uris = rows["uri"].to_pylist()
+    extents = map(Extent, rows["offset"].to_pylist(), rows["size"].to_pylist())
+    for uri, run in groupby(zip(uris, extents, strict=True), key=lambda row: row[0]):
+        yield uri, [extent for _, extent in run]

@@ -1,0 +1,78 @@
+"""Locations as the user writes them: folders, files, glob and brace patterns."""
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from pipeline.errors import UserError
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:ing|id|idation)?\d*(?=$|[-_.])", re.IGNORECASE)
+
+
+def absolute(location: str) -> str:
+    """Absolute path of a location, so that a worker with another working folder finds it.
+
+    Raises:
+        UserError: the location is a URI.
+    """
+    if "://" in location:
+        raise UserError(f"{location}: images are read from paths; mount the store, or copy the data to a local folder")
+    return os.path.abspath(os.path.expanduser(location))
+
+
+def expand(path: str) -> tuple[str, ...]:
+    """Files that a path, glob (`*.parquet`) or brace pattern (`x-{000..012}.tar`, `{a,b}.tar`) names, sorted.
+
+    Raises:
+        UserError: a named file is missing, or a pattern matches nothing.
+    """
+    if os.path.exists(path):
+        return (path,)
+    files: list[str] = []
+    for name in _expand_braces(path):
+        found = glob.glob(name) if glob.has_magic(name) else list(filter(os.path.exists, [name]))
+        if not found:
+            raise UserError(f"{name}: no such file or folder; correct the path in the data settings")
+        files += found
+    return tuple(sorted(set(files)))
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    for tail in _expand_braces(pattern[match.end() :]):
+        for option in _options(match[1]):
+            yield pattern[: match.start()] + option + tail
+
+
+def _options(body: str) -> list[str]:
+    bounds = _RANGE.fullmatch(body)
+    if bounds is None:
+        return body.split(",") if "," in body else ["{" + body + "}"]
+    first, last = bounds.groups()
+    width = len(first) if first.startswith("0") else 0
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+
+
+def readable_name(path: str) -> str:
+    """Name from the last two path components, safe as a file name: `/d/cifar/train.parquet` gives `cifar-train`."""
+    stem = re.sub(r"\.(tar|parquet)$", "", path, flags=re.IGNORECASE)
+    parts = [part for part in stem.split(os.sep) if part][-2:]
+    return re.sub(r"[^\w.]+|\.{2,}", "-", "-".join(parts)).strip("-._") or "images"
+
+
+def refuse_several_splits(location: str, names: Iterable[str], *, extension: str = "") -> None:
+    """Refuse a folder whose entries belong to several splits: training data would leak into the evaluation.
+
+    Raises:
+        UserError: two of the names carry different split names (train, val, test).
+    """
+    splits = sorted({match[1].lower() for name in names if (match := _SPLIT.search(name.removesuffix(extension)))})
+    if len(splits) > 1:
+        example = f"{location}/{splits[0]}" + (f"*{extension}" if extension else "")
+        raise UserError(f"{location}: holds several splits ({', '.join(splits)}); name one of them, such as {example}")

@@ -1,0 +1,141 @@
+"""Which columns of a Parquet file hold the image, the label and the class names."""
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import UserError
+
+Layout = Literal["struct", "encoded", "planes", "nested"]
+"""`struct` {bytes, path} (Hugging Face), `encoded` bytes, `planes` flat (3, n, n) uint8, `nested` n x n x 3 lists."""
+
+_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "data", "pixels")
+_LABEL_NAMES = ("label", "fine_label", "labels")
+
+
+@dataclass(frozen=True)
+class ImageColumn:
+    """Name and layout of the column that holds the images."""
+
+    name: str
+    layout: Layout
+
+
+def open_parquet(path: str) -> pq.ParquetFile:
+    """Open a Parquet file and read its footer.
+
+    Raises:
+        UserError: the file is missing, truncated or not Parquet.
+    """
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again"
+        ) from error
+
+
+def find_image_column(path: str, named: str | None) -> ImageColumn:
+    """The named column, or the one that can hold images (by its usual name where several can).
+
+    Raises:
+        UserError: no column fits, several do, or the named one is missing or of another type.
+    """
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        fitting = [field.name for field in schema if _layouts(field.type)]
+        usual = [name for name in _IMAGE_NAMES if name in fitting]
+        candidates = [named] if named else usual[:1] or fitting
+        if len(candidates) != 1 or candidates[0] not in fitting:
+            columns = ", ".join(f"{field.name}: {_short(field.type)}" for field in schema)
+            problem = f"column '{named}' holds no images" if named else "cannot tell which column holds the images"
+            raise UserError(f"{path}: {problem}; set data.image_column to one of its columns ({columns})")
+        name = candidates[0]
+        layouts = _layouts(schema.field(name).type)
+        layout = layouts[0] if len(layouts) == 1 else _sniff(file, name)
+    return ImageColumn(name, layout)
+
+
+def find_label_column(path: str, named: str | None) -> str | None:
+    """The named integer column, or the first usual one, or None.
+
+    Raises:
+        UserError: the named column is missing or not of an integer type.
+    """
+    schema = _schema(path)
+    integers = [field.name for field in schema if pa.types.is_integer(field.type)]
+    if named and named not in integers:
+        remedy = f"to one of: {', '.join(integers)}" if integers else "to null: the file has no labels"
+        raise UserError(f"{path}: no integer column '{named}'; set data.label_column {remedy}")
+    return named or next((name for name in _LABEL_NAMES if name in integers), None)
+
+
+def class_names(path: str, label_column: str | None) -> tuple[str, ...]:
+    """Names of a Hugging Face `ClassLabel` from the schema's metadata; empty where there are none."""
+    metadata = _schema(path).metadata or {}
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return tuple(features[label_column]["names"])
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _schema(path: str) -> pa.Schema:
+    with open_parquet(path) as file:
+        return file.schema_arrow
+
+
+def _layouts(kind: pa.DataType) -> tuple[Layout, ...]:
+    if pa.types.is_struct(kind):
+        inner = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
+        return ("struct",) if inner is not None and _is_binary(inner) else ()
+    if pa.types.is_fixed_size_binary(kind):
+        return ("planes",) if is_square(kind.byte_width) else ()
+    if _is_binary(kind):
+        return ("encoded", "planes")
+    depth = 0
+    while _is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    if depth == 1 and kind == pa.uint8():
+        return ("planes",)
+    return ("nested",) if depth == 3 and pa.types.is_integer(kind) else ()
+
+
+def is_square(count: int) -> bool:
+    """Whether `count` values fill three square planes."""
+    return count > 0 and count == 3 * math.isqrt(count // 3) ** 2
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _sniff(file: pq.ParquetFile, name: str) -> Layout:
+    """Raw planes carry no header, so one stored value tells encoded images and arrays apart."""
+    batch = next(file.iter_batches(batch_size=16, columns=[name]), None)
+    values = pc.drop_null(batch.column(0)) if batch is not None else []
+    if not len(values):
+        return "encoded"
+    try:
+        Image.open(io.BytesIO(values[0].as_py()))
+    except UnidentifiedImageError:
+        return "planes" if is_square(len(values[0].as_py())) else "encoded"
+    except Image.DecompressionBombError:
+        return "encoded"
+    return "encoded"
+
+
+def _short(kind: pa.DataType) -> str:
+    text = str(kind)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,155 @@
+"""Images in Parquet files: encoded bytes (Hugging Face or plain binary) or raw uint8 arrays."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.sources.base import by_file, finish_index
+from pipeline.sources.locations import readable_name
+from pipeline.sources.parquet_columns import (
+    ImageColumn,
+    Layout,
+    class_names,
+    find_image_column,
+    find_label_column,
+    open_parquet,
+)
+from pipeline.sources.raw_arrays import byte_counts, to_png
+
+_INDEX_BATCH = 256
+_MEASURED = pa.schema({"label": pa.int64(), "size": pa.int64(), "path": pa.string()})
+
+
+@dataclass(frozen=True)
+class ParquetImages:
+    """Rows of Parquet files of one schema; `files` are their absolute paths.
+
+    A sample id is the image struct's `path` where those are unique and reading in their order goes through each row
+    group once; otherwise `<file name>#<row>`, the row in eight digits so that ids sort in file order.
+    """
+
+    random_access: ClassVar[bool] = False
+
+    location: str
+    files: tuple[str, ...]
+    image: ImageColumn
+    label_column: str | None
+    classes: tuple[str, ...]
+
+    @classmethod
+    def open(
+        cls, location: str, files: tuple[str, ...], image_column: str | None = None, label_column: str | None = None
+    ) -> "ParquetImages":
+        """Find the columns in the first file.
+
+        Raises:
+            UserError: the file is unreadable, or holds no such columns; the message lists those it has.
+        """
+        label_column = find_label_column(files[0], label_column)
+        image = find_image_column(files[0], image_column)
+        return cls(location, files, image, label_column, class_names(files[0], label_column))
+
+    @property
+    def name(self) -> str:
+        """Last two components of the location, without `.parquet`."""
+        return readable_name(self.location)
+
+    def index(self) -> pa.Table:
+        """One row per Parquet row; reads the image column once for its byte lengths and decodes nothing."""
+        tables = [self._index_file(path, number) for number, path in enumerate(self.files)]
+        table = pa.concat_tables(tables)
+        if _paths_are_ids(table):
+            table = table.set_column(table.schema.get_field_index("sample_id"), "sample_id", table["path"])
+        looked_for = f"rows in {len(self.files)} Parquet file(s)"
+        return finish_index(table, location=self.location, looked_for=looked_for)
+
+    def _index_file(self, path: str, number: int) -> pa.Table:
+        with open_parquet(path) as file:
+            self._refuse_other_schema(path, file.schema_arrow)
+            columns = [self.image.name] + ([self.label_column] if self.label_column else [])
+            parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
+            table = pa.Table.from_batches(parts, schema=_MEASURED)
+            groups = np.repeat(np.arange(file.num_row_groups), np.diff(_group_starts(file)))
+        rows = pa.array(np.arange(table.num_rows))
+        digits = pc.utf8_lpad(pc.cast(rows, pa.string()), 8, "0")
+        added = {
+            "sample_id": pc.binary_join_element_wise(os.path.basename(path), digits, "#"),
+            "uri": pa.repeat(path, table.num_rows),
+            "offset": rows,
+            "group": pa.array(groups + number * 2**32),
+        }
+        for name, column in added.items():
+            table = table.append_column(name, column)
+        return table
+
+    def _refuse_other_schema(self, path: str, schema: pa.Schema) -> None:
+        for name in filter(None, (self.image.name, self.label_column)):
+            if name not in schema.names:
+                raise UserError(f"{path}: has no column '{name}', unlike {self.files[0]}; name files of one schema")
+
+    def _measure(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        image = batch.column(self.image.name)
+        path = pa.nulls(len(batch), pa.string())
+        if self.image.layout == "struct":
+            path = pc.struct_field(image, "path").cast(pa.string()) if image.type.get_field_index("path") >= 0 else path
+            image = pc.struct_field(image, "bytes")
+        label = (
+            batch.column(self.label_column).cast(pa.int64()) if self.label_column else pa.nulls(len(batch), pa.int64())
+        )
+        return pa.record_batch([label, byte_counts(image, self.image.layout), path], schema=_MEASURED)
+
+    def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
+        """Image bytes of these index rows; raw arrays arrive as PNG. Neighbours in one row group read it once."""
+        for path, extents in by_file(rows):
+            try:
+                file = open_parquet(path)
+            except UserError as error:
+                yield from [error] * len(extents)
+                continue
+            with file:
+                yield from self._read_file(file, np.array([extent.offset for extent in extents]))
+
+    def _read_file(self, file: pq.ParquetFile, offsets: np.ndarray) -> Iterator[bytes | Exception]:
+        starts = _group_starts(file)
+        groups = np.searchsorted(starts, offsets, side="right") - 1
+        for run in np.split(np.arange(len(offsets)), np.flatnonzero(np.diff(groups)) + 1):
+            group = int(groups[run[0]])
+            try:
+                column = file.read_row_group(group, columns=[self.image.name]).column(self.image.name)
+                values = column.take(pa.array(offsets[run] - starts[group]))
+            except (pa.ArrowException, OSError, IndexError) as error:
+                yield from [error] * len(run)
+                continue
+            yield from (_image_bytes(value, self.image.layout) for value in values)
+
+
+def _group_starts(file: pq.ParquetFile) -> np.ndarray:
+    """First row of each row group, then the number of rows: int64 [groups + 1]."""
+    metadata = file.metadata
+    return np.cumsum([0, *(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))])
+
+
+def _image_bytes(value: pa.Scalar, layout: Layout) -> bytes | Exception:
+    stored = value["bytes"] if layout == "struct" and value.is_valid else value
+    if not stored.is_valid:
+        return ValueError("the row holds no image bytes")
+    try:
+        return stored.as_py() if layout in ("struct", "encoded") else to_png(stored, layout)
+    except ValueError as error:
+        return error
+
+
+def _paths_are_ids(table: pa.Table) -> bool:
+    path = table["path"]
+    if path.null_count or pc.count_distinct(path).as_py() < len(path):
+        return False
+    # Ids decide the order of shards: shuffled paths would make every shard read every row group of a large set.
+    groups = table["group"].take(pc.sort_indices(path)).to_numpy()
+    return np.count_nonzero(np.diff(groups)) == len(np.unique(groups)) - 1

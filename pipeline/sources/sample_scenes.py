@@ -1,0 +1,165 @@
+"""Seeded sample scenes with labels, boxes, masks and a dense label map: the data of a machine that has none.
+
+A scene holds one dominant object, whose shape is the image's label, and smaller ones around it. Colour, brightness,
+texture, size and place say nothing about the class; only shape does.
+"""
+
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.sources.base import finish_index
+from pipeline.sources.painting import blend, surface
+from pipeline.sources.shapes import CLASSES, coverage
+
+SEGMENTATION_CLASSES = ("background", *CLASSES)
+"""Values of `Scene.semantic`: 0 is background, a class like any other (nothing is ignored); object class c is c + 1."""
+
+_MIN_VISIBLE = 1 / 400
+"""Objects with a smaller visible share of the image are left out of the scene altogether."""
+
+
+class Scene(NamedTuple):
+    """One image with annotations that agree with each other; the dominant object comes first.
+
+    image: uint8 [H, W, 3] RGB. label: class of the dominant object. boxes: float32 [n, 4], (left, top, right, bottom)
+    in pixels, right and bottom exclusive, tight around the visible mask. classes: int64 [n]. masks: bool [n, H, W],
+    visible pixels only, so no two overlap. semantic: uint8 [H, W], see `SEGMENTATION_CLASSES`.
+    """
+
+    image: np.ndarray
+    label: int
+    boxes: np.ndarray
+    classes: np.ndarray
+    masks: np.ndarray
+    semantic: np.ndarray
+
+
+@dataclass(frozen=True)
+class SceneSettings:
+    """How many scenes, their side in pixels, and the seed they are drawn from."""
+
+    count: int = 800
+    size: int = 96
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SampleScenes:
+    """`count` scenes of `size` x `size` pixels; scene i depends on (seed, split, i) and the size alone."""
+
+    random_access: ClassVar[bool] = True
+
+    split: str
+    count: int
+    size: int = 96
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        count, size = f"data.samples.{self.split}", "data.samples.size"
+        for flag, value, least in ((count, self.count, 1), (size, self.size, 32), ("seed", self.seed, 0)):
+            if value < least:
+                raise UserError(f"{flag}={value}: must be at least {least} for sample scenes")
+
+    @property
+    def name(self) -> str:
+        """Every parameter that decides the pixels, such as `samples-train-n800-s96-seed0`."""
+        return f"samples-{self.split}-n{self.count}-s{self.size}-seed{self.seed}"
+
+    @property
+    def location(self) -> str:
+        """`samples`: there is no file."""
+        return "samples"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Shapes by label."""
+        return CLASSES
+
+    @property
+    def segmentation_classes(self) -> tuple[str, ...]:
+        """Names of the values in a dense label map, background first."""
+        return SEGMENTATION_CLASSES
+
+    def index(self) -> pa.Table:
+        """One row per scene; `offset` is its number, `size` 0 (nothing is rendered), labels go round the classes."""
+        number = np.arange(self.count)
+        table = pa.table(
+            {
+                "sample_id": [f"scene-{i:08d}" for i in range(self.count)],
+                "label": number % len(CLASSES),
+                "uri": [""] * self.count,
+                "offset": number,
+                "size": np.zeros(self.count, np.int64),
+            }
+        )
+        return finish_index(table, location=self.location, looked_for="data.samples")
+
+    def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
+        """Scenes as PNG, so that the decoded pixels are exactly `scene(i).image`."""
+        for number in rows["offset"].to_pylist():
+            buffer = io.BytesIO()
+            Image.fromarray(self.scene(number).image).save(buffer, "PNG", compress_level=1)
+            yield buffer.getvalue()
+
+    def scene(self, number: int) -> Scene:
+        """Render one scene."""
+        seed = np.random.SeedSequence(self.seed, spawn_key=(zlib.crc32(self.split.encode()), number))
+        random = np.random.default_rng(seed)
+        label = number % len(CLASSES)
+        labels, covers = _draw_objects(random, label, self.size)
+        labels, covers, masks = _visible(labels, covers)
+        image = surface(random, self.size)
+        for cover in reversed(covers):
+            image = blend(random, image, cover)
+        semantic = np.zeros((self.size, self.size), np.uint8)
+        for kind, mask in zip(labels, masks, strict=True):
+            semantic[mask] = kind + 1
+        noise = random.standard_normal(image.shape, np.float32)
+        pixels = np.clip(np.rint(image + random.uniform(2, 10) * noise), 0, 255).astype(np.uint8)
+        return Scene(pixels, label, _boxes(masks), np.array(labels, np.int64), masks, semantic)
+
+
+def _draw_objects(random: np.random.Generator, label: int, size: int) -> tuple[list[int], list[np.ndarray]]:
+    """Classes and coverages from front to back: the dominant object, then one to three distractors."""
+    extent = random.uniform(0.36, 0.48) * size
+    centre = size / 2 + random.uniform(-0.08, 0.08, 2) * size
+    labels, covers = [label], [_draw_object(random, label, centre, extent, size)]
+    for _ in range(random.integers(1, 4)):
+        kind = int(random.integers(len(CLASSES)))
+        labels.append(kind)
+        centre = random.uniform(0.05, 0.95, 2) * size
+        covers.append(_draw_object(random, kind, centre, random.uniform(0.25, 0.45) * extent, size))
+    return labels, covers
+
+
+def _draw_object(random: np.random.Generator, label: int, centre: np.ndarray, extent: float, size: int) -> np.ndarray:
+    turn = np.deg2rad(random.uniform(-15, 15))
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    stretch = np.exp(random.uniform(-0.12, 0.12))
+    return coverage(label, centre, extent, rotation @ np.diag([stretch, 1 / stretch]), size)
+
+
+def _visible(labels: list[int], covers: list[np.ndarray]) -> tuple[list[int], list[np.ndarray], np.ndarray]:
+    """Objects that can be seen, with their visible masks: bool [n, H, W]."""
+    taken = np.zeros(covers[0].shape, bool)
+    seen = []
+    for label, cover in zip(labels, covers, strict=True):
+        mask = (cover >= 0.5) & ~taken
+        if mask.mean() >= _MIN_VISIBLE:
+            seen.append((label, cover, mask))
+            taken |= mask
+    labels, covers, masks = map(list, zip(*seen, strict=True))
+    return labels, covers, np.stack(masks)
+
+
+def _boxes(masks: np.ndarray) -> np.ndarray:
+    boxes = [Image.fromarray(mask).getbbox() for mask in masks]
+    return np.array(boxes, np.float32).reshape(-1, 4)

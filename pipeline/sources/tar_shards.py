@@ -1,0 +1,130 @@
+"""Images in tar files in the WebDataset layout: neighbouring members with the same basename are one sample."""
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import BinaryIO, ClassVar
+
+import pyarrow as pa
+
+from pipeline.errors import UserError
+from pipeline.sources.base import IMAGE_EXTENSIONS, Extent, by_file, finish_index
+from pipeline.sources.locations import readable_name
+
+_KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")
+_COLUMNS = ("sample_id", "label", "uri", "offset", "size")
+
+
+@dataclass(frozen=True)
+class TarShards:
+    """Uncompressed tar files; `shards` are their absolute paths.
+
+    A sample id is `<tar file name>/<key>`. Labels come from a `.cls` member (decimal text) or from `label` in a `.json`
+    member; class names are not part of the layout.
+    """
+
+    random_access: ClassVar[bool] = True
+
+    location: str
+    shards: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Last two components of the location, without `.tar`."""
+        return readable_name(self.location)
+
+    def index(self) -> pa.Table:
+        """One row per sample that has an image; `offset` and `size` are those of the image's bytes in the tar."""
+        rows = [row for shard in self.shards for row in _index_tar(shard)]
+        columns = zip(*rows, strict=True) if rows else [()] * len(_COLUMNS)
+        table = pa.table(dict(zip(_COLUMNS, map(list, columns), strict=True)))
+        return finish_index(table, location=self.location, looked_for=f"{', '.join(IMAGE_EXTENSIONS)} members")
+
+    def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
+        """Bytes of these index rows; a tar that cannot be opened or ends early gives an OSError for each row in it."""
+        for shard, extents in by_file(rows):
+            yield from _read_shard(shard, extents)
+
+
+def _read_shard(shard: str, extents: list[Extent]) -> Iterator[bytes | Exception]:
+    try:
+        file = open(shard, "rb")  # noqa: SIM115  (inside `with`, an OSError of the consumer would be taken for ours)
+    except OSError as error:
+        yield from [error] * len(extents)
+        return
+    with file:
+        for extent in extents:
+            yield _read_extent(file, extent)
+
+
+def _read_extent(file: BinaryIO, extent: Extent) -> bytes | Exception:
+    try:
+        file.seek(extent.offset)
+        data = file.read(extent.size)
+    except OSError as error:
+        return error
+    if len(data) < extent.size:
+        return OSError(f"{file.name}: ends after {len(data)} of {extent.size} bytes at offset {extent.offset}")
+    return data
+
+
+def _index_tar(path: str) -> Iterator[tuple[str, int | None, str, int, int]]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = ((match[1], match[2].lower(), member) for member in tar if (match := _image_or_label(member)))
+            for key, group in groupby(members, key=lambda entry: entry[0]):
+                sample = {extension: member for _, extension, member in group}
+                image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+                if image is not None:
+                    label = _label(tar, sample)
+                    yield (
+                        f"{os.path.basename(path)}/{key.removeprefix('./')}",
+                        label,
+                        path,
+                        image.offset_data,
+                        image.size,
+                    )
+            _refuse_missing_end(tar)
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(
+            f"{path}: truncated, compressed or not a tar file ({error}); fetch it again, or unpack .gz files first"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; correct or remove that member") from error
+
+
+def _image_or_label(member: tarfile.TarInfo) -> re.Match[str] | None:
+    return _KEY.fullmatch(member.name) if member.isreg() else None
+
+
+def _refuse_missing_end(tar: tarfile.TarFile) -> None:
+    # tarfile takes a damaged or cut header for the end of the archive; only a block of zeros is a real one.
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
+
+
+def _label(tar: tarfile.TarFile, sample: dict[str, tarfile.TarInfo]) -> int | None:
+    for extension, parse in ((".cls", int), (".json", _json_label)):
+        member = sample.get(extension)
+        file = member and tar.extractfile(member)
+        if member and file:
+            try:
+                return parse(file.read())
+            except ValueError as error:
+                raise ValueError(f"the label in member '{member.name}' is not an integer ({error})") from error
+    return None
+
+
+def _json_label(text: bytes) -> int | None:
+    content = json.loads(text)
+    label = content.get("label") if isinstance(content, dict) else None
+    if label is not None and not isinstance(label, int):
+        raise ValueError(f"label is {label!r}")
+    return label

@@ -1,0 +1,123 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.cache.codec import decode
+from pipeline.cache.reader import CacheReader, read_summaries, scan_images
+from pipeline.errors import UserError
+from pipeline.views import FULL, decode_image, render
+
+
+def _reader(filled, **changes):
+    settings = {"image_size": 32, "batch_size": 16, "seed": 0, "window": 64, **changes}
+    return CacheReader(filled.train, filled.plan.teachers, **settings)
+
+
+def test_every_image_comes_once_an_epoch_and_epochs_differ(filled):
+    reader = _reader(filled, batch_size=10)
+    first, second = (list(reader.batches(epoch)) for epoch in (0, 1))
+    keys = [key for batch in first for key in batch.keys]
+    assert len(keys) == len(set(keys)) == 150
+    assert sorted(keys) == sorted(key for batch in second for key in batch.keys)
+    assert keys != [key for batch in second for key in batch.keys]
+
+
+def test_a_start_in_mid_epoch_gives_the_rest_of_the_same_epoch(filled):
+    reader = _reader(filled)
+    every = list(reader.batches(3))
+    for start in (0, 1, 5, len(every) - 1, len(every)):
+        rest = list(reader.batches(3, start))
+        assert [batch.keys for batch in rest] == [batch.keys for batch in every[start:]]
+    assert torch.equal(list(reader.batches(3, 5))[0].images, every[5].images)
+
+
+def test_another_seed_gives_another_order_and_the_same_seed_the_same(filled):
+    orders = [[b.keys for b in _reader(filled, seed=seed).batches(0)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_features_belong_to_the_images_they_come_with(filled):
+    for batch in _reader(filled).batches(0):
+        for teacher in filled.plan.teachers:
+            source = teacher.create()
+            source.load()
+            rows = [Path(filled.config.data.train, key).read_bytes() for key in batch.keys]
+            pixels = np.stack([render(decode_image(row), FULL, (32, 32), "bilinear") for row in rows])
+            expected = source.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+            stored = batch.features[teacher.id]
+            torch.testing.assert_close(
+                decode("float16", stored["patches"], teacher.patches_shape), expected.patches, rtol=1e-2, atol=1e-2
+            )
+            torch.testing.assert_close(
+                decode("float16", stored["summary"], (teacher.spec.summary_dim,)),
+                expected.summary,
+                rtol=1e-2,
+                atol=1e-2,
+            )
+
+
+def test_the_student_sees_the_source_pixels_resized_once(filled):
+    batch = next(_reader(filled).batches(0))
+    for key, image, label in zip(batch.keys, batch.images, batch.labels, strict=True):
+        expected = render(decode_image(Path(filled.config.data.train, key).read_bytes()), FULL, (32, 32), "bicubic")
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+        assert int(label) == int(key[5])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_an_epoch_in_equal_steps_without_overlap(filled, world):
+    readers = [_reader(filled, batch_size=4, rank=rank, world=world) for rank in range(world)]
+    assert len({reader.steps(0) for reader in readers}) == 1
+    keys = [key for reader in readers for batch in reader.batches(0) for key in batch.keys]
+    assert len(keys) == len(set(keys)) == readers[0].steps(0) * 4 * world
+
+
+def test_only_the_teachers_in_use_are_read(filled):
+    reader = CacheReader(filled.train, filled.plan.teachers[:1], image_size=32, batch_size=16)
+    assert next(reader.batches(0)).features.keys() == {filled.plan.teachers[0].id}
+
+
+def test_keys_that_do_not_match_are_refused_naming_shard_and_key(filled):
+    teacher = filled.plan.teachers[0]
+    folder = filled.train.teacher(teacher.id)
+    record = folder.records()[1]
+    table = folder.read(record)
+    swapped = table.take([1, 0, *range(2, table.num_rows)]).replace_schema_metadata(table.schema.metadata)
+    folder.commit(1, swapped)
+    expected, found = (table["sample_id"][i].as_py() for i in (0, 1))
+    with pytest.raises(UserError) as error:
+        list(_reader(filled).batches(0))
+    assert f"shard 1 of {teacher.id} does not hold the keys of its images" in str(error.value)
+    assert expected in str(error.value)
+    assert found in str(error.value)
+
+
+def test_missing_shards_are_named_before_training(filled):
+    folder = filled.train.teacher(filled.plan.teachers[1].id)
+    Path(folder.store.uri, "shard-00000.json").unlink()
+    with pytest.raises(UserError, match=r"has 1 of 2 shards .*: run jobs/precompute\.py"):
+        _reader(filled)
+
+
+def test_too_few_images_for_a_batch_are_refused(filled):
+    with pytest.raises(UserError, match=r"150 readable images .*lower train\.batch_size"):
+        _reader(filled, batch_size=151)
+
+
+def test_scan_gives_images_and_labels_in_stored_order(filled):
+    batches = list(scan_images(filled.train, 16, 20))
+    assert sum(len(batch.keys) for batch in batches) == 150
+    assert batches[0].images.shape == (20, 3, 16, 16)
+    assert [int(label) for label in batches[0].labels] == [int(key[5]) for key in batches[0].keys]
+
+
+def test_summaries_line_up_with_the_scanned_images(filled):
+    teacher = filled.plan.teachers[0]
+    for limit in (None, 64):
+        summaries, labels = read_summaries(filled.train, teacher, limit)
+        batches = list(scan_images(filled.train, 16, 50, limit))
+        assert torch.equal(labels, torch.cat([batch.labels for batch in batches]))
+        assert summaries.shape == (len(labels), 8)
+    assert len(labels) == 64

@@ -1,0 +1,75 @@
+import pytest
+
+from pipeline.config import Config, describe_fields, iter_fields, load_config
+from pipeline.errors import UserError
+
+
+def test_a_recipe_then_overrides_in_order(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: a\nteachers: [hog, {model: dinov2, weights: random}]\ntrain: {epochs: 3}\n")
+    config = load_config(
+        recipe, ["train.epochs=5", "train.epochs=6", "teachers.1.weights=random:7", "teachers.0.weight=0.5"]
+    )
+    assert config.name == "a"
+    assert config.train.epochs == 6
+    assert [t.model for t in config.teachers] == ["hog", "dinov2"]
+    assert [t.weights for t in config.teachers] == ["pretrained", "random:7"]
+    assert config.teachers[0].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.epoch=5"], "unknown key train.epoch; did you mean train.epochs?"),
+        (["lr=1e-3"], "unknown key lr; did you mean train.lr?"),
+        (["qqqq.zzzz=1"], "unknown key qqqq"),
+        (["train.epochs=many"], "train.epochs: input should be a valid integer.*not 'many'"),
+        (["train.epochs=0"], "train.epochs: input should be greater than or equal to 1, not 0"),
+        (["train.lr=.inf"], "train.lr: input should be a finite number"),
+        (["cache.codec=int4"], "cache.codec: input should be 'float16', not 'int4'"),
+        (["teachers=[]"], "teachers: list should have at least 1 item"),
+        (["teachers=[hog]", "teachers.3.weights=x"], "teachers.3: the list has 1 entries, numbered from 0"),
+        (["teachers=[{weights: x}]"], r"teachers.0.model must be given"),
+        (["train.epochs"], "'train.epochs' is neither a recipe"),
+        (["train={a: [}"], "is not valid YAML"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config(None, overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_recipe_names_those_there_are():
+    with pytest.raises(UserError, match=r"recipe recipes/none\.yaml does not exist; there are .*quickstart\.yaml"):
+        load_config("recipes/none.yaml")
+
+
+def test_a_recipe_that_is_no_mapping_or_no_yaml_is_refused(tmp_path):
+    for text, message in (("- a\n", "must be a mapping"), ("a: [", "is not valid YAML")):
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_config(recipe)
+
+
+def test_every_field_has_a_meaning_and_help_lists_it():
+    fields = list(iter_fields())
+    assert all(meaning for *_, meaning in fields)
+    text = describe_fields()
+    assert all(key in text for key, *_ in fields)
+    assert "train.epochs" in text
+
+
+def test_held_out_scenes_come_with_generated_training_scenes_only():
+    assert load_config(None).val == "samples"
+    assert load_config(None, ["data.train=photos"]).val is None
+    assert load_config(None, ["data.train=photos", "data.val=more"]).val == "more"
+    assert load_config(None, ["data.samples.val=0"]).val is None
+
+
+def test_fingerprint_changes_with_what_is_computed_and_not_with_where():
+    base = Config().fingerprint()
+    assert load_config(None, ["work=/elsewhere", "tracking.experiment=x"]).fingerprint() == base
+    assert load_config(None, ["seed=1"]).fingerprint() != base
+    assert load_config(None, ["train.lr=2e-3"]).fingerprint() != base

@@ -1,0 +1,129 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from pipeline import views
+from pipeline.views import FULL, View, decode_image, render
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def photo(side: int = 64) -> Image.Image:
+    ramp = np.linspace(0, 255, side)
+    pixels = np.stack(
+        [ramp[None] + 0 * ramp[:, None], ramp[:, None] + 0 * ramp[None], 0 * ramp[None] + 90 + 0 * ramp[:, None]], -1
+    )
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def test_full_view_at_its_own_size_is_the_image() -> None:
+    assert np.array_equal(render(photo(), FULL, (64, 64), "bicubic"), np.asarray(photo()))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_box_is_cut_from_the_original_pixels_and_resized_once(interpolation: views.Interpolation) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
+    got = render(image, View((0.1, 0.2, 0.75, 0.95)), (40, 56), interpolation)
+    method = Image.Resampling[interpolation.upper()]
+    expected = image.resize((56, 40), method, box=(0.1 * 120, 0.2 * 90, 0.75 * 120, 0.95 * 90))
+    assert got.shape == (40, 56, 3)
+    assert got.dtype == np.uint8
+    assert np.array_equal(got, np.asarray(expected))
+
+
+def test_flip_mirrors_what_the_same_view_shows() -> None:
+    box = (0.25, 0.0, 1.0, 0.5)
+    plain = render(photo(), View(box), (24, 32), "bicubic")
+    flipped = render(photo(), View(box, flip=True), (24, 32), "bicubic")
+    assert np.array_equal(flipped, plain[:, ::-1])
+    assert flipped.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    "box", [(0.5, 0, 0.5, 1), (-0.1, 0, 1, 1), (0, 0, 1.01, 1), (0, 0.6, 1, 0.5), (float("nan"), 0, 1, 1)]
+)
+def test_a_box_that_is_empty_or_outside_is_refused(box: tuple[float, float, float, float]) -> None:
+    with pytest.raises(ValueError, match="view box"):
+        View(box)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_truncated_files_are_never_accepted(kind: str) -> None:
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    data = encode(image, kind)
+    decode_image(data)
+    for share in (0.02, 0.3, 0.6, 0.9):
+        with pytest.raises(ValueError, match=r"."):
+            decode_image(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize(("data", "reason"), [(b"", "empty file"), (b"no image at all", "known format")])
+def test_what_is_no_image_has_a_short_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        decode_image(data)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match="64 x 64 pixels is over the 1000 allowed"):
+        decode_image(encode(photo(), "PNG"))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "JPEG"), ("1", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG")])
+def test_every_mode_becomes_rgb_as_pillow_converts_it(mode: str, kind: str) -> None:
+    stored = photo().convert(mode)
+    decoded = decode_image(encode(stored, kind, **({"quality": 100} if kind == "JPEG" else {})))
+    assert decoded.mode == "RGB"
+    difference = np.abs(np.asarray(decoded, int) - np.asarray(stored.convert("RGB"), int))
+    assert difference.max() <= 2
+
+
+def test_cmyk_keeps_its_colours() -> None:
+    decoded = decode_image(encode(photo().convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(np.asarray(decoded, int) - np.asarray(photo(), int)).mean() < 6
+
+
+def test_transparent_palette_becomes_rgb_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    decoded = decode_image(encode(photo().convert("P"), "PNG", transparency=bytes(range(256))))
+    assert decoded.mode == "RGB"
+    assert not recwarn.list
+
+
+def test_16_bit_grey_keeps_its_range() -> None:
+    levels = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    decoded = np.asarray(decode_image(encode(Image.fromarray(levels), "PNG")))
+    assert np.array_equal(decoded[..., 0], levels >> 8)
+
+
+def test_pixels_of_unknown_range_are_refused() -> None:
+    for levels in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 1 << 20, np.int32)):
+        with pytest.raises(ValueError, match="no known range"):
+            decode_image(encode(Image.fromarray(levels), "TIFF"))
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = decode_image(encode(photo().crop((0, 0, 64, 32)), "PNG", exif=exif))
+    assert decoded.size == (32, 64)
+    assert np.array_equal(np.asarray(decoded), np.rot90(np.asarray(photo().crop((0, 0, 64, 32))), -1))
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no real photographs beside the repository")
+def test_real_photographs_decode_and_their_truncations_do_not() -> None:
+    for path in sorted((DATA / "coco_mini" / "val2017").iterdir())[:15]:
+        data = path.read_bytes()
+        image = decode_image(data)
+        assert render(image, View((0.1, 0.1, 0.9, 0.9)), (224, 224), "bicubic").shape == (224, 224, 3)
+        with pytest.raises(ValueError, match="truncated"):
+            decode_image(data[: len(data) // 2])
