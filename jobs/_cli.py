@@ -17,7 +17,9 @@ from teachers.base import TeacherError
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
 
 
-def run(body: Callable[[Config, bool], Mapping[str, Any]], description: str, arguments: Sequence[str] | None = None) -> None:
+def run(
+    body: Callable[[Config, bool], Mapping[str, Any]], description: str, arguments: Sequence[str] | None = None
+) -> None:
     """Parse the command line, run the job and print its figures as one line of JSON.
 
     Args:

@@ -1,7 +1,7 @@
 """Distil teachers into a student: precompute what the cache lacks, then train from it.
 
-    python jobs/distill.py                                             generated sample scenes, on this machine
-    python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s
+python jobs/distill.py                                             generated sample scenes, on this machine
+python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s
 """
 
 from __future__ import annotations

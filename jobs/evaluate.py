@@ -1,6 +1,6 @@
 """Evaluate a student without training anything.
 
-    python jobs/evaluate.py knn evaluate.student=work/runs/<run>/student data.train=photos/train data.val=photos/val
+python jobs/evaluate.py knn evaluate.student=work/runs/<run>/student data.train=photos/train data.val=photos/val
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def load(config: Config) -> nn.Module:
     """The student, from an exported folder or from MLflow."""
     student = config.evaluate.student
     if not student:
-        raise UserError("evaluate.student must be given: an MLflow model URI (models:/m-...) or an exported student folder")
+        raise UserError(
+            "evaluate.student must be given: an MLflow model URI (models:/m-...) or an exported student folder"
+        )
     if "://" in student or student.startswith(("models:/", "runs:/")):
         return load_student(student, resolve_uri(config.tracking.uri, work_folder(config)))
     return load_encoder(Path(student))
@@ -58,6 +60,8 @@ def load(config: Config) -> nn.Module:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or (sys.argv[1] not in TASKS and sys.argv[1] not in ("-h", "--help")):
-        print(f"error: name the evaluation first: {', '.join(TASKS)}, as in `jobs/evaluate.py knn ...`", file=sys.stderr)
+        print(
+            f"error: name the evaluation first: {', '.join(TASKS)}, as in `jobs/evaluate.py knn ...`", file=sys.stderr
+        )
         sys.exit(2)
     run(main, __doc__, [argument for argument in sys.argv[1:] if argument not in TASKS])

@@ -1,6 +1,6 @@
 """Fill the feature cache: every teacher on every image, once.
 
-    python jobs/precompute.py recipes/quickstart.yaml data.train=photos/train data.val=photos/val
+python jobs/precompute.py recipes/quickstart.yaml data.train=photos/train data.val=photos/val
 """
 
 from __future__ import annotations

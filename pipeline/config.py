@@ -150,7 +150,9 @@ class Config(Section):
     @field_validator("teachers", mode="before")
     @classmethod
     def _strings_are_models(cls, value: Any) -> Any:
-        return [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        return (
+            [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        )
 
     @property
     def val(self) -> str | None:
@@ -274,6 +276,8 @@ def _type_name(annotation: Any) -> str:
 
 def describe_fields() -> str:
     """The text of `--help`: one line per field with its type, default and meaning."""
-    rows = [(key, f"{kind} = {'none' if default is None else default}", text) for key, kind, default, text in iter_fields()]
+    rows = [
+        (key, f"{kind} = {'none' if default is None else default}", text) for key, kind, default, text in iter_fields()
+    ]
     width = max(len(key) for key, *_ in rows)
     return "\n".join(f"  {key:<{width}}  {text}  [{value}]" for key, value, text in rows)

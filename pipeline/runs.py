@@ -73,5 +73,3 @@ def open_run(config: Config, job: str) -> RunState:
         if not known["finished"]:
             return RunState(folder, known["mlflow"], resumed=True)
         number += 1
-
-

@@ -205,7 +205,9 @@ class _Loop:
         steps = self.task.steps(position.epoch)
         meter = _Meter(self, steps)
         self.wrapped.train()
-        with Progress(steps, "step", f"train epoch {position.epoch + 1}/{config.epochs}", initial=position.batch) as progress:
+        with Progress(
+            steps, "step", f"train epoch {position.epoch + 1}/{config.epochs}", initial=position.batch
+        ) as progress:
             batches = self.task.batches(position.epoch, position.batch)
             for _ in range(steps - position.batch):
                 batch = meter.wait_for(batches)

@@ -25,7 +25,13 @@ class TeacherTarget(nn.Module):
     patches_std: Tensor
 
     def __init__(
-        self, teacher: CachedTeacher, stats: Mapping[str, Moments], student: Student, token_dim: int, grid: tuple[int, int], hidden: int
+        self,
+        teacher: CachedTeacher,
+        stats: Mapping[str, Moments],
+        student: Student,
+        token_dim: int,
+        grid: tuple[int, int],
+        hidden: int,
     ) -> None:
         super().__init__()
         self.teacher = teacher

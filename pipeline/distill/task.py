@@ -102,7 +102,9 @@ class DistillTask(Task):
         if self.job.val is None:
             return {}
         config = self.job.config
-        accuracy = student_knn(module.student.encoder, self.job.train, self.job.val, config.student.input_size, config.knn)
+        accuracy = student_knn(
+            module.student.encoder, self.job.train, self.job.val, config.student.input_size, config.knn
+        )
         return {"knn": accuracy}
 
 

@@ -58,11 +58,15 @@ def check_classes(train: Dataset, val: Dataset) -> None:
     """
     if train.classes and val.classes and train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes)) or ["the order of the classes"]
-        raise UserError(f"data.train ({train.location}) and data.val ({val.location}) differ in their classes: {odd[0]}")
+        raise UserError(
+            f"data.train ({train.location}) and data.val ({val.location}) differ in their classes: {odd[0]}"
+        )
 
 
 @torch.inference_mode()
-def embed(encoder: nn.Module, dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def embed(
+    encoder: nn.Module, dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Vectors [N, C] float32 and labels [N] of a dataset.
 
     Args:

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow as pa
 

@@ -1,0 +1,80 @@
+"""The Ray session of a job: embedded on this machine, or the cluster that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Read by Ray when it is imported or when its processes start, hence before any import of it. A user's own value wins.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # or a job under `uv run` packs the working directory
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",  # starvation is an error, not a hang
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_EMBEDDED = {
+    "RAY_AUTH_MODE": "disabled",  # nothing but loopback
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+def is_submitted_job() -> bool:
+    """Whether `ray job submit` started this process."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "RAY_JOB_SUBMISSION_ID" in os.environ
+
+
+@contextmanager
+def connect() -> Iterator[None]:
+    """Connect to Ray, and leave it at the end.
+
+    Without RAY_ADDRESS a session of its own starts on this machine, and ends with the job. Workers import this
+    checkout and the modules of the current directory.
+
+    Raises:
+        UserError: where the cluster cannot be reached.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    for name, value in {**_ENVIRONMENT, **({} if address else _EMBEDDED)}.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    try:
+        ray.init(**({} if address else _embedded_arguments()), log_to_driver=True, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise UserError(f"RAY_ADDRESS={address} cannot be reached ({error}); start it, or unset RAY_ADDRESS") from error
+    _quieten_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _embedded_arguments() -> dict[str, object]:
+    path = os.pathsep.join([str(REPOSITORY), os.getcwd(), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {
+        "address": "local",
+        "include_dashboard": False,
+        # Logical CPUs: a worker or actor, and one more for the tasks that feed it.
+        "num_cpus": max(4, os.cpu_count() or 1),
+        "object_store_memory": 512 << 20,  # features never travel through it
+        "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+    }
+
+
+def _quieten_ray_data() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

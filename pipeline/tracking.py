@@ -1,0 +1,309 @@
+"""MLflow: every run, metric, lineage and model. The only module that imports it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+# Read when MLflow is imported: no telemetry, and a server that does not answer is an error soon.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import mlflow
+import mlflow.pytorch
+import numpy as np
+import torch
+import yaml
+from mlflow import MlflowClient
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+BATCH = 1000
+"""Most metrics that one `log_batch` takes."""
+PARAM_LENGTH = 6000
+"""Longest value of a parameter; the whole configuration is an artifact anyway."""
+
+for _logger in ("mlflow", "alembic"):
+    logging.getLogger(_logger).setLevel(logging.ERROR)
+
+
+def resolve_uri(configured: str | None, work: Path) -> str:
+    """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work}/mlflow.db"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One MLflow run. Picklable: Ray Train's controller logs to it as well.
+
+    Attributes:
+        uri: of the tracking store.
+        experiment_id, run_id: as MLflow names them.
+    """
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+    def __getstate__(self) -> dict[str, str]:
+        return {name: self.__dict__[name] for name in ("uri", "experiment_id", "run_id")}
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """The client of this process."""
+        return MlflowClient(self.uri)
+
+    def child(self, name: str, run_id: str | None = None) -> Run:
+        """A nested run; the one of `run_id` is continued if it is still there."""
+        tags = {"mlflow.parentRunId": self.run_id}
+        return _open(self.uri, self.experiment_id, name, tags, run_id)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters; values that are too long are cut, and a value that changed is left as it was first logged."""
+        known = self.client.get_run(self.run_id).data.params
+        fresh = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items() if key not in known]
+        for first in range(0, len(fresh), 100):
+            self.client.log_batch(self.run_id, params=fresh[first : first + 100])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in tags.items()])
+
+    def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Log metrics by step, in batches. Values that are not finite are left out: stores refuse or alter them."""
+        now = _milliseconds()
+        points = (
+            Metric(name, float(value), now, step)
+            for step, metrics in history
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        )
+        while batch := list(islice(points, BATCH)):
+            self.client.log_batch(self.run_id, metrics=batch)
+
+    def log_metric_dict(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log metrics of one step."""
+        self.log_metrics([(step, metrics)])
+
+    def log_text(self, text: str, path: str) -> None:
+        """Log text as the artifact `path`."""
+        self.client.log_text(self.run_id, text, path)
+
+    def log_dict(self, value: Mapping[str, Any], path: str) -> None:
+        """Log a JSON or YAML artifact, by the ending of `path`."""
+        self.client.log_dict(self.run_id, dict(value), path)
+
+    def log_file(self, file: Path, folder: str) -> None:
+        """Log a file into an artifact folder."""
+        self.client.log_artifact(self.run_id, str(file), folder)
+
+    def log_dataset(self, name: str, source: str, digest: str, context: str) -> None:
+        """Log which data a run used: its content-addressed name, where it came from, and for what it was used."""
+        dataset = MetaDataset(_Location(source), name=name, digest=digest[:36])
+        tags = [InputTag("mlflow.data.context", context)]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(self.run_id, status)
+
+
+class _Location(DatasetSource):
+    """Where a dataset was read from, as it was configured."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    @staticmethod
+    def _get_source_type() -> str:
+        return "location"
+
+    def load(self, **_: Any) -> Any:
+        raise NotImplementedError("a location only tells where the data came from")
+
+    @staticmethod
+    def _can_resolve(raw_source: Any) -> bool:
+        return False
+
+    @classmethod
+    def _resolve(cls, raw_source: Any) -> _Location:
+        return cls(str(raw_source))
+
+    def to_dict(self) -> dict[str, str]:
+        return {"location": self.location}
+
+    @classmethod
+    def from_dict(cls, source_dict: dict[str, str]) -> _Location:
+        return cls(source_dict["location"])
+
+
+def start_job(
+    uri: str,
+    *,
+    experiment: str,
+    name: str,
+    config: Mapping[str, Any],
+    tags: Mapping[str, str],
+    work: Path,
+    run_id: str | None = None,
+) -> Run:
+    """Open the parent run of a job: a new one, or the one of `run_id` if it is still there.
+
+    The store is created here, by one process, before any worker writes to it: SQLite's first use does not stand a race.
+
+    Args:
+        config: the resolved configuration, logged flat as parameters and whole as `config.yaml`.
+        work: where artifacts go when the store is the SQLite file there.
+
+    Raises:
+        UserError: where the store cannot be reached or opened.
+    """
+    if uri.startswith("sqlite:///"):
+        work.mkdir(parents=True, exist_ok=True)
+    with _probing(uri):
+        mlflow.set_tracking_uri(uri)
+        run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id)
+    run.set_tags({**tags, **_git_tags()})
+    run.log_params(dict(_flatten(config)))
+    run.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
+    return run
+
+
+@contextmanager
+def _probing(uri: str) -> Iterator[None]:
+    retries, timeout = os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"MLflow at {uri} cannot be used ({reason}); start that server, or name another in tracking.uri"
+        ) from error
+    finally:
+        os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
+
+
+def _experiment(uri: str, name: str, work: Path) -> str:
+    client = MlflowClient(uri)
+    known = client.get_experiment_by_name(name)
+    if known is not None:
+        return str(known.experiment_id)
+    artifacts = str(work / "mlartifacts") if uri.startswith("sqlite:///") else None
+    try:
+        return str(client.create_experiment(name, artifact_location=artifacts))
+    except MlflowException:
+        # Another process may have created it in between.
+        known = client.get_experiment_by_name(name)
+        if known is None:
+            raise
+        return str(known.experiment_id)
+
+
+def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id: str | None) -> Run:
+    client = MlflowClient(uri)
+    if run_id is not None:
+        try:
+            client.update_run(run_id, status="RUNNING")
+            return Run(uri, experiment_id, run_id)
+        except MlflowException:
+            pass  # deleted, or another store: start anew
+    created = client.create_run(experiment_id, tags=tags, run_name=name)
+    return Run(uri, experiment_id, created.info.run_id)
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}{key}.")
+    elif isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
+        for number, item in enumerate(tree):
+            yield from _flatten(item, f"{prefix}{number}.")
+    else:
+        yield prefix.rstrip("."), tree
+
+
+def _git_tags() -> dict[str, str]:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {"mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else {}
+
+
+def _milliseconds() -> int:
+    import time
+
+    return int(time.time() * 1000)
+
+
+def log_student(
+    run: Run, model: nn.Module, example: Tensor, *, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]
+) -> str:
+    """Log a model as a graph of torch.export (pt2): no pickle, and no code of ours is needed to load it.
+
+    Args:
+        model: in evaluation mode, on the CPU; takes one float32 tensor.
+        example: [B >= 2, ...]; the batch is dynamic, the other dimensions are as given.
+        metrics: of this model, by which models are searched and compared.
+
+    Returns:
+        Its model URI, which `mlflow.pytorch.load_model` takes.
+    """
+    with torch.no_grad():
+        output = model(example)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *output.shape[1:]))]),
+    )
+    logged = Model.log(
+        artifact_path=None,
+        name=name,
+        flavor=mlflow.pytorch,
+        run_id=run.run_id,
+        pytorch_model=model,
+        input_example=example.numpy(),
+        signature=signature,
+        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+        serialization_format="pt2",
+        tags=dict(tags),
+    )
+    for key, value in metrics.items():
+        run.client.log_metric(run.run_id, key, value, model_id=logged.model_id)
+    return str(logged.model_uri)
+
+
+def load_student(model_uri: str, tracking_uri: str) -> nn.Module:
+    """Load a model that :func:`log_student` logged.
+
+    Raises:
+        UserError: where there is no such model.
+    """
+    try:
+        mlflow.set_tracking_uri(tracking_uri)
+        model: nn.Module = mlflow.pytorch.load_model(model_uri)
+    except (MlflowException, OSError) as error:
+        raise UserError(f"evaluate.student: {model_uri} cannot be loaded from {tracking_uri}: {error}") from error
+    return model

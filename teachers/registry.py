@@ -1,0 +1,63 @@
+"""Teachers by name; a user's own plugs in as `package.module:factory`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from teachers.base import Teacher, TeacherError, TeacherOptions
+
+Factory = Callable[[TeacherOptions], Teacher]
+
+FACTORIES: dict[str, str] = {}
+"""Name -> `module:factory`; imported when asked for, so that no teacher's library is needed for another's sake."""
+
+
+def create_teacher(
+    model: str,
+    *,
+    weights: str = "pretrained",
+    input_size: int | None = None,
+    pool: int | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> Teacher:
+    """A teacher without its weights.
+
+    Args:
+        model: `name`, `name/variant`, or `package.module:factory`.
+        weights, input_size, pool, args: as in :class:`~teachers.base.TeacherOptions`.
+
+    Raises:
+        TeacherError: where there is no such teacher, or it cannot be made as asked.
+    """
+    name, _, variant = model.partition("/")
+    location = model if ":" in name else FACTORIES.get(name)
+    if location is None:
+        near = difflib.get_close_matches(name, FACTORIES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise TeacherError(
+            f"teachers: there is no teacher {model}; {hint}known are {', '.join(FACTORIES)}, and package.module:factory"
+        )
+    options = TeacherOptions("" if ":" in name else variant, weights, input_size, pool, dict(args or {}))
+    teacher = _load_factory(location)(options)
+    if not isinstance(teacher, Teacher):
+        raise TeacherError(f"teachers: {location} returned {type(teacher).__name__}, not a teachers.base.Teacher")
+    return teacher
+
+
+def _load_factory(location: str) -> Factory:
+    module_name, _, attribute = location.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise TeacherError(
+            f"teachers: {location} cannot be imported ({error}); is its folder the current one or installed?"
+        ) from error
+    except AttributeError as error:
+        raise TeacherError(f"teachers: module {module_name} has no {attribute}") from error
+    if not callable(factory):
+        raise TeacherError(f"teachers: {location} is not callable")
+    result: Factory = factory
+    return result
