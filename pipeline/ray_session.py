@@ -17,8 +17,10 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # or a job under `uv run` packs the working directory
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line that a worker prints comes twice
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",  # starvation is an error, not a hang
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_COLOR_PREFIX": "0",
 }
 _EMBEDDED = {
     "RAY_AUTH_MODE": "disabled",  # nothing but loopback
@@ -61,6 +63,8 @@ def connect() -> Iterator[None]:
 
 
 def _embedded_arguments() -> dict[str, object]:
+    import ray
+
     path = os.pathsep.join([str(REPOSITORY), os.getcwd(), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return {
         "address": "local",
@@ -69,6 +73,8 @@ def _embedded_arguments() -> dict[str, object]:
         "num_cpus": max(4, os.cpu_count() or 1),
         "object_store_memory": 512 << 20,  # features never travel through it
         "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+        # Without a dashboard one of Ray Train's helpers warns every second that it cannot query it.
+        "logging_config": ray.LoggingConfig(log_level="ERROR"),
     }
 
 

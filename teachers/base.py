@@ -155,10 +155,15 @@ class Teacher(ABC):
 
     def _check(self, output: TeacherOutput, batch: int) -> None:
         spec = self.spec
-        promised = (None if spec.summary_dim is None else (batch, spec.summary_dim), (batch, *spec.grid, spec.patch_dim))
+        promised = (
+            None if spec.summary_dim is None else (batch, spec.summary_dim),
+            (batch, *spec.grid, spec.patch_dim),
+        )
         given = (None if output.summary is None else tuple(output.summary.shape), tuple(output.patches.shape))
         if promised != given:
-            raise TeacherError(f"teacher {spec.name}: gave summary and patches of shape {given}, its spec says {promised}")
+            raise TeacherError(
+                f"teacher {spec.name}: gave summary and patches of shape {given}, its spec says {promised}"
+            )
 
 
 def pool_grid(patches: Tensor, pool: int) -> Tensor:

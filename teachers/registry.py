@@ -11,7 +11,13 @@ from teachers.base import Teacher, TeacherError, TeacherOptions
 
 Factory = Callable[[TeacherOptions], Teacher]
 
-FACTORIES: dict[str, str] = {}
+FACTORIES: dict[str, str] = {
+    "dinov2": "teachers.dinov2:dinov2",
+    "clip": "teachers.clip:clip",
+    "sam": "teachers.sam:sam",
+    "hog": "teachers.hog:hog",
+    "timm": "teachers.timm_backbone:timm_backbone",
+}
 """Name -> `module:factory`; imported when asked for, so that no teacher's library is needed for another's sake."""
 
 

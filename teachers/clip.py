@@ -1,0 +1,142 @@
+"""CLIP image towers (Radford et al. 2021) through open_clip: `clip[/<model>[@<tag>]]`.
+
+`<model>` and `<tag>` are open_clip's own names (`ViT-L-14@openai`, `ViT-B-16@laion2b_s34b_b88k`); the tag also decides
+the activation (OpenAI's weights want QuickGELU) and the preprocessing, for `weights: <path>` as well. The summary is the
+projected image embedding; the patches are the last block's tokens (or map) after the final norm, before the projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import _build_vision_tower, resize_pos_embed
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state, pool_grid
+from teachers.variants import check_multiple, choose
+from teachers.weights import check_keys, from_hub, parse_weights, read_checkpoint, seeded
+
+DEFAULT = "ViT-L-14"
+DEFAULT_TAG = "openai"
+
+
+class CLIP(Teacher):
+    """The image tower of an open_clip model; the text tower is never built.
+
+    Args:
+        model, tag: open_clip's names; tag "" for no published weights.
+        options: of the user; `args` replace fields of open_clip's vision configuration (`layers`, `width`, ...).
+    """
+
+    tower: nn.Module
+
+    def __init__(self, model: str, tag: str, options: TeacherOptions) -> None:
+        name = f"clip/{model}{f'@{tag}' if tag else ''}"
+        self.config: dict[str, Any] = open_clip.get_model_config(model)
+        self.published: dict[str, Any] = open_clip.get_pretrained_cfg(model, tag) if tag else {}
+        if tag and not self.published:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+            raise TeacherError(f"teacher {name}: open_clip has no such weights; its tags for {model} are {tags}")
+        self.vision = {**self.config["vision_cfg"], **options.args, "timm_model_pretrained": False}
+        size = options.input_size or self.vision.get("image_size", 224)
+        self.vision["image_size"] = size
+        self.source = parse_weights(options.weights, name, tag)
+        if self.source.kind == "hub" and not tag:
+            raise TeacherError(f"teacher {name}: name its weights, as in clip/{model}@<tag>, or set weights")
+        self.model_name, self.tag = model, tag
+        summary_dim, patch_dim, grid = self._probe(name, size)
+        self.pool = options.pool or 1
+        if any(side % self.pool for side in grid):
+            raise TeacherError(
+                f"teacher {name}: pool {self.pool} does not divide its grid of {grid[0]}x{grid[1]} patches"
+            )
+        self.spec = TeacherSpec(
+            name=name,
+            architecture=f"open_clip/{model}{'-quickgelu' if self._quick_gelu else ''}",
+            weights=self.source.identity,
+            input_size=(size, size),
+            mean=tuple(self.published.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+            std=tuple(self.published.get("std", open_clip.OPENAI_DATASET_STD)),
+            interpolation=self.published.get("interpolation", "bicubic"),
+            summary_dim=summary_dim,
+            patch_dim=patch_dim,
+            grid=(grid[0] // self.pool, grid[1] // self.pool),
+            pool=self.pool,
+            model_args=dict(options.args),
+            licence="mit" if tag == "openai" else "unknown",
+        )
+
+    @property
+    def _quick_gelu(self) -> bool:
+        return bool(self.config.get("quick_gelu") or self.published.get("quick_gelu"))
+
+    def _create(self) -> nn.Module:
+        try:
+            tower: nn.Module = _build_vision_tower(self.config["embed_dim"], self.vision, self._quick_gelu)
+        except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise TeacherError(f"teacher clip/{self.model_name}: args {self.vision}: {reason}") from error
+        return tower.eval().requires_grad_(False)
+
+    def _probe(self, name: str, size: int) -> tuple[int, int, tuple[int, int]]:
+        check_multiple(name, size, self.vision.get("patch_size") or 1)
+        with torch.device("meta"):
+            try:
+                summary, patches = self._features(self._create(), torch.empty(1, 3, size, size))
+            except (RuntimeError, AssertionError, AttributeError) as error:
+                reason = " ".join(str(error).split())[:160]
+                raise TeacherError(f"teacher {name}: its tower gives no patches at {size} px ({reason})") from error
+        return summary.shape[-1], patches.shape[-1], (patches.shape[1], patches.shape[2])
+
+    @staticmethod
+    def _features(tower: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        # A norm that follows the pooling has not seen single tokens.
+        normalise = not isinstance(tower, VisionTransformer) or not tower.final_ln_after_pool
+        output = tower.forward_intermediates(images, indices=1, normalize_intermediates=normalise)
+        return output["image_features"], output["image_intermediates"][-1].permute(0, 2, 3, 1)
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Bring the weights; see :meth:`teachers.base.Teacher.load`."""
+        tower = self._load()
+        self.weights_sha256 = digest_state(tower)
+        self.device, self.dtype = torch.device(device), dtype
+        self.tower = tower.to(self.device, dtype)
+
+    def _load(self) -> nn.Module:
+        if self.source.kind == "random":
+            with seeded(self.source.seed, self.spec.name):
+                return self._create()
+        path = self.source.value
+        if self.source.kind == "hub":
+            path = from_hub(self.spec.name, lambda: open_clip.download_pretrained(self.published))
+        return self._load_file(path)
+
+    def _load_file(self, path: str) -> nn.Module:
+        tower = self._create()
+        holder = nn.Module()
+        holder.visual = tower
+        tensors: dict[str, Tensor] = convert_state_dict(holder, read_checkpoint(path, self.spec.name))
+        resize_pos_embed(tensors, holder)
+        visual: Mapping[str, Tensor] = {
+            key.removeprefix("visual."): value.float() for key, value in tensors.items() if key.startswith("visual.")
+        }
+        tower.load_state_dict(check_keys(visual, tower.state_dict(), self.spec.name))
+        return tower
+
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """[B, 3, H, W] -> summary [B, embedding], patches [B, h, w, width]."""
+        summary, patches = self._features(self.tower, images)
+        return TeacherOutput(summary, pool_grid(patches, self.pool))
+
+
+def clip(options: TeacherOptions) -> Teacher:
+    """Factory of CLIP; without a model it is ViT-L/14, without a tag OpenAI's weights where there are such."""
+    model, _, tag = options.variant.partition("@")
+    model, _ = choose("clip", model, {name: name for name in open_clip.list_models()}, DEFAULT)
+    published = open_clip.list_pretrained_tags_by_model(model)
+    return CLIP(model, tag or (DEFAULT_TAG if DEFAULT_TAG in published else ""), options)

@@ -1,0 +1,191 @@
+"""Where a teacher's weights come from: a hub, a file, or a seed. Nothing is unpickled but tensors and plain values."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import socket
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file
+from torch import Tensor
+
+from teachers.base import TeacherError, WeightsNotFoundError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """What the `weights` field asks for.
+
+    Attributes:
+        kind: ``hub``, ``file`` or ``random``.
+        value: the hub's tag, the path, or the seed.
+        identity: as in :attr:`~teachers.base.TeacherSpec.weights`.
+    """
+
+    kind: str
+    value: str
+    identity: str
+
+    @property
+    def seed(self) -> int:
+        """Of random weights."""
+        return int(self.value)
+
+
+def parse_weights(weights: str, teacher: str, tag: str) -> WeightSource:
+    """Read the `weights` field.
+
+    Args:
+        tag: names the published weights of this teacher.
+
+    Raises:
+        TeacherError: for a seed that is no number.
+        WeightsNotFoundError: for a path at which there is no file.
+    """
+    if weights == "pretrained":
+        return WeightSource("hub", tag, f"hub:{tag}")
+    if weights == "random" or weights.startswith("random:"):
+        seed = weights.partition(":")[2] or "0"
+        if not seed.isdecimal():
+            raise TeacherError(f"teacher {teacher}: weights: random:{seed} needs a whole number as its seed")
+        return WeightSource("random", seed, f"random:{seed}")
+    path = Path(weights).expanduser().resolve()
+    if not path.is_file():
+        raise WeightsNotFoundError(
+            f"teacher {teacher}: weights: there is no file {path}; put the checkpoint there, or set weights to its path, "
+            "to `pretrained`, or to `random` for a seeded untrained network"
+        )
+    return WeightSource("file", str(path), f"file:{_file_sha256(path, path.stat().st_mtime_ns)}")
+
+
+@cache
+def _file_sha256(path: Path, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def seeded(seed: int, teacher: str) -> Iterator[None]:
+    """Initialise under a seed without disturbing the global random state, and say aloud what that means."""
+    log.warning("teacher %s: untrained, its weights are random (seed %d); its features are no knowledge", teacher, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def from_hub(teacher: str, fetch: Callable[[], T]) -> T:
+    """Call `fetch`, which downloads or finds weights in the local cache of the hub.
+
+    Raises:
+        WeightsNotFoundError: naming the model, the path to put it at and the flag, whatever went wrong.
+    """
+    try:
+        with _offline_if_unreachable():
+            return fetch()
+    except TeacherError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise WeightsNotFoundError(
+            f"teacher {teacher}: its pretrained weights are neither in the local hub cache ({constants.HF_HUB_CACHE}) nor can they be "
+            f"downloaded ({reason}); put its checkpoint file on this machine and set teachers.<i>.weights=<path of the file>, "
+            "or weights=random for a seeded untrained network"
+        ) from error
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Look in the local cache alone where the hub does not answer: its client would retry for most of a minute."""
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    before = constants.HF_HUB_OFFLINE
+    if not urllib.request.getproxies():
+        try:
+            socket.create_connection((host, 443), timeout=3).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def read_checkpoint(path: str | Path, teacher: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name: safetensors, a PyTorch file of tensors, or a TorchScript archive.
+
+    Wrappers (``model``, ``state_dict``, ``teacher``) and the ``module.`` prefix of DDP are taken off.
+
+    Raises:
+        TeacherError: where the file is none of these.
+    """
+    path = Path(path)
+    try:
+        loaded: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise TeacherError(
+            f"teacher {teacher}: weights: {path} is no readable checkpoint ({reason}); it must be safetensors, "
+            "a PyTorch file that holds tensors alone, or a TorchScript archive"
+        ) from error
+    for wrapper in ("model", "state_dict", "teacher"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping):
+        raise TeacherError(f"teacher {teacher}: weights: {path} holds a {type(loaded).__name__}, not tensors by name")
+    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+def _load_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError:
+        # OpenAI publishes CLIP as TorchScript; loading it builds a graph and runs none of it.
+        return torch.jit.load(path, map_location="cpu").state_dict()
+
+
+def check_keys(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], teacher: str, ignored: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The expected tensors, and no others: no key may be silently missing, of another shape, or left over.
+
+    Args:
+        expected: the model's own state dict.
+        ignored: prefixes of keys that other parts of the published file hold.
+
+    Raises:
+        TeacherError: naming the first keys.
+    """
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        raise TeacherError(f"teacher {teacher}: weights: the file lacks {_some(missing)}: is it of this architecture?")
+    prefixes = tuple(ignored)
+    surplus = sorted(key for key in tensors.keys() - expected.keys() if not (prefixes and key.startswith(prefixes)))
+    if surplus:
+        raise TeacherError(
+            f"teacher {teacher}: weights: the file holds {_some(surplus)}, which this architecture has not"
+        )
+    for key, tensor in expected.items():
+        if tensors[key].shape != tensor.shape:
+            shapes = f"{tuple(tensors[key].shape)} in the file, {tuple(tensor.shape)} in the architecture"
+            raise TeacherError(f"teacher {teacher}: weights: {key} has shape {shapes}: is it another size?")
+    return {key: tensors[key] for key in expected}
+
+
+def _some(keys: list[str]) -> str:
+    return f"{', '.join(keys[:5])}{f' and {len(keys) - 5} more keys' if len(keys) > 5 else ''}"
