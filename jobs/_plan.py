@@ -16,9 +16,8 @@ def cache_plan(plan: CachePlan, config: Config) -> str:
     for split in plan.splits:
         dataset = split.dataset
         missing = len(split.missing_images())
-        rows[f"{split.split} images"] = (
-            f"{dataset.count} from {dataset.location}; {dataset.id}: {dataset.shards - missing} of {dataset.shards} shards there"
-        )
+        there = f"{dataset.id}: {dataset.shards - missing} of {dataset.shards} shards there"
+        rows[f"{split.split} images"] = f"{dataset.count} from {dataset.location}; {there}"
     labels = teacher_labels(plan.teachers)
     for teacher in plan.teachers:
         rows[f"teacher {labels[teacher.id]}"] = _teacher(plan, teacher)

@@ -18,11 +18,13 @@ _ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # or a job under `uv run` packs the working directory
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line that a worker prints comes twice
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # ours count images, these count shards
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",  # starvation is an error, not a hang
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_COLOR_PREFIX": "0",
 }
 _EMBEDDED = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ side reports an actor pool's ordinary restart setting as an error
     "RAY_AUTH_MODE": "disabled",  # nothing but loopback
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -49,8 +51,6 @@ def connect() -> Iterator[None]:
         os.environ.setdefault(name, value)
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     try:
         ray.init(**({} if address else _embedded_arguments()), log_to_driver=True, logging_level=logging.WARNING)
     except ConnectionError as error:
@@ -81,6 +81,5 @@ def _embedded_arguments() -> dict[str, object]:
 def _quieten_ray_data() -> None:
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    ray.data.DataContext.get_current().print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)

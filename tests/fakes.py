@@ -81,22 +81,21 @@ def write_photos(folder: Path, count: int, classes: int = 3, size: int = 48, see
 
 def fill_in_process(plan: Any, batch_size: int = 16) -> int:
     """Fill a planned cache without Ray, shard by shard; returns the teacher shards computed."""
-    from pipeline.cache.build import _freeze_stats
+    from pipeline.cache.build import freeze_stats
     from pipeline.cache.dataset import create_dataset
     from pipeline.cache.extract import Extract
     from pipeline.cache.ingest import Ingest
 
+    ingest = Ingest({split.split: (split.dataset, split.source) for split in plan.splits})
+    extract = Extract({split.split: split.dataset for split in plan.splits}, plan.teachers, "cpu", 2, batch_size)
     computed = 0
     for split in plan.splits:
         create_dataset(split.dataset, split.index)
-        for shard in range(split.dataset.shards):
-            row = Ingest(split.dataset, split.source)({"shard": shard})
-            assert not row["error"], row
-        extract = Extract(split.dataset, plan.teachers, "cpu", 2, batch_size)
-        for shard in range(split.dataset.shards):
-            row = extract({"shard": shard})
-            assert not row["error"], row
-            computed += row["computed"]
+        for step in (ingest, extract):
+            for shard in range(split.dataset.shards):
+                row = step({"split": split.split, "shard": shard})
+                assert not row["error"], row
+                computed += row.get("computed", 0)
         for teacher in plan.teachers:
-            _freeze_stats(split.dataset, teacher)
+            freeze_stats(split.dataset, teacher)
     return computed

@@ -1,27 +1,24 @@
-"""Plan and fill the cache: what is there, what is missing, and the Ray Data pipelines that compute just that.
+"""Plan and fill the cache: what is there, what is missing, and the two passes that compute just that.
 
-    images     source -> Ingest (CPU tasks, one row a shard) -> committed `images` shards
-    teachers   shard -> Extract (actors, a GPU each where there are any) -> committed teacher shards
-
-A Ray Data row is a shard: what travels between operators is its number and what became of it.
+images     source -> Ingest -> committed `images` shards
+teachers   `images` shards -> Extract -> committed teacher shards
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.cache.dataset import Dataset, create_dataset, plan_dataset
-from pipeline.cache.extract import CachedTeacher, Extract, make_teacher
+from pipeline.cache.extract import CachedTeacher, make_teacher
 from pipeline.cache.ingest import Ingest, check_quarantine
 from pipeline.cache.keys import teacher_id, teacher_identity
+from pipeline.cache.ray_pipeline import extract_shards, ingest_shards
 from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
 from pipeline.cache.store import Store
 from pipeline.config import Config
@@ -29,8 +26,6 @@ from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.sources import SceneSettings, open_source
 from pipeline.sources.base import Source
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,13 +133,14 @@ def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport
     plan = replace(plan, teachers=tuple(_with_weights(plan, teacher) for teacher in plan.teachers))
     for split in plan.splits:
         create_dataset(split.dataset, split.index)
-        report.images_ingested += _ingest(split)
+    report.images_ingested = _ingest(plan.splits)
+    for split in plan.splits:
         records = split.dataset.images.records().values()
         report.quarantined[split.split] = check_quarantine(split.dataset, records, config.data.max_bad)
+    _extract(plan, config.cache.batch_size, report)
     for split in plan.splits:
-        _extract(split, plan.teachers, config.cache.batch_size, report)
         for teacher in plan.teachers:
-            _freeze_stats(split.dataset, teacher)
+            freeze_stats(split.dataset, teacher)
     report.seconds = time.perf_counter() - started
     return plan, report
 
@@ -174,67 +170,41 @@ def _recorded_digest(folder: Store) -> str:
     return digest
 
 
-def _ingest(split: SplitPlan) -> int:
-    missing = split.missing_images()
-    dataset = split.dataset
-    total = sum(dataset.shard_rows(shard) for shard in missing)
-    with Progress(total, "img", f"index {split.split}") as progress:
-        for row in _map_shards(Ingest(dataset, split.source), missing):
+def _ingest(splits: Sequence[SplitPlan]) -> int:
+    ingest = Ingest({split.split: (split.dataset, split.source) for split in splits})
+    rows = [{"split": split.split, "shard": shard} for split in splits for shard in split.missing_images()]
+    total = _images(splits, rows)
+    with Progress(total, "img", "index") as progress:
+        for row in ingest_shards(rows, ingest):
             _raise_error(row)
-            progress.update(row["rows"])
+            progress.update(row["images"])
     return total
 
 
-def _extract(split: SplitPlan, teachers: Sequence[CachedTeacher], batch_size: int, report: BuildReport) -> None:
-    missing = {teacher.id: set(split.missing(teacher)) for teacher in teachers}
-    needed = [teacher for teacher in teachers if missing[teacher.id]]
-    shards = sorted(set().union(*missing.values()))
-    if not shards:
-        return
-    total = sum(split.dataset.shard_rows(shard) for shard in shards)
-    names = " ".join(teacher.spec.name for teacher in needed)
-    with Progress(total, "img", f"extract {split.split} ({names})") as progress:
-        for row in _map_shards_on_actors(split.dataset, needed, shards, batch_size):
+def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
+    missing = {(split.split, teacher.id): split.missing(teacher) for split in plan.splits for teacher in plan.teachers}
+    needed = [t for t in plan.teachers if any(missing[split.split, t.id] for split in plan.splits)]
+    pairs = {(split, shard) for (split, _), shards in missing.items() for shard in shards}
+    rows = [{"split": split, "shard": shard} for split, shard in sorted(pairs)]
+    datasets = {split.split: split.dataset for split in plan.splits}
+    label = f"extract {' '.join(teacher.spec.name for teacher in needed)}"
+    with Progress(_images(plan.splits, rows), "img", label) as progress:
+        for row in extract_shards(rows, (datasets, needed), batch_size):
             _raise_error(row)
             report.shards_computed += row["computed"]
-            report.images_extracted += row["rows"] * row["computed"]
-            progress.update(split.dataset.shard_rows(row["shard"]))
-    for teacher in needed:
-        if left := split.missing(teacher):
-            raise UserError(
-                f"{len(left)} shards of {teacher.id} were not committed, the first is {left[0]}: run the job again"
-            )
+            report.images_extracted += row["images"] * row["computed"]
+            progress.update(datasets[row["split"]].shard_rows(row["shard"]))
+    for split in plan.splits:
+        for teacher in needed:
+            if left := split.missing(teacher):
+                raise UserError(
+                    f"{len(left)} shards of {teacher.id} were not committed, first {left[0]}: run the job again"
+                )
 
 
-def _map_shards(function: Ingest, shards: list[int]) -> Iterator[dict[str, Any]]:
-    if shards:
-        yield from _rows(shards).map(function, num_cpus=1).iter_rows()
-
-
-def _map_shards_on_actors(
-    dataset: Dataset, teachers: Sequence[CachedTeacher], shards: list[int], batch_size: int
-) -> Iterator[dict[str, Any]]:
-    import ray
-    from ray.data import ActorPoolStrategy
-
-    cpus, gpus = ray.cluster_resources().get("CPU", 1), int(ray.cluster_resources().get("GPU", 0))
-    # One CPU is left for the tasks that feed the actors: without it Ray Data starves (ray_facts, section 3).
-    threads = max(1, min(8, int((cpus - 1) // gpus))) if gpus else max(1, min(os.cpu_count() or 1, int(cpus) - 1))
-    actors = min(len(shards), gpus or max(1, int((cpus - 1) // threads)))
-    pool = ActorPoolStrategy(
-        min_size=1, max_size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
-    )
-    arguments = (dataset, list(teachers), "cuda" if gpus else "cpu", threads, batch_size)
-    extracted = _rows(shards).map(
-        Extract, fn_constructor_args=arguments, compute=pool, num_cpus=threads, num_gpus=1 if gpus else 0
-    )
-    yield from extracted.iter_rows()
-
-
-def _rows(shards: list[int]) -> Any:
-    import ray.data
-
-    return ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+def _images(splits: Sequence[SplitPlan], rows: Sequence[dict[str, Any]]) -> int:
+    datasets = {split.split: split.dataset for split in splits}
+    return sum(datasets[row["split"]].shard_rows(row["shard"]) for row in rows)
 
 
 def _raise_error(row: dict[str, Any]) -> None:
@@ -242,11 +212,14 @@ def _raise_error(row: dict[str, Any]) -> None:
         raise UserError(row["error"])
 
 
-def _freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
+def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
+    """Merge the statistics of all shards of a complete teacher, once."""
     folder = dataset.teacher(teacher.id)
     if folder.store.exists("stats.npz"):
         return
     parts = folder.moments(record for record in folder.records().values() if record.moments)
+    if not parts:
+        raise UserError(f"{dataset.location}: not one image can be read")
     merged = {kind: merge_all(part[kind] for part in parts) for kind in teacher.shapes}
     folder.store.put("stats.npz", dump_moments(merged))
 

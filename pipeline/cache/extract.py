@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +100,7 @@ class Extract:
     """Commits the missing teachers of one shard a call; a Ray Data row is a shard.
 
     Args:
-        dataset: whose `images` shards are complete.
+        datasets: by split (``train``, ``val``); their `images` shards are complete.
         teachers: loaded once, kept for all shards.
         device: ``cuda`` or ``cpu``.
         threads: that decode and resize.
@@ -108,10 +108,15 @@ class Extract:
     """
 
     def __init__(
-        self, dataset: Dataset, teachers: Sequence[CachedTeacher], device: str, threads: int, batch_size: int
+        self,
+        datasets: Mapping[str, Dataset],
+        teachers: Sequence[CachedTeacher],
+        device: str,
+        threads: int,
+        batch_size: int,
     ) -> None:
         logging.getLogger("teachers").setLevel(logging.ERROR)  # the driver has said what there is to say
-        self.dataset = dataset
+        self.datasets = datasets
         self.batch_size = batch_size
         self.pool = ThreadPoolExecutor(threads)
         self.device_lock = threading.Lock()
@@ -129,21 +134,23 @@ class Extract:
         return teacher
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Compute what is missing of shard `row["shard"]`; a user-facing failure comes back as ``error``."""
-        shard = int(row["shard"])
-        try:
-            done = {name: self.dataset.teacher(name).record(shard) for name in self.teachers}
-            missing = [name for name, record in done.items() if record is None]
-            rows = self._extract(shard, missing) if missing else 0
-        except (UserError, TeacherError) as error:
-            return {"shard": shard, "rows": 0, "computed": 0, "error": str(error)}
-        return {"shard": shard, "rows": rows, "computed": len(missing), "error": ""}
+        """Compute what is missing of `row["shard"]` of `row["split"]`.
 
-    def _extract(self, shard: int, names: list[str]) -> int:
-        record = self.dataset.images.record(shard)
+        A failure that the user can mend comes back as ``error``, so that it stays one clear line.
+        """
+        dataset, shard = self.datasets[row["split"]], int(row["shard"])
+        missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
+        try:
+            images = self._extract(dataset, shard, missing) if missing else 0
+        except (UserError, TeacherError) as error:
+            return {**row, "images": 0, "computed": 0, "error": str(error)}
+        return {**row, "images": images, "computed": len(missing), "error": ""}
+
+    def _extract(self, dataset: Dataset, shard: int, names: list[str]) -> int:
+        record = dataset.images.record(shard)
         if record is None:
-            raise UserError(f"{self.dataset.images.store.uri} lacks shard {shard}: run the job again")
-        images = self.dataset.images.read(record)
+            raise UserError(f"{dataset.images.store.uri} lacks shard {shard}: run the job again")
+        images = dataset.images.read(record)
         writers = {name: _ShardBuilder(self.cached[name]) for name in names}
         for pixels in self._rendered(images, names):
             for name, batch in pixels.items():
@@ -152,7 +159,7 @@ class Extract:
                     output = self.teachers[name].encode(batch)
                 writers[name].add(output, time.perf_counter() - started)
         for name, writer in writers.items():
-            writer.commit(self.dataset.teacher(name), shard, images, self.device)
+            writer.commit(dataset.teacher(name), shard, images, self.device)
         return images.num_rows
 
     def _rendered(self, images: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:

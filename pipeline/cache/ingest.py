@@ -6,7 +6,7 @@ An image that cannot be decoded never enters the spine: it is quarantined with i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,34 +37,43 @@ IMAGES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Ingest:
-    """Commits one shard of `images` a call; a Ray Data row is a shard."""
+    """Commits one shard of `images` a call; a Ray Data row is a shard.
 
-    dataset: Dataset
-    source: Source
+    Attributes:
+        splits: dataset and source by split (``train``, ``val``).
+    """
+
+    splits: Mapping[str, tuple[Dataset, Source]]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Ingest shard `row["shard"]`; a user-facing failure comes back as ``error``, so that it stays one clear line."""
+        """Ingest `row["shard"]` of `row["split"]`.
+
+        A failure that the user can mend comes back as ``error``, so that it stays one clear line.
+        """
+        dataset, source = self.splits[row["split"]]
         shard = int(row["shard"])
         try:
-            record = self.dataset.images.record(shard) or self._commit(shard)
+            if dataset.images.record(shard) is None:
+                _commit(dataset, source, shard)
         except UserError as error:
-            return {"shard": shard, "rows": 0, "error": str(error)}
-        return {"shard": shard, "rows": self.dataset.shard_rows(shard), "error": "", "bad": len(record.facts["bad"])}
+            return {**row, "images": 0, "error": str(error)}
+        return {**row, "images": dataset.shard_rows(shard), "error": ""}
 
-    def _commit(self, shard: int) -> ShardRecord:
-        started = time.perf_counter()
-        index = self.dataset.shard_index(shard)
-        rows: list[dict[str, Any]] = []
-        bad: list[dict[str, str]] = []
-        keys = zip(index["sample_id"].to_pylist(), index["label"].to_pylist(), strict=True)
-        for (sample_id, label), data in zip(keys, self.source.read(index), strict=True):
-            reason = _unreadable(data)
-            if reason:
-                bad.append({"sample_id": sample_id, "reason": reason})
-            else:
-                rows.append(_row(sample_id, label, data))
-        table = pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA)
-        return self.dataset.images.commit(shard, table, facts={"bad": bad, "seconds": time.perf_counter() - started})
+
+def _commit(dataset: Dataset, source: Source, shard: int) -> None:
+    started = time.perf_counter()
+    index = dataset.shard_index(shard)
+    rows: list[dict[str, Any]] = []
+    bad: list[dict[str, str]] = []
+    keys = zip(index["sample_id"].to_pylist(), index["label"].to_pylist(), strict=True)
+    for (sample_id, label), data in zip(keys, source.read(index), strict=True):
+        reason = _unreadable(data)
+        if reason:
+            bad.append({"sample_id": sample_id, "reason": reason})
+        else:
+            rows.append(_row(sample_id, label, data))
+    table = pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA)
+    dataset.images.commit(shard, table, facts={"bad": bad, "seconds": round(time.perf_counter() - started, 3)})
 
 
 def _row(sample_id: str, label: int | None, data: Any) -> dict[str, Any]:
