@@ -24,7 +24,6 @@ _ENVIRONMENT = {
     "RAY_COLOR_PREFIX": "0",
 }
 _EMBEDDED = {
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ side reports an actor pool's ordinary restart setting as an error
     "RAY_AUTH_MODE": "disabled",  # nothing but loopback
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -38,7 +37,7 @@ def is_submitted_job() -> bool:
 
 @contextmanager
 def connect() -> Iterator[None]:
-    """Connect to Ray, and leave it at the end.
+    """Connect to Ray, and leave it at the end; within a session that is open already, use that one.
 
     Without RAY_ADDRESS a session of its own starts on this machine, and ends with the job. Workers import this
     checkout and the modules of the current directory.
@@ -51,6 +50,9 @@ def connect() -> Iterator[None]:
         os.environ.setdefault(name, value)
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     try:
         ray.init(**({} if address else _embedded_arguments()), log_to_driver=True, logging_level=logging.WARNING)
     except ConnectionError as error:
@@ -82,4 +84,4 @@ def _quieten_ray_data() -> None:
     import ray.data
 
     ray.data.DataContext.get_current().print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off

@@ -379,7 +379,8 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report in full
+    # It prints every report in full.
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), get_device(), prepare_model)
     task = loop_config["make_task"](loop_config["payload"], worker.rank, worker.world)

@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.cache.build import plan_cache
+from pipeline.cache.extract import Extract, teacher_labels
+from pipeline.cache.store import Store
+from tests.fakes import fill_in_process, images_seen
+
+
+def test_teacher_shards_hold_the_keys_of_the_images_in_their_order(filled):
+    for split in filled.plan.splits:
+        images = split.dataset.images
+        for teacher in filled.plan.teachers:
+            folder = split.dataset.teacher(teacher.id)
+            for shard, record in folder.records().items():
+                keys = images.read(images.records()[shard], ["sample_id", "view"])
+                assert folder.read(record, ["sample_id", "view"]).equals(keys)
+
+
+def test_files_say_what_they_hold_in_standard_types(filled):
+    teacher = filled.plan.teachers[0]
+    folder = filled.train.teacher(teacher.id)
+    table = pq.read_table(Path(folder.store.uri, folder.records()[0].file))
+    assert table.schema.metadata[b"teacher"].decode() == teacher.id
+    assert table.schema.metadata[b"patches.shape"] == b"[4, 4, 8]"
+    assert str(table.schema.field("patches").type) == f"fixed_size_binary[{4 * 4 * 8 * 2}]"
+    assert str(table.schema.field("sample_id").type) == "string"
+
+
+def test_what_is_there_is_not_computed_again(tmp_path, photo_config):
+    log = tmp_path / "calls"
+    config = photo_config("teachers=[{model: 'tests.fakes:colours'}]", f"teachers.0.args={{log: {log}}}")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    assert fill_in_process(plan) == 3
+    assert images_seen(log) == 190
+    assert fill_in_process(plan) == 0
+    assert images_seen(log) == 190
+    folder = plan.split("train").dataset.teacher(plan.teachers[0].id)
+    Path(folder.store.uri, "shard-00001.json").unlink()
+    assert fill_in_process(plan) == 1
+    assert images_seen(log) == 190 + 50
+
+
+def test_recomputed_shards_are_byte_identical(filled):
+    folder = filled.train.teacher(filled.plan.teachers[0].id)
+    before = folder.records()
+    for record in before.values():
+        Path(folder.store.uri, record.file).unlink()
+    assert fill_in_process(filled.plan) == 2
+    assert {s: r.sha256 for s, r in folder.records().items()} == {s: r.sha256 for s, r in before.items()}
+
+
+def test_features_that_are_not_finite_stop_the_shard_and_name_the_teacher(tmp_path, photo_config):
+    config = photo_config("teachers=[{model: 'tests.fakes:colours', args: {poison: 1}}]")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    with pytest.raises(AssertionError, match="teacher colours8 gave summary features that are not finite"):
+        fill_in_process(plan)
+    assert not plan.split("train").dataset.teacher(plan.teachers[0].id).records()
+
+
+def test_other_weights_than_planned_are_refused(filled):
+    from dataclasses import replace
+
+    from teachers.base import TeacherError
+
+    teacher = replace(filled.plan.teachers[0], weights_sha256="0" * 64)
+    with pytest.raises(TeacherError, match="other weights than the one that planned the job"):
+        Extract({"train": filled.train}, [teacher], "cpu", 1, 8)
+
+
+def test_statistics_equal_those_of_the_stored_features(filled):
+    from pipeline.cache.build import teacher_stats
+    from pipeline.cache.codec import decode
+
+    teacher = filled.plan.teachers[0]
+    folder = filled.train.teacher(teacher.id)
+    stored = []
+    for record in folder.records().values():
+        rows = folder.read(record)["patches"].to_pylist()
+        raw = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
+        stored.append(decode("float16", raw, teacher.patches_shape))
+    flat = torch.cat(stored).reshape(-1, 8).double()
+    moments = teacher_stats(filled.train, teacher)["patches"]
+    assert moments.count == len(flat)
+    torch.testing.assert_close(torch.from_numpy(moments.mean), flat.mean(0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(moments.std), flat.std(0, correction=0), atol=1e-3, rtol=1e-3)
+
+
+def test_labels_are_names_unless_two_teachers_share_one(filled):
+    one, two = filled.plan.teachers
+    assert teacher_labels([one, two]) == {one.id: "colours8", two.id: "colours4"}
+    from dataclasses import replace
+
+    twin = replace(two, spec=replace(two.spec, name="colours8"))
+    assert teacher_labels([one, twin]) == {one.id: one.id, twin.id: twin.id}
