@@ -32,7 +32,7 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
-        f"weights {spec.weights[:20]}; {size(teacher.bytes_per_image)} an image, {size(teacher.bytes_per_image * images)} in all; "
+        f"weights {spec.weights[:20]}; {size(teacher.bytes_per_image)} an image, {size(teacher.bytes_per_image * images)} total; "
         f"{teacher.id}: {shards - missing} of {shards} shards there"
     )
 

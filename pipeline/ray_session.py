@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 
@@ -64,7 +65,7 @@ def connect() -> Iterator[None]:
         ray.shutdown()
 
 
-def _embedded_arguments() -> dict[str, object]:
+def _embedded_arguments() -> dict[str, Any]:
     import ray
 
     path = os.pathsep.join([str(REPOSITORY), os.getcwd(), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,9 +31,7 @@ import numpy as np
 import torch
 import yaml
 from mlflow import MlflowClient
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.data.dataset_source import DatasetSource
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -92,7 +92,7 @@ class Run:
 
     def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Log metrics by step, in batches. Values that are not finite are left out: stores refuse or alter them."""
-        now = _milliseconds()
+        now = int(time.time() * 1000)
         points = (
             Metric(name, float(value), now, step)
             for step, metrics in history
@@ -120,42 +120,13 @@ class Run:
 
     def log_dataset(self, name: str, source: str, digest: str, context: str) -> None:
         """Log which data a run used: its content-addressed name, where it came from, and for what it was used."""
-        dataset = MetaDataset(_Location(source), name=name, digest=digest[:36])
+        dataset = Dataset(name, digest[:36], source_type="location", source=json.dumps({"location": source}))
         tags = [InputTag("mlflow.data.context", context)]
-        self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.run_id, status)
-
-
-class _Location(DatasetSource):
-    """Where a dataset was read from, as it was configured."""
-
-    def __init__(self, location: str) -> None:
-        self.location = location
-
-    @staticmethod
-    def _get_source_type() -> str:
-        return "location"
-
-    def load(self, **_: Any) -> Any:
-        raise NotImplementedError("a location only tells where the data came from")
-
-    @staticmethod
-    def _can_resolve(raw_source: Any) -> bool:
-        return False
-
-    @classmethod
-    def _resolve(cls, raw_source: Any) -> _Location:
-        return cls(str(raw_source))
-
-    def to_dict(self) -> dict[str, str]:
-        return {"location": self.location}
-
-    @classmethod
-    def from_dict(cls, source_dict: dict[str, str]) -> _Location:
-        return cls(source_dict["location"])
 
 
 def start_job(
@@ -251,12 +222,6 @@ def _git_tags() -> dict[str, str]:
     except (OSError, subprocess.TimeoutExpired):
         return {}
     return {"mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else {}
-
-
-def _milliseconds() -> int:
-    import time
-
-    return int(time.time() * 1000)
 
 
 def log_student(

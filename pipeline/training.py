@@ -43,7 +43,9 @@ History = list[tuple[int, dict[str, float]]]
 class TrainingBatch(Protocol):
     """What the engine needs to know of a batch."""
 
-    keys: list[str]
+    @property
+    def keys(self) -> list[str]:
+        """Sample ids."""
 
 
 class Task(ABC):
@@ -143,7 +145,7 @@ def train(
 class _Loop:
     def __init__(self, task: Task, config: TrainConfig, worker: Worker) -> None:
         self.task, self.config, self.worker = task, config, worker
-        module = task.module.to(worker.device, memory_format=torch.channels_last)
+        module = task.module.to(worker.device).to(memory_format=torch.channels_last)
         if worker.world > 1 and worker.device.type == "cuda":
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self.module: nn.Module = module
@@ -335,32 +337,39 @@ def fit(
     Raises:
         DivergedError: as in :func:`train`.
     """
-    import ray.train
     from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"make_task": make_task, "payload": payload, "config": config.model_dump()},
+        scaling_config=_scaling(config),
+        run_config=_run_config(config, folder, on_commit),
+    )
+    result = trainer.fit()
+    if diverged := (result.metrics or {}).get("diverged"):
+        raise DivergedError(diverged)
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as directory:
+        return load_state(directory)
+
+
+def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History], None]) -> Any:
+    from ray.train.v2.api import config as ray_train
     from ray.train.v2.api.callback import UserCallback
 
     class CommitMetrics(UserCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             on_commit(metrics[0]["history"])
 
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"make_task": make_task, "payload": payload, "config": config.model_dump()},
-        scaling_config=_scaling(config),
-        run_config=ray.train.RunConfig(
-            name=folder.rstrip("/").rsplit("/", 1)[-1],
-            storage_path=folder.rstrip("/").rsplit("/", 1)[0],
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            failure_config=ray.train.FailureConfig(max_failures=3),
-            callbacks=[CommitMetrics()],
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        ),
+    storage, name = folder.rstrip("/").rsplit("/", 1)
+    return ray_train.RunConfig(
+        name=name,
+        storage_path=storage,
+        checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+        failure_config=ray_train.FailureConfig(max_failures=3),
+        callbacks=[CommitMetrics()],
+        logging_config=ray_train.LoggingConfig(log_level="WARNING"),
     )
-    result = trainer.fit()
-    if diverged := (result.metrics or {}).get("diverged"):
-        raise DivergedError(diverged)
-    with result.checkpoint.as_directory() as directory:
-        return load_state(directory)
 
 
 def _scaling(config: TrainConfig) -> Any:

@@ -2,12 +2,11 @@
 
 import io
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-Interpolation = Literal["bicubic", "bilinear"]
+from teachers.base import Interpolation
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own bound, kept here because libraries lift that one."""

@@ -12,13 +12,12 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 class TeacherError(Exception):
@@ -85,7 +84,7 @@ class TeacherSpec:
     input_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str
+    interpolation: Interpolation
     summary_dim: int | None
     patch_dim: int
     grid: tuple[int, int]

@@ -19,7 +19,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state, pool_grid
+from teachers.base import (
+    Interpolation,
+    Teacher,
+    TeacherError,
+    TeacherOptions,
+    TeacherOutput,
+    TeacherSpec,
+    digest_state,
+    pool_grid,
+)
 from teachers.variants import check_multiple
 from teachers.weights import WeightSource, check_keys, from_hub, parse_weights, read_checkpoint, seeded
 
@@ -184,7 +193,7 @@ def _triple(name: str, field: str, value: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _interpolation(name: str, value: str) -> str:
-    if value not in ("bicubic", "bilinear"):
-        raise TeacherError(f"teacher {name}: args.interpolation must be bicubic or bilinear, not {value!r}")
-    return value
+def _interpolation(name: str, value: Any) -> Interpolation:
+    if value == "bicubic" or value == "bilinear":
+        return value
+    raise TeacherError(f"teacher {name}: args.interpolation must be bicubic or bilinear, not {value!r}")

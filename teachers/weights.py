@@ -101,8 +101,8 @@ def from_hub(teacher: str, fetch: Callable[[], T]) -> T:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise WeightsNotFoundError(
-            f"teacher {teacher}: its pretrained weights are neither in the local hub cache ({constants.HF_HUB_CACHE}) nor can they be "
-            f"downloaded ({reason}); put its checkpoint file on this machine and set teachers.<i>.weights=<path of the file>, "
+            f"teacher {teacher}: its pretrained weights are neither in the local hub cache ({constants.HF_HUB_CACHE}) nor "
+            f"can they be downloaded ({reason}); put its file on this machine and set teachers.<i>.weights=<path of the file>, "
             "or weights=random for a seeded untrained network"
         ) from error
 

@@ -213,8 +213,10 @@ class _ShardBuilder:
             self.fidelity.setdefault(kind, fidelity(self.teacher.codec, features))
 
     def commit(self, folder: ShardFolder, shard: int, images: pa.Table, device: str) -> ShardRecord:
-        columns = {kind: self._column(kind, parts) for kind, parts in self.encoded.items()}
-        table = pa.table({"sample_id": images["sample_id"], "view": images["view"], **columns})
+        table = images.select(["sample_id", "view"])
+        for kind, parts in self.encoded.items():
+            column = self._column(kind, parts)
+            table = table.append_column(pa.field(kind, column.type, nullable=False), column)
         facts = {
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "device_seconds": round(self.seconds, 3),

@@ -114,10 +114,6 @@ class Distiller(nn.Module):
                 parts[f"{self.labels[target.teacher.id]}/{kind}"] = loss.detach()
         return total, parts
 
-    def rules(self) -> dict[str, GridRule]:
-        """The grid rule of every teacher, by its label."""
-        return {self.labels[target.teacher.id]: target.rule for target in self.targets}  # type: ignore[union-attr, misc]
-
 
 @torch.no_grad()
 def token_grid(student: Student, image_size: int) -> tuple[int, int]:

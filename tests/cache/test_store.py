@@ -28,7 +28,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write .*/kept: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write .*/kept: No space left on device"):
         store.put("kept", b"new and longer")
     assert store.get("kept") == b"old"
     assert os.listdir(tmp_path) == ["kept"]
