@@ -202,6 +202,9 @@ class _Loop:
         metrics = self.task.evaluate(self.ema.module)
         self.evaluations.append((self.position.step, metrics))
         self.history.append((self.position.step, metrics))
+        if metrics:
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+            print(f"evaluated at step {self.position.step}  {shown}", flush=True)
 
     def run_epoch(self, commit: Callable[[Snapshot], None]) -> None:
         position, config = self.position, self.config
@@ -388,8 +391,7 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
-    # It prints every report in full.
-    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; below it Ray Train prints every report in full
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), get_device(), prepare_model)
     task = loop_config["make_task"](loop_config["payload"], worker.rank, worker.world)
