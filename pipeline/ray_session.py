@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,22 +42,27 @@ def connect() -> Iterator[None]:
     """Connect to Ray, and leave it at the end; within a session that is open already, use that one.
 
     Without RAY_ADDRESS a session of its own starts on this machine, and ends with the job. Workers import this
-    checkout and the modules of the current directory.
+    checkout and the modules of the current directory; those of a submitted job import what it uploaded.
 
     Raises:
         UserError: where the cluster cannot be reached.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    for name, value in {**_ENVIRONMENT, **({} if address else _EMBEDDED)}.items():
+    address = os.environ.get("RAY_ADDRESS", "local")
+    embedded = address == "local"
+    for name, value in {**_ENVIRONMENT, **(_EMBEDDED if embedded else {})}.items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         yield
         return
+    arguments = _embedded_arguments() if embedded else {}
+    if not is_submitted_job():
+        arguments["runtime_env"] = {"env_vars": {"PYTHONPATH": _import_path()}}
     try:
-        ray.init(**({} if address else _embedded_arguments()), log_to_driver=True, logging_level=logging.WARNING)
-    except ConnectionError as error:
+        _probe(address)
+        ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
+    except OSError as error:
         raise UserError(f"RAY_ADDRESS={address} cannot be reached ({error}); start it, or unset RAY_ADDRESS") from error
     _quieten_ray_data()
     try:
@@ -65,17 +71,26 @@ def connect() -> Iterator[None]:
         ray.shutdown()
 
 
+def _probe(address: str) -> None:
+    """Fail at once where nothing listens: Ray would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _import_path() -> str:
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.getcwd(), os.environ.get("PYTHONPATH")]))
+
+
 def _embedded_arguments() -> dict[str, Any]:
     import ray
 
-    path = os.pathsep.join([str(REPOSITORY), os.getcwd(), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return {
         "address": "local",
         "include_dashboard": False,
         # Logical CPUs: a worker or actor, and one more for the tasks that feed it.
         "num_cpus": max(4, os.cpu_count() or 1),
         "object_store_memory": 512 << 20,  # features never travel through it
-        "runtime_env": {"env_vars": {"PYTHONPATH": path}},
         # Without a dashboard one of Ray Train's helpers warns every second that it cannot query it.
         "logging_config": ray.LoggingConfig(log_level="ERROR"),
     }
