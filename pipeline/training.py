@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -31,6 +31,9 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
 from pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
 
 STATE_FILE = "state.pt"
 POINTS_PER_EPOCH = 50
@@ -325,17 +328,17 @@ def fit(
     payload: dict[str, Any],
     config: TrainConfig,
     folder: str,
-    on_commit: Callable[[History], None],
-) -> dict[str, Any]:
+    on_commit: Callable[[History, str | None], None],
+) -> Checkpoint:
     """Train on Ray Train workers, from the last checkpoint in `folder` if there is one.
 
     Args:
         make_task: called in every worker with `payload`, its rank and the number of workers.
         folder: where checkpoints go: an absolute path or URI, shared by all nodes.
-        on_commit: called in Ray Train's controller with the metrics that a registered checkpoint commits.
+        on_commit: called in Ray Train's controller with the metrics that a registered checkpoint commits, and its path.
 
     Returns:
-        The final state, as :func:`load_state` gives it.
+        The final checkpoint, whose directory :func:`load_state` reads.
 
     Raises:
         DivergedError: as in :func:`train`.
@@ -352,17 +355,16 @@ def fit(
     if diverged := (result.metrics or {}).get("diverged"):
         raise DivergedError(diverged)
     assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as directory:
-        return load_state(directory)
+    return result.checkpoint
 
 
-def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History], None]) -> Any:
+def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, str | None], None]) -> Any:
     from ray.train.v2.api import config as ray_train
     from ray.train.v2.api.callback import UserCallback
 
     class CommitMetrics(UserCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            on_commit(metrics[0]["history"])
+            on_commit(metrics[0]["history"], checkpoint and checkpoint.path)
 
     storage, name = folder.rstrip("/").rsplit("/", 1)
     return ray_train.RunConfig(

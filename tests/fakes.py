@@ -99,3 +99,22 @@ def fill_in_process(plan: Any, batch_size: int = 16) -> int:
         for teacher in plan.teachers:
             freeze_stats(split.dataset, teacher)
     return computed
+
+
+SMALL_JOB = [
+    "data.samples.train=144",
+    "data.samples.val=48",
+    "data.samples.size=32",
+    "cache.shard_size=48",
+    "student.input_size=32",
+    "student.head_dim=32",
+    "train.epochs=2",
+    "train.batch_size=24",
+    "train.shuffle_window=64",
+]
+"""Overrides of a job of seconds: 3 training shards and 1 held-out one, 6 steps an epoch."""
+
+
+def colours_entry(log: Path, dim: int = 8, delay: float = 0.0) -> str:
+    """A `ColourGrid` that writes down its calls, as an entry of `teachers`."""
+    return f"{{model: 'tests.fakes:colours', args: {{log: '{log}', dim: {dim}, delay: {delay}}}}}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from pipeline.distill.task import DistillJob, build_distiller, build_student, ma
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
 from pipeline.student.model import Encoder
 from pipeline.tracking import Run, log_student
-from pipeline.training import fit
+from pipeline.training import STATE_FILE, History, fit, load_state
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,10 @@ def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillR
     """
     job = make_job(config, plan)
     teachers = evaluate_teachers(job, run)
-    state = fit(make_distill_task, {"job": job}, config.train, str(folder / "train"), run.log_metrics)
+    checkpoint = fit(make_distill_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
+    with checkpoint.as_directory() as directory:
+        state = load_state(directory)
+        run.log_file(Path(directory, STATE_FILE), "checkpoint")
     distiller = build_distiller(job)
     distiller.load_state_dict(state["ema"])
     curve = [metrics["knn"] for _, metrics in state["evaluations"] if "knn" in metrics]
@@ -72,6 +76,12 @@ def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillR
     uri = _log(encoder, config, run, folder / "student", {"knn": after} if after is not None else {})
     position = state["position"]
     return DistillResult(before, after, teachers, position["step"], position["samples"], uri, folder / "student")
+
+
+def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
+    run.log_metrics(history)
+    if checkpoint:
+        run.set_tags({"checkpoint": checkpoint})
 
 
 def make_job(config: Config, plan: CachePlan) -> DistillJob:
