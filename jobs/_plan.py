@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from jobs._cli import size, table
-from pipeline.cache.build import CachePlan, SplitPlan
+from pipeline.cache.build import CachePlan
 from pipeline.cache.extract import CachedTeacher, teacher_labels
 from pipeline.config import Config
-from pipeline.distill.job import grid_rules
+from pipeline.distill.job import grid_rules, steps_per_epoch
 from pipeline.runs import work_folder
 
 
@@ -39,9 +39,7 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
 
 def training_plan(plan: CachePlan, config: Config) -> str:
     """Student, grid rules and steps."""
-    train = plan.split("train")
-    assert isinstance(train, SplitPlan)
-    steps = train.dataset.count // config.train.batch_size
+    steps = steps_per_epoch(config, plan)
     rows: dict[str, str | None] = {
         "student": f"{config.student.name} at {config.student.input_size} px",
         "training": f"{config.train.epochs} epochs of {steps} steps of {config.train.batch_size} images",

@@ -35,6 +35,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
+from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
@@ -167,7 +168,7 @@ def _probing(uri: str) -> Iterator[None]:
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"MLflow at {uri} cannot be used ({reason}); start that server, or name another in tracking.uri"
@@ -232,7 +233,7 @@ def log_student(
     Args:
         model: in evaluation mode, on the CPU; takes one float32 tensor.
         example: [B >= 2, ...]; the batch is dynamic, the other dimensions are as given.
-        metrics: of this model, by which models are searched and compared.
+        metrics: of this model, by which models are searched and compared; named unlike the curves of the run.
 
     Returns:
         Its model URI, which `mlflow.pytorch.load_model` takes.

@@ -19,6 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +31,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
+from pipeline.errors import UserError
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -119,8 +121,15 @@ class Worker:
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         return bool(flags)
 
+    def earliest(self, found: tuple[int, str] | None) -> str:
+        """The text of the lowest step that any rank found, on all of them; one at least has found something."""
+        every: list[tuple[int, str] | None] = [found] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(every, found)
+        return min(item for item in every if item)[1]
 
-class DivergedError(RuntimeError):
+
+class DivergedError(UserError):
     """The loss is no longer finite; the message names the batch."""
 
 
@@ -291,12 +300,14 @@ class _Meter:
         diverged = not torch.isfinite(losses).all()
         if not self.loop.worker.any_rank(diverged):
             return
-        if not diverged:
-            raise DivergedError("the loss is not finite on another training worker")
+        # One rank's gradients spoil the weights of all: of several bad batches the earliest is the cause.
+        raise DivergedError(self.loop.worker.earliest(self._first_bad(losses) if diverged else None))
+
+    def _first_bad(self, losses: Tensor) -> tuple[int, str]:
         first = int((~torch.isfinite(losses)).nonzero()[0])
         keys = self.pending[first][0]
         step = self.loop.position.step - len(self.pending) + first + 1
-        raise DivergedError(
+        return step, (
             f"the loss is {losses[first].item()} at step {step}; the batch holds {', '.join(keys[:8])} "
             f"({len(keys)} images); lower train.lr or train.clip_grad, or look at those images"
         )
@@ -342,7 +353,9 @@ def fit(
 
     Raises:
         DivergedError: as in :func:`train`.
+        UserError: as a worker raised it.
     """
+    from ray.train import WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
@@ -351,9 +364,16 @@ def fit(
         scaling_config=_scaling(config),
         run_config=_run_config(config, folder, on_commit),
     )
-    result = trainer.fit()
-    if diverged := (result.metrics or {}).get("diverged"):
-        raise DivergedError(diverged)
+    try:
+        result = trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps it, with its traceback as text
+            if isinstance(cause, UserError):
+                raise cause from error
+        raise
+    if result.return_value is not None:
+        raise DivergedError(result.return_value)
     assert result.checkpoint is not None
     return result.checkpoint
 
@@ -389,13 +409,15 @@ def _scaling(config: TrainConfig) -> Any:
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": each})
 
 
-def _train_worker(loop_config: dict[str, Any]) -> None:
+def _train_worker(loop_config: dict[str, Any]) -> str | None:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
     logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; below it Ray Train prints every report in full
     context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device(), prepare_model)
+    # A timm backbone keeps layers for a classifier that is not there; without this DDP refuses the second step.
+    wrap = partial(prepare_model, parallel_strategy_kwargs={"find_unused_parameters": True})
+    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device(), wrap)
     task = loop_config["make_task"](loop_config["payload"], worker.rank, worker.world)
     checkpoint = ray.train.get_checkpoint()
     state = None
@@ -405,8 +427,9 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     try:
         train(task, TrainConfig(**loop_config["config"]), worker, state, _report)
     except DivergedError as error:
-        # Reported, not raised: Ray Train would start again from the last checkpoint, into the same loss.
-        ray.train.report({"history": [], "diverged": str(error)})
+        # Returned, not raised: Ray Train would start again from the last checkpoint, into the same loss.
+        return str(error)
+    return None
 
 
 def _report(snapshot: Snapshot) -> None:

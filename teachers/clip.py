@@ -7,7 +7,6 @@ projected image embedding; the patches are the last block's tokens (or map) afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import open_clip
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state, pool_grid
 from teachers.variants import check_multiple, choose
-from teachers.weights import check_keys, from_hub, parse_weights, read_checkpoint, seeded
+from teachers.weights import check_keys, fitting, from_hub, parse_weights, read_checkpoint, seeded
 
 DEFAULT = "ViT-L-14"
 DEFAULT_TAG = "openai"
@@ -121,10 +120,11 @@ class CLIP(Teacher):
         holder = nn.Module()
         holder.visual = tower
         tensors: dict[str, Tensor] = convert_state_dict(holder, read_checkpoint(path, self.spec.name))
-        resize_pos_embed(tensors, holder)
-        visual: Mapping[str, Tensor] = {
-            key.removeprefix("visual."): value.float() for key, value in tensors.items() if key.startswith("visual.")
-        }
+        # In float32 first: tables are resampled, and torch does not do so in the half precision of OpenAI's files.
+        tensors = {key: value.float() for key, value in tensors.items() if key.startswith("visual.")}
+        with fitting(path, self.spec.name):
+            resize_pos_embed(tensors, holder)
+        visual = {key.removeprefix("visual."): value for key, value in tensors.items()}
         tower.load_state_dict(check_keys(visual, tower.state_dict(), self.spec.name))
         return tower
 

@@ -36,5 +36,8 @@ def dinov2(options: TeacherOptions) -> Teacher:
 
 def _to_timm(tensors: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
     """timm's own conversion from the authors' keys, and its resampling of the position table."""
+    registers = "register_tokens" in tensors or "reg_token" in tensors
+    if registers != (model.reg_token is not None):
+        return tensors  # of the other kind: the check of the keys says so, where timm would fail on the table
     converted: Mapping[str, Tensor] = checkpoint_filter_fn(tensors, model)  # type: ignore[arg-type]
     return converted

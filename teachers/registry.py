@@ -55,14 +55,17 @@ def create_teacher(
 
 def _load_factory(location: str) -> Factory:
     module_name, _, attribute = location.partition(":")
+    if not module_name or module_name.startswith(".") or not attribute:
+        raise TeacherError(f"teachers: {location} is not of the form package.module:factory")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise TeacherError(
             f"teachers: {location} cannot be imported ({error}); is its folder the current one or installed?"
         ) from error
-    except AttributeError as error:
-        raise TeacherError(f"teachers: module {module_name} has no {attribute}") from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise TeacherError(f"teachers: module {module_name} has no {attribute}")
     if not callable(factory):
         raise TeacherError(f"teachers: {location} is not callable")
     result: Factory = factory

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from timm.models.vision_transformer_sam import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -21,6 +22,18 @@ DEFAULT = "vit_b"
 INPUT_SIZE = 1024
 PATCH = 16
 GRID = 16
+NORM_EPS = 1e-6
+
+
+class SAM(TimmTeacher):
+    """A SAM image encoder with the authors' epsilon in every norm; timm's own is 1e-5 in the blocks."""
+
+    def _create(self, **changes: Any) -> nn.Module:
+        model = super()._create(**changes)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = NORM_EPS
+        return model
 
 
 def sam(options: TeacherOptions) -> Teacher:
@@ -34,7 +47,7 @@ def sam(options: TeacherOptions) -> Teacher:
     pool = side // GRID if side >= GRID and side % GRID == 0 else 1
     # The tables are made for the published size; timm resamples them to the input's in every forward.
     options = replace(options, args={"img_size": INPUT_SIZE, **options.args})
-    return TimmTeacher(f"sam/{variant}", model, options, has_summary=False, pool=pool, key_filter=_to_timm)
+    return SAM(f"sam/{variant}", model, options, has_summary=False, pool=pool, key_filter=_to_timm)
 
 
 def _to_timm(tensors: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:

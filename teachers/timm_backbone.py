@@ -30,7 +30,7 @@ from teachers.base import (
     pool_grid,
 )
 from teachers.variants import check_multiple
-from teachers.weights import WeightSource, check_keys, from_hub, parse_weights, read_checkpoint, seeded
+from teachers.weights import WeightSource, check_keys, fitting, from_hub, parse_weights, read_checkpoint, seeded
 
 PREPROCESSING = ("mean", "std", "interpolation")
 
@@ -150,7 +150,8 @@ class TimmTeacher(Teacher):
         model = self._create()
         tensors: Mapping[str, Tensor] = read_checkpoint(source.value, self.name)
         if self.key_filter:
-            tensors = self.key_filter(dict(tensors), model)
+            with fitting(source.value, self.name):
+                tensors = self.key_filter(dict(tensors), model)
         model.load_state_dict(check_keys(tensors, model.state_dict(), self.name, self.ignored))
         return model
 
@@ -177,7 +178,14 @@ def _known_model(name: str) -> str:
 
 
 def _published(model_name: str) -> dict[str, Any]:
-    config = timm.get_pretrained_cfg(model_name)
+    try:
+        config = timm.get_pretrained_cfg(model_name)
+    except RuntimeError as error:
+        architecture, _, tag = model_name.partition(".")
+        tags = [name.partition(".")[2] for name in timm.list_pretrained(architecture)]
+        raise TeacherError(
+            f"teacher timm/{model_name}: timm has no weights {tag}; of {architecture} it has {', '.join(tags) or 'none'}"
+        ) from error
     return config.to_dict() if config else {}
 
 

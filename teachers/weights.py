@@ -83,7 +83,7 @@ def seeded(seed: int, teacher: str) -> Iterator[None]:
     """Initialise under a seed without disturbing the global random state, and say aloud what that means."""
     log.warning("teacher %s: untrained, its weights are random (seed %d); its features are no knowledge", teacher, seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -157,6 +157,22 @@ def _load_torch(path: Path) -> Any:
     except RuntimeError:
         # OpenAI publishes CLIP as TorchScript; loading it builds a graph and runs none of it.
         return torch.jit.load(path, map_location="cpu").state_dict()
+
+
+@contextmanager
+def fitting(path: str | Path, teacher: str) -> Iterator[None]:
+    """While a file's keys and position tables are turned into those of the architecture.
+
+    Raises:
+        TeacherError: where that fails.
+    """
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, IndexError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise TeacherError(
+            f"teacher {teacher}: weights: {path} cannot be fitted to this architecture ({reason})"
+        ) from error
 
 
 def check_keys(

@@ -1,7 +1,8 @@
-"""One embedded Ray session for all tests; its environment is set before Ray is imported anywhere."""
+"""One embedded Ray session for all tests, its environment set before Ray is imported; a small cache of real JPEGs."""
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,8 @@ os.environ |= {
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 
+TEACHERS = "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}, {model: 'tests.fakes:colours', args: {dim: 4}}]"
+
 
 @pytest.fixture(scope="session")
 def ray_session():
@@ -27,6 +30,13 @@ def ray_session():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_tracking_uri():
+    """MLflow puts the store that it was told of into the environment, where the next job would look for its own."""
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture
 def shared_data():
     """Real photographs and weights beside the repository."""
@@ -34,3 +44,33 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip("no real photographs beside the repository")
     return folder
+
+
+@pytest.fixture
+def photo_config(tmp_path):
+    """A configuration for 150 training and 40 held-out photos in shards of 100; more overrides may be given."""
+    from pipeline.config import load_config
+    from tests.fakes import write_photos
+
+    write_photos(tmp_path / "photos/train", 150)
+    write_photos(tmp_path / "photos/val", 40, seed=1)
+
+    def configure(*overrides: str):
+        paths = [f"data.train={tmp_path}/photos/train", f"data.val={tmp_path}/photos/val", f"work={tmp_path}/work"]
+        small = ["cache.shard_size=100", "student.input_size=32", "train.batch_size=16", "train.shuffle_window=64"]
+        return load_config(None, [*paths, *small, TEACHERS, *overrides])
+
+    return configure
+
+
+@pytest.fixture
+def filled(tmp_path, photo_config):
+    """A complete cache: `plan`, `config`, and the `train` and `val` datasets."""
+    from pipeline.cache.build import plan_cache
+    from pipeline.cache.store import Store
+    from tests.fakes import fill_in_process
+
+    config = photo_config()
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    assert fill_in_process(plan) == 6
+    return SimpleNamespace(plan=plan, config=config, train=plan.split("train").dataset, val=plan.split("val").dataset)

@@ -12,6 +12,7 @@ from pipeline.cache.extract import CachedTeacher, teacher_labels
 from pipeline.cache.stats import Moments
 from pipeline.distill.grid import GridRule
 from pipeline.distill.loss import patch_loss, standardise, summary_loss
+from pipeline.errors import UserError
 from pipeline.student.heads import distillation_head
 from pipeline.student.model import Student, StudentOutput
 
@@ -117,11 +118,19 @@ class Distiller(nn.Module):
 
 @torch.no_grad()
 def token_grid(student: Student, image_size: int) -> tuple[int, int]:
-    """(h, w) of the student's tokens for a square input, found by one forward in evaluation mode."""
+    """(h, w) of the student's tokens for a square input, found by one forward in evaluation mode.
+
+    Raises:
+        UserError: where the student does not take such an input.
+    """
     training = student.training
     student.eval()
     parameter = next(student.parameters())
     pixels = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=parameter.device)
-    height, width = student(pixels).tokens.shape[-2:]
+    try:
+        height, width = student(pixels).tokens.shape[-2:]
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"student.input_size: the student takes no {image_size} x {image_size} images: {reason}") from error
     student.train(training)
     return height, width

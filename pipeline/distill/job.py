@@ -18,6 +18,7 @@ from pipeline.config import Config
 from pipeline.distill.distiller import token_grid
 from pipeline.distill.grid import GridRule
 from pipeline.distill.task import DistillJob, build_distiller, build_student, make_distill_task
+from pipeline.errors import UserError
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
 from pipeline.student.model import Encoder
 from pipeline.tracking import Run, log_student
@@ -47,6 +48,22 @@ class DistillResult:
     student: Path
 
 
+def steps_per_epoch(config: Config, plan: CachePlan) -> int:
+    """Optimiser steps of an epoch, if no image is quarantined.
+
+    Raises:
+        UserError: where the images do not fill one batch.
+    """
+    train = plan.split("train")
+    assert train is not None
+    images, batch = train.dataset.count, config.train.batch_size
+    if images < batch:
+        raise UserError(
+            f"train.batch_size={batch} is more than the {images} images of {train.dataset.location}; lower it"
+        )
+    return images // batch
+
+
 def grid_rules(config: Config, plan: CachePlan) -> dict[str, str]:
     """How the student's tokens meet every teacher's patches, in words."""
     grid = token_grid(build_student(config), config.student.input_size)
@@ -73,7 +90,7 @@ def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillR
     before, after = (curve[0], curve[-1]) if curve else (None, None)
     encoder = distiller.student.encoder
     export_student(encoder, config, folder / "student")
-    uri = _log(encoder, config, run, folder / "student", {"knn": after} if after is not None else {})
+    uri = _log(encoder, config, run, folder / "student", {"knn_after": after} if after is not None else {})
     position = state["position"]
     return DistillResult(before, after, teachers, position["step"], position["samples"], uri, folder / "student")
 

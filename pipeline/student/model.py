@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Modu
         )
     try:
         model: nn.Module = timm.create_model(model_name, pretrained=False, **{"num_classes": 0, **(args or {})})
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
         raise UserError(f"student.args: {model_name} refuses {dict(args or {})}: {error}") from error
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"student.name: {model_name} gives no intermediate features (timm's forward_intermediates)")
@@ -97,13 +98,13 @@ class Student(nn.Module):
         self.encoder = encoder
         last = len(encoder.channels) - 1
         fine = max((i for i, stride in enumerate(encoder.strides) if stride <= 16), default=last)
-        self.levels = [fine, last]
+        self.levels = sorted({fine, last})  # one level where the last is fine already, as in a ViT
         self.neck = FuseNeck(encoder.channels[fine], encoder.channels[last], token_dim)
 
     def forward(self, pixels: Tensor) -> StudentOutput:
         """[B, 3, H, W] uint8 RGB -> summary [B, C] and tokens [B, D, h, w]."""
-        fine, coarse = self.encoder.maps(pixels.float() / 255, self.levels)
-        return StudentOutput(coarse.mean(dim=(2, 3)), self.neck(fine, coarse))
+        maps = self.encoder.maps(pixels.float() / 255, self.levels)
+        return StudentOutput(maps[-1].mean(dim=(2, 3)), self.neck(maps[0], maps[-1]))
 
 
 def load_encoder(folder: Path) -> Encoder:
@@ -116,6 +117,6 @@ def load_encoder(folder: Path) -> Encoder:
         described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
         encoder = Encoder(create_backbone(described["model"], described["args"]))
         encoder.backbone.load_state_dict(load_file(folder / "student.safetensors"))
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} is not an exported student: {' '.join(str(error).split())}") from error
     return encoder.eval()

@@ -4,6 +4,7 @@ import pytest
 
 from jobs._cli import run
 
+
 @pytest.fixture
 def job(capsys):
     """Run a job in this process; gives its printed text and the figures of its last line."""

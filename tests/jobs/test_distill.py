@@ -8,7 +8,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from jobs import distill, evaluate
+from jobs import distill, evaluate, precompute
 from tests.fakes import SMALL_JOB, colours_entry, images_seen
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -16,7 +16,12 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.fixture
 def arguments(tmp_path):
-    return [*SMALL_JOB, f"work={tmp_path}/work", f"teachers=[{colours_entry(tmp_path / 'one')}, hog]", "teachers.1.input_size=32"]
+    return [
+        *SMALL_JOB,
+        f"work={tmp_path}/work",
+        f"teachers=[{colours_entry(tmp_path / 'one')}, hog]",
+        "teachers.1.input_size=32",
+    ]
 
 
 def test_from_sources_to_a_student_in_mlflow(tmp_path, arguments, job):
@@ -54,9 +59,7 @@ def _check_precompute(client, run):
     assert len(inputs) == 2
     assert all(i.dataset.digest for i in inputs.values())
     manifests = [
-        file.path
-        for split in ("train", "val")
-        for file in client.list_artifacts(run.info.run_id, f"manifests/{split}")
+        file.path for split in ("train", "val") for file in client.list_artifacts(run.info.run_id, f"manifests/{split}")
     ]
     assert len(manifests) == 4
     assert run.data.tags["teacher.0"].startswith("colours8-")
@@ -81,7 +84,7 @@ def _check_distill(client, run, figures):
 def _check_model(figures, work):
     mlflow.set_tracking_uri(f"sqlite:///{work}/mlflow.db")
     student = mlflow.pytorch.load_model(figures["model_uri"])
-    assert student(torch.rand(3, 3, 32, 32)).shape == (3, 512)
+    assert student(torch.rand(3, 3, 32, 32)).shape == (3, 256)
 
 
 def _check_evaluate(arguments, job, figures, work):
@@ -103,7 +106,7 @@ def test_no_teacher_runs_twice_whatever_the_student_and_an_added_one_runs_alone(
     assert images_seen(tmp_path / "one") == seen
 
     both = f"teachers=[{colours_entry(tmp_path / 'one')}, {colours_entry(tmp_path / 'two', dim=4)}]"
-    _, third = job(distill.main, *arguments[:-5], both, "train.epochs=1", "data.samples.val=0")
+    _, third = job(precompute.main, *SMALL_JOB, f"work={tmp_path}/work", "data.samples.val=0", both)
     assert third["shards_computed"] == 3
     assert images_seen(tmp_path / "one") == seen
     assert images_seen(tmp_path / "two") == 144

@@ -1,0 +1,196 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.cache.codec import encode
+from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.stats import Moments
+from pipeline.config import TeacherConfig
+from pipeline.distill.distiller import Distiller, token_grid
+from pipeline.distill.grid import GridRule
+from pipeline.distill.loss import patch_loss, summary_loss
+from pipeline.errors import UserError
+from pipeline.student.model import Encoder, Student, create_backbone
+from teachers.base import TeacherSpec
+
+SIZE, TOKEN_DIM = 64, 16
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def _teacher(name, grid=(4, 4), dim=6, summary=5, variant="", **weights):
+    spec = TeacherSpec(
+        name=name,
+        architecture=f"tests/{name}",
+        weights="none",
+        input_size=(32, 32),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        interpolation="bilinear",
+        summary_dim=summary,
+        patch_dim=dim,
+        grid=grid,
+        licence="none",
+    )
+    return CachedTeacher(TeacherConfig(model=name, **weights), spec, f"{name}-{variant}id", "float16", "float32")
+
+
+def _features(teacher, count):
+    """Features of unlike scale and offset by channel."""
+    return {
+        kind: torch.randn(count, *shape) * torch.logspace(-1, 1, shape[-1]) + torch.arange(shape[-1])
+        for kind, shape in teacher.shapes.items()
+    }
+
+
+def _stored(features):
+    return {kind: torch.from_numpy(encode("float16", values)) for kind, values in features.items()}
+
+
+def _stats(teacher):
+    return {kind: Moments.of(values) for kind, values in _features(teacher, 200).items()}
+
+
+def _distiller(*teachers, stats=None):
+    student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
+    return Distiller(student, teachers, stats or {t.id: _stats(t) for t in teachers}, SIZE, TOKEN_DIM, 32)
+
+
+def _batch(teachers, count=4):
+    pixels = torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8)
+    return pixels, {teacher.id: _stored(_features(teacher, count)) for teacher in teachers}
+
+
+def test_a_fixed_batch_is_learnt():
+    teachers = [_teacher("a"), _teacher("b", grid=(2, 2), summary=None)]
+    distiller, batch = _distiller(*teachers), _batch(teachers)
+    optimizer = torch.optim.Adam(distiller.parameters(), lr=3e-3)
+    totals = []
+    for _ in range(40):
+        total, _ = distiller(*batch)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(float(total))
+    assert totals[-1] < 0.25 * totals[0]
+
+
+def test_weights_scale_the_total_and_not_the_parts():
+    plain = [_teacher("a"), _teacher("b", dim=3, summary=None), _teacher("c")]
+    weights = [{"weight": 2.0, "summary_weight": 0.5, "patch_weight": 3.0}, {"weight": 0.25}, {"weight": 0.0}]
+    weighted = [
+        _teacher("a", **weights[0]),
+        _teacher("b", dim=3, summary=None, **weights[1]),
+        _teacher("c", **weights[2]),
+    ]
+    batch, stats = _batch(plain), {t.id: _stats(t) for t in plain}
+    one, other = _distiller(*plain, stats=stats), _distiller(*weighted, stats=stats)
+    other.load_state_dict(one.state_dict())
+    (total, parts), (weighted_total, same_parts) = one(*batch), other(*batch)
+    torch.testing.assert_close(same_parts, parts)
+    torch.testing.assert_close(total, sum(parts.values()))
+    expected = 6 * parts["a/patches"] + 1 * parts["a/summary"] + 0.25 * parts["b/patches"]
+    torch.testing.assert_close(weighted_total, expected)
+
+
+def test_a_teacher_without_summary_adds_none():
+    teacher = _teacher("a", summary=None)
+    distiller = _distiller(teacher)
+    _, parts = distiller(*_batch([teacher]))
+    assert list(parts) == ["a/patches"]
+    assert not [name for name in distiller.state_dict() if "summary" in name]
+
+
+def test_parts_carry_the_teachers_names_or_ids_where_names_meet():
+    teachers = [_teacher("a", variant="x"), _teacher("a", variant="y"), _teacher("b", summary=None)]
+    _, parts = _distiller(*teachers)(*_batch(teachers))
+    assert sorted(parts) == ["a-xid/patches", "a-xid/summary", "a-yid/patches", "a-yid/summary", "b/patches"]
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_statistics_are_frozen_and_kept_with_the_weights():
+    teacher = _teacher("a")
+    stats = _stats(teacher)
+    distiller = _distiller(teacher, stats={teacher.id: stats})
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=1.0)
+    distiller(*_batch([teacher]))[0].backward()
+    optimizer.step()
+    for kind in ("summary", "patches"):
+        for name in ("mean", "std"):
+            kept = distiller.state_dict()[f"targets.0.{kind}_{name}"]
+            torch.testing.assert_close(kept, torch.from_numpy(getattr(stats[kind], name)).float(), rtol=0, atol=0)
+    assert not [name for name, _ in distiller.named_parameters() if name.endswith(("_mean", "_std"))]
+
+
+def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
+    teacher = _teacher("a", grid=(8, 8))
+    stats = _stats(teacher)
+    distiller = _distiller(teacher, stats={teacher.id: stats}).eval()
+    unit = {kind: torch.randn(4, *shape) for kind, shape in teacher.shapes.items()}
+    raw = {
+        kind: values * torch.from_numpy(stats[kind].std).float() + torch.from_numpy(stats[kind].mean).float()
+        for kind, values in unit.items()
+    }
+    pixels, _ = _batch([teacher])
+    with torch.no_grad():
+        _, parts = distiller(pixels, {teacher.id: _stored(raw)})
+        output, heads = distiller.student(pixels), distiller.targets[0].heads
+        assert output.tokens.shape[-2:] == (4, 4)
+        pooled = F.avg_pool2d(unit["patches"].permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        patches = patch_loss(heads["patches"](output.tokens.permute(0, 2, 3, 1)), pooled).mean()
+        summary = summary_loss(heads["summary"](output.summary), unit["summary"]).mean()
+    torch.testing.assert_close(parts["a/patches"], patches, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(parts["a/summary"], summary, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (2, 2), (3, 3)])
+def test_every_teacher_meets_the_student_by_the_declared_rule(grid):
+    teacher = _teacher("a", grid=grid)
+    distiller = _distiller(teacher)
+    assert distiller.targets[0].rule == GridRule((4, 4), grid)
+    total, _ = distiller(*_batch([teacher]))
+    assert torch.isfinite(total)
+
+
+def test_every_head_and_the_whole_student_get_gradients():
+    teachers = [_teacher("a"), _teacher("b", grid=(3, 3), summary=None)]
+    distiller = _distiller(*teachers)
+    distiller(*_batch(teachers))[0].backward()
+    assert [name for name, parameter in distiller.named_parameters() if parameter.grad is None] == []
+    assert all(
+        layer.weight.grad.any()
+        for target in distiller.targets
+        for head in target.heads.values()
+        for layer in head[1::3]
+    )
+
+
+def test_the_loss_is_float32_under_autocast():
+    teacher = _teacher("a")
+    distiller, batch = _distiller(teacher), _batch([teacher])
+    with torch.autocast("cpu", torch.bfloat16):
+        total, parts = distiller(*batch)
+    assert {value.dtype for value in (total, *parts.values())} == {torch.float32}
+    torch.testing.assert_close(total, distiller(*batch)[0], rtol=0.05, atol=0.05)
+
+
+def test_the_token_grid_is_found_without_touching_the_student():
+    student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    assert token_grid(student, 96) == (6, 6)
+    assert student.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("timm/vit_tiny_patch16_224", {"depth": 1}), ("timm/test_resnet", {"in_chans": 4})],
+)
+def test_a_student_that_does_not_take_the_images_is_named(name, args):
+    student = Student(Encoder(create_backbone(name, args)), TOKEN_DIM)
+    with pytest.raises(UserError, match=r"student\.input_size: the student takes no 32 x 32 images: ") as error:
+        token_grid(student, 32)
+    assert "\n" not in str(error.value)

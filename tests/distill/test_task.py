@@ -1,0 +1,178 @@
+import dataclasses
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.cache.build import teacher_stats
+from pipeline.cache.codec import decode
+from pipeline.cache.reader import NO_LABEL
+from pipeline.distill.job import make_job
+from pipeline.distill.task import DistillTask, build_student, make_distill_task
+from pipeline.errors import UserError
+from pipeline.evaluate.knn import student_knn
+from pipeline.training import Worker, load_state, train
+from pipeline.views import FULL, decode_image, render
+
+STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32"]
+
+
+@pytest.fixture
+def job(photo_config, filled):
+    """A distillation job on the small cache; overrides may be given."""
+    return lambda *overrides: make_job(photo_config(*STUDENT, *overrides), filled.plan)
+
+
+def _features(job, key):
+    """Every teacher's features of one image, computed from its pixels."""
+    image = decode_image(Path(job.config.data.train, key).read_bytes())
+    for teacher in job.teachers:
+        source = teacher.create()
+        source.load()
+        pixels = torch.from_numpy(render(image, FULL, (32, 32), "bilinear")).permute(2, 0, 1)[None]
+        yield teacher, source.encode(pixels)
+
+
+def test_batches_hold_the_features_of_their_images(job):
+    task = DistillTask(job())
+    batches = list(task.batches(0, 0))
+    assert len(batches) == task.steps(0) == 150 // 16
+    for batch in (batches[0], batches[-1]):
+        assert batch.images.shape == (16, 3, 32, 32)
+        assert batch.images.dtype == torch.uint8
+        for row in (0, 7, 15):
+            for teacher, expected in _features(task.job, batch.keys[row]):
+                for kind, shape in teacher.shapes.items():
+                    stored = decode("float16", batch.features[teacher.id][kind][row : row + 1], shape)
+                    torch.testing.assert_close(stored, getattr(expected, kind), rtol=1e-2, atol=1e-2)
+
+
+def test_ranks_take_equal_steps_of_the_batch_together_and_start_with_equal_weights(job):
+    tasks = [DistillTask(job(), rank, 2) for rank in (0, 1)]
+    assert tasks[0].steps(0) == tasks[1].steps(0) > 0
+    batches = [list(task.batches(0, 0)) for task in tasks]
+    assert [len(own) for own in batches] == [tasks[0].steps(0)] * 2
+    keys = [key for own in batches for batch in own for key in batch.keys]
+    assert len(keys) == len(set(keys)) == tasks[0].steps(0) * 16
+    first, second = (task.module.state_dict() for task in tasks)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_start_in_mid_epoch_gives_the_rest_of_it(job):
+    task = DistillTask(job())
+    every = [batch.keys for batch in task.batches(1, 0)]
+    assert [batch.keys for batch in task.batches(1, 5)] == every[5:]
+
+
+def test_the_seed_decides_the_weights_whatever_was_drawn_before(job):
+    tasks = []
+    for noise in range(2):
+        torch.manual_seed(noise)
+        tasks.append(DistillTask(job()))
+    tasks.append(DistillTask(job("seed=1")))
+    first, second, other = (task.module.student.encoder.state_dict()["backbone.conv1.0.weight"] for task in tasks)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    alone = build_student(tasks[0].job.config).encoder.state_dict()["backbone.conv1.0.weight"]
+    assert torch.equal(first, alone)
+
+
+def test_building_a_student_leaves_the_random_state_alone(job):
+    config = job().config
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build_student(config)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_targets_are_standardised_by_the_statistics_of_the_training_split(job):
+    task = DistillTask(job())
+    for target, teacher in zip(task.module.targets, task.job.teachers, strict=True):
+        stats = teacher_stats(task.job.train, teacher)
+        assert target.teacher == teacher
+        torch.testing.assert_close(target.patches_mean, torch.from_numpy(stats["patches"].mean).float())
+        torch.testing.assert_close(target.summary_std, torch.from_numpy(stats["summary"].std).float())
+
+
+def test_the_loss_of_a_batch_is_that_of_the_module(job):
+    task = DistillTask(job())
+    batch = next(iter(task.batches(0, 0)))
+    total, parts = task.loss(task.module.eval(), batch, torch.device("cpu"))
+    expected, same = task.module(batch.images, batch.features)
+    assert torch.equal(total, expected)
+    assert parts.keys() == same.keys() == {f"colours{d}/{kind}" for d in (8, 4) for kind in ("summary", "patches")}
+    assert total.requires_grad
+
+
+def test_evaluation_is_knn_of_the_given_weights(job):
+    tasks = [DistillTask(job(f"seed={seed}", "knn.k=1")) for seed in (0, 1)]
+    judge, scores = tasks[0], []
+    for task in tasks:
+        module = task.module.eval()
+        expected = student_knn(module.student.encoder, judge.job.train, judge.job.val, 32, judge.job.config.knn)
+        assert judge.evaluate(module) == {"knn": expected}
+        scores.append(expected)
+    assert scores[0] != scores[1]
+
+
+def test_without_held_out_images_there_is_nothing_to_evaluate(job):
+    task = DistillTask(dataclasses.replace(job(), val=None))
+    assert task.evaluate(task.module) == {}
+
+
+def test_held_out_images_are_left_out_where_labels_are_missing(job, monkeypatch, caplog):
+    assert job().val is not None
+    from pipeline.evaluate import knn
+
+    scan = knn.scan_images
+
+    def unlabelled(*args, **kwargs):
+        return (dataclasses.replace(b, labels=torch.full_like(b.labels, NO_LABEL)) for b in scan(*args, **kwargs))
+
+    monkeypatch.setattr(knn, "scan_images", unlabelled)
+    assert job().val is None
+    assert "no kNN" in caplog.text
+
+
+def test_splits_with_other_classes_are_refused(job, filled, photo_config):
+    plan = filled.plan
+    odd = dataclasses.replace(plan.split("val").dataset, classes=("class0", "class1", "dog"))
+    splits = (plan.split("train"), dataclasses.replace(plan.split("val"), dataset=odd))
+    with pytest.raises(UserError, match=r"differ in their classes: (class2|dog)"):
+        make_job(photo_config(*STUDENT), dataclasses.replace(plan, splits=splits))
+
+
+def test_a_worker_makes_its_task_from_a_job_that_travelled(job):
+    payload = pickle.loads(pickle.dumps({"job": job()}))  # noqa: S301
+    task = make_distill_task(payload, 1, 2)
+    assert isinstance(task, DistillTask)
+    assert (task.reader.rank, task.reader.world, task.reader.batch_size) == (1, 2, 8)
+    assert next(iter(task.batches(0, 0))).images.shape[0] == 8
+
+
+def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path):
+    given = job("train.epochs=2", "train.checkpoint_steps=4", "train.precision=float32")
+
+    def run(state):
+        snapshots = []
+
+        def commit(snapshot):
+            torch.save(snapshot.state, tmp_path / "state.pt")
+            snapshots.append(SimpleNamespace(state=load_state(tmp_path), history=snapshot.history))
+
+        train(DistillTask(given), given.config.train, Worker(), state, commit)
+        return snapshots
+
+    whole = run(None)
+    assert whole[4].state["position"] == {"epoch": 1, "batch": 3, "step": 12, "samples": 12 * 16}
+    rest = run(whole[4].state)
+    assert len(rest) == len(whole) - 5
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, rest[-1].state[part][name]) for name, value in whole[-1].state[part].items())
+    assert rest[-1].state["evaluations"] == whole[-1].state["evaluations"]
+    losses = [metrics["loss"] for snapshot in whole for _, metrics in snapshot.history if "loss" in metrics]
+    assert len(losses) == 18
+    assert losses[-1] < losses[0]

@@ -1,0 +1,123 @@
+"""What a user can mend is one clear line and exit code 2, before anything is computed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import distill, evaluate, precompute
+from pipeline.config import iter_fields
+from tests.fakes import SMALL_JOB, write_photos
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+HOG = ["teachers=[hog]", "teachers.0.input_size=32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train.epoch=5"], "unknown key train.epoch; did you mean train.epochs?"),
+        (["train.epochs=many"], "train.epochs: "),
+        (["train.epochs=0"], "train.epochs: "),
+        (["epochs"], "'epochs' is neither a recipe"),
+        (["recipes/nowhere.yaml"], "recipe recipes/nowhere.yaml does not exist"),
+        (["data.train=no/such/folder"], "no/such/folder"),
+        (["teachers=[dinov9]"], "dinov9"),
+        (["teachers=[hog, hog]"], "give each teacher once"),
+        (["teachers=[hog]", "teachers.0.weights=/no/file.pth"], "hog"),
+        (["teachers=[dinov2/vits14]", "teachers.0.weights=/no/file.pth"], "/no/file.pth"),
+        (["teachers=[no_such_module:factory]"], "no_such_module"),
+        (["student.name=regla_x"], "regla_xl"),
+        (["student.name=timm/mobilenetv5"], "mobilenetv5"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(tmp_path, refused, arguments, expected):
+    assert expected in refused(distill.main, f"work={tmp_path}/work", *arguments)
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_empty_folder_is_named(tmp_path, refused):
+    (tmp_path / "photos").mkdir()
+    line = refused(distill.main, f"work={tmp_path}/work", f"data.train={tmp_path}/photos")
+    assert f"{tmp_path}/photos" in line
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_computed(tmp_path, refused):
+    line = refused(distill.main, *SMALL_JOB, *HOG, f"work={tmp_path}/work", "train.batch_size=500")
+    assert "train.batch_size" in line
+    assert not (tmp_path / "work").exists()
+
+
+def test_pretrained_weights_that_no_hub_gives_stop_the_job_first(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    line = refused(precompute.main, *SMALL_JOB, "teachers=[dinov2/vits14]", f"work={tmp_path}/work")
+    assert "dinov2/vits14" in line
+    assert "teachers.<i>.weights=<path of the file>" in line
+    assert not list((tmp_path / "work/cache").rglob("*.parquet"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_cache_made_for_other_data_is_refused(tmp_path, refused, job):
+    write_photos(tmp_path / "photos", 24)
+    arguments = [*HOG, f"work={tmp_path}/work", f"data.train={tmp_path}/photos", "data.name=mine"]
+    job(precompute.main, *arguments)
+    cached = sorted((tmp_path / "work/cache").rglob("*.parquet"))
+    (tmp_path / "photos/class0/photo000.jpg").unlink()
+    line = refused(precompute.main, *arguments)
+    assert "mine-train" in line
+    assert "data.name" in line
+    assert sorted((tmp_path / "work/cache").rglob("*.parquet")) == cached
+
+
+def test_help_lists_every_field_with_its_default(capsys):
+    from jobs._cli import run
+
+    with pytest.raises(SystemExit) as exit_:
+        run(distill.main, distill.__doc__, ["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for key, _, default, meaning in iter_fields():
+        line = next(line for line in text.splitlines() if line.split()[:1] == [key])
+        assert meaning in line
+        assert f"= {'none' if default is None else default}]" in line
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, job):
+    text, figures = job(distill.main, *SMALL_JOB, *HOG, f"work={tmp_path}/work", "--dry-run")
+    assert figures == {"dry_run": True}
+    for expected in ("144 from samples", "0 of 4 shards there", "2 epochs of 6 steps", "grid hog", "total"):
+        assert expected in text
+    assert not (tmp_path / "work").exists()
+
+
+def test_every_recipe_is_valid():
+    from pipeline.config import load_config
+
+    recipes = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        assert load_config(recipe).name == yaml.safe_load(recipe.read_text())["name"]
+
+
+def test_evaluate_asks_for_its_student_and_refuses_what_is_none(tmp_path, refused):
+    assert "evaluate.student" in refused(evaluate.main, *SMALL_JOB)
+    assert "is not an exported student" in refused(evaluate.main, *SMALL_JOB, f"evaluate.student={tmp_path}")
+
+
+def test_a_process_ends_with_code_2_and_no_traceback():
+    command = [sys.executable, "jobs/distill.py", "train.epoch=5"]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr == "error: unknown key train.epoch; did you mean train.epochs?\n"
+
+
+def test_evaluate_without_a_task_says_which_there_are():
+    command = [sys.executable, "jobs/evaluate.py"]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "knn" in ended.stderr

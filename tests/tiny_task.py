@@ -1,0 +1,131 @@
+"""A training task of milliseconds whose every batch is a function of (epoch, number, rank); Ray's workers import it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.training import Task
+from teachers.base import digest_state
+
+STEPS, BATCH = 6, 4
+
+
+@dataclass(frozen=True)
+class TinyBatch:
+    keys: list[str]
+    pixels: Tensor
+    target: Tensor
+
+
+class TinyNet(nn.Module):
+    """Norms and biases, dropout, which makes a step depend on the random state, and a layer that nothing uses."""
+
+    def __init__(self, dropout: float, batch_norm: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm: nn.Module = nn.BatchNorm2d(4) if batch_norm else nn.GroupNorm(2, 4)
+        self.drop = nn.Dropout(dropout)
+        self.out = nn.Linear(4, 2)
+        self.unused = nn.Linear(2, 2)  # as in timm's backbones, whose last layers serve their classifier alone
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.conv(pixels)
+        self.dtypes.add(features.dtype)
+        return self.out(self.drop(self.norm(features)).mean(dim=(2, 3)))
+
+
+class TinyTask(Task):
+    """Regression on noise.
+
+    Args:
+        poison: rank to the number of the step of epoch 0, from 0 on, whose pixels are NaN on it.
+        folder: where every rank writes down the batches that it takes and digests of its weights, or "".
+        epochs_differ: whether epoch 1 has one step more than the others.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        dropout: float = 0.5,
+        batch_norm: bool = True,
+        poison: dict[int, int] | None = None,
+        folder: str = "",
+        epochs_differ: bool = False,
+    ) -> None:
+        self.rank, self.world, self.poison, self.folder = rank, world, poison or {}, folder
+        self.epochs_differ = epochs_differ
+        self._write("made", "made")
+        torch.manual_seed(0)
+        self.module = TinyNet(dropout, batch_norm)
+        torch.manual_seed(1 + rank)
+        self.judged: list[dict[str, Tensor]] = []
+
+    def steps(self, epoch: int) -> int:
+        return STEPS + (self.epochs_differ and epoch == 1)
+
+    def batches(self, epoch: int, start: int) -> Iterator[TinyBatch]:
+        for number in range(start, self.steps(epoch)):
+            self._write("batches", f"{epoch}/{number}")
+            parts = [self.batch(epoch, number, rank) for rank in self._ranks()]
+            yield TinyBatch(
+                [key for part in parts for key in part.keys],
+                torch.cat([part.pixels for part in parts]),
+                torch.cat([part.target for part in parts]),
+            )
+
+    def _ranks(self) -> list[int]:
+        return [self.rank]
+
+    def batch(self, epoch: int, number: int, rank: int) -> TinyBatch:
+        rng = torch.Generator().manual_seed(1000 * epoch + 10 * number + rank)
+        keys = [f"e{epoch}-b{number}-r{rank}-{i}" for i in range(BATCH)]
+        batch = TinyBatch(keys, torch.randn(BATCH, 3, 8, 8, generator=rng), torch.randn(BATCH, 2, generator=rng))
+        if epoch == 0 and self.poison.get(rank) == number:
+            batch.pixels.fill_(float("nan"))
+        return batch
+
+    def loss(self, module: nn.Module, batch: TinyBatch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        self._write("weights", _parameter_digest(self.module))
+        loss = F.mse_loss(module(batch.pixels).float(), batch.target)
+        return loss, {"half": loss.detach() / 2}
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        self.judged.append({name: value.clone() for name, value in module.state_dict().items()})
+        assert not module.training
+        return {"score": float(module(torch.ones(2, 3, 8, 8)).abs().mean())}
+
+    def _write(self, what: str, line: str) -> None:
+        if self.folder:
+            with Path(self.folder, f"{what}-{self.rank}").open("a") as file:
+                file.write(f"{line}\n")
+
+
+class WholeBatches(TinyTask):
+    """One process that takes the batches of two ranks at once."""
+
+    def _ranks(self) -> list[int]:
+        return [0, 1]
+
+
+def _parameter_digest(module: nn.Module) -> str:
+    return digest_state(nn.ParameterList(module.parameters()))
+
+
+def make_tiny_task(payload: dict[str, Any], rank: int, world: int) -> TinyTask:
+    return TinyTask(rank, world, **payload)
+
+
+def lines(folder: Path, what: str, rank: int = 0) -> list[str]:
+    """What a rank wrote down."""
+    return (folder / f"{what}-{rank}").read_text().splitlines()
