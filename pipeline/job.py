@@ -38,11 +38,20 @@ class Job:
 
 @contextmanager
 def open_job(config: Config, name: str) -> Iterator[Job]:
-    """Resume the unfinished run of this job and configuration, or start one; connect to Ray; end both.
+    """Connect to Ray; resume the unfinished run of this job and configuration, or start one; end both.
 
     Raises:
         UserError: where MLflow or Ray cannot be reached.
     """
+    with connect():
+        run, state, uri = _start(config, name)
+        with _ended(run):
+            yield Job(state, run, uri)
+            state.finished = True
+            state.save()
+
+
+def _start(config: Config, name: str) -> tuple[Run, RunState, str]:
     work, state = work_folder(config), open_run(config, name)
     uri = resolve_uri(config.tracking.uri, work)
     run = start_job(
@@ -56,10 +65,7 @@ def open_job(config: Config, name: str) -> Iterator[Job]:
     )
     state.mlflow["job"] = run.run_id
     state.save()
-    with _ended(run), connect():
-        yield Job(state, run, uri)
-        state.finished = True
-        state.save()
+    return run, state, uri
 
 
 @contextmanager

@@ -61,7 +61,8 @@ def connect() -> Iterator[None]:
         arguments["runtime_env"] = {"env_vars": {"PYTHONPATH": _import_path()}}
     try:
         _probe(address)
-        ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
+        with _logging_as_it_was():
+            ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
         raise UserError(f"RAY_ADDRESS={address} cannot be reached ({error}); start it, or unset RAY_ADDRESS") from error
     _quieten_ray_data()
@@ -69,6 +70,16 @@ def connect() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _logging_as_it_was() -> Iterator[None]:
+    """Ray's LoggingConfig is meant for its workers, and changes the driver's root logger too."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def _probe(address: str) -> None:

@@ -26,7 +26,6 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import mlflow
-import mlflow.pytorch
 import numpy as np
 import torch
 import yaml

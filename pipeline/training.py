@@ -365,7 +365,7 @@ def fit(
         run_config=_run_config(config, folder, on_commit),
     )
     try:
-        result = trainer.fit()
+        result: Any = trainer.fit()  # of Ray Train v2, whose class its annotations do not name
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps it, with its traceback as text
@@ -374,8 +374,8 @@ def fit(
         raise
     if result.return_value is not None:
         raise DivergedError(result.return_value)
-    assert result.checkpoint is not None
-    return result.checkpoint
+    checkpoint: Checkpoint = result.checkpoint
+    return checkpoint
 
 
 def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, str | None], None]) -> Any:
@@ -409,7 +409,7 @@ def _scaling(config: TrainConfig) -> Any:
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": each})
 
 
-def _train_worker(loop_config: dict[str, Any]) -> str | None:
+def _train_worker(loop_config: dict[str, Any]) -> Any:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 

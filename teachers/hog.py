@@ -35,7 +35,7 @@ class HOG(Teacher):
         check_multiple("hog", input_size, CELL * pool)
         self.spec = TeacherSpec(
             name="hog",
-            architecture="hog/9-orientations-8px",
+            architecture="hog/hog-9-orientations-8px",
             weights="none",
             input_size=(input_size, input_size),
             mean=(0.0, 0.0, 0.0),

@@ -79,6 +79,19 @@ def write_photos(folder: Path, count: int, classes: int = 3, size: int = 48, see
         Image.fromarray(cells).resize((size + number % 5, size), Image.Resampling.BICUBIC).save(target, quality=95)
 
 
+def corrupt(photo: Path) -> None:
+    """Damage the compressed data of a JPEG late in the file."""
+    data = photo.read_bytes()
+    middle = len(data) * 3 // 4
+    photo.write_bytes(data[:middle] + bytes([0xFF, 0xD8] * 20) + data[middle + 40 :])
+
+
+def truncate(photo: Path) -> None:
+    """Cut a file in half."""
+    data = photo.read_bytes()
+    photo.write_bytes(data[: len(data) // 2])
+
+
 def fill_in_process(plan: Any, batch_size: int = 16) -> int:
     """Fill a planned cache without Ray, shard by shard; returns the teacher shards computed."""
     from pipeline.cache.build import freeze_stats

@@ -29,8 +29,6 @@ def test_nodes_run_the_pinned_ray_and_install_the_lock():
 
 
 def test_authentication_is_explicit_wherever_ray_starts():
-    starts = [
-        c for c in CLUSTER["head_start_ray_commands"] + CLUSTER["worker_start_ray_commands"] if "ray start" in c
-    ]
+    starts = [c for c in CLUSTER["head_start_ray_commands"] + CLUSTER["worker_start_ray_commands"] if "ray start" in c]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token" in command for command in starts)

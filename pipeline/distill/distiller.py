@@ -131,6 +131,8 @@ def token_grid(student: Student, image_size: int) -> tuple[int, int]:
         height, width = student(pixels).tokens.shape[-2:]
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"student.input_size: the student takes no {image_size} x {image_size} images: {reason}") from error
+        raise UserError(
+            f"student.input_size: the student takes no {image_size} x {image_size} images: {reason}"
+        ) from error
     student.train(training)
     return height, width

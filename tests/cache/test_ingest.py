@@ -6,7 +6,7 @@ from pipeline.cache.build import plan_cache
 from pipeline.cache.ingest import check_quarantine
 from pipeline.cache.store import Store
 from pipeline.errors import UserError
-from tests.fakes import fill_in_process
+from tests.fakes import corrupt, fill_in_process, truncate
 
 
 @pytest.fixture
@@ -14,11 +14,8 @@ def damaged(tmp_path, photo_config):
     """150 training photos: one cut short, one with a damaged scan, one that is no image."""
     config = photo_config()
     photos = sorted(Path(config.data.train).rglob("*.jpg"))
-    data = photos[5].read_bytes()
-    photos[5].write_bytes(data[: len(data) // 2])
-    data = photos[70].read_bytes()
-    middle = len(data) * 3 // 4
-    photos[70].write_bytes(data[:middle] + bytes([0xFF, 0xD8] * 20) + data[middle + 40 :])
+    truncate(photos[5])
+    corrupt(photos[70])
     photos[149].write_bytes(b"not an image at all")
     plan = plan_cache(config, Store.at(tmp_path / "cache"))
     names = {photo.relative_to(config.data.train).as_posix() for photo in (photos[5], photos[70], photos[149])}

@@ -1,7 +1,10 @@
 """The main job on the real Ray with a real MLflow store, from sources to a student that loads."""
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -9,50 +12,57 @@ import torch
 from mlflow import MlflowClient
 
 from jobs import distill, evaluate, precompute
+from jobs._cli import run
 from tests.fakes import SMALL_JOB, colours_entry, images_seen
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@pytest.fixture
-def arguments(tmp_path):
-    return [
-        *SMALL_JOB,
-        f"work={tmp_path}/work",
-        f"teachers=[{colours_entry(tmp_path / 'one')}, hog]",
-        "teachers.1.input_size=32",
-    ]
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, ray_session):
+    """A finished distillation: its folder, arguments without teachers, teachers, text and figures."""
+    folder = tmp_path_factory.mktemp("first")
+    arguments = [*SMALL_JOB, f"work={folder}/work"]
+    teachers = [f"teachers=[{colours_entry(folder / 'one')}, hog]", "teachers.1.input_size=32"]
+    with redirect_stdout(StringIO()) as text:
+        run(distill.main, "a job", [*arguments, *teachers])
+    figures = json.loads(text.getvalue().splitlines()[-1])
+    return SimpleNamespace(folder=folder, arguments=arguments, teachers=teachers, text=text.getvalue(), figures=figures)
 
 
-def test_from_sources_to_a_student_in_mlflow(tmp_path, arguments, job):
-    text, figures = job(distill.main, *arguments)
-    assert "0 of 3 shards there" in text
-    assert figures["shards_computed"] == 8
-    assert images_seen(tmp_path / "one") == 192
-    assert 0 <= figures["knn_before"] <= 100
-    assert 0 <= figures["knn_after"] <= 100
+@pytest.fixture(scope="module")
+def client(first):
+    return MlflowClient(f"sqlite:///{first.folder}/work/mlflow.db")
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/work/mlflow.db")
-    parent = client.get_run(figures["mlflow_run_id"])
-    _check_parent(client, parent, figures)
+
+@pytest.fixture(scope="module")
+def phases(first, client):
+    """The nested runs by name."""
+    parent = client.get_run(first.figures["mlflow_run_id"])
     runs = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    children = {run.info.run_name: run for run in runs}
-    assert sorted(children) == ["distill", "precompute"]
-    assert {run.info.status for run in (parent, *runs)} == {"FINISHED"}
-    _check_precompute(client, children["precompute"])
-    _check_distill(client, children["distill"], figures)
-    _check_model(figures, tmp_path / "work")
-    _check_evaluate(arguments, job, figures, tmp_path / "work")
+    return {run.info.run_name: run for run in runs}
 
 
-def _check_parent(client, parent, figures):
+def test_a_job_computes_every_shard_once_and_prints_its_figures(first):
+    assert "0 of 3 shards there" in first.text
+    assert first.figures["shards_computed"] == 8
+    assert images_seen(first.folder / "one") == 192
+    assert 0 <= first.figures["knn_before"] <= 100
+    assert 0 <= first.figures["knn_after"] <= 100
+
+
+def test_a_job_is_a_run_with_two_phases(first, client, phases):
+    parent = client.get_run(first.figures["mlflow_run_id"])
+    assert sorted(phases) == ["distill", "precompute"]
+    assert {run.info.status for run in (parent, *phases.values())} == {"FINISHED"}
     assert parent.data.params["train.epochs"] == "2"
     assert parent.data.params["teachers.1.model"] == "hog"
-    assert parent.data.metrics["knn_after"] == figures["knn_after"]
+    assert parent.data.metrics["knn_after"] == first.figures["knn_after"]
     assert "config.yaml" in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
-def _check_precompute(client, run):
+def test_precompute_logs_where_the_cache_came_from(client, phases):
+    run = phases["precompute"]
     assert run.data.metrics["shards_computed"] == 8
     assert run.data.metrics["images_per_second"] > 0
     inputs = {i.dataset.name: i for i in run.inputs.dataset_inputs}
@@ -65,7 +75,8 @@ def _check_precompute(client, run):
     assert run.data.tags["teacher.0"].startswith("colours8-")
 
 
-def _check_distill(client, run, figures):
+def test_distill_logs_its_curves_and_checkpoint(first, client, phases):
+    run, figures = phases["distill"], first.figures
     steps = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "knn")}
     assert sorted(steps) == [0, 6, 12]
     assert (steps[0], steps[12]) == (figures["knn_before"], figures["knn_after"])
@@ -81,44 +92,36 @@ def _check_distill(client, run, figures):
     assert Path(run.data.tags["checkpoint"]).is_dir()
 
 
-def _check_model(figures, work):
+def test_the_student_loads_from_mlflow_and_is_as_good_as_the_job_said(first, job):
+    work = first.folder / "work"
     mlflow.set_tracking_uri(f"sqlite:///{work}/mlflow.db")
-    student = mlflow.pytorch.load_model(figures["model_uri"])
+    student = mlflow.pytorch.load_model(first.figures["model_uri"])
     assert student(torch.rand(3, 3, 32, 32)).shape == (3, 256)
+    for name in (first.figures["model_uri"], next(work.glob("runs/*/student"))):
+        _, evaluated = job(evaluate.main, *first.arguments, f"evaluate.student={name}")
+        assert evaluated["knn"] == pytest.approx(first.figures["knn_after"], abs=1e-6)
 
 
-def _check_evaluate(arguments, job, figures, work):
-    for student in (figures["model_uri"], next(work.glob("runs/*/student"))):
-        _, evaluated = job(evaluate.main, *arguments, f"evaluate.student={student}")
-        assert evaluated["knn"] == pytest.approx(figures["knn_after"], abs=1e-6)
-
-
-def test_no_teacher_runs_twice_whatever_the_student_and_an_added_one_runs_alone(tmp_path, arguments, job):
-    arguments += ["train.epochs=1", "data.samples.val=0"]
-    _, first = job(distill.main, *arguments)
-    assert first["shards_computed"] == 6
-    assert first["knn_before"] is None
-    seen = images_seen(tmp_path / "one")
-
-    text, second = job(distill.main, *arguments, "student.name=timm/mobilenetv4_conv_small_035")
+def test_a_second_student_runs_no_teacher(first, job):
+    seen = images_seen(first.folder / "one")
+    text, second = job(
+        distill.main,
+        *first.arguments,
+        *first.teachers,
+        "train.epochs=1",
+        "student.name=timm/mobilenetv4_conv_small_035",
+    )
     assert "0 shards computed" in text
     assert second["shards_computed"] == 0
-    assert images_seen(tmp_path / "one") == seen
-
-    both = f"teachers=[{colours_entry(tmp_path / 'one')}, {colours_entry(tmp_path / 'two', dim=4)}]"
-    _, third = job(precompute.main, *SMALL_JOB, f"work={tmp_path}/work", "data.samples.val=0", both)
-    assert third["shards_computed"] == 3
-    assert images_seen(tmp_path / "one") == seen
-    assert images_seen(tmp_path / "two") == 144
-    assert len({run["mlflow_run_id"] for run in (first, second, third)}) == 3
+    assert images_seen(first.folder / "one") == seen
+    assert second["mlflow_run_id"] != first.figures["mlflow_run_id"]
+    assert (second["knn_before"], second["knn_after"]) != (None, None)
 
 
-def test_a_finished_run_is_left_alone_and_the_same_command_starts_another(tmp_path, arguments, job):
-    arguments += ["train.epochs=1", "data.samples.val=0"]
-    _, first = job(distill.main, *arguments)
-    _, second = job(distill.main, *arguments)
-    assert first["mlflow_run_id"] != second["mlflow_run_id"]
-    runs = sorted(path.name for path in (tmp_path / "work/runs").iterdir())
-    assert len(runs) == 2
-    assert runs[1] == f"{runs[0]}-2"
-    assert all(json.loads((tmp_path / "work/runs" / run / "run.json").read_text())["finished"] for run in runs)
+def test_an_added_teacher_is_computed_alone(first, job):
+    seen = images_seen(first.folder / "one")
+    both = f"teachers=[{colours_entry(first.folder / 'one')}, {colours_entry(first.folder / 'two', dim=4)}]"
+    _, third = job(precompute.main, *first.arguments, both)
+    assert third["shards_computed"] == 4
+    assert images_seen(first.folder / "one") == seen
+    assert images_seen(first.folder / "two") == 192

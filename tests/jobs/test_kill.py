@@ -1,0 +1,88 @@
+"""`kill -9` in the middle of extraction, then in the middle of training: the same command does what is left, once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from jobs import distill
+from tests.fakes import SMALL_JOB, colours_entry, images_seen
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+DELAY = 1.0
+
+
+@pytest.fixture
+def job_folder(tmp_path):
+    """Work folder of the killed job."""
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def arguments(tmp_path, job_folder):
+    teacher = colours_entry(tmp_path / "calls", delay=DELAY)
+    return [*SMALL_JOB, "train.epochs=8", "cache.batch_size=48", f"work={job_folder}", f"teachers=[{teacher}]"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_a_killed_job_committed_is_not_done_again(tmp_path, arguments, job_folder, job):
+    calls = tmp_path / "calls"
+    _kill_when(arguments, lambda: list(job_folder.glob("cache/*/views/full/teachers/*/shard-*.json")), calls)
+    committed = set(job_folder.glob("cache/*/views/full/teachers/*/shard-*"))
+    left = 4 - len([path for path in committed if path.suffix == ".json"])
+    assert 0 < left < 4
+    times = {path: path.stat().st_mtime_ns for path in committed}
+    seen = images_seen(calls)
+
+    _kill_when(arguments, lambda: list(job_folder.glob("runs/*/train/checkpoint-0001-*")), calls)
+    assert images_seen(calls) - seen == 48 * left
+    assert {path: path.stat().st_mtime_ns for path in committed} == times
+    (run,) = (job_folder / "runs").iterdir()
+    known = json.loads((run / "run.json").read_text())["mlflow"]
+    assert not (run / "student").exists()
+
+    text, figures = job(distill.main, *arguments)
+    assert "resuming the unfinished run" in text
+    assert "0 shards computed" in text
+    assert "train epoch 1/" not in text
+    assert images_seen(calls) - seen == 48 * left
+    assert figures["mlflow_run_id"] == known["job"]
+    _check_curves(MlflowClient(f"sqlite:///{job_folder}/mlflow.db"), known)
+
+
+def _check_curves(client, known):
+    for run in known.values():
+        assert client.get_run(run).info.status == "FINISHED"
+    history = {name: client.get_metric_history(known["distill"], name) for name in ("loss", "knn", "samples_seen")}
+    assert [point.step for point in history["loss"]] == list(range(1, 49))
+    assert [point.step for point in history["knn"]] == list(range(0, 49, 6))
+    assert [point.value for point in history["samples_seen"]] == list(range(24, 1153, 24))
+
+
+def _kill_when(arguments, reached, calls):
+    """Start the job in a process of its own, and SIGKILL it once `reached()`."""
+    job = [sys.executable, REPOSITORY / "jobs/distill.py", *arguments]
+    with subprocess.Popen(
+        job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, cwd=calls.parent
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not reached():
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    _wait_until_still(calls)
+
+
+def _wait_until_still(calls):
+    """Ray's own processes outlive their driver by seconds."""
+    before = -1
+    while before != images_seen(calls):
+        before = images_seen(calls)
+        time.sleep(5 * DELAY)
