@@ -15,7 +15,7 @@ from jobs import distill
 from tests.fakes import SMALL_JOB, colours_entry, images_seen
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-DELAY = 1.0
+DELAY = 0.7
 
 
 @pytest.fixture
