@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 export RAY_AUTH_MODE ?= disabled
+# As pip does: trust the certificates of the machine, also behind a proxy that has its own.
+export UV_SYSTEM_CERTS ?= true
 
 .PHONY: env quickstart test check format lock clean
 
