@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from pipeline.errors import UserError
 
@@ -130,6 +130,38 @@ class EvaluateConfig(Section):
     student: str | None = Field(None, description="MLflow model URI (models:/m-...) or an exported student folder")
 
 
+class BenchmarkConfig(Section):
+    """What `jobs/benchmark.py` measures."""
+
+    models: list[str] = Field(
+        [
+            "regla_m",
+            "iformer_m",
+            "efficientvit_b1",
+            "efficientvit_b2",
+            "repvit_m1_1",
+            "fastvit_sa12",
+            "mobilenetv4_conv_medium",
+            "mobilenetv4_hybrid_medium",
+            "mobilevitv2_100",
+        ],
+        min_length=1,
+        description="timm models, ReGLA's among them",
+    )
+    reference: str = Field("regla_m", description="model that ratios refer to")
+    sizes: list[PositiveInt] = Field([512], min_length=1, description="sides of the input in pixels")
+    batch_sizes: list[PositiveInt] = Field([1], min_length=1, description="images per forward")
+    forms: list[Literal["eager", "fused", "compiled", "onnx"]] = Field(
+        ["fused", "onnx"], min_length=1, description="eager, fused, compiled, onnx (ONNX Runtime)"
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where the models run")
+    precisions: list[Literal["float32", "bfloat16", "float16"]] = Field(
+        ["float32"], min_length=1, description="float32, bfloat16, float16"
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of torch and of ONNX Runtime")
+    rounds: int = Field(11, ge=1, description="interleaved visits of each model; the median is reported")
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -146,6 +178,7 @@ class Config(Section):
     knn: KnnConfig = KnnConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -162,7 +195,7 @@ class Config(Section):
 
     def fingerprint(self) -> str:
         """Digest of every field that decides what the run computes; a rerun of equal digest is the same run."""
-        fields = self.model_dump(mode="json", exclude={"tracking", "evaluate", "work"})
+        fields = self.model_dump(mode="json", exclude={"tracking", "evaluate", "benchmark", "work"})
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -258,8 +291,12 @@ def iter_fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[t
         elif item is not None:
             yield from iter_fields(item, f"{prefix}{name}.0.")
         else:
-            default = "required" if info.is_required() else info.default
+            default = "required" if info.is_required() else _shown(info.default)
             yield prefix + name, _type_name(annotation), default, info.description or ""
+
+
+def _shown(default: Any) -> Any:
+    return f"[{', '.join(map(str, default))}]" if isinstance(default, list) else default
 
 
 def _is_section(annotation: Any) -> bool:
@@ -271,7 +308,9 @@ def _type_name(annotation: Any) -> str:
         return "|".join(str(value) for value in typing.get_args(annotation))
     if isinstance(annotation, types.UnionType):
         return "|".join("none" if arg is type(None) else _type_name(arg) for arg in typing.get_args(annotation))
-    return getattr(annotation, "__name__", str(annotation)) if not typing.get_args(annotation) else "mapping"
+    if typing.get_origin(annotation) in (list, dict):
+        return {list: "list", dict: "mapping"}[typing.get_origin(annotation)]
+    return getattr(annotation, "__name__", str(annotation))
 
 
 def describe_fields() -> str:

@@ -109,15 +109,26 @@ class Residual(nn.Module):
             y = y * self.gamma
         return x + self.drop_path(y)
 
+    def start_as_identity(self) -> None:
+        """Set the scale of the branch's last norm to 0, as Goyal et al. 2017 (arXiv 1706.02677, section 5.1) do.
+
+        With layer scale there is nothing to do: that starts near 0 by itself.
+        """
+        if self.gamma is None:
+            nn.init.zeros_(self._last_norm().weight)
+
     def fuse(self) -> "Residual":
         """Fold gamma into the last norm of the branch, drop the DropPath, fuse the branch; return self."""
         if self.gamma is not None:
-            last = [module for module in self.branch.modules() if isinstance(module, ConvBN)][-1]
-            last.bn.weight.data.mul_(self.gamma.flatten())
-            last.bn.bias.data.mul_(self.gamma.flatten())
+            norm = self._last_norm()
+            norm.weight.data.mul_(self.gamma.flatten())
+            norm.bias.data.mul_(self.gamma.flatten())
             self.gamma = None
         self.drop_path = nn.Identity().train(self.training)
         return fuse_children(self)
+
+    def _last_norm(self) -> nn.BatchNorm2d:
+        return [module for module in self.branch.modules() if isinstance(module, ConvBN)][-1].bn
 
 
 class FFN(nn.Sequential):

@@ -1,0 +1,175 @@
+"""How well do networks of one size learn from scratch? Same images, recipe and number of samples, several seeds.
+
+    python benchmarks/learning.py train.parquet test.parquet --models regla_t iformer_t mobilevitv2_075 --seeds 0 1 2
+
+A model may carry arguments of its constructor, as in `regla_t:gate_act=none,local_kernel=0`. Prints a table of top-1 on
+the held-out images after the last epoch, mean and standard deviation over the seeds, and one line of JSON. Every run is
+one process on one thread; `--jobs` of them run at once. Finished runs are kept in `--results` and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import timm
+import torch
+import yaml
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+import pipeline.student  # noqa: F401  registers ReGLA
+from pipeline.sources import open_source
+from pipeline.views import decode_image
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+SHIFT = 0.125  # largest translation in training, as a share of the side: 4 of 32 pixels
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is not in the results file yet, then print the table."""
+    options = _parse(arguments)
+    done = _read(options.results)
+    runs = [(model, seed) for seed in options.seeds for model in options.models]
+    keys = {run: _key(options, *run) for run in runs}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(train, *run, options): run for run in runs if keys[run] not in done}
+        for future in as_completed(waiting):
+            key, figures = keys[waiting[future]], future.result()
+            done[key] = figures
+            with options.results.open("a") as file:
+                file.write(json.dumps({"run": key, **figures}) + "\n")
+            print(f"{key}  top-1 {figures['top1']:.2f} %  {figures['seconds']:.0f} s", flush=True)
+    _report({model: [done[keys[model, seed]] for seed in options.seeds] for model in options.models})
+
+
+def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """Train one model from scratch on one thread; return its top-1 in percent, parameters and seconds."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    images, labels = load(options.train, "train", options.size)
+    classes = int(labels.max()) + 1
+    model = create(name, classes).to(memory_format=torch.channels_last)
+    batch, steps = options.batch_size, len(images) // options.batch_size
+    total, warmup = steps * options.epochs, steps * options.epochs // 10
+    optimizer = create_optimizer_v2(model, "adamw", lr=options.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup),
+        ],
+        [warmup],
+    )
+    loss_of = nn.CrossEntropyLoss(label_smoothing=0.1)
+    model.train()
+    for _ in range(options.epochs):
+        for rows in torch.randperm(len(images))[: steps * batch].view(steps, batch):
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(model(augment(images[rows]).contiguous(memory_format=torch.channels_last)), labels[rows])
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    top1 = accuracy(model, *load(options.test, "val", options.size))
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"top1": top1, "parameters": parameters, "seconds": time.perf_counter() - start}
+
+
+def create(name: str, classes: int) -> nn.Module:
+    """A timm model, with constructor arguments after a colon: `regla_t:gate_act=none,cpe_kernel=0`."""
+    architecture, _, text = name.partition(":")
+    arguments: dict[str, Any] = {
+        key: yaml.safe_load(value) for key, value in (item.split("=") for item in text.split(",") if item)
+    }
+    return timm.create_model(architecture, num_classes=classes, **arguments)
+
+
+def load(location: str, split: str, size: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, size, size) uint8 and labels (N,) int64, in the order of the source's index."""
+    source = open_source(location, split=split)
+    index = source.index()
+    images = [decode_image(data).resize((size, size)) for data in source.read(index) if isinstance(data, bytes)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(index["label"].to_pylist())
+
+
+def augment(images: Tensor) -> Tensor:
+    """Normalise, mirror half of them, and translate each by up to an eighth of its side over a border of zeros."""
+    x = normalise(images)
+    count, _, height, width = x.shape
+    x = torch.where((torch.rand(count) < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
+    theta = torch.eye(2, 3).repeat(count, 1, 1)
+    theta[:, :, 2] = (torch.rand(count, 2) * 4 - 2) * SHIFT
+    grid = nn.functional.affine_grid(theta, [count, 3, height, width], align_corners=False)
+    return nn.functional.grid_sample(x, grid, mode="nearest", align_corners=False)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """ImageNet's mean and standard deviation; uint8 in, float32 out, same shape."""
+    return (images.float() / 255 - MEAN) / STD
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Top-1 in percent."""
+    model.eval()
+    right = sum((model(normalise(x)).argmax(1) == y).sum() for x, y in zip(images.split(100), labels.split(100), strict=True))
+    return 100 * int(right) / len(labels)
+
+
+def _report(results: dict[str, list[dict[str, float]]]) -> None:
+    width = max(map(len, results))
+    print(f"\n{'model':<{width}}  parameters  top-1 %         seconds a run")
+    figures = {}
+    for model, runs in results.items():
+        tops = [run["top1"] for run in runs]
+        mean, std = statistics.mean(tops), statistics.stdev(tops) if len(tops) > 1 else 0.0
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        print(f"{model:<{width}}  {runs[0]['parameters'] / 1e6:8.2f} M  {mean:5.2f} ± {std:.2f}  {seconds:12.0f}")
+        figures[model] = {"top1_mean": round(mean, 2), "top1_std": round(std, 2), "top1": tops}
+    print(json.dumps(figures))
+
+
+def _key(options: argparse.Namespace, model: str, seed: int) -> str:
+    data = f"{options.train} {options.test}"
+    return f"{model} seed={seed} epochs={options.epochs} size={options.size} batch={options.batch_size} lr={options.lr:g} {data}"
+
+
+def _read(results: Path) -> dict[str, dict[str, float]]:
+    if not results.exists():
+        return {}
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    return {row.pop("run"): row for row in rows}
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("train", help="images to train on: folder, tar shards or Parquet, with labels")
+    parser.add_argument("test", help="held-out images, in the same forms")
+    parser.add_argument("--models", nargs="+", default=["regla_t", "iformer_t", "mobilevitv2_075", "starnet_s1"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--size", type=int, default=64, help="side of the input in pixels")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the cosine, after a tenth of linear warm-up")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one thread")
+    parser.add_argument("--results", type=Path, default=Path("work/learning.jsonl"), help="where finished runs are kept")
+    options = parser.parse_args(arguments)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+if __name__ == "__main__":
+    main()

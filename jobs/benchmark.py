@@ -1,0 +1,63 @@
+"""Measure networks side by side: parameters, MACs, activations, memory, latency.
+
+python jobs/benchmark.py                                                ReGLA-M and its rivals at 512 px on one CPU thread
+python jobs/benchmark.py 'benchmark.models=[regla_m,iformer_m]' 'benchmark.sizes=[256,512,1024]' benchmark.threads=4
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jobs._cli import run, table
+from pipeline.config import Config
+from pipeline.evaluate.benchmark import benchmark, check, frame, render
+from pipeline.evaluate.figures import accuracy_figure, latency_figure
+from pipeline.runs import work_folder
+
+
+def main(config: Config, dry_run: bool) -> dict[str, Any]:
+    """Print the table, write it and its figures into the work folder, and log both to MLflow where it is installed."""
+    settings = config.benchmark
+    check(settings)
+    print(f"{len(settings.models)} models x {settings.forms} x {settings.sizes} px, {settings.rounds} rounds", flush=True)
+    if dry_run:
+        return {"dry_run": True}
+    measured = frame(benchmark(settings))
+    folder = work_folder(config) / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "benchmark.csv", folder / "latency.png", folder / "accuracy.png"]
+    measured.to_csv(files[0], index=False)
+    latency_figure(measured, files[1])
+    accuracy_figure(files[2])
+    ratios = {f"{row.model}/{row.form}/{row.precision}/{row.batch}x{row.size}": row for row in measured.itertuples()}
+    figures = {name: {"ms": round(row.milliseconds, 3), "ratio": round(row.ratio, 4)} for name, row in ratios.items()}
+    tracked = track(config, figures, files)
+    print(f"{render(measured)}\n{table({'files': ', '.join(map(str, files)), 'MLflow': tracked})}")
+    return {"reference": settings.reference, "latency": figures}
+
+
+def track(config: Config, figures: dict[str, dict[str, float]], files: list[Path]) -> str:
+    """Log the figures and files as one MLflow run; benchmarks also run on machines that have no MLflow."""
+    if find_spec("mlflow") is None:
+        return "not logged: mlflow is not installed here"
+    from pipeline.tracking import resolve_uri, start_job
+
+    work = work_folder(config)
+    uri = resolve_uri(config.tracking.uri, work)
+    tags, tree = {"job": "benchmark"}, config.model_dump(mode="json")
+    name = f"{config.name}-benchmark"
+    job = start_job(uri, experiment=config.tracking.experiment, name=name, config=tree, tags=tags, work=work)
+    job.log_metric_dict({f"{key}/{what}": value for key, values in figures.items() for what, value in values.items()})
+    for file in files:
+        job.log_file(file, "benchmark")
+    job.finish()
+    return f"{uri} run {job.run_id}"
+
+
+if __name__ == "__main__":
+    run(main, __doc__ or "")

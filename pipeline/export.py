@@ -1,0 +1,100 @@
+"""A student in the formats of other runtimes: ONNX and Core ML."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+OPSET = 18
+INPUT, OUTPUT = "image", "output"
+
+
+def export_onnx(model: nn.Module, path: Path | str, example: Tensor, dynamic: bool = True) -> Path:
+    """Write ``model`` as one ONNX file (opset 18, weights inside).
+
+    Args:
+        model: in eval mode, best in its inference form; one image tensor in, one tensor out.
+        path: of the file.
+        example: images (B, C, H, W) as the model takes them; with ``dynamic``, B >= 2 and H different from W keep the
+            exporter from taking two sides for one.
+        dynamic: leave batch, height and width open; else the file takes the shape of ``example`` alone, which lets a
+            runtime fold more of it.
+
+    Returns:
+        ``path``. The input is named ``image``, the output ``output``.
+
+    Raises:
+        UserError: the model is in training mode.
+    """
+    _check_eval(model)
+    open_sides = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=(open_sides,) if dynamic else None,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
+        assert program is not None
+        program.save(path, external_data=False)
+    return Path(path)
+
+
+def export_coreml(model: nn.Module, path: Path | str, example: Tensor) -> Path:
+    """Write ``model`` as a Core ML package (ML program, float16, iOS 17 and later) for the shape of ``example``.
+
+    Phones plan their neural engine for a fixed shape, so nothing is left open.
+
+    Args:
+        model: in eval mode, best in its inference form.
+        path: of the folder, ending in ``.mlpackage``.
+        example: images (B, C, H, W) as the model takes them.
+
+    Returns:
+        ``path``. The input is named ``image``, the output ``output``.
+
+    Raises:
+        UserError: ``coremltools`` is not installed, or the model is in training mode.
+    """
+    _check_eval(model)
+    try:
+        import coremltools as ct
+    except ImportError:
+        raise UserError("Core ML export needs coremltools: pip install 'regla-distill[coreml]'") from None
+    program = torch.export.export(model, (example,)).run_decompositions({})
+    package = ct.convert(
+        program,
+        inputs=[ct.TensorType(name=INPUT, shape=tuple(example.shape))],
+        outputs=[ct.TensorType(name=OUTPUT)],
+        minimum_deployment_target=ct.target.iOS17,
+    )
+    package.save(str(path))
+    return Path(path)
+
+
+def _check_eval(model: nn.Module) -> None:
+    if model.training:
+        raise UserError("an exported model infers: call eval() first")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the exporter's warnings about operators of packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
