@@ -36,7 +36,7 @@ format: env
 
 # Versions and hashes for every platform; no index address is recorded.
 lock: env
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+	$(BIN)/uv pip compile pyproject.toml --group dev --extra coreml --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-annotate --no-emit-index-url --quiet -o requirements.lock
 
 clean:

@@ -125,7 +125,9 @@ def normalise(images: Tensor) -> Tensor:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Top-1 in percent."""
     model.eval()
-    right = sum((model(normalise(x)).argmax(1) == y).sum() for x, y in zip(images.split(100), labels.split(100), strict=True))
+    right = sum(
+        (model(normalise(x)).argmax(1) == y).sum() for x, y in zip(images.split(100), labels.split(100), strict=True)
+    )
     return 100 * int(right) / len(labels)
 
 
@@ -165,7 +167,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak of the cosine, after a tenth of linear warm-up")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one thread")
-    parser.add_argument("--results", type=Path, default=Path("work/learning.jsonl"), help="where finished runs are kept")
+    parser.add_argument(
+        "--results", type=Path, default=Path("work/learning.jsonl"), help="where finished runs are kept"
+    )
     options = parser.parse_args(arguments)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     return options

@@ -24,7 +24,9 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     """Print the table, write it and its figures into the work folder, and log both to MLflow where it is installed."""
     settings = config.benchmark
     check(settings)
-    print(f"{len(settings.models)} models x {settings.forms} x {settings.sizes} px, {settings.rounds} rounds", flush=True)
+    print(
+        f"{len(settings.models)} models x {settings.forms} x {settings.sizes} px, {settings.rounds} rounds", flush=True
+    )
     if dry_run:
         return {"dry_run": True}
     measured = frame(benchmark(settings))
@@ -34,8 +36,13 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     measured.to_csv(files[0], index=False)
     latency_figure(measured, files[1])
     accuracy_figure(files[2])
-    ratios = {f"{row.model}/{row.form}/{row.precision}/{row.batch}x{row.size}": row for row in measured.itertuples()}
-    figures = {name: {"ms": round(row.milliseconds, 3), "ratio": round(row.ratio, 4)} for name, row in ratios.items()}
+    figures = {
+        f"{row['model']}/{row['form']}/{row['precision']}/{row['batch']}x{row['size']}": {
+            "ms": round(row["milliseconds"], 3),
+            "ratio": round(row["ratio"], 4),
+        }
+        for row in measured.to_dict("records")
+    }
     tracked = track(config, figures, files)
     print(f"{render(measured)}\n{table({'files': ', '.join(map(str, files)), 'MLflow': tracked})}")
     return {"reference": settings.reference, "latency": figures}

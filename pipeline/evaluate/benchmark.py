@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import timm
@@ -24,11 +25,10 @@ from pipeline.evaluate.timing import Timing, interleave
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a model in one form at one size.
+    """A model in one form at one size: what was set, what was counted, what was timed.
 
-    Times are of one forward pass in milliseconds; ``ratio`` is to the reference model in the same form, taken round by
-    round; ``q1`` and ``q3`` are quartiles over the rounds. Costs are those of the inference form with batch 1, except
-    for ``eager``, where they are the model's as trained.
+    The cost is that of the inference form on one image, except for ``eager``, where it is the model's as trained. The
+    ratio of the timing refers to the reference model in the same form.
     """
 
     model: str
@@ -38,17 +38,8 @@ class Row:
     threads: int
     batch: int
     size: int
-    parameters: int
-    macs: int
-    activations: int
-    peak_bytes: int
-    milliseconds: float
-    milliseconds_q1: float
-    milliseconds_q3: float
-    images_per_second: float
-    ratio: float
-    ratio_q1: float
-    ratio_q3: float
+    cost: Cost
+    timing: Timing
 
 
 def benchmark(config: BenchmarkConfig) -> list[Row]:
@@ -75,15 +66,34 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
         }
         timings = interleave(calls, lambda key: (config.reference, key[1]), config.rounds)
         for (name, form), timing in timings.items():
-            setting = (name, form, config.device, precision, config.threads, batch, size)
-            rows.append(_row(setting, counted[name, form], timing))
+            counts = counted[name, form]
+            rows.append(Row(name, form, config.device, precision, config.threads, batch, size, counts, timing))
     return rows
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """The rows as a table, fastest first within a size, batch, precision and form."""
+    """The rows as a flat table, fastest first within a size, batch, precision and form.
+
+    Its columns are the fields of :class:`Row` and :class:`~pipeline.evaluate.cost.Cost`, then ``milliseconds`` of one
+    forward pass, ``images_per_second``, and ``ratio``, with the quartiles over the rounds under ``_q1`` and ``_q3``.
+    """
     keys = ["size", "batch", "precision", "form", "milliseconds"]
-    return pd.DataFrame([dataclasses.asdict(row) for row in rows]).sort_values(keys, ignore_index=True)
+    return pd.DataFrame([_flat(row) for row in rows]).sort_values(keys, ignore_index=True)
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    timing = row.timing
+    return {
+        **{name: value for name, value in vars(row).items() if name not in ("cost", "timing")},
+        **dataclasses.asdict(row.cost),
+        "milliseconds": timing.median * 1e3,
+        "milliseconds_q1": timing.quartiles[0] * 1e3,
+        "milliseconds_q3": timing.quartiles[1] * 1e3,
+        "images_per_second": row.batch / timing.median,
+        "ratio": timing.ratio,
+        "ratio_q1": timing.ratio_quartiles[0],
+        "ratio_q3": timing.ratio_quartiles[1],
+    }
 
 
 def render(table: pd.DataFrame) -> str:
@@ -134,18 +144,3 @@ def _costs(name: str, model: nn.Module, config: BenchmarkConfig, size: int) -> I
     folded = cost(inference_form(copy.deepcopy(model), images), images)
     for form in config.forms:
         yield form, as_trained if form == "eager" else folded
-
-
-def _row(setting: tuple[str, str, str, str, int, int, int], counted: Cost, timing: Timing) -> Row:
-    low, high = timing.quartiles
-    return Row(
-        *setting,
-        *dataclasses.astuple(counted),
-        milliseconds=timing.median * 1e3,
-        milliseconds_q1=low * 1e3,
-        milliseconds_q3=high * 1e3,
-        images_per_second=setting[5] / timing.median,
-        ratio=timing.ratio,
-        ratio_q1=timing.ratio_quartiles[0],
-        ratio_q3=timing.ratio_quartiles[1],
-    )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
@@ -35,19 +38,16 @@ class Cost:
 @torch.no_grad()
 def cost(model: nn.Module, images: Tensor) -> Cost:
     """Count the cost of one forward pass of ``model``, in the mode and form it is in, on ``images`` (B, C, H, W)."""
-    memory = MemTracker()
-    memory.track_external(model, images)
     # The fused attention kernel of the CPU is unknown to the counter; the plain form consists of matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops, _Activations() as activations:
         model(images)
-    with memory:
+    with _Memory(chain(model.parameters(), model.buffers(), [images])) as memory:
         model(images)
-    peak = memory.get_tracker_snapshot("peak")
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=flops.get_total_flops() // 2,
         activations=activations.elements,
-        peak_bytes=sum(int(sizes["Total"]) for sizes in peak.values()),
+        peak_bytes=memory.peak,
     )
 
 
@@ -63,3 +63,31 @@ class _Activations(TorchDispatchMode):
         if func._overloadpacket in flop_registry and isinstance(out, Tensor):
             self.elements += out.numel()
         return out
+
+
+class _Memory(TorchDispatchMode):
+    """Follows the storages that are alive, from those of ``tensors`` on; views share one."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        for tensor in tensors:
+            self._add(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known.add(storage)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.alive -= size

@@ -68,9 +68,11 @@ def _foldable(model: nn.Module, example: Tensor) -> list[tuple[nn.Module, str]]:
 def _fold(model: nn.Module, layer: nn.Module, name: str) -> None:
     bn = model.get_submodule(name)
     assert isinstance(bn, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     fuse = fuse_conv_bn_weights if isinstance(layer, nn.Conv2d) else fuse_linear_bn_weights
-    layer.weight, layer.bias = fuse(  # type: ignore[assignment]
-        layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias  # type: ignore[arg-type]
-    )
+    statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    layer.weight, layer.bias = fuse(layer.weight, layer.bias, *statistics)
     rest = nn.Sequential(bn.drop, bn.act) if isinstance(bn, BatchNormAct2d) else nn.Identity()
     model.set_submodule(name, rest.train(False))

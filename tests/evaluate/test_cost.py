@@ -9,7 +9,9 @@ from pipeline.evaluate.cost import cost
 
 
 def test_a_convolution_and_a_linear_layer():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
     counted = cost(model.eval(), torch.randn(2, 3, 10, 12))
     assert counted.parameters == 3 * 8 * 9 + 8 + 8 * 5 + 5
     assert counted.macs == 2 * (120 * 8 * 27 + 8 * 5)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.student.layers import Residual
 from pipeline.student.regla import SIZES
 
 # Specification, section 5; regla_m was changed for latency, see docs/results.md.
@@ -21,6 +22,10 @@ GMACS = {
     "regla_l": (2.064, 10.783),
     "regla_xl": (3.695, 19.304),
 }
+
+
+def width(residual: Residual) -> int:
+    return next(m for m in residual.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
 def parameters(model: nn.Module) -> int:
@@ -118,8 +123,8 @@ def test_channels_last_gives_the_same_output_and_keeps_the_layout(tiny, live):
         {"elrf_mode": "pre", "reparam": False},
     ],
 )
-def test_every_parameter_gets_a_finite_gradient(tiny, options):
-    model = tiny(**options).train()
+def test_every_parameter_gets_a_finite_gradient(tiny, live, options):
+    model = live(tiny(**options)).train()
     model(torch.randn(4, 3, 64, 64)).square().sum().backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert missing == []
@@ -177,8 +182,8 @@ def test_gradient_checkpointing_recomputes_each_block(tiny):
     assert len(calls) == 2
 
 
-def test_drop_path_is_active_in_training_only(tiny):
-    model, x = tiny(drop_path=0.9), torch.randn(2, 3, 64, 64)
+def test_drop_path_is_active_in_training_only(tiny, live):
+    model, x = live(tiny(drop_path=0.9)), torch.randn(2, 3, 64, 64)
     model.train()
     assert not torch.equal(model(x), model(x))
     model.eval()
@@ -204,6 +209,15 @@ def test_initialisation(tiny):
             assert not module.bias.any()
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 3, 64, 64)).abs().max() < 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_branches_start_as_the_identity(tiny, training):
+    branches = [m for m in tiny().train(training).modules() if isinstance(m, Residual)]
+    assert len(branches) == 2 * 2 + 3 * 2
+    for residual in branches:
+        x = torch.randn(2, width(residual), 8, 8)
+        assert torch.equal(residual(x), x)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_features_only_returns_all_four_stages_by_default():
     with torch.device("meta"):
         net = timm.create_model("regla_m", features_only=True)
         maps = net(torch.empty(2, 3, 64, 64))
-    assert net.feature_info.channels() == [m.shape[1] for m in maps] == [48, 96, 192, 384]
+    assert net.feature_info.channels() == [m.shape[1] for m in maps] == [32, 64, 192, 384]
 
 
 def test_features_equal_forward_intermediates():
