@@ -20,7 +20,7 @@ def configured(tmp_path, *overrides: str):
         "benchmark.reference=regla_t",
         "benchmark.rounds=2",
         "benchmark.sizes=[32, 64]",
-        "benchmark.forms=[eager, fused, onnx]",
+        "benchmark.forms=[eager, fused]",
     ]
     return load_config(None, [*base, *overrides])
 
@@ -28,17 +28,14 @@ def configured(tmp_path, *overrides: str):
 def test_measures_every_model_form_and_size(tmp_path, capsys):
     figures = benchmark.main(configured(tmp_path), dry_run=False)
     table = pd.read_csv(tmp_path / "benchmarks" / "benchmark.csv")
-    assert len(table) == len(MODELS) * 3 * 2
+    assert len(table) == len(MODELS) * 2 * 2
     assert (table.milliseconds > 0).all()
     assert (table.milliseconds_q1 <= table.milliseconds).all()
     assert (table.milliseconds <= table.milliseconds_q3).all()
     assert (table[table.model == "regla_t"].ratio == 1).all()
     ours = table[(table.model == "regla_t") & (table["size"] == 64)].set_index("form")
-    assert ours.parameters["eager"] > ours.parameters["fused"] == ours.parameters["onnx"] == 2949640
-    assert ours.macs["fused"] * 4 == pytest.approx(
-        4 * table[(table.model == "regla_t") & (table["size"] == 32)].set_index("form").macs["fused"] * 4, rel=0.05
-    )
-    assert set(figures["latency"]["regla_t/onnx/float32/1x64"]) == {"ms", "ratio"}
+    assert ours.parameters["eager"] > ours.parameters["fused"] == 2949640
+    assert set(figures["latency"]["regla_t/fused/float32/1x64"]) == {"ms", "ratio"}
     assert (tmp_path / "benchmarks" / "latency.png").stat().st_size > 10_000
     assert (tmp_path / "benchmarks" / "accuracy.png").stat().st_size > 10_000
     out = capsys.readouterr().out
@@ -47,6 +44,14 @@ def test_measures_every_model_form_and_size(tmp_path, capsys):
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     assert run.info.status == "FINISHED"
     assert run.data.metrics["regla_t/fused/float32/1x32/ratio"] == 1
+
+
+def test_onnx_runtime(tmp_path):
+    config = configured(tmp_path, "benchmark.models=[regla_t]", "benchmark.forms=[fused, onnx]", "benchmark.sizes=[32]")
+    figures = benchmark.main(config, dry_run=False)
+    table = pd.read_csv(tmp_path / "benchmarks" / "benchmark.csv").set_index("form")
+    assert table.parameters["onnx"] == table.parameters["fused"] == 2949640
+    assert set(figures["latency"]) == {"regla_t/fused/float32/1x32", "regla_t/onnx/float32/1x32"}
 
 
 def test_half_precision_and_larger_batches(tmp_path):
