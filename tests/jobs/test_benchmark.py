@@ -5,6 +5,7 @@ import json
 import mlflow
 import pandas as pd
 import pytest
+import torch
 
 from jobs import benchmark
 from pipeline.config import load_config
@@ -68,17 +69,22 @@ def test_half_precision_and_larger_batches(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("benchmark.models=[regla_t, resnet_of_mine]", "resnet_of_mine"),
-        ("benchmark.reference=resnet18", "benchmark.reference"),
-        ("benchmark.precisions=[float16]", "float32 on the CPU"),
-        ("benchmark.device=cuda", "benchmark.device|float32 on the CPU"),
+        (["benchmark.models=[regla_t, resnet_of_mine]"], "resnet_of_mine"),
+        (["benchmark.reference=resnet18"], "benchmark.reference"),
+        (["benchmark.forms=[onnx]", "benchmark.precisions=[float16]"], "float32 on the CPU"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_at_once(tmp_path, override, message):
+def test_what_cannot_be_measured_is_refused_at_once(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
-        benchmark.main(configured(tmp_path, override), dry_run=True)
+        benchmark.main(configured(tmp_path, *overrides), dry_run=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"benchmark\.device=cpu"):
+        benchmark.main(configured(tmp_path, "benchmark.device=cuda"), dry_run=True)
 
 
 def test_a_model_that_does_not_take_the_size_is_named(tmp_path):
