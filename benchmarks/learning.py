@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py train.parquet test.parquet --models regla_t iformer_t mobilevitv2_075 --seeds 0 1 2
 
-A model may carry arguments of its constructor, as in `regla_t:gate_act=none,local_kernel=0`. Prints a table of top-1 on
+A model may carry arguments of its constructor, as in `regla_t {gate_act: none, local_kernel: 0}`. Prints a table of top-1 on
 the held-out images after the last epoch, mean and standard deviation over the seeds, and one line of JSON. Every run is
 one process on one thread; `--jobs` of them run at once. Finished runs are kept in `--results` and not repeated.
 """
@@ -18,18 +18,15 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import timm
 import torch
-import yaml
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-import pipeline.student  # noqa: F401  registers ReGLA
+from pipeline.evaluate.models import create_model
 from pipeline.sources import open_source
 from pipeline.views import decode_image
 
@@ -61,7 +58,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]
     start = time.perf_counter()
     images, labels = load(options.train, "train", options.size)
     classes = int(labels.max()) + 1
-    model = create(name, classes).to(memory_format=torch.channels_last)
+    model = create_model(name, num_classes=classes).to(memory_format=torch.channels_last)
     batch, steps = options.batch_size, len(images) // options.batch_size
     total, warmup = steps * options.epochs, steps * options.epochs // 10
     optimizer = create_optimizer_v2(model, "adamw", lr=options.lr, weight_decay=0.05)
@@ -86,15 +83,6 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]
     top1 = accuracy(model, *load(options.test, "val", options.size))
     parameters = sum(p.numel() for p in model.parameters())
     return {"top1": top1, "parameters": parameters, "seconds": time.perf_counter() - start}
-
-
-def create(name: str, classes: int) -> nn.Module:
-    """A timm model, with constructor arguments after a colon: `regla_t:gate_act=none,cpe_kernel=0`."""
-    architecture, _, text = name.partition(":")
-    arguments: dict[str, Any] = {
-        key: yaml.safe_load(value) for key, value in (item.split("=") for item in text.split(",") if item)
-    }
-    return timm.create_model(architecture, num_classes=classes, **arguments)
 
 
 def load(location: str, split: str, size: int) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import onnxruntime
-import timm
 import torch
 
-import pipeline.student  # noqa: F401  registers ReGLA
 from pipeline.evaluate.folding import inference_form
+from pipeline.evaluate.models import create_model
 from pipeline.export import INPUT, export_onnx
 
 
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def profile(name: str, size: int, runs: int) -> list[dict[str, Any]]:
     """ONNX Runtime's record of every operator in ``runs`` passes over one image, after two that warm up."""
     image = torch.randn(1, 3, size, size)
-    model = inference_form(timm.create_model(name).eval(), image)
+    model = inference_form(create_model(name), image)
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(model, Path(folder) / "model.onnx", image, dynamic=False)
         options = onnxruntime.SessionOptions()

@@ -146,7 +146,7 @@ class BenchmarkConfig(Section):
             "mobilevitv2_100",
         ],
         min_length=1,
-        description="timm models, ReGLA's among them",
+        description="timm models; `name {argument: value}` passes arguments",
     )
     reference: str = Field("regla_m", description="model that ratios refer to")
     sizes: list[PositiveInt] = Field([512], min_length=1, description="sides of the input in pixels")

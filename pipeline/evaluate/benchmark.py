@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import timm
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import pipeline.student  # noqa: F401  registers ReGLA
 from pipeline.config import BenchmarkConfig
 from pipeline.errors import UserError
 from pipeline.evaluate.cost import Cost, cost
 from pipeline.evaluate.folding import inference_form
+from pipeline.evaluate.models import create_model, parse
 from pipeline.evaluate.runtime import runner
 from pipeline.evaluate.timing import Timing, interleave
 
@@ -53,7 +52,7 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
     """
     check(config)
     torch.set_num_threads(config.threads)
-    models = {name: _create(name) for name in config.models}
+    models = {text: create_model(text) for text in config.models}
     rows: list[Row] = []
     groups = [(s, b, p) for s in config.sizes for b in config.batch_sizes for p in config.precisions]
     for size, batch, precision in tqdm(groups, desc="benchmark", unit="group", disable=len(groups) == 1):
@@ -126,13 +125,8 @@ def check(config: BenchmarkConfig) -> None:
         raise UserError("benchmark.device: there is no GPU that torch can use; set benchmark.device=cpu")
     if "onnx" in config.forms and (config.device != "cpu" or set(config.precisions) != {"float32"}):
         raise UserError("benchmark.forms: onnx is measured in float32 on the CPU; leave it out or change the others")
-    unknown = [name for name in config.models if not timm.is_model(name)]
-    if unknown:
-        raise UserError(f"benchmark.models: timm knows no {', '.join(unknown)}")
-
-
-def _create(name: str) -> nn.Module:
-    return timm.create_model(name).eval()
+    for text in config.models:
+        parse(text)
 
 
 def _costs(name: str, model: nn.Module, config: BenchmarkConfig, size: int) -> Iterator[tuple[str, Cost]]:
