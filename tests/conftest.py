@@ -74,3 +74,29 @@ def filled(tmp_path, photo_config):
     plan = plan_cache(config, Store.at(tmp_path / "cache"))
     assert fill_in_process(plan) == 6
     return SimpleNamespace(plan=plan, config=config, train=plan.split("train").dataset, val=plan.split("val").dataset)
+
+
+@pytest.fixture(scope="session")
+def live():
+    """Randomise weights, BatchNorm and layer scale, so that no term is 0 or 1 by accident, and go to eval mode.
+
+    The scales keep activations of order one through the depth, as in a trained network.
+    """
+    from torch import nn
+
+    def liven(model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=fan_in**-0.5)
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, std=0.3)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+                nn.init.uniform_(module.weight, 0.3, 0.9)
+                nn.init.normal_(module.bias, std=0.3)
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                nn.init.uniform_(parameter, 0.2, 0.8)
+        return model.eval()
+
+    return liven

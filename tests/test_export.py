@@ -16,15 +16,10 @@ SIZES = [(1, 64, 64), (3, 97, 130), (2, 224, 224)]
 
 
 @pytest.fixture(scope="module")
-def student():
-    """A short ReGLA-T with BatchNorm statistics of its own, fused."""
+def student(live):
+    """A short ReGLA-T, fused."""
     torch.manual_seed(0)
-    model = timm.create_model("regla_t", num_classes=10, depths=(1, 1, 2, 1))
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-    return model.eval().fuse()
+    return live(timm.create_model("regla_t", num_classes=10, depths=(1, 1, 2, 1))).fuse()
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +60,11 @@ def test_a_static_onnx_file_takes_its_shape_alone(student, tmp_path):
     assert torch.allclose(torch.from_numpy(run.run(None, {"image": x.numpy()})[0]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_unfused_student_exports_too(tmp_path):
-    model, x = timm.create_model("regla_t", num_classes=10, depths=(1, 1, 1, 1)).eval(), torch.randn(1, 3, 64, 64)
+def test_an_unfused_student_exports_too(live, tmp_path):
+    model, x = live(timm.create_model("regla_t", num_classes=10, depths=(1, 1, 1, 1))), torch.randn(1, 3, 64, 64)
     run = session(export_onnx(model, tmp_path / "whole.onnx", x, dynamic=False))
     with torch.no_grad():
-        assert torch.allclose(torch.from_numpy(run.run(None, {"image": x.numpy()})[0]), model(x), atol=1e-5)
+        assert torch.allclose(torch.from_numpy(run.run(None, {"image": x.numpy()})[0]), model(x), atol=1e-4)
 
 
 @pytest.mark.parametrize("export", [export_onnx, export_coreml])

@@ -11,22 +11,14 @@ from pipeline.evaluate.folding import inference_form
 NORMS = nn.BatchNorm1d | nn.BatchNorm2d
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, NORMS):
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 2)
-    return model.eval()
-
-
 def norms(model: nn.Module) -> int:
     return sum(isinstance(module, NORMS) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["regla_t", "iformer_t", "efficientvit_b0", "repvit_m0_9", "mobilenetv4_conv_small"])
-def test_folds_every_norm_of_a_public_model(name):
+def test_folds_every_norm_of_a_public_model(live, name):
     torch.manual_seed(0)
-    model, x = randomised(timm.create_model(name, num_classes=7)), torch.randn(2, 3, 64, 64)
+    model, x = live(timm.create_model(name, num_classes=7)), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
         folded = inference_form(model, x)
@@ -48,13 +40,13 @@ class SharedInput(nn.Module):
         return y + self.branch(y)
 
 
-def test_a_norm_in_another_module_is_left_alone():
-    model, x = randomised(SharedInput(beside=False)), torch.randn(2, 3, 4, 4)
+def test_a_norm_in_another_module_is_left_alone(live):
+    model, x = live(SharedInput(beside=False)), torch.randn(2, 3, 4, 4)
     with torch.no_grad():
         expected = model(x)
         assert torch.equal(inference_form(model, x)(x), expected)
 
 
-def test_a_fold_that_would_change_the_outputs_is_an_error():
+def test_a_fold_that_would_change_the_outputs_is_an_error(live):
     with pytest.raises(RuntimeError, match="SharedInput"):
-        inference_form(randomised(SharedInput(beside=True)), torch.randn(2, 3, 4, 4))
+        inference_form(live(SharedInput(beside=True)), torch.randn(2, 3, 4, 4))
