@@ -6,6 +6,7 @@ python jobs/benchmark.py 'benchmark.models=[regla_m,iformer_m]' 'benchmark.sizes
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,8 +44,8 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
         }
         for row in measured.to_dict("records")
     }
-    tracked = track(config, figures, files)
-    print(f"{render(measured)}\n{table({'files': ', '.join(map(str, files)), 'MLflow': tracked})}")
+    print(f"{render(measured)}\n{table({'files': ', '.join(map(str, files))})}", flush=True)
+    print(table({"MLflow": track(config, figures, files)}))
     return {"reference": settings.reference, "latency": figures}
 
 
@@ -59,7 +60,9 @@ def track(config: Config, figures: dict[str, dict[str, float]], files: list[Path
     tags, tree = {"job": "benchmark"}, config.model_dump(mode="json")
     name = f"{config.name}-benchmark"
     job = start_job(uri, experiment=config.tracking.experiment, name=name, config=tree, tags=tags, work=work)
-    job.log_metric_dict({f"{key}/{what}": value for key, values in figures.items() for what, value in values.items()})
+    # MLflow allows no brackets or braces in a name, which the arguments of a model have.
+    named = {re.sub(r"[^\w\-. :/]", "", key): values for key, values in figures.items()}
+    job.log_metric_dict({f"{key}/{what}": value for key, values in named.items() for what, value in values.items()})
     for file in files:
         job.log_file(file, "benchmark")
     job.finish()

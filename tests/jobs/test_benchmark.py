@@ -47,12 +47,14 @@ def test_measures_every_model_form_and_size(tmp_path, capsys):
     assert run.data.metrics["regla_t/fused/float32/1x32/ratio"] == 1
 
 
-def test_onnx_runtime(tmp_path):
-    config = configured(tmp_path, "benchmark.models=[regla_t]", "benchmark.forms=[fused, onnx]", "benchmark.sizes=[32]")
+def test_onnx_runtime_and_a_model_with_arguments(tmp_path):
+    short = "regla_t {depths: [1, 1, 1, 1]}"
+    models = f"benchmark.models={json.dumps(['regla_t', short])}"
+    config = configured(tmp_path, models, "benchmark.forms=[onnx]", "benchmark.sizes=[32]")
     figures = benchmark.main(config, dry_run=False)
-    table = pd.read_csv(tmp_path / "benchmarks" / "benchmark.csv").set_index("form")
-    assert table.parameters["onnx"] == table.parameters["fused"] == 2949640
-    assert set(figures["latency"]) == {"regla_t/fused/float32/1x32", "regla_t/onnx/float32/1x32"}
+    table = pd.read_csv(tmp_path / "benchmarks" / "benchmark.csv").set_index("model")
+    assert table.parameters["regla_t"] == 2949640 > table.parameters[short]
+    assert set(figures["latency"]) == {"regla_t/onnx/float32/1x32", f"{short}/onnx/float32/1x32"}
 
 
 def test_half_precision_and_larger_batches(tmp_path):
