@@ -109,13 +109,9 @@ class Residual(nn.Module):
             y = y * self.gamma
         return x + self.drop_path(y)
 
-    def start_as_identity(self) -> None:
-        """Set the scale of the branch's last norm to 0, as Goyal et al. 2017 (arXiv 1706.02677, section 5.1) do.
-
-        With layer scale there is nothing to do: that starts near 0 by itself.
-        """
-        if self.gamma is None:
-            nn.init.zeros_(self._last_norm().weight)
+    def start_branch_at(self, scale: float) -> None:
+        """Set the scale of the branch's last norm: 1 as a BatchNorm starts, 0 to start the block as the identity."""
+        nn.init.constant_(self._last_norm().weight, scale)
 
     def fuse(self) -> "Residual":
         """Fold gamma into the last norm of the branch, drop the DropPath, fuse the branch; return self."""

@@ -269,6 +269,9 @@ class ReGLA(nn.Module):
         stem: "conv" or "fused_ib", see :class:`Stem`.
         drop_path: drop-path rate of the last block; rises linearly from 0 over the blocks.
         layer_scale: initial layer scale, None for none [family: iFormer: none up to L2].
+        branch_scale: scale that the last BatchNorm of each residual branch starts with: 1 [family: iFormer], or 0, which
+            starts every block as the identity (Goyal et al. 2017, arXiv 1706.02677, section 5.1). docs/results.md has
+            a training that 0 helps and one that it hinders; folds away like any BatchNorm.
         num_classes: classes; 0 leaves the classifier out.
         in_chans: input channels.
         distill_head: second classifier for distillation, see :class:`~pipeline.student.layers.Classifier`.
@@ -300,6 +303,7 @@ class ReGLA(nn.Module):
         stem: str = "conv",
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        branch_scale: float = 1.0,
         num_classes: int = 1000,
         in_chans: int = 3,
         distill_head: bool = False,
@@ -317,6 +321,7 @@ class ReGLA(nn.Module):
         _check_choice("stem", stem, STEMS)
         _check(0 <= drop_path < 1, "drop_path", drop_path, "a number in [0, 1)")
         _check(0 <= drop_rate < 1, "drop_rate", drop_rate, "a number in [0, 1)")
+        _check(branch_scale >= 0, "branch_scale", branch_scale, "a number >= 0")
         _check(layer_scale is None or layer_scale > 0, "layer_scale", layer_scale, "None or a number > 0")
         _check(in_chans >= 1, "in_chans", in_chans, "an integer >= 1")
 
@@ -344,6 +349,9 @@ class ReGLA(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         self.apply(_init_weights)
+        for module in self.modules():
+            if isinstance(module, Residual):
+                module.start_branch_at(branch_scale)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, in_chans, H, W) to logits (B, num_classes); see :meth:`forward_head` for the other outputs."""
@@ -492,15 +500,12 @@ class ReGLA(nn.Module):
 def _init_weights(module: nn.Module) -> None:
     """Convolutions and linears: truncated normal, std 0.02, bias 0 [family: iFormer].
 
-    BatchNorm starts at 1 and 0, but for the last one of each residual branch, whose scale starts at 0 [ours]: the same
-    network learns faster, see docs/results.md.
+    BatchNorm starts at 1 and 0, but see ``branch_scale`` of :class:`ReGLA`.
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, Residual):
-        module.start_as_identity()
 
 
 def _per_attention_stage(value: int | Sequence[int]) -> tuple[int, ...]:

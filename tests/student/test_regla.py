@@ -212,8 +212,8 @@ def test_initialisation(tiny):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_residual_branches_start_as_the_identity(tiny, training):
-    branches = [m for m in tiny().train(training).modules() if isinstance(m, Residual)]
+def test_blocks_can_start_as_the_identity(tiny, training):
+    branches = [m for m in tiny(branch_scale=0.0).train(training).modules() if isinstance(m, Residual)]
     assert len(branches) == 2 * 2 + 3 * 2
     for residual in branches:
         x = torch.randn(2, width(residual), 8, 8)
@@ -278,6 +278,7 @@ def test_option_changes_the_model(tiny, options):
         ("stem", "patch", "'conv', 'fused_ib'"),
         ("drop_path", 1.0, "[0, 1)"),
         ("drop_rate", -0.1, "[0, 1)"),
+        ("branch_scale", -1.0, "a number >= 0"),
         ("layer_scale", 0.0, "None"),
         ("num_classes", -1, ">= 0"),
         ("in_chans", 0, ">= 1"),
