@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jobs._cli import size, table
 from pipeline.cache.build import CachePlan
-from pipeline.cache.extract import CachedTeacher, teacher_labels
+from pipeline.cache.codec import Codec
+from pipeline.cache.extract import CachedTeacher, load_projection, teacher_labels
 from pipeline.config import Config
 from pipeline.distill.job import grid_rules, steps_per_epoch
 from pipeline.runs import work_folder
@@ -17,7 +18,7 @@ def cache_plan(plan: CachePlan, config: Config) -> str:
         dataset = split.dataset
         missing = len(split.missing_images())
         there = f"{dataset.id}: {dataset.shards - missing} of {dataset.shards} shards there"
-        rows[f"{split.split} images"] = f"{dataset.count} from {dataset.location}; {there}"
+        rows[f"{split.split} images"] = f"{dataset.count} from {dataset.location}; view {dataset.policy.id}; {there}"
     labels = teacher_labels(plan.teachers)
     for teacher in plan.teachers:
         rows[f"teacher {labels[teacher.id]}"] = _teacher(plan, teacher)
@@ -26,15 +27,24 @@ def cache_plan(plan: CachePlan, config: Config) -> str:
 
 def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     spec = teacher.spec
-    images = sum(split.dataset.count for split in plan.splits)
     shards = sum(split.dataset.shards for split in plan.splits)
     missing = sum(len(split.missing(teacher)) for split in plan.splits)
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
-        f"weights {spec.weights[:20]}; {size(teacher.bytes_per_image)} an image, {size(teacher.bytes_per_image * images)} total; "
+        f"weights {spec.weights[:20]}; {teacher.codec}: {_stored(plan, teacher)}; "
         f"{teacher.id}: {shards - missing} of {shards} shards there"
     )
+
+
+def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
+    """Bytes of a view of an image and of all; at most, while the number of components is still to be found."""
+    projections = [load_projection(split.dataset.teacher(teacher.id)) for split in plan.splits]
+    rows = [teacher.row_bytes(projection) for projection in projections]
+    bound = "at most " if Codec.parse(teacher.codec).pca and None in projections else ""
+    views = [split.dataset.count * split.dataset.policy.rows_per_image for split in plan.splits]
+    total = sum(count * row for count, row in zip(views, rows, strict=True))
+    return f"{bound}{size(rows[0])} a view, {size(total)} total"
 
 
 def training_plan(plan: CachePlan, config: Config) -> str:

@@ -63,9 +63,21 @@ class TeacherConfig(Section):
     input_size: int | None = Field(None, ge=1, description="side of the teacher's input in pixels; none: as published")
     pool: int | None = Field(None, ge=1, description="side of the square of patches averaged into one; none: default")
     args: dict[str, Any] = Field({}, description="arguments passed to the library's model constructor")
+    codec: str | None = Field(None, description="how its features are stored; none: cache.codec")
     weight: float = Field(1.0, ge=0, description="weight of this teacher in the loss")
     summary_weight: float = Field(1.0, ge=0, description="weight of its summary loss within it")
     patch_weight: float = Field(1.0, ge=0, description="weight of its patch loss within it")
+
+
+class ViewsConfig(Section):
+    """Which views of the training images are cached; held-out images are always whole."""
+
+    crops: int = Field(
+        0, ge=0, description="random resized crops of each image, cached as such; 0: the whole image once"
+    )
+    min_area: float = Field(0.35, gt=0, le=1, description="smallest share of the image's area in a crop")
+    max_ratio: float = Field(4 / 3, ge=1, description="largest ratio of a crop's sides")
+    flip: float = Field(0.5, ge=0, le=1, description="probability that a crop is mirrored")
 
 
 class CacheConfig(Section):
@@ -73,7 +85,9 @@ class CacheConfig(Section):
 
     uri: str | None = Field(None, description="folder of the cache; none: <work>/cache")
     shard_size: int = Field(512, ge=1, description="images per shard: the unit of extraction, commit and resume")
-    codec: Literal["float16"] = Field("float16", description="how features are stored")
+    codec: str = Field(
+        "pca-int8", description="how features are stored: [pca[<k>]-]<number format>[-zstd]; see docs/cache.md"
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the teachers' forward")
     batch_size: int = Field(32, ge=1, description="images per teacher forward")
 
@@ -172,6 +186,7 @@ class Config(Section):
     seed: int = Field(0, ge=0, description="seed of weights, order and generated scenes")
     data: DataConfig = DataConfig()
     teachers: list[TeacherConfig] = Field([TeacherConfig(model="hog")], min_length=1, description="list of teachers")
+    views: ViewsConfig = ViewsConfig()
     cache: CacheConfig = CacheConfig()
     student: StudentConfig = StudentConfig()
     train: TrainConfig = TrainConfig()

@@ -57,7 +57,13 @@ def photo_config(tmp_path):
 
     def configure(*overrides: str):
         paths = [f"data.train={tmp_path}/photos/train", f"data.val={tmp_path}/photos/val", f"work={tmp_path}/work"]
-        small = ["cache.shard_size=100", "student.input_size=32", "train.batch_size=16", "train.shuffle_window=64"]
+        small = [
+            "cache.shard_size=100",
+            "cache.codec=float16",
+            "student.input_size=32",
+            "train.batch_size=16",
+            "train.shuffle_window=64",
+        ]
         return load_config(None, [*paths, *small, TEACHERS, *overrides])
 
     return configure

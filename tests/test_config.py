@@ -26,7 +26,7 @@ def test_a_recipe_then_overrides_in_order(tmp_path):
         (["train.epochs=many"], "train.epochs: input should be a valid integer.*not 'many'"),
         (["train.epochs=0"], "train.epochs: input should be greater than or equal to 1, not 0"),
         (["train.lr=.inf"], "train.lr: input should be a finite number"),
-        (["cache.codec=int4"], "cache.codec: input should be 'float16', not 'int4'"),
+        (["cache.precision=int4"], "cache.precision: input should be 'float32' or 'bfloat16', not 'int4'"),
         (["teachers=[]"], "teachers: list should have at least 1 item"),
         (["teachers=[hog]", "teachers.3.weights=x"], "teachers.3: the list has 1 entries, numbered from 0"),
         (["teachers=[{weights: x}]"], r"teachers.0.model must be given"),

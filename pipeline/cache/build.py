@@ -10,14 +10,17 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.cache.codec import Codec
 from pipeline.cache.dataset import Dataset, create_dataset, plan_dataset
 from pipeline.cache.extract import CachedTeacher, make_teacher
 from pipeline.cache.ingest import Ingest, check_quarantine
 from pipeline.cache.keys import teacher_id, teacher_identity
+from pipeline.cache.phi_s import PhiS, dump_phi_s
 from pipeline.cache.ray_pipeline import extract_shards, ingest_shards
 from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
 from pipeline.cache.store import Store
@@ -26,6 +29,7 @@ from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.sources import SceneSettings, open_source
 from pipeline.sources.base import Source
+from pipeline.views import WHOLE, ViewPolicy
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,15 @@ def plan_cache(config: Config, store: Store, teachers: bool = True) -> CachePlan
 
 def _cached_teacher(config: Config, index: int) -> CachedTeacher:
     teacher, cache = config.teachers[index], config.cache
+    field, name = (f"teachers.{index}.codec", teacher.codec) if teacher.codec else ("cache.codec", cache.codec)
+    try:
+        codec = Codec.parse(name)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
     spec = make_teacher(teacher).spec
-    return CachedTeacher(teacher, spec, teacher_id(spec, cache.codec, cache.precision), cache.codec, cache.precision)
+    if codec.components and codec.components > spec.patch_dim:
+        raise UserError(f"{field}: {name} keeps more components than the {spec.patch_dim} channels of {spec.name}")
+    return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision), name, cache.precision)
 
 
 def _plan_split(config: Config, store: Store, split: str, location: str) -> SplitPlan:
@@ -114,7 +125,8 @@ def _plan_split(config: Config, store: Store, split: str, location: str) -> Spli
         samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
     )
     name = f"{data.name}-{split}" if data.name else source.name
-    dataset, rows = plan_dataset(store, source, name, config.cache.shard_size)
+    policy = ViewPolicy(**config.views.model_dump(), seed=config.seed) if split == "train" else WHOLE
+    dataset, rows = plan_dataset(store, source, name, config.cache.shard_size, policy)
     return SplitPlan(split, source, rows, dataset)
 
 
@@ -213,7 +225,7 @@ def _raise_error(row: dict[str, Any]) -> None:
 
 
 def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
-    """Merge the statistics of all shards of a complete teacher, once."""
+    """Merge the statistics of all shards of a complete teacher and derive its PHI-S rotation, once."""
     folder = dataset.teacher(teacher.id)
     if folder.store.exists("stats.npz"):
         return
@@ -221,9 +233,24 @@ def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
     if not parts:
         raise UserError(f"{dataset.location}: not one image can be read")
     merged = {kind: merge_all(part[kind] for part in parts) for kind in teacher.shapes}
+    folder.store.put("phi_s.npz", dump_phi_s({kind: PhiS.of(moments) for kind, moments in merged.items()}))
     folder.store.put("stats.npz", dump_moments(merged))
 
 
 def teacher_stats(dataset: Dataset, teacher: CachedTeacher) -> dict[str, Moments]:
     """Frozen statistics of a teacher over a dataset, by token type."""
     return load_moments(dataset.teacher(teacher.id).store.get("stats.npz"))
+
+
+def teacher_fidelity(dataset: Dataset, teacher: CachedTeacher) -> dict[str, dict[str, float]]:
+    """What the codec keeps of a teacher's features, by token type: means over the shards, of the 1st percentile the least."""
+    records = [record for record in dataset.teacher(teacher.id).records().values() if record.rows]
+    figures = {kind: [record.facts["fidelity"][kind] for record in records] for kind in teacher.shapes}
+    return {
+        kind: {
+            name: min(part[name] for part in parts) if name == "cosine_p1" else fmean(part[name] for part in parts)
+            for name in ("cosine", "cosine_p1", "relative_error")
+        }
+        for kind, parts in figures.items()
+        if parts
+    }

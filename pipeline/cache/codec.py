@@ -1,66 +1,238 @@
-"""How features are stored: encoded by the writer on the host, decoded on the training device in one call per batch.
+"""How features are stored: encoded by the writer on its device, decoded on the training device in one call per batch.
 
-A codec turns features [N, ...] into N rows of equal length in bytes, which Parquet keeps as ``fixed_size_binary`` (six
-times cheaper to read than list columns). Imports neither Ray nor MLflow.
+A codec is named ``[pca[<k>]-]<scalar>[-zstd]``:
+
+``scalar``   ``float32``, ``float16``, ``bfloat16``, or ``int8`` with one float32 scale a token (its largest magnitude / 127)
+``pca<k>``   patches are first projected on their first k principal components; ``pca`` alone keeps as many as
+             bring the mean cosine of a token to `TARGET_COSINE`
+``zstd``     the Parquet column is compressed
+
+A row is an image's features of one token type as bytes, which Parquet keeps as ``fixed_size_binary`` (six times cheaper
+to read than list columns). Imports neither Ray nor MLflow.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from pipeline.cache.arrays import dump_arrays, load_arrays
+from pipeline.errors import UserError
+
+TARGET_COSINE = 0.99
+"""Mean cosine between a token and what is kept of it, from which ``pca`` chooses its components."""
+
+COMPONENT_STEP = 8
+"""``pca`` chooses a multiple of this many components, so that rows stay aligned."""
+
+_GRAMMAR = re.compile(
+    r"(?P<pca>pca(?P<components>[1-9]\d*)?-)?(?P<scalar>float32|float16|bfloat16|int8)(?P<zstd>-zstd)?"
+)
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def row_bytes(codec: str, shape: tuple[int, ...]) -> int:
-    """Bytes of one stored row of features of `shape` (without the batch dimension)."""
-    _check(codec)
-    return 2 * math.prod(shape)
+@dataclass(frozen=True)
+class Codec:
+    """A codec's name, taken apart.
+
+    Attributes:
+        scalar: number format of a stored value.
+        pca: whether patches are projected first.
+        components: how many are kept; None where that is found out from the features.
+        zstd: whether Parquet compresses the columns.
+    """
+
+    scalar: str
+    pca: bool = False
+    components: int | None = None
+    zstd: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Codec:
+        """The codec of this name.
+
+        Raises:
+            UserError: where there is no such codec.
+        """
+        match = _GRAMMAR.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"unknown codec {name}; there are float32, float16, bfloat16 and int8, each after pca- or pca<k>- and "
+                f"before -zstd if wanted, as in pca128-int8-zstd"
+            )
+        components = match["components"]
+        return cls(match["scalar"], bool(match["pca"]), int(components) if components else None, bool(match["zstd"]))
+
+    def tokens(self, shapes: Mapping[str, tuple[int, ...]], fitted: Projection | None) -> dict[str, TokenCodec]:
+        """The codec of every token type (``summary``, ``patches``); only patches are projected.
+
+        Args:
+            shapes: of one image's features by token type.
+            fitted: of the patches, None where nothing is projected.
+        """
+        return {
+            kind: TokenCodec(self.scalar, shape, fitted if kind == "patches" else None)
+            for kind, shape in shapes.items()
+        }
 
 
-def encode(codec: str, features: Tensor) -> np.ndarray:
-    """Encode float32 features.
+@dataclass(frozen=True)
+class Projection:
+    """Principal components of patches.
+
+    Attributes:
+        mean: [D] float32.
+        basis: [k, D] float32, orthonormal rows, by falling variance.
+    """
+
+    mean: Tensor
+    basis: Tensor
+
+    def dump(self) -> bytes:
+        """As the bytes of an .npz file."""
+        return dump_arrays({"mean": self.mean.numpy(), "basis": self.basis.numpy()})
+
+    @classmethod
+    def load(cls, data: bytes) -> Projection:
+        """The inverse of `dump`."""
+        arrays = load_arrays(data)
+        return cls(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["basis"]))
+
+
+class TokenCodec(nn.Module):
+    """Encodes and decodes one token type. Its buffers move to the device with `to`.
 
     Args:
-        codec: ``float16`` (IEEE half, little endian).
-        features: [N, ...] float32 on any device.
+        scalar: number format of a stored value.
+        shape: of one image's features, (D,) or (h, w, D).
+        projection: or None.
+    """
+
+    mean: Tensor | None
+    basis: Tensor | None
+
+    def __init__(self, scalar: str, shape: tuple[int, ...], projection: Projection | None = None) -> None:
+        super().__init__()
+        self.scalar, self.shape = scalar, tuple(shape)
+        self.register_buffer("mean", projection.mean if projection else None, persistent=False)
+        self.register_buffer("basis", projection.basis if projection else None, persistent=False)
+        self.width = len(projection.basis) if projection else self.shape[-1]
+        self.tokens = math.prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return self.tokens * (self.width * _BYTES[self.scalar] + (4 if self.scalar == "int8" else 0))
+
+    def encode(self, features: Tensor) -> np.ndarray:
+        """Encode features.
+
+        Args:
+            features: [N, *shape] float32 on any device.
+
+        Returns:
+            [N, row_bytes] uint8 on the host. ``int8``: the float32 scales of all tokens, then the values.
+
+        Raises:
+            ValueError: for features that are not finite, or too large for the codec.
+        """
+        if not torch.isfinite(features).all():
+            raise ValueError("features that are not finite (NaN or infinity)")
+        values = self._project(features).reshape(len(features), self.tokens, self.width)
+        if self.scalar == "int8":
+            scales = values.abs().amax(dim=-1) / 127
+            levels = (values / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).round().to(torch.int8)
+            return np.concatenate([_bytes(scales), _bytes(levels)], axis=1)
+        stored = values.to(_DTYPES[self.scalar])
+        if not torch.isfinite(stored).all():
+            largest = features.abs().max().item()
+            raise ValueError(f"features up to {largest:.3g}, too large for the codec {self.scalar}")
+        return _bytes(stored)
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """Decode stored rows [N, row_bytes] uint8, on the device that they and this module are on, to [N, *shape] float32."""
+        count = len(rows)
+        if self.scalar == "int8":
+            scales = rows[:, : 4 * self.tokens].contiguous().view(torch.float32)
+            levels = rows[:, 4 * self.tokens :].contiguous().view(torch.int8).view(count, self.tokens, self.width)
+            values = levels * scales.unsqueeze(-1)
+        else:
+            values = rows.contiguous().view(_DTYPES[self.scalar]).float().view(count, self.tokens, self.width)
+        if self.basis is not None and self.mean is not None:
+            values = torch.addmm(self.mean, values.flatten(0, 1), self.basis)
+        return values.reshape(count, *self.shape)
+
+    def fidelity(self, features: Tensor, rows: np.ndarray) -> dict[str, float]:
+        """How well `rows` keep `features` [N, *shape]: see :func:`fidelity`."""
+        kept = self.decode(torch.from_numpy(rows).to(features.device))
+        return fidelity(features, kept)
+
+    def _project(self, features: Tensor) -> Tensor:
+        if self.basis is None or self.mean is None:
+            return features.float()
+        return (features.float() - self.mean) @ self.basis.T
+
+
+def fidelity(features: Tensor, kept: Tensor) -> dict[str, float]:
+    """Likeness of two sets of tokens [..., D].
 
     Returns:
-        [N, row_bytes] uint8 on the host.
+        ``cosine``: mean over tokens; ``cosine_p1``: its 1st percentile; ``relative_error``: norm of the difference over
+        that of the features.
+    """
+    features, kept = features.float().flatten(0, -2).cpu(), kept.flatten(0, -2).cpu()
+    cosine = nn.functional.cosine_similarity(features, kept, dim=-1).numpy()
+    error = ((kept - features).norm() / features.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+    return {
+        "cosine": float(cosine.mean()),
+        "cosine_p1": float(np.percentile(cosine, 1)),
+        "relative_error": error,
+    }
+
+
+def fit_projection(codec: Codec, patches: Tensor) -> Projection:
+    """Principal components of patches, by the eigenvectors of their covariance in float64.
+
+    Where the codec leaves their number open, one half of the images is fitted and the smallest number is kept with which
+    the other half comes back with a mean cosine of `TARGET_COSINE`; all of them, where fewer do not.
+
+    Args:
+        patches: [N, h, w, D] float32 of a sample of images.
 
     Raises:
-        ValueError: for features that are not finite, or too large for the codec.
+        UserError: for more components than channels.
     """
-    _check(codec)
-    if not torch.isfinite(features).all():
-        raise ValueError("features that are not finite (NaN or infinity)")
-    half = features.to(torch.float16)
-    if not torch.isfinite(half).all():
-        raise ValueError(f"features up to {features.abs().max().item():.3g}, too large for the codec {codec}")
-    return half.cpu().contiguous().view(torch.uint8).reshape(len(features), -1).numpy()
+    if codec.components is not None:
+        if codec.components > patches.shape[-1]:
+            raise UserError(f"codec pca{codec.components}: the patches have {patches.shape[-1]} channels, not more")
+        return _principal(patches, codec.components)
+    full = _principal(patches[::2], patches.shape[-1])
+    held_out = patches[1::2] if len(patches) > 1 else patches
+    few, enough = 0, -(-len(full.basis) // COMPONENT_STEP)
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        kept = Projection(full.mean, full.basis[: middle * COMPONENT_STEP])
+        tokens = TokenCodec(codec.scalar, tuple(patches.shape[1:]), kept)
+        reached = tokens.fidelity(held_out, tokens.encode(held_out))["cosine"] >= TARGET_COSINE
+        few, enough = (few, middle) if reached else (middle, enough)
+    return _principal(patches, min(enough * COMPONENT_STEP, patches.shape[-1]))
 
 
-def decode(codec: str, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Decode stored rows on the device they are on.
-
-    Args:
-        rows: [N, row_bytes] uint8.
-        shape: of one row's features.
-
-    Returns:
-        [N, *shape] float32.
-    """
-    _check(codec)
-    return rows.view(torch.float16).view(len(rows), *shape).float()
+def _principal(patches: Tensor, components: int) -> Projection:
+    tokens = patches.flatten(0, -2).double().cpu()
+    mean = tokens.mean(dim=0)
+    centred = tokens - mean
+    # eigh lists the smallest eigenvalue first.
+    vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :components]
+    return Projection(mean.float(), vectors.T.float().contiguous())
 
 
-def fidelity(codec: str, features: Tensor) -> float:
-    """Mean cosine between features [N, ..., D] and what the codec keeps of them."""
-    kept = decode(codec, torch.from_numpy(encode(codec, features)), tuple(features.shape[1:]))
-    return torch.nn.functional.cosine_similarity(features.cpu(), kept, dim=-1).mean().item()
-
-
-def _check(codec: str) -> None:
-    if codec != "float16":
-        raise ValueError(f"unknown codec {codec}; there is float16")
+def _bytes(values: Tensor) -> np.ndarray:
+    return values.contiguous().cpu().view(torch.uint8).reshape(len(values), -1).numpy()

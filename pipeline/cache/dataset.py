@@ -3,7 +3,9 @@
     <cache>/<dataset-id>/
       dataset.json                     name, source, fingerprint, count, classes, shard size
       index.parquet                    the shard index; one row group a shard
-      views/<view>/images/             one shard folder: keys, view values, labels and the source's own encoded bytes
+      views/full/images/               one shard folder: keys, labels and the source's own encoded bytes
+      views/<view>/view.json           the policy: ``full``, or crops
+      views/<view>/rows/               one shard folder: keys and geometry of crops (of ``full``, columns of images)
       views/<view>/teachers/<id>/      teacher.json and one shard folder per teacher
 
 `images` keeps the source's bytes as they are, neither resized nor encoded again: teacher and student then decode the
@@ -14,22 +16,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cache.keys import FORMAT_VERSION, dataset_id, index_fingerprint
-from pipeline.cache.shards import ShardFolder
+from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder
 from pipeline.cache.store import Store
 from pipeline.errors import UserError
 from pipeline.sources.base import Source
-
-VIEW = "full"
-"""The view policy: every image once, whole, not mirrored."""
+from pipeline.views import WHOLE, ViewPolicy
 
 SCATTER_BYTES = 1 << 30
 """A source that is only quick to read in its own order is still read in random order up to this size."""
@@ -45,6 +46,7 @@ class Dataset:
         count: samples in the index, before any is quarantined.
         classes: names of the classes by label; may be empty.
         shard_size: samples of a shard; frozen when the dataset was created.
+        policy: the view that teachers are asked for.
     """
 
     store: Store
@@ -54,6 +56,7 @@ class Dataset:
     count: int
     classes: tuple[str, ...]
     shard_size: int
+    policy: ViewPolicy = WHOLE
 
     @property
     def id(self) -> str:
@@ -76,25 +79,46 @@ class Dataset:
     @property
     def view(self) -> Store:
         """Folder of the view."""
-        return self.store.sub(f"views/{VIEW}")
+        return self.store.sub(f"views/{self.policy.id}")
 
     @property
     def images(self) -> ShardFolder:
-        """The spine that every teacher's shards align with."""
-        return ShardFolder(self.view.sub("images"))
+        """Keys, labels and images, whatever the view."""
+        return ShardFolder(self.store.sub(f"views/{WHOLE.id}/images"))
+
+    @property
+    def rows(self) -> ShardFolder:
+        """Keys and geometry of crops, which every teacher's shards align with."""
+        return ShardFolder(self.view.sub("rows"), self._row_group_size)
 
     def teacher(self, teacher: str) -> ShardFolder:
         """Shards of a teacher, by its id."""
-        return ShardFolder(self.view.sub(f"teachers/{teacher}"))
+        return ShardFolder(self.view.sub(f"teachers/{teacher}"), self._row_group_size)
+
+    def sample_images(self, count: int) -> Iterator[pa.Table]:
+        """About `count` images (of `pipeline.cache.ingest.IMAGES_SCHEMA`) in row groups spread evenly over the dataset."""
+        records = list(self.images.records().values())
+        groups = [(record, group) for record in records for group in range(-(-record.rows // ROW_GROUP_SIZE))]
+        wanted = min(len(groups), -(-count // ROW_GROUP_SIZE))
+        for number in np.linspace(0, len(groups) - 1, wanted).round().astype(int):
+            record, group = groups[number]
+            yield self.images.read_group(record, group)
+
+    @property
+    def _row_group_size(self) -> int:
+        return ROW_GROUP_SIZE * self.policy.rows_per_image
 
 
-def plan_dataset(cache: Store, source: Source, name: str, shard_size: int) -> tuple[Dataset, pa.Table]:
+def plan_dataset(
+    cache: Store, source: Source, name: str, shard_size: int, policy: ViewPolicy
+) -> tuple[Dataset, pa.Table]:
     """The dataset that a source would be in this cache, and its index; writes nothing.
 
     A dataset that is already there keeps its own shard size.
 
     Args:
         name: readable name of the dataset.
+        policy: the view that teachers are asked for.
 
     Raises:
         UserError: where the source is unusable, or the cache holds this name made for other data.
@@ -110,17 +134,19 @@ def plan_dataset(cache: Store, source: Source, name: str, shard_size: int) -> tu
         dataset = _dataset(
             cache, meta["name"], meta["location"], fingerprint, meta["count"], meta["classes"], meta["shard_size"]
         )
-    return dataset, index
+    return replace(dataset, policy=policy), index
 
 
 def create_dataset(dataset: Dataset, index: pa.Table) -> None:
-    """Write the index and the description of a dataset, unless they are there."""
+    """Write the index, the description of a dataset and that of its view, unless they are there."""
+    if not dataset.view.exists("view.json"):
+        dataset.view.put("view.json", json.dumps(asdict(dataset.policy), indent=2).encode())
     if dataset.store.exists("dataset.json"):
         return
     sink = pa.BufferOutputStream()
     pq.write_table(index, sink, row_group_size=dataset.shard_size)
     dataset.store.put("index.parquet", sink.getvalue())
-    meta = {"format": FORMAT_VERSION, **{k: v for k, v in asdict(dataset).items() if k != "store"}}
+    meta = {"format": FORMAT_VERSION, **{k: v for k, v in asdict(dataset).items() if k not in ("store", "policy")}}
     dataset.store.put("dataset.json", json.dumps(meta, indent=2).encode())
 
 

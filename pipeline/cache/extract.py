@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.codec import encode, fidelity, row_bytes
+from pipeline.cache.codec import Codec, Projection, TokenCodec, fit_projection
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ShardFolder, ShardRecord
+from pipeline.cache.spine import ROWS_SCHEMA, rows_of_shard, views_of
 from pipeline.cache.stats import Moments
 from pipeline.config import TeacherConfig
 from pipeline.errors import UserError
@@ -72,10 +74,13 @@ class CachedTeacher:
         summary = {} if self.summary_shape is None else {"summary": self.summary_shape}
         return {**summary, "patches": self.patches_shape}
 
-    @property
-    def bytes_per_image(self) -> int:
-        """Bytes that one image takes in the cache."""
-        return sum(row_bytes(self.codec, shape) for shape in self.shapes.values())
+    def tokens(self, projection: Projection | None = None) -> dict[str, TokenCodec]:
+        """Encoder and decoder of every token type."""
+        return Codec.parse(self.codec).tokens(self.shapes, projection)
+
+    def row_bytes(self, projection: Projection | None = None) -> int:
+        """Bytes that one view of an image takes in the cache; without the projection that is to be fitted, at most."""
+        return sum(tokens.row_bytes for tokens in self.tokens(projection).values())
 
 
 def teacher_labels(teachers: Sequence[CachedTeacher]) -> dict[str, str]:
@@ -123,6 +128,7 @@ class Extract:
         self.device = device
         self.cached = {teacher.id: teacher for teacher in teachers}
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
+        self.fit_lock = threading.Lock()
 
     def _load(self, cached: CachedTeacher) -> Teacher:
         teacher = cached.create()
@@ -151,69 +157,117 @@ class Extract:
         if record is None:
             raise UserError(f"{dataset.images.store.uri} lacks shard {shard}: run the job again")
         images = dataset.images.read(record)
-        writers = {name: _ShardBuilder(self.cached[name]) for name in names}
-        for pixels in self._rendered(images, names):
+        rows = rows_of_shard(dataset, shard, images)
+        writers = {name: _ShardBuilder(self.cached[name], *self._codec(dataset, name)) for name in names}
+        for pixels in self._rendered(images, rows, names):
             for name, batch in pixels.items():
                 started = time.perf_counter()
-                with self.device_lock:
-                    output = self.teachers[name].encode(batch)
+                output = self._encode(name, batch)
                 writers[name].add(output, time.perf_counter() - started)
         for name, writer in writers.items():
-            writer.commit(dataset.teacher(name), shard, images, self.device)
-        return images.num_rows
+            writer.commit(dataset.teacher(name), shard, rows, self.device)
+        return rows.num_rows
 
-    def _rendered(self, images: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    def _encode(self, name: str, pixels: Tensor) -> TeacherOutput:
+        with self.device_lock:
+            return self.teachers[name].encode(pixels)
+
+    def _rendered(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
         """Batches of [B, 3, H, W] uint8 by teacher, rendered two batches ahead of the device."""
         specs = [self.teachers[name].spec for name in names]
-        samples = zip(images["image"], views_of(images), strict=True)
-        work = ((image.as_py(), view, specs) for image, view in samples)
-        rendered = map_ahead(self.pool, _render_all, work, ahead=2 * self.batch_size)
-        remaining = images.num_rows
-        while remaining:
-            batch = [next(rendered) for _ in range(min(self.batch_size, remaining))]
-            remaining -= len(batch)
+        views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
+        work = ((data.as_py(), views[i * count : (i + 1) * count], specs) for i, data in enumerate(images["image"]))
+        rendered = chain.from_iterable(map_ahead(self.pool, _render_all, work, ahead=2 * self.batch_size // count + 1))
+        while batch := list(islice(rendered, self.batch_size)):
             yield {
                 name: torch.from_numpy(np.stack(column))
                 for name, column in zip(names, zip(*batch, strict=True), strict=True)
             }
 
+    def _codec(self, dataset: Dataset, name: str) -> tuple[str, Projection | None]:
+        """The projection of a teacher over a dataset, by its name in the cache; fitted here where nobody has yet."""
+        if not Codec.parse(self.cached[name].codec).pca:
+            return "", None
+        folder = dataset.teacher(name)
+        with self.fit_lock:
+            if not folder.projection:
+                folder.add_projection(self._fit(dataset, name).dump())
+        return folder.projection, load_projection(folder)
 
-def views_of(images: pa.Table) -> list[View]:
-    """The stored view of every row of an `images` table."""
-    columns = [images[name].to_pylist() for name in ("left", "top", "right", "bottom", "flip")]
-    return [View((left, top, right, bottom), flip) for left, top, right, bottom, flip in zip(*columns, strict=True)]
+    def _fit(self, dataset: Dataset, name: str) -> Projection:
+        cached = self.cached[name]
+        patches = []
+        for images in dataset.sample_images(_sample_size(cached)):
+            whole = images.select(ROWS_SCHEMA.names)
+            patches += [
+                self._encode(name, batch[name]).patches.cpu() for batch in self._rendered(images, whole, [name])
+            ]
+        features = torch.cat(patches).float()
+        if not torch.isfinite(features).all():
+            raise TeacherError(
+                f"teacher {cached.spec.name} gave patches features that are not finite (NaN or infinity)"
+            )
+        try:
+            return fit_projection(Codec.parse(cached.codec), features)
+        except UserError as error:
+            raise UserError(f"teacher {cached.spec.name}: {error}") from error
 
 
-def _render_all(work: tuple[bytes, View, Sequence[TeacherSpec]]) -> list[np.ndarray]:
-    data, view, specs = work
+def load_projection(folder: ShardFolder) -> Projection | None:
+    """What the rows of a teacher's folder are projected on, or None."""
+    name = folder.projection
+    return Projection.load(folder.store.get(name)) if name else None
+
+
+def load_tokens(dataset: Dataset, teacher: CachedTeacher) -> dict[str, TokenCodec]:
+    """Decoders of a teacher's shards by token type."""
+    return teacher.tokens(load_projection(dataset.teacher(teacher.id)))
+
+
+def _sample_size(teacher: CachedTeacher) -> int:
+    """Images that a projection is fitted on: 16 patches a channel, and 256 at least."""
+    height, width, channels = teacher.patches_shape
+    return max(256, -(-16 * channels // (height * width)))
+
+
+def _render_all(work: tuple[bytes, Sequence[View], Sequence[TeacherSpec]]) -> list[list[np.ndarray]]:
+    data, views, specs = work
     image = decode_image(data)
-    return [render(image, view, spec.input_size, spec.interpolation).transpose(2, 0, 1) for spec in specs]
+    return [
+        [render(image, view, spec.input_size, spec.interpolation).transpose(2, 0, 1) for spec in specs]
+        for view in views
+    ]
 
 
 class _ShardBuilder:
     """Gathers the encoded features of one teacher and shard, and their statistics."""
 
-    def __init__(self, teacher: CachedTeacher) -> None:
+    def __init__(self, teacher: CachedTeacher, projection_name: str, projection: Projection | None) -> None:
         self.teacher = teacher
+        self.projection_name = projection_name
+        self.tokens = teacher.tokens(projection)
         self.encoded: dict[str, list[np.ndarray]] = {kind: [] for kind in teacher.shapes}
         self.moments: dict[str, Moments] = {}
         self.seconds = 0.0
-        self.fidelity: dict[str, float] = {}
+        self.fidelity: dict[str, dict[str, float]] = {}
 
     def add(self, output: TeacherOutput, seconds: float) -> None:
         self.seconds += seconds
         for kind in self.encoded:
             features: Tensor = getattr(output, kind)
+            tokens = self.tokens[kind].to(features.device)
             try:
-                self.encoded[kind].append(encode(self.teacher.codec, features))
+                rows = tokens.encode(features)
             except ValueError as error:
                 raise TeacherError(f"teacher {self.teacher.spec.name} gave {kind} {error}") from error
+            self.encoded[kind].append(rows)
             moments = Moments.of(features)
             self.moments[kind] = self.moments[kind].merge(moments) if kind in self.moments else moments
-            self.fidelity.setdefault(kind, fidelity(self.teacher.codec, features))
+            if kind not in self.fidelity:
+                self.fidelity[kind] = tokens.fidelity(features, rows)
 
-    def commit(self, folder: ShardFolder, shard: int, images: pa.Table, device: str) -> ShardRecord:
-        table = images.select(["sample_id", "view"])
+    def commit(self, folder: ShardFolder, shard: int, rows: pa.Table, device: str) -> ShardRecord:
+        table = rows.select(["sample_id", "view"])
         for kind, parts in self.encoded.items():
             column = self._column(kind, parts)
             table = table.append_column(pa.field(kind, column.type, nullable=False), column)
@@ -223,13 +277,21 @@ class _ShardBuilder:
             "fidelity": self.fidelity,
             "torch": torch.__version__,
         }
-        return folder.commit(shard, table.replace_schema_metadata(self._metadata()), self.moments, facts)
+        return folder.commit(
+            shard,
+            table.replace_schema_metadata(self._metadata()),
+            self.moments,
+            facts,
+            projection=self.projection_name,
+            compression="zstd" if Codec.parse(self.teacher.codec).zstd else "none",
+        )
 
     def _column(self, kind: str, parts: list[np.ndarray]) -> pa.FixedSizeBinaryArray:
-        width = row_bytes(self.teacher.codec, self.teacher.shapes[kind])
+        width = self.tokens[kind].row_bytes
         rows = np.concatenate(parts) if parts else np.empty((0, width), np.uint8)
         return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
 
     def _metadata(self) -> dict[str, str]:
         shapes = {f"{kind}.shape": json.dumps(shape) for kind, shape in self.teacher.shapes.items()}
-        return {"teacher": self.teacher.id, "codec": self.teacher.codec, **shapes}
+        codec = {"codec": self.teacher.codec, "projection": self.projection_name}
+        return {"teacher": self.teacher.id, **codec, **shapes}

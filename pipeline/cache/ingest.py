@@ -15,24 +15,13 @@ import simplejpeg
 
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ShardRecord
+from pipeline.cache.spine import ROWS_SCHEMA, row
 from pipeline.errors import UserError
 from pipeline.sources.base import Source
 from pipeline.views import FULL, decode_image
 
-IMAGES_SCHEMA = pa.schema(
-    [
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("view", pa.int16(), nullable=False),
-        pa.field("left", pa.float32(), nullable=False),
-        pa.field("top", pa.float32(), nullable=False),
-        pa.field("right", pa.float32(), nullable=False),
-        pa.field("bottom", pa.float32(), nullable=False),
-        pa.field("flip", pa.bool_(), nullable=False),
-        pa.field("label", pa.int64()),
-        pa.field("image", pa.binary(), nullable=False),
-    ]
-)
-"""Key (sample_id, view), the view's box as fractions of the image, its mirroring, the label, the encoded image."""
+IMAGES_SCHEMA = pa.schema([*ROWS_SCHEMA, pa.field("label", pa.int64()), pa.field("image", pa.binary(), nullable=False)])
+"""The rows of the view ``full``, the label, the encoded image."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +60,9 @@ def _commit(dataset: Dataset, source: Source, shard: int) -> None:
         if reason:
             bad.append({"sample_id": sample_id, "reason": reason})
         else:
-            rows.append(_row(sample_id, label, data))
+            rows.append({**row(sample_id, 0, FULL), "label": label, "image": data})
     table = pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA)
     dataset.images.commit(shard, table, facts={"bad": bad, "seconds": round(time.perf_counter() - started, 3)})
-
-
-def _row(sample_id: str, label: int | None, data: Any) -> dict[str, Any]:
-    left, top, right, bottom = FULL.box
-    box = {"left": left, "top": top, "right": right, "bottom": bottom, "flip": FULL.flip}
-    return {"sample_id": sample_id, "view": 0, **box, "label": label, "image": data}
 
 
 def _unreadable(data: bytes | Exception) -> str:

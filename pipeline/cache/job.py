@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.cache.build import BuildReport, CachePlan, build_cache
+from pipeline.cache.build import BuildReport, CachePlan, build_cache, teacher_fidelity
 from pipeline.cache.extract import CachedTeacher
 from pipeline.config import Config
 from pipeline.tracking import Run
@@ -28,6 +28,7 @@ def precompute(config: Config, plan: CachePlan, run: Run) -> tuple[CachePlan, Bu
             manifest = "\n".join(f"{r.shard}\t{r.file}\t{r.rows}\t{r.bytes}\t{r.sha256}" for r in records)
             run.log_text(f"shard\tfile\trows\tbytes\tsha256\n{manifest}\n", f"manifests/{split.split}/{teacher.id}.tsv")
             run.log_text(folder.store.get("teacher.json").decode(), f"teachers/{teacher.id}.json")
+            run.log_dict(teacher_fidelity(split.dataset, teacher), f"fidelity/{split.split}/{teacher.id}.json")
     seconds = report.seconds
     run.log_metric_dict(
         {

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from teachers.base import TeacherSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def digest(value: Any) -> str:

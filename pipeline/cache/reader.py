@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.cache.codec import decode
 from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher, views_of
+from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
+from pipeline.cache.spine import check_rows, views_of
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
 from pipeline.views import View, decode_image, render
@@ -49,7 +48,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Unit:
-    """One row group: shard, number in its file, rows."""
+    """One row group: shard, number in its file, rows of the view."""
 
     shard: int
     group: int
@@ -58,7 +57,7 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A row group in memory."""
+    """A row group in memory; row r is a view of image r // (rows per image)."""
 
     keys: list[str]
     views: list[View]
@@ -99,10 +98,11 @@ class CacheReader:
     ) -> None:
         self.image_size, self.batch_size, self.seed, self.window = image_size, batch_size, seed, window
         self.rank, self.world = rank, world
-        self.images = dataset.images
-        self.image_records = _complete(dataset, self.images, "images")
+        self.dataset = dataset
+        self.image_records = _complete(dataset, dataset.images, "images")
+        self.row_records = _complete(dataset, dataset.rows, "views") if dataset.policy.crops else {}
         self.teachers = {t.id: _TeacherShards(dataset, t) for t in teachers}
-        self.units = _units(self.image_records)
+        self.units = _units(self.image_records, dataset.policy.rows_per_image)
         self.io = ThreadPoolExecutor(1)
         self.assembler = ThreadPoolExecutor(1)
         self.decoders = ThreadPoolExecutor(threads)
@@ -156,7 +156,7 @@ class CacheReader:
             return
         loaded: dict[int, _Rows] = {}
         position = int(window_start[steps.start * self.batch_size])
-        ahead = max(2, self.window // ROW_GROUP_SIZE)
+        ahead = max(2, self.window // max(unit.rows for unit in units))
         reading = map_ahead(self.io, self._read, units[position:], ahead)
         for step in steps:
             chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
@@ -168,10 +168,19 @@ class CacheReader:
             yield [(loaded[unit], row) for unit, row in refs[chosen].tolist()]
 
     def _read(self, unit: _Unit) -> _Rows:
-        images = _read_group(self.images, self.image_records[unit.shard], unit.group)
-        features = {name: shards.read(unit, images) for name, shards in self.teachers.items()}
+        images = self.dataset.images.read_group(self.image_records[unit.shard], unit.group)
+        rows = self._read_rows(unit, images)
+        features = {name: shards.read(unit, rows) for name, shards in self.teachers.items()}
         labels = images["label"].fill_null(NO_LABEL).to_numpy()
-        return _Rows(images["sample_id"].to_pylist(), views_of(images), labels, images["image"], features)
+        labels = labels.repeat(self.dataset.policy.rows_per_image)
+        return _Rows(rows["sample_id"].to_pylist(), views_of(rows), labels, images["image"], features)
+
+    def _read_rows(self, unit: _Unit, images: pa.Table) -> pa.Table:
+        if not self.row_records:
+            return images
+        rows = self.dataset.rows.read_group(self.row_records[unit.shard], unit.group)
+        check_rows(self.dataset, unit.shard, rows, images)
+        return rows
 
     def _assemble(self, rows: list[tuple[_Rows, int]]) -> Batch:
         pixels = list(self.decoders.map(self._render, rows))
@@ -185,7 +194,8 @@ class CacheReader:
 
     def _render(self, ref: tuple[_Rows, int]) -> np.ndarray:
         group, row = ref
-        return _student_pixels(group.images[row].as_py(), group.views[row], self.image_size)
+        image = group.images[row // self.dataset.policy.rows_per_image].as_py()
+        return _student_pixels(image, group.views[row], self.image_size)
 
 
 def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -193,7 +203,7 @@ def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int |
     records = _complete(dataset, dataset.images, "images")
     with ThreadPoolExecutor(2) as pool:
         for unit in _spaced(_units(records), limit):
-            table = _read_group(dataset.images, records[unit.shard], unit.group)
+            table = dataset.images.read_group(records[unit.shard], unit.group)
             work = [
                 (data.as_py(), view, image_size) for data, view in zip(table["image"], views_of(table), strict=True)
             ]
@@ -207,16 +217,20 @@ def read_summaries(dataset: Dataset, teacher: CachedTeacher, limit: int | None =
     """One cached vector an image: the summary, or the mean of the patches where the teacher has no summary.
 
     Returns:
-        [N, D] float32 and the labels [N] int64, of the images that :func:`scan_images` gives for the same `limit`.
+        [N, D] float32 and the labels [N] int64, of the first view of the images that :func:`scan_images` gives for the
+        same `limit`.
     """
     records = _complete(dataset, dataset.images, "images")
-    shards = _TeacherShards(dataset, teacher)
+    shards, views = _TeacherShards(dataset, teacher), dataset.policy.rows_per_image
     kind = "summary" if teacher.summary_shape else "patches"
+    tokens = load_tokens(dataset, teacher)[kind]
     features, labels = [], []
     for unit in _spaced(_units(records), limit):
-        images = _read_group(dataset.images, records[unit.shard], unit.group, ["sample_id", "view", "label"])
-        raw = torch.from_numpy(shards.read(unit, images, [kind])[kind].copy())
-        values = decode(teacher.codec, raw, teacher.shapes[kind])
+        images = dataset.images.read_group(records[unit.shard], unit.group, ["sample_id", "label"])
+        table = shards.read_table(unit, [kind])
+        if table["sample_id"].to_pylist()[::views] != images["sample_id"].to_pylist():
+            raise shards.mismatch(unit, images["sample_id"].to_pylist(), table["sample_id"].to_pylist()[::views])
+        values = tokens.decode(torch.from_numpy(_fixed_width(table[kind])[::views].copy()))
         features.append(values if kind == "summary" else values.mean(dim=(1, 2)))
         labels.append(_labels(images))
     return torch.cat(features), torch.cat(labels)
@@ -235,19 +249,23 @@ class _TeacherShards:
         self.folder = dataset.teacher(teacher.id)
         self.records = _complete(dataset, self.folder, teacher.id)
 
-    def read(self, unit: _Unit, images: pa.Table, kinds: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """[n, row_bytes] uint8 by token type (all, unless `kinds` are named), for the keys of `images`."""
-        kinds = kinds or list(self.teacher.shapes)
-        table = _read_group(self.folder, self.records[unit.shard], unit.group, ["sample_id", "view", *kinds])
-        self._check_keys(unit, images, table)
-        return {kind: _fixed_width(table[kind]) for kind in kinds}
+    def read(self, unit: _Unit, rows: pa.Table) -> dict[str, np.ndarray]:
+        """[n, row_bytes] uint8 by token type, for the keys of `rows`."""
+        table = self.read_table(unit, list(self.teacher.shapes))
+        if not (rows["sample_id"].equals(table["sample_id"]) and rows["view"].equals(table["view"])):
+            raise self.mismatch(unit, _keys(rows), _keys(table))
+        return {kind: _fixed_width(table[kind]) for kind in self.teacher.shapes}
 
-    def _check_keys(self, unit: _Unit, images: pa.Table, table: pa.Table) -> None:
-        if images["sample_id"].equals(table["sample_id"]) and images["view"].equals(table["view"]):
-            return
-        pairs = zip(_keys(images), _keys(table), strict=False)
-        unlike = next(((a, b) for a, b in pairs if a != b), (f"{images.num_rows} rows", f"{table.num_rows} rows"))
-        raise UserError(
+    def read_table(self, unit: _Unit, kinds: list[str]) -> pa.Table:
+        """A row group's keys and these token types."""
+        return self.folder.read_group(self.records[unit.shard], unit.group, ["sample_id", "view", *kinds])
+
+    def mismatch(self, unit: _Unit, due: Sequence[object], found: Sequence[object]) -> UserError:
+        """The error for a shard that does not hold the keys that it should."""
+        unlike = next(
+            ((a, b) for a, b in zip(due, found, strict=False) if a != b), (f"{len(due)} rows", f"{len(found)} rows")
+        )
+        return UserError(
             f"shard {unit.shard} of {self.teacher.id} does not hold the keys of its images: {unlike[1]} where {unlike[0]} "
             f"is due; delete {self.folder.store.uri}/shard-{unit.shard:05d}.json and run the job again"
         )
@@ -266,17 +284,12 @@ def _complete(dataset: Dataset, folder: ShardFolder, name: str) -> dict[int, Sha
     return records
 
 
-def _units(records: dict[int, ShardRecord]) -> list[_Unit]:
+def _units(records: dict[int, ShardRecord], rows_per_image: int = 1) -> list[_Unit]:
     return [
-        _Unit(record.shard, group, min(ROW_GROUP_SIZE, record.rows - group * ROW_GROUP_SIZE))
+        _Unit(record.shard, group, min(ROW_GROUP_SIZE, record.rows - group * ROW_GROUP_SIZE) * rows_per_image)
         for record in records.values()
         for group in range(-(-record.rows // ROW_GROUP_SIZE))
     ]
-
-
-def _read_group(folder: ShardFolder, record: ShardRecord, group: int, columns: list[str] | None = None) -> pa.Table:
-    with pq.ParquetFile(folder.store.open(record.file)) as file:
-        return file.read_row_group(group, columns=columns, use_threads=False)
 
 
 def _fixed_width(column: pa.ChunkedArray) -> np.ndarray:

@@ -3,6 +3,7 @@
     shard-00042-3fa9c1d2.parquet   the rows; the name carries the first digits of the file's SHA-256
     shard-00042-3fa9c1d2.npz       statistics of the shard, where there are any
     shard-00042.json               the record that lists it, written last: rows, bytes, SHA-256, timings
+    projection-5be01a77.npz        what the rows are projected on, where their codec projects them
 
 The record is one file a shard, not a line in a shared log: object stores cannot append, and two writers of one shard
 replace one whole record by another that names its own file, so that neither harms the other.
@@ -39,6 +40,7 @@ class ShardRecord:
         file: name of the Parquet file.
         rows, bytes, sha256: of that file.
         moments: name of the statistics file, or "".
+        projection: name of the projection that the rows were encoded with, or "".
         facts: timings in seconds, quarantined samples, fidelity, library versions.
     """
 
@@ -48,14 +50,16 @@ class ShardRecord:
     bytes: int
     sha256: str
     moments: str = ""
+    projection: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """The shards of the images, or of one teacher. Picklable."""
+    """The shards of the images, of a view's rows, or of one teacher. Picklable."""
 
     store: Store
+    row_group_size: int = ROW_GROUP_SIZE
 
     def commit(
         self,
@@ -63,20 +67,27 @@ class ShardFolder:
         table: pa.Table,
         moments: dict[str, Moments] | None = None,
         facts: dict[str, Any] | None = None,
+        projection: str = "",
+        compression: str = "none",
     ) -> ShardRecord:
         """Write a shard, its statistics, and then the record that lists it.
+
+        Args:
+            projection: name of the projection that its rows were encoded with.
+            compression: of Parquet. Features and JPEGs hardly compress: without it a read is a copy.
 
         Raises:
             UserError: where the destination refuses the write; nothing is listed then.
         """
-        data = _parquet_bytes(table)
+        data = _parquet_bytes(table, self.row_group_size, compression)
         sha256 = hashlib.sha256(data).hexdigest()
         stem = f"shard-{shard:05d}-{sha256[:8]}"
         self.store.put(f"{stem}.parquet", data)
         if moments:
             self.store.put(f"{stem}.npz", dump_moments(moments))
+        statistics = f"{stem}.npz" if moments else ""
         record = ShardRecord(
-            shard, f"{stem}.parquet", table.num_rows, data.size, sha256, f"{stem}.npz" if moments else "", facts or {}
+            shard, f"{stem}.parquet", table.num_rows, data.size, sha256, statistics, projection, facts or {}
         )
         self.store.put(f"shard-{shard:05d}.json", json.dumps(asdict(record), sort_keys=True).encode())
         return record
@@ -84,18 +95,21 @@ class ShardFolder:
     def records(self) -> dict[int, ShardRecord]:
         """Records of the complete shards by number, in order.
 
-        A shard whose file is gone or has another size than recorded is not listed, so that it is computed again.
+        A shard whose file is gone, has another size than recorded, or was encoded with another projection than the
+        folder's is not listed, so that it is computed again.
         """
         files = self.store.files()
+        projection = _projection(files)
         names = [name for name in files if name.startswith("shard-") and name.endswith(".json")]
         with ThreadPoolExecutor(16) as pool:
             records = [ShardRecord(**json.loads(data)) for data in pool.map(self.store.get, names)]
-        for record in records:
-            if files.get(record.file) != record.bytes:
-                size = files.get(record.file)
-                found = "is missing" if size is None else f"has {size} bytes, its record says {record.bytes}"
-                log.warning("%s/%s %s: it will be computed again", self.store.uri, record.file, found)
-        return {r.shard: r for r in sorted(records, key=lambda r: r.shard) if files.get(r.file) == r.bytes}
+        complete = {}
+        for record in sorted(records, key=lambda record: record.shard):
+            if reason := _fault(record, files.get(record.file), projection):
+                log.warning("%s/%s %s: it will be computed again", self.store.uri, record.file, reason)
+            else:
+                complete[record.shard] = record
+        return complete
 
     def record(self, shard: int) -> ShardRecord | None:
         """The record of one shard, or None where it is not complete."""
@@ -103,25 +117,55 @@ class ShardFolder:
         if not self.store.exists(name):
             return None
         record = ShardRecord(**json.loads(self.store.get(name)))
-        return record if self.store.size(record.file) == record.bytes else None
+        projection = self.projection if record.projection else ""
+        return None if _fault(record, self.store.size(record.file), projection) else record
+
+    @property
+    def projection(self) -> str:
+        """Name of the folder's projection, or "" while there is none."""
+        return _projection(self.store.files())
+
+    def add_projection(self, data: bytes) -> None:
+        """Write a projection under the name of its content.
+
+        Where two writers fitted one each, every reader takes the same one of them, see `projection`.
+        """
+        self.store.put(f"projection-{hashlib.sha256(data).hexdigest()[:8]}.npz", data)
 
     def read(self, record: ShardRecord, columns: list[str] | None = None) -> pa.Table:
         """All rows of a shard."""
         return pq.read_table(self.store.open(record.file), columns=columns)
+
+    def read_group(self, record: ShardRecord, group: int, columns: list[str] | None = None) -> pa.Table:
+        """One row group of a shard."""
+        with pq.ParquetFile(self.store.open(record.file)) as file:
+            return file.read_row_group(group, columns=columns, use_threads=False)
 
     def moments(self, records: Iterable[ShardRecord]) -> list[dict[str, Moments]]:
         """Statistics of these shards, in their order."""
         return [load_moments(self.store.get(record.moments)) for record in records]
 
 
-def _parquet_bytes(table: pa.Table) -> pa.Buffer:
+def _projection(files: Iterable[str]) -> str:
+    return min((name for name in files if name.startswith("projection-")), default="")
+
+
+def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
+    """Why a recorded shard does not count, or ""."""
+    if size is None:
+        return "is missing"
+    if size != record.bytes:
+        return f"has {size} bytes, its record says {record.bytes}"
+    return "was encoded with another projection" if record.projection != projection else ""
+
+
+def _parquet_bytes(table: pa.Table, row_group_size: int, compression: str) -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    # Features and JPEGs do not compress: no codec keeps the read at the speed of a copy.
     pq.write_table(
         table,
         sink,
-        row_group_size=ROW_GROUP_SIZE,
-        compression="none",
+        row_group_size=row_group_size,
+        compression=compression,
         use_dictionary=False,
         write_statistics=["sample_id"],
     )

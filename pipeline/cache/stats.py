@@ -1,12 +1,11 @@
-"""Per-channel statistics of features: accumulated in float64 shard by shard, and merged.
+"""Mean and covariance of features: accumulated in float64 shard by shard, and merged.
 
 The merge is the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
-Sample Variances" (1979), section 2.
+Sample Variances" (1979), section 2, with the outer product in place of the square.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -15,35 +14,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.arrays import dump_arrays, kinds_of, load_arrays
+
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean [D] and sum of squared deviations [D] of vectors, in float64."""
+    """Count, mean [D] and scatter matrix [D, D] (sum of outer products of deviations) of vectors, in float64."""
 
     count: int
     mean: np.ndarray
-    m2: np.ndarray
+    scatter: np.ndarray
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
         """Moments over all but the last dimension of features [..., D]."""
         flat = features.reshape(-1, features.shape[-1]).to(torch.float64)
         mean = flat.mean(dim=0)
-        m2 = (flat - mean).square_().sum(dim=0)
-        return cls(len(flat), mean.cpu().numpy(), m2.cpu().numpy())
+        deviations = flat - mean
+        return cls(len(flat), mean.cpu().numpy(), (deviations.T @ deviations).cpu().numpy())
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of vectors together."""
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
-        return Moments(count, mean, m2)
+        between = np.outer(delta, delta) * (self.count * other.count / count)
+        return Moments(count, mean, self.scatter + other.scatter + between)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Covariance [D, D] of the population."""
+        return self.scatter / self.count
 
     @property
     def std(self) -> np.ndarray:
         """Standard deviation [D] of the population."""
-        return np.sqrt(self.m2 / self.count)
+        return np.sqrt(np.diagonal(self.scatter) / self.count)
 
 
 def merge_all(parts: Iterable[Moments]) -> Moments:
@@ -52,15 +58,28 @@ def merge_all(parts: Iterable[Moments]) -> Moments:
 
 
 def dump_moments(moments: dict[str, Moments]) -> bytes:
-    """Moments by token type (``summary``, ``patches``) as the bytes of an .npz file."""
-    buffer = io.BytesIO()
-    arrays = {f"{kind}_{name}": getattr(m, name) for kind, m in moments.items() for name in ("count", "mean", "m2")}
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
+    """Moments by token type (``summary``, ``patches``) as the bytes of an .npz file.
+
+    Of the scatter matrix, which is symmetric, the upper triangle is kept.
+    """
+    arrays: dict[str, object] = {}
+    for kind, part in moments.items():
+        triangle = part.scatter[np.triu_indices(len(part.mean))]
+        arrays |= {f"{kind}_count": part.count, f"{kind}_mean": part.mean, f"{kind}_scatter": triangle}
+    return dump_arrays(arrays)
 
 
 def load_moments(data: bytes) -> dict[str, Moments]:
     """The inverse of :func:`dump_moments`."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        kinds = sorted({name.rsplit("_", 1)[0] for name in arrays.files})
-        return {k: Moments(int(arrays[f"{k}_count"]), arrays[f"{k}_mean"], arrays[f"{k}_m2"]) for k in kinds}
+    arrays = load_arrays(data)
+    return {
+        kind: Moments(int(arrays[f"{kind}_count"]), arrays[f"{kind}_mean"], _symmetric(arrays[f"{kind}_scatter"]))
+        for kind in kinds_of(arrays)
+    }
+
+
+def _symmetric(triangle: np.ndarray) -> np.ndarray:
+    size = (int(np.sqrt(8 * len(triangle) + 1)) - 1) // 2
+    matrix = np.zeros((size, size))
+    matrix[np.triu_indices(size)] = triangle
+    return matrix + np.triu(matrix, 1).T

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.cache.codec import decode
+from pipeline.cache.codec import TokenCodec
 from pipeline.cache.extract import CachedTeacher, teacher_labels
 from pipeline.cache.stats import Moments
 from pipeline.distill.grid import GridRule
@@ -29,6 +29,7 @@ class TeacherTarget(nn.Module):
         self,
         teacher: CachedTeacher,
         stats: Mapping[str, Moments],
+        tokens: Mapping[str, TokenCodec],
         student: Student,
         token_dim: int,
         grid: tuple[int, int],
@@ -37,6 +38,7 @@ class TeacherTarget(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.rule = GridRule(grid, teacher.spec.grid)
+        self.tokens = nn.ModuleDict(tokens)
         self.heads = nn.ModuleDict()
         dims = {"summary": student.encoder.dim, "patches": token_dim}
         for kind, shape in teacher.shapes.items():
@@ -51,16 +53,21 @@ class TeacherTarget(nn.Module):
             output: of the student.
             raw: by token type, [B, row_bytes] uint8 as stored, on the student's device.
         """
-        teacher = self.teacher
         losses = {}
-        patches = decode(teacher.codec, raw["patches"], teacher.patches_shape)
+        patches = self._decode("patches", raw)
         target = self.rule.align_teacher(standardise(patches, self.patches_mean, self.patches_std))
         losses["patches"] = patch_loss(self.heads["patches"](self.rule.align_student(output.tokens)), target).mean()
-        if teacher.summary_shape:
-            summary = decode(teacher.codec, raw["summary"], teacher.summary_shape)
-            target = standardise(summary, self.summary_mean, self.summary_std)
+        if "summary" in self.tokens:
+            target = standardise(self._decode("summary", raw), self.summary_mean, self.summary_std)
             losses["summary"] = summary_loss(self.heads["summary"](output.summary), target).mean()
         return losses
+
+    def _decode(self, kind: str, raw: Mapping[str, Tensor]) -> Tensor:
+        tokens = self.tokens[kind]
+        assert isinstance(tokens, TokenCodec)
+        # Autocast would take the projection to bfloat16; stored features are worth more than that.
+        with torch.autocast(raw[kind].device.type, enabled=False):
+            return tokens.decode(raw[kind])
 
     def weight(self, kind: str) -> float:
         """Weight of a token type in the total loss."""
@@ -73,7 +80,7 @@ class Distiller(nn.Module):
 
     Args:
         student: backbone and neck.
-        teachers: with `stats` by teacher id.
+        teachers: with `stats` and `tokens` (decoders) by teacher id.
         image_size: side of the student's input in pixels.
         token_dim, hidden: channels of the tokens and of the heads' hidden layer.
     """
@@ -83,6 +90,7 @@ class Distiller(nn.Module):
         student: Student,
         teachers: Sequence[CachedTeacher],
         stats: Mapping[str, Mapping[str, Moments]],
+        tokens: Mapping[str, Mapping[str, TokenCodec]],
         image_size: int,
         token_dim: int,
         hidden: int,
@@ -92,7 +100,8 @@ class Distiller(nn.Module):
         self.labels = teacher_labels(teachers)
         grid = token_grid(student, image_size)
         self.targets = nn.ModuleList(
-            TeacherTarget(teacher, stats[teacher.id], student, token_dim, grid, hidden) for teacher in teachers
+            TeacherTarget(teacher, stats[teacher.id], tokens[teacher.id], student, token_dim, grid, hidden)
+            for teacher in teachers
         )
 
     def forward(self, pixels: Tensor, features: Mapping[str, Mapping[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

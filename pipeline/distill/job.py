@@ -56,10 +56,10 @@ def steps_per_epoch(config: Config, plan: CachePlan) -> int:
     """
     train = plan.split("train")
     assert train is not None
-    images, batch = train.dataset.count, config.train.batch_size
+    images, batch = train.dataset.count * train.dataset.policy.rows_per_image, config.train.batch_size
     if images < batch:
         raise UserError(
-            f"train.batch_size={batch} is more than the {images} images of {train.dataset.location}; lower it"
+            f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
         )
     return images // batch
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.cache.build import teacher_stats
 from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.reader import Batch, CacheReader
 from pipeline.config import Config
 from pipeline.distill.distiller import Distiller
@@ -50,10 +50,17 @@ def build_distiller(job: DistillJob) -> Distiller:
     config = job.config
     student = build_student(config)
     stats = {teacher.id: teacher_stats(job.train, teacher) for teacher in job.teachers}
+    tokens = {teacher.id: load_tokens(job.train, teacher) for teacher in job.teachers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Distiller(
-            student, job.teachers, stats, config.student.input_size, config.student.token_dim, config.student.head_dim
+            student,
+            job.teachers,
+            stats,
+            tokens,
+            config.student.input_size,
+            config.student.token_dim,
+            config.student.head_dim,
         )
 
 

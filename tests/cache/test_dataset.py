@@ -7,6 +7,7 @@ from pipeline.cache.dataset import create_dataset, plan_dataset
 from pipeline.cache.store import Store
 from pipeline.errors import UserError
 from pipeline.sources import open_source
+from pipeline.views import WHOLE
 from tests.fakes import write_photos
 
 
@@ -18,7 +19,7 @@ def photos(tmp_path):
 
 def _plan(tmp_path, photos, shard_size=7, name=None):
     source = open_source(str(photos), split="train")
-    return plan_dataset(Store.at(tmp_path / "cache"), source, name or source.name, shard_size)
+    return plan_dataset(Store.at(tmp_path / "cache"), source, name or source.name, shard_size, WHOLE)
 
 
 def test_planning_writes_nothing(tmp_path, photos):

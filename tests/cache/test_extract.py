@@ -73,7 +73,6 @@ def test_other_weights_than_planned_are_refused(filled):
 
 def test_statistics_equal_those_of_the_stored_features(filled):
     from pipeline.cache.build import teacher_stats
-    from pipeline.cache.codec import decode
 
     teacher = filled.plan.teachers[0]
     folder = filled.train.teacher(teacher.id)
@@ -81,7 +80,7 @@ def test_statistics_equal_those_of_the_stored_features(filled):
     for record in folder.records().values():
         rows = folder.read(record)["patches"].to_pylist()
         raw = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
-        stored.append(decode("float16", raw, teacher.patches_shape))
+        stored.append(teacher.tokens()["patches"].decode(raw))
     flat = torch.cat(stored).reshape(-1, 8).double()
     moments = teacher_stats(filled.train, teacher)["patches"]
     assert moments.count == len(flat)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.codec import decode
 from pipeline.cache.reader import CacheReader, read_summaries, scan_images
 from pipeline.errors import UserError
 from pipeline.views import FULL, decode_image, render
@@ -46,12 +45,12 @@ def test_features_belong_to_the_images_they_come_with(filled):
             rows = [Path(filled.config.data.train, key).read_bytes() for key in batch.keys]
             pixels = np.stack([render(decode_image(row), FULL, (32, 32), "bilinear") for row in rows])
             expected = source.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-            stored = batch.features[teacher.id]
+            stored, tokens = batch.features[teacher.id], teacher.tokens()
             torch.testing.assert_close(
-                decode("float16", stored["patches"], teacher.patches_shape), expected.patches, rtol=1e-2, atol=1e-2
+                tokens["patches"].decode(stored["patches"]), expected.patches, rtol=1e-2, atol=1e-2
             )
             torch.testing.assert_close(
-                decode("float16", stored["summary"], (teacher.spec.summary_dim,)),
+                tokens["summary"].decode(stored["summary"]),
                 expected.summary,
                 rtol=1e-2,
                 atol=1e-2,

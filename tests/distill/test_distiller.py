@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.cache.codec import encode
 from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.stats import Moments
 from pipeline.config import TeacherConfig
@@ -46,8 +45,9 @@ def _features(teacher, count):
     }
 
 
-def _stored(features):
-    return {kind: torch.from_numpy(encode("float16", values)) for kind, values in features.items()}
+def _stored(teacher, features):
+    tokens = teacher.tokens()
+    return {kind: torch.from_numpy(tokens[kind].encode(values)) for kind, values in features.items()}
 
 
 def _stats(teacher):
@@ -56,12 +56,20 @@ def _stats(teacher):
 
 def _distiller(*teachers, stats=None):
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
-    return Distiller(student, teachers, stats or {t.id: _stats(t) for t in teachers}, SIZE, TOKEN_DIM, 32)
+    return Distiller(
+        student,
+        teachers,
+        stats or {t.id: _stats(t) for t in teachers},
+        {t.id: t.tokens() for t in teachers},
+        SIZE,
+        TOKEN_DIM,
+        32,
+    )
 
 
 def _batch(teachers, count=4):
     pixels = torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8)
-    return pixels, {teacher.id: _stored(_features(teacher, count)) for teacher in teachers}
+    return pixels, {teacher.id: _stored(teacher, _features(teacher, count)) for teacher in teachers}
 
 
 def test_a_fixed_batch_is_learnt():
@@ -136,7 +144,7 @@ def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
     }
     pixels, _ = _batch([teacher])
     with torch.no_grad():
-        _, parts = distiller(pixels, {teacher.id: _stored(raw)})
+        _, parts = distiller(pixels, {teacher.id: _stored(teacher, raw)})
         output, heads = distiller.student(pixels), distiller.targets[0].heads
         assert output.tokens.shape[-2:] == (4, 4)
         pooled = F.avg_pool2d(unit["patches"].permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)

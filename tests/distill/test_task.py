@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pipeline.cache.build import teacher_stats
-from pipeline.cache.codec import decode
 from pipeline.cache.reader import NO_LABEL
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, make_distill_task
@@ -44,8 +43,8 @@ def test_batches_hold_the_features_of_their_images(job):
         assert batch.images.dtype == torch.uint8
         for row in (0, 7, 15):
             for teacher, expected in _features(task.job, batch.keys[row]):
-                for kind, shape in teacher.shapes.items():
-                    stored = decode("float16", batch.features[teacher.id][kind][row : row + 1], shape)
+                for kind in teacher.shapes:
+                    stored = teacher.tokens()[kind].decode(batch.features[teacher.id][kind][row : row + 1])
                     torch.testing.assert_close(stored, getattr(expected, kind), rtol=1e-2, atol=1e-2)
 
 
