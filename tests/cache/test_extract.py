@@ -95,3 +95,89 @@ def test_labels_are_names_unless_two_teachers_share_one(filled):
 
     twin = replace(two, spec=replace(two.spec, name="colours8"))
     assert teacher_labels([one, twin]) == {one.id: one.id, twin.id: twin.id}
+
+
+@pytest.fixture
+def projected(tmp_path, photo_config):
+    """A complete cache in the default codec, of features that lie in three dimensions of 24."""
+    config = photo_config("cache.codec=pca-int8", "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}]")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    assert fill_in_process(plan) == 3
+    return plan
+
+
+def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(projected):
+    from pipeline.cache.build import teacher_fidelity
+    from pipeline.cache.extract import load_projection, load_tokens
+
+    teacher = projected.teachers[0]
+    for split in projected.splits:
+        folder = split.dataset.teacher(teacher.id)
+        projection = load_projection(folder)
+        assert projection.basis.shape == (8, 24)
+        tokens = load_tokens(split.dataset, teacher)
+        assert tokens["patches"].row_bytes == 16 * (8 + 4)
+        schema = pq.read_schema(Path(folder.store.uri, folder.records()[0].file))
+        assert str(schema.field("patches").type) == f"fixed_size_binary[{16 * 12}]"
+        assert schema.metadata[b"projection"].decode() == folder.projection
+        fidelity = teacher_fidelity(split.dataset, teacher)
+        assert 0.99 < fidelity["patches"]["cosine_p1"] <= fidelity["patches"]["cosine"] <= 1.0001
+        assert fidelity["summary"]["cosine"] > 0.999
+
+
+def test_shards_of_another_projection_do_not_count(projected):
+    train = projected.split("train")
+    teacher = projected.teachers[0]
+    folder = train.dataset.teacher(teacher.id)
+    first = folder.projection
+    Path(folder.store.uri, "projection-00000000.npz").write_bytes(folder.store.get(first))
+    assert folder.projection == "projection-00000000.npz"
+    assert not folder.records()
+    assert folder.record(0) is None
+    assert train.missing(teacher) == [0, 1]
+    assert fill_in_process(projected) == 2
+    assert {record.projection for record in folder.records().values()} == {folder.projection}
+
+
+def test_a_codec_per_teacher_gives_folders_of_their_own(tmp_path, photo_config):
+    teachers = "{model: 'tests.fakes:colours', args: {dim: 8}, codec: %s}"
+    one, two = (
+        plan_cache(photo_config(f"teachers=[{teachers % codec}]"), Store.at(tmp_path / "cache"))
+        for codec in ("int8", "int8-zstd")
+    )
+    assert one.teachers[0].id != two.teachers[0].id
+    assert fill_in_process(one) == 3
+    assert fill_in_process(two) == 3
+    files = [
+        pq.ParquetFile(Path(folder.store.uri, folder.records()[0].file)).metadata.row_group(0).column(3).compression
+        for folder in (plan.split("train").dataset.teacher(plan.teachers[0].id) for plan in (one, two))
+    ]
+    assert files == ["UNCOMPRESSED", "ZSTD"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cache.codec=int4", r"cache.codec: unknown codec int4; there are float32"),
+        ("teachers.0.codec=int4", r"teachers.0.codec: unknown codec int4"),
+        ("teachers.0.codec=pca64-int8", r"teachers.0.codec: pca64-int8 keeps more components than the 8 channels"),
+    ],
+)
+def test_a_codec_that_cannot_be_is_refused_by_the_plan(tmp_path, photo_config, override, message):
+    from pipeline.errors import UserError
+
+    with pytest.raises(UserError, match=message):
+        plan_cache(photo_config(override), Store.at(tmp_path / "cache"))
+
+
+def test_phi_s_is_frozen_with_the_statistics(filled):
+    import numpy as np
+
+    from pipeline.cache.build import teacher_stats
+    from pipeline.cache.phi_s import load_phi_s
+
+    teacher = filled.plan.teachers[0]
+    moments = teacher_stats(filled.train, teacher)
+    for kind, phi in load_phi_s(filled.train.teacher(teacher.id).store.get("phi_s.npz")).items():
+        rotated = phi.rotation @ moments[kind].covariance @ phi.rotation.T / phi.scale**2
+        np.testing.assert_allclose(np.diagonal(rotated), np.ones(8), rtol=1e-3)
