@@ -5,7 +5,7 @@ from __future__ import annotations
 from jobs._cli import size, table
 from pipeline.cache.build import CachePlan
 from pipeline.cache.codec import Codec
-from pipeline.cache.extract import CachedTeacher, load_projection, teacher_labels
+from pipeline.cache.extract import CachedTeacher, projection_of, teacher_labels
 from pipeline.config import Config
 from pipeline.distill.job import grid_rules, steps_per_epoch
 from pipeline.runs import work_folder
@@ -39,9 +39,11 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
 
 def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
     """Bytes of a view of an image and of all; at most, while the number of components is still to be found."""
-    projections = [load_projection(split.dataset.teacher(teacher.id)) for split in plan.splits]
-    rows = [teacher.row_bytes(projection) for projection in projections]
-    bound = "at most " if Codec.parse(teacher.codec).pca and None in projections else ""
+    folders = [split.dataset.teacher(teacher.id) for split in plan.splits]
+    rows = [teacher.row_bytes(projection_of(folder)) for folder in folders]
+    codec = Codec.parse(teacher.codec)
+    open_ended = codec.zstd or (codec.pca and not all(folder.projection for folder in folders))
+    bound = "at most " if open_ended else ""
     views = [split.dataset.count * split.dataset.policy.rows_per_image for split in plan.splits]
     total = sum(count * row for count, row in zip(views, rows, strict=True))
     return f"{bound}{size(rows[0])} a view, {size(total)} total"

@@ -86,7 +86,7 @@ class CacheConfig(Section):
     uri: str | None = Field(None, description="folder of the cache; none: <work>/cache")
     shard_size: int = Field(512, ge=1, description="images per shard: the unit of extraction, commit and resume")
     codec: str = Field(
-        "pca-int8", description="how features are stored: [pca[<k>]-]<number format>[-zstd]; see docs/cache.md"
+        "pca-int8-zstd", description="how features are stored: [pca[<k>]-]<number format>[-zstd]; see docs/cache.md"
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the teachers' forward")
     batch_size: int = Field(32, ge=1, description="images per teacher forward")

@@ -4,7 +4,7 @@ A codec is named ``[pca[<k>]-]<scalar>[-zstd]``:
 
 ``scalar``   ``float32``, ``float16``, ``bfloat16``, or ``int8`` with one float32 scale a token (its largest magnitude / 127)
 ``pca<k>``   patches are first projected on their first k principal components; ``pca`` alone keeps as many as
-             bring the mean cosine of a token to `TARGET_COSINE`
+             bring the mean cosine of a token to `TARGET_COSINE`, and projects only where that pays
 ``zstd``     the Parquet column is compressed
 
 A row is an image's features of one token type as bytes, which Parquet keeps as ``fixed_size_binary`` (six times cheaper
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,9 @@ from pipeline.errors import UserError
 
 TARGET_COSINE = 0.99
 """Mean cosine between a token and what is kept of it, from which ``pca`` chooses its components."""
+
+WORTH = 0.9
+"""``pca`` projects if the rows then take at most this share of what they take as they are."""
 
 COMPONENT_STEP = 8
 """``pca`` chooses a multiple of this many components, so that rows stay aligned."""
@@ -95,15 +99,16 @@ class Projection:
     mean: Tensor
     basis: Tensor
 
-    def dump(self) -> bytes:
-        """As the bytes of an .npz file."""
-        return dump_arrays({"mean": self.mean.numpy(), "basis": self.basis.numpy()})
 
-    @classmethod
-    def load(cls, data: bytes) -> Projection:
-        """The inverse of `dump`."""
-        arrays = load_arrays(data)
-        return cls(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["basis"]))
+def dump_projection(projection: Projection | None) -> bytes:
+    """A projection, or the decision that there is none, as the bytes of an .npz file."""
+    return dump_arrays({"mean": projection.mean.numpy(), "basis": projection.basis.numpy()} if projection else {})
+
+
+def load_projection(data: bytes) -> Projection | None:
+    """The inverse of :func:`dump_projection`."""
+    arrays = load_arrays(data)
+    return Projection(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["basis"])) if arrays else None
 
 
 class TokenCodec(nn.Module):
@@ -184,11 +189,13 @@ def fidelity(features: Tensor, kept: Tensor) -> dict[str, float]:
     """Likeness of two sets of tokens [..., D].
 
     Returns:
-        ``cosine``: mean over tokens; ``cosine_p1``: its 1st percentile; ``relative_error``: norm of the difference over
-        that of the features.
+        ``cosine``: mean over the tokens that are not all zero; ``cosine_p1``: its 1st percentile; ``relative_error``:
+        norm of the difference over that of the features, zero tokens included.
     """
     features, kept = features.float().flatten(0, -2).cpu(), kept.flatten(0, -2).cpu()
-    cosine = nn.functional.cosine_similarity(features, kept, dim=-1).numpy()
+    directed = features.norm(dim=-1) > 0  # the zero vector has no direction to keep
+    cosine = nn.functional.cosine_similarity(features[directed], kept[directed], dim=-1).numpy()
+    cosine = cosine if len(cosine) else np.ones(1)
     error = ((kept - features).norm() / features.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
     return {
         "cosine": float(cosine.mean()),
@@ -197,11 +204,12 @@ def fidelity(features: Tensor, kept: Tensor) -> dict[str, float]:
     }
 
 
-def fit_projection(codec: Codec, patches: Tensor) -> Projection:
+def fit_projection(codec: Codec, patches: Tensor) -> Projection | None:
     """Principal components of patches, by the eigenvectors of their covariance in float64.
 
     Where the codec leaves their number open, one half of the images is fitted and the smallest number is kept with which
-    the other half comes back with a mean cosine of `TARGET_COSINE`; all of them, where fewer do not.
+    the other half comes back with a mean cosine of `TARGET_COSINE`. None, where that would not make the rows smaller:
+    features after a ReLU are sparse, which zstd makes more of than a projection does.
 
     Args:
         patches: [N, h, w, D] float32 of a sample of images.
@@ -218,11 +226,25 @@ def fit_projection(codec: Codec, patches: Tensor) -> Projection:
     few, enough = 0, -(-len(full.basis) // COMPONENT_STEP)
     while enough - few > 1:
         middle = (few + enough) // 2
-        kept = Projection(full.mean, full.basis[: middle * COMPONENT_STEP])
-        tokens = TokenCodec(codec.scalar, tuple(patches.shape[1:]), kept)
-        reached = tokens.fidelity(held_out, tokens.encode(held_out))["cosine"] >= TARGET_COSINE
+        tokens, rows = _encoded(codec, held_out, _first(full, middle * COMPONENT_STEP))
+        reached = tokens.fidelity(held_out, rows)["cosine"] >= TARGET_COSINE
         few, enough = (few, middle) if reached else (middle, enough)
-    return _principal(patches, min(enough * COMPONENT_STEP, patches.shape[-1]))
+    chosen = _first(full, enough * COMPONENT_STEP)
+    projected, plain = (_stored_bytes(codec, _encoded(codec, held_out, basis)[1]) for basis in (chosen, None))
+    return _principal(patches, len(chosen.basis)) if projected <= WORTH * plain else None
+
+
+def _first(projection: Projection, components: int) -> Projection:
+    return Projection(projection.mean, projection.basis[:components])
+
+
+def _encoded(codec: Codec, patches: Tensor, projection: Projection | None) -> tuple[TokenCodec, np.ndarray]:
+    tokens = TokenCodec(codec.scalar, tuple(patches.shape[1:]), projection)
+    return tokens, tokens.encode(patches)
+
+
+def _stored_bytes(codec: Codec, rows: np.ndarray) -> int:
+    return pa.compress(rows.tobytes(), "zstd").size if codec.zstd else rows.nbytes
 
 
 def _principal(patches: Tensor, components: int) -> Projection:

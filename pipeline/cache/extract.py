@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.codec import Codec, Projection, TokenCodec, fit_projection
+from pipeline.cache.codec import Codec, Projection, TokenCodec, dump_projection, fit_projection, load_projection
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ShardFolder, ShardRecord
 from pipeline.cache.spine import ROWS_SCHEMA, rows_of_shard, views_of
@@ -168,6 +168,11 @@ class Extract:
             writer.commit(dataset.teacher(name), shard, rows, self.device)
         return rows.num_rows
 
+    def features(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, TeacherOutput]]:
+        """What these teachers say of `rows`, views of `images`: batches by teacher id, in order."""
+        for pixels in self._rendered(images, rows, names):
+            yield {name: self._encode(name, batch) for name, batch in pixels.items()}
+
     def _encode(self, name: str, pixels: Tensor) -> TeacherOutput:
         with self.device_lock:
             return self.teachers[name].encode(pixels)
@@ -191,10 +196,10 @@ class Extract:
         folder = dataset.teacher(name)
         with self.fit_lock:
             if not folder.projection:
-                folder.add_projection(self._fit(dataset, name).dump())
-        return folder.projection, load_projection(folder)
+                folder.add_projection(dump_projection(self._fit(dataset, name)))
+        return folder.projection, projection_of(folder)
 
-    def _fit(self, dataset: Dataset, name: str) -> Projection:
+    def _fit(self, dataset: Dataset, name: str) -> Projection | None:
         cached = self.cached[name]
         patches = []
         for images in dataset.sample_images(_sample_size(cached)):
@@ -213,15 +218,15 @@ class Extract:
             raise UserError(f"teacher {cached.spec.name}: {error}") from error
 
 
-def load_projection(folder: ShardFolder) -> Projection | None:
+def projection_of(folder: ShardFolder) -> Projection | None:
     """What the rows of a teacher's folder are projected on, or None."""
     name = folder.projection
-    return Projection.load(folder.store.get(name)) if name else None
+    return load_projection(folder.store.get(name)) if name else None
 
 
 def load_tokens(dataset: Dataset, teacher: CachedTeacher) -> dict[str, TokenCodec]:
     """Decoders of a teacher's shards by token type."""
-    return teacher.tokens(load_projection(dataset.teacher(teacher.id)))
+    return teacher.tokens(projection_of(dataset.teacher(teacher.id)))
 
 
 def _sample_size(teacher: CachedTeacher) -> int:

@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.codec import TARGET_COSINE, Codec, Projection, TokenCodec, fidelity, fit_projection
+from pipeline.cache.codec import (
+    TARGET_COSINE,
+    Codec,
+    Projection,
+    TokenCodec,
+    dump_projection,
+    fidelity,
+    fit_projection,
+    load_projection,
+)
 from pipeline.errors import UserError
 
 
@@ -107,9 +116,15 @@ def test_the_fitted_number_of_components_is_the_smallest_that_reaches_the_target
     assert cosine(chosen - 8) < TARGET_COSINE
 
 
-def test_features_without_structure_keep_every_component():
-    projection = fit_projection(Codec.parse("pca-int8"), torch.randn(60, 2, 2, 12))
-    assert projection.basis.shape == (12, 12)
+@pytest.mark.parametrize("name", ["pca-int8", "pca-int8-zstd"])
+def test_features_without_structure_are_not_projected(name):
+    assert fit_projection(Codec.parse(name), torch.randn(60, 2, 2, 12)) is None
+
+
+def test_sparse_features_are_left_to_zstd():
+    patches = torch.relu(low_rank(noise=0) - 6)
+    assert fit_projection(Codec.parse("pca-int8"), patches) is not None
+    assert fit_projection(Codec.parse("pca-int8-zstd"), patches) is None
 
 
 def test_only_patches_are_projected():
@@ -126,9 +141,17 @@ def test_more_components_than_channels_are_refused():
 
 def test_a_projection_survives_its_file():
     projection = fit_projection(Codec.parse("pca6-int8"), low_rank())
-    loaded = Projection.load(projection.dump())
+    loaded = load_projection(dump_projection(projection))
     assert torch.equal(loaded.mean, projection.mean)
     assert torch.equal(loaded.basis, projection.basis)
+    assert load_projection(dump_projection(None)) is None
+
+
+def test_zero_tokens_have_no_cosine_but_an_error():
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    figures = fidelity(features, torch.tensor([[0.0, 5.0], [3.0, 4.0]]))
+    assert figures["cosine"] == pytest.approx(1)
+    assert figures["relative_error"] == pytest.approx(1)
 
 
 def test_fidelity_reports_mean_worst_percentile_and_error():

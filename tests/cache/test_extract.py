@@ -100,7 +100,7 @@ def test_labels_are_names_unless_two_teachers_share_one(filled):
 @pytest.fixture
 def projected(tmp_path, photo_config):
     """A complete cache in the default codec, of features that lie in three dimensions of 24."""
-    config = photo_config("cache.codec=pca-int8", "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}]")
+    config = photo_config("cache.codec=pca-int8-zstd", "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}]")
     plan = plan_cache(config, Store.at(tmp_path / "cache"))
     assert fill_in_process(plan) == 3
     return plan
@@ -108,12 +108,12 @@ def projected(tmp_path, photo_config):
 
 def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(projected):
     from pipeline.cache.build import teacher_fidelity
-    from pipeline.cache.extract import load_projection, load_tokens
+    from pipeline.cache.extract import load_tokens, projection_of
 
     teacher = projected.teachers[0]
     for split in projected.splits:
         folder = split.dataset.teacher(teacher.id)
-        projection = load_projection(folder)
+        projection = projection_of(folder)
         assert projection.basis.shape == (8, 24)
         tokens = load_tokens(split.dataset, teacher)
         assert tokens["patches"].row_bytes == 16 * (8 + 4)

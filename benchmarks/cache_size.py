@@ -1,0 +1,148 @@
+"""How small may features become, and what is left of them? Bytes against fidelity, per teacher and codec.
+
+    python benchmarks/cache_size.py recipes/photos.yaml data.train=<photos> teachers.1.weights=<file> --images 1024
+
+Projections are fitted on one half of the images and judged, with every codec, on the other. Bytes are those of a Parquet
+file of that half, so that zstd counts. Prints a table and one line of JSON: of the recipe's own codec the bytes of float32
+over its bytes (`ratio`) and the mean cosine of a token (`min_cosine`), each the least over the trained teachers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.cache.codec import Codec, Projection, fidelity, fit_projection
+from pipeline.cache.extract import make_teacher
+from pipeline.config import Config, TeacherConfig, load_config
+from pipeline.sources import SceneSettings, open_source
+from pipeline.views import FULL, decode_image, render
+from teachers.base import Teacher
+
+CODECS = ("float32", "float16", "bfloat16", "int8", "int8-zstd")
+DIVISORS = (2, 4, 8, 16, 32)
+"""Components of the fixed projections, as parts of the channels."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every teacher of a recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("items", nargs="+", help="a recipe and overrides, as for the jobs")
+    parser.add_argument("--images", type=int, default=512, help="images, spread over the training source")
+    options = parser.parse_args(arguments)
+    config = load_config(options.items[0], options.items[1:])
+    images = list(_images(config, options.images))
+    results = {}
+    for entry in config.teachers:
+        teacher = make_teacher(entry)
+        untrained = teacher.spec.weights.startswith("random")
+        name = f"{teacher.spec.name}{' (untrained)' if untrained else ''}"
+        height, width, channels = *teacher.spec.grid, teacher.spec.patch_dim
+        print(f"\n{name}: {height}x{width}x{channels} patches, {len(images) // 2} images to fit, as many to judge")
+        rows = _measure(entry, config, teacher, _features(teacher, images, config.cache.batch_size))
+        results[name] = {"untrained": untrained, "codec": entry.codec or config.cache.codec, **rows}
+    print(json.dumps(_summary(results)))
+
+
+def _images(config: Config, count: int) -> Iterator[bytes]:
+    settings = SceneSettings(config.data.samples.train, config.data.samples.size, config.seed)
+    source = open_source(config.data.train, split="train", image_column=config.data.image_column, samples=settings)
+    index = source.index()
+    chosen = np.linspace(0, index.num_rows - 1, min(count, index.num_rows)).round().astype(int)
+    # Alternate halves are compared, so no class may lie in one of them only.
+    for data in source.read(index.take(np.random.default_rng(0).permutation(chosen))):
+        if isinstance(data, bytes):
+            yield data
+
+
+@torch.inference_mode()
+def _features(teacher: Teacher, images: Sequence[bytes], batch_size: int) -> dict[str, Tensor]:
+    teacher.load()
+    spec, parts = teacher.spec, []
+    for first in range(0, len(images), batch_size):
+        pixels = [
+            render(decode_image(d), FULL, spec.input_size, spec.interpolation)
+            for d in images[first : first + batch_size]
+        ]
+        parts.append(teacher.encode(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)))
+    features = {"patches": torch.cat([part.patches for part in parts])}
+    summaries = [part.summary for part in parts if part.summary is not None]
+    return features | ({"summary": torch.cat(summaries)} if summaries else {})
+
+
+def _measure(
+    entry: TeacherConfig, config: Config, teacher: Teacher, features: dict[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    channels = teacher.spec.patch_dim
+    fixed = [f"pca{channels // part}-int8" for part in DIVISORS if channels // part >= 4]
+    names = dict.fromkeys([*CODECS, "pca-int8", "pca-int8-zstd", *fixed, entry.codec or config.cache.codec])
+    print(
+        f"  {'codec':<18}{'components':>11}{'bytes an image':>16}{'of float32':>12}{'cosine':>9}{'1st pct':>9}{'error':>8}"
+    )
+    rows: dict[str, dict[str, float]] = {}
+    for name in names:
+        codec = Codec.parse(name)
+        projection = fit_projection(codec, features["patches"][::2]) if codec.pca else None
+        rows[name] = _judge(codec, projection, {kind: values[1::2] for kind, values in features.items()})
+        row, first = rows[name], rows["float32"]["bytes"]
+        kept = len(projection.basis) if projection else channels
+        print(
+            f"  {name:<18}{kept:>11}{row['bytes']:>16,.0f}{'1/' + format(first / row['bytes'], '.1f'):>12}"
+            f"{row['cosine']:>9.4f}{row['cosine_p1']:>9.4f}{row['relative_error']:>8.4f}"
+        )
+    return rows
+
+
+def _judge(codec: Codec, projection: Projection | None, features: dict[str, Tensor]) -> dict[str, float]:
+    """Bytes an image over all token types, and the fidelity of the patches."""
+    tokens = codec.tokens({kind: tuple(values.shape[1:]) for kind, values in features.items()}, projection)
+    encoded = {kind: tokens[kind].encode(values) for kind, values in features.items()}
+    columns = {
+        kind: pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
+        for kind, rows in encoded.items()
+    }
+    sink = pa.BufferOutputStream()
+    compression = "zstd" if codec.zstd else "none"
+    pq.write_table(pa.table(columns), sink, compression=compression, use_dictionary=False, write_statistics=False)
+    kept = tokens["patches"].decode(torch.from_numpy(encoded["patches"]))
+    return {"bytes": sink.getvalue().size / len(kept), **fidelity(features["patches"], kept)}
+
+
+def _summary(results: dict[str, dict]) -> dict[str, object]:
+    own = {name: rows[rows["codec"]] for name, rows in results.items()}
+    trained = [name for name, rows in results.items() if not rows["untrained"]] or list(results)
+    ratios = {name: results[name]["float32"]["bytes"] / own[name]["bytes"] for name in results}
+    return {
+        "ratio": round(min(ratios[name] for name in trained), 2),
+        "min_cosine": round(min(own[name]["cosine"] for name in trained), 4),
+        "teachers": {
+            name: {
+                "codec": results[name]["codec"],
+                "ratio": round(ratios[name], 2),
+                "cosine": round(own[name]["cosine"], 4),
+            }
+            for name in results
+        },
+        "int8": {
+            name: {
+                "ratio": round(rows["float32"]["bytes"] / rows["int8"]["bytes"], 2),
+                "cosine": round(rows["int8"]["cosine"], 5),
+            }
+            for name, rows in results.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
