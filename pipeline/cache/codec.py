@@ -2,7 +2,8 @@
 
 A codec is named ``[pca[<k>]-]<scalar>[-zstd]``:
 
-``scalar``   ``float32``, ``float16``, ``bfloat16``, or ``int8`` with one float32 scale a token (its largest magnitude / 127)
+``scalar``   ``float32``, ``float16``, ``bfloat16``, or ``int8`` with one float16 scale a token (its largest
+             magnitude / 127, rounded up)
 ``pca<k>``   patches are first projected on their first k principal components; ``pca`` alone keeps as many as
              bring the mean cosine of a token to `TARGET_COSINE`, and projects only where that pays
 ``zstd``     the Parquet column is compressed
@@ -134,7 +135,7 @@ class TokenCodec(nn.Module):
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        return self.tokens * (self.width * _BYTES[self.scalar] + (4 if self.scalar == "int8" else 0))
+        return self.tokens * (self.width * _BYTES[self.scalar] + (2 if self.scalar == "int8" else 0))
 
     def encode(self, features: Tensor) -> np.ndarray:
         """Encode features.
@@ -143,7 +144,7 @@ class TokenCodec(nn.Module):
             features: [N, *shape] float32 on any device.
 
         Returns:
-            [N, row_bytes] uint8 on the host. ``int8``: the float32 scales of all tokens, then the values.
+            [N, row_bytes] uint8 on the host. ``int8``: the float16 scales of all tokens, then the values.
 
         Raises:
             ValueError: for features that are not finite, or too large for the codec.
@@ -152,22 +153,23 @@ class TokenCodec(nn.Module):
             raise ValueError("features that are not finite (NaN or infinity)")
         values = self._project(features).reshape(len(features), self.tokens, self.width)
         if self.scalar == "int8":
-            scales = values.abs().amax(dim=-1) / 127
-            levels = (values / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).round().to(torch.int8)
-            return np.concatenate([_bytes(scales), _bytes(levels)], axis=1)
-        stored = values.to(_DTYPES[self.scalar])
-        if not torch.isfinite(stored).all():
+            scales = _half_rounded_up(values.abs().amax(dim=-1) / 127)
+            levels = values / scales.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+            parts = [scales, levels.round().to(torch.int8)]
+        else:
+            parts = [values.to(_DTYPES[self.scalar])]
+        if not torch.isfinite(parts[0]).all():
             largest = features.abs().max().item()
             raise ValueError(f"features up to {largest:.3g}, too large for the codec {self.scalar}")
-        return _bytes(stored)
+        return np.concatenate([_bytes(part) for part in parts], axis=1)
 
     def decode(self, rows: Tensor) -> Tensor:
         """Decode stored rows [N, row_bytes] uint8, on the device that they and this module are on, to [N, *shape] float32."""
         count = len(rows)
         if self.scalar == "int8":
-            scales = rows[:, : 4 * self.tokens].contiguous().view(torch.float32)
-            levels = rows[:, 4 * self.tokens :].contiguous().view(torch.int8).view(count, self.tokens, self.width)
-            values = levels * scales.unsqueeze(-1)
+            scales = rows[:, : 2 * self.tokens].contiguous().view(torch.float16)
+            levels = rows[:, 2 * self.tokens :].contiguous().view(torch.int8).view(count, self.tokens, self.width)
+            values = levels * scales.float().unsqueeze(-1)
         else:
             values = rows.contiguous().view(_DTYPES[self.scalar]).float().view(count, self.tokens, self.width)
         if self.basis is not None and self.mean is not None:
@@ -254,6 +256,13 @@ def _principal(patches: Tensor, components: int) -> Projection:
     # eigh lists the smallest eigenvalue first.
     vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :components]
     return Projection(mean.float(), vectors.T.float().contiguous())
+
+
+def _half_rounded_up(values: Tensor) -> Tensor:
+    """The least float16 that is not below each value >= 0, so that no quotient by it leaves the range."""
+    nearest = values.half()
+    following = (nearest.view(torch.int16) + 1).view(torch.float16)  # nextafter has no float16 on CUDA
+    return torch.where(nearest.float() < values, following, nearest)
 
 
 def _bytes(values: Tensor) -> np.ndarray:

@@ -116,9 +116,9 @@ def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(proje
         projection = projection_of(folder)
         assert projection.basis.shape == (8, 24)
         tokens = load_tokens(split.dataset, teacher)
-        assert tokens["patches"].row_bytes == 16 * (8 + 4)
+        assert tokens["patches"].row_bytes == 16 * (8 + 2)
         schema = pq.read_schema(Path(folder.store.uri, folder.records()[0].file))
-        assert str(schema.field("patches").type) == f"fixed_size_binary[{16 * 12}]"
+        assert str(schema.field("patches").type) == f"fixed_size_binary[{16 * 10}]"
         assert schema.metadata[b"projection"].decode() == folder.projection
         fidelity = teacher_fidelity(split.dataset, teacher)
         assert 0.99 < fidelity["patches"]["cosine_p1"] <= fidelity["patches"]["cosine"] <= 1.0001
