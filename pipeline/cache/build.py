@@ -145,7 +145,7 @@ def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport
     plan = replace(plan, teachers=tuple(_with_weights(plan, teacher) for teacher in plan.teachers))
     for split in plan.splits:
         create_dataset(split.dataset, split.index)
-    report.images_ingested = _ingest(plan.splits)
+    report.images_ingested = ingest_missing(plan.splits)
     for split in plan.splits:
         records = split.dataset.images.records().values()
         report.quarantined[split.split] = check_quarantine(split.dataset, records, config.data.max_bad)
@@ -160,29 +160,40 @@ def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport
 def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
     """Learn the digest of the weights where they are needed, and refuse a folder that was made with others."""
     folders = [split.dataset.teacher(cached.id).store for split in plan.splits]
-    known = {_recorded_digest(folder) for folder in folders if folder.exists("teacher.json")}
-    if known and not any(split.missing(cached) for split in plan.splits):
-        return replace(cached, weights_sha256=known.pop())
+    described = all(folder.exists("teacher.json") for folder in folders)
+    if described and not any(split.missing(cached) for split in plan.splits):
+        return replace(cached, weights_sha256=_recorded_digest(folders[0]))
     teacher = cached.create()
     teacher.load()
     for folder in folders:
-        if folder.exists("teacher.json") and _recorded_digest(folder) != teacher.weights_sha256:
+        known = _recorded_digest(folder) if folder.exists("teacher.json") else None
+        if known not in (None, teacher.weights_sha256):
             raise UserError(
-                f"{folder.uri} was made with other weights of {cached.spec.name} (SHA-256 {_recorded_digest(folder)[:12]}) "
+                f"{folder.uri} was made with other weights of {cached.spec.name} (SHA-256 {str(known)[:12]}) "
                 f"than the present ones ({teacher.weights_sha256[:12]}): name their file in weights, or delete that folder"
             )
-        described = {**asdict(cached.spec), **teacher_identity(cached.spec, cached.codec, cached.precision)}
-        described |= {"id": cached.id, "weights_sha256": teacher.weights_sha256}
-        folder.put("teacher.json", json.dumps(described, indent=2, sort_keys=True).encode())
+        if known is None:
+            description = {**asdict(cached.spec), **teacher_identity(cached.spec, cached.codec, cached.precision)}
+            description |= {"id": cached.id, "weights_sha256": teacher.weights_sha256}
+            folder.put("teacher.json", json.dumps(description, indent=2, sort_keys=True).encode())
     return replace(cached, weights_sha256=teacher.weights_sha256)
 
 
 def _recorded_digest(folder: Store) -> str:
-    digest: str = json.loads(folder.get("teacher.json"))["weights_sha256"]
-    return digest
+    try:
+        return str(json.loads(folder.get("teacher.json"))["weights_sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder.uri}/teacher.json cannot be read ({error}): run jobs/precompute.py with this recipe and --repair"
+        ) from error
 
 
-def _ingest(splits: Sequence[SplitPlan]) -> int:
+def ingest_missing(splits: Sequence[SplitPlan]) -> int:
+    """Commit the shards of `images` that are not there; gives the number of images that went through `Ingest`.
+
+    Raises:
+        UserError: where the source or the cache cannot be used.
+    """
     ingest = Ingest({split.split: (split.dataset, split.source) for split in splits})
     rows = [{"split": split.split, "shard": shard} for split in splits for shard in split.missing_images()]
     total = _images(splits, rows)

@@ -143,11 +143,16 @@ def create_dataset(dataset: Dataset, index: pa.Table) -> None:
         dataset.view.put("view.json", json.dumps(asdict(dataset.policy), indent=2).encode())
     if dataset.store.exists("dataset.json"):
         return
+    write_index(dataset, index)
+    meta = {"format": FORMAT_VERSION, **{k: v for k, v in asdict(dataset).items() if k not in ("store", "policy")}}
+    dataset.store.put("dataset.json", json.dumps(meta, indent=2).encode())
+
+
+def write_index(dataset: Dataset, index: pa.Table) -> None:
+    """Write the index, one row group a shard."""
     sink = pa.BufferOutputStream()
     pq.write_table(index, sink, row_group_size=dataset.shard_size)
     dataset.store.put("index.parquet", sink.getvalue())
-    meta = {"format": FORMAT_VERSION, **{k: v for k, v in asdict(dataset).items() if k not in ("store", "policy")}}
-    dataset.store.put("dataset.json", json.dumps(meta, indent=2).encode())
 
 
 def _scatter(index: pa.Table) -> pa.Table:

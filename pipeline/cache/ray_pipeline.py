@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.cache.extract import Extract
 from pipeline.cache.ingest import Ingest
+from pipeline.cache.verify import Verify
 
 
 def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[dict[str, Any]]:
@@ -22,12 +23,31 @@ def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[di
 def extract_shards(
     rows: Sequence[dict[str, Any]], arguments: tuple[Any, ...], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Run `Extract` on every row in a pool of actors, one per GPU where there are any; results as they come.
-
-    An actor takes two shards at once: one is on the device while the other is decoded or written.
+    """Run `Extract` on every row; results as they come.
 
     Args:
         arguments: the first ones of `Extract`: datasets and teachers.
+    """
+    yield from _in_actors(Extract, rows, arguments, batch_size)
+
+
+def verify_shards(
+    rows: Sequence[dict[str, Any]], arguments: tuple[Any, ...], batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Run `Verify` on every row; results as they come.
+
+    Args:
+        arguments: the first ones of `Verify`.
+    """
+    yield from _in_actors(Verify, rows, arguments, batch_size)
+
+
+def _in_actors(
+    actor: type[Extract] | type[Verify], rows: Sequence[dict[str, Any]], arguments: tuple[Any, ...], batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """A pool of actors, one per GPU where there are any.
+
+    An actor takes two shards at once: one is on the device while the other is decoded or written.
     """
     if not rows:
         return
@@ -41,14 +61,14 @@ def extract_shards(
     pool = ActorPoolStrategy(
         min_size=1, max_size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
     )
-    extracted = _dataset(rows).map(
-        Extract,
+    results = _dataset(rows).map(
+        actor,
         fn_constructor_args=(*arguments, "cuda" if gpus else "cpu", threads, batch_size),
         compute=pool,
         num_cpus=threads,
         num_gpus=1 if gpus else 0,
     )
-    yield from extracted.iter_rows()
+    yield from results.iter_rows()
 
 
 def _dataset(rows: Sequence[dict[str, Any]]) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,15 @@ from pipeline.cache.store import Store
 ROW_GROUP_SIZE = 64
 """Rows of a row group: what a training worker reads at once, and what is shuffled as a unit."""
 
+RECORD = re.compile(r"shard-(\d{5,})\.json")
+"""Name of a record."""
+
 log = logging.getLogger(__name__)
+
+
+def record_name(shard: int) -> str:
+    """Name of the record that lists a shard."""
+    return f"shard-{shard:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class ShardFolder:
         record = ShardRecord(
             shard, f"{stem}.parquet", table.num_rows, data.size, sha256, statistics, projection, facts or {}
         )
-        self.store.put(f"shard-{shard:05d}.json", json.dumps(asdict(record), sort_keys=True).encode())
+        self.store.put(record_name(shard), json.dumps(asdict(record), sort_keys=True).encode())
         return record
 
     def records(self) -> dict[int, ShardRecord]:
@@ -100,23 +109,58 @@ class ShardFolder:
         """
         files = self.store.files()
         projection = _projection(files)
-        names = [name for name in files if name.startswith("shard-") and name.endswith(".json")]
-        with ThreadPoolExecutor(16) as pool:
-            records = [ShardRecord(**json.loads(data)) for data in pool.map(self.store.get, names)]
         complete = {}
-        for record in sorted(records, key=lambda record: record.shard):
+        for record in self.listed().values():
             if reason := _fault(record, files.get(record.file), projection):
                 log.warning("%s/%s %s: it will be computed again", self.store.uri, record.file, reason)
             else:
                 complete[record.shard] = record
         return complete
 
+    def listed(self) -> dict[int, ShardRecord]:
+        """Every record by the shard's number, in order, whether or not its file is there; unreadable ones are left out."""
+        numbers = [int(match[1]) for name in self.store.files() if (match := RECORD.fullmatch(name))]
+        with ThreadPoolExecutor(16) as pool:
+            return {record.shard: record for record in pool.map(self._listed, sorted(numbers)) if record is not None}
+
+    def _listed(self, shard: int) -> ShardRecord | None:
+        try:
+            return self.read_record(shard)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            log.warning("%s/%s %s: the shard will be computed again", self.store.uri, record_name(shard), error)
+            return None
+
+    def read_record(self, shard: int) -> ShardRecord:
+        """What lists a shard, whether or not its file is there.
+
+        Raises:
+            FileNotFoundError: where nothing does.
+            ValueError: where that is not a record of this shard.
+        """
+        data = self.store.get(record_name(shard))
+        try:
+            record = ShardRecord(**json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"is not a record ({error})") from error
+        if record.shard != shard:
+            raise ValueError(f"is the record of shard {record.shard}")
+        return record
+
+    def unlist(self, shard: int) -> None:
+        """Take a shard out of the folder: first what lists it, then its files; those of another shard are left."""
+        record = self._listed(shard)
+        self.store.delete(record_name(shard))
+        for name in (record.file, record.moments) if record else ():
+            if name.startswith(f"shard-{shard:05d}-"):
+                self.store.delete(name)
+
     def record(self, shard: int) -> ShardRecord | None:
         """The record of one shard, or None where it is not complete."""
-        name = f"shard-{shard:05d}.json"
-        if not self.store.exists(name):
+        record = self._listed(shard)
+        if record is None:
             return None
-        record = ShardRecord(**json.loads(self.store.get(name)))
         projection = self.projection if record.projection else ""
         return None if _fault(record, self.store.size(record.file), projection) else record
 
