@@ -18,6 +18,7 @@ from pathlib import Path
 from pipeline.cache.keys import readable
 from pipeline.cache.store import Store
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.ray_session import is_submitted_job
 
 
@@ -32,8 +33,17 @@ def work_folder(config: Config) -> Path:
 
 
 def cache_store(config: Config) -> Store:
-    """The folder or object store of the cache."""
-    return Store.at(config.cache.uri or work_folder(config) / "cache")
+    """The folder or object store of the cache.
+
+    Raises:
+        UserError: where the object store cannot be used.
+    """
+    try:
+        store = Store.at(config.cache.uri or work_folder(config) / "cache")
+        store.check()
+    except UserError as error:
+        raise UserError(f"cache.uri: {error}") from error
+    return store
 
 
 @dataclass

@@ -4,31 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pyarrow as pa
 from pyarrow import fs
 
+from pipeline.cache.remote import RetriedFile, attempt, check_address, resolve
 from pipeline.errors import UserError
+
+LEFTOVER_AGE_S = 3600.0
+"""Age in seconds from which on a temporary file is taken for that of a writer that was killed."""
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Store:
     """Reads and atomically writes the files below `uri`. Picklable: it travels to Ray workers.
 
+    On object stores every operation is tried again where its failure may mend (`pipeline.cache.remote.attempt`). Any
+    operation raises UserError where the store cannot be reached or refuses; a missing file is a FileNotFoundError.
+
     Attributes:
-        uri: an absolute local path, or any URI that pyarrow's file systems know (``s3://...``, ``gs://...``).
+        uri: an absolute local path, or ``s3://bucket/folder``, ``gs://bucket/folder``, or the address of any other store
+            that fsspec knows. It is taken literally: nothing in it is percent-encoded.
     """
 
     uri: str
 
     @classmethod
     def at(cls, location: str | Path) -> Store:
-        """The store at a local path (made absolute) or a URI."""
+        """The store at a local path (made absolute) or a URI.
+
+        Raises:
+            UserError: where there are credentials or options in the URI.
+        """
         text = str(location)
-        return cls(text.rstrip("/") if "://" in text else str(Path(text).expanduser().resolve()))
+        if text.startswith("file://"):
+            text = url2pathname(urlsplit(text).path)
+        if "://" not in text:
+            return cls(str(Path(text).expanduser().resolve()))
+        check_address(text)
+        return cls(text.rstrip("/"))
 
     def sub(self, folder: str) -> Store:
         """The store of a folder below this one."""
@@ -39,9 +67,24 @@ class Store:
         """Whether the files lie on this machine's file system."""
         return "://" not in self.uri
 
-    def _resolve(self, path: str = "") -> tuple[fs.FileSystem, str]:
-        filesystem, root = (fs.LocalFileSystem(), self.uri) if self.is_local else fs.FileSystem.from_uri(self.uri)
-        return filesystem, f"{root}/{path}" if path else root
+    def check(self) -> None:
+        """Find out early whether an object store can be used.
+
+        Raises:
+            UserError: where there is no driver, no endpoint, no such bucket or no permission to list it.
+        """
+        if self._list() or not self.uri.startswith("s3://"):
+            return
+        bucket = "/".join(self.uri.split("/")[:3])
+        if Store(bucket)._info("").type == fs.FileType.NotFound:
+            raise UserError(f"{bucket} does not exist: create the bucket, or correct its name")
+
+    def free_bytes(self) -> int | None:
+        """Free space in bytes where a local folder is, or would be; None for object stores."""
+        if not self.is_local:
+            return None
+        folder = Path(self.uri)
+        return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
     def put(self, path: str, data: bytes | pa.Buffer) -> None:
         """Write a file so that a reader sees all of it or none of it, even after a crash or a power cut.
@@ -49,30 +92,26 @@ class Store:
         Raises:
             UserError: where the destination is full, read-only or otherwise refuses the write.
         """
-        try:
-            self._put_local(Path(self.uri, path), data) if self.is_local else self._put_remote(path, data)
-        except OSError as error:
-            raise UserError(f"cannot write {self.uri}/{path}: {error.strerror or error}") from error
+        self._write(path, data, _replace)
 
-    def _put_local(self, target: Path, data: bytes | pa.Buffer) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+    def put_new(self, path: str, data: bytes | pa.Buffer) -> bool:
+        """Write a file as `put` does, unless there is one; returns whether it was written.
 
-    def _put_remote(self, path: str, data: bytes | pa.Buffer) -> None:
-        # An object appears when its upload completes, so there is nothing to rename.
-        filesystem, target = self._resolve(path)
-        with filesystem.open_output_stream(target) as stream:
-            stream.write(data)
+        Of several writers at once, exactly one wins in a local folder whose file system has hard links. Elsewhere it is
+        a look and then a write, so that the last of several writers within that moment prevails.
+
+        Raises:
+            UserError: as `put`.
+        """
+        return not self.exists(path) and self._write(path, data, _link)
+
+    def _write(self, path: str, data: bytes | pa.Buffer, publish: Callable[[Path, Path], bool]) -> bool:
+        try:
+            if self.is_local:
+                return self._run("write", path, lambda _, target: _write_local(Path(target), data, publish))
+            return self._run("write", path, lambda system, target: _upload(system, target, data))
+        except FileNotFoundError as error:
+            raise UserError(f"cannot write {self.uri}/{path}: no such bucket or folder") from error
 
     def get(self, path: str) -> bytes:
         """The bytes of a file.
@@ -80,36 +119,136 @@ class Store:
         Raises:
             FileNotFoundError: where there is none.
         """
-        filesystem, target = self._resolve(path)
-        with filesystem.open_input_stream(target) as stream:
-            return stream.read()
+        return self._run("read", path, _download)
 
     def open(self, path: str) -> pa.NativeFile:
-        """A file for random access; local files are memory-mapped."""
+        """A file for random access; local files are memory-mapped.
+
+        Raises:
+            FileNotFoundError: where there is none.
+        """
         if self.is_local:
-            return pa.memory_map(f"{self.uri}/{path}")
-        filesystem, target = self._resolve(path)
-        return filesystem.open_input_file(target)
+            return self._run("read", path, lambda _, target: pa.memory_map(target))
+        file = self._run("read", path, lambda system, target: system.open_input_file(target))
+        return pa.PythonFile(RetriedFile(file, f"{self.uri}/{path}"), mode="r")
 
     def exists(self, path: str) -> bool:
         """Whether a file is there."""
-        filesystem, target = self._resolve(path)
-        return filesystem.get_file_info(target).type == fs.FileType.File
+        return self._info(path).type == fs.FileType.File
 
     def size(self, path: str) -> int | None:
         """Size of a file in bytes, or None where there is none."""
-        filesystem, target = self._resolve(path)
-        size: int | None = filesystem.get_file_info(target).size
+        size: int | None = self._info(path).size
         return size
 
     def files(self) -> dict[str, int]:
-        """Name and size in bytes of the files directly in this folder; empty where there is no folder."""
-        return {info.base_name: info.size for info in self._list() if info.type == fs.FileType.File}
+        """Name and size in bytes of the files directly in this folder; empty where there is no folder.
+
+        Temporary files of local writers are not among them.
+        """
+        return {info.base_name: info.size for info in self._list() if _is_file(info) and not _is_temporary(info)}
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted."""
         return sorted(info.base_name for info in self._list() if info.type == fs.FileType.Directory)
 
+    def leftovers(self) -> dict[str, int]:
+        """Name and size in bytes of the temporary files that killed writers left directly in this folder."""
+        latest = time.time() - LEFTOVER_AGE_S
+        old = (info for info in self._list() if _is_temporary(info) and info.mtime.timestamp() < latest)
+        return {info.base_name: info.size for info in old if _is_file(info)}
+
+    def delete(self, path: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self._run("delete", path, lambda system, target: system.delete_file(target))
+
+    def delete_folder(self) -> None:
+        """Delete everything below this store's uri; nothing there is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self._run("delete", "", _delete_folder)
+
     def _list(self) -> list[fs.FileInfo]:
-        filesystem, root = self._resolve()
-        return filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        return self._run(
+            "list", "", lambda system, root: system.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        )
+
+    def _info(self, path: str) -> fs.FileInfo:
+        return self._run("read", path, lambda system, target: system.get_file_info(target))
+
+    def _run(self, doing: str, path: str, call: Callable[[fs.FileSystem, str], Result]) -> Result:
+        """Call with the file system and the full path of a file, or of this folder."""
+        suffix = f"/{path}" if path else ""
+        if self.is_local:
+            try:
+                return call(fs.LocalFileSystem(), self.uri + suffix)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise UserError(f"cannot {doing} {self.uri}{suffix}: {error.strerror or error}") from error
+
+        def connected() -> Result:
+            system, root = resolve(self.uri)
+            return call(system, root + suffix)
+
+        return attempt(doing, self.uri + suffix, connected)
+
+
+def _is_file(info: fs.FileInfo) -> bool:
+    return bool(info.type == fs.FileType.File)
+
+
+def _is_temporary(info: fs.FileInfo) -> bool:
+    return _TEMPORARY.fullmatch(info.base_name) is not None
+
+
+def _write_local(target: Path, data: bytes | pa.Buffer, publish: Callable[[Path, Path], bool]) -> bool:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return publish(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _replace(temporary: Path, target: Path) -> bool:
+    os.replace(temporary, target)
+    return True
+
+
+def _link(temporary: Path, target: Path) -> bool:
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        return not target.exists() and _replace(temporary, target)
+    return True
+
+
+def _upload(system: fs.FileSystem, target: str, data: bytes | pa.Buffer) -> bool:
+    # An object appears when its upload completes, so there is nothing to rename. All of it goes in one write: a stream
+    # that is closed, or let go of, completes its object with what was written until then.
+    with system.open_output_stream(target) as stream:
+        stream.write(data)
+    return True
+
+
+def _download(system: fs.FileSystem, target: str) -> bytes:
+    with system.open_input_file(target) as file:
+        size = file.size()
+        data: bytes = file.read(size)  # without a size it would come in requests of 256 KiB
+    if len(data) != size:
+        raise OSError(f"{len(data)} of {size} bytes came")
+    return data
+
+
+def _delete_folder(system: fs.FileSystem, root: str) -> None:
+    # A bucket itself stays: making one is not ours either.
+    delete = system.delete_dir if "/" in root.strip("/") else system.delete_dir_contents
+    delete(root)

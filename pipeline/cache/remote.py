@@ -1,0 +1,175 @@
+"""File systems of object stores, and one rule for which failures are tried again.
+
+Credentials come from the environment or from the role of the machine, never from an address: addresses are logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow as pa
+from pyarrow import fs
+
+from pipeline.errors import UserError
+
+ATTEMPTS = 6
+"""Times that an operation is tried, each of which the driver itself tries more than once."""
+
+FIRST_DELAY_S = 1.0
+"""Longest pause after the first failure, in seconds; it doubles with each further one."""
+
+CONNECT_TIMEOUT_S = 5.0
+STALL_TIMEOUT_S = 20.0
+
+_REMEDIES = {
+    "s3": "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_ENDPOINT_URL, or the role of the machine",
+    "gs": "check GOOGLE_APPLICATION_CREDENTIALS, or the service account of the machine",
+}
+_REFUSED = re.compile(
+    "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|InvalidToken|ExpiredToken|HTTP status 40[0-3]"
+    "|PERMISSION_DENIED|UNAUTHENTICATED|OAuth2 access token"
+)
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def check_address(uri: str) -> None:
+    """Refuse what an address must not hold; the message repeats none of it.
+
+    Raises:
+        UserError: where there are credentials or options in it.
+    """
+    scheme, _, rest = uri.partition("://")
+    if "@" in rest and (scheme in _REMEDIES or ":" in rest.split("@")[0]):
+        raise UserError(f"credentials in an address are refused, since addresses are logged; {_remedy(scheme)}")
+    if "?" in rest:
+        raise UserError(
+            f"options after ? in an {scheme}:// address are not read; AWS_ENDPOINT_URL names an S3-compatible endpoint"
+        )
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of an address and the path within it; connections are shared within a process.
+
+    Raises:
+        UserError: where no driver for it is installed, or AWS_ENDPOINT_URL is no address.
+        OSError: where the region of the bucket cannot be found out.
+    """
+    scheme, _, root = uri.partition("://")
+    if scheme == "s3":
+        return _s3(
+            root.split("/")[0], os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        ), root
+    if scheme == "gs":
+        return _gcs(), root
+    try:
+        # Without its cache of listings, a driver sees what other processes have written since.
+        filesystem, path = fsspec.url_to_fs(uri, use_listings_cache=False)
+    except ImportError as error:
+        raise UserError(f"{uri} needs a driver that is not there: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{uri}: {error}; use a local folder, s3://, gs:// or a scheme that fsspec knows") from error
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+@lru_cache
+def _s3(bucket: str, endpoint: str | None) -> fs.S3FileSystem:
+    options: dict[str, Any] = {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "request_timeout": STALL_TIMEOUT_S,
+        # Small objects then take one request instead of three.
+        "allow_delayed_open": True,
+        # Mends hiccups within milliseconds, part by part; `attempt` waits for what takes longer.
+        "retry_strategy": fs.AwsDefaultS3RetryStrategy(max_attempts=2),
+    }
+    if not endpoint:
+        return fs.S3FileSystem(region=fs.resolve_s3_region(bucket), **options)
+    address = urlsplit(endpoint)
+    if address.scheme not in ("http", "https") or not address.netloc or address.path.strip("/"):
+        raise UserError("AWS_ENDPOINT_URL is no address of the form http://host:port or https://host:port")
+    return fs.S3FileSystem(endpoint_override=address.netloc, scheme=address.scheme, **options)
+
+
+@lru_cache
+def _gcs() -> fs.GcsFileSystem:
+    return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=STALL_TIMEOUT_S))
+
+
+def attempt(doing: str, uri: str, call: Callable[[], Result]) -> Result:
+    """What `call` returns, tried again with growing random pauses where its failure may mend.
+
+    Args:
+        doing: what is done to `uri`, as ``read``.
+
+    Raises:
+        FileNotFoundError: at once.
+        UserError: at once for what does not mend with time, else after `ATTEMPTS` failures.
+    """
+    for failures in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowInvalid, NotImplementedError) as error:
+            remedy = _lasting(error, uri.partition("://")[0])
+            if remedy or failures == ATTEMPTS:
+                remedy = remedy or f"tried {ATTEMPTS} times; check the network, and run the same command again"
+                raise UserError(f"cannot {doing} {uri}: {_line(error)}; {remedy}") from error
+            pause = FIRST_DELAY_S * 2 ** (failures - 1) * random.uniform(0.5, 1)
+            log.warning("cannot %s %s: %s; trying again in %.1f s", doing, uri, _line(error), pause)
+            time.sleep(pause)
+    raise AssertionError
+
+
+def _lasting(error: Exception, scheme: str) -> str:
+    """The remedy for a failure that does not mend with time, or ""."""
+    if isinstance(error, PermissionError) or _REFUSED.search(str(error)):
+        return _remedy(scheme)
+    if "NO_SUCH_BUCKET" in str(error):
+        return "create the bucket, or correct its name"
+    if not isinstance(error, OSError):
+        return "correct the address"
+    return ""
+
+
+def _remedy(scheme: str) -> str:
+    return _REMEDIES.get(scheme, f"check the environment variables that the {scheme}:// driver reads")
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+class RetriedFile:
+    """A file for `pyarrow.PythonFile` of which every read goes through :func:`attempt`."""
+
+    def __init__(self, file: pa.NativeFile, uri: str) -> None:
+        self._file, self._uri = file, uri
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read_buffer(self, size: int) -> pa.Buffer:
+        """The next `size` bytes, fewer at the end of the file, without a copy."""
+        start = self._file.tell()
+
+        def read() -> pa.Buffer:
+            self._file.seek(start)
+            return self._file.read_buffer(size)
+
+        return attempt("read", self._uri, read)
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end of the file."""
+        return self.read_buffer(size).to_pybytes()
