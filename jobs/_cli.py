@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,45 @@ from teachers.base import TeacherError
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
 
 
+@dataclass(frozen=True)
+class Mode:
+    """What a job does in place of its work when a flag is given; modes exclude each other.
+
+    Attributes:
+        flag, help: as `--help` shows them.
+        body: called with the configuration and the command line's options.
+        metavar: what the flag's value is called, or None where it has none.
+    """
+
+    flag: str
+    help: str
+    body: Callable[[Config, argparse.Namespace], Mapping[str, Any]]
+    metavar: str | None = None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A flag that goes with modes; given alone it stands for the only one that it goes with."""
+
+    flag: str
+    help: str
+    modes: tuple[str, ...]
+
+
 def run(
-    body: Callable[[Config, bool], Mapping[str, Any]], description: str, arguments: Sequence[str] | None = None
+    body: Callable[[Config, bool], Mapping[str, Any]],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    modes: Sequence[Mode] = (),
+    switches: Sequence[Switch] = (),
 ) -> None:
     """Parse the command line, run the job and print its figures as one line of JSON.
 
     Args:
         body: called with the configuration and whether to stop after the plan.
         description: first paragraph of `--help`.
+        modes: what else the job does; their figures say ``"ok": false`` for exit code 1.
+        switches: that go with some of them.
 
     Exits with code 2 and one line on what the user can mend; anything else keeps its traceback.
     """
@@ -37,14 +69,22 @@ def run(
     parser.add_argument(
         "items", nargs="*", metavar="recipe.yaml | key=value", help="a recipe (recipes/quickstart.yaml) and overrides"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+    for mode in modes:
+        kind: dict[str, Any] = {"metavar": mode.metavar} if mode.metavar else {"action": "store_true"}
+        group.add_argument(mode.flag, help=mode.help, **kind)
+    for switch in switches:
+        parser.add_argument(switch.flag, action="store_true", help=switch.help)
     options = parser.parse_args(arguments)
+    chosen = _choose(parser, options, modes, switches)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.captureWarnings(True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what workers print shows in a log file as it comes
     try:
-        figures = body(_configure(options.items), options.dry_run)
+        config = _configure(options.items)
+        figures = chosen.body(config, options) if chosen else body(config, options.dry_run)
     except (UserError, TeacherError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -52,6 +92,38 @@ def run(
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     print(json.dumps(figures))
+    if figures.get("ok") is False:
+        sys.exit(1)
+
+
+def _choose(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, modes: Sequence[Mode], switches: Sequence[Switch]
+) -> Mode | None:
+    given = {flag for flag in (mode.flag for mode in modes) if _value(options, flag)}
+    for switch in switches:
+        if not _value(options, switch.flag) or given & set(switch.modes):
+            continue
+        if given or options.dry_run or len(switch.modes) > 1:
+            parser.error(f"{switch.flag} goes with {' or '.join(switch.modes)}")
+        given |= set(switch.modes)
+    return next((mode for mode in modes if mode.flag in given), None)
+
+
+def _value(options: argparse.Namespace, flag: str) -> Any:
+    return getattr(options, flag.removeprefix("--").replace("-", "_"))
+
+
+def confirm(question: str, yes: bool) -> bool:
+    """Ask on the terminal; `yes` answers beforehand.
+
+    Raises:
+        UserError: where nobody can be asked.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError("nothing was removed: without a terminal to ask on, --yes must be given")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _configure(items: Sequence[str]) -> Config:
@@ -66,6 +138,13 @@ def table(rows: Mapping[str, Any]) -> str:
     shown = {name: value for name, value in rows.items() if value is not None}
     width = max(len(name) for name in shown)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in shown.items())
+
+
+def grid(rows: Sequence[Mapping[str, str]]) -> str:
+    """Aligned columns under the names that the rows give them."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def percent(value: float | None) -> str | None:

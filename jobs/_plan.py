@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from jobs._cli import size, table
+from collections.abc import Sequence
+
+import pyarrow.compute as pc
+
+from jobs._cli import grid, size, table
 from pipeline.cache.build import CachePlan
 from pipeline.cache.codec import Codec
+from pipeline.cache.estimate import TeacherEstimate, missing_bytes
 from pipeline.cache.extract import CachedTeacher, projection_of, teacher_labels
 from pipeline.config import Config
 from pipeline.distill.job import grid_rules, steps_per_epoch
@@ -47,6 +52,56 @@ def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
     views = [split.dataset.count * split.dataset.policy.rows_per_image for split in plan.splits]
     total = sum(count * row for count, row in zip(views, rows, strict=True))
     return f"{bound}{size(rows[0])} a view, {size(total)} total"
+
+
+def cost_plan(plan: CachePlan, config: Config, teachers: Sequence[TeacherEstimate]) -> str:
+    """Device hours, price, read rate and space, and what other codecs would take."""
+    hours = [grid([_hours(teacher, config) for teacher in teachers])]
+    codecs = [grid([_codecs(teacher) for teacher in teachers])]
+    free = plan.store.free_bytes()
+    rows = {
+        "still to be written": f"at most {size(missing_bytes(plan))}",
+        "free": "unlimited, as far as can be told" if free is None else f"{size(free)} at {plan.store.uri}",
+        "to read": f"{size(read_rate(plan, config, teachers))}/s for plan.images_per_second="
+        f"{config.plan.images_per_second:g}",
+    }
+    return "\n".join(["time", *hours, "bytes of a view (<: at most)", *codecs, "space", table(rows)])
+
+
+def _hours(teacher: TeacherEstimate, config: Config) -> dict[str, str]:
+    probe = teacher.probe
+    speed = "no weights, no probe" if probe is None else f"{probe.views_per_second:.1f} views/s on {probe.device}"
+    counted = probe is not None and probe.device == "cpu" and probe.macs
+    gpu = f" ({probe.macs / 1e9:.2f} GMACs at 40 % of an A100)" if probe and counted else ""
+    price = None if teacher.gpu_hours is None else teacher.gpu_hours * config.plan.gpu_hour_price
+    return {
+        "teacher": teacher.label,
+        "shards missing": f"{teacher.missing} of {teacher.shards}",
+        "measured": speed + ("" if probe is None or probe.trained else ", random weights"),
+        "left here": _number(teacher.hours, " h"),
+        "on a GPU": _number(teacher.gpu_hours, " h") + gpu,
+        "price": _number(price, ""),
+    }
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "unknown" if value is None else f"{value:.3g}{unit}"
+
+
+def _codecs(teacher: TeacherEstimate) -> dict[str, str]:
+    sizes = {
+        codec + (" (chosen)" if codec == teacher.codec else ""): ("" if codec in teacher.exact else "<") + size(count)
+        for codec, count in teacher.view_bytes.items()
+    }
+    return {"teacher": teacher.label, **sizes}
+
+
+def read_rate(plan: CachePlan, config: Config, teachers: Sequence[TeacherEstimate]) -> float:
+    """Bytes a second that a training at `plan.images_per_second` reads: images and all features."""
+    index = plan.splits[0].index
+    image = (pc.sum(index["size"]).as_py() or 0) / index.num_rows
+    features = sum(teacher.view_bytes[teacher.codec] for teacher in teachers)
+    return float(config.plan.images_per_second * (image + features))
 
 
 def training_plan(plan: CachePlan, config: Config) -> str:

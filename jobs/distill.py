@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jobs._cli import percent, run, size, table
 from jobs._plan import cache_plan, training_plan
 from pipeline.cache.build import plan_cache
+from pipeline.cache.estimate import check_space
 from pipeline.cache.job import cache_bytes, precompute
 from pipeline.config import Config
 from pipeline.distill.job import distill
@@ -30,6 +31,7 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     print(f"plan\n{cache_plan(plan, config)}\n{training_plan(plan, config)}", flush=True)
     if dry_run:
         return {"dry_run": True}
+    check_space(plan)
     with open_job(config, "distill") as job:
         if job.state.resumed:
             print(f"resuming the unfinished run in {job.state.folder}", flush=True)

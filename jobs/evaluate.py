@@ -15,6 +15,7 @@ from torch import nn
 
 from jobs._cli import percent, run, table
 from pipeline.cache.build import build_cache, plan_cache
+from pipeline.cache.estimate import check_space
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluate.knn import check_classes, student_knn
@@ -37,6 +38,7 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     print(f"kNN of {config.evaluate.student} at {config.student.input_size} px on {val.dataset.location}", flush=True)
     if dry_run:
         return {"dry_run": True}
+    check_space(plan)
     with open_job(config, "evaluate") as job:
         build_cache(plan, config)
         knn = student_knn(encoder, train.dataset, val.dataset, config.student.input_size, config.knn)

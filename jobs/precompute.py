@@ -1,23 +1,39 @@
-"""Fill the feature cache: every teacher on every image, once.
+"""Fill the feature cache: every teacher on every image, once. Plan it, verify it, see what it holds, tidy it up.
 
 python jobs/precompute.py recipes/quickstart.yaml data.train=photos/train data.val=photos/val
+python jobs/precompute.py recipes/quickstart.yaml --plan                 bytes, hours and price, on a probe of the teachers
+python jobs/precompute.py recipes/quickstart.yaml --verify --repair      check every file, compute just the broken ones
+python jobs/precompute.py --list                                         what the cache holds
+python jobs/precompute.py --delete <address>                             an address that --list prints
+python jobs/precompute.py --gc                                           files that nothing refers to
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import run, size, table
-from jobs._plan import cache_plan
+from jobs._cli import Mode, Switch, confirm, grid, run, size, table
+from jobs._plan import cache_plan, cost_plan, read_rate
+from pipeline.cache.audit import Verification, verify_cache
 from pipeline.cache.build import plan_cache
+from pipeline.cache.estimate import check_space, estimate_cache, missing_bytes
+from pipeline.cache.garbage import find_garbage, remove_garbage
+from pipeline.cache.inventory import Entry, delete_entry, find_entry, take_inventory
 from pipeline.cache.job import cache_bytes, precompute
+from pipeline.cache.repair import repair_cache
 from pipeline.config import Config
 from pipeline.job import open_job
+from pipeline.ray_session import connect
 from pipeline.runs import cache_store
+
+SHOWN = 50
+"""Lines of a table of findings or garbage; the rest is counted."""
 
 
 def main(config: Config, dry_run: bool) -> dict[str, Any]:
@@ -26,6 +42,7 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     print(f"plan\n{cache_plan(plan, config)}", flush=True)
     if dry_run:
         return {"dry_run": True}
+    check_space(plan)
     with open_job(config, "precompute") as job, job.phase("precompute") as tracked:
         plan, report = precompute(config, plan, tracked)
     quarantined = sum(len(bad) for bad in report.quarantined.values())
@@ -46,5 +63,133 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     }
 
 
+def show_plan(config: Config, _: argparse.Namespace) -> dict[str, Any]:
+    """Probe the teachers and print what filling the cache will take; refuse what cannot fit."""
+    plan = plan_cache(config, cache_store(config))
+    print(f"plan\n{cache_plan(plan, config)}", flush=True)
+    teachers = estimate_cache(plan, config)
+    print(cost_plan(plan, config, teachers), flush=True)
+    check_space(plan)
+    known = [teacher.gpu_hours for teacher in teachers if teacher.gpu_hours is not None]
+    hours = sum(known) if len(known) == len(teachers) else None
+    return {
+        "shards_missing": sum(teacher.missing for teacher in teachers),
+        "missing_bytes": missing_bytes(plan),
+        "free_bytes": plan.store.free_bytes(),
+        "bytes_per_view": {teacher.label: teacher.view_bytes for teacher in teachers},
+        "gpu_hours": hours,
+        "price": None if hours is None else hours * config.plan.gpu_hour_price,
+        "read_bytes_per_second": read_rate(plan, config, teachers),
+    }
+
+
+def verify(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Check the cache of the recipe; with --repair, compute what is broken again."""
+    plan = plan_cache(config, cache_store(config))
+    print(f"plan\n{cache_plan(plan, config)}", flush=True)
+    with connect():
+        found = verify_cache(plan, config)
+        _show_findings("findings", found)
+        left = found.findings
+        if options.repair and found.findings:
+            mended = repair_cache(plan, config, found)
+            left = mended.findings
+            _show_findings("after the repair", mended)
+    return {
+        "ok": not left,
+        "files": found.files,
+        "rows_recomputed": found.recomputed,
+        "not_recomputed": sorted(found.skipped),
+        "findings": len(found.findings),
+        "repaired": len(found.findings) - len(left) if options.repair else 0,
+    }
+
+
+def _show_findings(title: str, found: Verification) -> None:
+    for label, reason in found.skipped.items():
+        print(f"not recomputed: {label}: {reason}", flush=True)
+    rows = [
+        {
+            "dataset": item.dataset,
+            "part": item.part,
+            "shard": "all" if item.shard is None else str(item.shard),
+            "file": item.file.rpartition("/")[2],
+            "what is wrong": item.problem,
+        }
+        for item in found.findings
+    ]
+    print(f"{title}\n{_first(rows) if rows else '  all is well'}", flush=True)
+
+
+def _first(rows: list[dict[str, str]]) -> str:
+    more = f"\n  and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return grid(rows[:SHOWN]) + more
+
+
+def show_inventory(config: Config, _: argparse.Namespace) -> dict[str, Any]:
+    """Print what the cache holds, by address."""
+    store = cache_store(config)
+    entries = take_inventory(store)
+    print(f"{store.uri}\n{grid([_row(entry) for entry in entries]) if entries else '  holds nothing'}")
+    return {
+        "cache": store.uri,
+        "bytes": sum(entry.bytes for entry in entries if "/" not in entry.address),
+        "entries": [
+            {"address": e.address, "shards": e.shards, "of": e.of, "bytes": e.bytes, "fidelity": e.fidelity}
+            for e in entries
+        ],
+    }
+
+
+def _row(entry: Entry) -> dict[str, str]:
+    return {
+        "address": entry.address,
+        "what": entry.what,
+        "shards": f"{entry.shards} of {entry.of}",
+        "size": size(entry.bytes),
+        "cosine": "" if entry.fidelity is None else f"{entry.fidelity:.4f}",
+        "licence": entry.licence,
+    }
+
+
+def delete(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Delete a dataset, its crops, or a teacher's features, after asking."""
+    store = cache_store(config)
+    entry = find_entry(store, options.delete)
+    print(grid([_row(entry)]), flush=True)
+    if not confirm(f"delete {entry.address} and everything below it from {store.uri}?", options.yes):
+        return {"deleted": None, "bytes": 0}
+    delete_entry(store, entry)
+    return {"deleted": entry.address, "bytes": entry.bytes}
+
+
+def collect_garbage(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Remove what nothing refers to, after asking."""
+    store = cache_store(config)
+    items = find_garbage(store)
+    total = sum(item.bytes for item in items)
+    counts = ", ".join(f"{count} {why}" for why, count in Counter(item.why for item in items).items())
+    rows = [
+        {"file": item.path.removeprefix(f"{store.uri}/"), "size": size(item.bytes), "why": item.why} for item in items
+    ]
+    print(f"{store.uri}\n{_first(rows) if rows else '  no garbage'}", flush=True)
+    if not items or not confirm(f"remove {len(items)} files, {size(total)} ({counts})?", options.yes):
+        return {"files": 0, "bytes": 0}
+    remove_garbage(items)
+    return {"files": len(items), "bytes": total}
+
+
+MODES = (
+    Mode("--plan", "probe the teachers; print bytes, hours, price, read rate and free space, and stop", show_plan),
+    Mode("--verify", "check every file of the recipe's cache and compute a sample again; exit code 1: broken", verify),
+    Mode("--list", "print what the cache holds, and stop", show_inventory),
+    Mode("--delete", "delete what has this address in --list, after asking", delete, "ADDRESS"),
+    Mode("--gc", "remove files of the cache that nothing refers to, after asking", collect_garbage),
+)
+SWITCHES = (
+    Switch("--repair", "with --verify, which it implies: compute just what is broken again", ("--verify",)),
+    Switch("--yes", "with --delete or --gc: do not ask", ("--delete", "--gc")),
+)
+
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, modes=MODES, switches=SWITCHES)

@@ -144,6 +144,13 @@ class EvaluateConfig(Section):
     student: str | None = Field(None, description="MLflow model URI (models:/m-...) or an exported student folder")
 
 
+class PlanConfig(Section):
+    """What `jobs/precompute.py --plan` reckons with; decides nothing that is computed."""
+
+    gpu_hour_price: float = Field(2.0, ge=0, description="price of a GPU hour, in any currency")
+    images_per_second: float = Field(1000.0, gt=0, description="speed of a training that the cache is to keep up with")
+
+
 class BenchmarkConfig(Section):
     """What `jobs/benchmark.py` measures."""
 
@@ -194,6 +201,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+    plan: PlanConfig = PlanConfig()
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -210,7 +218,7 @@ class Config(Section):
 
     def fingerprint(self) -> str:
         """Digest of every field that decides what the run computes; a rerun of equal digest is the same run."""
-        fields = self.model_dump(mode="json", exclude={"tracking", "evaluate", "benchmark", "work"})
+        fields = self.model_dump(mode="json", exclude={"tracking", "evaluate", "benchmark", "plan", "work"})
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

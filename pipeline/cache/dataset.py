@@ -130,7 +130,7 @@ def plan_dataset(
     dataset = _dataset(cache, name, source.location, fingerprint, index.num_rows, source.classes, shard_size)
     _refuse_other_data(cache, dataset)
     if dataset.store.exists("dataset.json"):
-        meta = _read_meta(dataset.store)
+        meta = read_meta(dataset.store)
         dataset = _dataset(
             cache, meta["name"], meta["location"], fingerprint, meta["count"], meta["classes"], meta["shard_size"]
         )
@@ -171,11 +171,22 @@ def _dataset(
     return Dataset(store, name, location, fingerprint, count, tuple(classes), shard_size)
 
 
-def _read_meta(store: Store) -> dict[str, Any]:
-    meta: dict[str, Any] = json.loads(store.get("dataset.json"))
-    if meta["format"] != FORMAT_VERSION:
+def read_meta(store: Store) -> dict[str, Any]:
+    """What dataset.json of a dataset's folder says.
+
+    Raises:
+        UserError: where it cannot be read, or is of another cache format.
+    """
+    try:
+        meta: dict[str, Any] = json.loads(store.get("dataset.json"))
+        version = meta["format"]
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{store.uri} has cache format {meta['format']}, this version reads {FORMAT_VERSION}: name another cache.uri"
+            f"{store.uri}/dataset.json cannot be read ({error}): restore it, or delete that folder"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{store.uri} has cache format {version}, this version reads {FORMAT_VERSION}: name another cache.uri"
         )
     return meta
 
@@ -185,7 +196,7 @@ def _refuse_other_data(cache: Store, dataset: Dataset) -> None:
         store = cache.sub(folder)
         if not folder.startswith(dataset.id.rsplit("-", 1)[0]) or not store.exists("dataset.json"):
             continue
-        meta = _read_meta(store)
+        meta = read_meta(store)
         if meta["name"] == dataset.name and meta["fingerprint"] != dataset.fingerprint:
             raise UserError(
                 f"cache {store.uri} was made for other data: {meta['count']} images of {meta['location']}, "

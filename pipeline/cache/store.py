@@ -141,12 +141,17 @@ class Store:
         size: int | None = self._info(path).size
         return size
 
-    def files(self) -> dict[str, int]:
+    def files(self, age: float = 0.0) -> dict[str, int]:
         """Name and size in bytes of the files directly in this folder; empty where there is no folder.
 
         Temporary files of local writers are not among them.
+
+        Args:
+            age: seconds since they were written, at least.
         """
-        return {info.base_name: info.size for info in self._list() if _is_file(info) and not _is_temporary(info)}
+        files = [info for info in self._list() if _is_file(info) and not _is_temporary(info)]
+        latest = time.time() - age
+        return {info.base_name: info.size for info in files if not age or info.mtime.timestamp() <= latest}
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted."""
