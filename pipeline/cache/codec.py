@@ -30,6 +30,9 @@ from pipeline.errors import UserError
 TARGET_COSINE = 0.99
 """Mean cosine between a token and what is kept of it, from which ``pca`` chooses its components."""
 
+MARGIN = 0.002
+"""What images beyond the sample may lose of that cosine."""
+
 WORTH = 0.9
 """``pca`` projects if the rows then take at most this share of what they take as they are."""
 
@@ -210,8 +213,8 @@ def fit_projection(codec: Codec, patches: Tensor) -> Projection | None:
     """Principal components of patches, by the eigenvectors of their covariance in float64.
 
     Where the codec leaves their number open, one half of the images is fitted and the smallest number is kept with which
-    the other half comes back with a mean cosine of `TARGET_COSINE`. None, where that would not make the rows smaller:
-    features after a ReLU are sparse, which zstd makes more of than a projection does.
+    the other half comes back with a mean cosine of `TARGET_COSINE` and a `MARGIN`. None, where that would not make the
+    rows smaller: features after a ReLU are sparse, which zstd makes more of than a projection does.
 
     Args:
         patches: [N, h, w, D] float32 of a sample of images.
@@ -229,7 +232,7 @@ def fit_projection(codec: Codec, patches: Tensor) -> Projection | None:
     while enough - few > 1:
         middle = (few + enough) // 2
         tokens, rows = _encoded(codec, held_out, _first(full, middle * COMPONENT_STEP))
-        reached = tokens.fidelity(held_out, rows)["cosine"] >= TARGET_COSINE
+        reached = tokens.fidelity(held_out, rows)["cosine"] >= TARGET_COSINE + MARGIN
         few, enough = (few, middle) if reached else (middle, enough)
     chosen = _first(full, enough * COMPONENT_STEP)
     projected, plain = (_stored_bytes(codec, _encoded(codec, held_out, basis)[1]) for basis in (chosen, None))
