@@ -123,7 +123,8 @@ def confirm(question: str, yes: bool) -> bool:
         return True
     if not sys.stdin.isatty():
         raise UserError("nothing was removed: without a terminal to ask on, --yes must be given")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # stdout ends with a line of JSON
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _configure(items: Sequence[str]) -> Config:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import Mode, Switch, confirm, grid, run, size, table
 from jobs._plan import cache_plan, cost_plan, read_rate
-from pipeline.cache.audit import Verification, verify_cache
+from pipeline.cache.audit import Verification, check_begun, verify_cache
 from pipeline.cache.build import plan_cache
 from pipeline.cache.estimate import check_space, estimate_cache, missing_bytes
 from pipeline.cache.garbage import find_garbage, remove_garbage
@@ -86,6 +86,7 @@ def show_plan(config: Config, _: argparse.Namespace) -> dict[str, Any]:
 def verify(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """Check the cache of the recipe; with --repair, compute what is broken again."""
     plan = plan_cache(config, cache_store(config))
+    check_begun(plan)
     print(f"plan\n{cache_plan(plan, config)}", flush=True)
     with connect():
         found = verify_cache(plan, config)

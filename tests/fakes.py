@@ -114,6 +114,20 @@ def fill_in_process(plan: Any, batch_size: int = 16) -> int:
     return computed
 
 
+def without_ray(monkeypatch: Any) -> None:
+    """Hand shards to the classes of the actors and tasks in this process."""
+    from pipeline.cache import audit, build
+    from pipeline.cache.extract import Extract
+    from pipeline.cache.verify import Verify
+
+    def actor(make: Any) -> Any:
+        return lambda rows, arguments, batch_size: map(make(*arguments, "cpu", 2, batch_size), rows) if rows else ()
+
+    monkeypatch.setattr(audit, "verify_shards", actor(Verify))
+    monkeypatch.setattr(build, "extract_shards", actor(Extract))
+    monkeypatch.setattr(build, "ingest_shards", lambda rows, ingest: map(ingest, rows))
+
+
 SMALL_JOB = [
     "data.samples.train=144",
     "data.samples.val=48",

@@ -57,7 +57,7 @@ def verify_cache(plan: CachePlan, config: Config, only: set[tuple[str, int]] | N
         only: (split, shard) of the shards to look at; None: all. What belongs to all shards is checked in any case.
 
     Raises:
-        UserError, TeacherError: where the recipe's cache is not there at all, or a teacher cannot be made as asked.
+        UserError, TeacherError: where the cache cannot be used, or a teacher cannot be made as asked.
     """
     for split in plan.splits:
         if not split.dataset.store.exists("dataset.json"):
@@ -87,6 +87,19 @@ def verify_cache(plan: CachePlan, config: Config, only: set[tuple[str, int]] | N
             progress.update(datasets[row["split"]].shard_rows(row["shard"]))
     found.findings.sort(key=lambda item: (item.dataset, item.part, -1 if item.shard is None else item.shard, item.file))
     return found
+
+
+def check_begun(plan: CachePlan) -> None:
+    """Refuse to verify what is not there at all.
+
+    Raises:
+        UserError: naming the dataset of which nothing is cached.
+    """
+    for split in plan.splits:
+        if not split.dataset.store.exists("dataset.json"):
+            raise UserError(
+                f"{split.dataset.store.uri} holds nothing yet: run jobs/precompute.py with this recipe first"
+            )
 
 
 def _computed(plan: CachePlan, found: Verification) -> list[CachedTeacher]:

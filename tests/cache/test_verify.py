@@ -13,32 +13,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cache import audit, build
 from pipeline.cache.arrays import dump_arrays, load_arrays
-from pipeline.cache.audit import verify_cache
+from pipeline.cache.audit import check_begun, verify_cache
 from pipeline.cache.build import build_cache, plan_cache
-from pipeline.cache.extract import Extract
 from pipeline.cache.repair import repair_cache
 from pipeline.cache.store import Store
-from pipeline.cache.verify import Verify
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from tests.conftest import TEACHERS
-from tests.fakes import write_photos
+from tests.fakes import without_ray, write_photos
 
 PROJECTED = ["cache.codec=pca8-int8", "views.crops=2", "teachers.1.args.dim=24"]
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    """Shards are handed to the actors' classes without Ray; tests/jobs/test_precompute.py goes through it."""
-
-    def actor(make):
-        return lambda rows, arguments, batch_size: map(make(*arguments, "cpu", 2, batch_size), rows) if rows else ()
-
-    monkeypatch.setattr(audit, "verify_shards", actor(Verify))
-    monkeypatch.setattr(build, "extract_shards", actor(Extract))
-    monkeypatch.setattr(build, "ingest_shards", lambda rows, ingest: map(ingest, rows))
+    """tests/jobs/test_precompute.py goes through Ray."""
+    without_ray(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -474,6 +465,6 @@ def test_statistics_made_of_wrong_shards_are_taken_again(filled):
 
 
 def test_an_empty_cache_is_no_sound_one(tmp_path, filled):
-    plan, config = plan_cache(filled.config, Store.at(tmp_path / "empty")), filled.config
+    check_begun(filled.plan)
     with pytest.raises(UserError, match=r"holds nothing yet: run jobs/precompute.py"):
-        verify_cache(plan, config)
+        check_begun(plan_cache(filled.config, Store.at(tmp_path / "empty")))
