@@ -33,6 +33,9 @@ CPU_PROBE_MACS = 50e9
 KEY_BYTES = 128
 """Allowed for the keys of a row and its share of Parquet's own structures."""
 
+_TRIAL = "write-trial"
+"""File that is written to a cache, and deleted, before teachers are loaded and images decoded for it."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -206,10 +209,10 @@ def _moments_bytes(teacher: CachedTeacher) -> int:
 
 
 def check_space(plan: CachePlan) -> None:
-    """Refuse to start what cannot fit.
+    """Refuse to start what cannot fit, or cannot be written.
 
     Raises:
-        UserError: where what is missing may take more than is free at a local destination.
+        UserError: where what is missing may take more than is free at a local destination, or that refuses a write.
     """
     free, need = plan.store.free_bytes(), missing_bytes(plan)
     if free is not None and need > free:
@@ -217,3 +220,6 @@ def check_space(plan: CachePlan) -> None:
             f"{plan.store.uri}: what the cache lacks takes up to {need / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free: "
             "free some, set cache.uri to another place, or choose a smaller cache.codec (jobs/precompute.py --plan compares)"
         )
+    if need:
+        plan.store.put(_TRIAL, b"")
+        plan.store.delete(_TRIAL)
