@@ -12,7 +12,6 @@ from pipeline.cache.codec import Codec
 from pipeline.cache.estimate import TeacherEstimate, missing_bytes
 from pipeline.cache.extract import CachedTeacher, projection_of, teacher_labels
 from pipeline.config import Config
-from pipeline.distill.job import grid_rules, steps_per_epoch
 from pipeline.runs import work_folder
 
 
@@ -102,14 +101,3 @@ def read_rate(plan: CachePlan, config: Config, teachers: Sequence[TeacherEstimat
     image = (pc.sum(index["size"]).as_py() or 0) / index.num_rows
     features = sum(teacher.view_bytes[teacher.codec] for teacher in teachers)
     return float(config.plan.images_per_second * (image + features))
-
-
-def training_plan(plan: CachePlan, config: Config) -> str:
-    """Student, grid rules and steps."""
-    steps = steps_per_epoch(config, plan)
-    rows: dict[str, str | None] = {
-        "student": f"{config.student.name} at {config.student.input_size} px",
-        "training": f"{config.train.epochs} epochs of {steps} steps of {config.train.batch_size} images",
-    }
-    rows |= {f"grid {name}": rule for name, rule in grid_rules(config, plan).items()}
-    return table(rows)

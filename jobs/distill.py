@@ -14,12 +14,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import percent, run, size, table
-from jobs._plan import cache_plan, training_plan
-from pipeline.cache.build import plan_cache
+from jobs._plan import cache_plan
+from pipeline.cache.build import CachePlan, plan_cache
 from pipeline.cache.estimate import check_space
 from pipeline.cache.job import cache_bytes, precompute
 from pipeline.config import Config
-from pipeline.distill.job import distill
+from pipeline.distill.job import distill, grid_rules, steps_per_epoch
 from pipeline.job import open_job
 from pipeline.runs import cache_store
 
@@ -63,6 +63,17 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     }
     print(f"done\n{table(rows)}")
     return {**figures, "model_uri": result.model_uri, "mlflow_run_id": job.run.run_id}
+
+
+def training_plan(plan: CachePlan, config: Config) -> str:
+    """Student, grid rules and steps."""
+    steps = steps_per_epoch(config, plan)
+    rows: dict[str, str | None] = {
+        "student": f"{config.student.name} at {config.student.input_size} px",
+        "training": f"{config.train.epochs} epochs of {steps} steps of {config.train.batch_size} images",
+    }
+    rows |= {f"grid {name}": rule for name, rule in grid_rules(config, plan).items()}
+    return table(rows)
 
 
 if __name__ == "__main__":

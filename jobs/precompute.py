@@ -25,10 +25,8 @@ from pipeline.cache.build import plan_cache
 from pipeline.cache.estimate import check_space, estimate_cache, missing_bytes
 from pipeline.cache.garbage import find_garbage, remove_garbage
 from pipeline.cache.inventory import Entry, delete_entry, find_entry, take_inventory
-from pipeline.cache.job import cache_bytes, precompute
 from pipeline.cache.repair import repair_cache
 from pipeline.config import Config
-from pipeline.job import open_job
 from pipeline.ray_session import connect
 from pipeline.runs import cache_store
 
@@ -43,6 +41,10 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     if dry_run:
         return {"dry_run": True}
     check_space(plan)
+    # MLflow takes seconds to import, which the other modes need not wait for.
+    from pipeline.cache.job import cache_bytes, precompute
+    from pipeline.job import open_job
+
     with open_job(config, "precompute") as job, job.phase("precompute") as tracked:
         plan, report = precompute(config, plan, tracked)
     quarantined = sum(len(bad) for bad in report.quarantined.values())
