@@ -148,7 +148,8 @@ def _remedy(scheme: str) -> str:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    # Google's driver appends its whole state to the message.
+    return str(error).strip().partition("\n")[0].partition(" error_info=")[0]
 
 
 class RetriedFile:
