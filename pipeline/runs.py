@@ -65,7 +65,7 @@ class RunState:
     def save(self) -> None:
         """Write run.json as a whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / ".run.json"
+        temporary = self.folder / f".run-{os.getpid()}.json"  # the same job may be started twice at once
         temporary.write_text(json.dumps({"mlflow": self.mlflow, "finished": self.finished}, indent=2), encoding="utf-8")
         os.replace(temporary, self.folder / "run.json")
 

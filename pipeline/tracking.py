@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -150,9 +151,7 @@ def start_job(
     Raises:
         UserError: where the store cannot be reached or opened.
     """
-    if uri.startswith("sqlite:///"):
-        work.mkdir(parents=True, exist_ok=True)
-    with _probing(uri):
+    with _probing(uri), _alone(uri):
         mlflow.set_tracking_uri(uri)
         run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id)
     run.set_tags({**tags, **_git_tags()})
@@ -174,6 +173,19 @@ def _probing(uri: str) -> Iterator[None]:
         ) from error
     finally:
         os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Jobs that start at once open a SQLite store one after the other."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    file = Path(uri.removeprefix("sqlite:///"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f"{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _experiment(uri: str, name: str, work: Path) -> str:
