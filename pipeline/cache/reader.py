@@ -3,7 +3,10 @@
 A training worker reads row groups itself, ahead of time, on threads. The order of an epoch is a function of (seed,
 epoch, rank, world) alone: row groups are permuted over the whole dataset and dealt to the ranks, then rows are
 permuted within a window of row groups. A position is therefore a batch number, and skipping to it reads nothing that
-is not needed. This module imports neither Ray nor MLflow.
+is not needed.
+
+What a row group gives to which batch is known before it is read. So its rows are copied to their places in the batches
+at once, while they are in the processor's cache, and no row group is kept. This module imports neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher, load_tokens
+from pipeline.cache.recycle import ArrayPool
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
-from pipeline.cache.spine import check_rows, views_of
+from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
 from pipeline.views import View, decode_image, render
@@ -28,13 +33,16 @@ from pipeline.views import View, decode_image, render
 NO_LABEL = -1
 """Label of a sample that has none."""
 
+IO_THREADS = 2
+"""Row groups that are read at once."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """What one training step consumes.
 
     Attributes:
-        keys: B sample ids.
+        keys: B sample ids; those of one row group lie together, in the order of their draw.
         images: [B, 3, H, W] uint8 RGB.
         labels: [B] int64, `NO_LABEL` where there is none.
         features: by teacher id and token type (``summary``, ``patches``), [B, row_bytes] uint8 as stored.
@@ -55,15 +63,56 @@ class _Unit:
     rows: int
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A row group in memory; row r is a view of image r // (rows per image)."""
+@dataclass
+class _Draft:
+    """A batch in the making: B places, of which row groups fill their share, each a run of its own.
+
+    Attributes:
+        keys: sample ids.
+        images: encoded.
+        labels: [B] int64.
+        geometry: [B, 5] float32, the box of every view and its mirroring.
+        features: by teacher id and token type, [B, row_bytes] uint8.
+        taken: places that are spoken for.
+    """
 
     keys: list[str]
-    views: list[View]
+    images: list[pa.Scalar]
     labels: np.ndarray
-    images: pa.ChunkedArray
+    geometry: np.ndarray
     features: dict[str, dict[str, np.ndarray]]
+    taken: int = 0
+
+    def take(self, count: int) -> slice:
+        """The next `count` places."""
+        self.taken += count
+        return slice(self.taken - count, self.taken)
+
+
+_Run = tuple[_Draft, slice, np.ndarray]
+"""A batch, places in it, and the numbers of the rows of a row group that belong there."""
+
+
+@dataclass(frozen=True)
+class ShuffleQuality:
+    """How near an epoch's order is to a full shuffle.
+
+    Attributes:
+        rank_correlation: between stored and training position of the rows (Spearman, in [-1, 1]); a full shuffle has
+            about 0.
+        same_group: share of the pairs of rows within a batch that are of one row group.
+        same_group_full: the same, expected of a full shuffle.
+    """
+
+    rank_correlation: float
+    same_group: float
+    same_group_full: float
+
+    def __str__(self) -> str:
+        return (
+            f"rank correlation {self.rank_correlation:+.3f}, {self.same_group:.2%} of the pairs in a batch from one row "
+            f"group, {self.same_group_full:.2%} in a full shuffle"
+        )
 
 
 class CacheReader:
@@ -99,11 +148,12 @@ class CacheReader:
         self.image_size, self.batch_size, self.seed, self.window = image_size, batch_size, seed, window
         self.rank, self.world = rank, world
         self.dataset = dataset
-        self.image_records = _complete(dataset, dataset.images, "images")
-        self.row_records = _complete(dataset, dataset.rows, "views") if dataset.policy.crops else {}
-        self.teachers = {t.id: _TeacherShards(dataset, t) for t in teachers}
-        self.units = _units(self.image_records, dataset.policy.rows_per_image)
-        self.io = ThreadPoolExecutor(1)
+        self.images = _Shards(dataset, dataset.images, "images")
+        self.rows = _Shards(dataset, dataset.rows, "views") if dataset.policy.crops else None
+        self.teachers = {teacher.id: _TeacherShards(dataset, teacher) for teacher in teachers}
+        self.units = _units(self.images.records, dataset.policy.rows_per_image)
+        self.arrays = ArrayPool()
+        self.io = ThreadPoolExecutor(IO_THREADS)
         self.assembler = ThreadPoolExecutor(1)
         self.decoders = ThreadPoolExecutor(threads)
         if not self.steps(0):
@@ -127,8 +177,20 @@ class CacheReader:
         """
         units = [self.units[i] for i in self._unit_order(epoch)[self.rank :: self.world]]
         refs, window_start = self._row_order(units, epoch)
-        work = self._load(units, refs, window_start, range(start, self.steps(epoch)))
-        yield from map_ahead(self.assembler, self._assemble, work, ahead=2)
+        drafts = self._drafts(units, refs, window_start, range(start, self.steps(epoch)))
+        yield from map_ahead(self.assembler, self._finish, drafts, ahead=2)
+
+    def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
+        """How well this rank's rows of an epoch are shuffled; found from the order alone, without reading anything."""
+        order = self._unit_order(epoch)[self.rank :: self.world]
+        refs, _ = self._row_order([self.units[i] for i in order], epoch)
+        sizes = np.array([unit.rows for unit in self.units])
+        stored = (sizes.cumsum() - sizes)[order][refs[:, 0]] + refs[:, 1]
+        ranks = stored.argsort().argsort()
+        batches = refs[: len(refs) // self.batch_size * self.batch_size, 0].reshape(-1, self.batch_size)
+        correlation = float(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1])
+        within = float(np.mean([_same_pairs(np.unique(batch, return_counts=True)[1]) for batch in batches]))
+        return ShuffleQuality(correlation, within, _same_pairs(sizes[order]))
 
     def _unit_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.units))
@@ -142,60 +204,96 @@ class CacheReader:
             while last < len(units) and (rows == 0 or rows + units[last].rows <= self.window):
                 rows += units[last].rows
                 last += 1
-            refs = [(position, row) for position in range(first, last) for row in range(units[position].rows)]
-            order.append(rng.permutation(np.array(refs, dtype=np.int64).reshape(-1, 2)))
-            starts.append(np.full(len(refs), first))
+            sizes = [unit.rows for unit in units[first:last]]
+            refs = np.stack(
+                [np.repeat(np.arange(first, last), sizes), np.concatenate([np.arange(n) for n in sizes])], 1
+            )
+            order.append(rng.permutation(refs))
+            starts.append(np.full(rows, first))
             first = last
         return np.concatenate(order), np.concatenate(starts)
 
-    def _load(
+    def _drafts(
         self, units: Sequence[_Unit], refs: np.ndarray, window_start: np.ndarray, steps: range
-    ) -> Iterator[list[tuple[_Rows, int]]]:
-        """Rows of each batch, as references into row groups that are read ahead and let go once their window is past."""
+    ) -> Iterator[_Draft]:
+        """The batches with everything but pixels; row groups are read ahead."""
         if not steps:
             return
-        loaded: dict[int, _Rows] = {}
-        position = int(window_start[steps.start * self.batch_size])
+        drafts: dict[int, _Draft] = {}
+        first = int(window_start[steps.start * self.batch_size])
         ahead = max(2, self.window // max(unit.rows for unit in units))
-        reading = map_ahead(self.io, self._read, units[position:], ahead)
+        filling = map_ahead(self.io, self._fill, self._runs(units, refs, first, steps, drafts), ahead)
+        filled = -1
         for step in steps:
-            chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            while position <= refs[chosen, 0].max():
-                loaded[position] = next(reading)
-                position += 1
-            for past in [p for p in loaded if p < window_start[chosen.start]]:
-                del loaded[past]
-            yield [(loaded[unit], row) for unit, row in refs[chosen].tolist()]
+            while filled < refs[step * self.batch_size : (step + 1) * self.batch_size, 0].max():
+                filled = next(filling)
+            yield drafts.pop(step)
 
-    def _read(self, unit: _Unit) -> _Rows:
-        images = self.dataset.images.read_group(self.image_records[unit.shard], unit.group)
-        rows = self._read_rows(unit, images)
-        features = {name: shards.read(unit, rows) for name, shards in self.teachers.items()}
-        labels = images["label"].fill_null(NO_LABEL).to_numpy()
-        labels = labels.repeat(self.dataset.policy.rows_per_image)
-        return _Rows(rows["sample_id"].to_pylist(), views_of(rows), labels, images["image"], features)
+    def _runs(
+        self, units: Sequence[_Unit], refs: np.ndarray, first: int, steps: range, drafts: dict[int, _Draft]
+    ) -> Iterator[tuple[int, _Unit, list[_Run]]]:
+        """For each row group that is needed, from unit position `first` on: its runs in the batches of `steps`."""
+        by_unit = np.argsort(refs[:, 0], kind="stable")
+        ends = np.cumsum([unit.rows for unit in units])
+        for position in range(first, len(units)):
+            places = by_unit[ends[position] - units[position].rows : ends[position]]
+            numbers, starts = np.unique(places // self.batch_size, return_index=True)
+            runs = []
+            for step, rows in zip(numbers.tolist(), np.split(refs[places, 1], starts[1:]), strict=True):
+                if step in steps:
+                    draft = drafts[step] if step in drafts else drafts.setdefault(step, self._draft())
+                    runs.append((draft, draft.take(len(rows)), rows))
+            if runs:
+                yield position, units[position], runs
 
-    def _read_rows(self, unit: _Unit, images: pa.Table) -> pa.Table:
-        if not self.row_records:
-            return images
-        rows = self.dataset.rows.read_group(self.row_records[unit.shard], unit.group)
-        check_rows(self.dataset, unit.shard, rows, images)
-        return rows
-
-    def _assemble(self, rows: list[tuple[_Rows, int]]) -> Batch:
-        pixels = list(self.decoders.map(self._render, rows))
+    def _draft(self) -> _Draft:
+        count = self.batch_size
         features = {
-            name: {kind: _gather(name, kind, rows) for kind in shards.teacher.shapes}
+            name: {kind: self.arrays.empty(count, width) for kind, width in shards.widths.items()}
             for name, shards in self.teachers.items()
         }
-        labels = np.array([group.labels[row] for group, row in rows], dtype=np.int64)
-        keys = [group.keys[row] for group, row in rows]
-        return Batch(keys, torch.from_numpy(np.stack(pixels)), torch.from_numpy(labels), features)
+        return _Draft(
+            [""] * count, [None] * count, np.empty(count, np.int64), np.empty((count, 5), np.float32), features
+        )
 
-    def _render(self, ref: tuple[_Rows, int]) -> np.ndarray:
-        group, row = ref
-        image = group.images[row // self.dataset.policy.rows_per_image].as_py()
-        return _student_pixels(image, group.views[row], self.image_size)
+    def _fill(self, work: tuple[int, _Unit, list[_Run]]) -> int:
+        """Read a row group and copy its rows to their places; returns the unit's position."""
+        position, unit, runs = work
+        columns = [] if self.rows else ROWS_SCHEMA.names[1:]
+        images = self.images.read(unit, ["sample_id", "label", "image", *columns])
+        rows = images
+        if self.rows:
+            rows = self.rows.read(unit)
+            check_rows(self.dataset, unit.shard, rows, images)
+        keys, labels, encoded = rows["sample_id"].to_pylist(), _labels(images), _whole(images["image"])
+        geometry = np.stack([rows[name].to_numpy() for name in ("left", "top", "right", "bottom", "flip")], axis=1)
+        for draft, places, chosen in runs:
+            owners = chosen // self.dataset.policy.rows_per_image
+            draft.keys[places] = [keys[row] for row in chosen]
+            draft.images[places] = [encoded[owner] for owner in owners]
+            draft.labels[places] = labels[owners]
+            draft.geometry[places] = geometry[chosen]
+        for shards in self.teachers.values():
+            shards.fill(unit, rows, runs)
+        return position
+
+    def _finish(self, draft: _Draft) -> Batch:
+        features = {
+            name: {kind: torch.from_numpy(rows) for kind, rows in kinds.items()}
+            for name, kinds in draft.features.items()
+        }
+        return Batch(draft.keys, self._pixels(draft), torch.from_numpy(draft.labels), features)
+
+    def _pixels(self, draft: _Draft) -> Tensor:
+        pixels = self.arrays.empty(self.batch_size, 3, self.image_size, self.image_size)
+        work = zip(pixels, draft.images, draft.geometry.tolist(), strict=True)
+        for _ in self.decoders.map(self._render, work):
+            pass
+        return torch.from_numpy(pixels)
+
+    def _render(self, work: tuple[np.ndarray, pa.Scalar, list[float]]) -> None:
+        pixels, image, (left, top, right, bottom, flip) = work
+        pixels[:] = _student_pixels(image.as_py(), View((left, top, right, bottom), bool(flip)), self.image_size)
 
 
 def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -210,7 +308,8 @@ def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int |
             pixels = torch.from_numpy(np.stack(list(pool.map(_student_pixels, *zip(*work, strict=True)))))
             for first in range(0, unit.rows, batch_size):
                 part = table.slice(first, batch_size)
-                yield Batch(part["sample_id"].to_pylist(), pixels[first : first + batch_size], _labels(part), {})
+                labels = torch.from_numpy(_labels(part).copy())
+                yield Batch(part["sample_id"].to_pylist(), pixels[first : first + batch_size], labels, {})
 
 
 def read_summaries(dataset: Dataset, teacher: CachedTeacher, limit: int | None = None) -> tuple[Tensor, Tensor]:
@@ -227,12 +326,12 @@ def read_summaries(dataset: Dataset, teacher: CachedTeacher, limit: int | None =
     features, labels = [], []
     for unit in _spaced(_units(records), limit):
         images = dataset.images.read_group(records[unit.shard], unit.group, ["sample_id", "label"])
-        table = shards.read_table(unit, [kind])
+        table = shards.read(unit, ["sample_id", kind])
         if table["sample_id"].to_pylist()[::views] != images["sample_id"].to_pylist():
             raise shards.mismatch(unit, images["sample_id"].to_pylist(), table["sample_id"].to_pylist()[::views])
         values = tokens.decode(torch.from_numpy(_fixed_width(table[kind])[::views].copy()))
         features.append(values if kind == "summary" else values.mean(dim=(1, 2)))
-        labels.append(_labels(images))
+        labels.append(torch.from_numpy(_labels(images).copy()))
     return torch.cat(features), torch.cat(labels)
 
 
@@ -241,24 +340,39 @@ def _spaced(units: list[_Unit], limit: int | None) -> list[_Unit]:
     return [units[i] for i in np.linspace(0, len(units) - 1, count).round().astype(int)]
 
 
-class _TeacherShards:
+class _Shards:
+    """The complete shards of a folder; the footer of a file is read once."""
+
+    def __init__(self, dataset: Dataset, folder: ShardFolder, name: str) -> None:
+        self.folder, self.records = folder, _complete(dataset, folder, name)
+        self.footers: dict[int, pq.FileMetaData] = {}
+
+    def read(self, unit: _Unit, columns: list[str] | None = None) -> pa.Table:
+        """A row group."""
+        file = self.folder.store.open(self.records[unit.shard].file)
+        with pq.ParquetFile(file, metadata=self.footers.get(unit.shard)) as opened:
+            self.footers[unit.shard] = opened.metadata
+            return opened.read_row_group(unit.group, columns=columns, use_threads=False)
+
+
+class _TeacherShards(_Shards):
     """One teacher's side of the join."""
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
+        super().__init__(dataset, dataset.teacher(teacher.id), teacher.id)
         self.teacher = teacher
-        self.folder = dataset.teacher(teacher.id)
-        self.records = _complete(dataset, self.folder, teacher.id)
+        self.widths = {kind: tokens.row_bytes for kind, tokens in load_tokens(dataset, teacher).items()}
 
-    def read(self, unit: _Unit, rows: pa.Table) -> dict[str, np.ndarray]:
-        """[n, row_bytes] uint8 by token type, for the keys of `rows`."""
-        table = self.read_table(unit, list(self.teacher.shapes))
+    def fill(self, unit: _Unit, rows: pa.Table, runs: list[_Run]) -> None:
+        """Copy the features of a row group, which is that of the keys of `rows`, to their places."""
+        table = self.read(unit, ["sample_id", "view", *self.widths])
         if not (rows["sample_id"].equals(table["sample_id"]) and rows["view"].equals(table["view"])):
             raise self.mismatch(unit, _keys(rows), _keys(table))
-        return {kind: _fixed_width(table[kind]) for kind in self.teacher.shapes}
-
-    def read_table(self, unit: _Unit, kinds: list[str]) -> pa.Table:
-        """A row group's keys and these token types."""
-        return self.folder.read_group(self.records[unit.shard], unit.group, ["sample_id", "view", *kinds])
+        for kind in self.widths:
+            source = _fixed_width(table[kind])
+            for draft, places, chosen in runs:
+                # Under mode="raise" numpy would go through a buffer of its own.
+                np.take(source, chosen, axis=0, out=draft.features[self.teacher.id][kind][places], mode="clip")
 
     def mismatch(self, unit: _Unit, due: Sequence[object], found: Sequence[object]) -> UserError:
         """The error for a shard that does not hold the keys that it should."""
@@ -292,9 +406,14 @@ def _units(records: dict[int, ShardRecord], rows_per_image: int = 1) -> list[_Un
     ]
 
 
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; `combine_chunks` would copy one that is in one piece already."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def _fixed_width(column: pa.ChunkedArray) -> np.ndarray:
     """A ``fixed_size_binary`` column as [N, width] uint8, read-only and without a copy."""
-    array = column.combine_chunks()
+    array = _whole(column)
     width = array.type.byte_width
     if not len(array):
         return np.empty((0, width), np.uint8)
@@ -302,13 +421,16 @@ def _fixed_width(column: pa.ChunkedArray) -> np.ndarray:
     return rows[array.offset : array.offset + len(array)]
 
 
-def _labels(table: pa.Table) -> Tensor:
-    return torch.from_numpy(table["label"].fill_null(NO_LABEL).to_numpy().copy())
+def _labels(images: pa.Table) -> np.ndarray:
+    labels: np.ndarray = images["label"].fill_null(NO_LABEL).to_numpy()
+    return labels
+
+
+def _same_pairs(counts: np.ndarray) -> float:
+    """Share of pairs that are of one group, among all pairs of groups of these sizes."""
+    total = counts.sum()
+    return float((counts * (counts - 1)).sum() / max(1, total * (total - 1)))
 
 
 def _student_pixels(data: bytes, view: View, size: int) -> np.ndarray:
     return render(decode_image(data), view, (size, size), "bicubic").transpose(2, 0, 1)
-
-
-def _gather(teacher: str, kind: str, rows: list[tuple[_Rows, int]]) -> Tensor:
-    return torch.from_numpy(np.stack([group.features[teacher][kind][row] for group, row in rows]))

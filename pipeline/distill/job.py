@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pipeline.cache.extract import teacher_labels
 from pipeline.config import Config
 from pipeline.distill.distiller import token_grid
 from pipeline.distill.grid import GridRule
-from pipeline.distill.task import DistillJob, build_distiller, build_student, make_distill_task
+from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.errors import UserError
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
 from pipeline.student.model import Encoder
@@ -79,6 +79,7 @@ def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillR
         DivergedError: where the loss is not finite.
     """
     job = make_job(config, plan)
+    log_shuffle(job, run)
     teachers = evaluate_teachers(job, run)
     checkpoint = fit(make_distill_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
     with checkpoint.as_directory() as directory:
@@ -93,6 +94,14 @@ def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillR
     uri = _log(encoder, config, run, folder / "student", {"knn_after": after} if after is not None else {})
     position = state["position"]
     return DistillResult(before, after, teachers, position["step"], position["samples"], uri, folder / "student")
+
+
+def log_shuffle(job: DistillJob, run: Run) -> None:
+    """How well an epoch is shuffled: its order is known before anything is read."""
+    world = max(1, job.config.train.workers)
+    quality = build_reader(job, 0, world).shuffle_quality()
+    run.log_metric_dict({f"shuffle/{name}": value for name, value in asdict(quality).items()})
+    print(f"shuffle: {quality}", flush=True)
 
 
 def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:

@@ -64,6 +64,22 @@ def build_distiller(job: DistillJob) -> Distiller:
         )
 
 
+def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader:
+    """The training images and features, in the order of one rank."""
+    config = job.config
+    return CacheReader(
+        job.train,
+        job.teachers,
+        image_size=config.student.input_size,
+        batch_size=config.train.batch_size // world,
+        seed=config.seed,
+        window=config.train.shuffle_window,
+        rank=rank,
+        world=world,
+        threads=max(2, torch.get_num_threads()),
+    )
+
+
 class DistillTask(Task):
     """Distils on one rank."""
 
@@ -74,17 +90,7 @@ class DistillTask(Task):
         config = job.config
         self.module = build_distiller(job)
         torch.manual_seed(config.seed + rank)
-        self.reader = CacheReader(
-            job.train,
-            job.teachers,
-            image_size=config.student.input_size,
-            batch_size=config.train.batch_size // world,
-            seed=config.seed,
-            window=config.train.shuffle_window,
-            rank=rank,
-            world=world,
-            threads=max(2, torch.get_num_threads()),
-        )
+        self.reader = build_reader(job, rank, world)
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch."""

@@ -37,6 +37,48 @@ def test_another_seed_gives_another_order_and_the_same_seed_the_same(filled):
     assert orders[0] == orders[1] != orders[2]
 
 
+def test_the_quality_of_the_shuffle_grows_with_the_window(filled):
+    narrow, wide = (_reader(filled, window=window).shuffle_quality() for window in (1, 1024))
+    # A window of one row group: a batch of 16 is from one of 64, 36 or 50 rows, or lies across two.
+    assert narrow.same_group > 0.75
+    assert wide.same_group == pytest.approx(wide.same_group_full, abs=0.05)
+    assert wide.same_group_full == narrow.same_group_full
+    assert wide.same_group_full == pytest.approx((64 * 63 + 36 * 35 + 50 * 49) / (150 * 149))
+
+
+def test_rank_correlation_is_that_of_the_keys_as_read(filled):
+    reader = _reader(filled, batch_size=2, window=1)
+    stored = [key for batch in scan_images(filled.train, 16, 50) for key in batch.keys]
+    read = [stored.index(key) for batch in reader.batches(4) for key in batch.keys]
+    # In a batch the keys are grouped, so that it is no more than near.
+    expected = np.corrcoef(read, np.arange(150))[0, 1]
+    assert reader.shuffle_quality(4).rank_correlation == pytest.approx(expected, abs=0.01)
+
+
+def test_a_batch_that_is_kept_is_not_overwritten(filled):
+    reader = _reader(filled)
+    batches = reader.batches(0)
+    kept = next(batches)
+    teacher = filled.plan.teachers[0].id
+    image, features = kept.images[0], kept.features[teacher]["patches"]
+    copies = image.clone(), features.clone()
+    del kept
+    for _ in range(3):
+        list(reader.batches(1))
+    assert torch.equal(image, copies[0])
+    assert torch.equal(features, copies[1])
+
+
+def test_row_groups_of_batches_that_are_past_are_not_read(filled, monkeypatch):
+    reader, read = _reader(filled, window=1024, batch_size=1), []
+    original = reader.images.read
+    monkeypatch.setattr(reader.images, "read", lambda unit, columns: read.append(unit) or original(unit, columns))
+    list(reader.batches(0, reader.steps(0)))
+    assert not read
+    assert len(list(reader.batches(0, reader.steps(0) - 1))) == 1
+    assert len(read) == 1
+
+
 def test_features_belong_to_the_images_they_come_with(filled):
     for batch in _reader(filled).batches(0):
         for teacher in filled.plan.teachers:
