@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.cache.build import CachePlan
-from tests.fakes import fill_in_process
+from teachers.base import Teacher, TeacherOptions
+from tests.fakes import ColourGrid, fill_in_process
 
 FORK = multiprocessing.get_context("forkserver")
 """Its server imports torch once, so that a process that is to be killed starts in milliseconds."""
@@ -43,6 +44,18 @@ def listed(cache: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of the record and the files of every listed shard: another of either means it was written again."""
     paths = [path for record in cache.rglob("shard-*.json") for path in record.parent.glob(f"{record.stem}*")]
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+class Unloadable(ColourGrid):
+    """A teacher that must not be asked for its weights."""
+
+    def load(self, device: Any = None, dtype: Any = None) -> None:
+        raise AssertionError("loaded")
+
+
+def unloadable(options: TeacherOptions) -> Teacher:
+    """Factory of `Unloadable`, as `tests.faults:unloadable`."""
+    return Unloadable(dim=8, log="", delay=0.0, poison=0.0)
 
 
 def fill_and_die(plan: CachePlan, step: int, lag: float = 0.0) -> None:

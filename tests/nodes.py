@@ -1,0 +1,138 @@
+"""Ray nodes on loopback that a test may kill, jobs in processes of their own, and the process tree to choose victims from."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jobs import precompute
+from jobs._cli import run
+from tests.faults import FORK
+
+FORK.set_forkserver_preload(["pandas", "PIL.JpegImagePlugin", "pipeline.cache.reader", "ray.data", "tests.nodes"])
+
+RAY = Path(sys.executable).parent / "ray"
+PATIENCE = 400.0
+
+
+class Node:
+    """One `ray start`, and all processes below it.
+
+    Args:
+        cpus: logical ones.
+        address: of the head to join, or "" to be one.
+    """
+
+    def __init__(self, cpus: int, address: str = "") -> None:
+        self.folder = tempfile.TemporaryDirectory(
+            prefix="rn", ignore_cleanup_errors=True
+        )  # short: Ray puts sockets there
+        self.address = address or f"127.0.0.1:{free_port()}"
+        head = ["--head", f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.folder.name}"]
+        place = [f"--address={address}"] if address else [*head, "--include-dashboard=false", "--disable-usage-stats"]
+        size = [f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=100000000"]
+        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *place, *size]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def kill(self) -> None:
+        """SIGKILL all of the node at once, as a power cut would."""
+        for pid in [self.process.pid, *descendants(self.process.pid)]:
+            kill(pid)
+        self.process.wait()
+        self.folder.cleanup()
+
+
+@contextmanager
+def cluster(*cpus: int) -> Iterator[list[Node]]:
+    """A head and further nodes of so many logical CPUs each."""
+    nodes = [Node(cpus[0])]
+    try:
+        wait_until(lambda: _listens(nodes[0].address))
+        nodes += [Node(count, nodes[0].address) for count in cpus[1:]]
+        yield nodes
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def start_job(arguments: Sequence[str], address: str, log: Path) -> Any:
+    """`jobs/precompute.py` with these arguments on the Ray at `address`, in a process whose output goes to `log`."""
+    process = FORK.Process(target=_job, args=(list(arguments), address, log), daemon=True)
+    process.start()
+    return process
+
+
+def _job(arguments: list[str], address: str, log: Path) -> None:
+    os.environ["RAY_ADDRESS"] = address
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    run(precompute.main, "", arguments)
+
+
+def wait_until(reached: Callable[[], Any]) -> Any:
+    """What `reached` gives, once that is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := reached()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Title of every process below `pid`."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            children[int(stat.read_text().rpartition(")")[2].split()[1])].append(int(stat.parent.name))
+        except OSError:
+            continue  # it has ended
+    found, left = {}, [pid]
+    while left:
+        below = children[left.pop()]
+        left += below
+        found |= {child: _title(child) for child in below}
+    return found
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def kill(pid: int) -> None:
+    """`kill -9`; a process that has ended is no harm."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as each:
+        each.bind(("127.0.0.1", 0))
+        return each.getsockname()[1]
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
