@@ -39,6 +39,10 @@ class TeacherOutput(NamedTuple):
     summary: Tensor | None
     patches: Tensor
 
+    def cpu(self) -> TeacherOutput:
+        """The same in host memory."""
+        return TeacherOutput(None if self.summary is None else self.summary.cpu(), self.patches.cpu())
+
 
 @dataclass(frozen=True)
 class TeacherOptions:

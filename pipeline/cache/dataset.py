@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -95,14 +95,12 @@ class Dataset:
         """Shards of a teacher, by its id."""
         return ShardFolder(self.view.sub(f"teachers/{teacher}"), self._row_group_size)
 
-    def sample_images(self, count: int) -> Iterator[pa.Table]:
-        """About `count` images (of `pipeline.cache.ingest.IMAGES_SCHEMA`) in row groups spread evenly over the dataset."""
+    def sample_groups(self, count: int) -> list[tuple[int, int]]:
+        """Row groups of about `count` images, spread evenly over the dataset: (shard, number in its file)."""
         records = list(self.images.records().values())
-        groups = [(record, group) for record in records for group in range(-(-record.rows // ROW_GROUP_SIZE))]
+        groups = [(record.shard, group) for record in records for group in range(-(-record.rows // ROW_GROUP_SIZE))]
         wanted = min(len(groups), -(-count // ROW_GROUP_SIZE))
-        for number in np.linspace(0, len(groups) - 1, wanted).round().astype(int):
-            record, group = groups[number]
-            yield self.images.read_group(record, group)
+        return [groups[number] for number in np.linspace(0, len(groups) - 1, wanted).round().astype(int)]
 
     @property
     def _row_group_size(self) -> int:

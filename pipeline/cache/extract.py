@@ -24,8 +24,8 @@ from torch import Tensor
 
 from pipeline.cache.codec import Codec, Projection, TokenCodec, dump_projection, fit_projection, load_projection
 from pipeline.cache.dataset import Dataset
-from pipeline.cache.shards import ShardFolder, ShardRecord
-from pipeline.cache.spine import ROWS_SCHEMA, rows_of_shard, views_of
+from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
+from pipeline.cache.spine import rows_of_shard, views_of
 from pipeline.cache.stats import Moments
 from pipeline.config import TeacherConfig
 from pipeline.errors import UserError
@@ -129,6 +129,7 @@ class Extract:
         self.cached = {teacher.id: teacher for teacher in teachers}
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
         self.fit_lock = threading.Lock()
+        self.sampled: dict[tuple[str, str, int, int], list[TeacherOutput]] = {}
 
     def _load(self, cached: CachedTeacher) -> Teacher:
         teacher = cached.create()
@@ -159,14 +160,32 @@ class Extract:
         images = dataset.images.read(record)
         rows = rows_of_shard(dataset, shard, images)
         writers = {name: _ShardBuilder(self.cached[name], *self._codec(dataset, name)) for name in names}
-        for pixels in self._rendered(images, rows, names):
-            for name, batch in pixels.items():
-                started = time.perf_counter()
-                output = self._encode(name, batch)
-                writers[name].add(output, time.perf_counter() - started)
+        for groups in self._stretches(dataset, shard, len(images)):
+            kept = {name: self.sampled.pop((dataset.view.uri, name, shard, groups[0]), None) for name in names}
+            asked = [name for name, outputs in kept.items() if outputs is None]
+            for name, outputs in kept.items():
+                for output in outputs or ():
+                    writers[name].add(output, 0.0)
+            part = _part(dataset, images, rows, groups)
+            for pixels in self._rendered(*part, asked) if asked else ():
+                for name, batch in pixels.items():
+                    started = time.perf_counter()
+                    output = self._encode(name, batch)
+                    writers[name].add(output, time.perf_counter() - started)
         for name, writer in writers.items():
             writer.commit(dataset.teacher(name), shard, rows, self.device)
         return rows.num_rows
+
+    def _stretches(self, dataset: Dataset, shard: int, images: int) -> Iterator[range]:
+        """The row groups of a shard, those together that no projection was fitted on: their batches are full ones."""
+        first, count = 0, -(-images // ROW_GROUP_SIZE)
+        known = {group for view, _, number, group in list(self.sampled) if (view, number) == (dataset.view.uri, shard)}
+        for group in [*sorted(known), count]:
+            if first < group:
+                yield range(first, group)
+            if group < count:
+                yield range(group, group + 1)
+            first = group + 1
 
     def features(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, TeacherOutput]]:
         """What these teachers say of `rows`, views of `images`: batches by teacher id, in order."""
@@ -200,13 +219,17 @@ class Extract:
         return folder.projection, projection_of(folder)
 
     def _fit(self, dataset: Dataset, name: str) -> Projection | None:
+        """The projection of a sample, whose features are kept until its shards are due: no teacher is asked twice."""
         cached = self.cached[name]
         patches = []
-        for images in dataset.sample_images(_sample_size(cached)):
-            whole = images.select(ROWS_SCHEMA.names)
-            patches += [
-                self._encode(name, batch[name]).patches.cpu() for batch in self._rendered(images, whole, [name])
-            ]
+        for shard, group in dataset.sample_groups(_sample_size(cached)):
+            record = dataset.images.record(shard)
+            assert record is not None
+            images = dataset.images.read(record)
+            part = _part(dataset, images, rows_of_shard(dataset, shard, images), range(group, group + 1))
+            outputs = [self._encode(name, batch[name]).cpu() for batch in self._rendered(*part, [name])]
+            patches += [output.patches for output in outputs]
+            self.sampled[dataset.view.uri, name, shard, group] = outputs
         features = torch.cat(patches).float()
         if not torch.isfinite(features).all():
             raise TeacherError(
@@ -233,6 +256,12 @@ def _sample_size(teacher: CachedTeacher) -> int:
     """Images that a projection is fitted on: 16 patches a channel, and 256 at least."""
     height, width, channels = teacher.patches_shape
     return max(256, -(-16 * channels // (height * width)))
+
+
+def _part(dataset: Dataset, images: pa.Table, rows: pa.Table, groups: range) -> tuple[pa.Table, pa.Table]:
+    """The images and the rows of these row groups of a shard."""
+    first, count, views = groups.start * ROW_GROUP_SIZE, len(groups) * ROW_GROUP_SIZE, dataset.policy.rows_per_image
+    return images.slice(first, count), rows.slice(first * views, count * views)
 
 
 def _render_all(work: tuple[bytes, Sequence[View], Sequence[TeacherSpec]]) -> list[list[np.ndarray]]:

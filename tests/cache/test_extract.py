@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -123,6 +124,33 @@ def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(proje
         fidelity = teacher_fidelity(split.dataset, teacher)
         assert 0.99 < fidelity["patches"]["cosine_p1"] <= fidelity["patches"]["cosine"] <= 1.0001
         assert fidelity["summary"]["cosine"] > 0.999
+
+
+@pytest.mark.parametrize("crops", [0, 2])
+def test_fitting_a_projection_asks_no_teacher_twice_and_changes_no_value(tmp_path, photo_config, monkeypatch, crops):
+    monkeypatch.setattr("pipeline.cache.extract._sample_size", lambda teacher: 64)
+    log = tmp_path / "calls"
+    config = photo_config(
+        "cache.codec=pca-int8-zstd",
+        f"views.crops={crops}",
+        f"teachers=[{{model: 'tests.fakes:colours', args: {{dim: 24, log: '{log}'}}}}]",
+    )
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    fill_in_process(plan)
+    assert images_seen(log) == 150 * max(1, crops) + 40
+
+    train, teacher = plan.split("train").dataset, plan.teachers[0]
+    folder = train.teacher(teacher.id)
+    first = {shard: (folder.read(record), folder.moments([record])) for shard, record in folder.records().items()}
+    for shard in first:
+        folder.unlist(shard)
+    fill_in_process(plan)  # the projection is there: nothing is sampled
+    for shard, record in folder.records().items():
+        table, (moments,) = first[shard]
+        assert folder.read(record).equals(table)
+        for kind, again in folder.moments([record])[0].items():
+            assert again.count == moments[kind].count
+            np.testing.assert_allclose(again.mean, moments[kind].mean, atol=1e-6)
 
 
 def test_shards_of_another_projection_do_not_count(projected):
