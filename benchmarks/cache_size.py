@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.cache.codec import Codec, Projection, fidelity, fit_projection
+from pipeline.cache.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
 from pipeline.cache.extract import make_teacher
 from pipeline.config import Config, TeacherConfig, load_config
 from pipeline.sources import SceneSettings, open_source
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("items", nargs="+", help="a recipe and overrides, as for the jobs")
     parser.add_argument("--images", type=int, default=512, help="images, spread over the training source")
+    parser.add_argument("--figure", type=Path, help="PNG file of cosine against bytes")
     options = parser.parse_args(arguments)
     config = load_config(options.items[0], options.items[1:])
     images = list(_images(config, options.images))
@@ -47,11 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for entry in config.teachers:
         teacher = make_teacher(entry)
         untrained = teacher.spec.weights.startswith("random")
-        name = f"{teacher.spec.name}{' (untrained)' if untrained else ''}"
         height, width, channels = *teacher.spec.grid, teacher.spec.patch_dim
-        print(f"\n{name}: {height}x{width}x{channels} patches, {len(images) // 2} images to fit, as many to judge")
+        name = f"{teacher.spec.name} {height}x{width}x{channels}{' (untrained)' if untrained else ''}"
+        print(f"\n{name}: {len(images) // 2} images to fit, as many to judge")
         rows = _measure(entry, config, teacher, _features(teacher, images, config.cache.batch_size))
         results[name] = {"untrained": untrained, "codec": entry.codec or config.cache.codec, **rows}
+    if options.figure:
+        _draw(results, options.figure)
     print(json.dumps(_summary(results)))
 
 
@@ -117,6 +120,29 @@ def _judge(codec: Codec, projection: Projection | None, features: dict[str, Tens
     pq.write_table(pa.table(columns), sink, compression=compression, use_dictionary=False, write_statistics=False)
     kept = tokens["patches"].decode(torch.from_numpy(encoded["patches"]))
     return {"bytes": sink.getvalue().size / len(kept), **fidelity(features["patches"], kept)}
+
+
+def _draw(results: dict[str, dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for teacher, rows in results.items():
+        codecs = {name: (row["bytes"] / 1024, row["cosine"]) for name, row in rows.items() if isinstance(row, dict)}
+        projected = sorted(codecs[name] for name in codecs if name[3:4].isdecimal())
+        (line,) = axes.plot(*zip(*projected, strict=True), "-", linewidth=0.8)
+        points = {"linestyle": "none", "color": line.get_color()}
+        axes.plot(*zip(*codecs.values(), strict=True), marker=".", label=teacher, **points)
+        axes.plot(*codecs[rows["codec"]], marker="*", markersize=15, markeredgecolor="black", **points)
+    axes.axhline(TARGET_COSINE, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(
+        xscale="log",
+        xlabel="KiB an image",
+        ylabel="mean cosine of a token",
+        title="Stars: the default codec; lines: PCA and int8",
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def _summary(results: dict[str, dict]) -> dict[str, object]:

@@ -1,0 +1,65 @@
+"""Caches of made-up images and features, of any size, for the other benchmarks."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.cache.dataset import Dataset
+from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.ingest import IMAGES_SCHEMA
+from pipeline.cache.store import Store
+from pipeline.config import TeacherConfig
+from teachers.base import TeacherSpec
+
+
+def jpegs(side: int, count: int = 32) -> list[bytes]:
+    """JPEGs of smooth colours with a little noise, as large as photographs of this side in pixels are."""
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(count):
+        cells = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        smooth = np.asarray(cells.resize((side, side), Image.Resampling.BICUBIC)).astype(np.int16)
+        pixels = (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+        sink = io.BytesIO()
+        Image.fromarray(pixels).save(sink, "jpeg", quality=90)
+        files.append(sink.getvalue())
+    return files
+
+
+def write_dataset(folder: str, count: int, images: Sequence[bytes], shard_size: int) -> Dataset:
+    """A dataset of `count` images, which take turns."""
+    dataset = Dataset(Store.at(folder), "made-up", "made-up", "0" * 64, count, (), shard_size)
+    for shard in range(dataset.shards):
+        rows = dataset.shard_rows(shard)
+        boxes = {"left": [0.0] * rows, "top": [0.0] * rows, "right": [1.0] * rows, "bottom": [1.0] * rows}
+        columns = {
+            "sample_id": [f"{shard:05d}/{row:05d}.jpg" for row in range(rows)],
+            "view": [0] * rows,
+            **boxes,
+            "flip": [False] * rows,
+            "label": [0] * rows,
+            "image": [images[row % len(images)] for row in range(rows)],
+        }
+        dataset.images.commit(shard, pa.table(columns, schema=IMAGES_SCHEMA))
+    return dataset
+
+
+def write_teacher(dataset: Dataset, name: str, summary: int | None, patches: int, side: int, codec: str) -> CachedTeacher:
+    """Random bytes for every row of a dataset, as a teacher of these channels and this side of the grid would have them."""
+    half = (0.5, 0.5, 0.5)
+    spec = TeacherSpec(name, name, "none", (224, 224), half, half, "bilinear", summary, patches, (side, side))
+    teacher = CachedTeacher(TeacherConfig(model=name), spec, name, codec, "float32")
+    rng = np.random.default_rng(patches)
+    for record in dataset.images.records().values():
+        table = dataset.images.read(record, ["sample_id", "view"])
+        for kind, width in {kind: tokens.row_bytes for kind, tokens in teacher.tokens().items()}.items():
+            rows = rng.integers(0, 256, (len(table), width), dtype=np.uint8)
+            column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
+            table = table.append_column(pa.field(kind, column.type, nullable=False), column)
+        dataset.teacher(name).commit(record.shard, table)
+    return teacher
