@@ -27,7 +27,15 @@ def job_folder(tmp_path):
 @pytest.fixture
 def arguments(tmp_path, job_folder):
     teacher = colours_entry(tmp_path / "calls", delay=DELAY)
-    return [*SMALL_JOB, "train.epochs=8", "cache.batch_size=48", f"work={job_folder}", f"teachers=[{teacher}]"]
+    # A projection would be fitted on all of these few images before the first shard is committed.
+    return [
+        *SMALL_JOB,
+        "train.epochs=8",
+        "cache.batch_size=48",
+        "cache.codec=int8",
+        f"work={job_folder}",
+        f"teachers=[{teacher}]",
+    ]
 
 
 @pytest.mark.usefixtures("ray_session")
