@@ -29,6 +29,9 @@ _EMBEDDED = {
     "RAY_AUTH_MODE": "disabled",  # nothing but loopback
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # There is no dashboard. One of Ray Train's helpers asks for it all the same, and where another Ray runs on this
+    # machine it would not know which one to ask, and die with a traceback: the discard port is an answer.
+    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
 }
 
 
