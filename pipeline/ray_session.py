@@ -29,10 +29,10 @@ _EMBEDDED = {
     "RAY_AUTH_MODE": "disabled",  # nothing but loopback
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # There is no dashboard. One of Ray Train's helpers asks for it all the same, and where another Ray runs on this
-    # machine it would not know which one to ask, and die with a traceback: the discard port is an answer.
-    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
 }
+# There is no dashboard. One of Ray Train's actors asks for it all the same, and where another Ray runs on this machine it
+# would not know which one to ask, and die with a traceback: a port that nothing listens on is an answer.
+_NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 
 
 def is_submitted_job() -> bool:
@@ -61,7 +61,8 @@ def connect() -> Iterator[None]:
         return
     arguments = _embedded_arguments() if embedded else {}
     if not is_submitted_job():
-        arguments["runtime_env"] = {"env_vars": {"PYTHONPATH": _import_path()}}
+        variables = {"PYTHONPATH": _import_path(), **(_NO_DASHBOARD if embedded else {})}
+        arguments["runtime_env"] = {"env_vars": variables}
     try:
         _probe(address)
         with _logging_as_it_was():
