@@ -98,7 +98,7 @@ def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillR
 
 def log_shuffle(job: DistillJob, run: Run) -> None:
     """How well an epoch is shuffled: its order is known before anything is read."""
-    world = max(1, job.config.train.workers)
+    world = max(1, job.config.train.most_workers)
     quality = build_reader(job, 0, world).shuffle_quality()
     run.log_metric_dict({f"shuffle/{name}": value for name, value in asdict(quality).items()})
     print(f"shuffle: {quality}", flush=True)
