@@ -4,10 +4,11 @@ import torch.nn.functional as F
 
 from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.stats import Moments
-from pipeline.config import TeacherConfig
+from pipeline.config import LossConfig, TeacherConfig
 from pipeline.distill.distiller import Distiller, token_grid
 from pipeline.distill.grid import GridRule
-from pipeline.distill.loss import patch_loss, summary_loss
+from pipeline.distill.loss import vector_loss
+from pipeline.distill.standardise import MeanStd
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder, Student, create_backbone
 from teachers.base import TeacherSpec
@@ -54,17 +55,12 @@ def _stats(teacher):
     return {kind: Moments.of(values) for kind, values in _features(teacher, 200).items()}
 
 
-def _distiller(*teachers, stats=None):
+def _distiller(*teachers, stats=None, **loss):
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
-    return Distiller(
-        student,
-        teachers,
-        stats or {t.id: _stats(t) for t in teachers},
-        {t.id: t.tokens() for t in teachers},
-        SIZE,
-        TOKEN_DIM,
-        32,
-    )
+    stats = stats or {t.id: _stats(t) for t in teachers}
+    standardisers = {name: {kind: MeanStd.of(part) for kind, part in parts.items()} for name, parts in stats.items()}
+    tokens = {t.id: t.tokens() for t in teachers}
+    return Distiller(student, teachers, standardisers, tokens, SIZE, 32, LossConfig(**loss))
 
 
 def _batch(teachers, count=4):
@@ -128,9 +124,9 @@ def test_statistics_are_frozen_and_kept_with_the_weights():
     optimizer.step()
     for kind in ("summary", "patches"):
         for name in ("mean", "std"):
-            kept = distiller.state_dict()[f"targets.0.{kind}_{name}"]
+            kept = distiller.state_dict()[f"targets.0.standardisers.{kind}.{name}"]
             torch.testing.assert_close(kept, torch.from_numpy(getattr(stats[kind], name)).float(), rtol=0, atol=0)
-    assert not [name for name, _ in distiller.named_parameters() if name.endswith(("_mean", "_std"))]
+    assert not [name for name, _ in distiller.named_parameters() if name.endswith((".mean", ".std"))]
 
 
 def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
@@ -148,8 +144,9 @@ def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
         output, heads = distiller.student(pixels), distiller.targets[0].heads
         assert output.tokens.shape[-2:] == (4, 4)
         pooled = F.avg_pool2d(unit["patches"].permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-        patches = patch_loss(heads["patches"](output.tokens.permute(0, 2, 3, 1)), pooled).mean()
-        summary = summary_loss(heads["summary"](output.summary), unit["summary"]).mean()
+        terms = {"cosine": 0.9, "smooth_l1": 0.1}
+        patches = vector_loss(terms, heads["patches"](output.tokens.permute(0, 2, 3, 1)), pooled).mean()
+        summary = vector_loss({"cosine": 1}, heads["summary"](output.summary), unit["summary"]).mean()
     torch.testing.assert_close(parts["a/patches"], patches, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(parts["a/summary"], summary, rtol=2e-3, atol=2e-3)
 

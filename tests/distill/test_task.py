@@ -92,8 +92,10 @@ def test_targets_are_standardised_by_the_statistics_of_the_training_split(job):
     for target, teacher in zip(task.module.targets, task.job.teachers, strict=True):
         stats = teacher_stats(task.job.train, teacher)
         assert target.teacher == teacher
-        torch.testing.assert_close(target.patches_mean, torch.from_numpy(stats["patches"].mean).float())
-        torch.testing.assert_close(target.summary_std, torch.from_numpy(stats["summary"].std).float())
+        torch.testing.assert_close(
+            target.standardisers["patches"].mean, torch.from_numpy(stats["patches"].mean).float()
+        )
+        torch.testing.assert_close(target.standardisers["summary"].std, torch.from_numpy(stats["summary"].std).float())
 
 
 def test_the_loss_of_a_batch_is_that_of_the_module(job):
