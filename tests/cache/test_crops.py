@@ -62,10 +62,10 @@ def test_every_view_of_every_image_comes_once_an_epoch(cropped):
 def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(cropped, monkeypatch):
     from pipeline.cache import reader as module
 
-    apart = {}
-    for batch in _reader(cropped).batches(0):
-        for row, key in enumerate(batch.keys):
-            apart.setdefault(key, []).append((batch.images[row].clone(), batch.features))
+    apart: dict[str, list[torch.Tensor]] = {}
+    for batch in _reader(cropped, batch_size=10).batches(0):
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            apart.setdefault(key, []).append(image.clone())
     decoded = []
     decode = module.decode_image
     monkeypatch.setattr(module, "decode_image", lambda data: decoded.append(data) or decode(data))
@@ -77,8 +77,8 @@ def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(c
     assert len(set(keys)) == 150
     assert sorted(keys[::2]) != keys[::2]
     for batch in batches:
-        for row, key in enumerate(batch.keys):
-            assert any(torch.equal(batch.images[row], image) for image, _ in apart.get(key, [])) or key not in apart
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            assert sum(torch.equal(image, other) for other in apart[key]) == 1
         for pair in batch.images.split(2):
             assert not torch.equal(*pair)
     orders = [[b.images[0].sum() for b in _reader(cropped, per_step=2, batch_size=30).batches(e)] for e in (0, 0, 1)]
