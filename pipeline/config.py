@@ -15,13 +15,14 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
@@ -36,6 +37,13 @@ class Section(BaseModel):
     """A group of fields; unknown keys are refused and values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""In [0, 1]."""
+
+Schedule = NonNegativeFloat | dict[Share, NonNegativeFloat]
+"""A weight, or weights by the share of the training that is behind them, linear in between: {0: 1, 0.5: 0.2}."""
 
 
 class SamplesConfig(Section):
@@ -73,9 +81,12 @@ class TeacherConfig(Section):
     pool: int | None = Field(None, ge=1, description="side of the square of patches averaged into one; none: default")
     args: dict[str, Any] = Field({}, description="arguments passed to the library's model constructor")
     codec: str | None = Field(None, description="how its features are stored; none: cache.codec")
-    weight: float = Field(1.0, ge=0, description="weight of this teacher in the loss")
-    summary_weight: float = Field(1.0, ge=0, description="weight of its summary loss within it")
-    patch_weight: float = Field(1.0, ge=0, description="weight of its patch loss within it")
+    weight: Schedule = Field(
+        1.0,
+        description="weight of this teacher in the loss; {0: 1, 0.5: 0.2}: by the share of the training done, linear",
+    )
+    summary_weight: Schedule = Field(1.0, description="weight of its summary loss within it, in the same forms")
+    patch_weight: Schedule = Field(1.0, description="weight of its patch loss within it, in the same forms")
 
 
 class ViewsConfig(Section):
@@ -87,6 +98,7 @@ class ViewsConfig(Section):
     min_area: float = Field(0.35, gt=0, le=1, description="smallest share of the image's area in a crop")
     max_ratio: float = Field(4 / 3, ge=1, description="largest ratio of a crop's sides")
     flip: float = Field(0.5, ge=0, le=1, description="probability that a crop is mirrored")
+    per_step: int = Field(1, ge=1, description="crops of an image in one step, for which it is decoded once")
 
 
 class CacheConfig(Section):
@@ -108,7 +120,43 @@ class StudentConfig(Section):
     input_size: int = Field(256, ge=16, description="side of the student's input in pixels")
     args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
     token_dim: int = Field(256, ge=1, description="channels of the tokens that the neck fuses for the patch heads")
+    taps: list[Literal[4, 8, 16, 32]] = Field(
+        [16, 32], min_length=1, description="strides of the pyramid that the neck fuses into tokens of stride 16"
+    )
     head_dim: int = Field(1024, ge=1, description="hidden channels of the distillation heads")
+    keep_heads: bool = Field(False, description="export neck and heads too, beside the student")
+
+
+class LossConfig(Section):
+    """How the student's predictions are compared with the teachers' features: see pipeline/distill/loss.py."""
+
+    standardise: Literal["mean_std", "phi_s"] = Field(
+        "mean_std", description="targets: by each channel's deviation, or rotated to one scale (PHI-S)"
+    )
+    patches: dict[str, NonNegativeFloat] = Field(
+        {"cosine": 0.9, "smooth_l1": 0.1}, description="weight of each loss of a patch: cosine, smooth_l1, mse"
+    )
+    summary: dict[str, NonNegativeFloat] = Field(
+        {"cosine": 1.0},
+        description="weight of each loss of a summary: the same, and relation (to a queue of past ones)",
+    )
+    queue: int = Field(4096, ge=1, description="past summaries of each teacher that relation compares with")
+    temperature: float = Field(0.07, gt=0, description="temperature of relation's softmax")
+    drop: Share = Field(
+        0.0, description="teacher dropping: of an image the worst is kept, each other dropped with this"
+    )
+
+
+class AugmentConfig(Section):
+    """Photometric augmentation of the student's images; the teachers saw the clean view."""
+
+    jitter: Share = Field(0.0, description="probability that an image's colours are jittered; 0.8 is usual")
+    brightness: float = Field(0.4, ge=0, description="largest relative change of brightness")
+    contrast: float = Field(0.4, ge=0, description="largest relative change of contrast")
+    saturation: float = Field(0.2, ge=0, description="largest relative change of saturation")
+    hue: float = Field(0.1, ge=0, le=0.5, description="largest turn of the hue, as a share of the circle")
+    grey: Share = Field(0.0, description="probability that an image loses its colour; 0.2 is usual")
+    blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")
 
 
 class TrainConfig(Section):
@@ -259,6 +307,8 @@ class Config(Section):
     views: ViewsConfig = ViewsConfig()
     cache: CacheConfig = CacheConfig()
     student: StudentConfig = StudentConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
     knn: KnnConfig = KnnConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -392,10 +442,12 @@ def _is_section(annotation: Any) -> bool:
 def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return "|".join(str(value) for value in typing.get_args(annotation))
-    if isinstance(annotation, types.UnionType):
+    if typing.get_origin(annotation) is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return "|".join("none" if arg is type(None) else _type_name(arg) for arg in typing.get_args(annotation))
-    if typing.get_origin(annotation) in (list, dict):
-        return {list: "list", dict: "mapping"}[typing.get_origin(annotation)]
+    if typing.get_origin(annotation) in (list, tuple, dict):
+        return {list: "list", tuple: "list", dict: "mapping"}[typing.get_origin(annotation)]
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.cache.build import teacher_stats
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.reader import Batch, CacheReader
 from pipeline.config import Config
+from pipeline.distill.augment import augment
+from pipeline.distill.balance import is_scheduled, teacher_weights
 from pipeline.distill.distiller import Distiller
+from pipeline.distill.standardise import make_standardisers
 from pipeline.evaluate.knn import student_knn
 from pipeline.student.model import Encoder, Student, create_backbone
 from pipeline.training import Task
@@ -42,25 +45,26 @@ def build_student(config: Config) -> Student:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.student.name, config.student.args)
-        return Student(Encoder(backbone), config.student.token_dim)
+        return Student(Encoder(backbone), config.student.token_dim, config.student.taps)
 
 
 def build_distiller(job: DistillJob) -> Distiller:
     """Student, heads and frozen statistics, seeded."""
     config = job.config
     student = build_student(config)
-    stats = {teacher.id: teacher_stats(job.train, teacher) for teacher in job.teachers}
+    method = config.loss.standardise
+    standardisers = {teacher.id: make_standardisers(job.train, teacher, method) for teacher in job.teachers}
     tokens = {teacher.id: load_tokens(job.train, teacher) for teacher in job.teachers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Distiller(
             student,
             job.teachers,
-            stats,
+            standardisers,
             tokens,
             config.student.input_size,
-            config.student.token_dim,
             config.student.head_dim,
+            config.loss,
         )
 
 
@@ -77,6 +81,7 @@ def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader:
         rank=rank,
         world=world,
         threads=max(2, torch.get_num_threads()),
+        per_step=config.views.per_step,
     )
 
 
@@ -91,23 +96,48 @@ class DistillTask(Task):
         self.module = build_distiller(job)
         torch.manual_seed(config.seed + rank)
         self.reader = build_reader(job, rank, world)
+        self._steps: dict[int, int] = {}
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch."""
-        return self.reader.steps(epoch)
+        if epoch not in self._steps:
+            self._steps[epoch] = self.reader.steps(epoch)
+        return self._steps[epoch]
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """This rank's batches of an epoch."""
         return self.reader.batches(epoch, start)
 
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """The distillation loss of a batch."""
+        """The distillation loss of a batch.
+
+        In training, its place in the run decides the augmentation and the teachers that are dropped, whatever was drawn
+        before: a resumed run repeats them on every rank.
+        """
         features = {
             teacher: {kind: raw.to(device, non_blocking=True) for kind, raw in kinds.items()}
             for teacher, kinds in batch.features.items()
         }
-        result: tuple[Tensor, dict[str, Tensor]] = module(batch.images.to(device, non_blocking=True), features)
+        images, weights, draws = batch.images.to(device, non_blocking=True), None, None
+        if module.training:
+            generator = torch.Generator().manual_seed(_seed(batch.place))
+            images = augment(images, self.job.config.augment, generator)
+            draws = self._draws(len(batch.keys), generator, device)
+            weights = self._weights(batch.place, device)
+        result: tuple[Tensor, dict[str, Tensor]] = module(images, features, weights, draws)
         return result
+
+    def _draws(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
+        if not self.job.config.loss.drop:
+            return None
+        return torch.rand(count, len(self.job.teachers), generator=generator).to(device, non_blocking=True)
+
+    def _weights(self, place: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
+        if not is_scheduled(self.job.teachers):
+            return None
+        _, epoch, _, number = place
+        progress = (epoch + number / self.steps(epoch)) / self.job.config.train.epochs
+        return teacher_weights(self.job.teachers, progress).to(device, non_blocking=True)
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """kNN accuracy in percent, where there are labelled held-out images."""
@@ -119,6 +149,11 @@ class DistillTask(Task):
             module.student.encoder, self.job.train, self.job.val, config.student.input_size, config.knn
         )
         return {"knn": accuracy}
+
+
+def _seed(place: tuple[int, int, int, int]) -> int:
+    """63 bits that depend on every number of a place."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:
