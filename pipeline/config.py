@@ -74,9 +74,13 @@ class TeacherConfig(Section):
     """One teacher; a plain string in `teachers` is its `model`."""
 
     model: str = Field(
-        description="dinov2[/vitb14_reg], clip[/ViT-L-14@openai], sam[/vit_b], hog, timm/<name> or package.module:factory"
+        description="dinov2[/vitb14_reg], clip[/ViT-L-14@openai], sam[/vit_b], hog, timm/<name>, student (an exported one) "
+        "or package.module:factory"
     )
-    weights: str = Field("pretrained", description="pretrained, random[:seed] (untrained), or a checkpoint file")
+    weights: str = Field(
+        "pretrained",
+        description="pretrained, random[:seed] (untrained), a checkpoint file, or the folder of an exported student",
+    )
     input_size: int | None = Field(None, ge=1, description="side of the teacher's input in pixels; none: as published")
     pool: int | None = Field(None, ge=1, description="side of the square of patches averaged into one; none: default")
     args: dict[str, Any] = Field({}, description="arguments passed to the library's model constructor")

@@ -48,14 +48,14 @@ class Batch:
         images: [B, 3, H, W] uint8 RGB.
         labels: [B] int64, `NO_LABEL` where there is none.
         features: by teacher id and token type (``summary``, ``patches``), [B, row_bytes] uint8 as stored.
-        place: (seed, epoch, rank, number) where it is one of an epoch: what else is random in its step is seeded by it.
+        place: (epoch, number) in the order of training.
     """
 
     keys: list[str]
     images: Tensor
     labels: Tensor
     features: dict[str, dict[str, Tensor]]
-    place: tuple[int, int, int, int] = (0, 0, 0, 0)
+    place: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class CacheReader:
         drafts = self._drafts(units, refs, window_start, range(start, self.steps(epoch)))
         batches = map_ahead(self.assembler, self._finish, drafts, ahead=2)
         for number, batch in enumerate(batches, start):
-            yield replace(batch, place=(self.seed, epoch, self.rank, number))
+            yield replace(batch, place=(epoch, number))
 
     def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
         """How well this rank's rows of an epoch are shuffled; found from the order alone, without reading anything."""

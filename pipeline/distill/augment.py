@@ -43,9 +43,9 @@ class Draws:
     sigma: Tensor
 
     @classmethod
-    def of(cls, count: int, config: AugmentConfig, generator: torch.Generator) -> Draws:
-        """Draw for `count` images, on the CPU, so that a seed means the same on every device."""
-        uniform = torch.rand(8, count, 1, 1, 1, generator=generator)
+    def of(cls, count: int, config: AugmentConfig) -> Draws:
+        """Draw for `count` images, from torch's generator of the CPU, so that a seed means the same on every device."""
+        uniform = torch.rand(8, count, 1, 1, 1)
         jittered, blurred = uniform[0] < config.jitter, uniform[1] < config.blur
 
         def factor(row: int, strength: float) -> Tensor:
@@ -67,19 +67,18 @@ class Draws:
         return Draws(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
 
-def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, config: AugmentConfig) -> Tensor:
     """Colour jitter, grey and blur.
 
     Args:
         pixels: [B, 3, H, W] uint8 RGB on any device.
-        generator: on the CPU; its state decides every draw.
 
     Returns:
         The like, a new tensor; `pixels` itself where the configuration changes nothing.
     """
     if not (config.jitter or config.grey or config.blur):
         return pixels
-    draws = Draws.of(len(pixels), config, generator).to(pixels.device)
+    draws = Draws.of(len(pixels), config).to(pixels.device)
     return (apply_draws(pixels.float() / 255, draws) * 255).round().to(torch.uint8)
 
 

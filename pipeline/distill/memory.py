@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 
 class SummaryQueue(nn.Module):
-    """The latest `size` summaries of all workers, as unit vectors; part of the state, so that a resumed run goes on alike.
+    """The latest `size` summaries, as unit vectors; part of the state, so that a resumed run goes on alike.
+
+    With several workers it is the queue of the first one, which DDP hands to all with its other buffers.
 
     Args:
         size: summaries that are kept.
@@ -29,16 +31,8 @@ class SummaryQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, summaries: Tensor) -> None:
-        """Put [B, D] in the places of the oldest; with several workers, those of all of them, in the order of ranks."""
-        every = F.normalize(_gather(summaries.float()), dim=-1)[-len(self.rows) :]
-        places = (self.count + torch.arange(len(every), device=every.device)) % len(self.rows)
-        self.rows[places] = every
-        self.count += len(every)
-
-
-def _gather(summaries: Tensor) -> Tensor:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return summaries
-    parts = [torch.empty_like(summaries) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, summaries.contiguous())
-    return torch.cat(parts)
+        """Put [B, D] in the places of the oldest."""
+        latest = F.normalize(summaries.float(), dim=-1)[-len(self.rows) :]
+        places = (self.count + torch.arange(len(latest), device=latest.device)) % len(self.rows)
+        self.rows[places] = latest
+        self.count += len(latest)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -111,8 +110,7 @@ class DistillTask(Task):
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """The distillation loss of a batch.
 
-        In training, its place in the run decides the augmentation and the teachers that are dropped, whatever was drawn
-        before: a resumed run repeats them on every rank.
+        In training, augmentation and teacher dropping draw from torch's generator of the CPU, which a resumed run restores.
         """
         features = {
             teacher: {kind: raw.to(device, non_blocking=True) for kind, raw in kinds.items()}
@@ -120,22 +118,21 @@ class DistillTask(Task):
         }
         images, weights, draws = batch.images.to(device, non_blocking=True), None, None
         if module.training:
-            generator = torch.Generator().manual_seed(_seed(batch.place))
-            images = augment(images, self.job.config.augment, generator)
-            draws = self._draws(len(batch.keys), generator, device)
+            images = augment(images, self.job.config.augment)
+            draws = self._draws(len(batch.keys), device)
             weights = self._weights(batch.place, device)
         result: tuple[Tensor, dict[str, Tensor]] = module(images, features, weights, draws)
         return result
 
-    def _draws(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    def _draws(self, count: int, device: torch.device) -> Tensor | None:
         if not self.job.config.loss.drop:
             return None
-        return torch.rand(count, len(self.job.teachers), generator=generator).to(device, non_blocking=True)
+        return torch.rand(count, len(self.job.teachers)).to(device, non_blocking=True)
 
-    def _weights(self, place: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
+    def _weights(self, place: tuple[int, int], device: torch.device) -> Tensor | None:
         if not is_scheduled(self.job.teachers):
             return None
-        _, epoch, _, number = place
+        epoch, number = place
         progress = (epoch + number / self.steps(epoch)) / self.job.config.train.epochs
         return teacher_weights(self.job.teachers, progress).to(device, non_blocking=True)
 
@@ -149,11 +146,6 @@ class DistillTask(Task):
             module.student.encoder, self.job.train, self.job.val, config.student.input_size, config.knn
         )
         return {"knn": accuracy}
-
-
-def _seed(place: tuple[int, int, int, int]) -> int:
-    """63 bits that depend on every number of a place."""
-    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:

@@ -80,9 +80,15 @@ class Encoder(nn.Module):
 
     def maps(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
         """[B, 3, H, W] RGB in [0, 1] -> the maps [B, C_l, H_l, W_l] of these levels."""
-        normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return self.pyramid((images - self.mean) / self.std, levels)
+
+    def pyramid(self, normalised: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """The same of images that are normalised already."""
         maps: list[Tensor] = self.backbone.forward_intermediates(  # type: ignore[operator]
-            normalised, indices=list(levels), intermediates_only=True, output_fmt="NCHW"
+            normalised.contiguous(memory_format=torch.channels_last),
+            indices=list(levels),
+            intermediates_only=True,
+            output_fmt="NCHW",
         )
         return maps
 
@@ -108,19 +114,23 @@ class Student(nn.Module):
     def __init__(self, encoder: Encoder, token_dim: int, taps: Sequence[int] = TAPS) -> None:
         super().__init__()
         self.encoder, self.token_dim = encoder, token_dim
-        self.levels = sorted({_level(encoder.strides, tap) for tap in (TOKEN_STRIDE, *taps)})
+        self.levels = sorted({level_of(encoder.strides, tap) for tap in (TOKEN_STRIDE, *taps)})
         self.tapped = [encoder.strides[level] for level in self.levels]
-        stride = encoder.strides[_level(encoder.strides, TOKEN_STRIDE)]
+        stride = encoder.strides[level_of(encoder.strides, TOKEN_STRIDE)]
         self.neck = FuseNeck([encoder.channels[level] for level in self.levels], self.tapped, stride, token_dim)
 
     def forward(self, pixels: Tensor) -> StudentOutput:
         """[B, 3, H, W] uint8 RGB -> summary [B, C] and tokens [B, D, h, w]."""
+        return self.describe(pixels.float() / 255)
+
+    def describe(self, images: Tensor) -> StudentOutput:
+        """The same of float32 RGB in [0, 1]."""
         last = len(self.encoder.channels) - 1
-        maps = self.encoder.maps(pixels.float() / 255, sorted({*self.levels, last}))
+        maps = self.encoder.maps(images, sorted({*self.levels, last}))
         return StudentOutput(maps[-1].mean(dim=(2, 3)), self.neck(maps[: len(self.levels)]))
 
 
-def _level(strides: Sequence[int], stride: int) -> int:
+def level_of(strides: Sequence[int], stride: int) -> int:
     """The deepest level of at most this stride, or else of the finest that there is."""
     within = [level for level, own in enumerate(strides) if own <= max(stride, strides[0])]
     return within[-1]

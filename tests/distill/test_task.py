@@ -108,26 +108,27 @@ def test_the_loss_of_a_batch_is_that_of_the_module(job):
     assert total.requires_grad
 
 
-def test_augmentation_and_dropping_are_decided_by_the_place_of_a_batch(job):
+def test_training_draws_augmentation_and_dropping_and_takes_the_weights_of_now(job):
     task = DistillTask(_scheduled(job(*EVERYTHING_RANDOM, "train.epochs=8")))
     seen = []
     task.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     first, second = list(task.batches(0, 0))[:2]
-    for batch in (first, second, first):
+    assert (first.place, second.place) == ((0, 0), (0, 1))
+    for seed, batch in ((0, first), (1, first), (0, dataclasses.replace(first, place=(2, 0)))):
+        torch.manual_seed(seed)
         task.loss(task.module.train(), batch, torch.device("cpu"))
-        torch.rand(3)
-    (images, _, weights, draws), _, again = seen
+    (images, _, weights, draws), other, again = seen
     assert torch.equal(images, again[0])
     assert torch.equal(draws, again[3])
     assert draws.shape == (16, 2)
-    assert not torch.equal(draws, seen[1][3])
+    assert not torch.equal(draws, other[3])
+    assert not torch.equal(images, other[0])
     assert not torch.equal(images, first.images)
-    task.loss(task.module.train(), dataclasses.replace(first, place=(0, 2, 0, 0)), torch.device("cpu"))
     torch.testing.assert_close(weights[:, 1], torch.tensor([1.0, 1.0]))
-    torch.testing.assert_close(seen[3][2][:, 1], torch.tensor([0.55, 1.0]))
+    torch.testing.assert_close(again[2][:, 1], torch.tensor([0.55, 1.0]))
     task.loss(task.module.eval(), first, torch.device("cpu"))
-    assert torch.equal(seen[4][0], first.images)
-    assert seen[4][2:] == (None, None)
+    assert torch.equal(seen[3][0], first.images)
+    assert seen[3][2:] == (None, None)
 
 
 def test_evaluation_is_knn_of_the_given_weights(job):
