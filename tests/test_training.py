@@ -416,7 +416,7 @@ def test_a_batch_is_cut_with_all_that_it_holds():
         torch.arange(3),
         torch.arange(3) + 10,
         {"teacher": {"summary": torch.arange(6).reshape(3, 2)}},
-        (0, 1, 2, 3),
+        (0, 1),
     )
     first, second = split_batch(batch, 2)
     assert (first.keys, second.keys) == (["a"], ["b", "c"])

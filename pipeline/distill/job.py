@@ -18,6 +18,7 @@ from pipeline.config import Config
 from pipeline.distill.distiller import token_grid
 from pipeline.distill.grid import GridRule
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
+from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
 from pipeline.student.model import Encoder
@@ -81,7 +82,10 @@ def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillR
     job = make_job(config, plan)
     log_shuffle(job, run)
     teachers = evaluate_teachers(job, run)
-    checkpoint = fit(make_distill_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
+    figures = folder / "figures"
+    payload = {"job": job, "watch": Watch(str(figures), teachers)}
+    on_commit = partial(_log_commit, run, figures)
+    checkpoint = fit(make_distill_task, payload, config.train, str(folder / "train"), on_commit)
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
         run.log_file(Path(directory, STATE_FILE), "checkpoint")
@@ -104,24 +108,28 @@ def log_shuffle(job: DistillJob, run: Run) -> None:
     print(f"shuffle: {quality}", flush=True)
 
 
-def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
+def _log_commit(run: Run, figures: Path, history: History, checkpoint: str | None) -> None:
+    """In Ray Train's controller: the metrics of a checkpoint, and after an evaluation the figures of now."""
     run.log_metrics(history)
+    if any("loss" not in metrics for _, metrics in history):
+        for figure in sorted(figures.glob("[!.]*.png")):
+            run.log_file(figure, "figures")
     if checkpoint:
         run.set_tags({"checkpoint": checkpoint})
 
 
 def make_job(config: Config, plan: CachePlan) -> DistillJob:
-    """The job on a complete cache; held-out images without labels are left out, aloud."""
+    """The job on a complete cache; there is no kNN on held-out images without labels, said aloud."""
     train, val = plan.split("train"), plan.split("val")
     assert train is not None
-    held_out: Dataset | None = None
+    labelled: Dataset | None = None
     if val is not None:
         check_classes(train.dataset, val.dataset)
         if has_labels(train.dataset) and has_labels(val.dataset):
-            held_out = val.dataset
+            labelled = val.dataset
         else:
             log.warning("no kNN: data.train or data.val has no labels")
-    return DistillJob(config, train.dataset, held_out, plan.teachers)
+    return DistillJob(config, train.dataset, labelled, plan.teachers, val.dataset if val else None)
 
 
 def evaluate_teachers(job: DistillJob, run: Run) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from pipeline.config import Config
 from pipeline.distill.augment import augment
 from pipeline.distill.balance import is_scheduled, teacher_weights
 from pipeline.distill.distiller import Distiller
+from pipeline.distill.held_out import HeldOut, nearness
 from pipeline.distill.standardise import make_standardisers
+from pipeline.distill.watch import Watch
 from pipeline.evaluate.knn import student_knn
 from pipeline.student.model import Encoder, Student, create_backbone
-from pipeline.training import Task
+from pipeline.training import History, Task
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,15 @@ class DistillJob:
         config: the whole tree.
         train: the dataset that is distilled on.
         val: held-out images for kNN, or None where there are none or they have no labels.
-        teachers: whose shards are complete in `train`.
+        teachers: whose shards are complete in `train` and `held_out`.
+        held_out: held-out images on which the student is compared with its teachers, labelled or not; or None.
     """
 
     config: Config
     train: Dataset
     val: Dataset | None
     teachers: tuple[CachedTeacher, ...]
+    held_out: Dataset | None = None
 
 
 def build_student(config: Config) -> Student:
@@ -85,13 +90,18 @@ def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader:
 
 
 class DistillTask(Task):
-    """Distils on one rank."""
+    """Distils on one rank.
+
+    Args:
+        watch: where figures go; None: none are drawn.
+    """
 
     module: Distiller
 
-    def __init__(self, job: DistillJob, rank: int = 0, world: int = 1) -> None:
-        self.job = job
+    def __init__(self, job: DistillJob, rank: int = 0, world: int = 1, watch: Watch | None = None) -> None:
+        self.job, self.watcher = job, watch
         config = job.config
+        self.seed = config.seed
         self.module = build_distiller(job)
         torch.manual_seed(config.seed + rank)
         self.reader = build_reader(job, rank, world)
@@ -137,17 +147,41 @@ class DistillTask(Task):
         return teacher_weights(self.job.teachers, progress).to(device, non_blocking=True)
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """kNN accuracy in percent, where there are labelled held-out images."""
+        """kNN accuracy in percent of labelled held-out images, and how near the teachers the student comes on any."""
         assert isinstance(module, Distiller)
-        if self.job.val is None:
-            return {}
-        config = self.job.config
-        accuracy = student_knn(
-            module.student.encoder, self.job.train, self.job.val, config.student.input_size, config.knn
-        )
-        return {"knn": accuracy}
+        metrics = {"knn": self._knn(module)} if self.job.val else {}
+        return {**metrics, **(nearness(module, self.held_out.batches()) if self.held_out else {})}
+
+    def evaluate_raw(self, module: nn.Module) -> dict[str, float]:
+        """kNN accuracy in percent of the weights that are not averaged."""
+        assert isinstance(module, Distiller)
+        return {"knn_raw": self._knn(module)} if self.job.val else {}
+
+    def _knn(self, module: Distiller) -> float:
+        job, config = self.job, self.job.config
+        assert job.val is not None
+        return student_knn(module.student.encoder, job.train, job.val, config.student.input_size, config.knn)
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The held-out images with features; opened where they are first wanted, on rank 0 alone."""
+        job, config = self.job, self.job.config
+        if job.held_out is None:
+            return None
+        return HeldOut(job.held_out, job.teachers, config.student.input_size, config.knn.batch_size)
+
+    @cached_property
+    def shown(self) -> Batch:
+        """Images whose features are drawn: held-out ones where there are any."""
+        return next(self.held_out.batches() if self.held_out else self.reader.batches(0))
+
+    def watch(self, module: nn.Module, evaluations: History) -> None:
+        """Draw curves, and features as colours."""
+        if self.watcher is not None:
+            assert isinstance(module, Distiller)
+            self.watcher.draw(module, evaluations, self.shown)
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:
-    """The task of one Ray Train worker; `payload` holds the job under ``job``."""
-    return DistillTask(payload["job"], rank, world)
+    """The task of one Ray Train worker; `payload` holds the job under ``job``, and perhaps a ``watch``."""
+    return DistillTask(payload["job"], rank, world, payload.get("watch"))

@@ -101,7 +101,9 @@ class _Loop:
         self.evaluations.append((step, metrics))
         self.history.append((step, metrics))
         if metrics:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            # Those by teacher, `val_loss/...`, are for the curves.
+            chief = {name: value for name, value in metrics.items() if "/" not in name} or metrics
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in chief.items())
             print(f"evaluated at step {step}  {shown}", flush=True)
         self.task.watch(averaged, self.evaluations)
 

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.cache.build import teacher_stats
 from pipeline.cache.reader import NO_LABEL
+from pipeline.distill.held_out import nearness
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, make_distill_task
 from pipeline.errors import UserError
@@ -131,23 +132,32 @@ def test_training_draws_augmentation_and_dropping_and_takes_the_weights_of_now(j
     assert seen[3][2:] == (None, None)
 
 
-def test_evaluation_is_knn_of_the_given_weights(job):
+def test_evaluation_is_knn_of_the_given_weights_and_nearness_to_the_teachers(job):
     tasks = [DistillTask(job(f"seed={seed}", "knn.k=1")) for seed in (0, 1)]
     judge, scores = tasks[0], []
     for task in tasks:
         module = task.module.eval()
         expected = student_knn(module.student.encoder, judge.job.train, judge.job.val, 32, judge.job.config.knn)
-        assert judge.evaluate(module) == {"knn": expected}
+        metrics = judge.evaluate(module)
+        assert metrics["knn"] == expected == judge.evaluate_raw(module)["knn_raw"]
+        assert metrics == {"knn": expected, **nearness(module, judge.held_out.batches())}
         scores.append(expected)
     assert scores[0] != scores[1]
 
 
 def test_without_held_out_images_there_is_nothing_to_evaluate(job):
+    task = DistillTask(dataclasses.replace(job(), val=None, held_out=None))
+    assert task.evaluate(task.module) == task.evaluate_raw(task.module) == {}
+
+
+def test_held_out_images_without_labels_are_compared_with_the_teachers_alone(job):
     task = DistillTask(dataclasses.replace(job(), val=None))
-    assert task.evaluate(task.module) == {}
+    metrics = task.evaluate(task.module.eval())
+    assert {name.split("/")[0] for name in metrics} == {"val_cosine", "val_loss"}
+    assert task.evaluate_raw(task.module) == {}
 
 
-def test_held_out_images_are_left_out_where_labels_are_missing(job, monkeypatch, caplog):
+def test_there_is_no_knn_where_labels_are_missing(job, monkeypatch, caplog):
     assert job().val is not None
     from pipeline.evaluate import knn
 
@@ -157,7 +167,7 @@ def test_held_out_images_are_left_out_where_labels_are_missing(job, monkeypatch,
         return (dataclasses.replace(b, labels=torch.full_like(b.labels, NO_LABEL)) for b in scan(*args, **kwargs))
 
     monkeypatch.setattr(knn, "scan_images", unlabelled)
-    assert job().val is None
+    assert (job().val, job().held_out is None) == (None, False)
     assert "no kNN" in caplog.text
 
 
