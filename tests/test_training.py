@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.cache.reader import Batch
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, load_config
 from pipeline.errors import UserError
 from pipeline.training import (
     STATE_FILE,
@@ -28,7 +28,7 @@ from pipeline.training import (
     split_batch,
     train,
 )
-from pipeline.training.ray_train import _on_sigterm, keep_best
+from pipeline.training.ray_train import _on_sigterm, _shares, _StopFile, keep_best
 from tests.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_tiny_task
 
 CHECKPOINTS = [
@@ -588,14 +588,25 @@ def test_after_the_notice_to_stop_a_second_start_ends_as_an_uninterrupted_run(wh
     assert [step for step, _ in _losses(snapshots + rest)] == list(range(1, 3 * STEPS + 1))
 
 
-def test_the_first_sigterm_asks_to_stop_and_the_second_is_as_ever(capsys):
-    before, asked = signal.getsignal(signal.SIGTERM), []
-    with _on_sigterm(lambda: asked.append(1)):
+def test_the_first_sigterm_writes_the_file_that_stops_workers_and_the_second_is_as_ever(tmp_path, capsys):
+    before, stop = signal.getsignal(signal.SIGTERM), _StopFile(fs.LocalFileSystem(), str(tmp_path / "stop"))
+    stop.remove()
+    with _on_sigterm(stop.write):
+        assert not stop.exists()
         os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == before
-    assert asked == [1]
+    assert stop.exists()
     assert "saving a checkpoint" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == before
+    stop.remove()
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_run_keeps_the_shares_that_it_started_with(tmp_path):
+    folder = str(tmp_path / "train")
+    assert _shares(_config(batch_size=12, workers=(1, 4)), folder) == 4
+    assert _shares(_config(batch_size=12, workers=2), folder) == 4
+    with pytest.raises(UserError, match=r"train.batch_size=12 cannot be shared equally by 5 workers; 10 or 15 can"):
+        load_config(None, ["train.batch_size=12", "train.workers=[1, 5]"])
 
 
 def test_divergence_leaves_keys_and_states_in_a_file_that_the_error_names(whole):

@@ -52,6 +52,7 @@ def curves_figure(evaluations: History, teacher_knn: Mapping[str, float], path: 
     beside it the cosine to every teacher on held-out images.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     metrics = [metrics for _, metrics in evaluations]
     cosines = sorted({name for point in metrics for name in point if name.startswith("val_cosine/")})
@@ -76,6 +77,8 @@ def curves_figure(evaluations: History, teacher_knn: Mapping[str, float], path: 
         panel.set(xlabel="epoch", ylabel="cosine to the teacher on held-out images")
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
+    for panel in figure.axes:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _save(figure, path)
 
 

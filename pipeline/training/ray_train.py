@@ -4,6 +4,7 @@
     <folder>/checkpoint-<epoch>-<batch>/state.pt      the last `train.keep_checkpoints`
     <folder>/best/<checkpoint>/state.pt               the best by `train.best_metric`
     <folder>/diverged-step-<step>.pt   what a loss that is not finite left: keys, weights, optimiser
+    <folder>/stop                      asks the workers to save and to end; SIGTERM writes it, the next start removes it
 
 Ray is imported inside functions only.
 """
@@ -34,6 +35,7 @@ from pipeline.training.worker import STOP, StoppedError, Worker
 if TYPE_CHECKING:
     from ray.train import Checkpoint
 
+STOP_FILE = "stop"
 RETRIES = 3
 """Failures of a worker that a run survives; nodes that are taken away are not counted."""
 
@@ -62,13 +64,12 @@ def fit(
         StoppedError: after SIGTERM, when the checkpoint is registered.
         UserError: as a worker raised it, or where workers cannot share the batch equally.
     """
-    import ray
     from ray.train import WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     shares = _shares(config, folder)
-    make_flag: Any = ray.remote(num_cpus=0)(_Flag)
-    stop = make_flag.remote()
+    stop = _StopFile(*fs.FileSystem.from_uri(f"{folder}/{STOP_FILE}"))
+    stop.remove()
     worker_loop: Any = _train_worker  # whose annotations Ray Train finds too narrow
     trainer = TorchTrainer(
         worker_loop,
@@ -77,13 +78,12 @@ def fit(
             "payload": payload,
             "config": config.model_dump(),
             "shares": shares,
-            "stop": stop,
         },
         scaling_config=_scaling(config, shares),
         run_config=_run_config(config, folder, on_commit),
     )
     try:
-        with _on_sigterm(stop.set.remote):
+        with _on_sigterm(stop.write):
             result: Any = trainer.fit()  # of Ray Train v2, whose class its annotations do not name
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
@@ -98,17 +98,22 @@ def fit(
     return checkpoint
 
 
-class _Flag:
-    """An actor that remembers that it was told to stop."""
+class _StopFile:
+    """Tells workers wherever they are to stop, through the folder that they all see."""
 
-    def __init__(self) -> None:
-        self.raised = False
+    def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
+        self.filesystem, self.path = filesystem, path
 
-    def set(self) -> None:
-        self.raised = True
+    def write(self) -> None:
+        self.filesystem.open_output_stream(self.path).close()
 
-    def get(self) -> bool:
-        return self.raised
+    def exists(self) -> bool:
+        there: bool = self.filesystem.get_file_info(self.path).type == fs.FileType.File
+        return there
+
+    def remove(self) -> None:
+        if self.exists():
+            self.filesystem.delete_file(self.path)
 
 
 @contextmanager
@@ -211,7 +216,7 @@ def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     import ray.train
 
     logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; below it Ray Train prints every report in full
-    worker = _make_worker(loop["shares"], loop["stop"])
+    worker = _make_worker(loop["shares"])
     own, every = worker.own_shares, worker.all_shares
     others = [loop["make_task"](loop["payload"], share, every) for share in own[1:]]
     for other in others:
@@ -232,23 +237,23 @@ def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _make_worker(shares: int, stop: Any) -> Worker:
-    import ray
+def _make_worker(shares: int) -> Worker:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
     context = ray.train.get_context()
     # A timm backbone keeps layers for a classifier that is not there; without this DDP refuses the second step.
     wrap = partial(prepare_model, parallel_strategy_kwargs={"find_unused_parameters": True})
-    world: Any = Worker(context.get_world_rank(), context.get_world_size(), get_device())
+    alone = Worker(context.get_world_rank(), context.get_world_size(), get_device())
+    stop = _StopFile(*_place(STOP_FILE))
 
     def notice() -> str | None:
-        if world.any_rank(not world.rank and ray.get(stop.get.remote())):
+        if alone.any_rank(not alone.rank and stop.exists()):
             return STOP
         preemption = ray.train.get_preemption_info()
         return str(preemption.preempted_node_ids) if preemption else None
 
-    return Worker(world.rank, world.world, world.device, wrap, shares, notice, _dump)
+    return Worker(alone.rank, alone.world, alone.device, wrap, shares, notice, _dump)
 
 
 def _place(name: str) -> tuple[fs.FileSystem, str]:

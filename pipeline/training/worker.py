@@ -20,8 +20,8 @@ STOP = "stop"
 """The notice after which training saves and ends; any other is followed by saving alone."""
 
 
-class StoppedError(Exception):
-    """Training was told to end, and has saved what a second start goes on from."""
+class StoppedError(KeyboardInterrupt):
+    """Training was told to end, and has saved what a second start goes on from; to a job it is an interruption."""
 
 
 def _nothing(name: str, content: dict[str, Any]) -> str | None:
