@@ -71,6 +71,7 @@ def training_plan(plan: CachePlan, config: Config) -> str:
     rows: dict[str, str | None] = {
         "student": f"{config.student.name} at {config.student.input_size} px",
         "training": f"{config.train.epochs} epochs of {steps} steps of {config.train.batch_size} images",
+        "learning rate": config.train.lr_rule,
     }
     rows |= {f"grid {name}": rule for name, rule in grid_rules(config, plan).items()}
     return table(rows)
