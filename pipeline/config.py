@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -234,6 +235,10 @@ class BenchmarkConfig(Section):
     rounds: int = Field(11, ge=1, description="interleaved visits of each model; the median is reported")
 
 
+PHASE_FIELDS = ("data", "teachers", "views", "cache", "student.input_size", "loss", "augment", "train")
+"""What a phase may change: all but what makes the network and the run what they are."""
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -255,6 +260,10 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     plan: PlanConfig = PlanConfig()
+    phases: list[dict[str, Any]] = Field(
+        [],
+        description="stages of the training, each the fields that it changes: [{train.epochs: 25}, {student.input_size: 384}]",
+    )
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -268,6 +277,33 @@ class Config(Section):
         """Held-out images: `data.val`, or the generator's own where the training images are generated."""
         generated = self.data.train == "samples" and self.data.samples.val > 0
         return self.data.val or ("samples" if generated else None)
+
+    def phase_configs(self) -> tuple[Config, ...]:
+        """The configuration of every phase: the recipe with what the phase changes, and itself where there is none.
+
+        Raises:
+            UserError: for what a phase cannot change, or what would not do in a recipe either.
+        """
+        if not self.phases:
+            return (self,)
+        return tuple(self._phase(number, changes) for number, changes in enumerate(self.phases))
+
+    def _phase(self, number: int, changes: dict[str, Any]) -> Config:
+        tree = self.model_dump(exclude={"phases"})
+        where = f"phases.{number}"
+        for key, value in _leaves(changes):
+            if not key.startswith(PHASE_FIELDS):
+                raise UserError(
+                    f"{where}: {key} cannot change between phases; a phase may change {', '.join(PHASE_FIELDS)}"
+                )
+            try:
+                _assign(tree, key, value)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            raise UserError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
 
     def fingerprint(self) -> str:
         """Digest of every field that decides what the run computes; a rerun of equal digest is the same run."""
@@ -288,9 +324,11 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
             raise UserError(f"'{override}' is neither a recipe (.yaml) nor an override (key=value), see --help")
         _assign(tree, key, _parse(override, text))
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+    config.phase_configs()
+    return config
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -311,6 +349,18 @@ def _parse(override: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}' is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of the fields that a tree gives, whether it nests its sections or has dotted keys itself."""
+    known = [name for name, *_ in iter_fields()]
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        section = re.sub(r"\.\d+(?=\.|$)", ".0", key) + "."
+        if isinstance(value, dict) and any(field.startswith(section) for field in known):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pipeline.config import Config
 from pipeline.distill.augment import augment
 from pipeline.distill.balance import is_scheduled, teacher_weights
 from pipeline.distill.distiller import Distiller
+from pipeline.distill.phases import Ending, go_on
 from pipeline.distill.standardise import make_standardisers
 from pipeline.evaluate.knn import student_knn
 from pipeline.student.model import Encoder, Student, create_backbone
@@ -85,14 +87,20 @@ def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader:
 
 
 class DistillTask(Task):
-    """Distils on one rank."""
+    """Distils on one rank.
+
+    Args:
+        before: file with the ending of the phase that this one goes on from, or None.
+    """
 
     module: Distiller
 
-    def __init__(self, job: DistillJob, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, job: DistillJob, rank: int = 0, world: int = 1, before: str | None = None) -> None:
         self.job = job
         config = job.config
         self.module = build_distiller(job)
+        if before:
+            go_on(self.module, Ending.load(Path(before)))
         torch.manual_seed(config.seed + rank)
         self.reader = build_reader(job, rank, world)
         self._steps: dict[int, int] = {}
@@ -149,5 +157,5 @@ class DistillTask(Task):
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:
-    """The task of one Ray Train worker; `payload` holds the job under ``job``."""
-    return DistillTask(payload["job"], rank, world)
+    """The task of one Ray Train worker; `payload` holds the job under ``job`` and the phase before it under ``before``."""
+    return DistillTask(payload["job"], rank, world, payload.get("before"))
