@@ -2,8 +2,10 @@
 
     python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s teachers.0.weights=random
 
-Every field has a type, a default and one line of meaning, which `--help` prints. An unknown key, a wrong type or a
-value out of range raises :class:`~pipeline.errors.UserError` that names the key and, where one is near, the right one.
+A recipe that names another beside it as its `base` gives only what differs; its `phases` are stages of the training,
+each the fields that it changes. Every field has a type, a default and one line of meaning, which `--help` prints. An
+unknown key, a wrong type or a value out of range raises :class:`~pipeline.errors.UserError` that names the key and,
+where one is near, the right one.
 """
 
 from __future__ import annotations
@@ -331,17 +333,27 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
     return config
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a recipe, over that of the one beside it that it names as its `base`."""
     if not path.is_file():
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        raise UserError(f"recipe {path} does not exist" + (f"; there are {', '.join(known)}" if known else ""))
+        named = f", the base of {above[-1]}," if above else ""
+        raise UserError(f"recipe {path}{named} does not exist" + (f"; there are {', '.join(known)}" if known else ""))
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} must be a mapping of fields, such as `train: {{epochs: 5}}`")
-    return tree
+    if "base" not in tree:
+        return tree
+    base = path.parent / str(tree.pop("base"))
+    if base in (*above, path):
+        raise UserError(f"recipe {path}: base: {base} is based on this recipe itself")
+    whole = _read_recipe(base, (*above, path))
+    for key, value in _leaves(tree):
+        _assign(whole, key, value)
+    return whole
 
 
 def _parse(override: str, text: str) -> Any:
