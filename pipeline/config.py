@@ -446,7 +446,7 @@ def _type_name(annotation: Any) -> str:
         return "|".join(str(value) for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is Annotated:
         return _type_name(typing.get_args(annotation)[0])
-    if isinstance(annotation, types.UnionType):
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return "|".join("none" if arg is type(None) else _type_name(arg) for arg in typing.get_args(annotation))
     if typing.get_origin(annotation) in (list, dict):
         return {list: "list", dict: "mapping"}[typing.get_origin(annotation)]
