@@ -2,8 +2,10 @@
 
     python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s teachers.0.weights=random
 
-Every field has a type, a default and one line of meaning, which `--help` prints. An unknown key, a wrong type or a
-value out of range raises :class:`~pipeline.errors.UserError` that names the key and, where one is near, the right one.
+A recipe that names another beside it as its `base` gives only what differs; its `phases` are stages of the training,
+each the fields that it changes. Every field has a type, a default and one line of meaning, which `--help` prints. An
+unknown key, a wrong type or a value out of range raises :class:`~pipeline.errors.UserError` that names the key and,
+where one is near, the right one.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -298,6 +301,10 @@ class BenchmarkConfig(Section):
     rounds: int = Field(11, ge=1, description="interleaved visits of each model; the median is reported")
 
 
+PHASE_FIELDS = ("data", "teachers", "views", "cache", "student.input_size", "loss", "augment", "train")
+"""What a phase may change: all but what makes the network and the run what they are."""
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -319,6 +326,10 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     plan: PlanConfig = PlanConfig()
+    phases: list[dict[str, Any]] = Field(
+        [],
+        description="stages of the training, each the fields that it changes: [{train.epochs: 25}, {student.input_size: 384}]",
+    )
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -332,6 +343,33 @@ class Config(Section):
         """Held-out images: `data.val`, or the generator's own where the training images are generated."""
         generated = self.data.train == "samples" and self.data.samples.val > 0
         return self.data.val or ("samples" if generated else None)
+
+    def phase_configs(self) -> tuple[Config, ...]:
+        """The configuration of every phase: the recipe with what the phase changes, and itself where there is none.
+
+        Raises:
+            UserError: for what a phase cannot change, or what would not do in a recipe either.
+        """
+        if not self.phases:
+            return (self,)
+        return tuple(self._phase(number, changes) for number, changes in enumerate(self.phases))
+
+    def _phase(self, number: int, changes: dict[str, Any]) -> Config:
+        tree = self.model_dump(exclude={"phases"})
+        where = f"phases.{number}"
+        for key, value in _leaves(changes):
+            if not key.startswith(PHASE_FIELDS):
+                raise UserError(
+                    f"{where}: {key} cannot change between phases; a phase may change {', '.join(PHASE_FIELDS)}"
+                )
+            try:
+                _assign(tree, key, value)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            raise UserError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
 
     def fingerprint(self) -> str:
         """Digest of every field that decides what the run computes; a rerun of equal digest is the same run."""
@@ -352,22 +390,34 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
             raise UserError(f"'{override}' is neither a recipe (.yaml) nor an override (key=value), see --help")
         _assign(tree, key, _parse(override, text))
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+    config.phase_configs()
+    return config
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a recipe, over that of the one beside it that it names as its `base`."""
     if not path.is_file():
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        raise UserError(f"recipe {path} does not exist" + (f"; there are {', '.join(known)}" if known else ""))
+        named = f", the base of {above[-1]}," if above else ""
+        raise UserError(f"recipe {path}{named} does not exist" + (f"; there are {', '.join(known)}" if known else ""))
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} must be a mapping of fields, such as `train: {{epochs: 5}}`")
-    return tree
+    if "base" not in tree:
+        return tree
+    base = path.parent / str(tree.pop("base"))
+    if base in (*above, path):
+        raise UserError(f"recipe {path}: base: {base} is based on this recipe itself")
+    whole = _read_recipe(base, (*above, path))
+    for key, value in _leaves(tree):
+        _assign(whole, key, value)
+    return whole
 
 
 def _parse(override: str, text: str) -> Any:
@@ -375,6 +425,18 @@ def _parse(override: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}' is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of the fields that a tree gives, whether it nests its sections or has dotted keys itself."""
+    known = [name for name, *_ in iter_fields()]
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        section = re.sub(r"\.\d+(?=\.|$)", ".0", key) + "."
+        if isinstance(value, dict) and any(field.startswith(section) for field in known):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -448,7 +510,7 @@ def _type_name(annotation: Any) -> str:
         return "|".join(str(value) for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is Annotated:
         return _type_name(typing.get_args(annotation)[0])
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return "|".join("none" if arg is type(None) else _type_name(arg) for arg in typing.get_args(annotation))
     if typing.get_origin(annotation) in (list, tuple, dict):
         return {list: "list", tuple: "list", dict: "mapping"}[typing.get_origin(annotation)]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pyarrow import fs
+from timm.scheduler import StepLRScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -308,6 +309,24 @@ def test_other_ranks_neither_evaluate_nor_keep_state(monkeypatch):
     assert task.judged == []
     assert [snapshot.state for snapshot in snapshots] == [None, None]
     assert snapshots[-1].history[-1][1]["samples_seen"] == STEPS * BATCH * 2
+
+
+def test_a_task_may_evaluate_on_every_rank_and_have_a_schedule_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.mul_(2))
+
+    class Everywhere(TinyTask):
+        evaluates_everywhere = True
+
+        def schedule(self, optimizer, config):
+            return StepLRScheduler(optimizer, decay_t=3, decay_rate=0.1, t_in_epochs=False)
+
+    task, snapshots = Everywhere(rank=1, world=2), []
+    train(task, _config(epochs=1), Worker(rank=1, world=2), None, snapshots.append)
+    assert len(task.judged) == 2
+    assert (task.worker.rank, task.worker.world) == (1, 2)
+    assert "score" not in {name for _, metrics in _history(snapshots) for name in metrics}
+    rates = [metrics["learning_rate"] for _, metrics in _losses(snapshots)]
+    assert rates == pytest.approx([0.05] * 3 + [0.005] * 3)
 
 
 PLAIN = {"dropout": 0.0, "batch_norm": False}

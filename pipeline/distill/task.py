@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pipeline.distill.augment import augment
 from pipeline.distill.balance import is_scheduled, teacher_weights
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.held_out import HeldOut, nearness
+from pipeline.distill.phases import Ending, go_on
 from pipeline.distill.standardise import make_standardisers
 from pipeline.distill.watch import Watch
 from pipeline.evaluate.knn import student_knn
@@ -93,16 +95,21 @@ class DistillTask(Task):
     """Distils on one rank.
 
     Args:
-        watch: where figures go; None: none are drawn.
+        before: file with the ending of the phase that this one goes on from, or None.
+        watch: where figures go, or None.
     """
 
     module: Distiller
 
-    def __init__(self, job: DistillJob, rank: int = 0, world: int = 1, watch: Watch | None = None) -> None:
+    def __init__(
+        self, job: DistillJob, rank: int = 0, world: int = 1, before: str | None = None, watch: Watch | None = None
+    ) -> None:
         self.job, self.watcher = job, watch
         config = job.config
         self.seed = config.seed
         self.module = build_distiller(job)
+        if before:
+            go_on(self.module, Ending.load(Path(before)))
         torch.manual_seed(config.seed + rank)
         self.reader = build_reader(job, rank, world)
         self._steps: dict[int, int] = {}
@@ -183,5 +190,9 @@ class DistillTask(Task):
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:
-    """The task of one Ray Train worker; `payload` holds the job under ``job``, and perhaps a ``watch``."""
-    return DistillTask(payload["job"], rank, world, payload.get("watch"))
+    """The task of one Ray Train worker.
+
+    Args:
+        payload: ``job``, and perhaps ``before``, the ending of the phase before it, and ``watch``.
+    """
+    return DistillTask(payload["job"], rank, world, payload.get("before"), payload.get("watch"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,25 +29,31 @@ class Watch:
     Attributes:
         folder: of the PNG files; on a cluster one that all nodes share.
         teacher_knn: accuracy in percent by teacher.
+        earlier: evaluations of the phases before this one.
     """
 
     folder: str
     teacher_knn: Mapping[str, float] = field(default_factory=dict)
+    earlier: Sequence[tuple[int, dict[str, float]]] = ()
 
     def draw(self, module: Distiller, evaluations: History, batch: Batch) -> None:
         """Both figures, in place of those of the last epoch.
 
         Args:
-            evaluations: of the whole run, the first before training.
+            evaluations: of this phase, the first before training.
             batch: with the features of the images to be shown.
         """
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        curves_figure(evaluations, self.teacher_knn, folder / "curves.png")
+        # A phase begins with the evaluation that the one before ended with.
+        curve = [*self.earlier, *evaluations[bool(self.earlier) :]]
+        curves_figure(curve, self.teacher_knn, folder / "curves.png")
         features_figure(module, batch, folder / "features.png")
 
 
-def curves_figure(evaluations: History, teacher_knn: Mapping[str, float], path: Path) -> Path:
+def curves_figure(
+    evaluations: Sequence[tuple[int, dict[str, float]]], teacher_knn: Mapping[str, float], path: Path
+) -> Path:
     """kNN against the epoch, of the averaged and the raw weights and, dashed, of the teachers (the paper's figure 3);
     beside it the cosine to every teacher on held-out images.
     """

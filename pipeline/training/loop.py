@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.progress import Progress
@@ -65,6 +63,7 @@ class _Loop:
     ) -> None:
         self.task, self.config, self.worker, self.on_commit = task, config, worker, commit
         self.feeds = [task, *others]
+        task.worker = worker
         steps = [task.steps(epoch) for epoch in range(config.epochs)]
         self.all_steps = sum(steps)
         self.stepper = Stepper(task, config, worker, steps)
@@ -91,12 +90,14 @@ class _Loop:
         self.on_commit(Snapshot(self.position.name, state, history, best))
 
     def evaluate(self) -> None:
-        if self.worker.rank:
+        if self.worker.rank and not self.task.evaluates_everywhere:
             return
         averaged, step = self.stepper.ema.module, self.position.step
         metrics = self.task.evaluate(averaged)
         if step:  # before the first one both are the same
-            metrics = {**metrics, **self._raw(self.stepper.module.eval())}
+            metrics = {**metrics, **self.task.evaluate_raw(self.stepper.module.eval())}
+        if self.worker.rank:
+            return
         self.best = self._is_best(metrics)
         self.evaluations.append((step, metrics))
         self.history.append((step, metrics))
@@ -106,9 +107,6 @@ class _Loop:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in chief.items())
             print(f"evaluated at step {step}  {shown}", flush=True)
         self.task.watch(averaged, self.evaluations)
-
-    def _raw(self, module: nn.Module) -> dict[str, float]:
-        return self.task.evaluate_raw(module)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         name = self.config.best_metric

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -59,9 +60,9 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(
             device.type, init_scale=65536.0 if self.half else 1.0, growth_interval=2000 if self.half else NEVER
         )
-        self.schedule = self._make_schedule(steps)
+        self.schedule = task.schedule(self.optimizer, config) or self._make_schedule(steps)
 
-    def _make_schedule(self, steps: Sequence[int]) -> CosineLRScheduler:
+    def _make_schedule(self, steps: Sequence[int]) -> Scheduler:
         warmup = min(round(self.config.warmup_epochs * steps[0]), sum(steps) - 1)
         return CosineLRScheduler(
             self.optimizer,

@@ -6,10 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+
+from pipeline.config import TrainConfig
+from pipeline.training.worker import Worker
 
 History = list[tuple[int, dict[str, float]]]
 """(step, metrics) in order."""
@@ -30,10 +34,14 @@ class Task(ABC):
         module: whose forward gives the loss of a batch; on the CPU until the engine moves it.
         seed: of what a forward draws (dropout and the like): torch's generators are seeded with (seed, step, share)
             before it, so that a resumed run draws what it would have drawn.
+        evaluates_everywhere: whether every rank is called to evaluate, and not rank 0 alone; rank 0's metrics count.
+        worker: this process among the workers, set by the engine; there may be fewer of them than shares.
     """
 
     module: nn.Module
     seed: int = 0
+    evaluates_everywhere: ClassVar[bool] = False
+    worker: Worker
 
     @abstractmethod
     def steps(self, epoch: int) -> int:
@@ -57,6 +65,10 @@ class Task(ABC):
     def evaluate_raw(self, module: nn.Module) -> dict[str, float]:
         """Metrics of the weights that are not averaged, named unlike those of :meth:`evaluate`; by default none."""
         return {}
+
+    def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
+        """A learning rate by step of the task's own; None: linear warm-up, then a cosine."""
+        return None
 
     def split(self, batch: Any, pieces: int) -> list[Any]:
         """A batch in pieces whose gradients are accumulated; see :func:`split_batch`."""
