@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +17,57 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import percent, run, size, table
 from jobs._plan import cache_plan
-from pipeline.cache.build import CachePlan, plan_cache
+from pipeline.cache.build import BuildReport
 from pipeline.cache.estimate import check_space
 from pipeline.cache.job import cache_bytes, precompute
 from pipeline.config import Config
-from pipeline.distill.job import distill, grid_rules, steps_per_epoch
-from pipeline.job import open_job
+from pipeline.distill.job import distill, training_plan
+from pipeline.distill.phases import Phase, plan_phases
+from pipeline.job import Job, open_job
 from pipeline.runs import cache_store
 
 
 def main(config: Config, dry_run: bool) -> dict[str, Any]:
     """Run the whole pipeline; an interrupted run of the same configuration goes on where it stopped."""
     started = time.perf_counter()
-    plan = plan_cache(config, cache_store(config))
-    print(f"plan\n{cache_plan(plan, config)}\n{training_plan(plan, config)}", flush=True)
+    phases = plan_phases(config, cache_store(config))
+    for number, phase in enumerate(phases, 1):
+        title = "plan" if len(phases) == 1 else f"plan of phase {number} of {len(phases)}"
+        print(f"{title}\n{cache_plan(phase.plan, phase.config)}\n{table(training_plan(phase))}", flush=True)
     if dry_run:
         return {"dry_run": True}
-    check_space(plan)
+    check_space(*(phase.plan for phase in phases))
     with open_job(config, "distill") as job:
         if job.state.resumed:
             print(f"resuming the unfinished run in {job.state.folder}", flush=True)
-        with job.phase("precompute") as tracked:
-            plan, report = precompute(config, plan, tracked)
-        print(f"{report.shards_computed} shards computed in {report.seconds:.0f} s", flush=True)
+        filled, reports = fill(job, phases)
+        plans, computed = [phase.plan for phase in filled], sum(report.shards_computed for report in reports)
+        print(f"{computed} shards computed in {sum(report.seconds for report in reports):.0f} s", flush=True)
         with job.phase("distill") as tracked:
-            result = distill(config, plan, tracked, job.state.folder)
+            result = distill(filled, tracked, job.state.folder)
         figures = {
             "knn_before": result.knn_before,
             "knn_after": result.knn_after,
             **{f"teacher_knn/{name}": score for name, score in result.teacher_knn.items()},
-            "shards_computed": report.shards_computed,
-            "cache_bytes": cache_bytes(plan),
+            "shards_computed": computed,
+            "cache_bytes": cache_bytes(*plans),
             "seconds": round(time.perf_counter() - started, 1),
         }
         job.run.log_metric_dict({name: float(value) for name, value in figures.items() if value is not None})
+    bad = {
+        (split, sample["sample_id"])
+        for report in reports
+        for split in report.quarantined
+        for sample in report.quarantined[split]
+    }
     rows = {
         **{f"kNN of {name}": percent(score) for name, score in result.teacher_knn.items()},
         "kNN of the student before": percent(result.knn_before),
         "kNN of the student after": percent(result.knn_after),
         "images seen": f"{result.samples} in {result.steps} steps",
-        "shards computed": report.shards_computed,
-        "quarantined images": sum(len(bad) for bad in report.quarantined.values()),
-        "cache": f"{plan.store.uri} ({size(cache_bytes(plan))})",
+        "shards computed": computed,
+        "quarantined images": len(bad),
+        "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))})",
         "student": str(result.student),
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {result.model_uri}",
         "time": f"{figures['seconds']:.0f} s",
@@ -65,15 +76,15 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     return {**figures, "model_uri": result.model_uri, "mlflow_run_id": job.run.run_id}
 
 
-def training_plan(plan: CachePlan, config: Config) -> str:
-    """Student, grid rules and steps."""
-    steps = steps_per_epoch(config, plan)
-    rows: dict[str, str | None] = {
-        "student": f"{config.student.name} at {config.student.input_size} px",
-        "training": f"{config.train.epochs} epochs of {steps} steps of {config.train.batch_size} images",
-    }
-    rows |= {f"grid {name}": rule for name, rule in grid_rules(config, plan).items()}
-    return table(rows)
+def fill(job: Job, phases: Sequence[Phase]) -> tuple[list[Phase], list[BuildReport]]:
+    """Compute what the cache lacks of every phase, before the first one trains; gives the phases with their weights' digests."""
+    filled, reports = [], []
+    for number, phase in enumerate(phases, 1):
+        with job.phase("precompute" if number == 1 else f"precompute-{number}") as tracked:
+            plan, report = precompute(phase.config, phase.plan, tracked)
+        filled.append(replace(phase, plan=plan))
+        reports.append(report)
+    return filled, reports
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jobs._cli import Mode, Switch, confirm, grid, run, size, table
 from jobs._plan import cache_plan, cost_plan, read_rate
 from pipeline.cache.audit import Verification, check_begun, verify_cache
-from pipeline.cache.build import plan_cache
+from pipeline.cache.build import CachePlan, plan_cache
+from pipeline.cache.checks import Finding
 from pipeline.cache.estimate import check_space, estimate_cache, missing_bytes
 from pipeline.cache.garbage import find_garbage, remove_garbage
 from pipeline.cache.inventory import Entry, delete_entry, find_entry, take_inventory
@@ -35,77 +36,104 @@ SHOWN = 50
 
 
 def main(config: Config, dry_run: bool) -> dict[str, Any]:
-    """Compute what the cache lacks of the recipe's teachers and images."""
-    plan = plan_cache(config, cache_store(config))
-    print(f"plan\n{cache_plan(plan, config)}", flush=True)
+    """Compute what the cache lacks of the recipe's teachers and images, for all of its phases."""
+    planned = _planned(config)
     if dry_run:
         return {"dry_run": True}
-    check_space(plan)
+    check_space(*(plan for _, plan in planned))
     # MLflow takes seconds to import, which the other modes need not wait for.
     from pipeline.cache.job import cache_bytes, precompute
     from pipeline.job import open_job
 
-    with open_job(config, "precompute") as job, job.phase("precompute") as tracked:
-        plan, report = precompute(config, plan, tracked)
-    quarantined = sum(len(bad) for bad in report.quarantined.values())
+    reports = []
+    with open_job(config, "precompute") as job:
+        for number, (phase, plan) in enumerate(planned, 1):
+            with job.phase("precompute" if number == 1 else f"precompute-{number}") as tracked:
+                reports.append(precompute(phase, plan, tracked)[1])
+    computed = sum(report.shards_computed for report in reports)
+    quarantined = max(sum(len(bad) for bad in report.quarantined.values()) for report in reports)
+    seconds = sum(report.seconds for report in reports)
+    plans = [plan for _, plan in planned]
     rows = {
-        "shards computed": report.shards_computed,
+        "shards computed": computed,
         "quarantined images": quarantined,
-        "cache": f"{plan.store.uri} ({size(cache_bytes(plan))})",
-        "time": f"{report.seconds:.0f} s",
+        "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))})",
+        "time": f"{seconds:.0f} s",
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}",
     }
     print(f"done\n{table(rows)}")
     return {
-        "shards_computed": report.shards_computed,
-        "images_extracted": report.images_extracted,
+        "shards_computed": computed,
+        "images_extracted": sum(report.images_extracted for report in reports),
         "quarantined": quarantined,
-        "seconds": round(report.seconds, 1),
+        "seconds": round(seconds, 1),
         "mlflow_run_id": job.run.run_id,
     }
 
 
+def _planned(config: Config) -> list[tuple[Config, CachePlan]]:
+    """The plan of every phase, printed; one where there are no phases."""
+    store = cache_store(config)
+    planned = [(phase, plan_cache(phase, store)) for phase in config.phase_configs()]
+    for number, (phase, plan) in enumerate(planned, 1):
+        title = "plan" if len(planned) == 1 else f"plan of phase {number} of {len(planned)}"
+        print(f"{title}\n{cache_plan(plan, phase)}", flush=True)
+    return planned
+
+
 def show_plan(config: Config, _: argparse.Namespace) -> dict[str, Any]:
     """Probe the teachers and print what filling the cache will take; refuse what cannot fit."""
-    plan = plan_cache(config, cache_store(config))
-    print(f"plan\n{cache_plan(plan, config)}", flush=True)
-    teachers = estimate_cache(plan, config)
-    print(cost_plan(plan, config, teachers), flush=True)
-    check_space(plan)
+    planned = _planned(config)
+    teachers, rates = [], []
+    for phase, plan in planned:
+        estimates = estimate_cache(plan, phase)
+        print(cost_plan(plan, phase, estimates), flush=True)
+        teachers += estimates
+        rates.append(read_rate(plan, phase, estimates))
+    plans = [plan for _, plan in planned]
+    check_space(*plans)
     known = [teacher.gpu_hours for teacher in teachers if teacher.gpu_hours is not None]
     hours = sum(known) if len(known) == len(teachers) else None
     return {
         "shards_missing": sum(teacher.missing for teacher in teachers),
-        "missing_bytes": missing_bytes(plan),
-        "free_bytes": plan.store.free_bytes(),
+        "missing_bytes": missing_bytes(*plans),
+        "free_bytes": plans[0].store.free_bytes(),
         "bytes_per_view": {teacher.label: teacher.view_bytes for teacher in teachers},
         "gpu_hours": hours,
         "price": None if hours is None else hours * config.plan.gpu_hour_price,
-        "read_bytes_per_second": read_rate(plan, config, teachers),
+        "read_bytes_per_second": max(rates),
     }
 
 
 def verify(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """Check the cache of the recipe; with --repair, compute what is broken again."""
-    plan = plan_cache(config, cache_store(config))
-    check_begun(plan)
-    print(f"plan\n{cache_plan(plan, config)}", flush=True)
+    planned = _planned(config)
+    for _, plan in planned:
+        check_begun(plan)
+    found, left = [], 0
     with connect():
-        found = verify_cache(plan, config)
-        _show_findings("findings", found)
-        left = found.findings
-        if options.repair and found.findings:
-            mended = repair_cache(plan, config, found)
-            left = mended.findings
-            _show_findings("after the repair", mended)
+        for phase, plan in planned:
+            found.append(verify_cache(plan, phase))
+            _show_findings("findings", found[-1])
+            left += len(_repaired(phase, plan, found[-1]) if options.repair else found[-1].findings)
+    findings = sum(len(part.findings) for part in found)
     return {
         "ok": not left,
-        "files": found.files,
-        "rows_recomputed": found.recomputed,
-        "not_recomputed": sorted(found.skipped),
-        "findings": len(found.findings),
-        "repaired": len(found.findings) - len(left) if options.repair else 0,
+        "files": sum(part.files for part in found),
+        "rows_recomputed": sum(part.recomputed for part in found),
+        "not_recomputed": sorted({name for part in found for name in part.skipped}),
+        "findings": findings,
+        "repaired": findings - left if options.repair else 0,
     }
+
+
+def _repaired(config: Config, plan: CachePlan, found: Verification) -> list[Finding]:
+    """What is left after the repair."""
+    if not found.findings:
+        return []
+    mended = repair_cache(plan, config, found)
+    _show_findings("after the repair", mended)
+    return list(mended.findings)
 
 
 def _show_findings(title: str, found: Verification) -> None:

@@ -2,8 +2,10 @@
 
     python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s teachers.0.weights=random
 
-Every field has a type, a default and one line of meaning, which `--help` prints. An unknown key, a wrong type or a
-value out of range raises :class:`~pipeline.errors.UserError` that names the key and, where one is near, the right one.
+A recipe that names another beside it as its `base` gives only what differs; its `phases` are stages of the training,
+each the fields that it changes. Every field has a type, a default and one line of meaning, which `--help` prints. An
+unknown key, a wrong type or a value out of range raises :class:`~pipeline.errors.UserError` that names the key and,
+where one is near, the right one.
 """
 
 from __future__ import annotations
@@ -11,14 +13,25 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import UserError
 
@@ -27,6 +40,13 @@ class Section(BaseModel):
     """A group of fields; unknown keys are refused and values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""In [0, 1]."""
+
+Schedule = NonNegativeFloat | dict[Share, NonNegativeFloat]
+"""A weight, or weights by the share of the training that is behind them, linear in between: {0: 1, 0.5: 0.2}."""
 
 
 class SamplesConfig(Section):
@@ -57,16 +77,23 @@ class TeacherConfig(Section):
     """One teacher; a plain string in `teachers` is its `model`."""
 
     model: str = Field(
-        description="dinov2[/vitb14_reg], clip[/ViT-L-14@openai], sam[/vit_b], hog, timm/<name> or package.module:factory"
+        description="dinov2[/vitb14_reg], clip[/ViT-L-14@openai], sam[/vit_b], hog, timm/<name>, student (an exported one) "
+        "or package.module:factory"
     )
-    weights: str = Field("pretrained", description="pretrained, random[:seed] (untrained), or a checkpoint file")
+    weights: str = Field(
+        "pretrained",
+        description="pretrained, random[:seed] (untrained), a checkpoint file, or the folder of an exported student",
+    )
     input_size: int | None = Field(None, ge=1, description="side of the teacher's input in pixels; none: as published")
     pool: int | None = Field(None, ge=1, description="side of the square of patches averaged into one; none: default")
     args: dict[str, Any] = Field({}, description="arguments passed to the library's model constructor")
     codec: str | None = Field(None, description="how its features are stored; none: cache.codec")
-    weight: float = Field(1.0, ge=0, description="weight of this teacher in the loss")
-    summary_weight: float = Field(1.0, ge=0, description="weight of its summary loss within it")
-    patch_weight: float = Field(1.0, ge=0, description="weight of its patch loss within it")
+    weight: Schedule = Field(
+        1.0,
+        description="weight of this teacher in the loss; {0: 1, 0.5: 0.2}: by the share of the training done, linear",
+    )
+    summary_weight: Schedule = Field(1.0, description="weight of its summary loss within it, in the same forms")
+    patch_weight: Schedule = Field(1.0, description="weight of its patch loss within it, in the same forms")
 
 
 class ViewsConfig(Section):
@@ -78,6 +105,7 @@ class ViewsConfig(Section):
     min_area: float = Field(0.35, gt=0, le=1, description="smallest share of the image's area in a crop")
     max_ratio: float = Field(4 / 3, ge=1, description="largest ratio of a crop's sides")
     flip: float = Field(0.5, ge=0, le=1, description="probability that a crop is mirrored")
+    per_step: int = Field(1, ge=1, description="crops of an image in one step, for which it is decoded once")
 
 
 class CacheConfig(Section):
@@ -99,27 +127,117 @@ class StudentConfig(Section):
     input_size: int = Field(256, ge=16, description="side of the student's input in pixels")
     args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
     token_dim: int = Field(256, ge=1, description="channels of the tokens that the neck fuses for the patch heads")
+    taps: list[Literal[4, 8, 16, 32]] = Field(
+        [16, 32], min_length=1, description="strides of the pyramid that the neck fuses into tokens of stride 16"
+    )
     head_dim: int = Field(1024, ge=1, description="hidden channels of the distillation heads")
+    keep_heads: bool = Field(False, description="export neck and heads too, beside the student")
+
+
+class LossConfig(Section):
+    """How the student's predictions are compared with the teachers' features: see pipeline/distill/loss.py."""
+
+    standardise: Literal["mean_std", "phi_s"] = Field(
+        "mean_std", description="targets: by each channel's deviation, or rotated to one scale (PHI-S)"
+    )
+    patches: dict[str, NonNegativeFloat] = Field(
+        {"cosine": 0.9, "smooth_l1": 0.1}, description="weight of each loss of a patch: cosine, smooth_l1, mse"
+    )
+    summary: dict[str, NonNegativeFloat] = Field(
+        {"cosine": 1.0},
+        description="weight of each loss of a summary: the same, and relation (to a queue of past ones)",
+    )
+    queue: int = Field(4096, ge=1, description="past summaries of each teacher that relation compares with")
+    temperature: float = Field(0.07, gt=0, description="temperature of relation's softmax")
+    drop: Share = Field(
+        0.0, description="teacher dropping: of an image the worst is kept, each other dropped with this"
+    )
+
+
+class AugmentConfig(Section):
+    """Photometric augmentation of the student's images; the teachers saw the clean view."""
+
+    jitter: Share = Field(0.0, description="probability that an image's colours are jittered; 0.8 is usual")
+    brightness: float = Field(0.4, ge=0, description="largest relative change of brightness")
+    contrast: float = Field(0.4, ge=0, description="largest relative change of contrast")
+    saturation: float = Field(0.2, ge=0, description="largest relative change of saturation")
+    hue: float = Field(0.1, ge=0, le=0.5, description="largest turn of the hue, as a share of the circle")
+    grey: Share = Field(0.0, description="probability that an image loses its colour; 0.2 is usual")
+    blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")
 
 
 class TrainConfig(Section):
     """The training run."""
 
     epochs: int = Field(30, ge=1, description="passes over the training images")
-    batch_size: int = Field(256, ge=2, description="images per step over all workers")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW at this batch size")
+    batch_size: int = Field(256, ge=2, description="images per step over all workers, however many there are")
+    micro_batch: int | None = Field(
+        None, ge=1, description="most images per forward of a worker, gradients are accumulated; none: all at once"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW at train.lr_batch_size")
+    lr_batch_size: int | None = Field(
+        None, ge=1, description="batch size that train.lr is for, scaled linearly to train.batch_size; none: as it is"
+    )
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: float = Field(1.5, ge=0, description="epochs of linear warm-up")
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay; none on norms and biases")
     clip_grad: float = Field(1.0, gt=0, description="largest L2 norm of the gradient")
     ema_decay: float = Field(0.9998, ge=0, lt=1, description="decay of the averaged student that is evaluated and kept")
-    workers: int = Field(0, ge=0, description="training workers; 0: one per GPU, one without GPUs")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="arithmetic of the student; auto: bfloat16 where the device is fast in it"
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = Field(
+        0, description="training workers, or [least, most] as the cluster has them; 0: one per GPU, one without GPUs"
     )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="arithmetic of the student; auto: bfloat16 or float16 where the device is fast in it"
+    )
+    compile: bool = Field(False, description="whether torch.compile compiles the student and the loss")
     shuffle_window: int = Field(1024, ge=1, description="images shuffled together after the shuffle of row groups")
     checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: at epoch ends")
     keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints that are kept")
+    best_metric: str | None = Field(
+        None, description="evaluated metric (knn, ...) whose best checkpoint is kept as well; none: the latest alone"
+    )
+    best_is: Literal["highest", "lowest"] = Field("highest", description="which value of train.best_metric is best")
+
+    @field_validator("workers")
+    @classmethod
+    def _least_before_most(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"[least, most] must not be {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _equal_shares(self) -> TrainConfig:
+        check_shares(self.batch_size, self.most_workers or 1)
+        return self
+
+    @property
+    def most_workers(self) -> int:
+        """Most workers that are asked for; 0: as many as there are GPUs."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate at `batch_size`: scaled linearly from `lr_batch_size` (Goyal et al. 2017, section 2.1)."""
+        return self.lr * self.batch_size / (self.lr_batch_size or self.batch_size)
+
+    @property
+    def lr_rule(self) -> str:
+        """How `peak_lr` came about, in words."""
+        peak = f"{self.peak_lr:.3g} at {self.batch_size} images a step"
+        scaled = f", scaled linearly from {self.lr:.3g} at {self.lr_batch_size}"
+        return peak + (scaled if self.lr_batch_size else ", as given")
+
+
+def check_shares(batch_size: int, shares: int) -> None:
+    """Refuse a global batch that is not shared equally.
+
+    Raises:
+        ValueError: naming the nearest batch sizes that are.
+    """
+    if batch_size % shares or batch_size < shares:
+        below = batch_size // shares * shares
+        near = " or ".join(str(size) for size in (below, below + shares) if size)
+        raise ValueError(f"train.batch_size={batch_size} cannot be shared equally by {shares} workers; {near} can")
 
 
 class KnnConfig(Section):
@@ -183,6 +301,10 @@ class BenchmarkConfig(Section):
     rounds: int = Field(11, ge=1, description="interleaved visits of each model; the median is reported")
 
 
+PHASE_FIELDS = ("data", "teachers", "views", "cache", "student.input_size", "loss", "augment", "train")
+"""What a phase may change: all but what makes the network and the run what they are."""
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -196,12 +318,18 @@ class Config(Section):
     views: ViewsConfig = ViewsConfig()
     cache: CacheConfig = CacheConfig()
     student: StudentConfig = StudentConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
     knn: KnnConfig = KnnConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     plan: PlanConfig = PlanConfig()
+    phases: list[dict[str, Any]] = Field(
+        [],
+        description="stages of the training, each the fields that it changes: [{train.epochs: 25}, {student.input_size: 384}]",
+    )
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -215,6 +343,33 @@ class Config(Section):
         """Held-out images: `data.val`, or the generator's own where the training images are generated."""
         generated = self.data.train == "samples" and self.data.samples.val > 0
         return self.data.val or ("samples" if generated else None)
+
+    def phase_configs(self) -> tuple[Config, ...]:
+        """The configuration of every phase: the recipe with what the phase changes, and itself where there is none.
+
+        Raises:
+            UserError: for what a phase cannot change, or what would not do in a recipe either.
+        """
+        if not self.phases:
+            return (self,)
+        return tuple(self._phase(number, changes) for number, changes in enumerate(self.phases))
+
+    def _phase(self, number: int, changes: dict[str, Any]) -> Config:
+        tree = self.model_dump(exclude={"phases"})
+        where = f"phases.{number}"
+        for key, value in _leaves(changes):
+            if not key.startswith(PHASE_FIELDS):
+                raise UserError(
+                    f"{where}: {key} cannot change between phases; a phase may change {', '.join(PHASE_FIELDS)}"
+                )
+            try:
+                _assign(tree, key, value)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            raise UserError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
 
     def fingerprint(self) -> str:
         """Digest of every field that decides what the run computes; a rerun of equal digest is the same run."""
@@ -235,22 +390,34 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
             raise UserError(f"'{override}' is neither a recipe (.yaml) nor an override (key=value), see --help")
         _assign(tree, key, _parse(override, text))
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+    config.phase_configs()
+    return config
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a recipe, over that of the one beside it that it names as its `base`."""
     if not path.is_file():
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        raise UserError(f"recipe {path} does not exist" + (f"; there are {', '.join(known)}" if known else ""))
+        named = f", the base of {above[-1]}," if above else ""
+        raise UserError(f"recipe {path}{named} does not exist" + (f"; there are {', '.join(known)}" if known else ""))
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} must be a mapping of fields, such as `train: {{epochs: 5}}`")
-    return tree
+    if "base" not in tree:
+        return tree
+    base = path.parent / str(tree.pop("base"))
+    if base in (*above, path):
+        raise UserError(f"recipe {path}: base: {base} is based on this recipe itself")
+    whole = _read_recipe(base, (*above, path))
+    for key, value in _leaves(tree):
+        _assign(whole, key, value)
+    return whole
 
 
 def _parse(override: str, text: str) -> Any:
@@ -258,6 +425,18 @@ def _parse(override: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}' is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of the fields that a tree gives, whether it nests its sections or has dotted keys itself."""
+    known = [name for name, *_ in iter_fields()]
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        section = re.sub(r"\.\d+(?=\.|$)", ".0", key) + "."
+        if isinstance(value, dict) and any(field.startswith(section) for field in known):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -329,10 +508,12 @@ def _is_section(annotation: Any) -> bool:
 def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return "|".join(str(value) for value in typing.get_args(annotation))
-    if isinstance(annotation, types.UnionType):
+    if typing.get_origin(annotation) is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return "|".join("none" if arg is type(None) else _type_name(arg) for arg in typing.get_args(annotation))
-    if typing.get_origin(annotation) in (list, dict):
-        return {list: "list", dict: "mapping"}[typing.get_origin(annotation)]
+    if typing.get_origin(annotation) in (list, tuple, dict):
+        return {list: "list", tuple: "list", dict: "mapping"}[typing.get_origin(annotation)]
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -72,7 +72,7 @@ def _start(config: Config, name: str) -> tuple[Run, RunState, str]:
 def _ended(run: Run) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         run.finish("KILLED")
         raise
     except BaseException:

@@ -1,15 +1,35 @@
 import io
 import json
 import math
+import os
+import signal
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pyarrow import fs
+from timm.scheduler import StepLRScheduler
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config import TrainConfig
-from pipeline.training import DivergedError, Snapshot, Worker, fit, load_state, train
+from pipeline.cache.reader import Batch
+from pipeline.config import TrainConfig, load_config
+from pipeline.errors import UserError
+from pipeline.training import (
+    STATE_FILE,
+    STOP,
+    DivergedError,
+    StoppedError,
+    Worker,
+    fit,
+    load_state,
+    split_batch,
+    train,
+)
+from pipeline.training.ray_train import _on_sigterm, _shares, _StopFile, keep_best
 from tests.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_tiny_task
 
 CHECKPOINTS = [
@@ -22,6 +42,9 @@ CHECKPOINTS = [
     "checkpoint-0003-000000",
 ]
 """Of 3 epochs of 6 steps with a checkpoint every 4 steps and at epoch ends."""
+
+
+TIMES = ("images_per_second", "data_wait_share", "forward_share", "backward_share")
 
 
 def _config(**changes):
@@ -39,7 +62,7 @@ def _through_bytes(state):
 
 def _keep(snapshots):
     """A commit that keeps every snapshot as its file would hold it."""
-    return lambda given: snapshots.append(Snapshot(given.name, _through_bytes(given.state), given.history))
+    return lambda given: snapshots.append(replace(given, state=_through_bytes(given.state)))
 
 
 def _train(task, config, state=None):
@@ -84,19 +107,38 @@ def test_an_interrupted_run_ends_as_one_that_was_not(whole, survived):
 
 
 def _without_times(metrics):
-    return {name: value for name, value in metrics.items() if name not in ("images_per_second", "data_wait_share")}
+    return {name: value for name, value in metrics.items() if name not in TIMES}
 
 
 def test_a_finished_run_does_nothing_more(whole):
     assert _train(TinyTask(), _config(checkpoint_steps=4), whole[-1].state) == []
 
 
-def test_random_state_and_optimizer_are_part_of_a_checkpoint(whole):
-    for part in ("rng", "optimizer"):
-        fresh = whole[0].state[part]
-        rest = _train(TinyTask(), _config(checkpoint_steps=4), {**whole[2].state, part: fresh})
-        with pytest.raises(AssertionError):
-            _assert_equal(rest[-1].state, whole[-1].state)
+def test_the_optimizer_is_part_of_a_checkpoint(whole):
+    rest = _train(TinyTask(), _config(checkpoint_steps=4), {**whole[2].state, "optimizer": whole[0].state["optimizer"]})
+    with pytest.raises(AssertionError):
+        _assert_equal(rest[-1].state, whole[-1].state)
+
+
+def test_what_a_forward_draws_is_decided_by_seed_step_and_share():
+    class Drawing(TinyTask):
+        def loss(self, module, batch, device):
+            drawn.append(torch.rand(()).item())
+            return super().loss(module, batch, device)
+
+    def draw(seed, shares):
+        drawn.clear()
+        tasks = [Drawing(rank, shares) for rank in range(shares)]
+        tasks[0].seed = seed
+        train(tasks[0], _config(epochs=1), Worker(shares=shares), None, lambda _: None, tasks[1:])
+        return list(drawn)
+
+    drawn: list[float] = []
+    first = draw(0, 2)
+    assert len(set(first)) == len(first) == 2 * STEPS
+    assert draw(0, 2) == first
+    assert draw(0, 1) == first[::2]
+    assert not set(draw(1, 2)) & set(first)
 
 
 def test_every_step_is_logged_once_with_what_it_cost(whole):
@@ -107,7 +149,7 @@ def test_every_step_is_logged_once_with_what_it_cost(whole):
         assert metrics["samples_seen"] == step * BATCH
         assert metrics["epoch"] == pytest.approx(step / STEPS)
         assert metrics["images_per_second"] > 0
-        assert 0 <= metrics["data_wait_share"] <= 1
+        assert 0 < sum(metrics[name] for name in TIMES[1:]) <= 1
         assert metrics["grad_norm"] > 0
 
 
@@ -116,29 +158,40 @@ def test_a_long_epoch_is_logged_in_fifty_means(monkeypatch):
     (single,) = [s for s in _train(TinyTask(), _config(epochs=1)) if s.name == "checkpoint-0001-000000"]
     points = [(step, metrics) for step, metrics in single.history if "loss" in metrics]
     assert [step for step, _ in points] == list(range(2, 121, 2))
-    monkeypatch.setattr("pipeline.training.POINTS_PER_EPOCH", 120)
+    monkeypatch.setattr("pipeline.training.meter.POINTS_PER_EPOCH", 120)
     fine = [metrics["loss"] for _, metrics in _history(_train(TinyTask(), _config(epochs=1))) if "loss" in metrics]
     assert [metrics["loss"] for _, metrics in points] == pytest.approx(
         [(a + b) / 2 for a, b in zip(fine[::2], fine[1::2], strict=True)], rel=1e-5
     )
 
 
-def test_time_spent_waiting_for_data_is_told_from_work(monkeypatch):
+def test_the_time_of_a_step_is_told_by_data_forward_and_backward(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("pipeline.training.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("pipeline.training.meter.time.perf_counter", lambda: now[0])
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            now[0] += 2
+            return gradient
 
     class SlowData(TinyTask):
         def batch(self, epoch, number, rank):
-            now[0] += 3
+            now[0] += 5
             return super().batch(epoch, number, rank)
 
         def loss(self, module, batch, device):
             now[0] += 1
-            return super().loss(module, batch, device)
+            loss, parts = super().loss(module, batch, device)
+            return Slow.apply(loss), parts
 
     points = [metrics for _, metrics in _history(_train(SlowData(), _config(epochs=1))) if "loss" in metrics]
-    assert {metrics["data_wait_share"] for metrics in points} == {0.75}
-    assert {metrics["images_per_second"] for metrics in points} == {BATCH / 4}
+    for metrics in points:
+        assert [metrics[name] for name in TIMES] == [BATCH / 8, 5 / 8, 1 / 8, 2 / 8]
 
 
 def test_evaluation_comes_before_training_and_after_each_epoch_on_the_averaged_weights():
@@ -171,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_images():
 
 
 def test_a_checkpoint_never_holds_weights_of_a_loss_that_is_not_finite(monkeypatch):
-    monkeypatch.setattr("pipeline.training.POINTS_PER_EPOCH", 1)
+    monkeypatch.setattr("pipeline.training.meter.POINTS_PER_EPOCH", 1)
     snapshots = []
     with pytest.raises(DivergedError, match="nan at step 4; the batch holds e0-b3-r0-0"):
         train(TinyTask(poison={0: 3}), _config(checkpoint_steps=2), Worker(), None, _keep(snapshots))
@@ -250,12 +303,30 @@ def test_precision_is_that_of_the_forward_and_weights_stay_float32(precision, dt
 
 
 def test_other_ranks_neither_evaluate_nor_keep_state(monkeypatch):
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_: None)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.mul_(2))  # as if rank 0 had the same
     task, snapshots = TinyTask(rank=1, world=2), []
     train(task, _config(epochs=1), Worker(rank=1, world=2), None, snapshots.append)
     assert task.judged == []
     assert [snapshot.state for snapshot in snapshots] == [None, None]
     assert snapshots[-1].history[-1][1]["samples_seen"] == STEPS * BATCH * 2
+
+
+def test_a_task_may_evaluate_on_every_rank_and_have_a_schedule_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.mul_(2))
+
+    class Everywhere(TinyTask):
+        evaluates_everywhere = True
+
+        def schedule(self, optimizer, config):
+            return StepLRScheduler(optimizer, decay_t=3, decay_rate=0.1, t_in_epochs=False)
+
+    task, snapshots = Everywhere(rank=1, world=2), []
+    train(task, _config(epochs=1), Worker(rank=1, world=2), None, snapshots.append)
+    assert len(task.judged) == 2
+    assert (task.worker.rank, task.worker.world) == (1, 2)
+    assert "score" not in {name for _, metrics in _history(snapshots) for name in metrics}
+    rates = [metrics["learning_rate"] for _, metrics in _losses(snapshots)]
+    assert rates == pytest.approx([0.05] * 3 + [0.005] * 3)
 
 
 PLAIN = {"dropout": 0.0, "batch_norm": False}
@@ -276,7 +347,8 @@ def ray_runs(ray_session, tmp_path_factory):
     def start(name, **task):
         (folder / name).mkdir()
         payload = {"folder": str(folder / name), **PLAIN, **task}
-        checkpoint = fit(make_tiny_task, payload, _config(workers=2, checkpoint_steps=4), str(folder / "train"), commit)
+        config = _config(workers=2, checkpoint_steps=4, best_metric="score", keep_checkpoints=2)
+        checkpoint = fit(make_tiny_task, payload, config, str(folder / "train"), commit)
         with checkpoint.as_directory() as directory:
             return load_state(directory)
 
@@ -288,6 +360,22 @@ def ray_runs(ray_session, tmp_path_factory):
 def test_on_ray_a_loss_that_is_not_finite_stops_all_workers_at_once_naming_its_batch(ray_runs):
     assert "nan at step 6; the batch holds e0-b5-r1-0" in ray_runs.error
     assert [lines(ray_runs.folder / "diverged", "made", rank) for rank in (0, 1)] == [["made"]] * 2
+
+
+def test_on_ray_divergence_leaves_keys_and_states_beside_the_checkpoints(ray_runs):
+    file = ray_runs.folder / "train" / "diverged-step-00000006.pt"
+    assert str(file) in ray_runs.error
+    content = torch.load(file, weights_only=True)
+    assert content["diverged"]["keys"] == [f"e0-b5-r1-{number}" for number in range(BATCH)]
+    assert all(torch.isfinite(value).all() for value in content["model"].values())
+
+
+def test_on_ray_the_best_checkpoint_is_kept_beside_the_latest(ray_runs):
+    evaluations = ray_runs.state["evaluations"]
+    best = max(range(len(evaluations)), key=lambda number: evaluations[number][1]["score"])
+    (kept,) = (ray_runs.folder / "train" / "best").iterdir()
+    assert kept.name == f"checkpoint-000{best}-000000"
+    assert load_state(kept)["position"]["step"] == evaluations[best][0]
 
 
 def test_on_ray_a_second_start_goes_on_from_the_last_checkpoint(ray_runs):
@@ -312,3 +400,259 @@ def test_two_workers_train_as_one_on_both_batches(ray_runs):
     whole = _train(WholeBatches(**PLAIN), _config())[-1].state
     for part in ("model", "ema"):
         torch.testing.assert_close(ray_runs.state[part], whole[part], rtol=1e-4, atol=1e-6)
+
+
+PLAIN_STEP = {"epochs": 1, "batch_size": 4, "clip_grad": 100.0}
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_accumulated_gradients_train_as_whole_batches_however_unequal_the_pieces(micro):
+    whole = _train(TinyTask(**PLAIN), _config(**PLAIN_STEP))
+    cut = _train(TinyTask(**PLAIN), _config(**PLAIN_STEP, micro_batch=micro))
+    for part in ("model", "ema"):
+        torch.testing.assert_close(cut[-1].state[part], whole[-1].state[part], rtol=1e-5, atol=1e-6)
+    for (_, metrics), (_, same) in zip(_losses(cut), _losses(whole), strict=True):
+        for name in ("loss", "loss/half", "grad_norm", "samples_seen"):
+            assert metrics[name] == pytest.approx(same[name], rel=1e-4)
+
+
+def test_an_interrupted_run_with_accumulation_ends_as_one_that_was_not():
+    config = _config(checkpoint_steps=4, micro_batch=3)
+    whole = _train(TinyTask(), config)
+    rest = _train(TinyTask(), config, whole[3].state)
+    _assert_equal(rest[-1].state, whole[-1].state)
+    both = _losses(whole[:4]) + _losses(rest)
+    assert [metrics["loss"] for _, metrics in both] == [metrics["loss"] for _, metrics in _losses(whole)]
+
+
+def _losses(snapshots):
+    return [(step, metrics) for step, metrics in _history(snapshots) if "loss" in metrics]
+
+
+def test_a_batch_is_cut_with_all_that_it_holds():
+    batch = Batch(
+        ["a", "b", "c"],
+        torch.arange(3),
+        torch.arange(3) + 10,
+        {"teacher": {"summary": torch.arange(6).reshape(3, 2)}},
+        (0, 1),
+    )
+    first, second = split_batch(batch, 2)
+    assert (first.keys, second.keys) == (["a"], ["b", "c"])
+    assert second.images.tolist() == [1, 2]
+    assert second.labels.tolist() == [11, 12]
+    assert second.features["teacher"]["summary"].tolist() == [[2, 3], [4, 5]]
+    assert first.place == second.place == batch.place
+    assert [piece.keys for piece in split_batch(batch, 9)] == [["a"], ["b"], ["c"]]
+
+
+def test_every_worker_runs_equally_many_forwards_a_step():
+    def pieces(rank, world, shares, most=None):
+        return Worker(rank, world, shares=shares).pieces(16, most)
+
+    assert pieces(0, 1, 1) == [1]
+    assert pieces(0, 1, 1, 5) == [4]
+    assert pieces(0, 1, 3, 8) == [2, 2, 2]
+    assert [pieces(rank, 2, 3) for rank in (0, 1)] == [[1, 1], [2]]
+    assert [pieces(rank, 2, 5) for rank in (0, 1)] == [[1, 1, 1], [2, 1]]
+    shares = [list(Worker(rank, 3, shares=8).own_shares) for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_one_worker_with_two_shares_trains_as_on_both_batches():
+    config = _config(**PLAIN_STEP, micro_batch=3)
+    shared = []
+    others = [TinyTask(1, 2, **PLAIN)]
+    train(TinyTask(0, 2, **PLAIN), config, Worker(shares=2), None, _keep(shared), others)
+    whole = _train(WholeBatches(**PLAIN), _config(**PLAIN_STEP))
+    torch.testing.assert_close(shared[-1].state["ema"], whole[-1].state["ema"], rtol=1e-5, atol=1e-6)
+    assert shared[-1].state["position"] == {"epoch": 1, "batch": 0, "step": STEPS, "samples": STEPS * 2 * BATCH}
+    assert [metrics["loss"] for _, metrics in _losses(shared)] == pytest.approx(
+        [metrics["loss"] for _, metrics in _losses(whole)], rel=1e-4
+    )
+
+
+def _two_of_three(rank, folder):
+    """One of two workers that go on with three shares; rank 0 keeps its snapshots in files."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    worker = Worker(rank, 2, wrap=partial(DistributedDataParallel, find_unused_parameters=True), shares=3)
+    tasks = [TinyTask(share, 3, **PLAIN) for share in worker.own_shares]
+
+    def commit(snapshot):
+        if not rank:
+            torch.save((snapshot.state, snapshot.history), Path(folder, snapshot.name))
+
+    train(tasks[0], _config(batch_size=12, checkpoint_steps=4), worker, load_state(folder), commit, tasks[1:])
+    torch.distributed.destroy_process_group()
+
+
+def test_workers_that_are_lost_in_mid_epoch_change_nothing_of_what_is_trained(tmp_path):
+    config, snapshots = _config(batch_size=12, checkpoint_steps=4), []
+    others = [TinyTask(share, 3, **PLAIN) for share in (1, 2)]
+    train(TinyTask(0, 3, **PLAIN), config, Worker(shares=3), None, _keep(snapshots), others)
+    torch.save(snapshots[1].state, tmp_path / STATE_FILE)
+    torch.multiprocessing.spawn(_two_of_three, (str(tmp_path),), nprocs=2)
+    for snapshot in snapshots[2:]:
+        state, history = torch.load(tmp_path / snapshot.name, weights_only=True)
+        assert state["position"] == snapshot.state["position"]
+        for part in ("model", "ema"):
+            torch.testing.assert_close(state[part], snapshot.state[part], rtol=1e-4, atol=1e-5)
+        for (step, metrics), (same_step, same) in zip(history, snapshot.history, strict=True):
+            assert step == same_step
+            for name in set(metrics) - set(TIMES):
+                assert metrics[name] == pytest.approx(same[name], rel=1e-3)
+
+
+def test_float16_scales_the_loss_and_a_step_that_overflows_changes_nothing():
+    class Overflowing(TinyTask):
+        def loss(self, module, batch, device):
+            loss, parts = super().loss(module, batch, device)
+            return loss * (1e38 if batch.keys[0].startswith("e0-b2") else 1), parts
+
+    task = Overflowing(**PLAIN)
+    snapshots = _train(task, _config(epochs=1, precision="float16", checkpoint_steps=1))
+    assert task.module.dtypes == {torch.float16}
+    scales = [snapshot.state["scaler"]["scale"] for snapshot in snapshots]
+    assert scales == [65536.0] * 3 + [32768.0] * 4
+    before, after, later = (snapshots[step].state["model"]["out.weight"] for step in (2, 3, 4))
+    assert torch.equal(before, after)
+    assert not torch.equal(after, later)
+    assert all(value.dtype == torch.float32 for value in snapshots[-1].state["model"].values())
+
+
+def test_a_compiled_module_trains_as_one_that_is_not(monkeypatch):
+    compiled = []
+
+    def compile_eagerly(module):
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    task = TinyTask()
+    state = _train(task, _config(epochs=1, compile=True))[-1].state
+    assert compiled == [task.module]
+    whole = _train(TinyTask(), _config(epochs=1))[-1].state
+    torch.testing.assert_close(state["ema"], whole["ema"])
+
+
+def test_the_learning_rate_is_scaled_linearly_from_the_batch_that_it_is_for(capsys):
+    task, config = TinyTask(), _config(epochs=1, batch_size=4, lr=0.08, lr_batch_size=16, warmup_epochs=0)
+    assert config.peak_lr == pytest.approx(0.02)
+    assert _losses(_train(task, config))[0][1]["learning_rate"] == pytest.approx(0.02)
+    assert "learning rate 0.02 at 4 images a step, scaled linearly from 0.08 at 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("best", "expected"), [("highest", [0, 1, 3]), ("lowest", [0, 2])])
+def test_a_snapshot_knows_whether_it_is_the_best(best, expected):
+    scores = iter([2.0, 3.0, 1.0, 4.0])
+    task = TinyTask()
+    task.evaluate = lambda module: {"score": next(scores)}
+    snapshots = _train(task, _config(best_metric="score", best_is=best, checkpoint_steps=4))
+    ends = [snapshot for snapshot in snapshots if snapshot.state["position"]["batch"] == 0]
+    assert [number for number, snapshot in enumerate(ends) if snapshot.best] == expected
+    assert not any(snapshot.best for snapshot in snapshots if snapshot not in ends)
+
+
+def test_a_best_metric_that_is_not_evaluated_is_refused_before_training():
+    with pytest.raises(UserError, match=r"train.best_metric=knn is not among what is evaluated: score"):
+        _train(TinyTask(), _config(best_metric="knn"))
+
+
+def test_the_best_checkpoint_lies_beside_the_latest_alone(tmp_path):
+    local = fs.LocalFileSystem()
+    for number in (1, 2):
+        checkpoint = tmp_path / f"checkpoint-000{number}-000000"
+        checkpoint.mkdir()
+        torch.save({"number": number}, checkpoint / STATE_FILE)
+        keep_best(local, str(checkpoint))
+    (best,) = (tmp_path / "best").iterdir()
+    assert load_state(best) == {"number": 2}
+
+
+def test_raw_weights_are_judged_beside_the_averaged_ones():
+    class Both(TinyTask):
+        watched: tuple = ()
+
+        def evaluate_raw(self, module):
+            assert module is self.module
+            assert not module.training
+            return {"raw": 1.0}
+
+        def watch(self, module, evaluations):
+            self.watched = (*self.watched, [step for step, _ in evaluations])
+
+    task = Both()
+    evaluations = _train(task, _config())[-1].state["evaluations"]
+    assert ["raw" in metrics for _, metrics in evaluations] == [False, True, True, True]
+    assert task.watched == ([0], [0, 6], [0, 6, 12], [0, 6, 12, 18])
+    assert task.module.training is False
+
+
+def test_a_notice_saves_once_and_training_goes_on(monkeypatch):
+    monkeypatch.setattr("pipeline.training.loop.SECONDS_BETWEEN_NOTICES", 0.0)
+    notices, snapshots = iter([None, "node a", "node a", "node b", *[None] * 99]), []
+    train(TinyTask(), _config(epochs=2), Worker(notice=lambda: next(notices)), None, _keep(snapshots))
+    names = [snapshot.name for snapshot in snapshots]
+    assert names == [f"checkpoint-000{at}" for at in ("0-000000", "0-000002", "0-000004", "1-000000", "2-000000")]
+
+
+def test_after_the_notice_to_stop_a_second_start_ends_as_an_uninterrupted_run(whole, monkeypatch):
+    monkeypatch.setattr("pipeline.training.loop.SECONDS_BETWEEN_NOTICES", 0.0)
+    notices, snapshots = iter([None] * 8 + [STOP]), []
+    with pytest.raises(StoppedError, match="stopped at step 10 and goes on from there"):
+        train(TinyTask(), _config(), Worker(notice=lambda: next(notices)), None, _keep(snapshots))
+    assert snapshots[-1].name == "checkpoint-0001-000004"
+    rest = _train(TinyTask(), _config(), snapshots[-1].state)
+    _assert_equal(rest[-1].state, whole[-1].state)
+    assert [step for step, _ in _losses(snapshots + rest)] == list(range(1, 3 * STEPS + 1))
+
+
+def test_the_first_sigterm_writes_the_file_that_stops_workers_and_the_second_is_as_ever(tmp_path, capsys):
+    before, stop = signal.getsignal(signal.SIGTERM), _StopFile(fs.LocalFileSystem(), str(tmp_path / "stop"))
+    stop.remove()
+    with _on_sigterm(stop.write):
+        assert not stop.exists()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert stop.exists()
+    assert "saving a checkpoint" in capsys.readouterr().out
+    stop.remove()
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_run_keeps_the_shares_that_it_started_with(tmp_path):
+    folder = str(tmp_path / "train")
+    assert _shares(_config(batch_size=12, workers=(1, 4)), folder) == 4
+    assert _shares(_config(batch_size=12, workers=2), folder) == 4
+    with pytest.raises(UserError, match=r"train.batch_size=12 cannot be shared equally by 5 workers; 10 or 15 can"):
+        load_config(None, ["train.batch_size=12", "train.workers=[1, 5]"])
+
+
+def test_divergence_leaves_keys_and_states_in_a_file_that_the_error_names(whole):
+    dumped = {}
+
+    def dump(name, content):
+        dumped[name] = _through_bytes(content)
+        return f"there/{name}"
+
+    with pytest.raises(DivergedError, match=r"nan at step 4.*optimiser state are in there/diverged-step-00000004.pt$"):
+        train(TinyTask(poison={0: 3}), _config(), Worker(dump=dump), None, lambda _: None)
+    (content,) = dumped.values()
+    assert content["diverged"]["step"] == 4
+    assert content["diverged"]["keys"] == [f"e0-b3-r0-{number}" for number in range(BATCH)]
+    # The step with the NaN changed nothing: these are the weights that gave it.
+    good = _train(TinyTask(), _config(checkpoint_steps=3))[1].state
+    assert all(torch.equal(content["model"][name], good["model"][name]) for name in ("conv.weight", "out.weight"))
+    assert content["optimizer"]["state"]
+
+
+def test_a_gradient_that_is_not_finite_is_divergence_too():
+    class Steep(TinyTask):
+        def loss(self, module, batch, device):
+            loss, parts = super().loss(module, batch, device)
+            if batch.keys[0].startswith("e0-b2"):
+                loss = loss + (module(batch.pixels) * 0).sum().sqrt()
+            return loss, parts
+
+    with pytest.raises(DivergedError, match=r"its gradient not finite, at step 3; the batch holds e0-b2-r0-0"):
+        _train(Steep(**PLAIN), _config())

@@ -125,7 +125,9 @@ def _plan_split(config: Config, store: Store, split: str, location: str) -> Spli
         samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
     )
     name = f"{data.name}-{split}" if data.name else source.name
-    policy = ViewPolicy(**config.views.model_dump(), seed=config.seed) if split == "train" else WHOLE
+    policy = (
+        ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed) if split == "train" else WHOLE
+    )
     dataset, rows = plan_dataset(store, source, name, config.cache.shard_size, policy)
     return SplitPlan(split, source, rows, dataset)
 

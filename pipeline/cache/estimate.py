@@ -182,24 +182,35 @@ def _silent_teachers() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def missing_bytes(plan: CachePlan) -> int:
-    """Bytes that filling the cache may add, at most.
+def missing_bytes(*plans: CachePlan) -> int:
+    """Bytes that filling the cache for these plans may add, at most; what two of them need counts once.
 
     Images count with the sizes that their index tells; generated scenes have none there, and are small.
     """
-    return sum(_missing_bytes(split, plan.teachers) for split in plan.splits)
+    splits = {split.dataset.store.uri: split for plan in plans for split in plan.splits}
+    parts = {
+        split.dataset.teacher(teacher.id).store.uri: (split, teacher)
+        for plan in plans
+        for split in plan.splits
+        for teacher in plan.teachers
+    }
+    return sum(map(_missing_image_bytes, splits.values())) + sum(
+        _missing_teacher_bytes(*part) for part in parts.values()
+    )
 
 
-def _missing_bytes(split: SplitPlan, teachers: tuple[CachedTeacher, ...]) -> int:
+def _missing_image_bytes(split: SplitPlan) -> int:
     dataset, total = split.dataset, 0
     for shard in split.missing_images():
         part = split.index.slice(shard * dataset.shard_size, dataset.shard_rows(shard))
         total += pc.sum(part["size"]).as_py() + part.num_rows * KEY_BYTES
-    for teacher in teachers:
-        missing = split.missing(teacher)
-        row = teacher.row_bytes(projection_of(dataset.teacher(teacher.id))) + KEY_BYTES
-        total += _views(split, missing) * row + len(missing) * _moments_bytes(teacher)
     return int(total)
+
+
+def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:
+    missing = split.missing(teacher)
+    row = teacher.row_bytes(projection_of(split.dataset.teacher(teacher.id))) + KEY_BYTES
+    return _views(split, missing) * row + len(missing) * _moments_bytes(teacher)
 
 
 def _moments_bytes(teacher: CachedTeacher) -> int:
@@ -208,18 +219,19 @@ def _moments_bytes(teacher: CachedTeacher) -> int:
     return sum(8 * (size * (size + 1) // 2 + size) for size in channels)
 
 
-def check_space(plan: CachePlan) -> None:
+def check_space(*plans: CachePlan) -> None:
     """Refuse to start what cannot fit, or cannot be written.
 
     Raises:
         UserError: where what is missing may take more than is free at a local destination, or that refuses a write.
     """
-    free, need = plan.store.free_bytes(), missing_bytes(plan)
+    store = plans[0].store
+    free, need = store.free_bytes(), missing_bytes(*plans)
     if free is not None and need > free:
         raise UserError(
-            f"{plan.store.uri}: what the cache lacks takes up to {need / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free: "
+            f"{store.uri}: what the cache lacks takes up to {need / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free: "
             "free some, set cache.uri to another place, or choose a smaller cache.codec (jobs/precompute.py --plan compares)"
         )
     if need:
-        plan.store.put(_TRIAL, b"")
-        plan.store.delete(_TRIAL)
+        store.put(_TRIAL, b"")
+        store.delete(_TRIAL)

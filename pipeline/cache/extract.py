@@ -34,6 +34,9 @@ from pipeline.views import View, decode_image, render
 from teachers.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
 from teachers.registry import create_teacher
 
+OWN_TEACHERS = {"student": "pipeline.student.teacher:student"}
+"""Short names of teachers that are made of this package, which `teachers` knows nothing of."""
+
 
 @dataclass(frozen=True)
 class CachedTeacher:
@@ -98,7 +101,7 @@ def make_teacher(config: TeacherConfig) -> Teacher:
         TeacherError: where there is no such teacher or it cannot be made as asked.
     """
     options = config.model_dump(include={"weights", "input_size", "pool", "args"})
-    return create_teacher(config.model, **options)
+    return create_teacher(OWN_TEACHERS.get(config.model, config.model), **options)
 
 
 class Extract:

@@ -69,7 +69,8 @@ def log_quarantine(report: BuildReport, run: Run) -> None:
         run.log_dict(dict(report.quarantined), "quarantine.json")
 
 
-def cache_bytes(plan: CachePlan) -> int:
-    """Bytes of the teacher shards that this plan uses."""
-    folders = [split.dataset.teacher(teacher.id) for split in plan.splits for teacher in plan.teachers]
-    return sum(record.bytes for folder in folders for record in folder.records().values())
+def cache_bytes(*plans: CachePlan) -> int:
+    """Bytes of the teacher shards that these plans use."""
+    folders = [split.dataset.teacher(t.id) for plan in plans for split in plan.splits for t in plan.teachers]
+    every = {folder.store.uri: folder for folder in folders}.values()
+    return sum(record.bytes for folder in every for record in folder.records().values())

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipeline.cache.dataset import Dataset
@@ -46,12 +48,14 @@ class Batch:
         images: [B, 3, H, W] uint8 RGB.
         labels: [B] int64, `NO_LABEL` where there is none.
         features: by teacher id and token type (``summary``, ``patches``), [B, row_bytes] uint8 as stored.
+        place: (epoch, number) in the order of training.
     """
 
     keys: list[str]
     images: Tensor
     labels: Tensor
     features: dict[str, dict[str, Tensor]]
+    place: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,10 @@ class CacheReader:
         window: images shuffled together after the shuffle of row groups.
         rank, world: of this training worker.
         threads: that decode images.
+        per_step: views of an image in one batch, in adjacent rows; divides its views and the batch.
 
     Raises:
-        UserError: where shards are missing, or no rank would get a full batch.
+        UserError: where shards are missing, no rank would get a full batch, or `per_step` does not divide.
     """
 
     def __init__(
@@ -144,9 +149,16 @@ class CacheReader:
         rank: int = 0,
         world: int = 1,
         threads: int = 2,
+        per_step: int = 1,
     ) -> None:
+        views = dataset.policy.rows_per_image
+        if views % per_step or batch_size % per_step:
+            raise UserError(
+                f"views.per_step={per_step} must divide the {views} views of an image (views.crops) and the {batch_size} "
+                "images of a worker's step (train.batch_size, train.workers)"
+            )
         self.image_size, self.batch_size, self.seed, self.window = image_size, batch_size, seed, window
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.per_step = rank, world, per_step
         self.dataset = dataset
         self.images = _Shards(dataset, dataset.images, "images")
         self.rows = _Shards(dataset, dataset.rows, "views") if dataset.policy.crops else None
@@ -178,7 +190,9 @@ class CacheReader:
         units = [self.units[i] for i in self._unit_order(epoch)[self.rank :: self.world]]
         refs, window_start = self._row_order(units, epoch)
         drafts = self._drafts(units, refs, window_start, range(start, self.steps(epoch)))
-        yield from map_ahead(self.assembler, self._finish, drafts, ahead=2)
+        batches = map_ahead(self.assembler, self._finish, drafts, ahead=2)
+        for number, batch in enumerate(batches, start):
+            yield replace(batch, place=(epoch, number))
 
     def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
         """How well this rank's rows of an epoch are shuffled; found from the order alone, without reading anything."""
@@ -208,10 +222,19 @@ class CacheReader:
             refs = np.stack(
                 [np.repeat(np.arange(first, last), sizes), np.concatenate([np.arange(n) for n in sizes])], 1
             )
-            order.append(rng.permutation(refs))
+            order.append(self._shuffled(refs, rng))
             starts.append(np.full(rows, first))
             first = last
         return np.concatenate(order), np.concatenate(starts)
+
+    def _shuffled(self, refs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The rows of a window in training order; those of one image are dealt into groups of `per_step`, anew each epoch."""
+        if self.per_step == 1:
+            return rng.permutation(refs)
+        views = self.dataset.policy.rows_per_image
+        rows = rng.permuted(refs[:, 1].reshape(-1, views), axis=1).reshape(-1)
+        groups = np.stack([refs[:, 0], rows], axis=1).reshape(-1, self.per_step, 2)
+        return rng.permutation(groups).reshape(-1, 2)
 
     def _drafts(
         self, units: Sequence[_Unit], refs: np.ndarray, window_start: np.ndarray, steps: range
@@ -286,14 +309,19 @@ class CacheReader:
 
     def _pixels(self, draft: _Draft) -> Tensor:
         pixels = self.arrays.empty(self.batch_size, 3, self.image_size, self.image_size)
-        work = zip(pixels, draft.images, draft.geometry.tolist(), strict=True)
+        # Adjacent views of one image are decoded once.
+        starts = [i for i, key in enumerate(draft.keys) if i == 0 or key != draft.keys[i - 1]]
+        runs = [slice(*ends) for ends in pairwise([*starts, self.batch_size])]
+        work = ((pixels[run], draft.images[run.start], draft.geometry[run].tolist()) for run in runs)
         for _ in self.decoders.map(self._render, work):
             pass
         return torch.from_numpy(pixels)
 
-    def _render(self, work: tuple[np.ndarray, pa.Scalar, list[float]]) -> None:
-        pixels, image, (left, top, right, bottom, flip) = work
-        pixels[:] = _student_pixels(image.as_py(), View((left, top, right, bottom), bool(flip)), self.image_size)
+    def _render(self, work: tuple[np.ndarray, pa.Scalar, list[list[float]]]) -> None:
+        pixels, data, geometry = work
+        image = decode_image(data.as_py())
+        for place, (left, top, right, bottom, flip) in zip(pixels, geometry, strict=True):
+            place[:] = _rendered(image, View((left, top, right, bottom), bool(flip)), self.image_size)
 
 
 def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -433,4 +461,8 @@ def _same_pairs(counts: np.ndarray) -> float:
 
 
 def _student_pixels(data: bytes, view: View, size: int) -> np.ndarray:
-    return render(decode_image(data), view, (size, size), "bicubic").transpose(2, 0, 1)
+    return _rendered(decode_image(data), view, size)
+
+
+def _rendered(image: Image.Image, view: View, size: int) -> np.ndarray:
+    return render(image, view, (size, size), "bicubic").transpose(2, 0, 1)

@@ -9,70 +9,97 @@ from torch import Tensor, nn
 
 from pipeline.cache.codec import TokenCodec
 from pipeline.cache.extract import CachedTeacher, teacher_labels
-from pipeline.cache.stats import Moments
+from pipeline.config import LossConfig
+from pipeline.distill.balance import drop_coefficients, teacher_weights
 from pipeline.distill.grid import GridRule
-from pipeline.distill.loss import patch_loss, standardise, summary_loss
+from pipeline.distill.loss import RELATIONS, vector_loss
+from pipeline.distill.memory import SummaryQueue
+from pipeline.distill.standardise import Standardiser
 from pipeline.errors import UserError
 from pipeline.student.heads import distillation_head
 from pipeline.student.model import Student, StudentOutput
 
 
 class TeacherTarget(nn.Module):
-    """One teacher's side of the loss: heads onto its features, its frozen statistics, its grid rule and weights."""
-
-    summary_mean: Tensor
-    summary_std: Tensor
-    patches_mean: Tensor
-    patches_std: Tensor
+    """One teacher's side of the loss: heads onto its features, its frozen statistics, its grid rule, its past."""
 
     def __init__(
         self,
         teacher: CachedTeacher,
-        stats: Mapping[str, Moments],
+        standardisers: Mapping[str, Standardiser],
         tokens: Mapping[str, TokenCodec],
         student: Student,
-        token_dim: int,
         grid: tuple[int, int],
         hidden: int,
+        loss: LossConfig,
     ) -> None:
         super().__init__()
-        self.teacher = teacher
+        self.teacher, self.loss = teacher, loss
         self.rule = GridRule(grid, teacher.spec.grid)
         self.tokens = nn.ModuleDict(tokens)
-        self.heads = nn.ModuleDict()
-        dims = {"summary": student.encoder.dim, "patches": token_dim}
-        for kind, shape in teacher.shapes.items():
-            self.heads[kind] = distillation_head(dims[kind], hidden, shape[-1])
-            self.register_buffer(f"{kind}_mean", torch.from_numpy(stats[kind].mean).float())
-            self.register_buffer(f"{kind}_std", torch.from_numpy(stats[kind].std).float())
+        self.standardisers = nn.ModuleDict({kind: standardisers[kind] for kind in teacher.shapes})
+        dims = {"summary": student.encoder.dim, "patches": student.token_dim}
+        self.heads = nn.ModuleDict(
+            {kind: distillation_head(dims[kind], hidden, shape[-1]) for kind, shape in teacher.shapes.items()}
+        )
+        self.relations = {name: weight for name, weight in loss.summary.items() if name in RELATIONS}
+        remembers = self.relations and teacher.summary_shape
+        self.queue = SummaryQueue(loss.queue, *teacher.summary_shape) if remembers and teacher.summary_shape else None
+
+    def predict(self, output: StudentOutput) -> dict[str, Tensor]:
+        """What the heads make of the student's output, standardised, by token type: [B, D], and [B, gh, gw, D]."""
+        predicted = {"patches": self.heads["patches"](self.rule.align_student(output.tokens))}
+        if "summary" in self.heads:
+            predicted["summary"] = self.heads["summary"](output.summary)
+        return predicted
+
+    def targets(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Standardised features on the same grids, by token type.
+
+        Args:
+            raw: by token type, [B, row_bytes] uint8 as stored, on the student's device.
+        """
+        # Autocast would take the projections to bfloat16; stored features are worth more than that.
+        with torch.autocast(raw["patches"].device.type, enabled=False):
+            target = {kind: self.standardisers[kind](self._decode(kind, raw[kind])) for kind in self.heads}
+        return {**target, "patches": self.rule.align_teacher(target["patches"])}
+
+    def _decode(self, kind: str, rows: Tensor) -> Tensor:
+        tokens = self.tokens[kind]
+        assert isinstance(tokens, TokenCodec)
+        return tokens.decode(rows)
 
     def losses(self, output: StudentOutput, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean loss over the batch by token type.
+        """[B] float32 by part: ``patches``, ``summary`` where there is one, and in training each relation asked for.
 
         Args:
             output: of the student.
-            raw: by token type, [B, row_bytes] uint8 as stored, on the student's device.
+            raw: as in `targets`.
         """
-        losses = {}
-        patches = self._decode("patches", raw)
-        target = self.rule.align_teacher(standardise(patches, self.patches_mean, self.patches_std))
-        losses["patches"] = patch_loss(self.heads["patches"](self.rule.align_student(output.tokens)), target).mean()
-        if "summary" in self.tokens:
-            target = standardise(self._decode("summary", raw), self.summary_mean, self.summary_std)
-            losses["summary"] = summary_loss(self.heads["summary"](output.summary), target).mean()
-        return losses
+        predicted, target = self.predict(output), self.targets(raw)
+        terms = {"patches": self.loss.patches, "summary": self.loss.summary}
+        parts = {kind: vector_loss(terms[kind], predicted[kind], target[kind]) for kind in predicted}
+        if self.queue is not None and self.training:
+            past = self.queue.past()
+            for name in self.relations:
+                parts[name] = RELATIONS[name](predicted["summary"], target["summary"], *past, self.loss.temperature)
+            self.queue.push(target["summary"])
+        return parts
 
-    def _decode(self, kind: str, raw: Mapping[str, Tensor]) -> Tensor:
-        tokens = self.tokens[kind]
-        assert isinstance(tokens, TokenCodec)
-        # Autocast would take the projection to bfloat16; stored features are worth more than that.
-        with torch.autocast(raw[kind].device.type, enabled=False):
-            return tokens.decode(raw[kind])
+    def total(self, parts: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+        """The weighted sum of the parts.
 
-    def weight(self, kind: str) -> float:
-        """Weight of a token type in the total loss."""
-        config = self.teacher.config
-        return config.weight * (config.summary_weight if kind == "summary" else config.patch_weight)
+        Args:
+            parts: of `losses`, [B] each, or scalars.
+            weights: [2], of summary and patches.
+        """
+        total = weights[1] * parts["patches"]
+        if "summary" in parts:
+            total = total + weights[0] * parts["summary"]
+        for name, weight in self.relations.items():
+            if name in parts:
+                total = total + weights[0] * weight * parts[name]
+        return total
 
 
 class Distiller(nn.Module):
@@ -80,49 +107,70 @@ class Distiller(nn.Module):
 
     Args:
         student: backbone and neck.
-        teachers: with `stats` and `tokens` (decoders) by teacher id.
+        teachers: with `standardisers` and `tokens` (decoders) by teacher id and token type.
         image_size: side of the student's input in pixels.
-        token_dim, hidden: channels of the tokens and of the heads' hidden layer.
+        hidden: channels of the heads' hidden layer.
+        loss: what is compared, and how.
     """
+
+    weights: Tensor
 
     def __init__(
         self,
         student: Student,
         teachers: Sequence[CachedTeacher],
-        stats: Mapping[str, Mapping[str, Moments]],
+        standardisers: Mapping[str, Mapping[str, Standardiser]],
         tokens: Mapping[str, Mapping[str, TokenCodec]],
         image_size: int,
-        token_dim: int,
         hidden: int,
+        loss: LossConfig,
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.loss = student, loss
         self.labels = teacher_labels(teachers)
         grid = token_grid(student, image_size)
         self.targets = nn.ModuleList(
-            TeacherTarget(teacher, stats[teacher.id], tokens[teacher.id], student, token_dim, grid, hidden)
+            TeacherTarget(teacher, standardisers[teacher.id], tokens[teacher.id], student, grid, hidden, loss)
             for teacher in teachers
         )
+        self.register_buffer("weights", teacher_weights(teachers), persistent=False)
 
-    def forward(self, pixels: Tensor, features: Mapping[str, Mapping[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self,
+        pixels: Tensor,
+        features: Mapping[str, Mapping[str, Tensor]],
+        weights: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch.
 
         Args:
             pixels: [B, 3, H, W] uint8.
             features: by teacher id and token type, [B, row_bytes] uint8 as stored.
+            weights: [T, 2] of summary and patches by teacher, now; None: those of the start.
+            draws: [B, T] uniform in [0, 1), by which teachers are dropped; None: none is.
 
         Returns:
-            The weighted total, and every unweighted part as ``<teacher's label>/<token type>``, detached.
+            The weighted total, and every unweighted part as ``<teacher's label>/<token type>``, detached; with dropping
+            also the share of the images that each teacher was kept for, ``<teacher's label>/kept``.
         """
         output = self.student(pixels)
-        total = pixels.new_zeros((), dtype=torch.float32)
+        weights = self.weights if weights is None else weights
         parts: dict[str, Tensor] = {}
-        for target in self.targets:
+        totals = []
+        for row, target in enumerate(self.targets):
             assert isinstance(target, TeacherTarget)
-            for kind, loss in target.losses(output, features[target.teacher.id]).items():
-                total = total + target.weight(kind) * loss
-                parts[f"{self.labels[target.teacher.id]}/{kind}"] = loss.detach()
-        return total, parts
+            losses = target.losses(output, features[target.teacher.id])
+            means = {kind: loss.mean() for kind, loss in losses.items()}
+            parts |= {f"{self.labels[target.teacher.id]}/{kind}": mean.detach() for kind, mean in means.items()}
+            totals.append(target.total(means if draws is None else losses, weights[row]))
+        if draws is None:
+            return torch.stack(totals).sum(), parts
+        stacked = torch.stack(totals, dim=1)
+        factors = drop_coefficients(stacked, weights.sum(dim=1), draws, self.loss.drop)
+        kept = (factors > 0).float().mean(dim=0)
+        parts |= {f"{label}/kept": share for label, share in zip(self.labels.values(), kept, strict=True)}
+        return (factors * stacked).sum(dim=1).mean(), parts
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,11 @@ from pipeline.cache.extract import teacher_labels
 from pipeline.config import Config
 from pipeline.distill.distiller import token_grid
 from pipeline.distill.grid import GridRule
+from pipeline.distill.kept_heads import save_heads
+from pipeline.distill.loss import check_losses
+from pipeline.distill.phases import Ending, Phase
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
+from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
 from pipeline.student.model import Encoder
@@ -48,15 +53,15 @@ class DistillResult:
     student: Path
 
 
-def steps_per_epoch(config: Config, plan: CachePlan) -> int:
+def steps_per_epoch(phase: Phase) -> int:
     """Optimiser steps of an epoch, if no image is quarantined.
 
     Raises:
         UserError: where the images do not fill one batch.
     """
-    train = plan.split("train")
+    train = phase.plan.split("train")
     assert train is not None
-    images, batch = train.dataset.count * train.dataset.policy.rows_per_image, config.train.batch_size
+    images, batch = train.dataset.count * train.dataset.policy.rows_per_image, phase.config.train.batch_size
     if images < batch:
         raise UserError(
             f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
@@ -64,78 +69,119 @@ def steps_per_epoch(config: Config, plan: CachePlan) -> int:
     return images // batch
 
 
-def grid_rules(config: Config, plan: CachePlan) -> dict[str, str]:
-    """How the student's tokens meet every teacher's patches, in words."""
-    grid = token_grid(build_student(config), config.student.input_size)
-    labels = teacher_labels(plan.teachers)
-    return {labels[teacher.id]: str(GridRule(grid, teacher.spec.grid)) for teacher in plan.teachers}
+def training_plan(phase: Phase) -> dict[str, str]:
+    """Student, losses, steps, and how the student's tokens meet every teacher's patches, in words.
+
+    Raises:
+        UserError: for what training would be refused for.
+    """
+    config, teachers = phase.config, phase.plan.teachers
+    check_losses(config.loss)
+    student = build_student(config)
+    grid, labels = token_grid(student, config.student.input_size), teacher_labels(teachers)
+    strides = ", ".join(map(str, student.tapped))
+    rows = {
+        "student": f"{config.student.name} at {config.student.input_size} px, tokens of strides {strides}",
+        "training": f"{config.train.epochs} epochs of {steps_per_epoch(phase)} steps of {config.train.batch_size} images",
+        "learning rate": config.train.lr_rule,
+    }
+    return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
 
 
-def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillResult:
-    """Train on a complete cache, from the last checkpoint below `folder` if there is one.
+def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
+    """Train on complete caches, phase after phase, from the last checkpoint below `folder` if there is one.
 
     Raises:
         UserError: where the data is too small for the batch or the splits do not fit together.
         DivergedError: where the loss is not finite.
     """
-    job = make_job(config, plan)
-    log_shuffle(job, run)
-    teachers = evaluate_teachers(job, run)
-    checkpoint = fit(make_distill_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
+    ending, before = Ending(), None
+    teachers: dict[str, float] = {}
+    for number, phase in enumerate(phases, 1):
+        name = "train" if len(phases) == 1 else f"train/phase-{number}"
+        file = folder / f"{name}.pt"
+        job = make_job(phase.config, phase.plan)
+        teachers |= evaluate_teachers(job, run, ending.steps)
+        if not file.exists():
+            if len(phases) > 1:
+                print(f"phase {number} of {len(phases)}", flush=True)
+            watch = Watch(str(folder / "figures"), teachers, ending.evaluations)
+            ending = _train(job, run, folder / name, ending, before, watch)
+            ending.save(file)
+        ending, before = Ending.load(file), file
+    return _finish(job, run, folder, ending, teachers)
+
+
+def _train(job: DistillJob, run: Run, folder: Path, begun: Ending, before: Path | None, watch: Watch) -> Ending:
+    log_shuffle(job, run, begun.steps)
+    payload = {"job": job, "before": before and str(before), "watch": watch}
+    # It travels to Ray Train's controller.
+    on_commit = partial(_log_commit, run, replace(begun, weights=None), Path(watch.folder))
+    checkpoint = fit(make_distill_task, payload, job.config.train, str(folder), on_commit)
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
         run.log_file(Path(directory, STATE_FILE), "checkpoint")
+    return begun.then(state, job.config.train.epochs, list(teacher_labels(job.teachers).values()))
+
+
+def _finish(job: DistillJob, run: Run, folder: Path, ending: Ending, teachers: dict[str, float]) -> DistillResult:
+    """Export the student and log it."""
     distiller = build_distiller(job)
-    distiller.load_state_dict(state["ema"])
-    curve = [metrics["knn"] for _, metrics in state["evaluations"] if "knn" in metrics]
-    before, after = (curve[0], curve[-1]) if curve else (None, None)
-    encoder = distiller.student.encoder
-    export_student(encoder, config, folder / "student")
-    uri = _log(encoder, config, run, folder / "student", {"knn_after": after} if after is not None else {})
-    position = state["position"]
-    return DistillResult(before, after, teachers, position["step"], position["samples"], uri, folder / "student")
+    assert ending.weights is not None
+    distiller.load_state_dict(ending.weights)
+    encoder, student = distiller.student.encoder, folder / "student"
+    export_student(encoder, job.config, student)
+    if job.config.student.keep_heads:
+        save_heads(distiller, job.config.student.head_dim, student)
+    before, after = ending.knn or (None, None)
+    uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
+    return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student)
 
 
-def log_shuffle(job: DistillJob, run: Run) -> None:
+def log_shuffle(job: DistillJob, run: Run, step: int) -> None:
     """How well an epoch is shuffled: its order is known before anything is read."""
-    world = max(1, job.config.train.workers)
+    world = max(1, job.config.train.most_workers)
     quality = build_reader(job, 0, world).shuffle_quality()
-    run.log_metric_dict({f"shuffle/{name}": value for name, value in asdict(quality).items()})
+    run.log_metric_dict({f"shuffle/{name}": value for name, value in asdict(quality).items()}, step)
     print(f"shuffle: {quality}", flush=True)
 
 
-def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
-    run.log_metrics(history)
+def _log_commit(run: Run, begun: Ending, figures: Path, history: History, checkpoint: str | None) -> None:
+    """The metrics of a checkpoint, and after an evaluation the figures as they are now."""
+    run.log_metrics(begun.shift(history))
+    if any("loss" not in metrics for _, metrics in history):
+        for figure in sorted(figures.glob("[!.]*.png")):
+            run.log_file(figure, "figures")
     if checkpoint:
         run.set_tags({"checkpoint": checkpoint})
 
 
 def make_job(config: Config, plan: CachePlan) -> DistillJob:
-    """The job on a complete cache; held-out images without labels are left out, aloud."""
+    """The job on a complete cache; there is no kNN on held-out images without labels, said aloud."""
     train, val = plan.split("train"), plan.split("val")
     assert train is not None
-    held_out: Dataset | None = None
+    labelled: Dataset | None = None
     if val is not None:
         check_classes(train.dataset, val.dataset)
         if has_labels(train.dataset) and has_labels(val.dataset):
-            held_out = val.dataset
+            labelled = val.dataset
         else:
             log.warning("no kNN: data.train or data.val has no labels")
-    return DistillJob(config, train.dataset, held_out, plan.teachers)
+    return DistillJob(config, train.dataset, labelled, plan.teachers, val.dataset if val else None)
 
 
-def evaluate_teachers(job: DistillJob, run: Run) -> dict[str, float]:
+def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:
     """Every teacher's own kNN accuracy in percent, from the cache."""
     if job.val is None:
         return {}
     labels = teacher_labels(job.teachers)
     scores = {labels[t.id]: teacher_knn(t, job.train, job.val, job.config.knn) for t in job.teachers}
-    run.log_metric_dict({f"teacher_knn/{name}": score for name, score in scores.items()})
+    run.log_metric_dict({f"teacher_knn/{name}": score for name, score in scores.items()}, step)
     return scores
 
 
 def export_student(encoder: Encoder, config: Config, folder: Path) -> None:
-    """Write the backbone as safetensors, and beside it what `load_encoder` and timm need; neck and heads are dropped."""
+    """Write the backbone as safetensors, and beside it what `load_encoder` and timm need; without neck and heads."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
     save_file(weights, folder / "student.safetensors")
@@ -150,8 +196,8 @@ def export_student(encoder: Encoder, config: Config, folder: Path) -> None:
 
 
 def _log(encoder: Encoder, config: Config, run: Run, folder: Path, metrics: dict[str, float]) -> str:
-    for name in ("student.safetensors", "student.json"):
-        run.log_file(folder / name, "student")
+    for file in sorted(folder.iterdir()):
+        run.log_file(file, "student")
     size = config.student.input_size
     example = torch.zeros(2, 3, size, size)
     return log_student(

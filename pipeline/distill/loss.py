@@ -1,50 +1,118 @@
-"""Distillation losses: pure functions of tensors, in float32 whatever the autocast.
+"""Distillation losses: pure functions of tensors, in float32 whatever the autocast, and the registry that names them.
 
-Per teacher: ``1 - cos`` on the summary; on every patch token ``0.9 (1 - cos) + 0.1 smooth L1``, as in AM-RADIO
-(Ranzinger et al. 2024, section 3.3), with the cosine per token and targets standardised by frozen statistics.
+A new loss is one function and one line of `LOSSES` (of each vector alone, for either token type) or of `RELATIONS` (of a
+summary among past ones). The configuration gives each a weight: ``loss.patches: {cosine: 0.9, smooth_l1: 0.1}``, the
+default, is that of AM-RADIO (Ranzinger et al. 2024, section 3.3) with the cosine per token; ``{mse: 1}`` on targets
+standardised by ``phi_s`` that of RADIOv2.5 (Heinrich et al. 2025).
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COSINE_SHARE = 0.9
-"""Weight of the cosine term on patch tokens; the rest is smooth L1."""
+from pipeline.config import LossConfig
+from pipeline.errors import UserError
+
+VectorLoss = Callable[[Tensor, Tensor], Tensor]
+"""(predicted [..., D], target [..., D]) -> [...] float32."""
+
+RelationLoss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+"""(predicted [B, D], target [B, D], past [Q, D], known [Q], temperature) -> [B] float32."""
 
 
-def standardise(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(features - mean) / std per channel; [..., D] with mean and std [D].
+def _in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(loss)
+    def wrapped(predicted: Tensor, target: Tensor, *rest: Tensor | float) -> Tensor:
+        with torch.autocast(predicted.device.type, enabled=False):
+            return loss(predicted.float(), target.float(), *rest)
 
-    A channel that never varied (std 0) says nothing: it becomes 0 instead of dividing by 0.
-    """
-    alive = std > 1e-6 * std.max()
-    return torch.where(alive, (features - mean) / std.clamp_min(torch.finfo(std.dtype).tiny), 0.0)
+    return wrapped
 
 
-def summary_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine of each image.
+@_in_float32
+def cosine(predicted: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine of each vector: [..., D] -> [...]."""
+    return 1 - F.cosine_similarity(predicted, target, dim=-1)
+
+
+@_in_float32
+def smooth_l1(predicted: Tensor, target: Tensor) -> Tensor:
+    """Smooth L1 (Girshick 2015, equation 3; beta 1), mean over the channels of each vector: [..., D] -> [...]."""
+    return F.smooth_l1_loss(predicted, target, reduction="none").mean(dim=-1)
+
+
+@_in_float32
+def mse(predicted: Tensor, target: Tensor) -> Tensor:
+    """Squared error, mean over the channels of each vector: [..., D] -> [...]."""
+    return F.mse_loss(predicted, target, reduction="none").mean(dim=-1)
+
+
+@_in_float32
+def relation(predicted: Tensor, target: Tensor, past: Tensor, known: Tensor, temperature: float) -> Tensor:
+    """KL divergence from the student's likeness to past summaries to the teacher's, in nats.
+
+    The likeness is the softmax over the queue of cosine / temperature, as in LightlyTrain's distillationv3; unlike there,
+    the queue holds summaries of past steps alone, so that no image is compared with itself.
 
     Args:
-        predicted, target: [B, D].
+        predicted, target: [B, D], by the student's head and by the teacher.
+        past: [Q, D] unit vectors, the teacher's.
+        known: [Q] bool, the places of `past` that are filled; where none is, the loss is 0.
+        temperature: of the softmax.
 
     Returns:
         [B] float32.
     """
-    return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1)
+    student, teacher = (
+        (F.normalize(vectors, dim=-1) @ past.float().T / temperature).masked_fill(~known, -1e4)
+        for vectors in (predicted, target)
+    )
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(dim=-1)
 
 
-def patch_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """0.9 (1 - cosine) + 0.1 smooth L1 (beta 1, mean over channels) of each token, averaged over an image's tokens.
+LOSSES: dict[str, VectorLoss] = {"cosine": cosine, "smooth_l1": smooth_l1, "mse": mse}
+"""Losses of each vector alone, for patches and summaries."""
+
+RELATIONS: dict[str, RelationLoss] = {"relation": relation}
+"""Losses of a summary among the teacher's past ones."""
+
+
+def vector_loss(terms: Mapping[str, float], predicted: Tensor, target: Tensor) -> Tensor:
+    """The weighted sum of the `LOSSES` among `terms`, averaged over the tokens of an image.
 
     Args:
-        predicted, target: [B, h, w, D].
+        terms: weight by name.
+        predicted, target: [B, D] or [B, h, w, D].
 
     Returns:
         [B] float32.
     """
-    predicted, target = predicted.float(), target.float()
-    cosine = 1 - F.cosine_similarity(predicted, target, dim=-1)
-    smooth = F.smooth_l1_loss(predicted, target, reduction="none").mean(dim=-1)
-    return (COSINE_SHARE * cosine + (1 - COSINE_SHARE) * smooth).mean(dim=(1, 2))
+    total = predicted.new_zeros(predicted.shape[:-1], dtype=torch.float32)
+    for name, weight in terms.items():
+        if name in LOSSES:
+            total = total + weight * LOSSES[name](predicted, target)
+    return total.flatten(1).mean(dim=1) if total.ndim > 1 else total
+
+
+def check_losses(config: LossConfig) -> None:
+    """Refuse names that are not registered.
+
+    Raises:
+        UserError: naming the field, the name and what there is.
+    """
+    _check("loss.patches", config.patches, LOSSES)
+    _check("loss.summary", config.summary, {**LOSSES, **RELATIONS})
+
+
+def _check(field: str, terms: Mapping[str, float], known: Iterable[str]) -> None:
+    names = list(known)
+    for unknown in (name for name in terms if name not in names):
+        near = difflib.get_close_matches(unknown, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{field}: there is no loss {unknown}; {hint}known are {', '.join(names)}")

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.cache.build import teacher_stats
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.reader import Batch, CacheReader
 from pipeline.config import Config
+from pipeline.distill.augment import augment
+from pipeline.distill.balance import is_scheduled, teacher_weights
 from pipeline.distill.distiller import Distiller
+from pipeline.distill.held_out import HeldOut, nearness
+from pipeline.distill.phases import Ending, go_on
+from pipeline.distill.standardise import make_standardisers
+from pipeline.distill.watch import Watch
 from pipeline.evaluate.knn import student_knn
 from pipeline.student.model import Encoder, Student, create_backbone
-from pipeline.training import Task
+from pipeline.training import History, Task
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,15 @@ class DistillJob:
         config: the whole tree.
         train: the dataset that is distilled on.
         val: held-out images for kNN, or None where there are none or they have no labels.
-        teachers: whose shards are complete in `train`.
+        teachers: whose shards are complete in `train` and `held_out`.
+        held_out: held-out images on which the student is compared with its teachers, labelled or not; or None.
     """
 
     config: Config
     train: Dataset
     val: Dataset | None
     teachers: tuple[CachedTeacher, ...]
+    held_out: Dataset | None = None
 
 
 def build_student(config: Config) -> Student:
@@ -42,25 +51,26 @@ def build_student(config: Config) -> Student:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.student.name, config.student.args)
-        return Student(Encoder(backbone), config.student.token_dim)
+        return Student(Encoder(backbone), config.student.token_dim, config.student.taps)
 
 
 def build_distiller(job: DistillJob) -> Distiller:
     """Student, heads and frozen statistics, seeded."""
     config = job.config
     student = build_student(config)
-    stats = {teacher.id: teacher_stats(job.train, teacher) for teacher in job.teachers}
+    method = config.loss.standardise
+    standardisers = {teacher.id: make_standardisers(job.train, teacher, method) for teacher in job.teachers}
     tokens = {teacher.id: load_tokens(job.train, teacher) for teacher in job.teachers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Distiller(
             student,
             job.teachers,
-            stats,
+            standardisers,
             tokens,
             config.student.input_size,
-            config.student.token_dim,
             config.student.head_dim,
+            config.loss,
         )
 
 
@@ -77,50 +87,112 @@ def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader:
         rank=rank,
         world=world,
         threads=max(2, torch.get_num_threads()),
+        per_step=config.views.per_step,
     )
 
 
 class DistillTask(Task):
-    """Distils on one rank."""
+    """Distils on one rank.
+
+    Args:
+        before: file with the ending of the phase that this one goes on from, or None.
+        watch: where figures go, or None.
+    """
 
     module: Distiller
 
-    def __init__(self, job: DistillJob, rank: int = 0, world: int = 1) -> None:
-        self.job = job
+    def __init__(
+        self, job: DistillJob, rank: int = 0, world: int = 1, before: str | None = None, watch: Watch | None = None
+    ) -> None:
+        self.job, self.watcher = job, watch
         config = job.config
+        self.seed = config.seed
         self.module = build_distiller(job)
+        if before:
+            go_on(self.module, Ending.load(Path(before)))
         torch.manual_seed(config.seed + rank)
         self.reader = build_reader(job, rank, world)
+        self._steps: dict[int, int] = {}
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch."""
-        return self.reader.steps(epoch)
+        if epoch not in self._steps:
+            self._steps[epoch] = self.reader.steps(epoch)
+        return self._steps[epoch]
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """This rank's batches of an epoch."""
         return self.reader.batches(epoch, start)
 
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """The distillation loss of a batch."""
+        """The distillation loss of a batch.
+
+        In training, augmentation and teacher dropping draw from torch's generator of the CPU, which a resumed run restores.
+        """
         features = {
             teacher: {kind: raw.to(device, non_blocking=True) for kind, raw in kinds.items()}
             for teacher, kinds in batch.features.items()
         }
-        result: tuple[Tensor, dict[str, Tensor]] = module(batch.images.to(device, non_blocking=True), features)
+        images, weights, draws = batch.images.to(device, non_blocking=True), None, None
+        if module.training:
+            images = augment(images, self.job.config.augment)
+            draws = self._draws(len(batch.keys), device)
+            weights = self._weights(batch.place, device)
+        result: tuple[Tensor, dict[str, Tensor]] = module(images, features, weights, draws)
         return result
 
+    def _draws(self, count: int, device: torch.device) -> Tensor | None:
+        if not self.job.config.loss.drop:
+            return None
+        return torch.rand(count, len(self.job.teachers)).to(device, non_blocking=True)
+
+    def _weights(self, place: tuple[int, int], device: torch.device) -> Tensor | None:
+        if not is_scheduled(self.job.teachers):
+            return None
+        epoch, number = place
+        progress = (epoch + number / self.steps(epoch)) / self.job.config.train.epochs
+        return teacher_weights(self.job.teachers, progress).to(device, non_blocking=True)
+
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """kNN accuracy in percent, where there are labelled held-out images."""
+        """kNN accuracy in percent of labelled held-out images, and how near the teachers the student comes on any."""
         assert isinstance(module, Distiller)
-        if self.job.val is None:
-            return {}
-        config = self.job.config
-        accuracy = student_knn(
-            module.student.encoder, self.job.train, self.job.val, config.student.input_size, config.knn
-        )
-        return {"knn": accuracy}
+        metrics = {"knn": self._knn(module)} if self.job.val else {}
+        return {**metrics, **(nearness(module, self.held_out.batches()) if self.held_out else {})}
+
+    def evaluate_raw(self, module: nn.Module) -> dict[str, float]:
+        """kNN accuracy in percent of the weights that are not averaged."""
+        assert isinstance(module, Distiller)
+        return {"knn_raw": self._knn(module)} if self.job.val else {}
+
+    def _knn(self, module: Distiller) -> float:
+        job, config = self.job, self.job.config
+        assert job.val is not None
+        return student_knn(module.student.encoder, job.train, job.val, config.student.input_size, config.knn)
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The held-out images with features; opened where they are first wanted, on rank 0 alone."""
+        job, config = self.job, self.job.config
+        if job.held_out is None:
+            return None
+        return HeldOut(job.held_out, job.teachers, config.student.input_size, config.knn.batch_size)
+
+    @cached_property
+    def shown(self) -> Batch:
+        """Images whose features are drawn: held-out ones where there are any."""
+        return next(self.held_out.batches() if self.held_out else self.reader.batches(0))
+
+    def watch(self, module: nn.Module, evaluations: History) -> None:
+        """Draw curves, and features as colours."""
+        if self.watcher is not None:
+            assert isinstance(module, Distiller)
+            self.watcher.draw(module, evaluations, self.shown)
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:
-    """The task of one Ray Train worker; `payload` holds the job under ``job``."""
-    return DistillTask(payload["job"], rank, world)
+    """The task of one Ray Train worker.
+
+    Args:
+        payload: ``job``, and perhaps ``before``, the ending of the phase before it, and ``watch``.
+    """
+    return DistillTask(payload["job"], rank, world, payload.get("before"), payload.get("watch"))

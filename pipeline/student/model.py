@@ -18,6 +18,12 @@ import pipeline.student.regla  # noqa: F401  registers regla_* with timm
 from pipeline.errors import UserError
 from pipeline.student.neck import FuseNeck
 
+TOKEN_STRIDE = 16
+"""Pixels of a side of a token."""
+
+TAPS = (16, 32)
+"""Strides that are fused unless the configuration says."""
+
 
 class StudentOutput(NamedTuple):
     """Summary [B, C] (average pool of the last map) and tokens [B, D, h, w] at stride 16 (or the finest at most that)."""
@@ -74,9 +80,15 @@ class Encoder(nn.Module):
 
     def maps(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
         """[B, 3, H, W] RGB in [0, 1] -> the maps [B, C_l, H_l, W_l] of these levels."""
-        normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return self.pyramid((images - self.mean) / self.std, levels)
+
+    def pyramid(self, normalised: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """The same of images that are normalised already."""
         maps: list[Tensor] = self.backbone.forward_intermediates(  # type: ignore[operator]
-            normalised, indices=list(levels), intermediates_only=True, output_fmt="NCHW"
+            normalised.contiguous(memory_format=torch.channels_last),
+            indices=list(levels),
+            intermediates_only=True,
+            output_fmt="NCHW",
         )
         return maps
 
@@ -91,20 +103,37 @@ class Student(nn.Module):
     Args:
         encoder: what ships.
         token_dim: channels D of the tokens.
+        taps: strides that the neck fuses, on the grid of stride 16. Each is the deepest level of at most that stride; a
+            student without one has its first there. Where several taps are one level, as in a ViT, it counts once.
+
+    Attributes:
+        levels: of the pyramid, that are fused; in order.
+        tapped: their strides.
     """
 
-    def __init__(self, encoder: Encoder, token_dim: int) -> None:
+    def __init__(self, encoder: Encoder, token_dim: int, taps: Sequence[int] = TAPS) -> None:
         super().__init__()
-        self.encoder = encoder
-        last = len(encoder.channels) - 1
-        fine = max((i for i, stride in enumerate(encoder.strides) if stride <= 16), default=last)
-        self.levels = sorted({fine, last})  # one level where the last is fine already, as in a ViT
-        self.neck = FuseNeck(encoder.channels[fine], encoder.channels[last], token_dim)
+        self.encoder, self.token_dim = encoder, token_dim
+        self.levels = sorted({level_of(encoder.strides, tap) for tap in (TOKEN_STRIDE, *taps)})
+        self.tapped = [encoder.strides[level] for level in self.levels]
+        stride = encoder.strides[level_of(encoder.strides, TOKEN_STRIDE)]
+        self.neck = FuseNeck([encoder.channels[level] for level in self.levels], self.tapped, stride, token_dim)
 
     def forward(self, pixels: Tensor) -> StudentOutput:
         """[B, 3, H, W] uint8 RGB -> summary [B, C] and tokens [B, D, h, w]."""
-        maps = self.encoder.maps(pixels.float() / 255, self.levels)
-        return StudentOutput(maps[-1].mean(dim=(2, 3)), self.neck(maps[0], maps[-1]))
+        return self.describe(pixels.float() / 255)
+
+    def describe(self, images: Tensor) -> StudentOutput:
+        """The same of float32 RGB in [0, 1]."""
+        last = len(self.encoder.channels) - 1
+        maps = self.encoder.maps(images, sorted({*self.levels, last}))
+        return StudentOutput(maps[-1].mean(dim=(2, 3)), self.neck(maps[: len(self.levels)]))
+
+
+def level_of(strides: Sequence[int], stride: int) -> int:
+    """The deepest level of at most this stride, or else of the finest that there is."""
+    within = [level for level, own in enumerate(strides) if own <= max(stride, strides[0])]
+    return within[-1]
 
 
 def load_encoder(folder: Path) -> Encoder:

@@ -1,27 +1,43 @@
-"""The neck: student tokens for dense distillation, from two levels of the pyramid."""
+"""The neck: student tokens for dense distillation, from several levels of the pyramid."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class FuseNeck(nn.Module):
-    """Project stride 16 and stride 32 to `dim` channels, up-sample the coarser, and add.
+    """Project each level to `dim` channels, bring it to the grid, and add.
 
-    As in EdgeSAM (Zhou et al. 2023, section 3.2), which fuses the levels of its CNN student this way for dense targets.
+    Coarser levels are up-sampled, as in EdgeSAM (Zhou et al. 2023, section 3.2), which fuses the levels of its CNN student
+    this way for dense targets. A finer one is taken down by its projection, whose kernel is as wide as its stride.
 
     Args:
-        fine_dim, coarse_dim: channels of the two maps.
+        channels, strides: of the levels.
+        stride: of the grid.
         dim: channels of the tokens.
     """
 
-    def __init__(self, fine_dim: int, coarse_dim: int, dim: int) -> None:
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], stride: int, dim: int) -> None:
         super().__init__()
-        self.fine = nn.Sequential(nn.Conv2d(fine_dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
-        self.coarse = nn.Sequential(nn.Conv2d(coarse_dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.grid = list(strides).index(stride)
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, dim, side, side, bias=False), nn.BatchNorm2d(dim))
+            for width, side in ((width, max(1, stride // own)) for width, own in zip(channels, strides, strict=True))
+        )
 
-    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        """[B, fine_dim, h, w] and [B, coarse_dim, h / 2, w / 2] -> [B, dim, h, w]."""
-        fused: Tensor = self.fine(fine)
-        return fused + F.interpolate(self.coarse(coarse), size=fused.shape[-2:], mode="bilinear", align_corners=False)
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps [B, channels_l, h_l, w_l] of the levels -> [B, dim, h, w], the size of the level of the grid."""
+        projected = [project(part) for project, part in zip(self.projections, maps, strict=True)]
+        fused: Tensor = projected[self.grid]
+        for number, part in enumerate(projected):
+            if number != self.grid:
+                fused = fused + _to(part, fused.shape[-2:])
+        return fused
+
+
+def _to(part: Tensor, size: Sequence[int]) -> Tensor:
+    # A finer map of odd size comes down to one row less than the grid.
+    return part if part.shape[-2:] == size else F.interpolate(part, list(size), mode="bilinear", align_corners=False)

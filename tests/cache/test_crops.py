@@ -59,6 +59,53 @@ def test_every_view_of_every_image_comes_once_an_epoch(cropped):
     assert all(keys.count(key) == 2 for key in set(keys))
 
 
+def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(cropped, monkeypatch):
+    from pipeline.cache import reader as module
+
+    apart: dict[str, list[torch.Tensor]] = {}
+    for batch in _reader(cropped, batch_size=10).batches(0):
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            apart.setdefault(key, []).append(image.clone())
+    decoded = []
+    decode = module.decode_image
+    monkeypatch.setattr(module, "decode_image", lambda data: decoded.append(data) or decode(data))
+    batches = list(_reader(cropped, per_step=2, batch_size=30).batches(0))
+    assert len(decoded) == len(set(decoded)) == 150
+    keys = [key for batch in batches for key in batch.keys]
+    assert keys[::2] == keys[1::2]
+    assert len(keys) == 300
+    assert len(set(keys)) == 150
+    assert sorted(keys[::2]) != keys[::2]
+    for batch in batches:
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            assert sum(torch.equal(image, other) for other in apart[key]) == 1
+        for pair in batch.images.split(2):
+            assert not torch.equal(*pair)
+    orders = [[b.images[0].sum() for b in _reader(cropped, per_step=2, batch_size=30).batches(e)] for e in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_features_stay_with_their_view_when_views_lie_together(cropped, monkeypatch):
+    from pipeline.cache import reader as module
+    from pipeline.views import render
+
+    monkeypatch.setattr(module, "render", lambda image, view, size, _: render(image, view, size, "bilinear"))
+    teacher = cropped.plan.teachers[0]
+    source, tokens = teacher.create(), teacher.tokens()
+    source.load()
+    for batch in _reader(cropped, per_step=2).batches(1):
+        stored = tokens["patches"].decode(batch.features[teacher.id]["patches"])
+        torch.testing.assert_close(stored, source.encode(batch.images).patches, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"per_step": 3}, {"per_step": 2, "batch_size": 15}])
+def test_views_in_a_step_that_do_not_divide_are_refused(cropped, settings):
+    with pytest.raises(
+        UserError, match=r"views\.per_step=\d must divide the 2 views .*views\.crops.* and the \d+ images"
+    ):
+        _reader(cropped, **settings)
+
+
 def test_labels_belong_to_the_images(cropped):
     for batch in _reader(cropped).batches(0):
         assert batch.labels.tolist() == [int(key[5]) for key in batch.keys]

@@ -1,13 +1,15 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.stats import Moments
-from pipeline.config import TeacherConfig
+from pipeline.config import LossConfig, TeacherConfig
 from pipeline.distill.distiller import Distiller, token_grid
 from pipeline.distill.grid import GridRule
-from pipeline.distill.loss import patch_loss, summary_loss
+from pipeline.distill.loss import relation, vector_loss
+from pipeline.distill.standardise import MeanStd
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder, Student, create_backbone
 from teachers.base import TeacherSpec
@@ -54,17 +56,12 @@ def _stats(teacher):
     return {kind: Moments.of(values) for kind, values in _features(teacher, 200).items()}
 
 
-def _distiller(*teachers, stats=None):
+def _distiller(*teachers, stats=None, **loss):
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
-    return Distiller(
-        student,
-        teachers,
-        stats or {t.id: _stats(t) for t in teachers},
-        {t.id: t.tokens() for t in teachers},
-        SIZE,
-        TOKEN_DIM,
-        32,
-    )
+    stats = stats or {t.id: _stats(t) for t in teachers}
+    standardisers = {name: {kind: MeanStd.of(part) for kind, part in parts.items()} for name, parts in stats.items()}
+    tokens = {t.id: t.tokens() for t in teachers}
+    return Distiller(student, teachers, standardisers, tokens, SIZE, 32, LossConfig(**loss))
 
 
 def _batch(teachers, count=4):
@@ -128,9 +125,9 @@ def test_statistics_are_frozen_and_kept_with_the_weights():
     optimizer.step()
     for kind in ("summary", "patches"):
         for name in ("mean", "std"):
-            kept = distiller.state_dict()[f"targets.0.{kind}_{name}"]
+            kept = distiller.state_dict()[f"targets.0.standardisers.{kind}.{name}"]
             torch.testing.assert_close(kept, torch.from_numpy(getattr(stats[kind], name)).float(), rtol=0, atol=0)
-    assert not [name for name, _ in distiller.named_parameters() if name.endswith(("_mean", "_std"))]
+    assert not [name for name, _ in distiller.named_parameters() if name.endswith((".mean", ".std"))]
 
 
 def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
@@ -148,8 +145,9 @@ def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
         output, heads = distiller.student(pixels), distiller.targets[0].heads
         assert output.tokens.shape[-2:] == (4, 4)
         pooled = F.avg_pool2d(unit["patches"].permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-        patches = patch_loss(heads["patches"](output.tokens.permute(0, 2, 3, 1)), pooled).mean()
-        summary = summary_loss(heads["summary"](output.summary), unit["summary"]).mean()
+        terms = {"cosine": 0.9, "smooth_l1": 0.1}
+        patches = vector_loss(terms, heads["patches"](output.tokens.permute(0, 2, 3, 1)), pooled).mean()
+        summary = vector_loss({"cosine": 1}, heads["summary"](output.summary), unit["summary"]).mean()
     torch.testing.assert_close(parts["a/patches"], patches, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(parts["a/summary"], summary, rtol=2e-3, atol=2e-3)
 
@@ -202,3 +200,76 @@ def test_a_student_that_does_not_take_the_images_is_named(name, args):
     with pytest.raises(UserError, match=r"student\.input_size: the student takes no 32 x 32 images: ") as error:
         token_grid(student, 32)
     assert "\n" not in str(error.value)
+
+
+def test_a_dropped_teacher_costs_nothing_and_all_images_weigh_the_same():
+    teachers = [_teacher("a", weight=2.0), _teacher("b", dim=3, summary=None), _teacher("c", summary_weight=0.5)]
+    batch, draws = _batch(teachers, count=16), torch.rand(16, 3)
+    distiller = _distiller(*teachers, drop=0.5).eval()
+    with torch.no_grad():
+        total, parts = distiller(*batch, draws=draws)
+        output = distiller.student(batch[0])
+        losses = [t.losses(output, batch[1][t.teacher.id]) for t in distiller.targets]
+    per_teacher = np.stack(
+        [
+            2 * (losses[0]["summary"] + losses[0]["patches"]).double().numpy(),
+            losses[1]["patches"].double().numpy(),
+            (0.5 * losses[2]["summary"] + losses[2]["patches"]).double().numpy(),
+        ],
+        axis=1,
+    )
+    weights, expected, kept_by = np.array([4.0, 1.0, 1.5]), 0.0, np.zeros(3)
+    for row, image in enumerate(per_teacher):
+        kept = (draws[row].numpy() >= 0.5) | (np.arange(3) == image.argmax())
+        expected += (image[kept].sum() * weights.sum() / weights[kept].sum()) / 16
+        kept_by += kept / 16
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+    assert [float(parts[f"{name}/kept"]) for name in "abc"] == pytest.approx(kept_by.tolist())
+    assert kept_by.min() < 1
+
+
+def test_nothing_is_dropped_at_probability_nought():
+    teachers = [_teacher("a", weight=2.0), _teacher("b")]
+    batch = _batch(teachers)
+    distiller = _distiller(*teachers).eval()
+    torch.testing.assert_close(distiller(*batch, draws=torch.rand(4, 2))[0], distiller(*batch)[0])
+
+
+def test_weights_of_now_replace_those_of_the_start():
+    teachers = [_teacher("a"), _teacher("b", summary=None)]
+    batch = _batch(teachers)
+    distiller = _distiller(*teachers).eval()
+    total, parts = distiller(*batch, weights=torch.tensor([[0.5, 3.0], [0.0, 0.25]]))
+    torch.testing.assert_close(total, 0.5 * parts["a/summary"] + 3 * parts["a/patches"] + 0.25 * parts["b/patches"])
+
+
+def test_relation_compares_with_the_targets_of_the_steps_before():
+    teachers = [_teacher("a", summary_weight=0.5), _teacher("b", summary=None)]
+    distiller = _distiller(*teachers, summary={"cosine": 1, "relation": 3}, queue=6, temperature=0.2).train()
+    assert distiller.targets[1].queue is None
+    first, second = _batch(teachers), _batch(teachers)
+    total, parts = distiller(*first)
+    assert float(parts["a/relation"]) == 0
+    past = distiller.targets[0].queue.past()
+    target = distiller.targets[0].targets(first[1]["a-id"])["summary"]
+    torch.testing.assert_close(past[0][:4], F.normalize(target, dim=-1))
+    assert past[1].tolist() == [True] * 4 + [False] * 2
+    seen = []
+    distiller.targets[0].heads["summary"].register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+    total, parts = distiller(*second)
+    expected = relation(seen[0], distiller.targets[0].targets(second[1]["a-id"])["summary"], *past, 0.2).mean()
+    torch.testing.assert_close(parts["a/relation"], expected)
+    assert float(expected) > 0
+    others = 0.5 * parts["a/summary"] + parts["a/patches"] + parts["b/patches"]
+    torch.testing.assert_close(total, others + 0.5 * 3 * parts["a/relation"])
+    total.backward()
+    assert int(distiller.targets[0].queue.count) == 8
+    assert "targets.0.queue.rows" in distiller.state_dict()
+
+
+def test_evaluation_has_no_relation_and_leaves_the_queue_alone():
+    teacher = _teacher("a")
+    distiller = _distiller(teacher, summary={"cosine": 1, "relation": 3}).eval()
+    _, parts = distiller(*_batch([teacher]))
+    assert sorted(parts) == ["a/patches", "a/summary"]
+    assert int(distiller.targets[0].queue.count) == 0

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.cache.build import teacher_stats
 from pipeline.cache.reader import NO_LABEL
+from pipeline.distill.held_out import nearness
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, make_distill_task
 from pipeline.errors import UserError
@@ -92,8 +93,10 @@ def test_targets_are_standardised_by_the_statistics_of_the_training_split(job):
     for target, teacher in zip(task.module.targets, task.job.teachers, strict=True):
         stats = teacher_stats(task.job.train, teacher)
         assert target.teacher == teacher
-        torch.testing.assert_close(target.patches_mean, torch.from_numpy(stats["patches"].mean).float())
-        torch.testing.assert_close(target.summary_std, torch.from_numpy(stats["summary"].std).float())
+        torch.testing.assert_close(
+            target.standardisers["patches"].mean, torch.from_numpy(stats["patches"].mean).float()
+        )
+        torch.testing.assert_close(target.standardisers["summary"].std, torch.from_numpy(stats["summary"].std).float())
 
 
 def test_the_loss_of_a_batch_is_that_of_the_module(job):
@@ -106,23 +109,55 @@ def test_the_loss_of_a_batch_is_that_of_the_module(job):
     assert total.requires_grad
 
 
-def test_evaluation_is_knn_of_the_given_weights(job):
+def test_training_draws_augmentation_and_dropping_and_takes_the_weights_of_now(job):
+    task = DistillTask(_scheduled(job(*EVERYTHING_RANDOM, "train.epochs=8")))
+    seen = []
+    task.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    first, second = list(task.batches(0, 0))[:2]
+    assert (first.place, second.place) == ((0, 0), (0, 1))
+    for seed, batch in ((0, first), (1, first), (0, dataclasses.replace(first, place=(2, 0)))):
+        torch.manual_seed(seed)
+        task.loss(task.module.train(), batch, torch.device("cpu"))
+    (images, _, weights, draws), other, again = seen
+    assert torch.equal(images, again[0])
+    assert torch.equal(draws, again[3])
+    assert draws.shape == (16, 2)
+    assert not torch.equal(draws, other[3])
+    assert not torch.equal(images, other[0])
+    assert not torch.equal(images, first.images)
+    torch.testing.assert_close(weights[:, 1], torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(again[2][:, 1], torch.tensor([0.55, 1.0]))
+    task.loss(task.module.eval(), first, torch.device("cpu"))
+    assert torch.equal(seen[3][0], first.images)
+    assert seen[3][2:] == (None, None)
+
+
+def test_evaluation_is_knn_of_the_given_weights_and_nearness_to_the_teachers(job):
     tasks = [DistillTask(job(f"seed={seed}", "knn.k=1")) for seed in (0, 1)]
     judge, scores = tasks[0], []
     for task in tasks:
         module = task.module.eval()
         expected = student_knn(module.student.encoder, judge.job.train, judge.job.val, 32, judge.job.config.knn)
-        assert judge.evaluate(module) == {"knn": expected}
+        metrics = judge.evaluate(module)
+        assert metrics["knn"] == expected == judge.evaluate_raw(module)["knn_raw"]
+        assert metrics == {"knn": expected, **nearness(module, judge.held_out.batches())}
         scores.append(expected)
     assert scores[0] != scores[1]
 
 
 def test_without_held_out_images_there_is_nothing_to_evaluate(job):
+    task = DistillTask(dataclasses.replace(job(), val=None, held_out=None))
+    assert task.evaluate(task.module) == task.evaluate_raw(task.module) == {}
+
+
+def test_held_out_images_without_labels_are_compared_with_the_teachers_alone(job):
     task = DistillTask(dataclasses.replace(job(), val=None))
-    assert task.evaluate(task.module) == {}
+    metrics = task.evaluate(task.module.eval())
+    assert {name.split("/")[0] for name in metrics} == {"val_cosine", "val_loss"}
+    assert task.evaluate_raw(task.module) == {}
 
 
-def test_held_out_images_are_left_out_where_labels_are_missing(job, monkeypatch, caplog):
+def test_there_is_no_knn_where_labels_are_missing(job, monkeypatch, caplog):
     assert job().val is not None
     from pipeline.evaluate import knn
 
@@ -132,7 +167,7 @@ def test_held_out_images_are_left_out_where_labels_are_missing(job, monkeypatch,
         return (dataclasses.replace(b, labels=torch.full_like(b.labels, NO_LABEL)) for b in scan(*args, **kwargs))
 
     monkeypatch.setattr(knn, "scan_images", unlabelled)
-    assert job().val is None
+    assert (job().val, job().held_out is None) == (None, False)
     assert "no kNN" in caplog.text
 
 
@@ -152,8 +187,23 @@ def test_a_worker_makes_its_task_from_a_job_that_travelled(job):
     assert next(iter(task.batches(0, 0))).images.shape[0] == 8
 
 
-def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path):
-    given = job("train.epochs=2", "train.checkpoint_steps=4", "train.precision=float32")
+EVERYTHING_RANDOM = [
+    "loss={standardise: phi_s, summary: {cosine: 1, relation: 0.5}, queue: 40, drop: 0.5}",
+    "augment={jitter: 0.8, grey: 0.2, blur: 0.5}",
+]
+
+
+def _scheduled(given):
+    """The job with a weight of the first teacher that falls to 0.1 in the first half."""
+    first, *others = given.teachers
+    config = first.config.model_copy(update={"weight": {0: 1, 0.5: 0.1}})
+    return dataclasses.replace(given, teachers=(dataclasses.replace(first, config=config), *others))
+
+
+@pytest.mark.parametrize("more", [[], EVERYTHING_RANDOM], ids=["plain", "everything"])
+def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path, more):
+    given = job("train.epochs=2", "train.checkpoint_steps=4", "train.precision=float32", *more)
+    given = _scheduled(given) if more else given
 
     def run(state):
         snapshots = []
@@ -174,4 +224,4 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path):
     assert rest[-1].state["evaluations"] == whole[-1].state["evaluations"]
     losses = [metrics["loss"] for snapshot in whole for _, metrics in snapshot.history if "loss" in metrics]
     assert len(losses) == 18
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] or more  # an empty queue makes the first relation cheap

@@ -53,7 +53,7 @@ def test_tokens_come_from_stride_16_and_the_summary_from_the_last_map():
         output = student(pixels)
     assert (fine.shape[-1], coarse.shape[-1]) == (2, 1)
     torch.testing.assert_close(output.summary, coarse.mean(dim=(2, 3)))
-    torch.testing.assert_close(output.tokens, student.neck(fine, coarse))
+    torch.testing.assert_close(output.tokens, student.neck([fine, coarse]))
 
 
 def test_what_ships_gives_the_summary_that_was_distilled():
@@ -120,14 +120,38 @@ def test_a_model_without_intermediate_features_is_refused():
         create_backbone("timm/test_resnet", {"features_only": True})
 
 
-def test_the_neck_adds_both_levels_on_the_finer_grid():
-    neck = FuseNeck(3, 5, 7).eval()
-    fine, coarse = torch.randn(2, 3, 4, 6), torch.randn(2, 5, 2, 3)
-    both = neck(fine, coarse)
-    assert both.shape == (2, 7, 4, 6)
-    alone = neck(fine, torch.zeros_like(coarse)) + neck(torch.zeros_like(fine), coarse)
-    torch.testing.assert_close(both, alone)
-    flat = neck(torch.zeros_like(fine), torch.ones_like(coarse))
+@pytest.mark.parametrize(
+    ("name", "args", "taps", "tapped"),
+    [
+        ("regla_t", {}, [16, 32], [16, 32]),
+        ("regla_t", {}, [32, 8, 16], [8, 16, 32]),
+        ("regla_t", {}, [16], [16]),
+        ("regla_t", {}, [32], [16, 32]),
+        (*TINY_VIT, [8, 16, 32], [16]),
+        ("timm/efficientvit_m0", {}, [16, 32], [16, 32]),
+    ],
+)
+def test_the_taps_are_fused_on_the_grid_of_stride_16(name, args, taps, tapped):
+    student = Student(Encoder(create_backbone(name, args)), 12, taps)
+    assert student.tapped == tapped
+    output = student(_pixels(size=32 if name.startswith("timm/test_vit") else 64))
+    assert output.tokens.shape[-1] == (2 if name.startswith("timm/test_vit") else 4)
+    assert output.summary.shape == (2, student.encoder.dim)
+
+
+def test_a_finer_level_of_odd_size_is_brought_to_the_grid():
+    student = Student(Encoder(create_backbone("regla_t")), 12, [8, 16, 32]).eval()
+    with torch.no_grad():
+        assert student(_pixels(size=84)).tokens.shape == (2, 12, 6, 6)
+
+
+def test_the_neck_adds_all_levels_on_its_grid():
+    neck = FuseNeck([2, 3, 5], [8, 16, 32], 16, 7).eval()
+    maps = [torch.randn(2, 2, 8, 12), torch.randn(2, 3, 4, 6), torch.randn(2, 5, 2, 3)]
+    assert neck(maps).shape == (2, 7, 4, 6)
+    alone = [neck([part * (i == number) for i, part in enumerate(maps)]) for number in range(3)]
+    torch.testing.assert_close(neck(maps), sum(alone))
+    flat = neck([torch.zeros_like(maps[0]), torch.zeros_like(maps[1]), torch.ones_like(maps[2])])
     torch.testing.assert_close(flat, flat[:, :, :1, :1].expand_as(flat))
 
 

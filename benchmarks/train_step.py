@@ -1,0 +1,350 @@
+"""What does a training step cost beyond the student itself? Cached teachers, online teachers, and Ray Train around it.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --device cuda --batch-size 256 --images 8192 --compile
+    python benchmarks/train_step.py --ray --no-online
+
+Steps of the engine (forward, backward, clipping, AdamW, average) with ReGLA and three teachers' features of the real
+shapes (DINOv2-S, CLIP-B, SAM-B; values made up), in blocks that take turns; the first steps of a block warm up.
+
+    student     the student alone on images in memory; its loss is the mean square of what it gives
+    in memory   student, heads and losses on a batch in memory, features as they are stored
+    cached      the same on batches that are read, joined, and decoded from JPEG while the step before is computed
+
+`cached_over_student` and `cached_over_in_memory` are medians over the rounds of the ratio within a round. `online` is a
+step in memory after all three teachers, with random weights, on the same device, encoded the batch: JPEGs are rendered to
+each one's own size; `--online-images` of them are measured and the time is scaled to the batch. `--ray` runs the same
+epochs of steps in memory in this process and under Ray Train, in turns. Prints a table and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from benchmarks.made_up_cache import jpegs, write_dataset
+from pipeline.cache.dataset import Dataset
+from pipeline.cache.extract import CachedTeacher, make_teacher
+from pipeline.cache.reader import Batch, CacheReader
+from pipeline.config import LossConfig, TeacherConfig, TrainConfig
+from pipeline.distill.distiller import Distiller
+from pipeline.distill.standardise import MeanStd
+from pipeline.student.model import Encoder, Student, create_backbone
+from pipeline.training import Task, Worker, fit, train
+from pipeline.training.meter import Stopwatch
+from pipeline.training.step import Stepper
+from pipeline.views import FULL, decode_image, render
+from teachers.base import Teacher
+
+TEACHERS = ("dinov2/vits14", "clip/ViT-B-16", "sam/vit_b")
+WARM_UP = 2
+"""Steps of a block that are not measured: in them the reader fills its queue."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    with TemporaryDirectory() as folder:
+        bench = Bench(options, folder)
+        figures = bench.measure()
+        if options.ray:
+            figures |= ray_over_bare(options, folder)
+    print(
+        json.dumps({**figures, "student": options.student, "image_size": options.image_size, "device": options.device})
+    )
+
+
+class DistillStep(Task):
+    """The distillation loss of a batch, as `DistillTask` computes it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `DistillTask`, without augmentation."""
+        features = {
+            teacher: {kind: raw.to(device, non_blocking=True) for kind, raw in kinds.items()}
+            for teacher, kinds in batch.features.items()
+        }
+        result: tuple[Tensor, dict[str, Tensor]] = module(batch.images.to(device, non_blocking=True), features)
+        return result
+
+    def steps(self, epoch: int) -> int:
+        """Of no consequence here."""
+        return 1_000_000
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        """None."""
+        return iter(())
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+
+class StudentStep(DistillStep):
+    """The student alone."""
+
+    def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean square of summary and tokens."""
+        summary, tokens = module(batch.images.to(device, non_blocking=True))
+        return summary.float().square().mean() + tokens.float().square().mean(), {}
+
+
+class Bench:
+    """One cache, and a step of each kind."""
+
+    def __init__(self, options: argparse.Namespace, folder: str) -> None:
+        self.options, self.device = options, torch.device(options.device)
+        self.jpegs = jpegs(options.image_size)
+        self.dataset = write_dataset(f"{folder}/cache", options.images, self.jpegs, -(-options.images // 4))
+        self.teachers = [write_features(self.dataset, model, options.codec) for model in TEACHERS]
+        self.reader = self._reader()
+        self.batch = next(self.reader.batches(0))
+        config = train_config(options)
+        self.steppers = {
+            name: Stepper(task, config, Worker(device=self.device), [1_000_000])
+            for name, task in (
+                ("student", StudentStep(make_student(options.student))),
+                ("cached", DistillStep(make_distiller(options, self.teachers))),
+            )
+        }
+        self.epoch = 0
+
+    def _reader(self) -> CacheReader:
+        options = self.options
+        return CacheReader(
+            self.dataset,
+            self.teachers,
+            image_size=options.image_size,
+            batch_size=options.batch_size,
+            window=256,
+            threads=max(2, options.threads),
+        )
+
+    def measure(self) -> dict[str, Any]:
+        """Milliseconds a step of each kind, in turns."""
+        ways: dict[str, Callable[[], float]] = {
+            "student": lambda: self._block("student", repeat(self.batch)),
+            "in memory": lambda: self._block("cached", repeat(self.batch)),
+            "cached": lambda: self._block("cached", self._read()),
+        }
+        if self.options.online:
+            loaded = [load_teacher(model, self.device) for model in TEACHERS]
+            ways["teachers"] = partial(self._encode, loaded)
+        for way in ways.values():
+            way()
+        rounds = [{name: way() for name, way in ways.items()} for _ in range(self.options.rounds)]
+        if self.options.online:
+            for found in rounds:
+                found["online"] = found["in memory"] + found["teachers"]
+        print(f"{'step':<12}{'ms':>10}{'over student':>15}")
+        for name in rounds[0]:
+            over = median(found[name] / found["student"] for found in rounds)
+            print(f"{name:<12}{1000 * median(found[name] for found in rounds):>10.1f}{over:>15.3f}", flush=True)
+
+        def ratio(way: str, base: str) -> float:
+            return round(median(found[way] / found[base] for found in rounds), 3)
+
+        figures = {
+            "cached_over_student": ratio("cached", "student"),
+            "cached_over_in_memory": ratio("cached", "in memory"),
+            "heads_over_student": ratio("in memory", "student"),
+            "student_ms": round(1000 * median(found["student"] for found in rounds), 1),
+        }
+        return {**figures, "online_over_cached": ratio("online", "cached")} if self.options.online else figures
+
+    def _read(self) -> Iterator[Batch]:
+        while True:
+            self.epoch += 1
+            yield from self.reader.batches(self.epoch)
+
+    def _block(self, name: str, batches: Iterator[Batch]) -> float:
+        """Seconds a step."""
+        stepper, clock, started = self.steppers[name], Stopwatch(self.device), 0.0
+        stepper.wrapped.train()
+        for step in range(WARM_UP + self.options.steps):
+            if step == WARM_UP:
+                started = self._now()
+            stepper([next(batches)], step, clock)
+        seconds = (self._now() - started) / self.options.steps
+        del batches
+        gc.collect()  # the reader's threads end with its generator
+        return seconds
+
+    def _encode(self, teachers: Sequence[Teacher]) -> float:
+        """Seconds that all teachers take for a batch."""
+        count = self.options.online_images
+        started = self._now()
+        for teacher in teachers:
+            height, width = teacher.spec.input_size
+            pixels = [
+                render(decode_image(self.jpegs[number]), FULL, (height, width), teacher.spec.interpolation)
+                for number in range(count)
+            ]
+            teacher.encode(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
+        return (self._now() - started) / count * self.options.batch_size
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def train_config(options: argparse.Namespace, **changes: Any) -> TrainConfig:
+    """Of the steps."""
+    settings = {"batch_size": options.batch_size, "precision": options.precision, "compile": options.compile}
+    return TrainConfig(**settings, **changes)
+
+
+def make_student(name: str) -> Student:
+    """Seeded."""
+    torch.manual_seed(0)
+    return Student(Encoder(create_backbone(name)), 256)
+
+
+def make_distiller(options: argparse.Namespace, teachers: Sequence[CachedTeacher]) -> Distiller:
+    """Student, heads and losses, with targets that need no standardising."""
+    standardisers = {
+        teacher.id: {kind: MeanStd(np.zeros(shape[-1]), np.ones(shape[-1])) for kind, shape in teacher.shapes.items()}
+        for teacher in teachers
+    }
+    tokens = {teacher.id: teacher.tokens() for teacher in teachers}
+    student = make_student(options.student)
+    return Distiller(student, teachers, standardisers, tokens, options.image_size, options.head_dim, LossConfig())
+
+
+def write_features(dataset: Dataset, model: str, codec: str) -> CachedTeacher:
+    """Features for every row of a dataset, drawn from a normal distribution, in the shapes of a teacher."""
+    config = TeacherConfig(model=model, weights="random")
+    spec = make_teacher(config).spec
+    teacher = CachedTeacher(config, spec, spec.name.replace("/", "-"), codec, "float32")
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        kind: tokens.encode(torch.randn(16, *tokens.shape, generator=generator))
+        for kind, tokens in teacher.tokens().items()
+    }
+    for record in dataset.images.records().values():
+        table = dataset.images.read(record, ["sample_id", "view"])
+        for kind, rows in drawn.items():
+            repeated = np.resize(rows, (len(table), rows.shape[1]))
+            kind_of = pa.binary(rows.shape[1])
+            column = pa.FixedSizeBinaryArray.from_buffers(kind_of, len(repeated), [None, pa.py_buffer(repeated)])
+            table = table.append_column(pa.field(kind, column.type, nullable=False), column)
+        dataset.teacher(teacher.id).commit(record.shard, table)
+    return teacher
+
+
+def load_teacher(model: str, device: torch.device) -> Teacher:
+    """With random weights."""
+    teacher = make_teacher(TeacherConfig(model=model, weights="random"))
+    teacher.load(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return teacher
+
+
+class EpochTask(DistillStep):
+    """Epochs on one batch in memory, whose steps write down when they began."""
+
+    def __init__(self, options: argparse.Namespace, batch: Batch, module: nn.Module, file: str) -> None:
+        super().__init__(module)
+        self.options, self.batch, self.file = options, batch, file
+        self.began: list[float] = []
+
+    def steps(self, epoch: int) -> int:
+        """Of an epoch."""
+        return int(self.options.ray_steps)
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        """The same batch again and again."""
+        return iter([self.batch] * (self.steps(epoch) - start))
+
+    def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """The distillation loss."""
+        self.began.append(time.perf_counter())
+        return super().loss(module, batch, device)
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Writes the times down."""
+        Path(self.file).write_text(json.dumps(self.began), encoding="utf-8")
+        return {}
+
+
+def make_epoch_task(payload: dict[str, Any], rank: int, world: int) -> EpochTask:
+    """In a worker of Ray Train, or here."""
+    options = payload["options"]
+    bench = Bench.__new__(Bench)
+    bench.options, bench.dataset, bench.teachers = options, payload["dataset"], payload["teachers"]
+    batch = next(bench._reader().batches(0))
+    return EpochTask(options, batch, make_distiller(options, payload["teachers"]), payload["file"])
+
+
+def ray_over_bare(options: argparse.Namespace, folder: str) -> dict[str, float]:
+    """Median seconds between the beginnings of two steps, under Ray Train over those in this process."""
+    from pipeline.ray_session import connect
+
+    images = jpegs(options.image_size)
+    dataset = write_dataset(f"{folder}/ray-cache", max(64, options.batch_size), images, 64)
+    teachers = [write_features(dataset, model, options.codec) for model in TEACHERS]
+    payload = {"options": options, "dataset": dataset, "teachers": teachers, "file": f"{folder}/times.json"}
+    config = train_config(options, epochs=1, workers=1)
+    device = torch.device(options.device)
+
+    def bare(_: int) -> None:
+        train(make_epoch_task(payload, 0, 1), config, Worker(device=device), None, lambda _: None)
+
+    def ray(number: int) -> None:
+        fit(make_epoch_task, payload, config, f"{folder}/ray-{number}", lambda *_: None)
+
+    def seconds(run: Callable[[int], None], number: int) -> float:
+        run(number)
+        began = json.loads(Path(payload["file"]).read_text(encoding="utf-8"))
+        return median(np.diff(began[WARM_UP:]).tolist())
+
+    with connect():
+        pairs = [[seconds(run, number) for run in (bare, ray)] for number in range(options.ray_rounds)]
+    print(f"under Ray Train / bare, ms a step: {[[round(1000 * s, 1) for s in reversed(pair)] for pair in pairs]}")
+    return {"ray_over_bare": round(median(under / alone for alone, under in pairs), 3)}
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="regla_m")
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=1024, help="hidden channels of the heads")
+    parser.add_argument("--images", type=int, default=512, help="in the cache")
+    parser.add_argument("--codec", default="int8")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of a block")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--online", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--online-images", type=int, default=1, help="that the teachers encode in a round")
+    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--ray-steps", type=int, default=16, help="steps of an epoch under Ray Train and without")
+    parser.add_argument("--ray-rounds", type=int, default=3)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

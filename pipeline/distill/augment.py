@@ -1,0 +1,130 @@
+"""Photometric augmentation of the student's images, on the training device, each image with a draw of its own.
+
+The teachers saw the clean view; geometry belongs to the cached views and is never touched here. The operations are those
+of torchvision.transforms.v2, which draws once for a whole batch, and of one image after the other takes too many kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config import AugmentConfig
+
+BLUR_SIGMA = (0.1, 2.0)
+"""Range of the blur's standard deviation in pixels, as in DINO (Caron et al. 2021) and its successors."""
+
+BLUR_SIDE = 9
+"""Pixels of a side of the blur's kernel, as in DINOv2."""
+
+GREY = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue (ITU-R BT.601), as torchvision and Pillow have them."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is done to each image of a batch; [B, 1, 1, 1] float32 each.
+
+    Attributes:
+        brightness, contrast, saturation: factors, 1: unchanged.
+        hue: shift as a share of the circle, 0: unchanged.
+        grey: 1 where the image loses its colour.
+        sigma: of the blur in pixels, 0: none.
+    """
+
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    grey: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def of(cls, count: int, config: AugmentConfig) -> Draws:
+        """Draw for `count` images, from torch's generator of the CPU, so that a seed means the same on every device."""
+        uniform = torch.rand(8, count, 1, 1, 1)
+        jittered, blurred = uniform[0] < config.jitter, uniform[1] < config.blur
+
+        def factor(row: int, strength: float) -> Tensor:
+            low = max(0.0, 1 - strength)
+            return torch.where(jittered, low + (1 + strength - low) * uniform[row], 1.0)
+
+        low, high = BLUR_SIGMA
+        return cls(
+            factor(2, config.brightness),
+            factor(3, config.contrast),
+            factor(4, config.saturation),
+            torch.where(jittered, (2 * uniform[5] - 1) * config.hue, 0.0),
+            (uniform[6] < config.grey).float(),
+            torch.where(blurred, low + (high - low) * uniform[7], 0.0),
+        )
+
+    def to(self, device: torch.device) -> Draws:
+        """The same on a device."""
+        return Draws(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+def augment(pixels: Tensor, config: AugmentConfig) -> Tensor:
+    """Colour jitter, grey and blur.
+
+    Args:
+        pixels: [B, 3, H, W] uint8 RGB on any device.
+
+    Returns:
+        The like, a new tensor; `pixels` itself where the configuration changes nothing.
+    """
+    if not (config.jitter or config.grey or config.blur):
+        return pixels
+    draws = Draws.of(len(pixels), config).to(pixels.device)
+    return (apply_draws(pixels.float() / 255, draws) * 255).round().to(torch.uint8)
+
+
+def apply_draws(images: Tensor, draws: Draws) -> Tensor:
+    """[B, 3, H, W] float32 in [0, 1] -> the like: brightness, contrast, saturation, hue, grey, blur, in this order."""
+    images = (images * draws.brightness).clamp(0, 1)
+    images = _blend(images, _grey(images).mean(dim=(2, 3), keepdim=True), draws.contrast)
+    images = _blend(images, _grey(images), draws.saturation)
+    if draws.hue.any():
+        images = _turn_hue(images, draws.hue)
+    images = torch.where(draws.grey > 0, _grey(images), images)
+    return torch.where(draws.sigma > 0, _blur(images, draws.sigma.clamp_min(BLUR_SIGMA[0])), images)
+
+
+def _grey(images: Tensor) -> Tensor:
+    weights = images.new_tensor(GREY).view(3, 1, 1)
+    return (images * weights).sum(dim=1, keepdim=True)
+
+
+def _blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    return (share * images + (1 - share) * other).clamp(0, 1)
+
+
+def _turn_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Through HSV and back (Foley et al. 1990, section 13.3.4)."""
+    value, low = images.amax(dim=1, keepdim=True), images.amin(dim=1, keepdim=True)
+    chroma = value - low
+    red, green, blue = images.split(1, dim=1)
+    span = torch.where(chroma > 0, chroma, 1.0)
+    sixth = torch.where(
+        value == red,
+        (green - blue) / span,
+        torch.where(value == green, 2 + (blue - red) / span, 4 + (red - green) / span),
+    )
+    corners = images.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
+    distance = (corners + sixth + 6 * shift) % 6
+    return value - chroma * torch.minimum(distance, 4 - distance).clamp(0, 1)
+
+
+def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+    count, channels, height, width = images.shape
+    offsets = torch.arange(BLUR_SIDE, device=images.device) - BLUR_SIDE // 2
+    weights = torch.exp(-0.5 * (offsets / sigma.view(count, 1)) ** 2)
+    kernels = (weights / weights.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
+    edge = BLUR_SIDE // 2
+    planes = F.pad(images, (edge, edge, edge, edge), mode="reflect").view(1, count * channels, height + 2 * edge, -1)
+    planes = F.conv2d(planes, kernels.view(-1, 1, 1, BLUR_SIDE), groups=count * channels)
+    planes = F.conv2d(planes, kernels.view(-1, 1, BLUR_SIDE, 1), groups=count * channels)
+    return planes.view(count, channels, height, width)

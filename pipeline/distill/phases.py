@@ -1,0 +1,124 @@
+"""Training in phases: each is a run of the engine in its own folder, from the weights of the one before.
+
+    train/                     the only phase
+    train/phase-<n>/           one of several
+    train/phase-<n>.pt         what it ended with; where it is there, the phase is over
+
+A phase starts both the student and its average from the averaged weights of the last one, with a fresh optimiser and
+schedule. Heads go on for teachers of the same name and width; statistics are those of the phase's own cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.cache.build import CachePlan, plan_cache
+from pipeline.cache.store import Store
+from pipeline.config import Config
+from pipeline.distill.distiller import Distiller, TeacherTarget
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase trains with.
+
+    Attributes:
+        config: the recipe with the changes of the phase.
+        plan: of its cache.
+    """
+
+    config: Config
+    plan: CachePlan
+
+
+def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
+    """The phases of a recipe, one where it names none.
+
+    Raises:
+        UserError, TeacherError: as :func:`~pipeline.cache.build.plan_cache`.
+    """
+    return tuple(Phase(phase, plan_cache(phase, store)) for phase in config.phase_configs())
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a phase ended with, counted from the start of the run.
+
+    Attributes:
+        epochs, steps, samples: done.
+        knn: first and last accuracy in percent, or None without labels.
+        teachers: labels, in the order of the distiller's targets.
+        weights: averaged, of the distiller.
+        evaluations: of all phases.
+    """
+
+    epochs: int = 0
+    steps: int = 0
+    samples: int = 0
+    knn: tuple[float, float] | None = None
+    teachers: tuple[str, ...] = ()
+    weights: dict[str, Tensor] | None = None
+    evaluations: tuple[tuple[int, dict[str, float]], ...] = ()
+
+    def then(self, state: dict[str, Any], epochs: int, teachers: Sequence[str]) -> Ending:
+        """With a phase that went on from here, and whose last checkpoint holds this state."""
+        curve = [metrics["knn"] for _, metrics in state["evaluations"] if "knn" in metrics]
+        first = self.knn[:1] if self.knn else tuple(curve[:1])
+        last = curve[-1] if curve else self.knn and self.knn[1]
+        position = state["position"]
+        return Ending(
+            self.epochs + epochs,
+            self.steps + position["step"],
+            self.samples + position["samples"],
+            (first[0], last) if first and last is not None else None,
+            tuple(teachers),
+            state["ema"],
+            (*self.evaluations, *self.shift(state["evaluations"])),
+        )
+
+    def shift(self, history: Sequence[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+        """A history that counts from the start of the phase, counted from that of the run."""
+        offsets = {"epoch": self.epochs, "samples_seen": self.samples}
+        return [
+            (step + self.steps, {name: value + offsets.get(name, 0) for name, value in metrics.items()})
+            for step, metrics in history
+        ]
+
+    def save(self, file: Path) -> None:
+        """Write it as a whole or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        torch.save(vars(self), temporary)
+        os.replace(temporary, file)
+
+    @classmethod
+    def load(cls, file: Path) -> Ending:
+        """The inverse of `save`; nothing is unpickled but tensors and plain values."""
+        return cls(**torch.load(file, map_location="cpu", weights_only=True))
+
+
+def go_on(distiller: Distiller, ending: Ending) -> None:
+    """Bring the weights that a phase ended with into the distiller of the next one."""
+    if ending.weights is None:
+        return
+    student = "student."
+    distiller.student.load_state_dict(
+        {name.removeprefix(student): value for name, value in ending.weights.items() if name.startswith(student)}
+    )
+    for target in distiller.targets:
+        assert isinstance(target, TeacherTarget)
+        label = distiller.labels[target.teacher.id]
+        if label in ending.teachers:
+            prefix = f"targets.{ending.teachers.index(label)}.heads."
+            own = target.heads.state_dict()
+            kept = {name: ending.weights.get(prefix + name, value) for name, value in own.items()}
+            target.heads.load_state_dict(
+                {name: value if value.shape == own[name].shape else own[name] for name, value in kept.items()}
+            )

@@ -1,0 +1,160 @@
+"""What there is to see of a distillation after each epoch, as PNG files: curves, and features as colours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.cache.reader import Batch
+from pipeline.distill.distiller import Distiller, TeacherTarget
+from pipeline.training import History
+
+IMAGES = 6
+"""Images whose features are shown; the same after every epoch."""
+CELL = 96
+"""Side of a picture in pixels."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Where figures go, and what they are compared with.
+
+    Attributes:
+        folder: of the PNG files; on a cluster one that all nodes share.
+        teacher_knn: accuracy in percent by teacher.
+        earlier: evaluations of the phases before this one.
+    """
+
+    folder: str
+    teacher_knn: Mapping[str, float] = field(default_factory=dict)
+    earlier: Sequence[tuple[int, dict[str, float]]] = ()
+
+    def draw(self, module: Distiller, evaluations: History, batch: Batch) -> None:
+        """Both figures, in place of those of the last epoch.
+
+        Args:
+            evaluations: of this phase, the first before training.
+            batch: with the features of the images to be shown.
+        """
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # A phase begins with the evaluation that the one before ended with.
+        curve = [*self.earlier, *evaluations[bool(self.earlier) :]]
+        curves_figure(curve, self.teacher_knn, folder / "curves.png")
+        features_figure(module, batch, folder / "features.png")
+
+
+def curves_figure(
+    evaluations: Sequence[tuple[int, dict[str, float]]], teacher_knn: Mapping[str, float], path: Path
+) -> Path:
+    """kNN against the epoch, of the averaged and the raw weights and, dashed, of the teachers (the paper's figure 3);
+    beside it the cosine to every teacher on held-out images.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    metrics = [metrics for _, metrics in evaluations]
+    cosines = sorted({name for point in metrics for name in point if name.startswith("val_cosine/")})
+    knn = any("knn" in point for point in metrics)
+    figure = Figure(figsize=(5.4 * max(1, knn + bool(cosines)), 4.2), layout="constrained")
+    panels = iter(np.atleast_1d(figure.subplots(1, max(1, knn + bool(cosines)))))
+    if knn:
+        panel = next(panels)
+        # Before training averaged and raw weights are the same.
+        raw = [point.get("knn_raw", point.get("knn")) for point in metrics]
+        panel.plot([point.get("knn") for point in metrics], marker="o", markersize=3, label="averaged weights")
+        panel.plot(raw, marker="o", markersize=3, alpha=0.6, label="raw weights")
+        for number, (name, score) in enumerate(teacher_knn.items()):
+            panel.axhline(score, linestyle="--", linewidth=1, color=f"C{number + 2}", label=name)
+        panel.set(xlabel="epoch", ylabel="kNN accuracy, %")
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3)
+    if cosines:
+        panel = next(panels)
+        for name in cosines:
+            panel.plot([point.get(name) for point in metrics], marker="o", markersize=3, label=name.split("/", 1)[1])
+        panel.set(xlabel="epoch", ylabel="cosine to the teacher on held-out images")
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3)
+    for panel in figure.axes:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _save(figure, path)
+
+
+@torch.inference_mode()
+def features_figure(module: Distiller, batch: Batch, path: Path) -> Path:
+    """Images beside every teacher's patch features and what the student makes of them.
+
+    Colours are the first three principal components: those of a teacher's features for it and for the student's
+    prediction of it, so that equal colours mean equal features; the student's own for its tokens.
+    """
+    from matplotlib.figure import Figure
+
+    device = module.weights.device
+    count = min(IMAGES, len(batch.keys))
+    images = batch.images[:count]
+    output = module.student(images.to(device))
+    columns = {"image": images.permute(0, 2, 3, 1).float().cpu() / 255}
+    for target in module.targets:
+        assert isinstance(target, TeacherTarget)
+        raw = {kind: rows[:count].to(device) for kind, rows in batch.features[target.teacher.id].items()}
+        label = module.labels[target.teacher.id]
+        wanted = target.targets(raw)["patches"].float().cpu()
+        shown = colours(wanted, wanted, target.predict(output)["patches"].float().cpu())
+        columns |= {label: shown[0], f"student of {label}": shown[1]}
+    tokens = output.tokens.float().permute(0, 2, 3, 1).cpu()
+    (columns["student's tokens"],) = colours(tokens, tokens)
+    mosaic = torch.cat([_enlarged(pictures) for pictures in columns.values()], dim=1)
+    figure = Figure(figsize=(1.25 * len(columns), 1.25 * count + 0.6), layout="constrained")
+    panel = figure.subplots()
+    panel.imshow(mosaic.numpy(), interpolation="nearest")
+    panel.set_xticks([CELL * (number + 0.5) for number in range(len(columns))], list(columns), rotation=20, fontsize=8)
+    panel.set_yticks([])
+    panel.xaxis.tick_top()
+    return _save(figure, path)
+
+
+def colours(fitted: Tensor, *features: Tensor) -> list[Tensor]:
+    """The first three principal components of `fitted` as red, green and blue.
+
+    Args:
+        fitted: [B, h, w, D], by whose tokens components and ranges (2nd to 98th percentile) are found.
+        features: [B, h', w', D] each, to be shown.
+
+    Returns:
+        [B, h', w', 3] in [0, 1] of each.
+    """
+    tokens = fitted.flatten(0, 2)
+    mean = tokens.mean(dim=0)
+    _, _, axes = torch.linalg.svd(tokens - mean, full_matrices=False)
+    axes = axes[:3]
+    # The sign of a component is arbitrary; this one stays the same from epoch to epoch.
+    axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
+    axes = F.pad(axes, (0, 0, 0, 3 - len(axes)))
+    low, high = ((tokens - mean) @ axes.T).quantile(torch.tensor([0.02, 0.98]), dim=0)
+    return [(((values - mean) @ axes.T - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for values in features]
+
+
+def _enlarged(pictures: Tensor) -> Tensor:
+    """[B, h, w, 3] -> one column [B * CELL, CELL, 3]."""
+    return F.interpolate(pictures.permute(0, 3, 1, 2), (CELL, CELL), mode="nearest").permute(0, 2, 3, 1).flatten(0, 1)
+
+
+def _save(figure: object, path: Path) -> Path:
+    """In place at once: a reader never finds half a picture."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.use("Agg")
+    assert isinstance(figure, Figure)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,133 @@
+"""An exported student as a teacher, for a smaller one to learn from (proxy distillation): `student`.
+
+    teachers:
+      - model: student
+        weights: work/runs/<run>/student
+
+The summary is what the student was distilled to give; patches are the levels that the neck fuses unless told otherwise,
+each brought to the grid of stride 16, one after the other in the channels: everything that the student says of a place.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.student.model import TAPS, Encoder, create_backbone, level_of, load_encoder
+from teachers.base import (
+    Teacher,
+    TeacherError,
+    TeacherOptions,
+    TeacherOutput,
+    TeacherSpec,
+    WeightsNotFoundError,
+    digest_state,
+    pool_grid,
+)
+from teachers.weights import parse_weights
+
+
+class StudentTeacher(Teacher):
+    """The backbone of an exported student.
+
+    Args:
+        folder: with `student.safetensors` and `student.json`.
+        options: of the user; `args` are refused, since the export says them.
+    """
+
+    encoder: Encoder
+
+    def __init__(self, folder: Path, options: TeacherOptions) -> None:
+        self.folder, self.pool = folder, options.pool or 1
+        described = _description(folder)
+        name = f"student/{described['model']}"
+        if options.args:
+            raise TeacherError(f"teacher {name}: args are those of {folder / 'student.json'}, and cannot be given")
+        size = options.input_size or described["input_size"]
+        summary_dim, patch_dim, grid = self._probe(described, size)
+        if any(side % self.pool for side in grid):
+            raise TeacherError(
+                f"teacher {name}: pool {self.pool} does not divide its grid of {grid[0]}x{grid[1]} patches"
+            )
+        self.spec = TeacherSpec(
+            name=name,
+            architecture=name,
+            weights=parse_weights(str(folder / "student.safetensors"), name, "").identity,
+            input_size=(size, size),
+            mean=described["mean"],
+            std=described["std"],
+            interpolation="bicubic",
+            summary_dim=summary_dim,
+            patch_dim=patch_dim,
+            grid=(grid[0] // self.pool, grid[1] // self.pool),
+            pool=self.pool,
+            model_args=described["args"],
+            licence="as its teachers'",
+        )
+
+    def _probe(self, described: dict[str, Any], size: int) -> tuple[int, int, tuple[int, int]]:
+        """Channels of summary and patch, and the grid, from a forward without data."""
+        try:
+            with torch.device("meta"):
+                encoder = Encoder(create_backbone(described["model"], described["args"])).eval()
+                summary, patches = _features(encoder, torch.empty(1, 3, size, size))
+        except UserError as error:
+            raise TeacherError(f"teacher student: {self.folder}: {error}") from error
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise TeacherError(
+                f"teacher student/{described['model']}: input_size {size} does not suit it ({reason})"
+            ) from error
+        return summary.shape[-1], patches.shape[-1], (patches.shape[1], patches.shape[2])
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Bring the weights; see :meth:`teachers.base.Teacher.load`."""
+        try:
+            encoder = load_encoder(self.folder)
+        except UserError as error:
+            raise TeacherError(f"teacher {self.spec.name}: {error}") from error
+        self.weights_sha256 = digest_state(encoder.backbone)
+        self.device, self.dtype = torch.device(device), dtype
+        self.encoder = encoder.requires_grad_(False).to(self.device, dtype)
+
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """[B, 3, H, W] normalised -> summary [B, C] and patches [B, h, w, D]."""
+        summary, patches = _features(self.encoder, images)
+        return TeacherOutput(summary, pool_grid(patches, self.pool))
+
+
+def _features(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    levels = sorted({level_of(encoder.strides, tap) for tap in TAPS} | {len(encoder.channels) - 1})
+    maps = encoder.pyramid(images, levels)
+    size = maps[0].shape[-2:]
+    resized = [maps[0], *(F.interpolate(part, size, mode="bilinear", align_corners=False) for part in maps[1:])]
+    return maps[-1].mean(dim=(2, 3)), torch.cat(resized, dim=1).permute(0, 2, 3, 1)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        described |= {key: tuple(float(value) for value in described[key]) for key in ("mean", "std")}
+        return {key: described[key] for key in ("model", "args", "input_size", "mean", "std")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsNotFoundError(
+            f"teacher student: weights: {folder} is not the folder of an exported student, which holds student.json and "
+            f"student.safetensors ({' '.join(str(error).split())})"
+        ) from error
+
+
+def student(options: TeacherOptions) -> Teacher:
+    """Factory of `student`, as `pipeline.student.teacher:student`."""
+    if options.weights == "pretrained" or options.weights.startswith("random"):
+        raise TeacherError(
+            f"teacher student: weights={options.weights} names no student; give the folder that a distillation exported, "
+            "work/runs/<run>/student"
+        )
+    return StudentTeacher(Path(options.weights).expanduser().resolve(), replace(options, variant=""))

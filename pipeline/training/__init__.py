@@ -1,0 +1,36 @@
+"""The training engine that distillation and fine-tuning share: a plain PyTorch loop, and Ray Train around it.
+
+`train` knows a :class:`Task` and nothing of Ray; `fit` runs it on Ray Train workers with DDP, checkpoints and resume.
+
+    task.py        what is trained, on what, and how it is judged
+    worker.py      this process among the workers, and its shares of the global batch
+    step.py        one optimiser step: precision, accumulation, clipping, averaging
+    meter.py       losses, rate, and where the time goes
+    loop.py        `train`: epochs, positions, evaluation, divergence
+    checkpoint.py  what a checkpoint holds
+    ray_train.py   `fit`; Ray is imported inside its functions only, so that the loop runs on machines without it
+"""
+
+from pipeline.training.checkpoint import STATE_FILE, Position, Snapshot, load_state
+from pipeline.training.loop import train
+from pipeline.training.meter import DivergedError
+from pipeline.training.ray_train import fit
+from pipeline.training.task import History, Task, TrainingBatch, split_batch
+from pipeline.training.worker import STOP, StoppedError, Worker
+
+__all__ = [
+    "STATE_FILE",
+    "STOP",
+    "DivergedError",
+    "History",
+    "Position",
+    "Snapshot",
+    "StoppedError",
+    "Task",
+    "TrainingBatch",
+    "Worker",
+    "fit",
+    "load_state",
+    "split_batch",
+    "train",
+]

@@ -1,0 +1,69 @@
+"""What a checkpoint holds. Its directory has one file:
+
+    state.pt    model, EMA, optimiser, loss scale, position (epoch, batch, step), evaluations; loads with weights_only
+
+There is no random state in it: what a forward draws is a function of (seed, step, share), see `step.py`. Metrics of the
+steps since the last checkpoint are committed with it: a step that is repeated after a crash is logged once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.training.task import History
+
+STATE_FILE = "state.pt"
+
+
+@dataclass
+class Position:
+    """Where training stands: `batch` is the next one of `epoch`, `step` counts optimiser steps, `samples` images seen."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    samples: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of a checkpoint here: unique, and in order."""
+        return f"checkpoint-{self.epoch:04d}-{self.batch:06d}"
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint commits.
+
+    Attributes:
+        name: of the checkpoint directory, unique and ordered.
+        state: everything that resuming needs, or None on ranks other than 0. Its tensors are those that are trained:
+            who writes them later takes :func:`copied`.
+        history: metrics since the last checkpoint.
+        best: whether the evaluation in it is the best yet by `train.best_metric`.
+    """
+
+    name: str
+    state: dict[str, Any] | None
+    history: History
+    best: bool = False
+
+
+def copied(value: Any) -> Any:
+    """A state whose tensors are copies on the CPU, as they are now."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: copied(item) for name, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
+
+
+def load_state(directory: str | Path) -> dict[str, Any]:
+    """The state in a checkpoint directory, on the CPU; nothing is unpickled but tensors and plain values."""
+    state: dict[str, Any] = torch.load(Path(directory) / STATE_FILE, map_location="cpu", weights_only=True)
+    return state

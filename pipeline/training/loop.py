@@ -1,0 +1,184 @@
+"""The training loop: epochs, positions, evaluation, divergence. Imports neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.config import TrainConfig
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+from pipeline.training.checkpoint import Position, Snapshot
+from pipeline.training.meter import DivergedError, Meter
+from pipeline.training.step import Stepper
+from pipeline.training.task import History, Task
+from pipeline.training.worker import STOP, StoppedError, Worker
+
+SECONDS_BETWEEN_NOTICES = 5.0
+"""How often it is looked whether training should save or end."""
+
+
+def train(
+    task: Task,
+    config: TrainConfig,
+    worker: Worker,
+    state: dict[str, Any] | None,
+    commit: Callable[[Snapshot], None],
+    others: Sequence[Task] = (),
+) -> None:
+    """Train from `state` (or from the start) to the last epoch.
+
+    Args:
+        task: of this worker's first share of the global batch; its module is trained.
+        commit: called on every rank at each checkpoint, first of all with the evaluation before training.
+        others: tasks of its further shares, of which nothing but their batches is used.
+
+    Raises:
+        DivergedError: where the loss is not finite, naming the first such batch and the file that holds the states.
+        StoppedError: after `worker.notice` gave `STOP`, and everything was committed.
+        UserError: where `train.best_metric` is not among what is evaluated.
+    """
+    loop = _Loop(task, config, worker, commit, others)
+    if state is None:
+        loop.evaluate()
+        loop.commit()
+    else:
+        loop.restore(state)
+    try:
+        while loop.position.epoch < config.epochs:
+            loop.run_epoch()
+    except DivergedError as error:
+        raise loop.dumped(error) from error
+
+
+class _Loop:
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        worker: Worker,
+        commit: Callable[[Snapshot], None],
+        others: Sequence[Task],
+    ) -> None:
+        self.task, self.config, self.worker, self.on_commit = task, config, worker, commit
+        self.feeds = [task, *others]
+        task.worker = worker
+        steps = [task.steps(epoch) for epoch in range(config.epochs)]
+        self.all_steps = sum(steps)
+        self.stepper = Stepper(task, config, worker, steps)
+        self.position = Position()
+        self.evaluations: History = []
+        self.history: History = []
+        self.best = False
+        self.heeded: str | None = None
+        if not worker.rank:
+            print(f"learning rate {config.lr_rule}", flush=True)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.stepper.restore(state)
+        self.position = Position(**state["position"])
+        self.evaluations = [(step, metrics) for step, metrics in state["evaluations"]]
+
+    def state(self) -> dict[str, Any]:
+        return {**self.stepper.state(), "position": asdict(self.position), "evaluations": list(self.evaluations)}
+
+    def commit(self) -> None:
+        history, self.history = self.history, []
+        best, self.best = self.best, False
+        state = None if self.worker.rank else self.state()
+        self.on_commit(Snapshot(self.position.name, state, history, best))
+
+    def evaluate(self) -> None:
+        if self.worker.rank and not self.task.evaluates_everywhere:
+            return
+        averaged, step = self.stepper.ema.module, self.position.step
+        metrics = self.task.evaluate(averaged)
+        if step:  # before the first one both are the same
+            metrics = {**metrics, **self.task.evaluate_raw(self.stepper.module.eval())}
+        if self.worker.rank:
+            return
+        self.best = self._is_best(metrics)
+        self.evaluations.append((step, metrics))
+        self.history.append((step, metrics))
+        if metrics:
+            # Those by teacher, `val_loss/...`, are for the curves.
+            chief = {name: value for name, value in metrics.items() if "/" not in name} or metrics
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in chief.items())
+            print(f"evaluated at step {step}  {shown}", flush=True)
+        self.task.watch(averaged, self.evaluations)
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        name = self.config.best_metric
+        if name is None:
+            return False
+        if name not in metrics:
+            known = ", ".join(metrics) or "nothing: there are no held-out images"
+            raise UserError(f"train.best_metric={name} is not among what is evaluated: {known}")
+        sign = -1 if self.config.best_is == "lowest" else 1
+        return all(sign * metrics[name] > sign * earlier[name] for _, earlier in self.evaluations if name in earlier)
+
+    def run_epoch(self) -> None:
+        position, config = self.position, self.config
+        steps = self.task.steps(position.epoch)
+        meter = Meter(self.worker, steps, finite_gradient=not self.stepper.half)
+        self.stepper.wrapped.train()
+        label = f"train epoch {position.epoch + 1}/{config.epochs}"
+        with Progress(steps, "step", label, initial=position.batch) as progress:
+            streams = [feed.batches(position.epoch, position.batch) for feed in self.feeds]
+            for _ in range(steps - position.batch):
+                with meter.clock.waiting():
+                    batches = [next(stream) for stream in streams]
+                meter.add(batches, self.stepper(batches, position.step, meter.clock))
+                self._advance(len(batches[0].keys))
+                if meter.due:
+                    self._log(meter, steps)
+                progress.update(1, **meter.postfix(self.all_steps - position.step))
+                if position.batch < steps:
+                    self._save_within_epoch(meter, steps)
+        self._log(meter, steps)
+        position.epoch, position.batch = position.epoch + 1, 0
+        self.evaluate()
+        self.commit()
+
+    def _advance(self, images: int) -> None:
+        self.position.step += 1
+        self.position.batch += 1
+        self.position.samples += images * self.worker.all_shares
+
+    def _log(self, meter: Meter, steps: int) -> None:
+        position = self.position
+        if metrics := meter.read(position.step):
+            where = {
+                "learning_rate": self.stepper.optimizer.param_groups[0]["lr"],
+                "samples_seen": position.samples,
+                "epoch": position.epoch + position.batch / max(1, steps),
+            }
+            self.history.append((position.step, {**metrics, **where}))
+
+    def _save_within_epoch(self, meter: Meter, steps: int) -> None:
+        every, step = self.config.checkpoint_steps, self.position.step
+        notice = self._notice(meter)
+        if notice or (every and step % every == 0):
+            self._log(meter, steps)
+            self.commit()
+        if notice == STOP:
+            raise StoppedError(f"training was stopped at step {step} and goes on from there when it is started again")
+
+    def _notice(self, meter: Meter) -> str | None:
+        """A notice that has not been heeded yet; asked for after equally many steps on every rank."""
+        seconds = meter.seconds_per_step
+        every = meter.every if seconds is None else max(1, int(SECONDS_BETWEEN_NOTICES / max(seconds, 1e-9)))
+        if self.position.step % every:
+            return None
+        notice = self.worker.notice()
+        fresh = notice if notice != self.heeded else None
+        self.heeded = notice
+        return fresh
+
+    def dumped(self, error: DivergedError) -> DivergedError:
+        """The error, with the file that holds what an inquiry needs."""
+        content = {**self.state(), "diverged": {"step": error.step, "keys": error.keys, "message": str(error)}}
+        file = None if self.worker.rank else self.worker.dump(f"diverged-step-{error.step:08d}.pt", content)
+        where = f"; keys, weights and optimiser state are in {file}" if file else ""
+        return DivergedError(f"{error}{where}", error.step, error.keys)

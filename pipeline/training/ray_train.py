@@ -1,0 +1,310 @@
+"""Ray Train around the loop: workers, DDP, checkpoints with retention, elasticity, preemption and SIGTERM.
+
+    <folder>/shares                    shares of the global batch, fixed when the run starts
+    <folder>/checkpoint-<epoch>-<batch>/state.pt      the last `train.keep_checkpoints`
+    <folder>/best/<checkpoint>/state.pt               the best by `train.best_metric`
+    <folder>/diverged-step-<step>.pt   what a loss that is not finite left: keys, weights, optimiser
+    <folder>/stop                      asks the workers to save and to end; SIGTERM writes it, the next start removes it
+
+Ray is imported inside functions only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyarrow import fs
+
+from pipeline.config import TrainConfig, check_shares
+from pipeline.errors import UserError
+from pipeline.training.checkpoint import STATE_FILE, Snapshot, copied, load_state
+from pipeline.training.loop import train
+from pipeline.training.meter import DivergedError
+from pipeline.training.task import History, Task
+from pipeline.training.worker import STOP, StoppedError, Worker
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+
+STOP_FILE = "stop"
+RETRIES = 3
+"""Failures of a worker that a run survives; nodes that are taken away are not counted."""
+
+
+def fit(
+    make_task: Callable[[dict[str, Any], int, int], Task],
+    payload: dict[str, Any],
+    config: TrainConfig,
+    folder: str,
+    on_commit: Callable[[History, str | None], None],
+) -> Checkpoint:
+    """Train on Ray Train workers, from the last checkpoint in `folder` if there is one.
+
+    SIGTERM, like the notice that a node will be taken away, makes the workers save a checkpoint within some seconds.
+
+    Args:
+        make_task: called in every worker with `payload`, the number of a share of the global batch and of all shares.
+        folder: where checkpoints go: an absolute path or URI, shared by all nodes.
+        on_commit: called in Ray Train's controller with the metrics that a registered checkpoint commits, and its path.
+
+    Returns:
+        The final checkpoint, whose directory :func:`load_state` reads.
+
+    Raises:
+        DivergedError: as in :func:`train`.
+        StoppedError: after SIGTERM, when the checkpoint is registered.
+        UserError: as a worker raised it, or where workers cannot share the batch equally.
+    """
+    from ray.train import WorkerGroupError
+    from ray.train.torch import TorchTrainer
+
+    shares = _shares(config, folder)
+    stop = _StopFile(*fs.FileSystem.from_uri(f"{folder}/{STOP_FILE}"))
+    stop.remove()
+    worker_loop: Any = _train_worker  # whose annotations Ray Train finds too narrow
+    trainer = TorchTrainer(
+        worker_loop,
+        train_loop_config={
+            "make_task": make_task,
+            "payload": payload,
+            "config": config.model_dump(),
+            "shares": shares,
+        },
+        scaling_config=_scaling(config, shares),
+        run_config=_run_config(config, folder, on_commit),
+    )
+    try:
+        with _on_sigterm(stop.write):
+            result: Any = trainer.fit()  # of Ray Train v2, whose class its annotations do not name
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps it, with its traceback as text
+            if isinstance(cause, UserError):
+                raise cause from error
+        raise
+    if result.return_value is not None:
+        kind, message = result.return_value
+        raise (DivergedError if kind == "diverged" else StoppedError)(message)
+    checkpoint: Checkpoint = result.checkpoint
+    return checkpoint
+
+
+class _StopFile:
+    """Tells workers wherever they are to stop, through the folder that they all see."""
+
+    def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
+        self.filesystem, self.path = filesystem, path
+
+    def write(self) -> None:
+        self.filesystem.open_output_stream(self.path).close()
+
+    def exists(self) -> bool:
+        there: bool = self.filesystem.get_file_info(self.path).type == fs.FileType.File
+        return there
+
+    def remove(self) -> None:
+        if self.exists():
+            self.filesystem.delete_file(self.path)
+
+
+@contextmanager
+def _on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
+    """What the first SIGTERM does; a second one ends the process as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, before)
+        print("SIGTERM: saving a checkpoint, then stopping", flush=True)
+        act()
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _shares(config: TrainConfig, folder: str) -> int:
+    """Shares of the global batch: those that this run started with, or as many as it may have workers."""
+    filesystem, path = fs.FileSystem.from_uri(folder)
+    file = f"{path}/shares"
+    if filesystem.get_file_info(file).type == fs.FileType.File:
+        with filesystem.open_input_stream(file) as stream:
+            return int(stream.read())
+    shares = config.most_workers or _gpus() or 1
+    try:
+        check_shares(config.batch_size, shares)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    filesystem.create_dir(path, recursive=True)
+    with filesystem.open_output_stream(file) as stream:
+        stream.write(str(shares).encode())
+    return shares
+
+
+def _gpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _scaling(config: TrainConfig, shares: int) -> Any:
+    import ray
+    import ray.train
+
+    cpus, gpus = int(ray.cluster_resources().get("CPU", 1)), _gpus()
+    wanted = config.workers or gpus or 1
+    workers: Any  # an int, or least and most, which Ray's annotations lack
+    if isinstance(wanted, tuple):
+        most = min(wanted[1], shares)
+        workers = (min(wanted[0], most), most)
+    else:
+        workers = most = min(wanted, shares)
+    # One CPU is left for Ray's own tasks; a worker decodes images on the rest.
+    each = max(1, min(8 if gpus else os.cpu_count() or 1, (cpus - 1) // most))
+    return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": each})
+
+
+def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, str | None], None]) -> Any:
+    from ray.train.v2.api import config as ray_train
+    from ray.train.v2.api.callback import UserCallback
+
+    class Commit(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            if metrics[0]["best"] and checkpoint:
+                keep_best(checkpoint.filesystem, checkpoint.path)
+            on_commit(metrics[0]["history"], checkpoint and checkpoint.path)
+
+    storage, name = folder.rstrip("/").rsplit("/", 1)
+    return ray_train.RunConfig(
+        name=name,
+        storage_path=storage,
+        checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+        failure_config=ray_train.FailureConfig(max_failures=RETRIES),
+        callbacks=[Commit()],
+        logging_config=ray_train.LoggingConfig(log_level="WARNING"),
+    )
+
+
+def keep_best(filesystem: fs.FileSystem, path: str) -> None:
+    """Copy a checkpoint to ``best/`` beside it, and remove the one that was the best.
+
+    Ray Train's own retention knows the latest or the best, not both.
+    """
+    source = PurePosixPath(path)
+    folder = source.parent / "best"
+    target = folder / source.name
+    filesystem.create_dir(str(target), recursive=True)
+    fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=filesystem)
+    for known in filesystem.get_file_info(fs.FileSelector(str(folder))):
+        if known.type == fs.FileType.Directory and known.base_name != source.name:
+            filesystem.delete_dir(known.path)
+
+
+def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
+    import ray.train
+
+    logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; below it Ray Train prints every report in full
+    worker = _make_worker(loop["shares"])
+    own, every = worker.own_shares, worker.all_shares
+    others = [loop["make_task"](loop["payload"], share, every) for share in own[1:]]
+    for other in others:
+        other.module = torch.nn.Identity()  # only its batches are used
+    task = loop["make_task"](loop["payload"], own[0], every)
+    checkpoint = ray.train.get_checkpoint()
+    state = None
+    if checkpoint:
+        with checkpoint.as_directory() as directory:
+            state = load_state(directory)
+    try:
+        train(task, TrainConfig(**loop["config"]), worker, state, _Reporter(), others)
+    except DivergedError as error:
+        # Returned, not raised: Ray Train would start again from the last checkpoint, into the same loss.
+        return "diverged", str(error)
+    except StoppedError as error:
+        return "stopped", str(error)
+    return None
+
+
+def _make_worker(shares: int) -> Worker:
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    context = ray.train.get_context()
+    # A timm backbone keeps layers for a classifier that is not there; without this DDP refuses the second step.
+    wrap = partial(prepare_model, parallel_strategy_kwargs={"find_unused_parameters": True})
+    alone = Worker(context.get_world_rank(), context.get_world_size(), get_device())
+    stop = _StopFile(*_place(STOP_FILE))
+
+    def notice() -> str | None:
+        if alone.any_rank(not alone.rank and stop.exists()):
+            return STOP
+        preemption = ray.train.get_preemption_info()
+        return str(preemption.preempted_node_ids) if preemption else None
+
+    return Worker(alone.rank, alone.world, alone.device, wrap, shares, notice, _dump)
+
+
+def _place(name: str) -> tuple[fs.FileSystem, str]:
+    """File system and path of something in the run's folder."""
+    import ray.train
+
+    storage = ray.train.get_context().get_storage()
+    return storage.storage_filesystem, storage.build_checkpoint_path_from_name(name)
+
+
+def _dump(name: str, content: dict[str, Any]) -> str:
+    filesystem, path = _place(name)
+    with filesystem.open_output_stream(path) as stream:
+        torch.save(content, stream)
+    return path
+
+
+class _Reporter:
+    """Commits snapshots while training goes on: copied to the CPU at once, written and registered on a thread.
+
+    One copy waits to be written at most, so that memory stays bounded.
+    """
+
+    def __init__(self) -> None:
+        self.written = threading.Semaphore()
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        import ray.train
+        from ray.train import CheckpointUploadMode
+
+        metrics = {"history": snapshot.history, "best": snapshot.best}
+        mode = CheckpointUploadMode.ASYNC
+        if snapshot.state is None:
+            ray.train.report(metrics, checkpoint_upload_mode=mode)
+            return
+        self.written.acquire()
+        filesystem, path = _place(snapshot.name)
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint(path, filesystem),
+            checkpoint_dir_name=snapshot.name,
+            checkpoint_upload_mode=mode,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=partial(self._write, copied(snapshot.state)),
+        )
+
+    def _write(self, state: dict[str, Any], checkpoint: Any, _: str) -> Checkpoint:
+        try:
+            checkpoint.filesystem.create_dir(checkpoint.path, recursive=True)
+            with checkpoint.filesystem.open_output_stream(f"{checkpoint.path}/{STATE_FILE}") as stream:
+                torch.save(state, stream)
+        finally:
+            self.written.release()
+        return checkpoint

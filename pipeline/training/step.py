@@ -1,0 +1,151 @@
+"""One optimiser step over this worker's shares of the global batch.
+
+A share is cut into pieces where `train.micro_batch` asks for it, and gradients are accumulated over all pieces of all
+shares, each weighted by its images: the gradient is the mean over the global batch however it is cut. (BatchNorm's
+statistics are those of a piece, as ever; SyncBN's of the pieces that the workers compute at once.)
+
+A step whose gradient is not finite changes nothing: in float16 the scale of the loss is halved, as usual; in float32
+and bfloat16 it says that training has diverged, and weights from before are worth more than none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import TrainConfig
+from pipeline.training.meter import Stopwatch
+from pipeline.training.task import Task, TrainingBatch
+from pipeline.training.worker import Worker
+
+NEVER = 2**31 - 1
+"""Steps between growths of the scale of the loss where it is not to grow."""
+
+
+class Stepper:
+    """Module, averaged module, optimiser and schedule of a run.
+
+    Args:
+        task: whose module is trained.
+        steps: of every epoch.
+    """
+
+    def __init__(self, task: Task, config: TrainConfig, worker: Worker, steps: Sequence[int]) -> None:
+        self.task, self.config, self.worker = task, config, worker
+        device = worker.device
+        module = task.module.to(device).to(memory_format=torch.channels_last)
+        if worker.world > 1 and device.type == "cuda":
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        self.module: nn.Module = module
+        self.ema = ModelEmaV3(module, decay=config.ema_decay, use_warmup=True)
+        if config.compile:
+            module.compile()
+        self.wrapped = worker.wrap(module)
+        # Norms, biases and other vectors are not decayed.
+        groups = param_groups_weight_decay(module, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=device.type == "cuda")
+        self.dtype = arithmetic(config, device)
+        self.half = self.dtype == torch.float16
+        # Even where nothing is scaled: it skips a step that is not finite without waiting for the device.
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=65536.0 if self.half else 1.0, growth_interval=2000 if self.half else NEVER
+        )
+        self.schedule = task.schedule(self.optimizer, config) or self._make_schedule(steps)
+
+    def _make_schedule(self, steps: Sequence[int]) -> Scheduler:
+        warmup = min(round(self.config.warmup_epochs * steps[0]), sum(steps) - 1)
+        return CosineLRScheduler(
+            self.optimizer,
+            t_initial=sum(steps),
+            lr_min=self.config.min_lr,
+            warmup_t=warmup,
+            warmup_lr_init=self.config.min_lr,
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Of a checkpoint."""
+        return {
+            "model": self.module.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.module.load_state_dict(state["model"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def __call__(self, batches: Sequence[TrainingBatch], step: int, clock: Stopwatch) -> dict[str, Tensor]:
+        """Optimiser step number `step`, from 0 on.
+
+        Args:
+            batches: one of each own share.
+
+        Returns:
+            Means over this worker's images, on its device: ``loss``, ``loss/<part>``; and ``grad_norm`` of all workers.
+        """
+        self.schedule.step_update(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self._accumulate(batches, step, clock)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update(self.module, step=step + 1)
+        return {**parts, "grad_norm": norm.detach()}
+
+    def _accumulate(self, batches: Sequence[TrainingBatch], step: int, clock: Stopwatch) -> dict[str, Tensor]:
+        worker, images = self.worker, sum(len(batch.keys) for batch in batches)
+        everywhere = images // len(batches) * worker.all_shares
+        cuts = worker.pieces(len(batches[0].keys), self.config.micro_batch)
+        last = (len(batches) - 1, cuts[-1] - 1)
+        sums: dict[str, Tensor] = {}
+        for own, (share, batch) in enumerate(zip(worker.own_shares, batches, strict=True)):
+            _seed_forward(self.task.seed, step, share)
+            for number, piece in enumerate(self.task.split(batch, cuts[own])):
+                count = len(piece.keys)
+                # DDP's gradient is the mean over the workers.
+                weight = count * worker.world / everywhere
+                for name, value in self._backward(piece, weight, (own, number) == last, clock).items():
+                    sums[name] = sums.get(name, 0) + value.float() * (count / images)
+        return sums
+
+    def _backward(self, piece: TrainingBatch, weight: float, synchronise: bool, clock: Stopwatch) -> dict[str, Tensor]:
+        device = self.worker.device
+        wrapped: Any = self.wrapped
+        unsynchronised = not synchronise and isinstance(wrapped, DistributedDataParallel)
+        with wrapped.no_sync() if unsynchronised else nullcontext():
+            with clock.part("forward"), torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss, parts = self.task.loss(wrapped, piece, device)
+            with clock.part("backward"):
+                self.scaler.scale(loss * weight).backward()
+        return {"loss": loss.detach(), **{f"loss/{name}": part for name, part in parts.items()}}
+
+
+def arithmetic(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of the forward: `train.precision`, and for ``auto`` the fastest that the device is made for."""
+    if config.precision != "auto":
+        dtype: torch.dtype = getattr(torch, config.precision)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _seed_forward(seed: int, step: int, share: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, share]).generate_state(1, np.uint64)[0] >> 1))

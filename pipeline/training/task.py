@@ -1,0 +1,98 @@
+"""What is trained, on what, and how it is judged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from pipeline.config import TrainConfig
+from pipeline.training.worker import Worker
+
+History = list[tuple[int, dict[str, float]]]
+"""(step, metrics) in order."""
+
+
+class TrainingBatch(Protocol):
+    """What the engine needs to know of a batch."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Sample ids."""
+
+
+class Task(ABC):
+    """What is trained, on what, and how it is judged; made for one share of the global batch.
+
+    Attributes:
+        module: whose forward gives the loss of a batch; on the CPU until the engine moves it.
+        seed: of what a forward draws (dropout and the like): torch's generators are seeded with (seed, step, share)
+            before it, so that a resumed run draws what it would have drawn.
+        evaluates_everywhere: whether every rank is called to evaluate, and not rank 0 alone; rank 0's metrics count.
+        worker: this process among the workers, set by the engine; there may be fewer of them than shares.
+    """
+
+    module: nn.Module
+    seed: int = 0
+    evaluates_everywhere: ClassVar[bool] = False
+    worker: Worker
+
+    @abstractmethod
+    def steps(self, epoch: int) -> int:
+        """Steps of an epoch, equal for every share."""
+
+    @abstractmethod
+    def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:
+        """This share's batches of an epoch from number `start` on: a function of both, of equal length for every share."""
+
+    @abstractmethod
+    def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss of a batch, and its parts by name, detached; called under autocast.
+
+        Both are means over the images of the batch: that is how the engine weighs pieces of a larger one.
+        """
+
+    @abstractmethod
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Metrics of a module on held-out data; called on rank 0 with the EMA weights, on the training device."""
+
+    def evaluate_raw(self, module: nn.Module) -> dict[str, float]:
+        """Metrics of the weights that are not averaged, named unlike those of :meth:`evaluate`; by default none."""
+        return {}
+
+    def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
+        """A learning rate by step of the task's own; None: linear warm-up, then a cosine."""
+        return None
+
+    def split(self, batch: Any, pieces: int) -> list[Any]:
+        """A batch in pieces whose gradients are accumulated; see :func:`split_batch`."""
+        return split_batch(batch, pieces)
+
+    def watch(self, module: nn.Module, evaluations: History) -> None:  # noqa: B027  optional
+        """Draw what there is to see, on rank 0 after every evaluation, with the EMA weights; by default nothing."""
+
+
+def split_batch(batch: Any, pieces: int) -> list[Any]:
+    """A batch in `pieces` whose sizes differ by one image at most.
+
+    Args:
+        batch: a dataclass whose tensors and lists, and mappings of them, all have one entry an image first.
+    """
+    images = len(batch.keys)
+    pieces = min(pieces, images)
+    bounds = [images * number // pieces for number in range(pieces + 1)]
+    return [batch] if pieces == 1 else [_cut(batch, slice(*ends)) for ends in pairwise(bounds)]
+
+
+def _cut(value: Any, part: slice) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _cut(getattr(value, field.name), part) for field in fields(value)})
+    if isinstance(value, Mapping):
+        return {name: _cut(item, part) for name, item in value.items()}
+    return value[part] if isinstance(value, Tensor | list) else value

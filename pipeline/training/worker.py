@@ -1,0 +1,92 @@
+"""This process among the training workers, and its shares of the global batch.
+
+The global batch is cut into as many equal shares as the run may have workers, and the order of the data is that of the
+shares. A worker computes one share, or several one after the other where fewer workers are alive. So neither the global
+batch nor the order of the data depends on how many there are: a run that loses or regains workers in the middle of an
+epoch sees every image that it would have seen, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STOP = "stop"
+"""The notice after which training saves and ends; any other is followed by saving alone."""
+
+
+class StoppedError(KeyboardInterrupt):
+    """Training was told to end, and has saved what a second start goes on from; to a job it is an interruption."""
+
+
+def _nothing(name: str, content: dict[str, Any]) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among the training workers.
+
+    Attributes:
+        rank, world: of this process.
+        device: where it computes.
+        wrap: makes a module compute with those of the other workers.
+        shares: of the global batch, at least `world`; 0: one each.
+        notice: why training should save now, `STOP` why it should end, or None; called on all ranks alike.
+        dump: writes a file of this name with this content beside the checkpoints, and returns where it lies.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    shares: int = 0
+    notice: Callable[[], str | None] = lambda: None
+    dump: Callable[[str, dict[str, Any]], str | None] = _nothing
+
+    @property
+    def all_shares(self) -> int:
+        """Shares of the global batch."""
+        return self.shares or self.world
+
+    @property
+    def own_shares(self) -> range:
+        """Numbers of the shares that this worker computes."""
+        return range(self.rank, self.all_shares, self.world)
+
+    def pieces(self, images: int, most: int | None) -> list[int]:
+        """Into how many pieces each of the own shares is cut.
+
+        All workers run equally many forwards a step, since those of SyncBN wait for each other.
+
+        Args:
+            images: of a share.
+            most: images of a piece; None: all.
+        """
+        each = math.ceil(images / (most or images))
+        forwards = each * math.ceil(self.all_shares / self.world)
+        own = len(self.own_shares)
+        return [forwards // own + (number < forwards % own) for number in range(own)]
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks."""
+        if self.world > 1:
+            values = values.to(self.device)
+            torch.distributed.all_reduce(values)
+        return values.cpu()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank, so that all of them stop together."""
+        return bool(self.total(torch.tensor(float(flag))))
+
+    def earliest(self, found: tuple[int, str, list[str]] | None) -> tuple[int, str, list[str]]:
+        """What was found at the lowest step on any rank, on all of them; one at least has found something."""
+        every: list[tuple[int, str, list[str]] | None] = [found] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(every, found)
+        return min(item for item in every if item)

@@ -1,0 +1,50 @@
+"""Heads that are kept beside the student answer as in training, in the teachers' own scale."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline.distill.job import export_student, make_job
+from pipeline.distill.kept_heads import load_heads, save_heads
+from pipeline.distill.task import build_distiller, build_reader
+from pipeline.errors import UserError
+
+STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "student.taps=[8,16,32]"]
+
+
+@pytest.fixture(params=["mean_std", "phi_s"])
+def exported(request, photo_config, filled, tmp_path):
+    """The folder, the distiller that was exported into it, and a batch."""
+    config = photo_config(*STUDENT, f"loss.standardise={request.param}")
+    job = make_job(config, filled.plan)
+    distiller = build_distiller(job).eval()
+    export_student(distiller.student.encoder, config, tmp_path / "student")
+    save_heads(distiller, config.student.head_dim, tmp_path / "student")
+    return tmp_path / "student", distiller, next(build_reader(job).batches(0))
+
+
+def test_they_come_back_and_answer_in_the_teachers_scale(exported):
+    folder, distiller, batch = exported
+    with torch.no_grad():
+        answers = load_heads(folder)(batch.images / 255)
+        output = distiller.student(batch.images)
+        for target in distiller.targets:
+            label = distiller.labels[target.teacher.id]
+            predicted = target.heads["summary"](output.summary)
+            standardised = target.standardisers["summary"](answers[label]["summary"])
+            torch.testing.assert_close(standardised, predicted, rtol=1e-4, atol=1e-4)
+            assert answers[label]["patches"].shape == (16, 2, 2, target.teacher.spec.patch_dim)
+            tokens = target.heads["patches"](output.tokens.permute(0, 2, 3, 1))
+            torch.testing.assert_close(
+                target.standardisers["patches"](answers[label]["patches"]), tokens, rtol=1e-4, atol=1e-4
+            )
+
+
+def test_what_does_not_fit_is_refused_with_the_remedy(exported):
+    folder, _, _ = exported
+    described = json.loads((folder / "heads.json").read_text())
+    for broken in ({**described, "hidden": 31}, {**described, "teachers": described["teachers"][:1]}, {}):
+        (folder / "heads.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=r"holds no heads that fit its student .*student\.keep_heads=true"):
+            load_heads(folder)

@@ -1,0 +1,180 @@
+"""Phases one after the other, with the engine in this process: what goes on, what starts afresh, and what a kill costs."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.cache.store import Store
+from pipeline.distill import job as module
+from pipeline.distill.job import distill, training_plan
+from pipeline.distill.phases import Ending, go_on, plan_phases
+from pipeline.distill.task import build_distiller
+from pipeline.errors import UserError
+from pipeline.student.model import load_encoder
+from pipeline.training import STATE_FILE, Worker, load_state, train
+from tests.fakes import fill_in_process
+
+STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "train.precision=float32"]
+PHASES = "phases=[{train.epochs: 2}, {train: {epochs: 1, lr: 5.0e-4}, student.input_size: 48, teachers: [TWO, ONE]}]"
+ONE, TWO = (f"{{model: 'tests.fakes:colours', codec: float32, args: {{dim: {dim}}}}}" for dim in (8, 12))
+
+
+class KilledError(Exception):
+    pass
+
+
+class InProcess:
+    """Ray Train's part of the engine without Ray.
+
+    Args:
+        stop_after: commits after which it is interrupted, or None.
+    """
+
+    def __init__(self, stop_after=None):
+        self.stop_after, self.commits, self.started = stop_after, 0, []
+
+    def __call__(self, make_task, payload, config, folder, on_commit):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.started.append(folder.name)
+        state = load_state(folder) if (folder / STATE_FILE).exists() else None
+
+        def commit(snapshot):
+            torch.save(snapshot.state, folder / STATE_FILE)
+            on_commit(snapshot.history, str(folder))
+            self.commits += 1
+            if self.commits == self.stop_after:
+                raise KilledError
+
+        train(make_task(payload, 0, 1), config, Worker(), state, commit)
+        return self._checkpoint(folder)
+
+    @staticmethod
+    def _checkpoint(folder):
+        class Checkpoint:
+            @contextmanager
+            def as_directory(self):
+                yield folder
+
+        return Checkpoint()
+
+
+class Logged:
+    """An MLflow run that remembers its metrics."""
+
+    def __init__(self):
+        self.history = []
+
+    def log_metrics(self, history):
+        self.history += list(history)
+
+    def log_metric_dict(self, metrics, step=0):
+        self.history.append((step, metrics))
+
+    def log_file(self, file, folder): ...
+
+    def set_tags(self, tags): ...
+
+    def points(self, name):
+        return [(step, metrics[name]) for step, metrics in self.history if name in metrics]
+
+
+@pytest.fixture
+def planned(tmp_path, photo_config, monkeypatch):
+    """Filled caches of two phases; gives their plans for a recipe with these overrides."""
+    monkeypatch.setattr(module, "_log", lambda *_: "models:/m-0")
+
+    def plan(*overrides):
+        changes = PHASES.replace("ONE", ONE).replace("TWO", TWO)
+        phases = plan_phases(photo_config(*STUDENT, changes, *overrides), Store.at(tmp_path / "cache"))
+        for phase in phases:
+            fill_in_process(phase.plan)
+        return phases
+
+    return plan
+
+
+def _run(phases, folder, monkeypatch, engine=None):
+    logged, engine = Logged(), engine or InProcess()
+    monkeypatch.setattr(module, "fit", engine)
+    result = distill(phases, logged, folder)
+    return result, logged, engine
+
+
+def test_phases_go_on_from_each_other_in_one_curve(planned, tmp_path, monkeypatch):
+    phases = planned("student.keep_heads=true")
+    result, logged, engine = _run(phases, tmp_path / "run", monkeypatch)
+    assert engine.started == ["phase-1", "phase-2"]
+    assert (result.steps, result.samples) == (27, 27 * 16)
+    losses = logged.points("loss")
+    assert [step for step, _ in losses] == list(range(1, 28))
+    assert logged.points("samples_seen")[-1] == (27, 27 * 16)
+    assert logged.points("epoch")[-1] == (27, 3)
+    assert [step for step, _ in logged.points("knn")] == [0, 9, 18, 18, 27]
+    assert (result.knn_before, result.knn_after) == (logged.points("knn")[0][1], logged.points("knn")[-1][1])
+    rates = dict(logged.points("learning_rate"))
+    assert max(rate for step, rate in rates.items() if step <= 18) > 5e-4
+    assert rates[18] < 1e-4 < max(rate for step, rate in rates.items() if step > 18) <= 5e-4
+    assert {"loss/colours12/patches", "loss/colours8/patches"} <= set(logged.history[-2][1])
+    ending = Ending.load(tmp_path / "run/train/phase-2.pt")
+    encoder = load_encoder(result.student)
+    expected = {name: v for name, v in ending.weights.items() if name.startswith("student.encoder.")}
+    assert all(torch.equal(v, expected[f"student.encoder.{name}"]) for name, v in encoder.state_dict().items())
+    assert sorted(file.name for file in result.student.iterdir()) == [
+        "heads.json",
+        "heads.safetensors",
+        "student.json",
+        "student.safetensors",
+    ]
+
+
+def test_the_student_and_known_heads_are_taken_over_and_statistics_are_those_of_the_phase(
+    planned, tmp_path, monkeypatch
+):
+    phases = planned()
+    _run(phases, tmp_path / "run", monkeypatch)
+    ending = Ending.load(tmp_path / "run/train/phase-1.pt")
+    assert ending.teachers == ("colours8", "colours4")
+    job = module.make_job(phases[1].config, phases[1].plan)
+    fresh, taken = build_distiller(job), build_distiller(job)
+    go_on(taken, ending)
+    fresh_state = fresh.state_dict()
+    for name, value in taken.state_dict().items():
+        if name.startswith("student."):
+            assert torch.equal(value, ending.weights[name])
+        elif name.startswith("targets.1.heads."):  # colours8, the first teacher of phase 1
+            assert torch.equal(value, ending.weights[name.replace("targets.1", "targets.0")])
+        else:
+            assert torch.equal(value, fresh_state[name])
+
+
+@pytest.mark.parametrize(("stop_after", "started"), [(2, ["phase-1", "phase-2"]), (7, ["phase-2"])])
+def test_a_kill_in_either_phase_costs_nothing_that_was_committed(planned, tmp_path, monkeypatch, stop_after, started):
+    phases = planned("loss={summary: {cosine: 1, relation: 1}, drop: 0.5}", "train.checkpoint_steps=5")
+    whole, uninterrupted, _ = _run(phases, tmp_path / "whole", monkeypatch)
+    first = Logged()
+    monkeypatch.setattr(module, "fit", InProcess(stop_after))
+    with pytest.raises(KilledError):
+        distill(phases, first, tmp_path / "run")
+    result, second, engine = _run(phases, tmp_path / "run", monkeypatch)
+    assert engine.started == started
+    assert first.points("loss") + second.points("loss") == uninterrupted.points("loss")
+    assert (result.steps, result.samples, result.knn_before) == (whole.steps, whole.samples, whole.knn_before)
+    ends = [Ending.load(tmp_path / run / "train/phase-2.pt").weights for run in ("whole", "run")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_every_phase_has_a_plan(planned):
+    first, second = (training_plan(phase) for phase in planned())
+    assert first["student"] == "timm/test_resnet at 32 px, tokens of strides 16, 32"
+    assert first["training"] == "2 epochs of 9 steps of 16 images"
+    assert second["student"].startswith("timm/test_resnet at 48 px")
+    assert second["training"].startswith("1 epochs of 9 steps")
+    assert list(second)[2:] == ["grid colours12", "grid colours8"]
+
+
+def test_losses_are_checked_with_the_plan(planned):
+    with pytest.raises(UserError, match=r"loss\.patches: there is no loss mze; did you mean mse\?"):
+        [training_plan(phase) for phase in planned("phases.1.loss={patches: {mze: 1}}")]

@@ -1,0 +1,103 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from pipeline.distill.held_out import HeldOut, nearness
+from pipeline.distill.job import make_job
+from pipeline.distill.task import DistillTask, make_distill_task
+from pipeline.distill.watch import Watch, colours
+from pipeline.training import Worker, train
+
+STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "train.epochs=1"]
+
+
+@pytest.fixture
+def job(photo_config, filled):
+    return make_job(photo_config(*STUDENT), filled.plan)
+
+
+def test_the_held_out_sample_is_nearly_all_and_the_same_every_time(job):
+    held_out = HeldOut(job.held_out, job.teachers, 32, batch_size=12)
+    first, second = ([key for batch in held_out.batches() for key in batch.keys] for _ in range(2))
+    assert first == second
+    assert len(set(first)) == len(first) == 40
+    assert held_out.batch_size == 10
+
+
+def test_a_large_held_out_set_is_sampled(job, monkeypatch):
+    monkeypatch.setattr("pipeline.distill.held_out.MOST_IMAGES", 25)
+    held_out = HeldOut(job.held_out, job.teachers, 32, batch_size=10)
+    assert sum(len(batch.keys) for batch in held_out.batches()) == 20
+
+
+@torch.no_grad()
+def test_nearness_is_the_mean_over_images_of_cosine_and_loss(job):
+    task = DistillTask(job)
+    module = task.module.eval()
+    batches = list(task.held_out.batches())
+    metrics = nearness(module, iter(batches))
+    images = torch.cat([batch.images for batch in batches])
+    output = module.student(images)
+    assert len(metrics) == 8
+    for target, teacher in zip(module.targets, job.teachers, strict=True):
+        label = module.labels[teacher.id]
+        raw = {kind: torch.cat([batch.features[teacher.id][kind] for batch in batches]) for kind in teacher.shapes}
+        predicted, wanted = target.predict(output), target.targets(raw)
+        for kind, loss in target.losses(output, raw).items():
+            cosine = F.cosine_similarity(predicted[kind], wanted[kind], dim=-1).mean()
+            assert metrics[f"val_cosine/{label}/{kind}"] == pytest.approx(float(cosine), abs=1e-5)
+            assert metrics[f"val_loss/{label}/{kind}"] == pytest.approx(float(loss.mean()), rel=1e-4)
+
+
+def test_perfect_heads_come_as_near_as_can_be(job):
+    module = DistillTask(job).module.eval()
+    batch = next(HeldOut(job.held_out, job.teachers, 32, 40).batches())
+    for target in module.targets:
+        target.predict = lambda _, target=target: target.targets(batch.features[target.teacher.id])
+    metrics = nearness(module, iter([batch]))
+    for name, value in metrics.items():
+        assert value == pytest.approx(1.0 if name.startswith("val_cosine") else 0.0, abs=1e-5)
+
+
+def test_equal_features_have_equal_colours_whatever_the_sign_of_a_component():
+    features = torch.randn(2, 4, 4, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(8.0, 0, -1)
+    (shown,) = colours(features, features)
+    assert shown.shape == (2, 4, 4, 3)
+    assert (float(shown.min()), float(shown.max())) == (0, 1)
+    same, other = colours(features.flip(0), features, -features)
+    torch.testing.assert_close(same, shown, rtol=0, atol=1e-4)
+    assert float((other - shown).abs().mean()) > 0.2
+    assert colours(features[..., :2], features[..., :2])[0].shape == (2, 4, 4, 3)
+
+
+def test_figures_are_drawn_after_every_evaluation_with_what_was_evaluated(job, tmp_path, monkeypatch):
+    drawn, folder = [], tmp_path / "figures"
+    draw = Watch.draw
+
+    def spy(self, module, evaluations, batch):
+        draw(self, module, evaluations, batch)
+        drawn.append(([step for step, _ in evaluations], batch.keys, sorted(p.name for p in folder.iterdir())))
+
+    monkeypatch.setattr(Watch, "draw", spy)
+    task = make_distill_task({"job": job, "watch": Watch(str(folder), {"colours8": 50.0})}, 0, 1)
+    train(task, job.config.train, Worker(), None, lambda _: None)
+    steps = task.steps(0)
+    assert [seen for seen, _, _ in drawn] == [[0], [0, steps]]
+    assert drawn[0][1] == drawn[1][1]
+    assert [names for _, _, names in drawn] == [["curves.png", "features.png"]] * 2
+    for name in ("curves.png", "features.png"):
+        picture = np.asarray(Image.open(folder / name).convert("RGB"))
+        assert min(picture.shape[:2]) > 300
+        assert picture.std() > 10
+
+
+def test_without_labels_or_held_out_images_there_are_figures_too(job, tmp_path):
+    for number, changes in enumerate(({"val": None}, {"val": None, "held_out": None})):
+        task = DistillTask(dataclasses.replace(job, **changes), watch=Watch(str(tmp_path / str(number))))
+        module = task.module.eval()
+        task.watch(module, [(0, task.evaluate(module))])
+        assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == ["curves.png", "features.png"]
