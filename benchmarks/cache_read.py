@@ -196,7 +196,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="watch memory instead")
-    parser.add_argument("--epochs", type=int, default=2, help="with --memory: passes over the images")
+    parser.add_argument("--epochs", type=int, default=1, help="with --memory: passes over the images")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="with --memory: PNG file of memory over time")
     return parser.parse_args(arguments)
 
