@@ -9,9 +9,10 @@ host memory; `render`, JPEG decode and resize; `encode`, the codec and the stati
 Then `Extract` over whole shards, two at once as in its actor: it reads images, renders, asks the teacher, encodes, takes
 statistics and commits. `--ray` adds `extract_shards` on an embedded Ray, from the end of its first shard to that of the
 last. Rounds are interleaved, and `ratio` is the median over the rounds of the rate of `Extract` over that of its slowest
-stage; `work_ratio` is that over the rate of all stages one after the other, which on a CPU, where all of them
-share the cores, is what can be had. Weights are random unless `--weights` names a file; the projection of `pca` is fitted
-beforehand. Prints a table and one line of JSON.
+stage. `cpu_ratio` is the same of processor time: what share of all work the slowest stage is. On a CPU, where the stages share
+the cores, no pipeline has a larger ratio when it has the machine to itself; where others share the machine too, `ratio`
+flatters the one with more threads, and `cpu_ratio` alone tells. Weights are random unless `--weights` names a file; the
+projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
 
 With `--memory` HOG is asked about many small images through Ray, and the resident memory of the driver and of the actor is
 drawn over time. Neither Ray nor MLflow is needed without `--ray` and `--memory`.
@@ -66,14 +67,14 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     )
     alone = {"teacher": stages.forward, "render": stages.render, "encode": stages.encode}
     rounds = [
-        {name: _rate(run, count) for name, run in {**alone, "extract": stages.extract}.items()}
-        for _ in range(options.rounds)
+        {name: _timed(run) for name, run in {**alone, "extract": stages.extract}.items()} for _ in range(options.rounds)
     ]
-    rates = {name: round(median(rates[name] for rates in rounds), 1) for name in rounds[0]}
+    rates = {name: round(median(count / seconds[name][0] for seconds in rounds), 1) for name in rounds[0]}
     slowest = min(alone, key=rates.__getitem__)
-    figures = {
-        "ratio": round(median(rates["extract"] / rates[slowest] for rates in rounds), 3),
-        "work_ratio": round(median(rates["extract"] * sum(1 / rates[name] for name in alone) for rates in rounds), 3),
+    wall, cpu = ([seconds[slowest][k] / seconds["extract"][k] for seconds in rounds] for k in (0, 1))
+    figures: dict[str, object] = {
+        "ratio": round(median(wall), 3),
+        "cpu_ratio": round(median(cpu), 3),
         "slowest": slowest,
     }
     if options.ray:
@@ -155,10 +156,11 @@ class Stages:
             self.folder.unlist(shard)
 
 
-def _rate(run: Callable[[], None], images: int) -> float:
-    started = time.perf_counter()
+def _timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds by the clock, and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
     run()
-    return images / (time.perf_counter() - started)
+    return time.perf_counter() - clock, time.process_time() - processor
 
 
 def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
