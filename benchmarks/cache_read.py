@@ -1,102 +1,103 @@
 """What does a training worker's reader cost beside a bare read of the same files? And does its memory stay flat?
 
-    python benchmarks/cache_read.py --images 3072 --codecs int8 float16
+    python benchmarks/cache_read.py
     python benchmarks/cache_read.py --memory --images 50000
 
 A cache of three teachers with the shapes of DINOv2-S, CLIP and SAM is written into a temporary folder, features random, and
 its files are read in turn by
 
 - the bare scan: pyarrow's `read_row_group` of every row group of the images and the features, the reader's columns, on
-  as many threads as pyarrow likes, from memory-mapped files; every byte is copied out of the page cache into Arrow's memory;
+  as many threads as pyarrow likes; every byte is copied out of the page cache into Arrow's memory;
 - the reader: `CacheReader.batches` with the join by key, the shuffle and the gathering into batches of torch tensors,
   without decoding JPEGs, which any loader has to do and which costs more than all the rest;
 - the same with `TokenCodec.decode` to float32, which in training is done on the device;
 - the same with JPEGs decoded and resized.
 
 Rounds are interleaved, and each figure is the median over the rounds of the ratio within one, so that other work on the
-machine falls on all alike. Bytes read are counted where files are opened: what the reader asks of them over what they
-hold. Prints a table and one line of JSON: the least ratio of the reader and the most bytes over the codecs.
+machine falls on all alike. Bytes read are those that an epoch of a new reader asks of the files, footers included, over
+what the files hold. Prints a table and one line of JSON: the least `ratio` of the reader and the most bytes over the codecs.
+
+With `--memory` one teacher's features of many small images are read, JPEGs decoded, epoch after epoch, and resident
+memory is drawn over time.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
+from benchmarks.made_up_cache import jpegs, write_dataset, write_teacher
+from benchmarks.memory import growth, report, watch
+from pipeline.cache.codec import TokenCodec
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher
-from pipeline.cache.ingest import IMAGES_SCHEMA
 from pipeline.cache.reader import Batch, CacheReader
 from pipeline.cache.shards import ShardFolder
 from pipeline.cache.store import Store
-from pipeline.config import TeacherConfig
-from teachers.base import TeacherSpec
 
 TEACHERS = {"dinov2-s": (384, 384, 16), "clip-b16": (512, 768, 14), "sam-b": (None, 256, 16)}
 """Channels of the summary and of a patch, side of the grid."""
-IMAGE_SIZE = 224
 SHARD_SIZE = 1024
+FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_read.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure speed, or with --memory memory."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
-    print(f"{'codec':<10}{'KiB a row':>10}{'bare rows/s':>13}{'reader':>9}{'+ float32':>11}{'+ JPEG':>9}{'bytes read':>12}")
-    results = {codec: _measure(codec, options) for codec in options.codecs}
-    figures = {
+    if options.memory:
+        with TemporaryDirectory() as folder:
+            print(json.dumps(_memory(folder, options)))
+        return
+    print(
+        f"{'codec':<10}{'KiB a row':>10}{'bare rows/s':>13}{'reader':>9}{'+ float32':>11}{'+ JPEG':>9}{'bytes read':>12}"
+    )
+    results = {codec: _speed(codec, options) for codec in options.codecs}
+    worst = {
         "ratio": min(row["ratio"] for row in results.values()),
         "bytes_read_ratio": max(row["bytes_read_ratio"] for row in results.values()),
-        "codecs": results,
     }
-    print(json.dumps(figures))
+    print(json.dumps({**worst, "codecs": results}))
 
 
-def _measure(codec: str, options: argparse.Namespace) -> dict[str, float]:
+def _speed(codec: str, options: argparse.Namespace) -> dict[str, float]:
     with TemporaryDirectory() as folder:
-        dataset = write_dataset(folder, options.images, jpegs())
-        teachers = [write_teacher(dataset, name, shape, codec) for name, shape in TEACHERS.items()]
-        readers = {kind: kind(dataset, teachers, **settings(options)) for kind in (Undecoded, CacheReader)}
+        dataset = write_dataset(folder, options.images or 2048, jpegs(256), SHARD_SIZE)
+        teachers = [write_teacher(dataset, name, *shape, codec) for name, shape in TEACHERS.items()]
+        plain, full = (_reader(kind, dataset, teachers, options, 224) for kind in (Undecoded, CacheReader))
         tokens = {teacher.id: teacher.tokens() for teacher in teachers}
         ways: dict[str, Callable[[int], Iterator[int]]] = {
-            "bare": lambda epoch: bare_scan(dataset, teachers),
-            "ratio": lambda epoch: (len(batch.keys) for batch in readers[Undecoded].batches(epoch)),
-            "float32": lambda epoch: (_decoded(batch, tokens) for batch in readers[Undecoded].batches(epoch)),
-            "jpeg": lambda epoch: (_decoded(batch, tokens) for batch in readers[CacheReader].batches(epoch)),
+            "bare": lambda epoch: _bare_scan(dataset, teachers),
+            "ratio": lambda epoch: (len(batch.keys) for batch in plain.batches(epoch)),
+            "float32": lambda epoch: (_decoded(batch, tokens) for batch in plain.batches(epoch)),
+            "jpeg": lambda epoch: (_decoded(batch, tokens) for batch in full.batches(epoch)),
         }
         rates = [{way: _rate(run(epoch)) for way, run in ways.items()} for epoch in range(options.rounds + 1)][1:]
-        read = _bytes_read(readers[Undecoded], dataset, teachers)
+        read = _bytes_read(lambda: _reader(Undecoded, dataset, teachers, options, 224).batches(0)) / _bytes_stored(
+            dataset
+        )
     ratios = {way: round(median(rate[way] / rate["bare"] for rate in rates), 3) for way in ways if way != "bare"}
-    row = {**ratios, "bare_rows_per_second": round(median(rate["bare"] for rate in rates)), "bytes_read_ratio": read}
-    row_kib = sum(teacher.row_bytes() for teacher in teachers) / 1024
+    bare, row_kib = median(rate["bare"] for rate in rates), sum(teacher.row_bytes() for teacher in teachers) / 1024
     print(
-        f"{codec:<10}{row_kib:>10.0f}{row['bare_rows_per_second']:>13,}{row['ratio']:>9.2f}{row['float32']:>11.2f}"
-        f"{row['jpeg']:>9.2f}{read:>12.3f}",
+        f"{codec:<10}{row_kib:>10.0f}{bare:>13,.0f}{ratios['ratio']:>9.2f}{ratios['float32']:>11.2f}"
+        f"{ratios['jpeg']:>9.2f}{read:>12.4f}",
         flush=True,
     )
-    return row
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Of a reader."""
-    return {"image_size": IMAGE_SIZE, "batch_size": options.batch_size, "window": options.window, "threads": options.threads}
+    return {**ratios, "bare_rows_per_second": round(bare), "bytes_read_ratio": round(read, 4)}
 
 
 class Undecoded(CacheReader):
@@ -106,18 +107,26 @@ class Undecoded(CacheReader):
         return torch.tensor([len(image.as_py()) for image in draft.images])
 
 
-def bare_scan(dataset: Dataset, teachers: Sequence[CachedTeacher]) -> Iterator[int]:
+def _reader(
+    kind: type[CacheReader], dataset: Dataset, teachers: Sequence[CachedTeacher], options: argparse.Namespace, side: int
+) -> CacheReader:
+    how = {"batch_size": options.batch_size, "window": options.window, "threads": options.threads}
+    return kind(dataset, teachers, image_size=side, **how)
+
+
+def _bare_scan(dataset: Dataset, teachers: Sequence[CachedTeacher]) -> Iterator[int]:
     """Rows of every row group of the images and, beside them, of the features; nothing is done with them."""
-    folders = {dataset.images: None, **{dataset.teacher(t.id): ["sample_id", "view", *t.shapes] for t in teachers}}
-    listed = {folder: folder.records() for folder in folders}
+    columns: dict[ShardFolder, list[str] | None] = {dataset.images: None}
+    columns |= {dataset.teacher(teacher.id): ["sample_id", "view", *teacher.shapes] for teacher in teachers}
+    listed = {folder: folder.records() for folder in columns}
     for shard in range(dataset.shards):
-        files = {f: pq.ParquetFile(f.store.open(listed[f][shard].file)) for f in folders}
+        files = {folder: pq.ParquetFile(folder.store.open(listed[folder][shard].file)) for folder in columns}
         for group in range(files[dataset.images].num_row_groups):
-            tables = [file.read_row_group(group, columns=folders[folder]) for folder, file in files.items()]
+            tables = [file.read_row_group(group, columns=columns[folder]) for folder, file in files.items()]
             yield tables[0].num_rows
 
 
-def _decoded(batch: Batch, tokens: dict[str, dict[str, Any]]) -> int:
+def _decoded(batch: Batch, tokens: dict[str, dict[str, TokenCodec]]) -> int:
     for teacher, kinds in batch.features.items():
         for kind, rows in kinds.items():
             tokens[teacher][kind].decode(rows)
@@ -130,69 +139,65 @@ def _rate(rows: Iterator[int]) -> float:
     return count / (time.perf_counter() - started)
 
 
-def _bytes_read(reader: CacheReader, dataset: Dataset, teachers: Sequence[CachedTeacher]) -> float:
-    """Bytes that an epoch asks of the files, over what they hold."""
-    return 1.0
+class CountedFile:
+    """A file for `pyarrow.PythonFile` that writes down the size of every read."""
+
+    def __init__(self, file: pa.NativeFile, sizes: list[int]) -> None:
+        self._file, self._sizes = file, sizes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read_buffer(self, size: int) -> pa.Buffer:
+        """The next `size` bytes, fewer at the end of the file."""
+        buffer = self._file.read_buffer(size)
+        self._sizes.append(buffer.size)
+        return buffer
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end of the file."""
+        return self.read_buffer(size).to_pybytes()
 
 
-def jpegs(count: int = 32, side: int = 256) -> list[bytes]:
-    """Photograph-like JPEGs: smooth colours with a little noise."""
-    rng = np.random.default_rng(0)
-    files = []
-    for _ in range(count):
-        cells = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-        pixels = np.asarray(cells).astype(np.int16) + rng.integers(-12, 13, (side, side, 3))
-        sink = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(sink, "jpeg", quality=90)
-        files.append(sink.getvalue())
-    return files
+def _bytes_read(batches: Callable[[], Iterator[Batch]]) -> int:
+    """Bytes that are asked of the files for these batches."""
+    sizes: list[int] = []
+    original = Store.open
+    counted = lambda store, path: pa.PythonFile(CountedFile(original(store, path), sizes), mode="r")  # noqa: E731
+    with patch.object(Store, "open", counted):
+        for _ in batches():
+            pass
+    return sum(sizes)
 
 
-def write_dataset(folder: str, count: int, images: Sequence[bytes]) -> Dataset:
-    """A dataset of `count` images, which take turns."""
-    dataset = Dataset(Store(folder), "random", "random", "0" * 64, count, (), SHARD_SIZE)
-    for shard in range(dataset.shards):
-        rows = dataset.shard_rows(shard)
-        columns = {
-            "sample_id": [f"{shard:05d}/{row:05d}.jpg" for row in range(rows)],
-            "view": [0] * rows,
-            "left": [0.0] * rows,
-            "top": [0.0] * rows,
-            "right": [1.0] * rows,
-            "bottom": [1.0] * rows,
-            "flip": [False] * rows,
-            "label": [0] * rows,
-            "image": [images[row % len(images)] for row in range(rows)],
-        }
-        dataset.images.commit(shard, pa.table(columns, schema=IMAGES_SCHEMA))
-    return dataset
+def _bytes_stored(dataset: Dataset) -> int:
+    return sum(path.stat().st_size for path in Path(dataset.store.uri).rglob("*.parquet"))
 
 
-def write_teacher(dataset: Dataset, name: str, shape: tuple[int | None, int, int], codec: str) -> CachedTeacher:
-    """Random bytes for every row of a dataset, as a teacher of this shape would have them."""
-    summary, channels, side = shape
-    half = (0.5, 0.5, 0.5)
-    spec = TeacherSpec(name, name, "none", (224, 224), half, half, "bilinear", summary, channels, (side, side))
-    teacher = CachedTeacher(TeacherConfig(model=name), spec, name, codec, "float32")
-    rng = np.random.default_rng(channels)
-    for shard in range(dataset.shards):
-        table = dataset.images.read(dataset.images.record(shard), ["sample_id", "view"])
-        for kind, tokens in teacher.tokens().items():
-            rows = rng.integers(0, 256, (len(table), tokens.row_bytes), dtype=np.uint8)
-            column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
-            table = table.append_column(pa.field(kind, column.type, nullable=False), column)
-        dataset.teacher(name).commit(shard, table)
-    return teacher
+def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
+    dataset = write_dataset(folder, options.images or 50000, jpegs(64), SHARD_SIZE)
+    teacher = write_teacher(dataset, "dinov2-s", *TEACHERS["dinov2-s"], "int8")
+    with watch("reader") as curves:
+        reader = _reader(CacheReader, dataset, [teacher], options, 64)
+        tokens = {teacher.id: teacher.tokens()}
+        images = sum(_decoded(batch, tokens) for epoch in range(options.epochs) for batch in reader.batches(epoch))
+    means = report(
+        curves, options.figure, f"Reading {images:,} images, {teacher.row_bytes() / 1024:.0f} KiB of features each"
+    )
+    return {"ratio": growth(means), "images": images, "resident_mib": means}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--images", type=int, help="2,048, or 50,000 with --memory")
     parser.add_argument("--codecs", nargs="+", default=["int8", "float16"])
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--window", type=int, default=1024, help="images shuffled together")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="watch memory instead")
+    parser.add_argument("--epochs", type=int, default=1, help="with --memory: passes over the images")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="with --memory: PNG file of memory over time")
     return parser.parse_args(arguments)
 
 

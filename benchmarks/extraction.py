@@ -5,12 +5,17 @@
     python benchmarks/extraction.py --memory --images 50000
 
 Stages alone, on the same images and threads: `teacher`, the bare forward over batches that are rendered already and lie in
-host memory; `render`, JPEG decode and resize. Then `Extract` over whole shards, two at once as in its actor: it reads images,
-renders, asks the teacher, encodes, takes statistics and commits. `--ray` adds `extract_shards` on an embedded Ray, less what
-it takes to start there (the same with the first image shard alone, done before). Rounds are interleaved, and `ratio` is
-the median over the rounds of the rate of `Extract` over that of its slowest stage. Weights are random unless
-`--weights` names a file; the projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
-Neither Ray nor MLflow is needed without `--ray` and `--memory`.
+host memory; `render`, JPEG decode and resize; `encode`, the codec and the statistics of features that are there already.
+Then `Extract` over whole shards, two at once as in its actor: it reads images, renders, asks the teacher, encodes, takes
+statistics and commits. `--ray` adds `extract_shards` on an embedded Ray, from the end of its first shard to that of the
+last. Rounds are interleaved, and `ratio` is the median over the rounds of the rate of `Extract` over that of its slowest
+stage. `cpu_ratio` is the same of processor time: what share of all work the slowest stage is. On a CPU, where the stages share
+the cores, no pipeline has a larger ratio when it has the machine to itself; where others share the machine too, `ratio`
+flatters the one with more threads, and `cpu_ratio` alone tells. Weights are random unless `--weights` names a file; the
+projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
+
+With `--memory` HOG is asked about many small images through Ray, and the resident memory of the driver and of the actor is
+drawn over time. Neither Ray nor MLflow is needed without `--ray` and `--memory`.
 """
 
 from __future__ import annotations
@@ -19,9 +24,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -29,12 +33,15 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 
 from benchmarks.made_up_cache import jpegs, write_dataset
+from benchmarks.memory import growth, report, watch
 from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher, Extract, make_teacher
+from pipeline.cache.extract import CachedTeacher, Extract, load_tokens, make_teacher
 from pipeline.cache.keys import teacher_id
 from pipeline.cache.spine import ROWS_SCHEMA
+from pipeline.cache.stats import Moments
 from pipeline.config import TeacherConfig
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_extract.png"
@@ -46,57 +53,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     with TemporaryDirectory() as folder:
-        figures = _memory(options, folder) if options.memory else _speed(options, folder)
-    print(json.dumps(figures))
+        print(json.dumps(_memory(folder, options) if options.memory else _speed(folder, options)))
 
 
-def _speed(options: argparse.Namespace, folder: str) -> dict[str, object]:
+def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
+    count = options.images or 256
     photos = sorted(options.photos.rglob("*.[jJ][pP]*[gG]")) if options.photos else []
-    images = [photo.read_bytes() for photo in photos] or jpegs(256)
-    dataset = write_dataset(folder, options.images, images, -(-options.images // SHARDS))
-    teacher = _teacher(options)
-    extract = Extract({"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
-    stages = _Stages(dataset, teacher, extract)
-    ways: dict[str, Callable[[], None]] = {"teacher": stages.forward, "render": stages.render, "extract": stages.extract}
-    stages.extract()
-    rounds = [{way: _rate(run, options.images) for way, run in ways.items()} for _ in range(options.rounds)]
-    rates = {way: round(median(rates[way] for rates in rounds), 1) for way in ways}
-    slowest = min(("teacher", "render"), key=rates.__getitem__)
-    print(f"{'stage':<10}{'images/s':>10}")
-    print("\n".join(f"{way:<10}{rate:>10,.1f}" for way, rate in rates.items()), flush=True)
-    ratio = median(rates["extract"] / rates[slowest] for rates in rounds)
-    figures = {"ratio": round(ratio, 3), "slowest": slowest, "images_per_second": rates}
-    if options.ray:
-        figures["ray_ratio"] = round(stages.ray_rate(options.batch_size) / rates[slowest], 3)
-    return {**figures, "teacher": options.teacher, "device": options.device, "precision": options.precision}
-
-
-def _teacher(options: argparse.Namespace) -> CachedTeacher:
+    dataset = write_dataset(folder, count, [photo.read_bytes() for photo in photos] or jpegs(256), -(-count // SHARDS))
     config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
+    teacher = _cached(config, options)
+    stages = Stages(
+        dataset, teacher, Extract({"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
+    )
+    alone = {"teacher": stages.forward, "render": stages.render, "encode": stages.encode}
+    rounds = [
+        {name: _timed(run) for name, run in {**alone, "extract": stages.extract}.items()} for _ in range(options.rounds)
+    ]
+    rates = {name: round(median(count / seconds[name][0] for seconds in rounds), 1) for name in rounds[0]}
+    slowest = min(alone, key=rates.__getitem__)
+    wall, cpu = ([seconds[slowest][k] / seconds["extract"][k] for seconds in rounds] for k in (0, 1))
+    figures: dict[str, object] = {
+        "ratio": round(median(wall), 3),
+        "cpu_ratio": round(median(cpu), 3),
+        "slowest": slowest,
+    }
+    if options.ray:
+        rates["ray"] = round(stages.ray_rate(options.batch_size), 1)
+        figures["ray_ratio"] = round(rates["ray"] / rates[slowest], 3)
+    print(f"{teacher.spec.name}, {options.codec}, {options.device}, {options.precision}")
+    print("\n".join(f"  {name:<10}{rate:>10,.1f} images/s" for name, rate in rates.items()))
+    return {**figures, "images_per_second": rates, "teacher": teacher.spec.name, "weights": options.weights}
+
+
+def _cached(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher:
     teacher = make_teacher(config)
     teacher.load()
     name = teacher_id(teacher.spec, options.codec, options.precision)
     return CachedTeacher(config, teacher.spec, name, options.codec, options.precision, teacher.weights_sha256)
 
 
-class _Stages:
+class Stages:
     """What is measured, on the shards of one dataset."""
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher, extract: Extract) -> None:
-        self.dataset, self.teacher, self.extractor = dataset, teacher, extract
+        self.dataset, self.cached, self.extractor = dataset, teacher, extract
+        self.teacher = extract.teachers[teacher.id]
+        self.folder = dataset.teacher(teacher.id)
+        self.extract()
         self.pixels = list(self._rendered())
-
-    def _rendered(self):
-        for record in self.dataset.images.records().values():
-            images = self.dataset.images.read(record)
-            rows = images.select(ROWS_SCHEMA.names)
-            for batch in self.extractor._rendered(images, rows, [self.teacher.id]):
-                yield batch[self.teacher.id]
+        self.features = [self.teacher.encode(pixels) for pixels in self.pixels]
+        self.tokens = {kind: tokens.to(extract.device) for kind, tokens in load_tokens(dataset, teacher).items()}
 
     def forward(self) -> None:
         """The teacher over rendered batches."""
         for pixels in self.pixels:
-            self.extractor.teachers[self.teacher.id].encode(pixels)
+            self.teacher.encode(pixels)
         if self.extractor.device == "cuda":
             torch.cuda.synchronize()
 
@@ -104,6 +115,14 @@ class _Stages:
         """Reading, decoding and resizing."""
         for _ in self._rendered():
             pass
+
+    def encode(self) -> None:
+        """Codec and statistics."""
+        for output in self.features:
+            for kind, tokens in self.tokens.items():
+                features = getattr(output, kind)
+                tokens.encode(features)
+                Moments.of(features)
 
     def extract(self) -> None:
         """Everything, two shards at once."""
@@ -113,32 +132,48 @@ class _Stages:
                 assert row["computed"] == 1, row
 
     def ray_rate(self, batch_size: int) -> float:
-        """Images a second of the Ray pipeline, from its first shard's end to that of the last."""
+        """Images a second of the Ray pipeline, from the end of its first shard to that of the last."""
         from pipeline.cache.ray_pipeline import extract_shards
         from pipeline.ray_session import connect
 
         self._forget()
         with connect():
-            ends = [time.perf_counter() for _ in extract_shards(self._rows(), ({"train": self.dataset}, [self.teacher]), batch_size)]
+            results = extract_shards(self._rows(), ({"train": self.dataset}, [self.cached]), batch_size)
+            ends = [time.perf_counter() for _ in results]
         return (self.dataset.count - self.dataset.shard_rows(0)) / (ends[-1] - ends[0])
+
+    def _rendered(self) -> Iterator[Tensor]:
+        for record in self.dataset.images.records().values():
+            images = self.dataset.images.read(record)
+            for batch in self.extractor.rendered(images, images.select(ROWS_SCHEMA.names), [self.cached.id]):
+                yield batch[self.cached.id]
 
     def _rows(self) -> list[dict[str, object]]:
         return [{"split": "train", "shard": shard} for shard in range(self.dataset.shards)]
 
     def _forget(self) -> None:
         for shard in range(self.dataset.shards):
-            self.dataset.teacher(self.teacher.id).unlist(shard)
+            self.folder.unlist(shard)
 
 
-def _rate(run: Callable[[], None], images: int) -> float:
-    started = time.perf_counter()
+def _timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds by the clock, and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
     run()
-    return images / (time.perf_counter() - started)
+    return time.perf_counter() - clock, time.process_time() - processor
 
 
-def _memory(options: argparse.Namespace, folder: str) -> dict[str, object]:
-    """Fill a cache of generated noise through Ray, and watch the driver and the actors."""
-    return {}
+def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
+    from pipeline.cache.ray_pipeline import extract_shards
+    from pipeline.ray_session import connect
+
+    dataset = write_dataset(folder, options.images or 50000, jpegs(48), 512)
+    teacher = _cached(TeacherConfig(model="hog", input_size=options.side), options)
+    rows = [{"split": "train", "shard": shard} for shard in range(dataset.shards)]
+    with connect(), watch("driver", {"Extract": "actor"}) as curves:
+        images = sum(row["images"] for row in extract_shards(rows, ({"train": dataset}, [teacher]), options.batch_size))
+    means = report(curves, options.figure, f"Extracting HOG at {options.side} px of {images:,} images")
+    return {"ratio": growth(means), "images": images, "resident_mib": means}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -150,12 +185,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--codec", default="pca-int8-zstd")
     parser.add_argument("--photos", type=Path, help="folder of JPEGs; without it they are generated at 256 px")
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, help="256, or 50,000 with --memory")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU: for decoding, and for a teacher there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ray", action="store_true", help="measure the Ray pipeline as well")
     parser.add_argument("--memory", action="store_true", help="watch memory instead")
+    parser.add_argument("--side", type=int, default=48, help="with --memory: pixels of HOG's input")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="with --memory: PNG file of memory over time")
     return parser.parse_args(arguments)
 
 

@@ -49,7 +49,9 @@ def write_dataset(folder: str, count: int, images: Sequence[bytes], shard_size: 
     return dataset
 
 
-def write_teacher(dataset: Dataset, name: str, summary: int | None, patches: int, side: int, codec: str) -> CachedTeacher:
+def write_teacher(
+    dataset: Dataset, name: str, summary: int | None, patches: int, side: int, codec: str
+) -> CachedTeacher:
     """Random bytes for every row of a dataset, as a teacher of these channels and this side of the grid would have them."""
     half = (0.5, 0.5, 0.5)
     spec = TeacherSpec(name, name, "none", (224, 224), half, half, "bilinear", summary, patches, (side, side))

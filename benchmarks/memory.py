@@ -1,7 +1,8 @@
-"""Resident memory of this process and of those below it, over time."""
+"""Resident memory of this process and of those below it, over time. From /proc, hence on Linux alone."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import defaultdict
@@ -10,33 +11,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
-import psutil
-
-INTERVAL_S = 0.25
+INTERVAL_S = 0.5
+PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 Curves = dict[str, list[tuple[float, float]]]
 """By process, (seconds, MiB)."""
 
 
 @contextmanager
-def watch(names: dict[str, str] | None = None) -> Iterator[Curves]:
+def watch(this: str, below: dict[str, str] | None = None) -> Iterator[Curves]:
     """Sample while the block runs.
 
     Args:
-        names: label by a part of the title of a process below this one; those of one label are added up.
+        this: label of this process.
+        below: label by a part of the title of a process below it; those of one label are added up.
     """
     curves: Curves = defaultdict(list)
     done = threading.Event()
 
     def sample() -> None:
-        started, me = time.perf_counter(), psutil.Process()
+        started = time.perf_counter()
         while not done.wait(INTERVAL_S):
-            sums: dict[str, float] = {"this process": _mib(me)}
-            for child in me.children(recursive=True) if names else ():
-                title = _title(child)
-                for part, label in (names or {}).items():
-                    if part in title:
-                        sums[label] = sums.get(label, 0.0) + _mib(child)
+            sums = {this: _resident_mib(os.getpid())}
+            for pid in _descendants(os.getpid()) if below else ():
+                title = _read(pid, "cmdline")
+                for label in {label for part, label in (below or {}).items() if part in title}:
+                    sums[label] = sums.get(label, 0.0) + _resident_mib(pid)
             for label, mib in sums.items():
                 curves[label].append((time.perf_counter() - started, mib))
 
@@ -49,36 +49,56 @@ def watch(names: dict[str, str] | None = None) -> Iterator[Curves]:
         thread.join()
 
 
-def _mib(process: psutil.Process) -> float:
-    try:
-        return process.memory_info().rss / 2**20
-    except psutil.Error:
-        return 0.0  # it has ended since it was listed
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
 def report(curves: Curves, figure: Path, title: str) -> dict[str, dict[str, float]]:
-    """Draw the curves, print and return the means of the first and of the last quarter in MiB, by process."""
+    """Draw the curves; print and return means in MiB of the second and of the last quarter of the time, by process.
+
+    The first quarter is left to start and to warm up.
+    """
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(8, 4), layout="constrained")
+    canvas = Figure(figsize=(8, 3.5), layout="constrained")
     axes = canvas.add_subplot()
     means = {}
-    print(f"{'resident memory, MiB':<24}{'first quarter':>15}{'last quarter':>15}{'peak':>10}")
+    print(f"{'resident memory, MiB':<28}{'2nd quarter':>13}{'last quarter':>14}{'peak':>8}")
     for label, points in curves.items():
         seconds, mib = zip(*points, strict=True)
         axes.plot(seconds, mib, label=label)
         quarter = max(1, len(mib) // 4)
-        means[label] = {"first_quarter": round(fmean(mib[:quarter]), 1), "last_quarter": round(fmean(mib[-quarter:]), 1)}
-        print(f"{label:<24}{means[label]['first_quarter']:>15}{means[label]['last_quarter']:>15}{max(mib):>10.0f}")
+        second, last, peak = fmean(mib[quarter : 2 * quarter] or mib), fmean(mib[-quarter:]), max(mib)
+        print(f"{label:<28}{second:>13.1f}{last:>14.1f}{peak:>8.0f}")
+        means[label] = {"second_quarter": round(second, 1), "last_quarter": round(last, 1), "peak": round(peak, 1)}
     axes.set(xlabel="seconds", ylabel="resident memory, MiB", title=title, ylim=(0, None))
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(figure, dpi=120)
+    canvas.savefig(figure, dpi=110)
     return means
+
+
+def growth(means: dict[str, dict[str, float]]) -> float:
+    """The most that any process has grown: its last quarter over its second."""
+    return round(max(part["last_quarter"] / part["second_quarter"] for part in means.values()), 3)
+
+
+def _descendants(pid: int) -> set[int]:
+    children = defaultdict(list)
+    for folder in Path("/proc").glob("[0-9]*"):
+        parent = _read(int(folder.name), "stat").rpartition(")")[2].split()[1:2]
+        children[int(parent[0]) if parent else 0].append(int(folder.name))
+    found: set[int] = set()
+    left = [pid]
+    while left:
+        below = children[left.pop()]
+        found |= set(below)
+        left += below
+    return found
+
+
+def _resident_mib(pid: int) -> float:
+    return int((_read(pid, "statm").split() or [0, 0])[1]) * PAGE_MIB
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}", name).read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""  # the process has ended since it was listed

@@ -172,7 +172,8 @@ class TokenCodec(nn.Module):
         if self.scalar == "int8":
             scales = rows[:, : 2 * self.tokens].contiguous().view(torch.float16)
             levels = rows[:, 2 * self.tokens :].contiguous().view(torch.int8).view(count, self.tokens, self.width)
-            values = levels * scales.float().unsqueeze(-1)
+            # int8 times float32 in one operation is half as fast on a CPU.
+            values = levels.float().mul_(scales.float().unsqueeze(-1))
         else:
             values = rows.contiguous().view(_DTYPES[self.scalar]).float().view(count, self.tokens, self.width)
         if self.basis is not None and self.mean is not None:

@@ -170,7 +170,7 @@ class Extract:
                 for output in outputs or ():
                     writers[name].add(output, 0.0)
             part = _part(dataset, images, rows, groups)
-            for pixels in self._rendered(*part, asked) if asked else ():
+            for pixels in self.rendered(*part, asked) if asked else ():
                 for name, batch in pixels.items():
                     started = time.perf_counter()
                     output = self._encode(name, batch)
@@ -192,15 +192,15 @@ class Extract:
 
     def features(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, TeacherOutput]]:
         """What these teachers say of `rows`, views of `images`: batches by teacher id, in order."""
-        for pixels in self._rendered(images, rows, names):
+        for pixels in self.rendered(images, rows, names):
             yield {name: self._encode(name, batch) for name, batch in pixels.items()}
 
     def _encode(self, name: str, pixels: Tensor) -> TeacherOutput:
         with self.device_lock:
             return self.teachers[name].encode(pixels)
 
-    def _rendered(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
-        """Batches of [B, 3, H, W] uint8 by teacher, rendered two batches ahead of the device."""
+    def rendered(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
+        """Batches of [B, 3, H, W] uint8 by teacher id of `rows`, views of `images`; rendered two batches ahead of the device."""
         specs = [self.teachers[name].spec for name in names]
         views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
         work = ((data.as_py(), views[i * count : (i + 1) * count], specs) for i, data in enumerate(images["image"]))
@@ -230,7 +230,7 @@ class Extract:
             assert record is not None
             images = dataset.images.read(record)
             part = _part(dataset, images, rows_of_shard(dataset, shard, images), range(group, group + 1))
-            outputs = [self._encode(name, batch[name]).cpu() for batch in self._rendered(*part, [name])]
+            outputs = [self._encode(name, batch[name]).cpu() for batch in self.rendered(*part, [name])]
             patches += [output.patches for output in outputs]
             self.sampled[dataset.view.uri, name, shard, group] = outputs
         features = torch.cat(patches).float()

@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.recycle import ArrayPool
-from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
+from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord, selected
 from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
@@ -185,7 +185,7 @@ class CacheReader:
         """The batches of an epoch on this rank from number `start` on.
 
         Raises:
-            UserError: where a teacher's keys are not those of the images, naming shard and key.
+            UserError: where a teacher's keys are not those of the images, naming shard and key; where a file is damaged.
         """
         units = [self.units[i] for i in self._unit_order(epoch)[self.rank :: self.world]]
         refs, window_start = self._row_order(units, epoch)
@@ -369,18 +369,22 @@ def _spaced(units: list[_Unit], limit: int | None) -> list[_Unit]:
 
 
 class _Shards:
-    """The complete shards of a folder; the footer of a file is read once."""
+    """The complete shards of a folder; the footer of a file is read once, the checksums of a row group are compared once."""
 
     def __init__(self, dataset: Dataset, folder: ShardFolder, name: str) -> None:
         self.folder, self.records = folder, _complete(dataset, folder, name)
         self.footers: dict[int, pq.FileMetaData] = {}
+        self.sound: set[_Unit] = set()
 
     def read(self, unit: _Unit, columns: list[str] | None = None) -> pa.Table:
         """A row group."""
-        file = self.folder.store.open(self.records[unit.shard].file)
-        with pq.ParquetFile(file, metadata=self.footers.get(unit.shard)) as opened:
+        name = self.records[unit.shard].file
+        how = {"metadata": self.footers.get(unit.shard), "page_checksum_verification": unit not in self.sound}
+        with self.folder.naming(name), pq.ParquetFile(self.folder.store.open(name), **how) as opened:
+            table = selected(opened.read_row_group(unit.group, columns=columns, use_threads=False), columns)
             self.footers[unit.shard] = opened.metadata
-            return opened.read_row_group(unit.group, columns=columns, use_threads=False)
+            self.sound.add(unit)
+            return table
 
 
 class _TeacherShards(_Shards):

@@ -15,8 +15,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.stats import Moments, dump_moments, load_moments
 from pipeline.cache.store import Store
+from pipeline.errors import UserError
 
 ROW_GROUP_SIZE = 64
 """Rows of a row group: what a training worker reads at once, and what is shuffled as a unit."""
@@ -177,17 +179,42 @@ class ShardFolder:
         self.store.put(f"projection-{hashlib.sha256(data).hexdigest()[:8]}.npz", data)
 
     def read(self, record: ShardRecord, columns: list[str] | None = None) -> pa.Table:
-        """All rows of a shard."""
-        return pq.read_table(self.store.open(record.file), columns=columns)
+        """All rows of a shard.
+
+        Raises:
+            UserError: where the file is gone or damaged.
+        """
+        with self.naming(record.file):
+            file = self.store.open(record.file)
+            return selected(pq.read_table(file, columns=columns, page_checksum_verification=True), columns)
 
     def read_group(self, record: ShardRecord, group: int, columns: list[str] | None = None) -> pa.Table:
-        """One row group of a shard."""
-        with pq.ParquetFile(self.store.open(record.file)) as file:
-            return file.read_row_group(group, columns=columns, use_threads=False)
+        """One row group of a shard; raises as `read` does."""
+        with (
+            self.naming(record.file),
+            pq.ParquetFile(self.store.open(record.file), page_checksum_verification=True) as file,
+        ):
+            return selected(file.read_row_group(group, columns=columns, use_threads=False), columns)
+
+    @contextmanager
+    def naming(self, file: str) -> Iterator[None]:
+        """What cannot be read within is a UserError that names this file and the remedy."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise UserError(
+                f"cannot read {self.store.uri}/{file}: {' '.join(str(error).split())}; run jobs/precompute.py with this "
+                f"recipe and --verify --repair"
+            ) from error
 
     def moments(self, records: Iterable[ShardRecord]) -> list[dict[str, Moments]]:
         """Statistics of these shards, in their order."""
         return [load_moments(self.store.get(record.moments)) for record in records]
+
+
+def selected(table: pa.Table, columns: list[str] | None) -> pa.Table:
+    """These columns, of which Parquet leaves out in silence what a file lacks; KeyError where it does."""
+    return table if columns is None else table.select(columns)
 
 
 def _projection(files: Iterable[str]) -> str:
@@ -212,5 +239,6 @@ def _parquet_bytes(table: pa.Table, row_group_size: int, compression: str) -> pa
         compression=compression,
         use_dictionary=False,
         write_statistics=["sample_id"],
+        write_page_checksum=True,
     )
     return sink.getvalue()

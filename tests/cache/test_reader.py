@@ -135,6 +135,37 @@ def test_keys_that_do_not_match_are_refused_naming_shard_and_key(filled):
     assert found in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["images", "teacher"])
+def test_a_bit_that_flips_on_disk_is_never_read_as_another_row(filled, part):
+    folder = filled.train.images if part == "images" else filled.train.teacher(filled.plan.teachers[0].id)
+    path = Path(folder.store.uri, folder.records()[0].file)
+    data, rng, refused = path.read_bytes(), np.random.default_rng(0), []
+    expected = _values(filled)
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for position in [*rng.integers(0, footer, 12), *rng.integers(footer, len(data), 12)]:
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        try:
+            assert _values(filled) == expected
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 12
+    assert all(line.startswith(f"cannot read {path}: ") and "--verify --repair" in line for line in refused)
+
+
+def _values(filled):
+    """All that a reader of the dataset gives."""
+    return [
+        (
+            batch.keys,
+            batch.images.tolist(),
+            [rows.tolist() for kinds in batch.features.values() for rows in kinds.values()],
+        )
+        for batch in _reader(filled, image_size=4).batches(0)
+    ]
+
+
 def test_missing_shards_are_named_before_training(filled):
     folder = filled.train.teacher(filled.plan.teachers[1].id)
     Path(folder.store.uri, "shard-00000.json").unlink()

@@ -1,8 +1,11 @@
 """Jobs whose disk, node or neighbour lets them down: no wrong row, no finished shard lost, one clear line."""
 
+import random
 import shutil
+import signal
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -13,7 +16,7 @@ from pipeline.cache.store import Store
 from pipeline.config import load_config
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process
 from tests.faults import content, listed
-from tests.nodes import cluster, descendants, start_job, wait_until
+from tests.nodes import cluster, descendants, kill, start_job, wait_until
 
 SHARDS = 4
 
@@ -110,18 +113,33 @@ def test_a_cache_below_a_file_is_refused_before_a_teacher_is_loaded(tmp_path, ar
     assert line.endswith(": Not a directory")
 
 
-def _extracting(node):
-    return [title for title in descendants(node.process.pid).values() if "Extract" in title]
+def _running(what, *nodes):
+    """Processes of Ray on these nodes whose title says what they do."""
+    return [pid for node in nodes for pid, title in descendants(node.process.pid).items() if f"({what})" in title]
 
 
-def test_two_jobs_on_one_cache_at_once_both_finish_when_one_of_two_nodes_is_killed(tmp_path, arguments, undisturbed):
-    cache, logs = tmp_path / "cache", [tmp_path / "log0", tmp_path / "log1"]
+def test_two_jobs_on_one_cache_outlast_the_kill_of_worker_actor_node_and_driver(tmp_path, arguments, undisturbed):
+    cache, logs, draw = tmp_path / "cache", [tmp_path / "log0", tmp_path / "log1"], random.Random(0)
     with cluster(4, 4) as (head, second):
         jobs = [start_job([*arguments, f"cache.uri={cache}"], head.address, log) for log in logs]
-        wait_until(lambda: (_teacher_shards(cache) and _extracting(second)) or not all(job.is_alive() for job in jobs))
+
+        def seen(found):
+            return wait_until(lambda: found() or not all(job.is_alive() for job in jobs))
+
+        kill(draw.choice(seen(lambda: _running("Ingest", head, second))))
+        seen(lambda: _teacher_shards(cache) and _running("Extract", head) and _running("Extract", second))
         assert len(_teacher_shards(cache)) < SHARDS
-        second.kill()
+        finished = content(cache)
+        kill(draw.choice(_running("Extract", head)))
+        for victim in draw.sample([second, jobs[0]], 2):
+            time.sleep(draw.uniform(0, 0.2))
+            victim.kill()
+        jobs[0].join()
+        assert jobs[0].exitcode == -signal.SIGKILL
+        jobs[0] = start_job([*arguments, f"cache.uri={cache}"], head.address, logs[0])
         while any(job.is_alive() for job in jobs):
-            content(cache)  # what is listed is whole at every moment
+            now = content(cache)  # what is listed is whole at every moment, and stays
+            assert finished.items() <= now.items()
+            finished = now
     assert [job.exitcode for job in jobs] == [0, 0], "".join(log.read_text() for log in logs)
     assert content(cache) == undisturbed

@@ -1,0 +1,105 @@
+"""What does a codec cost the student? The same student, data and seeds, distilled from features stored in several codecs.
+
+    python benchmarks/codec_students.py recipes/photos.yaml data.train=train.parquet data.val=test.parquet data.name=cifar \
+        teachers.1.weights=mobilenetv2.safetensors train.epochs=4 --seeds 0 1 2
+
+Runs of one seed start with equal weights and take the same images in the same order: only the targets differ, in every codec
+against the first. Ray fills the cache; training runs in this process. Finished runs are kept in `--results` and not repeated.
+Prints a table of kNN on the held-out images after the last epoch, and one line of JSON: `difference`, the mean over the seeds
+in points, with its standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from torch import nn
+
+from pipeline.cache.build import build_cache, plan_cache
+from pipeline.config import Config, load_config
+from pipeline.distill.task import DistillJob, DistillTask
+from pipeline.ray_session import connect
+from pipeline.runs import cache_store
+from pipeline.training import Snapshot, Worker, train
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is not in the results file yet, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("items", nargs="+", help="a recipe and overrides, as for the jobs")
+    parser.add_argument("--codecs", nargs="+", default=["float32", "pca-int8-zstd"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=Path("work/codec_students.jsonl"), help="where runs are kept")
+    options = parser.parse_args(arguments)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    recipe, *overrides = options.items
+    knn: dict[str, list[float]] = {codec: [] for codec in options.codecs}
+    for seed in options.seeds:
+        for codec in options.codecs:
+            knn[codec].append(_run(recipe, [*overrides, f"cache.codec={codec}", f"seed={seed}"], options.results))
+    print(json.dumps(_report(knn)))
+
+
+def _run(recipe: str, overrides: Sequence[str], results: Path) -> float:
+    """The student's kNN in percent."""
+    key = " ".join([recipe, *overrides])
+    lines = results.read_text().splitlines() if results.exists() else []
+    done = {row["run"]: row["knn"] for row in map(json.loads, lines)}
+    if key not in done:
+        started = time.perf_counter()
+        done[key] = _distil(load_config(recipe, overrides))
+        with results.open("a") as file:
+            file.write(json.dumps({"run": key, "knn": done[key]}) + "\n")
+        print(f"{key}  kNN {done[key]:.2f} %  {time.perf_counter() - started:.0f} s", flush=True)
+    return float(done[key])
+
+
+def _distil(config: Config) -> float:
+    plan = plan_cache(config, cache_store(config))
+    if any(split.missing(teacher) for split in plan.splits for teacher in plan.teachers):
+        with connect():
+            plan, _ = build_cache(plan, config)
+    datasets = {split.split: split.dataset for split in plan.splits}
+    task = JudgedAtTheEnd(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
+    snapshots: list[Snapshot] = []
+    train(task, config.train, Worker(), None, snapshots.append)
+    state = snapshots[-1].state
+    assert state is not None
+    task.module.load_state_dict(state["ema"])
+    return DistillTask.evaluate(task, task.module.eval())["knn"]
+
+
+class JudgedAtTheEnd(DistillTask):
+    """Distillation without kNN before and after each epoch."""
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+
+def _report(knn: dict[str, list[float]]) -> dict[str, Any]:
+    first, *others = knn
+    print(f"{'codec':<16}{'kNN, %':>8}{'difference':>12}{'standard error':>16}  by seed")
+    print(f"{first:<16}{mean(knn[first]):>8.2f}{'':>28}  {' '.join(f'{value:.2f}' for value in knn[first])}")
+    figures: dict[str, Any] = {"seeds": len(knn[first]), first: round(mean(knn[first]), 2)}
+    for codec in others:
+        differences = [value - base for value, base in zip(knn[codec], knn[first], strict=True)]
+        error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+        by_seed = " ".join(f"{value:+.2f}" for value in differences)
+        print(f"{codec:<16}{mean(knn[codec]):>8.2f}{mean(differences):>+12.2f}{error:>16.2f}  {by_seed}")
+        figures[codec] = round(mean(knn[codec]), 2)
+        figures |= {"difference": round(mean(differences), 3), "standard_error": round(error, 3)}
+    return figures
+
+
+if __name__ == "__main__":
+    main()
