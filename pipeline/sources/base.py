@@ -29,6 +29,9 @@ there is nothing to measure.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Lower case, in order of preference where one sample has several."""
 
+MAX_BYTES = 256 << 20
+"""Larger files, tar members and arrays are not read: this is the largest image that `decode_image` takes, uncompressed."""
+
 
 class Source(Protocol):
     """A set of images. Small and picklable: it travels to Ray workers and holds no open file."""
@@ -61,6 +64,11 @@ class Source(Protocol):
 
         A sample that cannot be read is given as its exception, so that the others still arrive.
         """
+
+
+def oversize(size: int) -> ValueError | None:
+    """Why a sample of this many bytes is not read, or None."""
+    return ValueError(f"{size} bytes are over the {MAX_BYTES} allowed") if size > MAX_BYTES else None
 
 
 class Extent(NamedTuple):

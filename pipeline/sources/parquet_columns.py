@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import UserError
+from pipeline.views import FORMATS
 
 Layout = Literal["struct", "encoded", "planes", "nested"]
 """`struct` {bytes, path} (Hugging Face), `encoded` bytes, `planes` flat (3, n, n) uint8, `nested` n x n x 3 lists."""
@@ -82,9 +83,10 @@ def class_names(path: str, label_column: str | None) -> tuple[str, ...]:
     metadata = _schema(path).metadata or {}
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        return tuple(features[label_column]["names"])
-    except (KeyError, TypeError, ValueError):
+        names = features[label_column]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def _schema(path: str) -> pa.Schema:
@@ -128,7 +130,7 @@ def _sniff(file: pq.ParquetFile, name: str) -> Layout:
     if not len(values):
         return "encoded"
     try:
-        Image.open(io.BytesIO(values[0].as_py()))
+        Image.open(io.BytesIO(values[0].as_py()), formats=FORMATS)
     except UnidentifiedImageError:
         return "planes" if is_square(len(values[0].as_py())) else "encoded"
     except Image.DecompressionBombError:
