@@ -24,7 +24,6 @@ import argparse
 import io
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,7 +43,6 @@ from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.ingest import IMAGES_SCHEMA
 from pipeline.cache.reader import Batch, CacheReader
-from pipeline.cache.shards import ShardFolder
 from pipeline.cache.store import Store
 from pipeline.config import TeacherConfig
 from teachers.base import TeacherSpec

@@ -29,6 +29,7 @@ from pipeline.cache.repair import repair_cache
 from pipeline.config import Config
 from pipeline.ray_session import connect
 from pipeline.runs import cache_store
+from pipeline.shared import check_shared
 
 SHOWN = 50
 """Lines of a table of findings or garbage; the rest is counted."""
@@ -91,6 +92,7 @@ def verify(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     check_begun(plan)
     print(f"plan\n{cache_plan(plan, config)}", flush=True)
     with connect():
+        check_shared(config)
         found = verify_cache(plan, config)
         _show_findings("findings", found)
         left = found.findings

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # Read when MLflow is imported: no telemetry, and a server that does not answer is an error soon.
@@ -39,7 +40,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.student.model import load_encoder
 
+STUDENT_FOLDER = "student"
+STUDENT_FILES = ("student.safetensors", "student.json")
+"""Artifacts of a run that trained a student, from which `load_student` reads it."""
 BATCH = 1000
 """Most metrics that one `log_batch` takes."""
 PARAM_LENGTH = 6000
@@ -273,14 +278,42 @@ def log_student(
 
 
 def load_student(model_uri: str, tracking_uri: str) -> nn.Module:
-    """Load a model that :func:`log_student` logged.
+    """The student that a run logged, from the safetensors that its job put beside the model.
+
+    The logged graph itself is not opened: torch evaluates expressions and looks up functions that a pt2 file names, so
+    that loading one runs what its author wrote, as a pickle does.
+
+    Args:
+        model_uri: ``models:/<model id>``, ``models:/<name>/<version>``, ``models:/<name>@<alias>``, or
+            ``runs:/<run id>/...``.
 
     Raises:
-        UserError: where there is no such model.
+        UserError: where there is no such model, or its run has no exported student.
     """
-    try:
-        mlflow.set_tracking_uri(tracking_uri)
-        model: nn.Module = mlflow.pytorch.load_model(model_uri)
-    except (MlflowException, OSError) as error:
-        raise UserError(f"evaluate.student: {model_uri} cannot be loaded from {tracking_uri}: {error}") from error
-    return model
+    client = MlflowClient(tracking_uri)
+    with TemporaryDirectory() as folder:
+        try:
+            run_id = _run_of(client, model_uri)
+            for name in STUDENT_FILES:
+                client.download_artifacts(run_id, f"{STUDENT_FOLDER}/{name}", folder)
+        except (MlflowException, OSError) as error:
+            raise UserError(
+                f"evaluate.student: {model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}; "
+                f"models are read from {STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
+            ) from error
+        return load_encoder(Path(folder, STUDENT_FOLDER))
+
+
+def _run_of(client: MlflowClient, model_uri: str) -> str:
+    """The run that logged a model."""
+    scheme, _, rest = model_uri.partition(":/")
+    head, _, tail = rest.strip("/").partition("/")
+    if scheme == "runs" and head:
+        return head
+    if scheme != "models" or not head:
+        raise MlflowException("it is neither models:/... nor runs:/...")
+    if not tail and "@" not in head:
+        return str(client.get_logged_model(head).source_run_id)
+    name, _, alias = head.partition("@")
+    version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, tail)
+    return str(version.run_id)

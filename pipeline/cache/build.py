@@ -23,7 +23,7 @@ from pipeline.cache.keys import teacher_id, teacher_identity
 from pipeline.cache.phi_s import PhiS, dump_phi_s
 from pipeline.cache.ray_pipeline import extract_shards, ingest_shards
 from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
-from pipeline.cache.store import Store
+from pipeline.cache.store import Store, taking_apart
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.progress import Progress
@@ -250,7 +250,9 @@ def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
 
 def teacher_stats(dataset: Dataset, teacher: CachedTeacher) -> dict[str, Moments]:
     """Frozen statistics of a teacher over a dataset, by token type."""
-    return load_moments(dataset.teacher(teacher.id).store.get("stats.npz"))
+    store = dataset.teacher(teacher.id).store
+    with taking_apart(f"{store.uri}/stats.npz"):
+        return load_moments(store.get("stats.npz"))
 
 
 def teacher_fidelity(dataset: Dataset, teacher: CachedTeacher) -> dict[str, dict[str, float]]:

@@ -26,6 +26,7 @@ from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.recycle import ArrayPool
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
 from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
+from pipeline.cache.store import taking_apart
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
 from pipeline.views import View, decode_image, render
@@ -349,8 +350,12 @@ class _Shards:
 
     def read(self, unit: _Unit, columns: list[str] | None = None) -> pa.Table:
         """A row group."""
-        file = self.folder.store.open(self.records[unit.shard].file)
-        with pq.ParquetFile(file, metadata=self.footers.get(unit.shard)) as opened:
+        name = self.records[unit.shard].file
+        file, metadata = self.folder.store.open(name), self.footers.get(unit.shard)
+        with (
+            taking_apart(f"{self.folder.store.uri}/{name}"),
+            pq.ParquetFile(file, metadata=metadata) as opened,
+        ):
             self.footers[unit.shard] = opened.metadata
             return opened.read_row_group(unit.group, columns=columns, use_threads=False)
 

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,12 +37,22 @@ def open_parquet(path: str) -> pq.ParquetFile:
     Raises:
         UserError: the file is missing, truncated or not Parquet.
     """
-    try:
+    with readable(path):
         return pq.ParquetFile(path)
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """While a Parquet file is read.
+
+    Raises:
+        UserError: it is damaged, or not Parquet.
+    """
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again"
-        ) from error
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
 
 
 def find_image_column(path: str, named: str | None) -> ImageColumn:
@@ -60,8 +72,14 @@ def find_image_column(path: str, named: str | None) -> ImageColumn:
             raise UserError(f"{path}: {problem}; set data.image_column to one of its columns ({columns})")
         name = candidates[0]
         layouts = _layouts(schema.field(name).type)
-        layout = layouts[0] if len(layouts) == 1 else _sniff(file, name)
+        with readable(path):
+            layout = layouts[0] if len(layouts) == 1 else _sniff(file, name)
     return ImageColumn(name, layout)
+
+
+def fits(column: ImageColumn, schema: pa.Schema) -> bool:
+    """Whether a file of this schema holds images in this column in this layout."""
+    return column.name in schema.names and column.layout in _layouts(schema.field(column.name).type)
 
 
 def find_label_column(path: str, named: str | None) -> str | None:

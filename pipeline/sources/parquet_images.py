@@ -19,7 +19,9 @@ from pipeline.sources.parquet_columns import (
     class_names,
     find_image_column,
     find_label_column,
+    fits,
     open_parquet,
+    readable,
 )
 from pipeline.sources.raw_arrays import byte_counts, to_png
 
@@ -91,9 +93,14 @@ class ParquetImages:
         return table
 
     def _refuse_other_schema(self, path: str, schema: pa.Schema) -> None:
-        for name in filter(None, (self.image.name, self.label_column)):
+        label = self.label_column
+        for name in filter(None, (self.image.name, label)):
             if name not in schema.names:
                 raise UserError(f"{path}: has no column '{name}', unlike {self.files[0]}; name files of one schema")
+        if not fits(self.image, schema) or (label and not pa.types.is_integer(schema.field(label).type)):
+            raise UserError(
+                f"{path}: its columns have other types than those of {self.files[0]}; name files of one schema"
+            )
 
     def _refuse_large_groups(self, path: str, metadata: pq.FileMetaData) -> None:
         for group in range(metadata.num_row_groups):
@@ -107,10 +114,8 @@ class ParquetImages:
 
     def _measure_all(self, path: str, file: pq.ParquetFile) -> pa.Table:
         columns = [self.image.name] + ([self.label_column] if self.label_column else [])
-        try:
+        with readable(path):
             parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); fetch it again") from error
         return pa.Table.from_batches(parts, schema=_MEASURED)
 
     def _measure(self, batch: pa.RecordBatch) -> pa.RecordBatch:

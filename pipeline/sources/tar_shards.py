@@ -65,8 +65,8 @@ def _read_shard(shard: str, extents: list[Extent]) -> Iterator[bytes | Exception
 
 
 def _read_extent(file: BinaryIO, extent: Extent) -> bytes | Exception:
-    if error := oversize(extent.size):
-        return error
+    if too_large := oversize(extent.size):
+        return too_large
     try:
         file.seek(extent.offset)
         data = file.read(extent.size)
@@ -110,8 +110,8 @@ class _Member(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         # The hook that tarfile has for subclasses. Before CVE-2025-8194 was mended, it went backwards for ever.
         if self.size < 0 or (self.size > _MAX_TEXT and self.type in _EXTENDED):
-            raise tarfile.SubsequentHeaderError(f"a header says that {self.size} bytes follow")
-        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+            raise tarfile.ReadError(f"a header says that {self.size} bytes follow")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 _EXTENDED = (
