@@ -22,23 +22,25 @@ def bounded():
 
     before = signal.signal(signal.SIGALRM, hung)
     signal.alarm(PATIENCE_S)
-    start = _memory("VmRSS")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        measured = True
-    except OSError:
-        measured = False  # no Linux, or not allowed
+    start = _reset_peak()
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-    assert not measured or _memory("VmHWM") - start < MEMORY_LIMIT
+    assert start is None or _memory("VmHWM") - start < MEMORY_LIMIT
+
+
+def _reset_peak():
+    """Bytes of memory of this process now, from which its peak is counted; None where that cannot be told."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _memory("VmRSS")
 
 
 def _memory(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) << 10
-    return 0
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 class Harmful:
