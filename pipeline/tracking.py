@@ -40,6 +40,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.metrics import export_training
 from pipeline.student.model import load_encoder
 
 STUDENT_FOLDER = "student"
@@ -98,6 +99,8 @@ class Run:
 
     def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Log metrics by step, in batches. Values that are not finite are left out: stores refuse or alter them."""
+        history = list(history)
+        export_training(history)
         now = int(time.time() * 1000)
         points = (
             Metric(name, float(value), now, step)
@@ -296,6 +299,7 @@ def load_student(model_uri: str, tracking_uri: str) -> nn.Module:
             run_id = _run_of(client, model_uri)
             for name in STUDENT_FILES:
                 client.download_artifacts(run_id, f"{STUDENT_FOLDER}/{name}", folder)
+                Path(folder, STUDENT_FOLDER, name).stat()  # some stores give nothing for what is not there
         except (MlflowException, OSError) as error:
             raise UserError(
                 f"evaluate.student: {model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}; "

@@ -267,7 +267,7 @@ def _check_students(run, client, model_uri, uri, exported):
     for file in folder.iterdir():
         run.log_file(file, "student")
     client.create_registered_model(f"name-{run.run_id}")
-    version = client.create_model_version(f"name-{run.run_id}", model_uri, run.run_id)
+    version = client.create_model_version(f"name-{run.run_id}", model_uri, run.run_id, model_id=model_uri[8:])
     client.set_registered_model_alias(version.name, "best", version.version)
     images = torch.rand(2, 3, 32, 32)
     for name in (

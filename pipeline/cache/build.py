@@ -26,6 +26,7 @@ from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
 from pipeline.cache.store import Store, taking_apart
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.metrics import export
 from pipeline.progress import Progress
 from pipeline.sources import SceneSettings, open_source
 from pipeline.sources.base import Source
@@ -149,6 +150,7 @@ def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport
     for split in plan.splits:
         records = split.dataset.images.records().values()
         report.quarantined[split.split] = check_quarantine(split.dataset, records, config.data.max_bad)
+    export("index", {"quarantined": sum(map(len, report.quarantined.values()))})
     _extract(plan, config.cache.batch_size, report)
     for split in plan.splits:
         for teacher in plan.teachers:
@@ -211,12 +213,16 @@ def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
     rows = [{"split": split, "shard": shard} for split, shard in sorted(pairs)]
     datasets = {split.split: split.dataset for split in plan.splits}
     label = f"extract {' '.join(teacher.spec.name for teacher in needed)}"
+    started = time.perf_counter()
     with Progress(_images(plan.splits, rows), "img", label) as progress:
-        for row in extract_shards(rows, (datasets, needed), batch_size):
+        for number, row in enumerate(extract_shards(rows, (datasets, needed), batch_size), 1):
             _raise_error(row)
             report.shards_computed += row["computed"]
             report.images_extracted += row["images"] * row["computed"]
             progress.update(datasets[row["split"]].shard_rows(row["shard"]))
+            speed = report.images_extracted / (time.perf_counter() - started)
+            todo = len(rows) - number
+            export("extract", {"shards": report.shards_computed, "shards_left": todo, "images_per_second": speed})
     for split in plan.splits:
         for teacher in needed:
             if left := split.missing(teacher):
