@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 # Read when MLflow is imported: no telemetry, and a server that does not answer is an error soon.
 for _name, _value in {
@@ -56,7 +57,16 @@ for _logger in ("mlflow", "alembic"):
 
 
 def resolve_uri(configured: str | None, work: Path) -> str:
-    """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder."""
+    """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder.
+
+    Raises:
+        UserError: where the configured one holds a password, since configurations are logged; the message repeats none.
+    """
+    if configured and urlsplit(configured).password:
+        raise UserError(
+            "tracking.uri: a password in an address is refused, since configurations are logged; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI"
+        )
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work}/mlflow.db"
 
 

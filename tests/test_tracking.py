@@ -302,6 +302,13 @@ def test_the_store_is_the_configured_one_then_the_environment_s_then_the_work_fo
     assert resolve_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
+@pytest.mark.parametrize("uri", ["http://me:secret@there:5000", "postgresql://me:secret@there/mlflow"])
+def test_a_password_in_the_configuration_is_refused_and_not_repeated(tmp_path, uri):
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as refused:
+        resolve_uri(uri, tmp_path)
+    assert "secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize("uri", ["sqlite"], indirect=True)
 def test_artifacts_of_the_sqlite_store_are_beside_it(start, work):
     run = start()
