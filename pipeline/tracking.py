@@ -308,14 +308,14 @@ def load_student(model_uri: str, tracking_uri: str) -> nn.Module:
         try:
             run_id = _run_of(client, model_uri)
             for name in STUDENT_FILES:
-                client.download_artifacts(run_id, f"{STUDENT_FOLDER}/{name}", folder)
-                Path(folder, STUDENT_FOLDER, name).stat()  # some stores give nothing for what is not there
+                file = Path(client.download_artifacts(run_id, f"{STUDENT_FOLDER}/{name}", folder))
+                file.stat()  # some stores give nothing for what is not there
         except (MlflowException, OSError) as error:
             raise UserError(
                 f"evaluate.student: {model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}; "
                 f"models are read from {STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
             ) from error
-        return load_encoder(Path(folder, STUDENT_FOLDER))
+        return load_encoder(file.parent)
 
 
 def _run_of(client: MlflowClient, model_uri: str) -> str:

@@ -82,6 +82,9 @@ def _tars(rng, harmful):
             yield f"extended-{chr(kind)}{size}", _header(b"x", _binary(size), bytes([kind])) + bytes(1024) + end
     for size in ("-512", "-1024", str(2**70), "9" * 30):
         yield f"pax-size{size}", _pax(size=size) + _header(size=_octal(len(image))) + image.ljust(1024, b"\0") + end
+    # Two that would come back to their second header for ever.
+    yield "loop", _header() + _header(b"b.jpg", _binary(-512)) + image.ljust(1024, b"\0") + end
+    yield "pax-loop", _header() + _pax(size="-1536") + _header(b"b.jpg") + image.ljust(1024, b"\0") + end
     yield "pax-chain", _pax(comment="x") * 3000 + end
     for name, text in {
         "words": b"cat",
