@@ -95,8 +95,10 @@ def _on_loopback(embedded: bool) -> Iterator[None]:
 
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = before and not embedded
-    yield
-    ray_constants.ENABLE_RAY_CLUSTER = before
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _probe(address: str) -> None:

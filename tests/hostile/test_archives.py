@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.sources import open_source, parquet_images
+from pipeline.sources.locations import below
 from pipeline.views import decode_image
 from tests.sources.noise_images import encode
 
@@ -133,6 +134,13 @@ def test_names_that_lead_out_of_a_tar_lead_nowhere(tmp_path):
     assert all(name.startswith("x.tar/") for name in index["sample_id"].to_pylist())
     assert all(isinstance(data, bytes) for data in source.read(index))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_name_in_an_annotation_cannot_leave_its_folder(tmp_path):
+    for name in ("../a.jpg", "a/../../b.jpg", "/a.jpg", "..", "", "a\\..\\..\\b.jpg", "a\0.jpg"):
+        with pytest.raises(UserError, match="the annotations name"):
+            below(str(tmp_path), name)
+    assert below(str(tmp_path), "train/..a/b..jpg") == f"{tmp_path}/train/..a/b..jpg"
 
 
 def _parquet(table, **options):
