@@ -9,11 +9,13 @@ import struct
 import zlib
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pipeline.cache.dataset import create_dataset, plan_dataset
 from pipeline.cache.ingest import Ingest
 from pipeline.cache.store import Store
+from pipeline.errors import UserError
 from pipeline.sources import open_source
 from pipeline.sources.base import MAX_BYTES
 from pipeline.views import WHOLE
@@ -140,3 +142,13 @@ def test_a_file_that_is_too_large_is_told_by_its_size(tmp_path):
     source = open_source(str(folder), split="train")
     (error,) = source.read(source.index())
     assert str(3 << 30) in str(error)
+
+
+def test_a_name_that_would_forge_a_line_of_a_log_is_refused(tmp_path):
+    for number, name in enumerate(("a\nerror: all is lost.jpg", "\x1b[2J.jpg", "tab\t.jpg", "\x7f.jpg")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_bytes(b"")
+        with pytest.raises(UserError, match="holds a control character; rename it") as refused:
+            open_source(str(folder), split="train").index()
+        assert str(refused.value).isprintable()
