@@ -30,6 +30,7 @@ from pipeline.cache.repair import repair_cache
 from pipeline.config import Config
 from pipeline.ray_session import connect
 from pipeline.runs import cache_store
+from pipeline.shared import check_shared
 
 SHOWN = 50
 """Lines of a table of findings or garbage; the rest is counted."""
@@ -112,6 +113,7 @@ def verify(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         check_begun(plan)
     found, left = [], 0
     with connect():
+        check_shared(config)
         for phase, plan in planned:
             found.append(verify_cache(plan, phase))
             _show_findings("findings", found[-1])

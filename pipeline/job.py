@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.config import Config
 from pipeline.ray_session import connect
 from pipeline.runs import RunState, open_run, work_folder
+from pipeline.shared import check_shared
 from pipeline.tracking import Run, resolve_uri, start_job
 
 
@@ -41,9 +42,10 @@ def open_job(config: Config, name: str) -> Iterator[Job]:
     """Connect to Ray; resume the unfinished run of this job and configuration, or start one; end both.
 
     Raises:
-        UserError: where MLflow or Ray cannot be reached.
+        UserError: where MLflow or Ray cannot be reached, or a node does not see the job's files.
     """
     with connect():
+        check_shared(config)
         run, state, uri = _start(config, name)
         with _ended(run):
             yield Job(state, run, uri)

@@ -65,7 +65,7 @@ def connect() -> Iterator[None]:
         arguments["runtime_env"] = {"env_vars": variables}
     try:
         _probe(address)
-        with _logging_as_it_was():
+        with _logging_as_it_was(), _on_loopback(embedded):
             ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
         raise UserError(f"RAY_ADDRESS={address} cannot be reached ({error}); start it, or unset RAY_ADDRESS") from error
@@ -84,6 +84,22 @@ def _logging_as_it_was() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@contextmanager
+def _on_loopback(embedded: bool) -> Iterator[None]:
+    """While an embedded session starts: without this its servers listen on every network, and nothing authenticates.
+
+    Ray has this switch for Windows and macOS and reads its variable when it is imported, which may be long ago.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and not embedded
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _probe(address: str) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.cache.keys import readable
 from pipeline.cache.store import Store
@@ -26,7 +27,15 @@ def work_folder(config: Config) -> Path:
     """The absolute work folder.
 
     A submitted job runs in a copy of the working directory that Ray deletes, so that its default is the home folder.
+
+    Raises:
+        UserError: where `work` is the address of an object store.
     """
+    if config.work and "://" in config.work:
+        raise UserError(
+            f"work={config.work}: runs, checkpoints and MLflow's SQLite file need a folder, on a cluster one of a shared "
+            "file system; an object store may hold the cache (cache.uri)"
+        )
     if config.work:
         return Path(config.work).expanduser().resolve()
     return Path.home() / "regla-distill" if is_submitted_job() else Path("work").resolve()
@@ -79,7 +88,17 @@ def open_run(config: Config, job: str) -> RunState:
         folder = runs / (stem if number == 1 else f"{stem}-{number}")
         if not (folder / "run.json").exists():
             return RunState(folder)
-        known = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        known = _read_state(folder / "run.json")
         if not known["finished"]:
             return RunState(folder, known["mlflow"], resumed=True)
         number += 1
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known["finished"], bool) or not all(isinstance(i, str) for i in known["mlflow"].values()):
+            raise ValueError("fields are of another type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, and the run starts anew") from error
+    return known

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 # Read when MLflow is imported: no telemetry, and a server that does not answer is an error soon.
 for _name, _value in {
@@ -39,7 +41,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.metrics import export_training
+from pipeline.student.model import load_encoder
 
+STUDENT_FOLDER = "student"
+STUDENT_FILES = ("student.safetensors", "student.json")
+"""Artifacts of a run that trained a student, from which `load_student` reads it."""
 BATCH = 1000
 """Most metrics that one `log_batch` takes."""
 PARAM_LENGTH = 6000
@@ -50,7 +57,16 @@ for _logger in ("mlflow", "alembic"):
 
 
 def resolve_uri(configured: str | None, work: Path) -> str:
-    """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder."""
+    """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder.
+
+    Raises:
+        UserError: where the configured one holds a password, since configurations are logged; the message repeats none.
+    """
+    if configured and urlsplit(configured).password:
+        raise UserError(
+            "tracking.uri: a password in an address is refused, since configurations are logged; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI"
+        )
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work}/mlflow.db"
 
 
@@ -93,6 +109,8 @@ class Run:
 
     def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Log metrics by step, in batches. Values that are not finite are left out: stores refuse or alter them."""
+        history = list(history)
+        export_training(history)
         now = int(time.time() * 1000)
         points = (
             Metric(name, float(value), now, step)
@@ -273,14 +291,43 @@ def log_student(
 
 
 def load_student(model_uri: str, tracking_uri: str) -> nn.Module:
-    """Load a model that :func:`log_student` logged.
+    """The student that a run logged, from the safetensors that its job put beside the model.
+
+    The logged graph itself is not opened: torch evaluates expressions and looks up functions that a pt2 file names, so
+    that loading one runs what its author wrote, as a pickle does.
+
+    Args:
+        model_uri: ``models:/<model id>``, ``models:/<name>/<version>``, ``models:/<name>@<alias>``, or
+            ``runs:/<run id>/...``.
 
     Raises:
-        UserError: where there is no such model.
+        UserError: where there is no such model, or its run has no exported student.
     """
-    try:
-        mlflow.set_tracking_uri(tracking_uri)
-        model: nn.Module = mlflow.pytorch.load_model(model_uri)
-    except (MlflowException, OSError) as error:
-        raise UserError(f"evaluate.student: {model_uri} cannot be loaded from {tracking_uri}: {error}") from error
-    return model
+    client = MlflowClient(tracking_uri)
+    with TemporaryDirectory() as folder:
+        try:
+            run_id = _run_of(client, model_uri)
+            for name in STUDENT_FILES:
+                file = Path(client.download_artifacts(run_id, f"{STUDENT_FOLDER}/{name}", folder))
+                file.stat()  # some stores give nothing for what is not there
+        except (MlflowException, OSError) as error:
+            raise UserError(
+                f"evaluate.student: {model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}; "
+                f"models are read from {STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
+            ) from error
+        return load_encoder(file.parent)
+
+
+def _run_of(client: MlflowClient, model_uri: str) -> str:
+    """The run that logged a model."""
+    scheme, _, rest = model_uri.partition(":/")
+    head, _, tail = rest.strip("/").partition("/")
+    if scheme == "runs" and head:
+        return head
+    if scheme != "models" or not head:
+        raise MlflowException("it is neither models:/... nor runs:/...")
+    if not tail and "@" not in head:
+        return str(client.get_logged_model(head).source_run_id)
+    name, _, alias = head.partition("@")
+    version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, tail)
+    return str(version.run_id)

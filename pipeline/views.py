@@ -14,6 +14,9 @@ from teachers.base import Interpolation
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own bound, kept here because libraries lift that one."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+"""Pillow's other decoders are kept away from what may be hostile: that of PostScript, for one, starts a program."""
+
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -108,7 +111,7 @@ def decode_image(data: bytes) -> Image.Image:
         ValueError: truncated, corrupt, unknown format, or more than `MAX_PIXELS` pixels; the message is a short reason.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(
                 f"{image.width} x {image.height} pixels is over the {MAX_PIXELS} allowed"
@@ -124,7 +127,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 def image_size(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels of an encoded image that `decode_image` takes, upright, without decoding its pixels."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (image.height, image.width) if turned else (image.width, image.height)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import socket
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ from torch import Tensor
 from teachers.base import TeacherError, WeightsNotFoundError
 
 log = logging.getLogger(__name__)
+
+_RUN_ON_LOADING = re.compile(rb"__setstate__|__torch__\.torch\.classes")
+"""What TorchScript runs when it is loaded: a class that restores itself, or one that is written in C++."""
 
 T = TypeVar("T")
 
@@ -152,11 +157,30 @@ def read_checkpoint(path: str | Path, teacher: str) -> dict[str, Tensor]:
 
 
 def _load_torch(path: Path) -> Any:
+    _check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except RuntimeError:
         # OpenAI publishes CLIP as TorchScript; loading it builds a graph and runs none of it.
         return torch.jit.load(path, map_location="cpu").state_dict()
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what no published checkpoint has, and a hostile one may have; older formats are no archives.
+
+    Raises:
+        ValueError: for members that unpack to more than the file holds, or code that loading would run.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        size = sum(member.file_size for member in members)
+        if size > path.stat().st_size:  # PyTorch stores tensors as they are
+            raise ValueError(f"its members unpack to {size} bytes, more than the file has")
+        for member in members:
+            if member.filename.endswith((".py", ".pkl")) and _RUN_ON_LOADING.search(archive.read(member)):
+                raise ValueError(f"{member.filename} holds code that is run on loading")
 
 
 @contextmanager
@@ -178,7 +202,7 @@ def fitting(path: str | Path, teacher: str) -> Iterator[None]:
 def check_keys(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], teacher: str, ignored: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """The expected tensors, and no others: no key may be silently missing, of another shape, or left over.
+    """The expected tensors, and no others: no key may be silently missing, of another shape or kind of number, or left over.
 
     Args:
         expected: the model's own state dict.
@@ -200,6 +224,9 @@ def check_keys(
         if tensors[key].shape != tensor.shape:
             shapes = f"{tuple(tensors[key].shape)} in the file, {tuple(tensor.shape)} in the architecture"
             raise TeacherError(f"teacher {teacher}: weights: {key} has shape {shapes}: is it another size?")
+        if tensors[key].is_floating_point() != tensor.is_floating_point():
+            types = f"{tensors[key].dtype} in the file, {tensor.dtype} in the architecture"
+            raise TeacherError(f"teacher {teacher}: weights: {key} is {types}: is it quantised?")
     return {key: tensors[key] for key in expected}
 
 

@@ -1,10 +1,13 @@
+import ipaddress
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
 from pipeline.ray_session import connect, is_submitted_job
+from tests.nodes import descendants
 
 
 def test_an_address_that_nothing_listens_on_is_an_error_at_once(monkeypatch):
@@ -55,3 +58,34 @@ def test_the_drivers_own_warnings_are_still_shown(ray_session):
     import logging
 
     assert logging.getLogger("pipeline").isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_all_servers_of_an_embedded_session_listen_on_loopback_alone():
+    """Nothing authenticates there: whoever reaches one of them runs code."""
+    import ray
+
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+    own = {os.getpid(), *descendants(os.getpid())}
+    listening = [address for pid in own for address in _listening(pid)]
+    assert len(listening) > 3
+    assert all(address.is_loopback for address in listening), listening
+
+
+def _listening(pid):
+    """Addresses on which a process accepts connections."""
+    try:
+        files = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return []  # it has ended
+    sockets = {name[8:-1] for name in files if name.startswith("socket:[")}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and inode in sockets:
+                words = bytes.fromhex(local.partition(":")[0])
+                data = b"".join(words[start : start + 4][::-1] for start in range(0, len(words), 4))
+                address = ipaddress.ip_address(data)
+                found.append(getattr(address, "ipv4_mapped", None) or address)
+    return found

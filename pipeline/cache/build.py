@@ -23,9 +23,10 @@ from pipeline.cache.keys import teacher_id, teacher_identity
 from pipeline.cache.phi_s import PhiS, dump_phi_s
 from pipeline.cache.ray_pipeline import extract_shards, ingest_shards
 from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
-from pipeline.cache.store import Store
+from pipeline.cache.store import Store, taking_apart
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.metrics import export
 from pipeline.progress import Progress
 from pipeline.sources import SceneSettings, open_source
 from pipeline.sources.base import Source
@@ -151,6 +152,7 @@ def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport
     for split in plan.splits:
         records = split.dataset.images.records().values()
         report.quarantined[split.split] = check_quarantine(split.dataset, records, config.data.max_bad)
+    export("index", {"quarantined": sum(map(len, report.quarantined.values()))})
     _extract(plan, config.cache.batch_size, report)
     for split in plan.splits:
         for teacher in plan.teachers:
@@ -213,12 +215,16 @@ def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
     rows = [{"split": split, "shard": shard} for split, shard in sorted(pairs)]
     datasets = {split.split: split.dataset for split in plan.splits}
     label = f"extract {' '.join(teacher.spec.name for teacher in needed)}"
+    started = time.perf_counter()
     with Progress(_images(plan.splits, rows), "img", label) as progress:
-        for row in extract_shards(rows, (datasets, needed), batch_size):
+        for number, row in enumerate(extract_shards(rows, (datasets, needed), batch_size), 1):
             _raise_error(row)
             report.shards_computed += row["computed"]
             report.images_extracted += row["images"] * row["computed"]
             progress.update(datasets[row["split"]].shard_rows(row["shard"]))
+            speed = report.images_extracted / (time.perf_counter() - started)
+            todo = len(rows) - number
+            export("extract", {"shards": report.shards_computed, "shards_left": todo, "images_per_second": speed})
     for split in plan.splits:
         for teacher in needed:
             if left := split.missing(teacher):
@@ -252,7 +258,9 @@ def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
 
 def teacher_stats(dataset: Dataset, teacher: CachedTeacher) -> dict[str, Moments]:
     """Frozen statistics of a teacher over a dataset, by token type."""
-    return load_moments(dataset.teacher(teacher.id).store.get("stats.npz"))
+    store = dataset.teacher(teacher.id).store
+    with taking_apart(f"{store.uri}/stats.npz"):
+        return load_moments(store.get("stats.npz"))
 
 
 def teacher_fidelity(dataset: Dataset, teacher: CachedTeacher) -> dict[str, dict[str, float]]:

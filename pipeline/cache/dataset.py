@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.keys import FORMAT_VERSION, dataset_id, index_fingerprint
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder
-from pipeline.cache.store import Store
+from pipeline.cache.store import Store, taking_apart
 from pipeline.errors import UserError
 from pipeline.sources.base import Source
 from pipeline.views import WHOLE, ViewPolicy
@@ -74,7 +74,8 @@ class Dataset:
 
     def shard_index(self, shard: int) -> pa.Table:
         """The index rows of one shard (`pipeline.sources.base.INDEX_SCHEMA`)."""
-        return pq.ParquetFile(self.store.open("index.parquet")).read_row_group(shard)
+        with taking_apart(f"{self.store.uri}/index.parquet"):
+            return pq.ParquetFile(self.store.open("index.parquet")).read_row_group(shard)
 
     @property
     def view(self) -> Store:
@@ -178,7 +179,9 @@ def read_meta(store: Store) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads(store.get("dataset.json"))
         version = meta["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        if version == FORMAT_VERSION and not _is_description(meta):
+            raise ValueError("fields are missing or of another type")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{store.uri}/dataset.json cannot be read ({error}): restore it, or delete that folder"
         ) from error
@@ -187,6 +190,16 @@ def read_meta(store: Store) -> dict[str, Any]:
             f"{store.uri} has cache format {version}, this version reads {FORMAT_VERSION}: name another cache.uri"
         )
     return meta
+
+
+def _is_description(meta: dict[str, Any]) -> bool:
+    texts, counts, classes = ("name", "location", "fingerprint"), ("count", "shard_size"), meta.get("classes")
+    return (
+        all(isinstance(meta.get(key), str) for key in texts)
+        and all(isinstance(meta.get(key), int) and meta[key] > 0 for key in counts)
+        and isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+    )
 
 
 def _refuse_other_data(cache: Store, dataset: Dataset) -> None:

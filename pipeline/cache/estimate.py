@@ -136,15 +136,25 @@ def probe_teacher(cached: CachedTeacher, batch_size: int) -> Probe | None:
         return None
     teacher, trained = loaded
     pixels = torch.randint(0, 256, (batch_size, 3, *cached.spec.input_size), dtype=torch.uint8)
-    # The fused attention kernel of the CPU is unknown to the counter; the plain form consists of matrix products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        teacher.encode(pixels[:1])
-    macs = counter.get_total_flops() // 2
+    macs = count_macs(teacher, pixels[:1])
     if device == "cpu":
         pixels = pixels[: max(1, int(CPU_PROBE_MACS / max(1, macs)))]
     seconds = [_seconds(teacher, pixels) for _ in range(2)][-1]
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return Probe(name, len(pixels) / seconds, macs, trained)
+
+
+def count_macs(teacher: Teacher, pixels: torch.Tensor) -> int:
+    """Multiply-accumulates of one forward."""
+    # The fused kernels of attention are unknown to the counter; the plain form consists of matrix products.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            teacher.encode(pixels)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return int(counter.get_total_flops() // 2)
 
 
 def _seconds(teacher: Teacher, pixels: torch.Tensor) -> float:

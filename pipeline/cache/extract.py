@@ -27,6 +27,7 @@ from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
 from pipeline.cache.spine import rows_of_shard, views_of
 from pipeline.cache.stats import Moments
+from pipeline.cache.store import taking_apart
 from pipeline.config import TeacherConfig
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
@@ -247,7 +248,10 @@ class Extract:
 def projection_of(folder: ShardFolder) -> Projection | None:
     """What the rows of a teacher's folder are projected on, or None."""
     name = folder.projection
-    return load_projection(folder.store.get(name)) if name else None
+    if not name:
+        return None
+    with taking_apart(f"{folder.store.uri}/{name}"):
+        return load_projection(folder.store.get(name))
 
 
 def load_tokens(dataset: Dataset, teacher: CachedTeacher) -> dict[str, TokenCodec]:

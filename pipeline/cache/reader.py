@@ -28,6 +28,7 @@ from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.recycle import ArrayPool
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord, selected
 from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
+from pipeline.cache.store import taking_apart
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
 from pipeline.views import View, decode_image, render
@@ -380,7 +381,10 @@ class _Shards:
         """A row group."""
         name = self.records[unit.shard].file
         how = {"metadata": self.footers.get(unit.shard), "page_checksum_verification": unit not in self.sound}
-        with self.folder.naming(name), pq.ParquetFile(self.folder.store.open(name), **how) as opened:
+        with (
+            taking_apart(f"{self.folder.store.uri}/{name}"),
+            pq.ParquetFile(self.folder.store.open(name), **how) as opened,
+        ):
             table = selected(opened.read_row_group(unit.group, columns=columns, use_threads=False), columns)
             self.footers[unit.shard] = opened.metadata
             self.sound.add(unit)

@@ -15,9 +15,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,14 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache.stats import Moments, dump_moments, load_moments
-from pipeline.cache.store import Store
-from pipeline.errors import UserError
+from pipeline.cache.store import Store, taking_apart
 
 ROW_GROUP_SIZE = 64
 """Rows of a row group: what a training worker reads at once, and what is shuffled as a unit."""
 
 RECORD = re.compile(r"shard-(\d{5,})\.json")
 """Name of a record."""
+
+_FILE = re.compile(r"(shard-\d{5,}-[0-9a-f]{8}\.(parquet|npz)|projection-[0-9a-f]{8}\.npz)?")
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,8 @@ class ShardFolder:
         data = self.store.get(record_name(shard))
         try:
             record = ShardRecord(**json.loads(data))
-        except (ValueError, TypeError) as error:
+            _check_fields(record)
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"is not a record ({error})") from error
         if record.shard != shard:
             raise ValueError(f"is the record of shard {record.shard}")
@@ -184,32 +185,34 @@ class ShardFolder:
         Raises:
             UserError: where the file is gone or damaged.
         """
-        with self.naming(record.file):
+        with taking_apart(f"{self.store.uri}/{record.file}"):
             file = self.store.open(record.file)
             return selected(pq.read_table(file, columns=columns, page_checksum_verification=True), columns)
 
     def read_group(self, record: ShardRecord, group: int, columns: list[str] | None = None) -> pa.Table:
         """One row group of a shard; raises as `read` does."""
         with (
-            self.naming(record.file),
+            taking_apart(f"{self.store.uri}/{record.file}"),
             pq.ParquetFile(self.store.open(record.file), page_checksum_verification=True) as file,
         ):
             return selected(file.read_row_group(group, columns=columns, use_threads=False), columns)
 
-    @contextmanager
-    def naming(self, file: str) -> Iterator[None]:
-        """What cannot be read within is a UserError that names this file and the remedy."""
-        try:
-            yield
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise UserError(
-                f"cannot read {self.store.uri}/{file}: {' '.join(str(error).split())}; run jobs/precompute.py with this "
-                f"recipe and --verify --repair"
-            ) from error
-
     def moments(self, records: Iterable[ShardRecord]) -> list[dict[str, Moments]]:
         """Statistics of these shards, in their order."""
-        return [load_moments(self.store.get(record.moments)) for record in records]
+        return [self._moments(record.moments) for record in records]
+
+    def _moments(self, name: str) -> dict[str, Moments]:
+        with taking_apart(f"{self.store.uri}/{name}"):
+            return load_moments(self.store.get(name))
+
+
+def _check_fields(record: ShardRecord) -> None:
+    """Refuse what JSON can hold and a record cannot, above all the name of a file that lies elsewhere."""
+    counts, names = (record.shard, record.rows, record.bytes), (record.file, record.moments, record.projection)
+    if not all(isinstance(count, int) and count >= 0 for count in counts) or not isinstance(record.facts, dict):
+        raise ValueError("a field is of another type")
+    if not record.file or not all(_FILE.fullmatch(name) for name in names):
+        raise ValueError("it names what is no file of a shard")
 
 
 def selected(table: pa.Table, columns: list[str] | None) -> pa.Table:

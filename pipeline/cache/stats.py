@@ -70,8 +70,14 @@ def dump_moments(moments: dict[str, Moments]) -> bytes:
 
 
 def load_moments(data: bytes) -> dict[str, Moments]:
-    """The inverse of :func:`dump_moments`."""
+    """The inverse of :func:`dump_moments`.
+
+    Raises:
+        ValueError: where the file holds none.
+    """
     arrays = load_arrays(data)
+    if not arrays:
+        raise ValueError("it holds no statistics")
     return {
         kind: Moments(int(arrays[f"{kind}_count"]), arrays[f"{kind}_mean"], _symmetric(arrays[f"{kind}_scatter"]))
         for kind in kinds_of(arrays)

@@ -8,7 +8,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -197,6 +198,22 @@ class Store:
             return call(system, root + suffix)
 
         return attempt(doing, self.uri + suffix, connected)
+
+
+@contextlib.contextmanager
+def taking_apart(uri: str) -> Iterator[None]:
+    """While a file of the cache is taken apart: what is broken in it becomes one line that names it.
+
+    Raises:
+        UserError: where it is gone or damaged.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{uri} is damaged ({reason}): run jobs/precompute.py with this recipe and --verify --repair"
+        ) from error
 
 
 def _is_file(info: fs.FileInfo) -> bool:

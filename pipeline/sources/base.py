@@ -29,6 +29,9 @@ there is nothing to measure.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Lower case, in order of preference where one sample has several."""
 
+MAX_BYTES = 256 << 20
+"""Larger files, tar members and arrays are not read: this is the largest image that `decode_image` takes, uncompressed."""
+
 
 class Source(Protocol):
     """A set of images. Small and picklable: it travels to Ray workers and holds no open file."""
@@ -63,6 +66,11 @@ class Source(Protocol):
         """
 
 
+def oversize(size: int) -> ValueError | None:
+    """Why a sample of this many bytes is not read, or None."""
+    return ValueError(f"{size} bytes are over the {MAX_BYTES} allowed") if size > MAX_BYTES else None
+
+
 class Extent(NamedTuple):
     """Where one sample lies in its file: `offset` and `size` of its index row."""
 
@@ -76,7 +84,8 @@ def finish_index(table: pa.Table, *, location: str, looked_for: str) -> pa.Table
     Negative labels mean "no label" (as in Hugging Face test sets) and become null.
 
     Raises:
-        UserError: the table has no rows (the message says what was `looked_for`) or repeats a sample id.
+        UserError: the table has no rows (the message says what was `looked_for`), repeats a sample id, or has one that
+            holds a control character.
     """
     if table.num_rows == 0:
         raise UserError(f"{location}: no images found; looked for {looked_for}")
@@ -85,6 +94,7 @@ def finish_index(table: pa.Table, *, location: str, looked_for: str) -> pa.Table
     table = table.set_column(table.schema.get_field_index("label"), "label", label)
     table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA).sort_by("sample_id").combine_chunks()
     _refuse_repeats(table, location)
+    _refuse_control_characters(table, location)
     return table
 
 
@@ -99,6 +109,14 @@ def _refuse_repeats(table: pa.Table, location: str) -> None:
         f"{location}: sample id '{ids[first].as_py()}' occurs more than once (in {' and '.join(files)}); "
         "rename or remove one of them"
     )
+
+
+def _refuse_control_characters(table: pa.Table, location: str) -> None:
+    """Ids are printed: a line break would forge a line of a log, and an escape would command a terminal."""
+    found = pc.index(pc.match_substring_regex(table["sample_id"], r"[\x00-\x1f\x7f]"), True).as_py()
+    if found >= 0:
+        name = table["sample_id"][found].as_py()
+        raise UserError(f"{location}: sample id {name!r} holds a control character; rename it")
 
 
 def by_file(rows: pa.Table) -> Iterator[tuple[str, list[Extent]]]:

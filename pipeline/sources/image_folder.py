@@ -1,6 +1,7 @@
 """Images in a folder: one folder per class, or all in one folder without labels."""
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import ClassVar
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.sources.base import IMAGE_EXTENSIONS, finish_index
+from pipeline.sources.base import IMAGE_EXTENSIONS, finish_index, oversize
 from pipeline.sources.locations import readable_name, refuse_several_splits
 
 
@@ -75,12 +76,19 @@ class ImageFolder:
         return finish_index(table, location=self.location, looked_for=looked_for)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """File contents of these index rows; a file that cannot be read is given as its OSError."""
+        """File contents of these index rows; a file that cannot be read, or is too large, is given as its exception."""
         for uri in rows["uri"].to_pylist():
             try:
-                yield Path(uri).read_bytes()
+                yield _read(Path(uri))
             except OSError as error:
                 yield error
+
+
+def _read(path: Path) -> bytes | Exception:
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        return OSError(f"{path}: not a regular file")  # a pipe would be waited for, and a device never ends
+    return oversize(info.st_size) or path.read_bytes()
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -23,6 +23,19 @@ def absolute(location: str) -> str:
     return os.path.abspath(os.path.expanduser(location))
 
 
+def below(folder: str, name: str) -> str:
+    """Path of a file that an annotation names, within its folder.
+
+    Links within the folder are the user's own, and are followed.
+
+    Raises:
+        UserError: the name leads out of the folder.
+    """
+    if not name or os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
+        raise UserError(f"{folder}: the annotations name {name!r}, which is not a file below it; correct that entry")
+    return os.path.join(folder, name)
+
+
 def expand(path: str) -> tuple[str, ...]:
     """Files that a path, glob (`*.parquet`) or brace pattern (`x-{000..012}.tar`, `{a,b}.tar`) names, sorted.
 

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import UserError
+from pipeline.views import FORMATS
 
 Layout = Literal["struct", "encoded", "planes", "nested"]
 """`struct` {bytes, path} (Hugging Face), `encoded` bytes, `planes` flat (3, n, n) uint8, `nested` n x n x 3 lists."""
@@ -34,12 +37,22 @@ def open_parquet(path: str) -> pq.ParquetFile:
     Raises:
         UserError: the file is missing, truncated or not Parquet.
     """
-    try:
+    with readable(path):
         return pq.ParquetFile(path)
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """While a Parquet file is read.
+
+    Raises:
+        UserError: it is damaged, or not Parquet.
+    """
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again"
-        ) from error
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
 
 
 def find_image_column(path: str, named: str | None) -> ImageColumn:
@@ -59,8 +72,14 @@ def find_image_column(path: str, named: str | None) -> ImageColumn:
             raise UserError(f"{path}: {problem}; set data.image_column to one of its columns ({columns})")
         name = candidates[0]
         layouts = _layouts(schema.field(name).type)
-        layout = layouts[0] if len(layouts) == 1 else _sniff(file, name)
+        with readable(path):
+            layout = layouts[0] if len(layouts) == 1 else _sniff(file, name)
     return ImageColumn(name, layout)
+
+
+def fits(column: ImageColumn, schema: pa.Schema) -> bool:
+    """Whether a file of this schema holds images in this column in this layout."""
+    return column.name in schema.names and column.layout in _layouts(schema.field(column.name).type)
 
 
 def find_label_column(path: str, named: str | None) -> str | None:
@@ -82,9 +101,10 @@ def class_names(path: str, label_column: str | None) -> tuple[str, ...]:
     metadata = _schema(path).metadata or {}
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        return tuple(features[label_column]["names"])
-    except (KeyError, TypeError, ValueError):
+        names = features[label_column]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def _schema(path: str) -> pa.Schema:
@@ -128,7 +148,7 @@ def _sniff(file: pq.ParquetFile, name: str) -> Layout:
     if not len(values):
         return "encoded"
     try:
-        Image.open(io.BytesIO(values[0].as_py()))
+        Image.open(io.BytesIO(values[0].as_py()), formats=FORMATS)
     except UnidentifiedImageError:
         return "planes" if is_square(len(values[0].as_py())) else "encoded"
     except Image.DecompressionBombError:

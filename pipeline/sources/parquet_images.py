@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.sources.base import by_file, finish_index
+from pipeline.sources.base import by_file, finish_index, oversize
 from pipeline.sources.locations import readable_name
 from pipeline.sources.parquet_columns import (
     ImageColumn,
@@ -19,11 +19,15 @@ from pipeline.sources.parquet_columns import (
     class_names,
     find_image_column,
     find_label_column,
+    fits,
     open_parquet,
+    readable,
 )
 from pipeline.sources.raw_arrays import byte_counts, to_png
 
 _INDEX_BATCH = 256
+_MAX_GROUP = 2 << 30
+"""Bytes that the images of one row group unpack to, at most: a row group is read whole."""
 _MEASURED = pa.schema({"label": pa.int64(), "size": pa.int64(), "path": pa.string()})
 
 
@@ -73,9 +77,8 @@ class ParquetImages:
     def _index_file(self, path: str, number: int) -> pa.Table:
         with open_parquet(path) as file:
             self._refuse_other_schema(path, file.schema_arrow)
-            columns = [self.image.name] + ([self.label_column] if self.label_column else [])
-            parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
-            table = pa.Table.from_batches(parts, schema=_MEASURED)
+            self._refuse_large_groups(path, file.metadata)
+            table = self._measure_all(path, file)
             groups = np.repeat(np.arange(file.num_row_groups), np.diff(_group_starts(file)))
         rows = pa.array(np.arange(table.num_rows))
         digits = pc.utf8_lpad(pc.cast(rows, pa.string()), 8, "0")
@@ -90,9 +93,30 @@ class ParquetImages:
         return table
 
     def _refuse_other_schema(self, path: str, schema: pa.Schema) -> None:
-        for name in filter(None, (self.image.name, self.label_column)):
+        label = self.label_column
+        for name in filter(None, (self.image.name, label)):
             if name not in schema.names:
                 raise UserError(f"{path}: has no column '{name}', unlike {self.files[0]}; name files of one schema")
+        if not fits(self.image, schema) or (label and not pa.types.is_integer(schema.field(label).type)):
+            raise UserError(
+                f"{path}: its columns have other types than those of {self.files[0]}; name files of one schema"
+            )
+
+    def _refuse_large_groups(self, path: str, metadata: pq.FileMetaData) -> None:
+        for group in range(metadata.num_row_groups):
+            columns = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
+            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self.image.name)
+            if not 0 <= size <= _MAX_GROUP:
+                raise UserError(
+                    f"{path}: the images of row group {group} unpack to {size / 2**30:.1f} GiB, more than the "
+                    f"{_MAX_GROUP >> 30} GiB allowed; write it again with smaller row groups"
+                )
+
+    def _measure_all(self, path: str, file: pq.ParquetFile) -> pa.Table:
+        columns = [self.image.name] + ([self.label_column] if self.label_column else [])
+        with readable(path):
+            parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
+        return pa.Table.from_batches(parts, schema=_MEASURED)
 
     def _measure(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         image = batch.column(self.image.name)
@@ -114,7 +138,9 @@ class ParquetImages:
                 yield from [error] * len(extents)
                 continue
             with file:
-                yield from self._read_file(file, np.array([extent.offset for extent in extents]))
+                images = self._read_file(file, np.array([extent.offset for extent in extents]))
+                for extent, image in zip(extents, images, strict=True):
+                    yield oversize(extent.size) or image
 
     def _read_file(self, file: pq.ParquetFile, offsets: np.ndarray) -> Iterator[bytes | Exception]:
         starts = _group_starts(file)

@@ -12,10 +12,12 @@ from typing import BinaryIO, ClassVar
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.sources.base import IMAGE_EXTENSIONS, Extent, by_file, finish_index
+from pipeline.sources.base import IMAGE_EXTENSIONS, Extent, by_file, finish_index, oversize
 from pipeline.sources.locations import readable_name
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")
+_MAX_TEXT = 1 << 20
+"""Bytes of a label member or of an extended header, at most: both are read whole."""
 _COLUMNS = ("sample_id", "label", "uri", "offset", "size")
 
 
@@ -63,6 +65,8 @@ def _read_shard(shard: str, extents: list[Extent]) -> Iterator[bytes | Exception
 
 
 def _read_extent(file: BinaryIO, extent: Extent) -> bytes | Exception:
+    if too_large := oversize(extent.size):
+        return too_large
     try:
         file.seek(extent.offset)
         data = file.read(extent.size)
@@ -75,8 +79,10 @@ def _read_extent(file: BinaryIO, extent: Extent) -> bytes | Exception:
 
 def _index_tar(path: str) -> Iterator[tuple[str, int | None, str, int, int]]:
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = ((match[1], match[2].lower(), member) for member in tar if (match := _image_or_label(member)))
+        with tarfile.open(path, "r:", tarinfo=_Member) as tar:
+            members = (
+                (match[1], match[2].lower(), member) for member in _advancing(tar) if (match := _image_or_label(member))
+            )
             for key, group in groupby(members, key=lambda entry: entry[0]):
                 sample = {extension: member for _, extension, member in group}
                 image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
@@ -90,12 +96,39 @@ def _index_tar(path: str) -> Iterator[tuple[str, int | None, str, int, int]]:
                         image.size,
                     )
             _refuse_missing_end(tar)
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path}: truncated, compressed or not a tar file ({error}); fetch it again, or unpack .gz files first"
         ) from error
     except ValueError as error:
         raise UserError(f"{path}: {error}; correct or remove that member") from error
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses what would read all of an archive, or more memory than there is, as an extended header."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        # The hook that tarfile has for subclasses. Before CVE-2025-8194 was mended, it went backwards for ever.
+        if self.size < 0 or (self.size > _MAX_TEXT and self.type in _EXTENDED):
+            raise tarfile.ReadError(f"a header says that {self.size} bytes follow")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+def _advancing(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members; one that says it ends before it begins would come again and again."""
+    for member in tar:
+        if member.size < 0 or tar.offset <= member.offset:
+            raise tarfile.ReadError(f"member '{member.name}' says that it has {member.size} bytes")
+        yield member
 
 
 def _image_or_label(member: tarfile.TarInfo) -> re.Match[str] | None:
@@ -115,11 +148,19 @@ def _label(tar: tarfile.TarFile, sample: dict[str, tarfile.TarInfo]) -> int | No
         member = sample.get(extension)
         file = member and tar.extractfile(member)
         if member and file:
+            if member.size > _MAX_TEXT:
+                raise ValueError(f"the label in member '{member.name}' takes {member.size} bytes")
             try:
-                return parse(file.read())
-            except ValueError as error:
+                return _in_64_bits(parse(file.read()))
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"the label in member '{member.name}' is not an integer ({error})") from error
     return None
+
+
+def _in_64_bits(label: int | None) -> int | None:
+    if label is not None and label.bit_length() > 63:
+        raise ValueError("more than 64 bits")
+    return label
 
 
 def _json_label(text: bytes) -> int | None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -136,6 +135,10 @@ def level_of(strides: Sequence[int], stride: int) -> int:
     return within[-1]
 
 
+_TIMM_OPTIONS = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Arguments of timm.create_model that make it read other files or a hub."""
+
+
 def load_encoder(folder: Path) -> Encoder:
     """An exported student: `student.safetensors` and `student.json`.
 
@@ -144,8 +147,20 @@ def load_encoder(folder: Path) -> Encoder:
     """
     try:
         described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-        encoder = Encoder(create_backbone(described["model"], described["args"]))
-        encoder.backbone.load_state_dict(load_file(folder / "student.safetensors"))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        name, args = described["model"], described["args"]
+        if refused := _TIMM_OPTIONS & args.keys():
+            raise ValueError(f"student.json: args may not hold {', '.join(sorted(refused))}")
+        encoder = Encoder(create_backbone(name, args))
+        weights = load_file(folder / "student.safetensors")
+        _check_numbers(weights, encoder.backbone.state_dict())
+        encoder.backbone.load_state_dict(weights)
+    except Exception as error:  # each of timm's constructors has its own kinds for arguments that it was not made for
         raise UserError(f"{folder} is not an exported student: {' '.join(str(error).split())}") from error
     return encoder.eval()
+
+
+def _check_numbers(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse integers for floating-point weights and the reverse, which PyTorch would convert without a word."""
+    for name in weights.keys() & expected.keys():
+        if weights[name].is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{name} is {weights[name].dtype} in the file, {expected[name].dtype} in the architecture")

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.cache.build import plan_cache
 from pipeline.cache.dataset import create_dataset
-from pipeline.cache.estimate import check_space, estimate_cache, missing_bytes, probe_teacher, view_bytes
+from pipeline.cache.estimate import check_space, count_macs, estimate_cache, missing_bytes, probe_teacher, view_bytes
 from pipeline.cache.garbage import FILE_AGE_S, FOLDER_AGE_S, find_garbage, remove_garbage
 from pipeline.cache.inventory import delete_entry, find_entry, take_inventory
 from pipeline.cache.keys import teacher_id
@@ -218,3 +219,15 @@ def test_a_dataset_that_a_killed_job_began_is_no_entry(tmp_path, filled):
     create_dataset(begun, filled.plan.split("train").index)
     Path(begun.store.uri, "dataset.json").unlink()
     assert take_inventory(Store.at(tmp_path / "other")) == []
+
+
+def test_attention_that_pytorch_fuses_is_counted():
+    """CLIP's towers are built on it: its projections and products would otherwise be left out."""
+    attention = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
+
+    class Attending:
+        @torch.inference_mode()
+        def encode(self, tokens):
+            attention(tokens, tokens, tokens, need_weights=False)
+
+    assert count_macs(Attending(), torch.rand(1, 10, 64)) == 4 * 10 * 64 * 64 + 2 * 10 * 10 * 64

@@ -1,4 +1,4 @@
-"""The main job on a cluster: `ray start --head`, then `ray job submit --working-dir .`, for real."""
+"""The main job on a cluster: `ray start --head`, then `jobs/submit.py`, which is `ray job submit`, for real."""
 
 import json
 import os
@@ -67,11 +67,11 @@ def _free_ports(count):
 
 def test_the_main_job_runs_on_a_cluster(tmp_path, dashboard):
     arguments = [*SMALL_JOB, "train.epochs=1", f"work={tmp_path}/work", "teachers=[hog]", "teachers.0.input_size=32"]
-    job = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--", "python", "jobs/distill.py"]
-    done = subprocess.run(
-        [*job, "recipes/quickstart.yaml", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=240
-    )
+    job = [sys.executable, "jobs/submit.py", "jobs/distill.py", "recipes/quickstart.yaml", *arguments]
+    environment = {**os.environ, "RAY_API_SERVER_ADDRESS": dashboard}
+    done = subprocess.run(job, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert " MiB of " in done.stdout.splitlines()[0]
     figures = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"knn_before"')))
     assert figures["shards_computed"] == 4
     assert 0 <= figures["knn_after"] <= 100

@@ -1,0 +1,50 @@
+"""Figures of a running job for Prometheus: Ray exports them on every node, beside its own, with the prefix ``ray_``.
+
+`docs/grafana.json` shows them. MLflow keeps the curves; these tell how a job fares now.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+GAUGES = {
+    "regla_images_per_second": "images that went through a stage in a second (extract: pairs of image and teacher)",
+    "regla_shards": "teacher shards that this job has computed",
+    "regla_shards_left": "image shards of which a teacher is still to be asked",
+    "regla_quarantined": "images that were left out of the data because they cannot be read",
+    "regla_data_wait_share": "share of the time that training spent waiting for data",
+    "regla_loss": "loss that is trained on",
+}
+"""By name, what it is. Each has the tag `stage`: index, extract, train."""
+
+
+def export(stage: str, figures: Mapping[str, float]) -> None:
+    """Set the gauges of these names, without their prefix; what is no gauge is passed over.
+
+    Nothing happens where there is no Ray session.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return
+    for name, value in figures.items():
+        if f"regla_{name}" in GAUGES:
+            _gauge(f"regla_{name}").set(value, tags={"stage": stage})
+
+
+def export_training(history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+    """The latest values of a training's history (step, metrics); one without a loss is of something else."""
+    latest: dict[str, float] = {}
+    for _, metrics in history:
+        latest |= metrics
+    if "loss" in latest:
+        export("train", latest)
+
+
+@cache
+def _gauge(name: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    return Gauge(name, description=GAUGES[name], tag_keys=("stage",))

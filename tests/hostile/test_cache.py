@@ -1,0 +1,192 @@
+"""Damaged and forged files in a cache and a work folder: recomputed, or refused by name; none leads out of its folder."""
+
+import io
+import json
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cache.build import freeze_stats, plan_cache, teacher_stats
+from pipeline.cache.dataset import read_meta
+from pipeline.cache.extract import projection_of
+from pipeline.cache.reader import CacheReader, read_summaries, scan_images
+from pipeline.cache.shards import ShardFolder
+from pipeline.cache.store import Store
+from pipeline.config import load_config
+from pipeline.errors import UserError
+from pipeline.runs import open_run
+
+NOT_JSON = [b"", b"{", b"null", b"[]", b"3", b'"text"', b"\xff\xfe\x00", b"[" * 100_000, b"\x80\x04."]
+
+
+def _forged(record):
+    """A true record with one field changed."""
+    for field, values in {
+        "file": ["../../../secret.parquet", "/etc/passwd", "", "shard-00000-0.parquet/..", 3, None, ["a"]],
+        "moments": ["../stats.npz", 7],
+        "projection": ["../../x", {}],
+        "rows": [-1, "many", None, 1.5],
+        "bytes": [-1, "many", 2**80],
+        "shard": [-1, "0", 5],
+        "facts": [None, [], "text"],
+        "unknown": [1],
+    }.items():
+        for value in values:
+            yield json.dumps({**record, field: value}).encode()
+    yield from (
+        json.dumps({k: v for k, v in record.items() if k != name}).encode() for name in ("file", "shard", "rows")
+    )
+
+
+def test_every_bad_record_makes_its_shard_count_as_missing(filled, caplog):
+    folder = filled.train.images
+    path = Path(folder.store.uri, "shard-00000.json")
+    true = path.read_bytes()
+    contents = [*NOT_JSON, *_forged(json.loads(true))]
+    assert len(contents) > 30
+    with caplog.at_level(logging.WARNING):
+        for data in contents:
+            path.write_bytes(data)
+            caplog.clear()
+            assert list(folder.records()) == [1], data
+            assert folder.record(0) is None
+            assert "will be computed again" in caplog.text
+    path.write_bytes(true)
+    assert list(folder.records()) == [0, 1]
+
+
+def test_taking_a_forged_shard_out_deletes_nothing_elsewhere(tmp_path):
+    (tmp_path / "precious.parquet").write_text("kept")
+    folder = ShardFolder(Store.at(tmp_path / "shards"))
+    forged = {"shard": 0, "file": "../precious.parquet", "rows": 1, "bytes": 4, "sha256": ""}
+    folder.store.put("shard-00000.json", json.dumps(forged).encode())
+    folder.unlist(0)
+    assert (tmp_path / "precious.parquet").read_text() == "kept"
+
+
+def test_every_bad_description_of_a_dataset_is_refused_by_name(filled):
+    store = filled.train.store
+    true = json.loads(store.get("dataset.json"))
+    forged = [{**true, field: None} for field in true] + [{**true, "count": -1}, {**true, "shard_size": 0}]
+    forged += [{**true, "classes": [1]}, {**true, "format": 99}, {k: v for k, v in true.items() if k != "count"}]
+    for data in [*NOT_JSON, *(json.dumps(tree).encode() for tree in forged)]:
+        store.put("dataset.json", data)
+        with pytest.raises(UserError, match=store.uri) as refused:
+            read_meta(store)
+        assert "\n" not in str(refused.value)
+        with pytest.raises(UserError, match=store.uri):
+            plan_cache(filled.config, filled.plan.store)
+
+
+def _arrays(harmful):
+    """Bytes that are no honest .npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, patches_mean=np.array([harmful], dtype=object), allow_pickle=True)
+    yield buffer.getvalue()
+    plain = io.BytesIO()
+    np.save(plain, np.array([harmful], dtype=object), allow_pickle=True)
+    yield plain.getvalue()
+    whole = io.BytesIO()
+    np.savez(whole, patches_count=1, patches_mean=np.zeros(8), patches_scatter=np.zeros(36))
+    data = whole.getvalue()
+    yield from (data[: int(len(data) * share)] for share in (0, 0.1, 0.5, 0.9))
+    header = data.replace(b"'shape': (8,), ", b"'shape': (9**9,)")
+    yield from (header, data.replace(b"'<f8'", b"'|O8'"), pickle.dumps(harmful), b"PK\5\6" + bytes(18), b"text")
+
+
+def test_every_bad_array_file_is_refused_by_name_and_not_unpickled(filled, harmful):
+    teacher = filled.plan.teachers[0]
+    folder = filled.train.teacher(teacher.id)
+    moments = folder.records()[0].moments
+    for data in _arrays(harmful):
+        folder.store.put("stats.npz", data)
+        with pytest.raises(UserError, match=r"stats\.npz is damaged"):
+            teacher_stats(filled.train, teacher)
+        if data[:2] == b"PK" and len(data) < 100:
+            continue  # an archive without members says that nothing is projected
+        folder.store.put("projection-00000000.npz", data)
+        with pytest.raises(UserError, match=r"projection-00000000\.npz is damaged"):
+            projection_of(folder)
+        folder.store.delete("projection-00000000.npz")
+        folder.store.delete("stats.npz")
+        folder.store.put(moments, data)
+        with pytest.raises(UserError, match=rf"{moments} is damaged"):
+            freeze_stats(filled.train, teacher)
+        assert not harmful.marker.exists()
+
+
+def _spoilt(data, rng):
+    """Bytes of the same length, as the record demands, that are no such Parquet file."""
+    yield rng.bytes(len(data))
+    yield bytes(len(data))
+    yield data[:-8] + (2**31 - 1).to_bytes(4, "little") + b"PAR1"
+    footer = int.from_bytes(data[-8:-4], "little")
+    for _ in range(4):
+        start = len(data) - 8 - footer
+        yield data[:start] + rng.bytes(60) + data[start + 60 :]
+
+
+def test_every_bad_shard_is_refused_by_name_where_it_is_read(filled):
+    rng = np.random.default_rng(2)
+    teacher = filled.plan.teachers[0]
+
+    def train():
+        reader = CacheReader(filled.train, [teacher], image_size=32, batch_size=16)
+        return list(reader.batches(0))
+
+    for folder, readers in (
+        (filled.train.images, [train, lambda: list(scan_images(filled.train, 32, 16))]),
+        (filled.train.teacher(teacher.id), [train, lambda: read_summaries(filled.train, teacher)]),
+    ):
+        name = folder.records()[0].file
+        path = Path(folder.store.uri, name)
+        whole = path.read_bytes()
+        for data in _spoilt(whole, rng):
+            replace = path.with_suffix(".new")
+            replace.write_bytes(data)
+            os.replace(replace, path)  # a file that is mapped into memory is not to be written to
+            for read in readers:
+                with pytest.raises(UserError, match=rf"{name} is damaged .*--verify --repair"):
+                    read()
+        replace.write_bytes(whole)
+        os.replace(replace, path)
+    assert train()
+
+
+def test_a_bad_index_is_refused_by_name(filled):
+    rng = np.random.default_rng(4)
+    whole = filled.train.store.get("index.parquet")
+    for data in (b"", b"PAR1", rng.bytes(500), whole[:-100], *_spoilt(whole, rng)):
+        filled.train.store.put("index.parquet", data)
+        with pytest.raises(UserError, match=r"index\.parquet is damaged"):
+            filled.train.shard_index(0)
+
+
+def test_every_bad_run_state_is_refused_by_name(tmp_path):
+    config = load_config(None, [f"work={tmp_path}"])
+    state = open_run(config, "distill")
+    state.save()
+    path = state.folder / "run.json"
+    forged = [{"mlflow": {}}, {"finished": False}, {"mlflow": [], "finished": False}, {"mlflow": {}, "finished": "no"}]
+    forged += [{"mlflow": {"job": 3}, "finished": False}, {"mlflow": None, "finished": True}]
+    for data in [*NOT_JSON, *(json.dumps(tree).encode() for tree in forged)]:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"run\.json cannot be read"):
+            open_run(config, "distill")
+
+
+def test_every_bad_recipe_is_refused_by_name_and_not_run(tmp_path, harmful):
+    call = f"!!python/object/apply:os.mkdir [{harmful.marker}]"
+    recipes = [call, f"name: {call}", "a: &a [*a]", "train: {epochs: !!python/name:os.system }", "- 1", "3", "train: ["]
+    for number, text in enumerate(
+        [*map(str.encode, recipes), b"\xff\xfe\x00", b"\0", b"[" * 1000, b"name: " + b"[" * 1000]
+    ):
+        path = tmp_path / f"recipe{number}.yaml"
+        path.write_bytes(text)
+        with pytest.raises(UserError):
+            load_config(path)
+        assert not harmful.marker.exists()
