@@ -129,7 +129,7 @@ def _draw(results: dict[str, dict], path: Path) -> None:
     axes = figure.add_subplot()
     for teacher, rows in results.items():
         codecs = {name: (row["bytes"] / 1024, row["cosine"]) for name, row in rows.items() if isinstance(row, dict)}
-        projected = sorted(codecs[name] for name in codecs if name[3:4].isdecimal())
+        projected = sorted(codecs[name] for name in codecs if name[:3] == "pca" and name[3].isdecimal())
         (line,) = axes.plot(*zip(*projected, strict=True), "-", linewidth=0.8)
         points = {"linestyle": "none", "color": line.get_color()}
         axes.plot(*zip(*codecs.values(), strict=True), marker=".", label=teacher, **points)

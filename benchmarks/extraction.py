@@ -7,15 +7,14 @@
 Stages alone, on the same images and threads: `teacher`, the bare forward over batches that are rendered already and lie in
 host memory; `render`, JPEG decode and resize; `encode`, the codec and the statistics of features that are there already.
 Then `Extract` over whole shards, two at once as in its actor: it reads images, renders, asks the teacher, encodes, takes
-statistics and commits. `--ray` adds `extract_shards` on an embedded Ray, from the end of its first shard to that of the
-last. Rounds are interleaved, and `ratio` is the median over the rounds of the rate of `Extract` over that of its slowest
-stage. `cpu_ratio` is the same of processor time: what share of all work the slowest stage is. On a CPU, where the stages share
-the cores, no pipeline has a larger ratio when it has the machine to itself; where others share the machine too, `ratio`
-flatters the one with more threads, and `cpu_ratio` alone tells. Weights are random unless `--weights` names a file; the
-projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
+statistics and commits. Rounds are interleaved, and `ratio` is the median over the rounds of the rate of `Extract` over that
+of its slowest stage. `cpu_ratio` is the same of processor time: what share of all work the slowest stage is. On a CPU, where
+the stages share the cores, no pipeline has a larger ratio when it has the machine to itself; where others share the machine
+too, `ratio` flatters the one with more threads, and `cpu_ratio` alone tells. Weights are random unless `--weights` names a
+file; the projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
 
 With `--memory` HOG is asked about many small images through Ray, and the resident memory of the driver and of the actor is
-drawn over time. Neither Ray nor MLflow is needed without `--ray` and `--memory`.
+drawn over time. Neither Ray nor MLflow is needed without `--memory`.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from pipeline.cache.stats import Moments
 from pipeline.config import TeacherConfig
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_extract.png"
-SHARDS = 4
+SHARDS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,9 +76,6 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
         "cpu_ratio": round(median(cpu), 3),
         "slowest": slowest,
     }
-    if options.ray:
-        rates["ray"] = round(stages.ray_rate(options.batch_size), 1)
-        figures["ray_ratio"] = round(rates["ray"] / rates[slowest], 3)
     print(f"{teacher.spec.name}, {options.codec}, {options.device}, {options.precision}")
     print("\n".join(f"  {name:<10}{rate:>10,.1f} images/s" for name, rate in rates.items()))
     return {**figures, "images_per_second": rates, "teacher": teacher.spec.name, "weights": options.weights}
@@ -131,17 +127,6 @@ class Stages:
             for row in pool.map(self.extractor, self._rows()):
                 assert row["computed"] == 1, row
 
-    def ray_rate(self, batch_size: int) -> float:
-        """Images a second of the Ray pipeline, from the end of its first shard to that of the last."""
-        from pipeline.cache.ray_pipeline import extract_shards
-        from pipeline.ray_session import connect
-
-        self._forget()
-        with connect():
-            results = extract_shards(self._rows(), ({"train": self.dataset}, [self.cached]), batch_size)
-            ends = [time.perf_counter() for _ in results]
-        return (self.dataset.count - self.dataset.shard_rows(0)) / (ends[-1] - ends[0])
-
     def _rendered(self) -> Iterator[Tensor]:
         for record in self.dataset.images.records().values():
             images = self.dataset.images.read(record)
@@ -189,7 +174,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU: for decoding, and for a teacher there")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ray", action="store_true", help="measure the Ray pipeline as well")
     parser.add_argument("--memory", action="store_true", help="watch memory instead")
     parser.add_argument("--side", type=int, default=48, help="with --memory: pixels of HOG's input")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="with --memory: PNG file of memory over time")

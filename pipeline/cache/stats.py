@@ -31,7 +31,9 @@ class Moments:
         flat = features.reshape(-1, features.shape[-1]).to(torch.float64)
         mean = flat.mean(dim=0)
         deviations = flat - mean
-        return cls(len(flat), mean.cpu().numpy(), (deviations.T @ deviations).cpu().numpy())
+        # numpy sees that the product is symmetric and computes half of it; torch does not.
+        rows = deviations if deviations.is_cuda else deviations.numpy()
+        return cls(len(flat), mean.cpu().numpy(), torch.as_tensor(rows.T @ rows).cpu().numpy())
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of vectors together."""
