@@ -4,7 +4,6 @@ import math
 import os
 import signal
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ import torch
 from pyarrow import fs
 from timm.scheduler import StepLRScheduler
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.cache.reader import Batch
 from pipeline.config import TrainConfig, load_config
@@ -330,13 +328,17 @@ def test_a_task_may_evaluate_on_every_rank_and_have_a_schedule_of_its_own(monkey
 
 
 PLAIN = {"dropout": 0.0, "batch_norm": False}
-"""Without what differs by rank, so that two ranks compute what one process computes on both batches."""
+"""Without what differs by rank, so that several ranks compute what one process computes on all batches."""
+
+SHARES = 3
 
 
 @pytest.fixture(scope="module")
 def ray_runs(ray_session, tmp_path_factory):
-    """Two starts on one folder with two workers: the first is stopped by a NaN of rank 1, the second is not."""
+    """Two starts of a run that began with three workers: two of them, stopped by a NaN of the second, then one."""
     folder = tmp_path_factory.mktemp("ray")
+    (folder / "train").mkdir()
+    (folder / "train" / "shares").write_text(str(SHARES))
 
     def commit(history, checkpoint):
         """Runs in Ray Train's controller."""
@@ -344,22 +346,30 @@ def ray_runs(ray_session, tmp_path_factory):
         with (folder / "committed").open("a") as file:
             file.write(json.dumps([steps, checkpoint]) + "\n")
 
-    def start(name, **task):
+    def start(name, workers, **task):
         (folder / name).mkdir()
         payload = {"folder": str(folder / name), **PLAIN, **task}
-        config = _config(workers=2, checkpoint_steps=4, best_metric="score", keep_checkpoints=2)
+        config = _config(workers=workers, checkpoint_steps=4, best_metric="score")
         checkpoint = fit(make_tiny_task, payload, config, str(folder / "train"), commit)
         with checkpoint.as_directory() as directory:
             return load_state(directory)
 
     with pytest.raises(DivergedError) as diverged:
-        start("diverged", poison={1: 5})
-    return SimpleNamespace(folder=folder, error=str(diverged.value), state=start("resumed"))
+        start("diverged", 2, poison={1: 5})
+    return SimpleNamespace(folder=folder, error=str(diverged.value), state=start("resumed", 1))
 
 
 def test_on_ray_a_loss_that_is_not_finite_stops_all_workers_at_once_naming_its_batch(ray_runs):
     assert "nan at step 6; the batch holds e0-b5-r1-0" in ray_runs.error
-    assert [lines(ray_runs.folder / "diverged", "made", rank) for rank in (0, 1)] == [["made"]] * 2
+    assert [lines(ray_runs.folder / "diverged", "made", share) for share in range(SHARES)] == [["made"]] * SHARES
+
+
+def test_on_ray_a_second_start_goes_on_from_the_last_checkpoint(ray_runs):
+    whole = [f"{epoch}/{number}" for epoch in range(3) for number in range(STEPS)]
+    resumed = ray_runs.folder / "resumed"
+    assert [lines(resumed, "batches", share) for share in range(SHARES)] == [whole[4:]] * SHARES
+    samples = 3 * STEPS * SHARES * BATCH
+    assert ray_runs.state["position"] == {"epoch": 3, "batch": 0, "step": 3 * STEPS, "samples": samples}
 
 
 def test_on_ray_divergence_leaves_keys_and_states_beside_the_checkpoints(ray_runs):
@@ -378,12 +388,6 @@ def test_on_ray_the_best_checkpoint_is_kept_beside_the_latest(ray_runs):
     assert load_state(kept)["position"]["step"] == evaluations[best][0]
 
 
-def test_on_ray_a_second_start_goes_on_from_the_last_checkpoint(ray_runs):
-    whole = [f"{epoch}/{number}" for epoch in range(3) for number in range(STEPS)]
-    assert [lines(ray_runs.folder / "resumed", "batches", rank) for rank in (0, 1)] == [whole[4:]] * 2
-    assert ray_runs.state["position"] == {"epoch": 3, "batch": 0, "step": 3 * STEPS, "samples": 3 * STEPS * 2 * BATCH}
-
-
 def test_on_ray_every_step_is_committed_once_with_its_checkpoint(ray_runs):
     committed = [json.loads(line) for line in (ray_runs.folder / "committed").read_text().splitlines()]
     assert [step for steps, _ in committed for step in steps] == list(range(1, 3 * STEPS + 1))
@@ -393,11 +397,16 @@ def test_on_ray_every_step_is_committed_once_with_its_checkpoint(ray_runs):
     assert [load_state(checkpoint)["position"]["step"] for checkpoint in kept] == [16, 18]
 
 
-def test_two_workers_train_as_one_on_both_batches(ray_runs):
-    first, second = (lines(ray_runs.folder / "resumed", "weights", rank) for rank in (0, 1))
+def test_on_ray_workers_of_unequal_shares_hold_equal_weights(ray_runs):
+    # Rank 0 writes them down twice a step, for its two shares; so does rank 1, whose share is cut in two.
+    first, second = (lines(ray_runs.folder / "diverged", "weights", rank) for rank in (0, 1))
     assert first == second
-    assert len(set(first)) == 3 * STEPS - 4
-    whole = _train(WholeBatches(**PLAIN), _config())[-1].state
+    assert len(first) == 2 * STEPS
+    assert len(set(first)) == STEPS
+
+
+def test_on_ray_two_workers_and_then_one_train_as_one_on_all_batches(ray_runs):
+    whole = _train(WholeBatches(world=SHARES, **PLAIN), _config())[-1].state
     for part in ("model", "ema"):
         torch.testing.assert_close(ray_runs.state[part], whole[part], rtol=1e-4, atol=1e-6)
 
@@ -464,43 +473,12 @@ def test_one_worker_with_two_shares_trains_as_on_both_batches():
     shared = []
     others = [TinyTask(1, 2, **PLAIN)]
     train(TinyTask(0, 2, **PLAIN), config, Worker(shares=2), None, _keep(shared), others)
-    whole = _train(WholeBatches(**PLAIN), _config(**PLAIN_STEP))
+    whole = _train(WholeBatches(world=2, **PLAIN), _config(**PLAIN_STEP))
     torch.testing.assert_close(shared[-1].state["ema"], whole[-1].state["ema"], rtol=1e-5, atol=1e-6)
     assert shared[-1].state["position"] == {"epoch": 1, "batch": 0, "step": STEPS, "samples": STEPS * 2 * BATCH}
     assert [metrics["loss"] for _, metrics in _losses(shared)] == pytest.approx(
         [metrics["loss"] for _, metrics in _losses(whole)], rel=1e-4
     )
-
-
-def _two_of_three(rank, folder):
-    """One of two workers that go on with three shares; rank 0 keeps its snapshots in files."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    worker = Worker(rank, 2, wrap=partial(DistributedDataParallel, find_unused_parameters=True), shares=3)
-    tasks = [TinyTask(share, 3, **PLAIN) for share in worker.own_shares]
-
-    def commit(snapshot):
-        if not rank:
-            torch.save((snapshot.state, snapshot.history), Path(folder, snapshot.name))
-
-    train(tasks[0], _config(batch_size=12, checkpoint_steps=4), worker, load_state(folder), commit, tasks[1:])
-    torch.distributed.destroy_process_group()
-
-
-def test_workers_that_are_lost_in_mid_epoch_change_nothing_of_what_is_trained(tmp_path):
-    config, snapshots = _config(batch_size=12, checkpoint_steps=4), []
-    others = [TinyTask(share, 3, **PLAIN) for share in (1, 2)]
-    train(TinyTask(0, 3, **PLAIN), config, Worker(shares=3), None, _keep(snapshots), others)
-    torch.save(snapshots[1].state, tmp_path / STATE_FILE)
-    torch.multiprocessing.spawn(_two_of_three, (str(tmp_path),), nprocs=2)
-    for snapshot in snapshots[2:]:
-        state, history = torch.load(tmp_path / snapshot.name, weights_only=True)
-        assert state["position"] == snapshot.state["position"]
-        for part in ("model", "ema"):
-            torch.testing.assert_close(state[part], snapshot.state[part], rtol=1e-4, atol=1e-5)
-        for (step, metrics), (same_step, same) in zip(history, snapshot.history, strict=True):
-            assert step == same_step
-            for name in set(metrics) - set(TIMES):
-                assert metrics[name] == pytest.approx(same[name], rel=1e-3)
 
 
 def test_float16_scales_the_loss_and_a_step_that_overflows_changes_nothing():

@@ -112,10 +112,10 @@ class TinyTask(Task):
 
 
 class WholeBatches(TinyTask):
-    """One process that takes the batches of two ranks at once."""
+    """One process that takes the batches of all shares at once."""
 
     def _ranks(self) -> list[int]:
-        return [0, 1]
+        return list(range(self.world))
 
 
 def _parameter_digest(module: nn.Module) -> str:

@@ -172,7 +172,7 @@ def test_every_phase_has_a_plan(planned):
     assert first["training"] == "2 epochs of 9 steps of 16 images"
     assert second["student"].startswith("timm/test_resnet at 48 px")
     assert second["training"].startswith("1 epochs of 9 steps")
-    assert list(second)[2:] == ["grid colours12", "grid colours8"]
+    assert list(second)[2:] == ["learning rate", "grid colours12", "grid colours8"]
 
 
 def test_losses_are_checked_with_the_plan(planned):
