@@ -237,7 +237,14 @@ def _git_tags() -> dict[str, str]:
 
 
 def log_student(
-    run: Run, model: nn.Module, example: Tensor, *, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]
+    run: Run,
+    model: nn.Module,
+    example: Tensor,
+    *,
+    name: str,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    exported: Path | None = None,
 ) -> str:
     """Log a model as a graph of torch.export (pt2): no pickle, and no code of ours is needed to load it.
 
@@ -245,6 +252,8 @@ def log_student(
         model: in evaluation mode, on the CPU; takes one float32 tensor.
         example: [B >= 2, ...]; the batch is dynamic, the other dimensions are as given.
         metrics: of this model, by which models are searched and compared; named unlike the curves of the run.
+        exported: folder of the same model as weights, whose files are put beside the graph: it takes any size and gives
+            every map.
 
     Returns:
         Its model URI, which `mlflow.pytorch.load_model` takes.
@@ -267,9 +276,24 @@ def log_student(
         serialization_format="pt2",
         tags=dict(tags),
     )
+    if exported is not None:
+        run.client.log_model_artifacts(logged.model_id, str(exported))
     for key, value in metrics.items():
         run.client.log_metric(run.run_id, key, value, model_id=logged.model_id)
     return str(logged.model_uri)
+
+
+def fetch_model(model_uri: str, tracking_uri: str) -> Path:
+    """The files of a model, in a folder of this machine.
+
+    Raises:
+        UserError: where there is no such model.
+    """
+    try:
+        mlflow.set_tracking_uri(tracking_uri)
+        return Path(mlflow.artifacts.download_artifacts(model_uri))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{model_uri} cannot be fetched from {tracking_uri}: {error}") from error
 
 
 def load_student(model_uri: str, tracking_uri: str) -> nn.Module:
@@ -282,5 +306,5 @@ def load_student(model_uri: str, tracking_uri: str) -> nn.Module:
         mlflow.set_tracking_uri(tracking_uri)
         model: nn.Module = mlflow.pytorch.load_model(model_uri)
     except (MlflowException, OSError) as error:
-        raise UserError(f"evaluate.student: {model_uri} cannot be loaded from {tracking_uri}: {error}") from error
+        raise UserError(f"{model_uri} cannot be loaded from {tracking_uri}: {error}") from error
     return model

@@ -154,6 +154,5 @@ def _log(encoder: Encoder, config: Config, run: Run, folder: Path, metrics: dict
         run.log_file(folder / name, "student")
     size = config.student.input_size
     example = torch.zeros(2, 3, size, size)
-    return log_student(
-        run, encoder.eval(), example, name="student", metrics=metrics, tags={"model": config.student.name}
-    )
+    tags = {"model": config.student.name}
+    return log_student(run, encoder.eval(), example, name="student", metrics=metrics, tags=tags, exported=folder)
