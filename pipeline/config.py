@@ -155,7 +155,7 @@ class EvaluateConfig(Section):
     )
     ks: list[PositiveInt] = Field([10, 20, 100, 200], min_length=1, description="neighbours that vote in `knn`")
     lrs: list[PositiveFloat] = Field(
-        [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2],
+        [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
         min_length=1,
         description="learning rates of the linear classifiers, all trained in one pass; the best on data.val is reported",
     )

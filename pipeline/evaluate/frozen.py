@@ -21,7 +21,7 @@ from pipeline.student.model import Encoder
 from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state
 
 
-class FrozenEncoder(Teacher):
+class FrozenTeacher(Teacher):
     """The vector of an image as a grid of one patch, or its map.
 
     Args:
@@ -96,7 +96,7 @@ def _normalisation(encoder: nn.Module) -> dict[str, list[float]]:
 
 def frozen_encoder(options: TeacherOptions) -> Teacher:
     """Factory, as `pipeline.evaluate.frozen:frozen_encoder`."""
-    return FrozenEncoder(options)
+    return FrozenTeacher(options)
 
 
 def cached_encoder(
@@ -111,6 +111,6 @@ def cached_encoder(
     config = TeacherConfig(
         model="pipeline.evaluate.frozen:frozen_encoder", weights=weights, input_size=input_size, args=settings
     )
-    spec = FrozenEncoder(TeacherOptions("", weights, input_size, None, settings)).spec
+    spec = FrozenTeacher(TeacherOptions("", weights, input_size, None, settings)).spec
     codec = "float32" if grid is None else "float16"
     return CachedTeacher(config, spec, teacher_id(spec, codec, "float32"), codec, "float32")

@@ -63,7 +63,7 @@ def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
     """Plan the features of `evaluate.student` on whole images.
 
     Args:
-        grid: as in :class:`~pipeline.evaluate.frozen.FrozenEncoder`; None: vectors, which need labelled images.
+        grid: as in :class:`~pipeline.evaluate.frozen.FrozenTeacher`; None: vectors, which need labelled images.
 
     Raises:
         UserError, TeacherError: where the student, the images or their labels are not as the evaluation needs them.

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.cache.reader import PatchGroups, read_summaries, scan_images
 from pipeline.errors import UserError
-from pipeline.evaluate.frozen import FrozenEncoder, cached_encoder, map_levels
+from pipeline.evaluate.frozen import FrozenTeacher, cached_encoder, map_levels
 from pipeline.evaluate.job import compute_features, plan_frozen
 from pipeline.evaluate.knn import embed, student_knn
 from pipeline.evaluate.knn_search import Placement, search_knn
@@ -69,8 +69,8 @@ def test_maps_in_the_cache_are_those_of_the_encoder_at_a_grid(computed):
 
 
 def test_features_are_computed_once_for_a_backbone_and_a_size(computed, monkeypatch):
-    calls, forward = [], FrozenEncoder.forward
-    monkeypatch.setattr(FrozenEncoder, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
+    calls, forward = [], FrozenTeacher.forward
+    monkeypatch.setattr(FrozenTeacher, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
     first = computed()[1]
     assert sum(calls) == 190
     assert computed()[1].encoder.id == first.encoder.id
@@ -94,7 +94,7 @@ def test_levels_that_are_put_side_by_side():
 
 def test_a_size_that_the_backbone_does_not_take_is_named():
     with pytest.raises(TeacherError, match="timm/vit_tiny_patch16_224 does not take images of 100 px"):
-        FrozenEncoder(TeacherOptions("", "random", 100, None, {"student": "timm/vit_tiny_patch16_224"}))
+        FrozenTeacher(TeacherOptions("", "random", 100, None, {"student": "timm/vit_tiny_patch16_224"}))
 
 
 def test_images_without_labels_are_refused_before_anything_is_computed(photo_config, tmp_path):
