@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,7 @@ def distill(config: Config, plan: CachePlan, run: Run, folder: Path) -> DistillR
     before, after = (curve[0], curve[-1]) if curve else (None, None)
     encoder = distiller.student.encoder
     export_student(encoder, config, folder / "student")
+    write_provenance(job, run, state["position"]["samples"], {"knn": after, **teachers}, folder / "student")
     uri = _log(encoder, config, run, folder / "student", {"knn_after": after} if after is not None else {})
     position = state["position"]
     return DistillResult(before, after, teachers, position["step"], position["samples"], uri, folder / "student")
@@ -149,8 +151,34 @@ def export_student(encoder: Encoder, config: Config, folder: Path) -> None:
     (folder / "student.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
+def write_provenance(job: DistillJob, run: Run, samples: int, knn: Mapping[str, float | None], folder: Path) -> None:
+    """Write what a student comes from beside it: it travels with the student, to MLflow and into exports."""
+    labels = teacher_labels(job.teachers)
+    origin = {
+        "run_id": run.run_id,
+        "teachers": [
+            {
+                "name": labels[teacher.id],
+                "architecture": teacher.spec.architecture,
+                "weights": teacher.spec.weights,
+                "licence": teacher.spec.licence,
+            }
+            for teacher in job.teachers
+        ],
+        "data": {
+            "location": job.train.location,
+            "fingerprint": job.train.fingerprint,
+            "images": job.train.count,
+            "classes": len(job.train.classes),
+        },
+        "training": {"epochs": job.config.train.epochs, "samples_seen": samples},
+        "knn": knn,
+    }
+    (folder / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
+
+
 def _log(encoder: Encoder, config: Config, run: Run, folder: Path, metrics: dict[str, float]) -> str:
-    for name in ("student.safetensors", "student.json"):
+    for name in ("student.safetensors", "student.json", "provenance.json"):
         run.log_file(folder / name, "student")
     size = config.student.input_size
     example = torch.zeros(2, 3, size, size)

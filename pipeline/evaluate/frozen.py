@@ -33,7 +33,7 @@ class FrozenTeacher(Teacher):
         args = dict(options.args)
         self.grid: int | None = args.pop("grid", None)
         try:
-            self.encoder, name, _ = load_any(weights=options.weights, **args)
+            self.encoder, name, *_ = load_any(weights=options.weights, **args)
         except UserError as error:
             raise TeacherError(str(error)) from error
         assert options.input_size is not None

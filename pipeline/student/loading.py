@@ -25,11 +25,15 @@ class Loaded(NamedTuple):
             of a model in MLflow that was not logged by this project.
         name: readable.
         input_size: side in pixels that an exported student was trained at, else None.
+        args: what timm builds it with beside the name.
+        provenance: what is known of its origin, JSON-ready: teachers, data, training, metrics, or the weights.
     """
 
     encoder: nn.Module
     name: str
     input_size: int | None
+    args: Mapping[str, Any]
+    provenance: Mapping[str, Any]
 
 
 def load_any(
@@ -52,7 +56,8 @@ def load_any(
     if Path(student).expanduser().is_dir():
         return _from_folder(Path(student).expanduser())
     if student.startswith("timm/") or timm.is_model(student):
-        return Loaded(_from_timm(student, weights, args or {}), student.removeprefix("timm/"), None)
+        encoder, known = _from_timm(student, weights, args or {}), {"weights": weights}
+        return Loaded(encoder, student.removeprefix("timm/"), None, args or {}, known)
     raise UserError(
         f"{student}: neither an exported student folder, nor an MLflow URI (models:/m-...), nor a name that timm knows"
     )
@@ -61,7 +66,9 @@ def load_any(
 def _from_folder(folder: Path) -> Loaded:
     encoder = load_encoder(folder)
     described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-    return Loaded(encoder, str(described["model"]), described.get("input_size"))
+    origin = folder / "provenance.json"
+    known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
+    return Loaded(encoder, described["model"], described.get("input_size"), described["args"], known)
 
 
 def _from_mlflow(uri: str, tracking_uri: str) -> Loaded:
@@ -70,7 +77,7 @@ def _from_mlflow(uri: str, tracking_uri: str) -> Loaded:
     folder = fetch_model(uri, tracking_uri)
     if (folder / "student.json").is_file():
         return _from_folder(folder)
-    return Loaded(load_student(uri, tracking_uri), uri.rsplit("/", 1)[-1], None)
+    return Loaded(load_student(uri, tracking_uri), uri.rsplit("/", 1)[-1], None, {}, {"model_uri": uri})
 
 
 def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> Encoder:

@@ -15,6 +15,8 @@ from mlflow import MlflowClient
 from jobs import distill, evaluate, precompute
 from jobs._cli import run
 from pipeline.evaluate import job as evaluation
+from pipeline.student.loading import load_any
+from pipeline.student.model import Encoder
 from tests.fakes import SMALL_JOB, colours_entry, images_seen
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -102,6 +104,18 @@ def test_the_student_loads_from_mlflow_and_is_as_good_as_the_job_said(first, job
     for name in (first.figures["model_uri"], next(work.glob("runs/*/student"))):
         _, evaluated = job(evaluate.knn, *first.arguments, f"evaluate.student={name}")
         assert evaluated["knn"] == pytest.approx(first.figures["knn_after"], abs=1e-6)
+
+
+def test_the_student_says_what_it_comes_from_wherever_it_is(first):
+    uri = f"sqlite:///{first.folder}/work/mlflow.db"
+    folder = next(first.folder.glob("work/runs/*/student"))
+    for student in (first.figures["model_uri"], str(folder)):
+        encoder, name, size, _, origin = load_any(student, tracking_uri=uri)
+        assert (name, size) == ("regla_t", 32)
+        assert isinstance(encoder, Encoder)
+        assert [teacher["name"] for teacher in origin["teachers"]] == ["colours8", "hog"]
+        assert origin["data"]["images"] == 144
+        assert origin["knn"]["knn"] == first.figures["knn_after"]
 
 
 def test_a_linear_probe_of_it_goes_on_after_an_interruption(first, client, job, monkeypatch):
