@@ -57,7 +57,8 @@ def ship(loaded: Loaded, formats: Sequence[Format], folder: Path, size: int) -> 
     if not isinstance(encoder, Encoder):
         raise UserError(f"{loaded.name}: is a graph already; only students and timm models are exported")
     folder.mkdir(parents=True, exist_ok=True)
-    fixed: bool = encoder.backbone.pretrained_cfg.get("fixed_input_size", False)  # type: ignore[union-attr, operator]
+    # Height and width stay open from 33 pixels on (see export_torch), where the network takes them at all.
+    fixed = size < 33 or encoder.backbone.pretrained_cfg.get("fixed_input_size", False)  # type: ignore[union-attr, operator]
     dynamic = (0,) if fixed else (0, 2, 3)
     fused = Encoder(inference_form(copy.deepcopy(encoder.backbone), torch.rand(1, 3, size, size))).eval()
     checks = [(1, size, size), (3, size, size) if fixed else (3, size + 32, size + 64)]
