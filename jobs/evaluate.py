@@ -58,6 +58,8 @@ def evaluate(config: Config, dry_run: bool, name: str, plan: FrozenPlan, measure
         return {"dry_run": True}
     check_space(plan.cache)
     with open_job(config, name, reads=["evaluate"]) as job:
+        if job.state.resumed:
+            print(f"resuming the unfinished run in {job.state.folder}", flush=True)
         plan = compute_features(plan, config)
         job.run.set_tags({"student": str(student), "encoder": encoder.id})
         figures = measure(plan, config, job.run, job.state.folder)
@@ -67,7 +69,11 @@ def evaluate(config: Config, dry_run: bool, name: str, plan: FrozenPlan, measure
     return {**figures, "mlflow_run_id": job.run.run_id}
 
 
-TASKS: dict[str, Callable[[Config, bool], dict[str, Any]]] = {"knn": knn, "linear": linear, "seg-probe": seg_probe}
+EVALUATIONS: dict[str, Callable[[Config, bool], dict[str, Any]]] = {
+    "knn": knn,
+    "linear": linear,
+    "seg-probe": seg_probe,
+}
 """What follows `jobs/evaluate.py`."""
 
 
@@ -75,9 +81,10 @@ if __name__ == "__main__":
     name, *arguments = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
         name, arguments = "knn", ["--help"]
-    if name not in TASKS:
+    if name not in EVALUATIONS:
         print(
-            f"error: name the evaluation first: {', '.join(TASKS)}, as in `jobs/evaluate.py knn ...`", file=sys.stderr
+            f"error: name the evaluation first: {', '.join(EVALUATIONS)}, as in `jobs/evaluate.py knn ...`",
+            file=sys.stderr,
         )
         sys.exit(2)
-    run(TASKS[name], __doc__ or "", arguments)
+    run(EVALUATIONS[name], __doc__ or "", arguments)

@@ -126,6 +126,7 @@ def test_a_linear_probe_of_it_goes_on_after_an_interruption(first, client, job, 
             job(evaluate.linear, *probe)
     monkeypatch.setattr(evaluation, "shuffled", lambda *_: lambda _: pytest.fail("an epoch is repeated"))
     text, figures = job(evaluate.linear, *probe)
+    assert "resuming the unfinished run" in text
     assert 0 <= figures["top1"] <= figures["top5"] <= 100
     assert f"top1 {figures['top1']:7.2f} %" in text
     run = client.get_run(figures["mlflow_run_id"])
