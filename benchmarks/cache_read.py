@@ -46,6 +46,7 @@ from pipeline.cache.codec import TokenCodec
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.reader import Batch, CacheReader
+from pipeline.cache.shards import ShardFolder
 from pipeline.cache.store import Store
 
 TEACHERS = {"dinov2-s": (384, 384, 16), "clip-b16": (512, 768, 14), "sam-b": (None, 256, 16)}

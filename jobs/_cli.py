@@ -82,9 +82,18 @@ def run(
     logging.captureWarnings(True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what workers print shows in a log file as it comes
-    try:
+
+    def call() -> Mapping[str, Any]:
         config = _configure(options.items)
-        figures = chosen.body(config, options) if chosen else body(config, options.dry_run)
+        return chosen.body(config, options) if chosen else body(config, options.dry_run)
+
+    finish(call)
+
+
+def finish(call: Callable[[], Mapping[str, Any]]) -> None:
+    """Print the figures of a job as one line of JSON; exit with 2 and one line on what the user can mend."""
+    try:
+        figures = call()
     except (UserError, TeacherError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

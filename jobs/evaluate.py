@@ -1,69 +1,90 @@
-"""Evaluate a student without training anything.
+"""Evaluate a backbone. Name the evaluation first:
 
-python jobs/evaluate.py knn evaluate.student=work/runs/<run>/student data.train=photos/train data.val=photos/val
+python jobs/evaluate.py knn       evaluate.student=work/runs/<run>/student data.train=photos/train data.val=photos/val
+python jobs/evaluate.py linear    evaluate.student=models:/m-... data.train=imagenet/train data.val=imagenet/val
+python jobs/evaluate.py seg-probe evaluate.student=timm/<name> evaluate.weights=<file> evaluate.input_size=512
+                                  data.train=ade20k/images/training data.val=ade20k/images/validation
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch import nn
-
-from jobs._cli import percent, run, table
-from pipeline.cache.build import build_cache, plan_cache
+from jobs._cli import percent, run, size, table
 from pipeline.cache.estimate import check_space
 from pipeline.config import Config
-from pipeline.errors import UserError
-from pipeline.evaluate.knn import check_classes, student_knn
+from pipeline.evaluate import job as evaluation
+from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
 from pipeline.job import open_job
-from pipeline.runs import cache_store, work_folder
-from pipeline.student.model import load_encoder
-from pipeline.tracking import load_student, resolve_uri
+from pipeline.tracking import Run
 
-TASKS = ("knn",)
+Measure = Callable[[FrozenPlan, Config, Run, Path], dict[str, float]]
 
 
-def main(config: Config, dry_run: bool) -> dict[str, Any]:
-    """kNN accuracy of `evaluate.student` on data.val, at student.input_size, with data.train as the bank."""
-    encoder = load(config)
-    plan = plan_cache(config, cache_store(config), teachers=False)
-    train, val = plan.split("train"), plan.split("val")
-    if train is None or val is None:
-        raise UserError("data.val: kNN needs held-out images")
-    check_classes(train.dataset, val.dataset)
-    print(f"kNN of {config.evaluate.student} at {config.student.input_size} px on {val.dataset.location}", flush=True)
+def knn(config: Config, dry_run: bool) -> dict[str, Any]:
+    """kNN accuracy of frozen vectors on data.val, with all of data.train as the bank."""
+    return evaluate(config, dry_run, "knn", plan_frozen(config), evaluation.knn)
+
+
+def linear(config: Config, dry_run: bool) -> dict[str, Any]:
+    """Accuracy of linear classifiers on frozen vectors."""
+    return evaluate(config, dry_run, "linear", plan_frozen(config), evaluation.linear)
+
+
+def seg_probe(config: Config, dry_run: bool) -> dict[str, Any]:
+    """mIoU of 1x1 convolutions on frozen maps."""
+    plan = plan_frozen(config, config.evaluate.grid or 0)
+    measure = partial(evaluation.seg_probe, maps=SplitMaps.of(plan))
+    return evaluate(config, dry_run, "seg-probe", plan, measure)
+
+
+def evaluate(config: Config, dry_run: bool, name: str, plan: FrozenPlan, measure: Measure) -> dict[str, Any]:
+    """Compute the features that are missing, measure, and log; an interrupted job goes on where it stopped."""
+    encoder, student = plan.encoder, config.evaluate.student
+    spec, count = encoder.spec, plan.train.count + plan.val.count
+    print(
+        f"{name} of {student} at {spec.input_size[0]} px on {plan.val.location}: features of "
+        f"{spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim} {encoder.codec} an image, {size(count * encoder.row_bytes())} in the "
+        "cache, computed once and without augmentation",
+        flush=True,
+    )
     if dry_run:
         return {"dry_run": True}
-    check_space(plan)
-    with open_job(config, "evaluate") as job:
-        build_cache(plan, config)
-        knn = student_knn(encoder, train.dataset, val.dataset, config.student.input_size, config.knn)
-        job.run.log_metric_dict({"knn": knn})
-        job.run.set_tags({"student": str(config.evaluate.student)})
-    print(f"done\n{table({'kNN': percent(knn), 'MLflow': f'{job.tracking_uri} run {job.run.run_id}'})}")
-    return {"knn": knn, "mlflow_run_id": job.run.run_id}
+    check_space(plan.cache)
+    with open_job(config, name, reads=["evaluate"]) as job:
+        if job.state.resumed:
+            print(f"resuming the unfinished run in {job.state.folder}", flush=True)
+        plan = compute_features(plan, config)
+        job.run.set_tags({"student": str(student), "encoder": encoder.id})
+        figures = measure(plan, config, job.run, job.state.folder)
+        job.run.log_metric_dict(figures)
+    shown = {key: f"{value:g}" if key == "lr" else percent(value) for key, value in figures.items()}
+    print(f"done\n{table({**shown, 'MLflow': f'{job.tracking_uri} run {job.run.run_id}'})}")
+    return {**figures, "mlflow_run_id": job.run.run_id}
 
 
-def load(config: Config) -> nn.Module:
-    """The student, from an exported folder or from MLflow."""
-    student = config.evaluate.student
-    if not student:
-        raise UserError(
-            "evaluate.student must be given: an MLflow model URI (models:/m-...) or an exported student folder"
-        )
-    if "://" in student or student.startswith(("models:/", "runs:/")):
-        return load_student(student, resolve_uri(config.tracking.uri, work_folder(config)))
-    return load_encoder(Path(student))
+EVALUATIONS: dict[str, Callable[[Config, bool], dict[str, Any]]] = {
+    "knn": knn,
+    "linear": linear,
+    "seg-probe": seg_probe,
+}
+"""What follows `jobs/evaluate.py`."""
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or (sys.argv[1] not in TASKS and sys.argv[1] not in ("-h", "--help")):
+    name, *arguments = sys.argv[1:] or [""]
+    if name in ("-h", "--help"):
+        name, arguments = "knn", ["--help"]
+    if name not in EVALUATIONS:
         print(
-            f"error: name the evaluation first: {', '.join(TASKS)}, as in `jobs/evaluate.py knn ...`", file=sys.stderr
+            f"error: name the evaluation first: {', '.join(EVALUATIONS)}, as in `jobs/evaluate.py knn ...`",
+            file=sys.stderr,
         )
         sys.exit(2)
-    run(main, __doc__, [argument for argument in sys.argv[1:] if argument not in TASKS])
+    run(EVALUATIONS[name], __doc__ or "", arguments)

@@ -16,7 +16,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -259,7 +260,29 @@ class TrackingConfig(Section):
 class EvaluateConfig(Section):
     """What `jobs/evaluate.py` evaluates."""
 
-    student: str | None = Field(None, description="MLflow model URI (models:/m-...) or an exported student folder")
+    student: str | None = Field(
+        None,
+        description="exported student folder, MLflow model URI (models:/m-...), or timm name (regla_m, timm/<name>)",
+    )
+    weights: str = Field(
+        "pretrained", description="of a timm name: pretrained, random[:seed], or a checkpoint file; student.args apply"
+    )
+    input_size: int | None = Field(
+        None,
+        ge=16,
+        description="side of the input in pixels; none: as the student was exported, else student.input_size",
+    )
+    ks: list[PositiveInt] = Field([10, 20, 100, 200], min_length=1, description="neighbours that vote in `knn`")
+    lrs: list[PositiveFloat] = Field(
+        [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
+        min_length=1,
+        description="learning rates of the linear classifiers, all trained in one pass; the best on data.val is reported",
+    )
+    epochs: int = Field(30, ge=1, description="passes over the training features in `linear` and `seg-probe`")
+    batch_size: int = Field(256, ge=1, description="images per step in `linear`; `seg-probe` takes 16 of them at most")
+    grid: int | None = Field(
+        None, ge=1, description="side of the grid of features in `seg-probe`; none: of the student's stride-16 map"
+    )
 
 
 class PlanConfig(Section):
@@ -371,9 +394,14 @@ class Config(Section):
         except ValidationError as error:
             raise UserError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
 
-    def fingerprint(self) -> str:
-        """Digest of every field that decides what the run computes; a rerun of equal digest is the same run."""
-        fields = self.model_dump(mode="json", exclude={"tracking", "evaluate", "benchmark", "plan", "work"})
+    def fingerprint(self, reads: Collection[str] = ()) -> str:
+        """Digest of every field that decides what the run computes; a rerun of equal digest is the same run.
+
+        Args:
+            reads: sections beside the usual ones that this job goes by.
+        """
+        left_out = {"tracking", "evaluate", "benchmark", "plan", "work"} - set(reads)
+        fields = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,9 +1,9 @@
-"""A student in the formats of other runtimes: ONNX and Core ML."""
+"""A student in the formats of other runtimes: torch.export, ONNX and Core ML."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,15 +16,15 @@ OPSET = 18
 INPUT, OUTPUT = "image", "output"
 
 
-def export_onnx(model: nn.Module, path: Path | str, example: Tensor, dynamic: bool = True) -> Path:
+def export_onnx(model: nn.Module, path: Path | str, example: Tensor, dynamic: Sequence[int] = (0, 2, 3)) -> Path:
     """Write ``model`` as one ONNX file (opset 18, weights inside).
 
     Args:
         model: in eval mode, best in its inference form; one image tensor in, one tensor out.
         path: of the file.
-        example: images (B, C, H, W) as the model takes them; with ``dynamic``, B >= 2 and H different from W keep the
-            exporter from taking two sides for one.
-        dynamic: leave batch, height and width open; else the file takes the shape of ``example`` alone, which lets a
+        example: images (B, C, H, W) as the model takes them; B >= 2 and H different from W keep the exporter from
+            taking two open sides for one.
+        dynamic: sides that are left open; with none, the file takes the shape of ``example`` alone, which lets a
             runtime fold more of it.
 
     Returns:
@@ -34,20 +34,44 @@ def export_onnx(model: nn.Module, path: Path | str, example: Tensor, dynamic: bo
         UserError: the model is in training mode.
     """
     _check_eval(model)
-    open_sides = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             model,
             (example,),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=(open_sides,) if dynamic else None,
+            dynamic_shapes=(dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC),) if dynamic else None,
             input_names=[INPUT],
             output_names=[OUTPUT],
             verbose=False,
         )
         assert program is not None
         program.save(path, external_data=False)
+    return Path(path)
+
+
+def export_torch(model: nn.Module, path: Path | str, example: Tensor, dynamic: Sequence[int] = (0, 2, 3)) -> Path:
+    """Write ``model`` as a program of torch.export (``.pt2``), which torch loads without its code.
+
+    Args:
+        model: in eval mode, best in its inference form; one image tensor in, one tensor out.
+        path: of the file.
+        example: images (B, C, H, W) as the model takes them, as for :func:`export_onnx`.
+        dynamic: sides that are left open, height and width from 33 pixels on.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UserError: the model is in training mode.
+    """
+    _check_eval(model)
+    # A side of one cell at stride 32 would be taken for a constant.
+    least = {0: ("batch", 1), 2: ("height", 33), 3: ("width", 33)}
+    shapes = {side: torch.export.Dim(name, min=low) for side, (name, low) in least.items() if side in dynamic}
+    with torch.no_grad():
+        program = torch.export.export(model, (example,), dynamic_shapes=(shapes,) if shapes else None)
+        torch.export.save(program, path)
     return Path(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,23 +38,26 @@ class Job:
 
 
 @contextmanager
-def open_job(config: Config, name: str) -> Iterator[Job]:
+def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator[Job]:
     """Connect to Ray; resume the unfinished run of this job and configuration, or start one; end both.
+
+    Args:
+        reads: sections that the job goes by and others do not, as in :meth:`Config.fingerprint`.
 
     Raises:
         UserError: where MLflow or Ray cannot be reached, or a node does not see the job's files.
     """
     with connect():
         check_shared(config)
-        run, state, uri = _start(config, name)
+        run, state, uri = _start(config, name, reads)
         with _ended(run):
             yield Job(state, run, uri)
             state.finished = True
             state.save()
 
 
-def _start(config: Config, name: str) -> tuple[Run, RunState, str]:
-    work, state = work_folder(config), open_run(config, name)
+def _start(config: Config, name: str, reads: Collection[str]) -> tuple[Run, RunState, str]:
+    work, state = work_folder(config), open_run(config, name, reads)
     uri = resolve_uri(config.tracking.uri, work)
     run = start_job(
         uri,

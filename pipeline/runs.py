@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,10 @@ class RunState:
         os.replace(temporary, self.folder / "run.json")
 
 
-def open_run(config: Config, job: str) -> RunState:
-    """The unfinished run of this job and configuration, or a new one."""
+def open_run(config: Config, job: str, reads: Collection[str] = ()) -> RunState:
+    """The unfinished run of this job and configuration, or a new one; `reads` as in :meth:`Config.fingerprint`."""
     runs = work_folder(config) / "runs"
-    stem = f"{readable(config.name)}-{job}-{config.fingerprint()[:8]}"
+    stem = f"{readable(config.name)}-{job}-{config.fingerprint(reads)[:8]}"
     number = 1
     while True:
         folder = runs / (stem if number == 1 else f"{stem}-{number}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,11 +42,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.metrics import export_training
-from pipeline.student.model import load_encoder
 
 STUDENT_FOLDER = "student"
 STUDENT_FILES = ("student.safetensors", "student.json")
-"""Artifacts of a run that trained a student, from which `load_student` reads it."""
+"""Artifacts of a run that trained a student, from which `download_student` fetches it."""
 BATCH = 1000
 """Most metrics that one `log_batch` takes."""
 PARAM_LENGTH = 6000
@@ -255,7 +254,13 @@ def _git_tags() -> dict[str, str]:
 
 
 def log_student(
-    run: Run, model: nn.Module, example: Tensor, *, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]
+    run: Run,
+    model: nn.Module,
+    example: Tensor,
+    *,
+    name: str,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
 ) -> str:
     """Log a model as a graph of torch.export (pt2): no pickle, and no code of ours is needed to load it.
 
@@ -290,8 +295,8 @@ def log_student(
     return str(logged.model_uri)
 
 
-def load_student(model_uri: str, tracking_uri: str) -> nn.Module:
-    """The student that a run logged, from the safetensors that its job put beside the model.
+def download_student(model_uri: str, tracking_uri: str) -> Path:
+    """A local folder with the exported student of the run that logged a model: safetensors and its description.
 
     The logged graph itself is not opened: torch evaluates expressions and looks up functions that a pt2 file names, so
     that loading one runs what its author wrote, as a pickle does.
@@ -304,18 +309,16 @@ def load_student(model_uri: str, tracking_uri: str) -> nn.Module:
         UserError: where there is no such model, or its run has no exported student.
     """
     client = MlflowClient(tracking_uri)
-    with TemporaryDirectory() as folder:
-        try:
-            run_id = _run_of(client, model_uri)
-            for name in STUDENT_FILES:
-                file = Path(client.download_artifacts(run_id, f"{STUDENT_FOLDER}/{name}", folder))
-                file.stat()  # some stores give nothing for what is not there
-        except (MlflowException, OSError) as error:
-            raise UserError(
-                f"evaluate.student: {model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}; "
-                f"models are read from {STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
-            ) from error
-        return load_encoder(file.parent)
+    try:
+        folder = Path(client.download_artifacts(_run_of(client, model_uri), STUDENT_FOLDER, mkdtemp()))
+        for name in STUDENT_FILES:
+            (folder / name).stat()  # some stores give nothing for what is not there
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"{model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}; models are read "
+            f"from {STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
+        ) from error
+    return folder
 
 
 def _run_of(client: MlflowClient, model_uri: str) -> str:

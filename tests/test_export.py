@@ -53,7 +53,7 @@ def test_onnx_equals_eager_at_other_batches_and_sizes(student, onnx_file):
 
 def test_a_static_onnx_file_takes_its_shape_alone(student, tmp_path):
     x = torch.randn(1, 3, 64, 64)
-    run = session(export_onnx(student, tmp_path / "static.onnx", x, dynamic=False))
+    run = session(export_onnx(student, tmp_path / "static.onnx", x, dynamic=()))
     assert run.get_inputs()[0].shape == [1, 3, 64, 64]
     with torch.no_grad():
         expected = student(x)
@@ -62,7 +62,7 @@ def test_a_static_onnx_file_takes_its_shape_alone(student, tmp_path):
 
 def test_an_unfused_student_exports_too(live, tmp_path):
     model, x = live(timm.create_model("regla_t", num_classes=10, depths=(1, 1, 1, 1))), torch.randn(1, 3, 64, 64)
-    run = session(export_onnx(model, tmp_path / "whole.onnx", x, dynamic=False))
+    run = session(export_onnx(model, tmp_path / "whole.onnx", x, dynamic=()))
     with torch.no_grad():
         assert torch.allclose(torch.from_numpy(run.run(None, {"image": x.numpy()})[0]), model(x), atol=1e-4)
 

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.student.model import Encoder, create_backbone
-from pipeline.tracking import load_student, log_student, resolve_uri, start_job
+from pipeline.student.model import Encoder, create_backbone, load_encoder
+from pipeline.tracking import download_student, log_student, resolve_uri, start_job
 
 CONFIG = {
     "name": "tiny",
@@ -263,7 +263,7 @@ def _check_students(run, client, model_uri, uri, exported):
     """The student comes from the safetensors of the run, whatever graph was logged beside them."""
     encoder, folder = exported
     with pytest.raises(UserError, match=r"student/student\.safetensors of the run that logged them"):
-        load_student(model_uri, uri)
+        download_student(model_uri, uri)
     for file in folder.iterdir():
         run.log_file(file, "student")
     client.create_registered_model(f"name-{run.run_id}")
@@ -276,7 +276,7 @@ def _check_students(run, client, model_uri, uri, exported):
         f"models:/{version.name}@best",
         f"runs:/{run.run_id}/student",
     ):
-        torch.testing.assert_close(load_student(name, uri)(images), encoder(images))
+        torch.testing.assert_close(load_encoder(download_student(name, uri))(images), encoder(images))
     for name in (
         "models:/",
         "file:///model",
@@ -285,13 +285,13 @@ def _check_students(run, client, model_uri, uri, exported):
         "runs:/none/x",
     ):
         with pytest.raises(UserError, match="cannot be loaded from"):
-            load_student(name, uri)
+            download_student(name, uri)
 
 
 def test_a_student_that_is_not_there_is_named(start, uri):
     start()
     with pytest.raises(UserError, match="m-0000 cannot be loaded from"):
-        load_student("models:/m-0000", uri)
+        download_student("models:/m-0000", uri)
 
 
 def test_the_store_is_the_configured_one_then_the_environment_s_then_the_work_folder(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ at once, while they are in the processor's cache, and no row group is kept. This
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -341,27 +341,66 @@ def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int |
                 yield Batch(part["sample_id"].to_pylist(), pixels[first : first + batch_size], labels, {})
 
 
-def read_summaries(dataset: Dataset, teacher: CachedTeacher, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def read_summaries(
+    dataset: Dataset, teacher: CachedTeacher, limit: int | None = None, shards: Collection[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """One cached vector an image: the summary, or the mean of the patches where the teacher has no summary.
+
+    Args:
+        limit: about how many images, evenly spaced; None: all.
+        shards: of these shards alone; None: of all.
 
     Returns:
         [N, D] float32 and the labels [N] int64, of the first view of the images that :func:`scan_images` gives for the
         same `limit`.
     """
     records = _complete(dataset, dataset.images, "images")
-    shards, views = _TeacherShards(dataset, teacher), dataset.policy.rows_per_image
+    if shards is not None:
+        records = {shard: record for shard, record in records.items() if shard in shards}
+    stored, views = _TeacherShards(dataset, teacher), dataset.policy.rows_per_image
     kind = "summary" if teacher.summary_shape else "patches"
     tokens = load_tokens(dataset, teacher)[kind]
     features, labels = [], []
     for unit in _spaced(_units(records), limit):
         images = dataset.images.read_group(records[unit.shard], unit.group, ["sample_id", "label"])
-        table = shards.read(unit, ["sample_id", kind])
+        table = stored.read(unit, ["sample_id", kind])
         if table["sample_id"].to_pylist()[::views] != images["sample_id"].to_pylist():
-            raise shards.mismatch(unit, images["sample_id"].to_pylist(), table["sample_id"].to_pylist()[::views])
+            raise stored.mismatch(unit, images["sample_id"].to_pylist(), table["sample_id"].to_pylist()[::views])
         values = tokens.decode(torch.from_numpy(_fixed_width(table[kind])[::views].copy()))
         features.append(values if kind == "summary" else values.mean(dim=(1, 2)))
         labels.append(torch.from_numpy(_labels(images).copy()))
     return torch.cat(features), torch.cat(labels)
+
+
+class PatchGroups:
+    """The patches of a teacher, one row group after the other, without the images.
+
+    Args:
+        dataset: whose `images` shards are complete.
+        teacher: whose shards are complete.
+
+    Raises:
+        UserError: where shards are missing.
+    """
+
+    def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
+        self._shards = _TeacherShards(dataset, teacher)
+        self._units = _units(self._shards.records, dataset.policy.rows_per_image)
+        self._tokens = load_tokens(dataset, teacher)["patches"]
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of every row group."""
+        return [unit.rows for unit in self._units]
+
+    def read(self, number: int) -> tuple[list[str], Tensor]:
+        """The sample ids of a row group and their patches [n, h, w, D] float32."""
+        table = self._shards.read(self._units[number], ["sample_id", "patches"])
+        patches = self._tokens.decode(torch.from_numpy(_fixed_width(table["patches"]).copy()))
+        return table["sample_id"].to_pylist(), patches
 
 
 def _spaced(units: list[_Unit], limit: int | None) -> list[_Unit]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -134,6 +134,7 @@ def _finish(job: DistillJob, run: Run, folder: Path, ending: Ending, teachers: d
     if job.config.student.keep_heads:
         save_heads(distiller, job.config.student.head_dim, student)
     before, after = ending.knn or (None, None)
+    write_provenance(job, run, ending.samples, {"knn": after, **teachers}, student)
     uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
     return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student)
 
@@ -195,11 +196,36 @@ def export_student(encoder: Encoder, config: Config, folder: Path) -> None:
     (folder / "student.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
+def write_provenance(job: DistillJob, run: Run, samples: int, knn: Mapping[str, float | None], folder: Path) -> None:
+    """Write what a student comes from beside it: it travels with the student, to MLflow and into exports."""
+    labels = teacher_labels(job.teachers)
+    origin = {
+        "run_id": run.run_id,
+        "teachers": [
+            {
+                "name": labels[teacher.id],
+                "architecture": teacher.spec.architecture,
+                "weights": teacher.spec.weights,
+                "licence": teacher.spec.licence,
+            }
+            for teacher in job.teachers
+        ],
+        "data": {
+            "location": job.train.location,
+            "fingerprint": job.train.fingerprint,
+            "images": job.train.count,
+            "classes": len(job.train.classes),
+        },
+        "training": {"epochs": job.config.train.epochs, "samples_seen": samples},
+        "knn": knn,
+    }
+    (folder / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
+
+
 def _log(encoder: Encoder, config: Config, run: Run, folder: Path, metrics: dict[str, float]) -> str:
     for file in sorted(folder.iterdir()):
         run.log_file(file, "student")
     size = config.student.input_size
     example = torch.zeros(2, 3, size, size)
-    return log_student(
-        run, encoder.eval(), example, name="student", metrics=metrics, tags={"model": config.student.name}
-    )
+    tags = {"model": config.student.name}
+    return log_student(run, encoder.eval(), example, name="student", metrics=metrics, tags=tags)

@@ -1,1 +1,1 @@
-"""How good a backbone is without training anything on top."""
+"""How good a backbone is: frozen, under a vote of neighbours or a linear layer, and what it costs."""

@@ -5,6 +5,9 @@ Imports neither Ray nor MLflow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,34 +18,106 @@ from pipeline.cache.reader import NO_LABEL, read_summaries, scan_images
 from pipeline.config import KnnConfig
 from pipeline.errors import UserError
 
+QUERY_CHUNK, BANK_CHUNK = 1024, 65_536
+"""Queries and bank vectors that are compared at once."""
 
-def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20, temperature: float = 0.07
-) -> float:
-    """Top-1 accuracy in percent: the k bank vectors of largest cosine vote with weight exp(cosine / temperature).
+
+class Neighbours(NamedTuple):
+    """Of M queries, the nearest vectors of a bank: cosines [M, k] in falling order, and their labels [M, k] int64."""
+
+    similarity: Tensor
+    labels: Tensor
+
+
+def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Neighbours:
+    """The k bank vectors of largest cosine to every query, or all where there are fewer.
+
+    Memory beside the arguments and the result: a normalised copy of the bank (4 N D bytes), and the cosines of 1024
+    queries to 65,536 bank vectors, 256 MiB at most.
+
+    Args:
+        bank: [N, D], with labels [N] int64.
+        queries: [M, D].
+    """
+    bank = F.normalize(bank.float(), dim=1)
+    parts = list(zip(bank.split(BANK_CHUNK), bank_labels.split(BANK_CHUNK), strict=True))
+    found = []
+    for chunk in queries.split(QUERY_CHUNK):
+        normalised = F.normalize(chunk.float(), dim=1)
+        best = None
+        for vectors, labels in parts:
+            similarity, index = (normalised @ vectors.T).topk(min(k, len(vectors)), dim=1)
+            near = Neighbours(similarity, labels[index])
+            best = near if best is None else merge([best, near], k)
+        assert best is not None
+        found.append(best)
+    return Neighbours(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
+    """The k nearest of what was found in several parts of a bank for the same queries."""
+    similarity, labels = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    best, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
+    return Neighbours(best, labels.gather(1, index))
+
+
+def count_correct(near: Neighbours, labels: Tensor, ks: Sequence[int], temperature: float) -> dict[int, int]:
+    """How many of M queries with these labels [M] the first k neighbours classify rightly, for every k.
+
+    A neighbour votes with weight exp(cosine / temperature).
+    """
+    weights = (near.similarity / temperature).exp()
+    classes = int(near.labels.max()) + 1
+    correct = {}
+    for k in ks:
+        votes = torch.zeros(len(labels), classes, device=weights.device)
+        votes.scatter_add_(1, near.labels[:, :k], weights[:, :k])
+        correct[k] = int((votes.argmax(dim=1) == labels).sum())
+    return correct
+
+
+def knn_accuracies(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int], temperature: float
+) -> dict[int, float]:
+    """Top-1 accuracy in percent for every k, from one search for the largest of them.
 
     Args:
         bank: [N, D], with labels [N] int64.
         queries: [M, D], with labels [M] int64.
 
-    Samples whose label is `NO_LABEL` are left out. Memory is bounded: queries are compared 1024 at a time.
+    Samples whose label is `NO_LABEL` are left out. Memory: see :func:`nearest`; queries are compared 1024 at a time.
 
     Raises:
         UserError: where no sample of the bank, or no query, has a label.
     """
-    bank, bank_labels = bank[bank_labels != NO_LABEL], bank_labels[bank_labels != NO_LABEL]
-    queries, query_labels = queries[query_labels != NO_LABEL], query_labels[query_labels != NO_LABEL]
-    if not len(bank) or not len(queries):
+    bank, bank_labels = labelled(bank, bank_labels)
+    queries, query_labels = labelled(queries, query_labels)
+    near = nearest(bank, bank_labels, queries, max(ks))
+    correct = dict.fromkeys(ks, 0)
+    chunks = (near.similarity.split(QUERY_CHUNK), near.labels.split(QUERY_CHUNK), query_labels.split(QUERY_CHUNK))
+    for similarity, found, labels in zip(*chunks, strict=True):
+        for k, count in count_correct(Neighbours(similarity, found), labels, ks, temperature).items():
+            correct[k] += count
+    return {k: 100 * count / len(queries) for k, count in correct.items()}
+
+
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20, temperature: float = 0.07
+) -> float:
+    """:func:`knn_accuracies` for one k."""
+    return knn_accuracies(bank, bank_labels, queries, query_labels, [k], temperature)[k]
+
+
+def labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples that have a label.
+
+    Raises:
+        UserError: where none has.
+    """
+    known = labels != NO_LABEL
+    if not known.any():
         raise UserError("kNN needs labels on both sides: data.train and data.val have none; leave data.val out")
-    bank = F.normalize(bank.float(), dim=1)
-    classes = int(bank_labels.max()) + 1
-    correct = 0
-    for chunk, labels in zip(queries.split(1024), query_labels.split(1024), strict=True):
-        similarity, index = (F.normalize(chunk.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(chunk), classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[index], (similarity / temperature).exp())
-        correct += int((votes.argmax(dim=1) == labels).sum())
-    return 100 * correct / len(queries)
+    return features[known], labels[known]
 
 
 def has_labels(dataset: Dataset) -> bool:

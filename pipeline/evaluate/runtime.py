@@ -62,7 +62,7 @@ def _onnx_runner(model: nn.Module, images: Tensor, precision: Precision, threads
     # Threads of one session must not spin while another one is measured.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
-        file = export_onnx(model, Path(folder) / "model.onnx", images, dynamic=False)
+        file = export_onnx(model, Path(folder) / "model.onnx", images, dynamic=())
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     feed = {INPUT: images.numpy()}
     return lambda: session.run(None, feed)

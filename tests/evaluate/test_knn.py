@@ -1,10 +1,24 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.cache.reader import NO_LABEL
 from pipeline.errors import UserError
-from pipeline.evaluate.knn import knn_accuracy
+from pipeline.evaluate import knn
+from pipeline.evaluate.knn import knn_accuracies, knn_accuracy, merge, nearest
+
+KS = (10, 20, 100, 200)
+
+
+@pytest.fixture
+def clouds():
+    """Bank and queries of seven overlapping classes, as tensors."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(7, 12))
+    labels, query_labels = rng.integers(0, 7, 300), rng.integers(0, 7, 90)
+    bank, queries = (centres[y] + 1.5 * rng.normal(size=(len(y), 12)) for y in (labels, query_labels))
+    return [torch.tensor(x) for x in (bank, labels, queries, query_labels)]
 
 
 def _reference(bank, labels, queries, expected, k, temperature):
@@ -20,15 +34,33 @@ def _reference(bank, labels, queries, expected, k, temperature):
     return 100 * correct / len(queries)
 
 
-def test_accuracy_equals_an_independent_computation():
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(7, 12))
-    labels, query_labels = rng.integers(0, 7, 300), rng.integers(0, 7, 90)
-    bank, queries = (centres[y] + 1.5 * rng.normal(size=(len(y), 12)) for y in (labels, query_labels))
-    tensors = [torch.tensor(x) for x in (bank, labels, queries, query_labels)]
-    expected = _reference(bank, labels, queries, query_labels, 20, 0.07)
+def test_accuracy_equals_an_independent_computation(clouds):
+    expected = _reference(*(part.numpy() for part in clouds), 20, 0.07)
     assert 30 < expected < 95
-    assert knn_accuracy(*tensors) == pytest.approx(expected)
+    assert knn_accuracy(*clouds) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_every_k_at_once_equals_scikit_learn_with_the_same_weighting(clouds, temperature):
+    bank, labels, queries, expected = (part.numpy() for part in clouds)
+    found = knn_accuracies(*clouds, KS, temperature)
+    for k in KS:
+        reference = KNeighborsClassifier(k, metric="cosine", weights=lambda far: np.exp((1 - far) / temperature))
+        assert found[k] == pytest.approx(100 * reference.fit(bank, labels).score(queries, expected))
+    assert len(set(found.values())) == (1 if temperature == 0.07 else 4)
+
+
+def test_chunks_and_parts_of_a_bank_find_what_the_whole_finds(clouds, monkeypatch):
+    bank, labels, queries, _ = clouds
+    whole = nearest(bank, labels, queries, 50)
+    parts = merge(
+        [nearest(bank[rows], labels[rows], queries, 50) for rows in torch.arange(300).split([20, 0, 280])], 50
+    )
+    monkeypatch.setattr(knn, "BANK_CHUNK", 64)
+    monkeypatch.setattr(knn, "QUERY_CHUNK", 32)
+    for found in (parts, nearest(bank, labels, queries, 50)):
+        assert torch.allclose(found.similarity, whole.similarity)
+        assert torch.equal(found.labels, whole.labels)
 
 
 def test_more_neighbours_than_images_and_unlabelled_images():

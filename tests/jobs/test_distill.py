@@ -5,6 +5,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import mlflow
 import pytest
@@ -13,6 +14,9 @@ from mlflow import MlflowClient
 
 from jobs import distill, evaluate, precompute
 from jobs._cli import run
+from pipeline.evaluate import job as evaluation
+from pipeline.student.loading import load_any
+from pipeline.student.model import Encoder
 from tests.fakes import SMALL_JOB, colours_entry, images_seen
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -103,8 +107,44 @@ def test_the_student_loads_from_mlflow_and_is_as_good_as_the_job_said(first, job
     student = mlflow.pytorch.load_model(first.figures["model_uri"])
     assert student(torch.rand(3, 3, 32, 32)).shape == (3, 256)
     for name in (first.figures["model_uri"], next(work.glob("runs/*/student"))):
-        _, evaluated = job(evaluate.main, *first.arguments, f"evaluate.student={name}")
+        _, evaluated = job(evaluate.knn, *first.arguments, f"evaluate.student={name}")
         assert evaluated["knn"] == pytest.approx(first.figures["knn_after"], abs=1e-6)
+
+
+def test_the_student_says_what_it_comes_from_wherever_it_is(first):
+    uri = f"sqlite:///{first.folder}/work/mlflow.db"
+    folder = next(first.folder.glob("work/runs/*/student"))
+    for student in (first.figures["model_uri"], str(folder)):
+        encoder, name, size, _, origin = load_any(student, tracking_uri=uri)
+        assert (name, size) == ("regla_t", 32)
+        assert isinstance(encoder, Encoder)
+        assert [teacher["name"] for teacher in origin["teachers"]] == ["colours8", "hog"]
+        assert origin["data"]["images"] == 144
+        assert origin["knn"]["knn"] == first.figures["knn_after"]
+
+
+def test_a_linear_probe_of_it_goes_on_after_an_interruption(first, client, job, monkeypatch):
+    probe = [*first.arguments, f"evaluate.student={first.figures['model_uri']}", "evaluate.epochs=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "accuracies", Mock(side_effect=RuntimeError("the power fails")))
+        with pytest.raises(RuntimeError, match="the power fails"):
+            job(evaluate.linear, *probe)
+    monkeypatch.setattr(evaluation, "shuffled", lambda *_: lambda _: pytest.fail("an epoch is repeated"))
+    text, figures = job(evaluate.linear, *probe)
+    assert "resuming the unfinished run" in text
+    assert 0 <= figures["top1"] <= figures["top5"] <= 100
+    assert f"top1 {figures['top1']:7.2f} %" in text
+    run = client.get_run(figures["mlflow_run_id"])
+    assert run.data.metrics["top1"] == figures["top1"]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss/lr_0.1")] == [1, 2, 3]
+
+
+def test_a_segmentation_probe_of_it_takes_maps_from_the_model_in_mlflow(first, client, job):
+    probe = [*first.arguments, f"evaluate.student={first.figures['model_uri']}", "evaluate.epochs=2"]
+    text, figures = job(evaluate.seg_probe, *probe, "evaluate.input_size=64")
+    assert "4x4x384 float16 an image" in text
+    assert 0 < figures["miou"] < figures["aacc"] <= 100
+    assert "iou.json" in {file.path for file in client.list_artifacts(figures["mlflow_run_id"])}
 
 
 def test_a_second_student_runs_no_teacher(first, job):

@@ -104,8 +104,8 @@ def test_every_recipe_is_valid():
 
 
 def test_evaluate_asks_for_its_student_and_refuses_what_is_none(tmp_path, refused):
-    assert "evaluate.student" in refused(evaluate.main, *SMALL_JOB)
-    assert "is not an exported student" in refused(evaluate.main, *SMALL_JOB, f"evaluate.student={tmp_path}")
+    assert "evaluate.student" in refused(evaluate.knn, *SMALL_JOB)
+    assert "is not an exported student" in refused(evaluate.knn, *SMALL_JOB, f"evaluate.student={tmp_path}")
 
 
 def test_a_process_ends_with_code_2_and_no_traceback():

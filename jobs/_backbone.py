@@ -1,0 +1,25 @@
+"""The arguments that name a backbone, for jobs that take no recipe."""
+
+from __future__ import annotations
+
+import argparse
+
+from pipeline.config import Config
+from pipeline.runs import work_folder
+from pipeline.student.loading import Loaded, load_any
+from pipeline.tracking import resolve_uri
+
+
+def naming(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a backbone, for :func:`load_named`."""
+    parser.add_argument("model", help="exported student folder, MLflow model URI (models:/m-...), or timm name")
+    parser.add_argument("--weights", default="pretrained", help="of a timm name: pretrained, random[:seed], or a file")
+    parser.add_argument("--size", type=int, help="side of the input in pixels; default: as the student was trained")
+    parser.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else the work folder's")
+
+
+def load_named(options: argparse.Namespace) -> tuple[Loaded, int]:
+    """The backbone that the arguments of :func:`naming` name, and the side of its input in pixels."""
+    uri = resolve_uri(options.tracking_uri, work_folder(Config()))
+    loaded = load_any(options.model, weights=options.weights, tracking_uri=uri)
+    return loaded, options.size or loaded.input_size or 224

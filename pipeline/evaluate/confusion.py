@@ -1,0 +1,45 @@
+"""Confusion matrix of a segmentation, and the scores that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Pixels by true class (row) and predicted class (column): [K, K] int64.
+
+    Args:
+        predicted, labels: any equal shape, int64; pixels with a negative label are left out.
+        classes: K.
+    """
+    known = labels >= 0
+    return torch.bincount(labels[known] * classes + predicted[known], minlength=classes**2).view(classes, classes)
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """Scores in percent (Long et al. 2015, section 5).
+
+    Attributes:
+        miou: mean intersection over union of the classes that occur in the labels or the predictions.
+        macc: mean share of a class's pixels that are found, over the classes that occur in the labels.
+        aacc: share of all pixels that are right.
+        iou: of every class [K]; NaN where it occurs in neither.
+    """
+
+    miou: float
+    macc: float
+    aacc: float
+    iou: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> SegmentationScores:
+        """The scores of a confusion matrix [K, K]."""
+        matrix = matrix.double()
+        hits, truth, found = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
+        iou = 100 * hits / (truth + found - hits)
+        recall = 100 * hits / truth
+        return cls(iou.nanmean().item(), recall.nanmean().item(), (100 * hits.sum() / matrix.sum()).item(), iou.float())

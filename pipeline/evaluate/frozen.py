@@ -1,0 +1,116 @@
+"""A frozen backbone in the place of a teacher: the cache then computes, keeps and checks its features.
+
+So they are computed once for all evaluations of one backbone at one input size, on every node and GPU of the Ray
+session, and what an interrupted job had computed stays. Features are float32 vectors, or float16 maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.keys import teacher_id
+from pipeline.config import TeacherConfig
+from pipeline.errors import UserError
+from pipeline.student.loading import load_any
+from pipeline.student.model import Encoder
+from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state
+
+
+class FrozenTeacher(Teacher):
+    """The vector of an image as a grid of one patch, or its map.
+
+    Args:
+        options: ``args`` are those of :func:`~pipeline.student.loading.load_any`, and ``grid``: None for vectors, 0 for
+            maps at the grid of :func:`map_levels`, or the side of the grid that they are brought to.
+    """
+
+    def __init__(self, options: TeacherOptions) -> None:
+        args = dict(options.args)
+        self.grid: int | None = args.pop("grid", None)
+        try:
+            self.encoder, name, *_ = load_any(weights=options.weights, **args)
+        except UserError as error:
+            raise TeacherError(str(error)) from error
+        assert options.input_size is not None
+        size = options.input_size
+        try:
+            with torch.no_grad():
+                _, height, width, channels = self._features(torch.zeros(2, 3, size, size)).shape
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise TeacherError(f"{args['student']} does not take images of {size} px ({reason})") from error
+        self.weights_sha256 = digest_state(self.encoder)
+        self.spec = TeacherSpec(
+            name=f"frozen {name}",
+            architecture=f"frozen/{name}",
+            weights=f"sha256:{self.weights_sha256}",
+            input_size=(size, size),
+            mean=(0.0, 0.0, 0.0),  # the encoder normalises
+            std=(1.0, 1.0, 1.0),
+            interpolation="bicubic",
+            summary_dim=None,
+            patch_dim=channels,
+            grid=(height, width),
+            model_args=_normalisation(self.encoder),
+        )
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Move to the device."""
+        self.device, self.dtype = torch.device(device), dtype
+        self.encoder.to(self.device, dtype)
+
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """[B, 3, H, W] RGB in [0, 1] -> no summary, patches [B, 1, 1, C] or [B, h, w, D]."""
+        return TeacherOutput(None, self._features(images))
+
+    def _features(self, images: Tensor) -> Tensor:
+        if self.grid is None:
+            return self.encoder(images)[:, None, None]
+        if not isinstance(self.encoder, Encoder):
+            raise TeacherError(
+                "this model in MLflow gives one vector an image and no maps: name the exported student folder"
+            )
+        maps = self.encoder.maps(images, map_levels(self.encoder.strides))
+        side = (self.grid, self.grid) if self.grid else maps[0].shape[2:]
+        sized = [F.interpolate(part, size=side, mode="bilinear", antialias=True) for part in maps]
+        return torch.cat(sized, dim=1).permute(0, 2, 3, 1)
+
+
+def map_levels(strides: Sequence[int]) -> list[int]:
+    """Levels of a pyramid whose maps are put side by side: the deepest of at most stride 16, and the last."""
+    last = len(strides) - 1
+    return sorted({max((level for level, stride in enumerate(strides) if stride <= 16), default=last), last})
+
+
+def _normalisation(encoder: nn.Module) -> dict[str, list[float]]:
+    """What decides the numbers beside the weights that the digest covers."""
+    if not isinstance(encoder, Encoder):
+        return {}
+    return {"mean": encoder.mean.flatten().tolist(), "std": encoder.std.flatten().tolist()}
+
+
+def frozen_encoder(options: TeacherOptions) -> Teacher:
+    """Factory, as `pipeline.evaluate.frozen:frozen_encoder`."""
+    return FrozenTeacher(options)
+
+
+def cached_encoder(
+    student: str, input_size: int, *, weights: str, args: dict[str, object], tracking_uri: str, grid: int | None
+) -> CachedTeacher:
+    """The entry of a frozen backbone in the cache.
+
+    Raises:
+        TeacherError: where it cannot be loaded, or does not take images of this size.
+    """
+    settings = {"student": student, "args": args, "tracking_uri": tracking_uri, "grid": grid}
+    config = TeacherConfig(
+        model="pipeline.evaluate.frozen:frozen_encoder", weights=weights, input_size=input_size, args=settings
+    )
+    spec = FrozenTeacher(TeacherOptions("", weights, input_size, None, settings)).spec
+    codec = "float32" if grid is None else "float16"
+    return CachedTeacher(config, spec, teacher_id(spec, codec, "float32"), codec, "float32")

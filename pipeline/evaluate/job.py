@@ -1,0 +1,198 @@
+"""Evaluations of a frozen backbone under an MLflow run: its features through the cache, then a vote or a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.cache.build import CachePlan, SplitPlan, build_cache, plan_cache, teacher_stats
+from pipeline.cache.dataset import Dataset
+from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.reader import NO_LABEL, PatchGroups, read_summaries
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.evaluate.confusion import SegmentationScores
+from pipeline.evaluate.frozen import cached_encoder
+from pipeline.evaluate.knn import check_classes
+from pipeline.evaluate.knn_search import search_knn
+from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
+from pipeline.evaluate.segmentation import confusions, pixel_batches, steps_of
+from pipeline.runs import cache_store, work_folder
+from pipeline.sources.label_maps import LabelMaps, open_label_maps
+from pipeline.student.loading import load_any
+from pipeline.tracking import Run, resolve_uri
+from pipeline.views import WHOLE
+
+MAPS_AT_ONCE = 16
+"""Most images of a step of the segmentation probe: each brings `PIXELS` samples."""
+
+
+@dataclass(frozen=True)
+class FrozenPlan:
+    """What an evaluation needs; made before anything expensive starts.
+
+    Attributes:
+        cache: the plan of the images and features.
+        encoder: the frozen backbone in the cache.
+    """
+
+    cache: CachePlan
+    encoder: CachedTeacher
+
+    @property
+    def train(self) -> Dataset:
+        """Training images."""
+        return self._split("train").dataset
+
+    @property
+    def val(self) -> Dataset:
+        """Held-out images."""
+        return self._split("val").dataset
+
+    def _split(self, name: str) -> SplitPlan:
+        split = self.cache.split(name)
+        assert split is not None
+        return split
+
+
+def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
+    """Plan the features of `evaluate.student` on whole images.
+
+    Args:
+        grid: as in :class:`~pipeline.evaluate.frozen.FrozenTeacher`; None: vectors, which need labelled images.
+
+    Raises:
+        UserError, TeacherError: where the student, the images or their labels are not as the evaluation needs them.
+    """
+    settings = config.evaluate
+    if not settings.student:
+        raise UserError(
+            "evaluate.student must be given: an exported student folder, an MLflow model URI (models:/m-...), or a timm name"
+        )
+    if config.val is None:
+        raise UserError("data.val: an evaluation needs held-out images")
+    cache = plan_cache(config, cache_store(config), teachers=False)
+    for split in cache.splits if grid is None else ():
+        if split.index["label"].null_count == split.index.num_rows:
+            raise UserError(f"data.{split.split}: {split.source.location} has no labels, which this evaluation needs")
+    source: dict[str, Any] = {
+        "weights": settings.weights,
+        "args": config.student.args,
+        "tracking_uri": resolve_uri(config.tracking.uri, work_folder(config)),
+    }
+    size = settings.input_size or load_any(settings.student, **source).input_size or config.student.input_size
+    encoder = cached_encoder(_absolute(settings.student), size, **source, grid=grid)
+    whole = tuple(replace(split, dataset=replace(split.dataset, policy=WHOLE)) for split in cache.splits)
+    plan = FrozenPlan(CachePlan(cache.store, whole, (encoder,)), encoder)
+    check_classes(plan.train, plan.val)
+    return plan
+
+
+def _absolute(student: str) -> str:
+    """Workers have another working folder."""
+    folder = Path(student).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else student
+
+
+def compute_features(plan: FrozenPlan, config: Config) -> FrozenPlan:
+    """Compute what is missing of the features, on every node and GPU of the Ray session."""
+    cache, _ = build_cache(plan.cache, config)
+    return FrozenPlan(cache, cache.teachers[0])
+
+
+def knn(plan: FrozenPlan, config: Config, run: Run, folder: Path) -> dict[str, float]:
+    """Accuracy in percent for every k of `evaluate.ks`, as ``knn_<k>``, and of `knn.k`, as ``knn``."""
+    ks = sorted({*config.evaluate.ks, config.knn.k})
+    found = search_knn(plan.train, plan.val, plan.encoder, ks, config.knn.temperature)
+    return {"knn": found[config.knn.k], **{f"knn_{k}": accuracy for k, accuracy in found.items()}}
+
+
+def linear(plan: FrozenPlan, config: Config, run: Run, folder: Path) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent of the best learning rate, and that rate.
+
+    All features of a split are in memory, 4 N D bytes.
+    """
+    settings, device = config.evaluate, _device()
+    (features, labels), (held_out, expected) = (
+        (values[known].to(device), classes[known].to(device))
+        for values, classes in (read_summaries(split, plan.encoder) for split in (plan.train, plan.val))
+        for known in [classes != NO_LABEL]
+    )
+    heads = make_heads(plan, config, int(labels.max()) + 1).to(device)
+    batches = shuffled(features, labels, settings.batch_size, config.seed)
+    steps = -(-len(features) // settings.batch_size)
+    train_heads(heads, batches, steps, settings.epochs, folder / "linear.pt", _loss_logger(run, settings.lrs))
+    found = accuracies(heads, held_out, expected)
+    best = _best(run, settings.lrs, found)
+    return {"top1": found["top1"][best], "top5": found["top5"][best], "lr": settings.lrs[best]}
+
+
+@dataclass(frozen=True)
+class SplitMaps:
+    """The label maps of both splits, and their number of classes."""
+
+    train: LabelMaps
+    val: LabelMaps
+    classes: int
+
+    @classmethod
+    def of(cls, plan: FrozenPlan) -> SplitMaps:
+        """Find and read all of them.
+
+        Raises:
+            UserError: naming the first image without a fitting label map.
+        """
+        maps = {s.split: open_label_maps(s.source, s.index["sample_id"].to_pylist()) for s in plan.cache.splits}
+        return cls(maps["train"], maps["val"], max(found.check() for found in maps.values()))
+
+
+def seg_probe(plan: FrozenPlan, config: Config, run: Run, folder: Path, *, maps: SplitMaps) -> dict[str, float]:
+    """mIoU, mean and overall pixel accuracy in percent of the best learning rate, and that rate.
+
+    Intersection over union of every class goes to MLflow as `iou.json`.
+    """
+    settings, device = config.evaluate, _device()
+    groups = PatchGroups(plan.train, plan.encoder)
+    images = min(settings.batch_size, MAPS_AT_ONCE)
+    heads = make_heads(plan, config, maps.classes).to(device)
+    batches = pixel_batches(groups, maps.train, images, config.seed, device)
+    steps, state = steps_of(groups, images), folder / "seg-probe.pt"
+    train_heads(heads, batches, steps, settings.epochs, state, _loss_logger(run, settings.lrs))
+    matrices = confusions(heads, PatchGroups(plan.val, plan.encoder), maps.val, maps.classes, device)
+    scores = [SegmentationScores.of(matrix) for matrix in matrices]
+    found = {name: [getattr(score, name) for score in scores] for name in ("miou", "macc", "aacc")}
+    best = _best(run, settings.lrs, found)
+    run.log_dict({"iou": [round(value, 3) for value in scores[best].iou.tolist()]}, "iou.json")
+    return {**{name: values[best] for name, values in found.items()}, "lr": settings.lrs[best]}
+
+
+def make_heads(plan: FrozenPlan, config: Config, classes: int) -> LinearHeads:
+    """Classifiers on the features of a complete plan, standardised by the statistics of the training images."""
+    moments = teacher_stats(plan.train, plan.encoder)["patches"]
+    mean, std = torch.from_numpy(moments.mean), torch.from_numpy(moments.std)
+    return LinearHeads(mean, std, classes, config.evaluate.lrs, config.seed)
+
+
+def _loss_logger(run: Run, lrs: Sequence[float]) -> Any:
+    def log(epoch: int, losses: list[float]) -> None:
+        run.log_metric_dict({f"loss/lr_{lr:g}": loss for lr, loss in zip(lrs, losses, strict=True)}, epoch)
+
+    return log
+
+
+def _best(run: Run, lrs: Sequence[float], found: Mapping[str, list[float]]) -> int:
+    """Number of the learning rate that is best in the first score; all are printed and logged."""
+    for number, lr in enumerate(lrs):
+        scores = {name: values[number] for name, values in found.items()}
+        print(f"learning rate {lr:<8g}" + "".join(f"{name} {score:7.2f} %  " for name, score in scores.items()))
+        run.log_metric_dict({f"{name}/lr_{lr:g}": score for name, score in scores.items()})
+    first = next(iter(found.values()))
+    return max(range(len(lrs)), key=first.__getitem__)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,107 @@
+"""kNN over a bank of any size: Ray actors hold parts of it, and every query goes to all of them.
+
+An actor holds 4 N D bytes of features and as many of a normalised copy, both divided by the number of actors, and
+256 MiB at most while it compares (:func:`~pipeline.evaluate.knn.nearest`). The job holds the queries, 4 M D bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pipeline.cache.dataset import Dataset
+from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.reader import NO_LABEL, read_summaries
+from pipeline.evaluate.knn import Neighbours, count_correct, labelled, merge, nearest
+from pipeline.prefetch import map_ahead
+
+BLOCK = 8192
+"""Queries that travel at once."""
+
+
+class Placement(NamedTuple):
+    """Actors, and the CPUs and GPUs of each; no actors: this process."""
+
+    actors: int
+    cpus: int = 1
+    gpus: int = 0
+
+
+class BankPart:
+    """Some shards of a bank in memory.
+
+    Args:
+        dataset, teacher: whose vectors they are.
+        shards: their numbers.
+        device: that compares.
+    """
+
+    def __init__(self, dataset: Dataset, teacher: CachedTeacher, shards: Sequence[int], device: str = "cpu") -> None:
+        features, labels = read_summaries(dataset, teacher, shards=shards)
+        known = labels != NO_LABEL
+        self.features, self.labels, self.device = features[known].to(device), labels[known].to(device), device
+
+    def search(self, queries: Tensor, k: int) -> Neighbours:
+        """The k nearest of this part, or as many as it has, on the CPU, for queries [M, D]."""
+        near = nearest(self.features, self.labels, queries.to(self.device), k)
+        return Neighbours(near.similarity.cpu(), near.labels.cpu())
+
+
+def search_knn(
+    train: Dataset,
+    val: Dataset,
+    teacher: CachedTeacher,
+    ks: Sequence[int],
+    temperature: float,
+    placement: Placement | None = None,
+) -> dict[int, float]:
+    """Top-1 accuracy in percent for every k of the vectors of `val`, with all of `train` as the bank.
+
+    Args:
+        placement: None: one actor per GPU of the Ray session, or per eight CPUs; this process where that is one
+            without a GPU.
+
+    Raises:
+        UserError: where no image of `val` has a label.
+    """
+    queries, labels = labelled(*read_summaries(val, teacher))
+    search = _searching(train, teacher, max(ks), placement or _placement(train.shards))
+    correct = dict.fromkeys(ks, 0)
+    with ThreadPoolExecutor(1) as pool:  # the next block is searched while this one votes
+        found = map_ahead(pool, search, queries.split(BLOCK), ahead=1)
+        for near, expected in zip(found, labels.split(BLOCK), strict=True):
+            for k, count in count_correct(near, expected, ks, temperature).items():
+                correct[k] += count
+    return {k: 100 * count / len(queries) for k, count in correct.items()}
+
+
+def _searching(train: Dataset, teacher: CachedTeacher, k: int, placement: Placement) -> Callable[[Tensor], Neighbours]:
+    if not placement.actors:
+        whole = BankPart(train, teacher, range(train.shards))
+        return lambda queries: whole.search(queries, k)
+    import ray
+
+    remote: Any = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus)(BankPart)
+    device = "cuda" if placement.gpus else "cpu"
+    deals = [range(first, train.shards, placement.actors) for first in range(placement.actors)]
+    actors = [remote.remote(train, teacher, shards, device) for shards in deals]
+
+    def search(queries: Tensor) -> Neighbours:
+        block = ray.put(queries)
+        return merge(ray.get([actor.search.remote(block, k) for actor in actors]), k)
+
+    return search
+
+
+def _placement(shards: int) -> Placement:
+    import ray
+
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    if gpus:
+        return Placement(min(gpus, shards), 1, 1)
+    actors = min((cpus - 1) // 8, shards)
+    return Placement(actors, 8) if actors > 1 else Placement(0)

@@ -1,0 +1,139 @@
+"""Linear classifiers on frozen features, one per learning rate, trained side by side in one pass.
+
+As the linear evaluation of DINOv2 (Oquab et al. 2023, appendix B.3; its `eval/linear.py`): SGD with momentum 0.9, no
+weight decay, a cosine to zero, weights drawn from N(0, 0.01); the best learning rate on the held-out images is
+reported, beside all others. Features are standardised first, as the BatchNorm without affine parameters of MAE's linear
+probe does (He et al. 2022, appendix A.1), here by the statistics of the whole training set. Images are not augmented,
+so that features are computed once. Imports neither Ray nor MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from pipeline.progress import Progress
+
+Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
+"""Of an epoch, by its number: features [B, D] float32 and labels [B] int64."""
+
+CHUNK = 1024
+"""Images whose logits are alive at once in evaluation."""
+
+
+class LinearHeads(nn.Module):
+    """G linear classifiers of K classes on the same standardised features.
+
+    Args:
+        mean, std: [D] of the features.
+        classes: K.
+        lrs: the G learning rates.
+        seed: of the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+    lrs: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor, classes: int, lrs: Sequence[float], seed: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", std.float().clamp_min(1e-6))
+        self.register_buffer("lrs", torch.tensor(lrs))
+        self.linear = nn.Linear(len(mean), len(lrs) * classes)
+        nn.init.normal_(self.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> logits [B, G, K]."""
+        return self.linear((features - self.mean) / self.std).unflatten(1, (len(self.lrs), -1))
+
+    def losses(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy [G] of every classifier for features [B, D] and labels [B]; 0 where B is 0."""
+        logits, heads = self(features).flatten(0, 1), len(self.lrs)
+        losses = F.cross_entropy(logits, labels.repeat_interleave(heads), reduction="none")
+        return losses.view(-1, heads).sum(dim=0) / max(1, len(labels))
+
+
+def train_heads(
+    heads: LinearHeads,
+    batches: Batches,
+    steps: int,
+    epochs: int,
+    state_file: Path,
+    on_epoch: Callable[[int, list[float]], None],
+) -> None:
+    """Train all classifiers, from the last epoch that `state_file` holds if it is there.
+
+    Args:
+        steps: batches of an epoch.
+        on_epoch: called after every epoch with its number, from 1, and the mean loss of every classifier.
+    """
+    # A learning rate of 1 with each loss weighted by its own is the same as one optimiser each: without weight decay,
+    # momentum SGD is linear in the gradient, and no classifier sees another's.
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
+    schedule = CosineAnnealingLR(optimizer, epochs * steps)
+    first = _restore(state_file, heads, optimizer, schedule)
+    with Progress(epochs * steps, "step", f"train {len(heads.lrs)} classifiers", initial=first * steps) as progress:
+        for epoch in range(first, epochs):
+            total = torch.zeros_like(heads.lrs)
+            for features, labels in batches(epoch):
+                losses = heads.losses(features, labels)
+                optimizer.zero_grad()
+                (losses * heads.lrs).sum().backward()
+                optimizer.step()
+                schedule.step()
+                total += losses.detach()
+                progress.update()
+            _save(state_file, epoch + 1, heads, optimizer, schedule)
+            on_epoch(epoch + 1, (total / steps).tolist())
+
+
+def _restore(file: Path, heads: nn.Module, optimizer: torch.optim.Optimizer, schedule: CosineAnnealingLR) -> int:
+    if not file.exists():
+        return 0
+    state = torch.load(file, weights_only=True)
+    heads.load_state_dict(state["heads"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return int(state["epoch"])
+
+
+def _save(
+    file: Path, epoch: int, heads: nn.Module, optimizer: torch.optim.Optimizer, schedule: CosineAnnealingLR
+) -> None:
+    parts: dict[str, Any] = {"heads": heads, "optimizer": optimizer, "schedule": schedule}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}")
+    torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
+    os.replace(temporary, file)
+
+
+def shuffled(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> Batches:
+    """Batches of features [N, D] in memory, in an order that is a function of seed and epoch; the last one may be smaller."""
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed + 1_000_003 * epoch))
+        for rows in order.to(features.device).split(batch_size):
+            yield features[rows], labels[rows]
+
+    return batches
+
+
+@torch.inference_mode()
+def accuracies(heads: LinearHeads, features: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """Accuracy in percent of every classifier, as ``top1`` and ``top5``, on features [N, D] with labels [N]."""
+    hits = torch.zeros(len(heads.lrs), 5, device=features.device)
+    for chunk, expected in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
+        logits = heads(chunk)
+        best = logits.topk(min(5, logits.shape[2]), dim=2).indices
+        hits[:, : best.shape[2]] += (best == expected[:, None, None]).sum(dim=0)
+    shares = 100 * hits.cumsum(dim=1) / len(features)
+    return {"top1": shares[:, 0].tolist(), "top5": shares[:, -1].tolist()}

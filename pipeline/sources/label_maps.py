@@ -1,0 +1,132 @@
+"""Dense labels beside images: mask files in ADE20K's layout, or those of the generated scenes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import UserError
+from pipeline.sources.base import Source
+from pipeline.sources.image_folder import ImageFolder
+from pipeline.sources.sample_scenes import SEGMENTATION_CLASSES, SampleScenes
+from pipeline.views import image_size
+
+IGNORE = -1
+"""Label of a pixel that has none."""
+
+_MASK_FOLDERS = ("annotations", "masks")
+_GREY = ("L", "P", "I", "I;16")
+
+
+class LabelMaps(Protocol):
+    """The label maps of a source, by sample id. Picklable."""
+
+    def read(self, sample_id: str) -> np.ndarray:
+        """Class of every pixel: int64 [H, W], `IGNORE` where there is none."""
+
+    def check(self) -> int:
+        """The number of classes that occur: the largest class and one.
+
+        Raises:
+            UserError: naming the first image without a fitting label map.
+        """
+
+
+@dataclass(frozen=True)
+class MaskFolder:
+    """`<masks>/<path of the image>.png`: 0 is ignored, value v is class v - 1, as in ADE20K's SceneParse150.
+
+    Attributes:
+        images: folder of the images.
+        masks: folder of the masks.
+        sample_ids: paths of the images below theirs.
+    """
+
+    images: str
+    masks: str
+    sample_ids: tuple[str, ...]
+
+    def path(self, sample_id: str) -> Path:
+        """The mask of an image."""
+        return Path(self.masks, sample_id).with_suffix(".png")
+
+    def read(self, sample_id: str) -> np.ndarray:
+        """See :class:`LabelMaps`."""
+        path = self.path(sample_id)
+        try:
+            with Image.open(path) as mask:
+                if mask.mode not in _GREY:
+                    raise UserError(f"{path}: the mask is of mode {mask.mode}; it must hold one class number a pixel")
+                return np.asarray(mask).astype(np.int64) - 1
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise UserError(f"{path}: no readable mask of {self.images}/{sample_id} ({error})") from error
+
+    def check(self) -> int:
+        """See :class:`LabelMaps`; a mask must be as large as its upright image."""
+        with ThreadPoolExecutor(8) as pool:
+            largest = max(pool.map(self._largest, self.sample_ids))
+        if largest == IGNORE:
+            raise UserError(f"{self.masks}: every pixel is 0 (ignored); classes count from 1")
+        return largest + 1
+
+    def _largest(self, sample_id: str) -> int:
+        labels, image = self.read(sample_id), Path(self.images, sample_id)
+        try:
+            width, height = image_size(image.read_bytes())
+        except (OSError, SyntaxError):
+            return IGNORE  # the cache quarantines it
+        if labels.shape != (height, width):
+            raise UserError(
+                f"{self.path(sample_id)}: the mask is {labels.shape[1]}x{labels.shape[0]} pixels, its image {width}x{height} "
+                "(upright by its EXIF orientation); resize the mask by nearest neighbour"
+            )
+        return int(labels.max())
+
+
+@dataclass(frozen=True)
+class SceneLabels:
+    """Label maps of generated scenes: background is class 0, and nothing is ignored."""
+
+    source: SampleScenes
+
+    def read(self, sample_id: str) -> np.ndarray:
+        """See :class:`LabelMaps`."""
+        return self.source.scene(int(sample_id.rpartition("-")[2])).semantic.astype(np.int64)
+
+    def check(self) -> int:
+        """See :class:`LabelMaps`; every class counts, whether or not a scene shows it."""
+        return len(SEGMENTATION_CLASSES)
+
+
+def open_label_maps(source: Source, sample_ids: Sequence[str]) -> LabelMaps:
+    """The label maps of a source.
+
+    Those of an image folder lie beside it, in the folder of the same path with `images` replaced by `annotations` or
+    `masks`: `ade20k/images/training` has `ade20k/annotations/training`.
+
+    Raises:
+        UserError: where the source cannot have any, or they are not there.
+    """
+    if isinstance(source, SampleScenes):
+        return SceneLabels(source)
+    if not isinstance(source, ImageFolder):
+        raise UserError(f"{source.location}: label maps need a folder of images, or `samples`")
+    parts = source.location.rstrip(os.sep).split(os.sep)
+    if "images" not in parts:
+        raise UserError(
+            f"{source.location}: label maps are looked for beside a folder named `images`, as in "
+            "ade20k/images/training and ade20k/annotations/training; lay it out so"
+        )
+    position = len(parts) - 1 - parts[::-1].index("images")
+    looked = [os.sep.join([*parts[:position], name, *parts[position + 1 :]]) for name in _MASK_FOLDERS]
+    found = next((folder for folder in looked if os.path.isdir(folder)), None)
+    if found is None:
+        raise UserError(f"{source.location}: there are no label maps in {' or '.join(looked)}")
+    return MaskFolder(source.location, found, tuple(sample_ids))

@@ -1,0 +1,94 @@
+"""Any backbone that a user may name: an exported student, a model in MLflow, or a timm model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+
+from pipeline.errors import UserError
+from pipeline.student.model import Encoder, create_backbone, load_encoder
+from teachers.base import TeacherError, WeightsNotFoundError
+from teachers.weights import check_keys, from_hub, parse_weights, read_checkpoint
+
+
+class Loaded(NamedTuple):
+    """A backbone with its weights, in evaluation mode, on the CPU.
+
+    Attributes:
+        encoder: [B, 3, H, W] float32 RGB in [0, 1] -> [B, C].
+        name: readable.
+        input_size: side in pixels that an exported student was trained at, else None.
+        args: what timm builds it with beside the name.
+        provenance: what is known of its origin, JSON-ready: teachers, data, training, metrics, or the weights.
+    """
+
+    encoder: Encoder
+    name: str
+    input_size: int | None
+    args: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def load_any(
+    student: str, *, weights: str = "pretrained", args: Mapping[str, Any] | None = None, tracking_uri: str = ""
+) -> Loaded:
+    """Load what `student` names.
+
+    Args:
+        student: an exported folder, an MLflow URI (`models:/...`, `runs:/...`), or a name of timm: `regla_m`,
+            `timm/<name>`.
+        weights: of a timm model: `pretrained`, `random[:seed]`, or the path of a file whose keys all fit.
+        args: of a timm model, for `timm.create_model`.
+        tracking_uri: of the MLflow store.
+
+    Raises:
+        UserError: where it is none of these, or its weights cannot be had.
+    """
+    if "://" in student or student.startswith(("models:/", "runs:/")):
+        from pipeline.tracking import download_student
+
+        return _from_folder(download_student(student, tracking_uri))
+    if Path(student).expanduser().is_dir():
+        return _from_folder(Path(student).expanduser())
+    if student.startswith("timm/") or timm.is_model(student):
+        encoder, known = _from_timm(student, weights, args or {}), {"weights": weights}
+        return Loaded(encoder, student.removeprefix("timm/"), None, args or {}, known)
+    raise UserError(
+        f"{student}: neither an exported student folder, nor an MLflow URI (models:/m-...), nor a name that timm knows"
+    )
+
+
+def _from_folder(folder: Path) -> Loaded:
+    encoder = load_encoder(folder)
+    described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    origin = folder / "provenance.json"
+    known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
+    return Loaded(encoder, described["model"], described.get("input_size"), described["args"], known)
+
+
+def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> Encoder:
+    try:
+        source = parse_weights(weights, name, "pretrained")
+        if source.kind == "hub":
+            return Encoder(from_hub(name, lambda: create_backbone(name, {**args, "pretrained": True}))).eval()
+        if source.kind == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(source.seed)
+                return Encoder(create_backbone(name, args)).eval()
+        backbone = create_backbone(name, args)
+        heads: Any = backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+        ignored = [f"{head}." for head in ([heads] if isinstance(heads, str) else heads)]
+        backbone.load_state_dict(check_keys(read_checkpoint(source.value, name), backbone.state_dict(), name, ignored))
+    except WeightsNotFoundError as error:
+        raise UserError(
+            f"{name}: weights={weights}: neither a file nor in the hub's cache, and no hub gives them; "
+            "name a checkpoint file, or `random` for an untrained network"
+        ) from error
+    except TeacherError as error:
+        raise UserError(str(error).removeprefix("teacher ")) from error
+    return Encoder(backbone).eval()

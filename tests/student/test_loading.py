@@ -1,0 +1,74 @@
+"""Every way to name a backbone, and what is said where it is none."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from pipeline.errors import UserError
+from pipeline.student.loading import load_any
+from pipeline.student.model import Encoder, create_backbone
+
+NAME = "mobilenetv4_conv_small_035"
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder as a distillation exports it, and its encoder."""
+    encoder = Encoder(create_backbone(f"timm/{NAME}")).eval()
+    folder = tmp_path / "student"
+    folder.mkdir()
+    save_file(encoder.backbone.state_dict(), folder / "student.safetensors")
+    described = {"model": NAME, "args": {"num_classes": 0}, "input_size": 64}
+    (folder / "student.json").write_text(json.dumps(described))
+    return folder, encoder
+
+
+def test_an_exported_folder_brings_its_size(exported):
+    folder, encoder = exported
+    loaded = load_any(str(folder))
+    images = torch.rand(2, 3, 64, 64)
+    assert (loaded.name, loaded.input_size) == (NAME, 64)
+    assert torch.equal(loaded.encoder(images), encoder(images))
+
+
+def test_a_timm_name_takes_a_file_with_a_classifier(tmp_path):
+    model = timm.create_model(NAME).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    encoder = load_any(f"timm/{NAME}", weights=str(tmp_path / "weights.safetensors")).encoder
+    images = torch.rand(2, 3, 64, 64)
+    (expected,) = model.forward_intermediates((images - encoder.mean) / encoder.std, indices=1, intermediates_only=True)
+    assert torch.allclose(encoder(images), expected.mean(dim=(2, 3)), atol=1e-5)
+
+
+def test_random_weights_follow_their_seed():
+    first, again, other = (load_any(NAME, weights=weights).encoder for weights in ("random", "random:0", "random:1"))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(first(images), again(images))
+    assert not torch.equal(first(images), other(images))
+
+
+@pytest.mark.parametrize(
+    ("student", "weights", "expected"),
+    [
+        ("no/such/folder", "random", "neither an exported student folder, nor an MLflow URI"),
+        ("timm/mobilenetv5", "random", "timm has no model mobilenetv5"),
+        (NAME, "no/such/file.safetensors", "weights=no/such/file.safetensors: neither a file"),
+        (NAME, "random:many", "random:many needs a whole number"),
+    ],
+)
+def test_what_is_no_backbone_is_named(student, weights, expected):
+    with pytest.raises(UserError, match=expected):
+        load_any(student, weights=weights)
+
+
+def test_a_file_of_another_architecture_and_an_unreachable_hub_are_named(tmp_path, monkeypatch):
+    save_file({"odd": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"weights: the file lacks .*: is it of this architecture"):
+        load_any(NAME, weights=str(tmp_path / "odd.safetensors"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(UserError, match="no hub gives them; name a checkpoint file, or `random`"):
+        load_any("timm/mobilenetv2_100", weights="pretrained")

@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from jobs import export, predict
+from pipeline.errors import UserError
+from pipeline.predict import load_predictor
+from pipeline.student.loading import load_any
+from pipeline.views import FULL, decode_image, render
+from tests.fakes import write_photos
+
+NAME = "timm/mobilenetv4_conv_small_035"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder, 7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return load_predictor(NAME, weights="random", input_size=64, device="cpu", batch_size=3)
+
+
+@pytest.fixture
+def command(capsys):
+    """Run a job's `main`; gives its exit code, and the figures of its last line or its error."""
+
+    def start(job, *arguments):
+        try:
+            job.main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            return exit_.code, capsys.readouterr().err.strip()
+        return 0, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return start
+
+
+@torch.no_grad()
+def expected_features(paths, size=64):
+    encoder = load_any(NAME, weights="random").encoder
+    pixels = [render(decode_image(path.read_bytes()), FULL, (size, size), "bicubic") for path in paths]
+    return encoder(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255)
+
+
+def test_files_folders_arrays_and_lists_give_the_features_of_the_encoder(photos, predictor):
+    paths = sorted(photos.rglob("*.jpg"))
+    expected = expected_features(paths)
+    assert torch.allclose(predictor.features(photos), expected, atol=1e-5)
+    assert torch.allclose(predictor.features(str(paths[2])), expected[2:3], atol=1e-5)
+    array = np.array(Image.open(paths[0]))
+    mixed = predictor.features([array, paths[1], [Image.open(paths[2]), photos / "class1"]])
+    assert torch.allclose(mixed, expected[[0, 1, 2, 3, 4]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ("no/such.jpg", "no/such.jpg: no such file or folder"),
+        ([], "the list is empty"),
+        (np.zeros((3, 8, 8), np.uint8), r"RGB uint8 \[H, W, 3\], not uint8 \[3, 8, 8\]"),
+        (np.zeros((8, 8, 3)), "not float64"),
+    ],
+)
+def test_what_is_no_image_is_named(predictor, images, expected):
+    with pytest.raises(UserError, match=expected):
+        predictor.features(images)
+
+
+def test_an_unreadable_file_a_folder_without_images_and_a_missing_device_are_named(predictor, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"broken\.jpg: not an image"):
+        predictor.features(tmp_path)
+    (tmp_path / "broken.jpg").unlink()
+    with pytest.raises(UserError, match=r"no images found; looked for \.jpg"):
+        predictor.features(tmp_path)
+    with pytest.raises(UserError, match="device nonsense"):
+        load_predictor(NAME, weights="random", device="nonsense")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "json"])
+def test_the_job_writes_paths_and_features(photos, tmp_path, command, ending):
+    file, paths = tmp_path / "out" / f"features.{ending}", sorted(photos.rglob("*.jpg"))
+    arguments = [NAME, photos, "--weights", "random", "--size", 64, "--to", file, "--device", "cpu"]
+    assert command(predict, *arguments) == (0, {"file": str(file), "images": 7, "channels": 336})
+    rows = pq.read_table(file).to_pylist() if ending == "parquet" else json.loads(file.read_text())
+    assert [row["path"] for row in rows] == [str(path) for path in paths]
+    assert torch.allclose(torch.tensor([row["features"] for row in rows]), expected_features(paths), atol=1e-5)
+
+
+def test_the_export_job_writes_a_folder_that_predict_takes(photos, tmp_path, command):
+    arguments = [NAME, "--weights", "random", "--size", 64, "--format", "safetensors", "--to", tmp_path / "exported"]
+    code, figures = command(export, *arguments)
+    assert (code, figures["formats"]["safetensors"]["parity"]["relative_error"]) == (0, 0)
+    code, figures = command(predict, tmp_path / "exported", photos, "--to", tmp_path / "f.parquet")
+    assert (code, figures["images"]) == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere", "."], "error: nowhere: neither an exported student folder"),
+        ([NAME, "no/such.jpg"], "error: no/such.jpg: no such file or folder"),
+        ([NAME, ".", "--to", "features.csv"], "error: features.csv: the name must end in .parquet or .json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command, photos, arguments, expected, monkeypatch):
+    monkeypatch.chdir(photos)
+    code, error = command(predict, *arguments)
+    assert code == 2
+    assert error.startswith(expected)
