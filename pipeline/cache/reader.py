@@ -120,6 +120,24 @@ class ShuffleQuality:
         )
 
 
+def check_per_step(per_step: int, views: int, batch_size: int) -> None:
+    """Refuse a number of views in a step that cuts an image's views, or a worker's step, into unequal parts.
+
+    Args:
+        per_step: views of an image in a step.
+        views: of an image in the cache.
+        batch_size: images of a worker's step.
+
+    Raises:
+        UserError: naming the fields.
+    """
+    if views % per_step or batch_size % per_step:
+        raise UserError(
+            f"views.per_step={per_step} must divide the {views} views of an image (views.crops) and the {batch_size} "
+            "images of a worker's step (train.batch_size, train.workers)"
+        )
+
+
 class CacheReader:
     """Reads a dataset with the teachers in use, and no other teacher's bytes.
 
@@ -152,12 +170,7 @@ class CacheReader:
         threads: int = 2,
         per_step: int = 1,
     ) -> None:
-        views = dataset.policy.rows_per_image
-        if views % per_step or batch_size % per_step:
-            raise UserError(
-                f"views.per_step={per_step} must divide the {views} views of an image (views.crops) and the {batch_size} "
-                "images of a worker's step (train.batch_size, train.workers)"
-            )
+        check_per_step(per_step, dataset.policy.rows_per_image, batch_size)
         self.image_size, self.batch_size, self.seed, self.window = image_size, batch_size, seed, window
         self.rank, self.world, self.per_step = rank, world, per_step
         self.dataset = dataset

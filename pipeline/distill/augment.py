@@ -87,8 +87,7 @@ def apply_draws(images: Tensor, draws: Draws) -> Tensor:
     images = (images * draws.brightness).clamp(0, 1)
     images = _blend(images, _grey(images).mean(dim=(2, 3), keepdim=True), draws.contrast)
     images = _blend(images, _grey(images), draws.saturation)
-    if draws.hue.any():
-        images = _turn_hue(images, draws.hue)
+    images = _turn_hue(images, draws.hue)
     images = torch.where(draws.grey > 0, _grey(images), images)
     return torch.where(draws.sigma > 0, _blur(images, draws.sigma.clamp_min(BLUR_SIGMA[0])), images)
 

@@ -36,8 +36,10 @@ class TeacherTarget(nn.Module):
         super().__init__()
         self.teacher, self.loss = teacher, loss
         self.rule = GridRule(grid, teacher.spec.grid)
-        self.tokens = nn.ModuleDict(tokens)
         self.standardisers = nn.ModuleDict({kind: standardisers[kind] for kind in teacher.shapes})
+        folded = {kind: standardisers[kind].fold(tokens[kind]) for kind in teacher.shapes}
+        self.tokens = nn.ModuleDict({kind: decoder or tokens[kind] for kind, decoder in folded.items()})
+        self.folded = {kind for kind, decoder in folded.items() if decoder}
         dims = {"summary": student.encoder.dim, "patches": student.token_dim}
         self.heads = nn.ModuleDict(
             {kind: distillation_head(dims[kind], hidden, shape[-1]) for kind, shape in teacher.shapes.items()}
@@ -61,13 +63,14 @@ class TeacherTarget(nn.Module):
         """
         # Autocast would take the projections to bfloat16; stored features are worth more than that.
         with torch.autocast(raw["patches"].device.type, enabled=False):
-            target = {kind: self.standardisers[kind](self._decode(kind, raw[kind])) for kind in self.heads}
+            target = {kind: self._target(kind, raw[kind]) for kind in self.heads}
         return {**target, "patches": self.rule.align_teacher(target["patches"])}
 
-    def _decode(self, kind: str, rows: Tensor) -> Tensor:
+    def _target(self, kind: str, rows: Tensor) -> Tensor:
         tokens = self.tokens[kind]
         assert isinstance(tokens, TokenCodec)
-        return tokens.decode(rows)
+        features = tokens.decode(rows)
+        return features if kind in self.folded else self.standardisers[kind](features)
 
     def losses(self, output: StudentOutput, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """[B] float32 by part: ``patches``, ``summary`` where there is one, and in training each relation asked for.

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from pipeline.cache.build import CachePlan
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import teacher_labels
+from pipeline.cache.reader import check_per_step
 from pipeline.config import Config
 from pipeline.distill.distiller import token_grid
 from pipeline.distill.grid import GridRule
@@ -77,6 +78,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
     """
     config, teachers = phase.config, phase.plan.teachers
     check_losses(config.loss)
+    check_per_step(config.views.per_step, config.views.crops or 1, config.train.batch_size)
     student = build_student(config)
     grid, labels = token_grid(student, config.student.input_size), teacher_labels(teachers)
     strides = ", ".join(map(str, student.tapped))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.cache.codec import Projection, TokenCodec
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.phi_s import PhiS, load_phi_s
@@ -24,6 +25,10 @@ class Standardiser(nn.Module):
     def undo(self, features: Tensor) -> Tensor:
         """The inverse of `forward`."""
         raise NotImplementedError
+
+    def fold(self, tokens: TokenCodec) -> TokenCodec | None:
+        """A decoder whose features are standardised already, where that saves anything; else None."""
+        return None
 
 
 class MeanStd(Standardiser):
@@ -78,6 +83,13 @@ class Rotation(Standardiser):
     def forward(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return (features - self.mean) @ self.rotation.T / self.scale
+
+    def fold(self, tokens: TokenCodec) -> TokenCodec | None:
+        """Of projected features: the decoder's own matrix takes the rotation, which is as dear as the projection itself."""
+        if tokens.basis is None or tokens.mean is None:
+            return None
+        basis = tokens.basis @ self.rotation.T / self.scale
+        return TokenCodec(tokens.scalar, tokens.shape, Projection(self(tokens.mean), basis))
 
     def undo(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

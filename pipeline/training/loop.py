@@ -133,7 +133,8 @@ class _Loop:
                 self._advance(len(batches[0].keys))
                 if meter.due:
                     self._log(meter, steps)
-                progress.update(1, **meter.postfix(self.all_steps - position.step))
+                if not self.worker.rank:
+                    progress.update(1, **meter.postfix(self.all_steps - position.step))
                 if position.batch < steps:
                     self._save_within_epoch(meter, steps)
         self._log(meter, steps)

@@ -56,9 +56,12 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=device.type == "cuda")
         self.dtype = arithmetic(config, device)
         self.half = self.dtype == torch.float16
-        # Even where nothing is scaled: it skips a step that is not finite without waiting for the device.
+        # On a GPU even where nothing is scaled: it skips a step that is not finite without waiting for the device.
         self.scaler = torch.amp.GradScaler(
-            device.type, init_scale=65536.0 if self.half else 1.0, growth_interval=2000 if self.half else NEVER
+            device.type,
+            init_scale=65536.0 if self.half else 1.0,
+            growth_interval=2000 if self.half else NEVER,
+            enabled=self.half or device.type == "cuda",
         )
         self.schedule = task.schedule(self.optimizer, config) or self._make_schedule(steps)
 
@@ -88,7 +91,8 @@ class Stepper:
         self.module.load_state_dict(state["model"])
         self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # written where nothing was scaled, as on a CPU
+            self.scaler.load_state_dict(state["scaler"])
 
     def __call__(self, batches: Sequence[TrainingBatch], step: int, clock: Stopwatch) -> dict[str, Tensor]:
         """Optimiser step number `step`, from 0 on.
@@ -104,7 +108,8 @@ class Stepper:
         parts = self._accumulate(batches, step, clock)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)
-        self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled() or torch.isfinite(norm):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update(self.module, step=step + 1)
         return {**parts, "grad_norm": norm.detach()}

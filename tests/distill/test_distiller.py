@@ -1,15 +1,19 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.cache.codec import Codec, fit_projection
 from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.phi_s import PhiS
 from pipeline.cache.stats import Moments
 from pipeline.config import LossConfig, TeacherConfig
 from pipeline.distill.distiller import Distiller, token_grid
 from pipeline.distill.grid import GridRule
 from pipeline.distill.loss import relation, vector_loss
-from pipeline.distill.standardise import MeanStd
+from pipeline.distill.standardise import MeanStd, Rotation
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder, Student, create_backbone
 from teachers.base import TeacherSpec
@@ -273,3 +277,22 @@ def test_evaluation_has_no_relation_and_leaves_the_queue_alone():
     _, parts = distiller(*_batch([teacher]))
     assert sorted(parts) == ["a/patches", "a/summary"]
     assert int(distiller.targets[0].queue.count) == 0
+
+
+def test_phi_s_gives_the_same_targets_whether_features_are_projected_or_not():
+    teacher = _teacher("a", grid=(8, 8))
+    features = _features(teacher, 50)
+    moments = {kind: Moments.of(values) for kind, values in features.items()}
+    student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
+    targets = []
+    for codec in ("float32", "pca6-float32"):  # all six channels: nothing is lost
+        cached = dataclasses.replace(teacher, codec=codec)
+        tokens = cached.tokens(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
+        standardisers = {kind: Rotation(PhiS.of(part)) for kind, part in moments.items()}
+        one = Distiller(student, [cached], {cached.id: standardisers}, {cached.id: tokens}, SIZE, 32, LossConfig())
+        raw = {kind: torch.from_numpy(tokens[kind].encode(values)) for kind, values in features.items()}
+        targets.append(one.targets[0].targets(raw))
+    assert targets[0]["patches"].shape == (50, 4, 4, 6)
+    for kind in ("summary", "patches"):
+        torch.testing.assert_close(targets[1][kind], targets[0][kind], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(targets[0]["summary"].std(0), torch.full((6 - 1,), 1.0), atol=0.05, rtol=0)

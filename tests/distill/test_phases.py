@@ -175,6 +175,13 @@ def test_every_phase_has_a_plan(planned):
     assert list(second)[2:] == ["learning rate", "grid colours12", "grid colours8"]
 
 
-def test_losses_are_checked_with_the_plan(planned):
-    with pytest.raises(UserError, match=r"loss\.patches: there is no loss mze; did you mean mse\?"):
-        [training_plan(phase) for phase in planned("phases.1.loss={patches: {mze: 1}}")]
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("phases.1.loss={patches: {mze: 1}}", r"loss\.patches: there is no loss mze; did you mean mse\?"),
+        ("phases.1.views={per_step: 2}", r"views\.per_step=2 must divide the 1 views of an image"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_with_the_plan(planned, override, message):
+    with pytest.raises(UserError, match=message):
+        [training_plan(phase) for phase in planned(override)]

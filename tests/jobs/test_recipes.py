@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import distill
+from jobs import distill, precompute
 from pipeline.cache import build
 from pipeline.config import load_config
 from pipeline.errors import UserError
@@ -73,6 +73,16 @@ def test_a_recipe_resolves_to_a_plan(recipe, photos, tmp_path, job, quick_teache
         assert f"{phase.student.name} at {phase.student.input_size} px" in text
         assert f"{phase.train.epochs} epochs of " in text
     assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_is_planned_for_every_phase(photos, tmp_path, job, quick_teachers):
+    data = [f"{key}={photos}/{part}" for key, part in DATA.items()]
+    recipe = str(RECIPES[0].parent / "imagenet.yaml")
+    text, _ = job(precompute.main, recipe, *data, f"phases.1.data.train={photos}/part", f"work={tmp_path}", "--dry-run")
+    assert "plan of phase 1 of 2" in text
+    assert "plan of phase 2 of 2" in text
+    assert "224x224 px -> 16x16x768" in text
+    assert "336x336 px -> 24x24x768" in text
 
 
 def test_the_sizes_of_imagenet_differ_in_their_student_alone():

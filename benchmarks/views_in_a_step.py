@@ -1,0 +1,73 @@
+"""What decoding an image once for all of its views in a step is worth: images that the reader hands out per CPU second.
+
+    python benchmarks/views_in_a_step.py                       made-up JPEGs of 448 px, 4 crops of each at 224 px
+    python benchmarks/views_in_a_step.py --images photos/train  real ones
+
+All settings take turns in one run; the median of the rounds counts. Seconds are those of all threads on their processors,
+which other work on the machine hardly moves. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.made_up_cache import jpegs, write_dataset
+from pipeline.cache.dataset import Dataset
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.spine import rows_of_shard
+from pipeline.views import ViewPolicy
+
+PER_STEP = (1, 2, 4)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    options = _parse(arguments)
+    files = [file.read_bytes() for file in sorted(options.images.rglob("*.[jJ][pP]*[gG]"))] if options.images else None
+    with TemporaryDirectory() as folder:
+        dataset = write_dataset(folder, options.count, files or jpegs(options.side), 256)
+        dataset = replace(dataset, policy=ViewPolicy(crops=max(PER_STEP)))
+        for record in dataset.images.records().values():
+            rows_of_shard(dataset, record.shard, dataset.images.read(record))
+        rates: dict[int, list[float]] = {views: [] for views in PER_STEP}
+        for epoch in range(options.rounds):
+            for views, measured in rates.items():
+                measured.append(_rate(dataset, views, epoch, options))
+    found = {views: median(measured) for views, measured in rates.items()}
+    figures = {f"images_per_cpu_second_{views}": round(rate, 1) for views, rate in found.items()}
+    gains = {f"gain_{views}": round(found[views] / found[1], 3) for views in PER_STEP[1:]}
+    print(json.dumps({**figures, **gains, "threads": options.threads, "rounds": options.rounds}))
+
+
+def _rate(dataset: Dataset, views: int, epoch: int, options: argparse.Namespace) -> float:
+    reader = CacheReader(
+        dataset, (), image_size=options.size, batch_size=64, window=512, threads=options.threads, per_step=views
+    )
+    started = time.process_time()
+    images = sum(len(batch.keys) for batch in reader.batches(epoch))
+    return images / (time.process_time() - started)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder of JPEGs, at any depth; none: made-up ones")
+    parser.add_argument("--side", type=int, default=448, help="of made-up images in pixels")
+    parser.add_argument("--size", type=int, default=224, help="side of the student's input in pixels")
+    parser.add_argument("--count", type=int, default=512, help="images in the cache")
+    parser.add_argument("--threads", type=int, default=2, help="that decode")
+    parser.add_argument("--rounds", type=int, default=5, help="visits of each setting")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
