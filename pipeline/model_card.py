@@ -34,7 +34,10 @@ def model_card(described: dict[str, Any]) -> str:
 def _origin(origin: dict[str, Any]) -> list[str]:
     if "teachers" not in origin:
         return [f"Weights: {origin.get('weights') or origin.get('model_uri') or 'unknown'}."]
-    data, training = origin["data"], origin["training"]
+    training = origin["training"]
+    images = ", ".join(
+        f"{d['images']} of `{d['location']}` (index SHA-256 {d['fingerprint'][:12]})" for d in origin["data"]
+    )
     scores = ", ".join(f"{name} {score:.1f} %" for name, score in origin["knn"].items() if score is not None)
     return [
         "Distilled from these teachers, whose licences apply:",
@@ -43,8 +46,7 @@ def _origin(origin: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
         *(f"| {t['name']} | {t['architecture']} | {t['weights'][:32]} | {t['licence']} |" for t in origin["teachers"]),
         "",
-        f"Images: {data['images']} of `{data['location']}` (index SHA-256 {data['fingerprint'][:12]}), "
-        f"{training['epochs']} epochs, {training['samples_seen']} images seen. MLflow run {origin['run_id']}.",
+        f"Images: {images}; {training['epochs']} epochs, {training['samples_seen']} images seen. MLflow run {origin['run_id']}.",
         "",
         f"kNN on held-out images (k = 20): {scores or 'not measured: no labels'}.",
         "",

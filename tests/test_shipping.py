@@ -19,7 +19,7 @@ SHAPES = [(1, 64, 64), (3, 97, 130)]
 ORIGIN = {
     "run_id": "0123",
     "teachers": [{"name": "sam", "architecture": "timm/samvit", "weights": "hub:sa1b", "licence": "apache-2.0"}],
-    "data": {"location": "photos", "fingerprint": "f" * 64, "images": 7, "classes": 3},
+    "data": [{"location": "photos", "fingerprint": "f" * 64, "view": "full", "images": 7, "classes": 3}],
     "training": {"epochs": 2, "samples_seen": 14},
     "knn": {"knn": 61.5, "sam": None},
 }

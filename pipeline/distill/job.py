@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipeline.distill.grid import GridRule
 from pipeline.distill.kept_heads import save_heads
 from pipeline.distill.loss import check_losses
 from pipeline.distill.phases import Ending, Phase
+from pipeline.distill.provenance import provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
@@ -99,10 +100,12 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
     """
     ending, before = Ending(), None
     teachers: dict[str, float] = {}
+    jobs = []
     for number, phase in enumerate(phases, 1):
         name = "train" if len(phases) == 1 else f"train/phase-{number}"
         file = folder / f"{name}.pt"
         job = make_job(phase.config, phase.plan)
+        jobs.append(job)
         teachers |= evaluate_teachers(job, run, ending.steps)
         if not file.exists():
             if len(phases) > 1:
@@ -111,7 +114,7 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
             ending = _train(job, run, folder / name, ending, before, watch)
             ending.save(file)
         ending, before = Ending.load(file), file
-    return _finish(job, run, folder, ending, teachers)
+    return _finish(jobs, run, folder, ending, teachers)
 
 
 def _train(job: DistillJob, run: Run, folder: Path, begun: Ending, before: Path | None, watch: Watch) -> Ending:
@@ -126,8 +129,11 @@ def _train(job: DistillJob, run: Run, folder: Path, begun: Ending, before: Path 
     return begun.then(state, job.config.train.epochs, list(teacher_labels(job.teachers).values()))
 
 
-def _finish(job: DistillJob, run: Run, folder: Path, ending: Ending, teachers: dict[str, float]) -> DistillResult:
-    """Export the student and log it."""
+def _finish(
+    jobs: Sequence[DistillJob], run: Run, folder: Path, ending: Ending, teachers: dict[str, float]
+) -> DistillResult:
+    """Export the student that the last phase left, and log it."""
+    job = jobs[-1]
     distiller = build_distiller(job)
     assert ending.weights is not None
     distiller.load_state_dict(ending.weights)
@@ -136,7 +142,8 @@ def _finish(job: DistillJob, run: Run, folder: Path, ending: Ending, teachers: d
     if job.config.student.keep_heads:
         save_heads(distiller, job.config.student.head_dim, student)
     before, after = ending.knn or (None, None)
-    write_provenance(job, run, ending.samples, {"knn": after, **teachers}, student)
+    origin = provenance(jobs, run.run_id, ending.samples, {"knn": after, **teachers})
+    (student / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
     uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
     return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student)
 
@@ -196,32 +203,6 @@ def export_student(encoder: Encoder, config: Config, folder: Path) -> None:
         "std": encoder.std.flatten().tolist(),
     }
     (folder / "student.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
-
-
-def write_provenance(job: DistillJob, run: Run, samples: int, knn: Mapping[str, float | None], folder: Path) -> None:
-    """Write what a student comes from beside it: it travels with the student, to MLflow and into exports."""
-    labels = teacher_labels(job.teachers)
-    origin = {
-        "run_id": run.run_id,
-        "teachers": [
-            {
-                "name": labels[teacher.id],
-                "architecture": teacher.spec.architecture,
-                "weights": teacher.spec.weights,
-                "licence": teacher.spec.licence,
-            }
-            for teacher in job.teachers
-        ],
-        "data": {
-            "location": job.train.location,
-            "fingerprint": job.train.fingerprint,
-            "images": job.train.count,
-            "classes": len(job.train.classes),
-        },
-        "training": {"epochs": job.config.train.epochs, "samples_seen": samples},
-        "knn": knn,
-    }
-    (folder / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
 
 
 def _log(encoder: Encoder, config: Config, run: Run, folder: Path, metrics: dict[str, float]) -> str:

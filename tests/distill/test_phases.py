@@ -1,5 +1,6 @@
 """Phases one after the other, with the engine in this process: what goes on, what starts afresh, and what a kill costs."""
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +65,8 @@ class InProcess:
 class Logged:
     """An MLflow run that remembers its metrics."""
 
+    run_id = "run"
+
     def __init__(self):
         self.history = []
 
@@ -125,9 +128,13 @@ def test_phases_go_on_from_each_other_in_one_curve(planned, tmp_path, monkeypatc
     assert sorted(file.name for file in result.student.iterdir()) == [
         "heads.json",
         "heads.safetensors",
+        "provenance.json",
         "student.json",
         "student.safetensors",
     ]
+    origin = json.loads((result.student / "provenance.json").read_text())
+    assert [teacher["name"] for teacher in origin["teachers"]] == ["colours8", "colours4", "colours12"]
+    assert origin["training"] == {"epochs": 3, "samples_seen": 27 * 16}
 
 
 def test_the_student_and_known_heads_are_taken_over_and_statistics_are_those_of_the_phase(

@@ -1,0 +1,47 @@
+"""What a student comes from: a file beside it, which travels with it to MLflow and into exports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.cache.dataset import Dataset
+from pipeline.distill.task import DistillJob
+from teachers.base import TeacherSpec
+
+
+def provenance(
+    phases: Sequence[DistillJob], run_id: str, samples: int, knn: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """Run, teachers with their licences, data, budget and accuracy, JSON-ready.
+
+    Args:
+        phases: the jobs of all phases, in order.
+        run_id: of MLflow.
+        samples: seen in all of them.
+        knn: in percent, ``knn`` of the student, the others by the teachers' labels.
+    """
+    # One that was asked at two sizes is one origin.
+    specs = {(t.spec.name, t.spec.weights): t.spec for job in phases for t in job.teachers}
+    datasets = {(job.train.id, job.train.policy.id): job.train for job in phases}
+    return {
+        "run_id": run_id,
+        "teachers": [_teacher(spec) for spec in specs.values()],
+        "data": [_data(dataset) for dataset in datasets.values()],
+        "training": {"epochs": sum(job.config.train.epochs for job in phases), "samples_seen": samples},
+        "knn": dict(knn),
+    }
+
+
+def _teacher(spec: TeacherSpec) -> dict[str, str]:
+    return {"name": spec.name, "architecture": spec.architecture, "weights": spec.weights, "licence": spec.licence}
+
+
+def _data(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "location": dataset.location,
+        "fingerprint": dataset.fingerprint,
+        "view": dataset.policy.id,
+        "images": dataset.count,
+        "classes": len(dataset.classes),
+    }
