@@ -27,7 +27,9 @@ from pipeline.training import (
     split_batch,
     train,
 )
-from pipeline.training.ray_train import _on_sigterm, _shares, _StopFile, keep_best
+from pipeline.training.checkpoint import keep_best
+from pipeline.training.ray_train import _shares
+from pipeline.training.stopping import StopFile, on_sigterm
 from tests.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_tiny_task
 
 CHECKPOINTS = [
@@ -586,9 +588,9 @@ def test_after_the_notice_to_stop_a_second_start_ends_as_an_uninterrupted_run(wh
 
 
 def test_the_first_sigterm_writes_the_file_that_stops_workers_and_the_second_is_as_ever(tmp_path, capsys):
-    before, stop = signal.getsignal(signal.SIGTERM), _StopFile(fs.LocalFileSystem(), str(tmp_path / "stop"))
+    before, stop = signal.getsignal(signal.SIGTERM), StopFile(fs.LocalFileSystem(), str(tmp_path / "stop"))
     stop.remove()
-    with _on_sigterm(stop.write):
+    with on_sigterm(stop.write):
         assert not stop.exists()
         os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == before

@@ -7,7 +7,8 @@
     step.py        one optimiser step: precision, accumulation, clipping, averaging
     meter.py       losses, rate, and where the time goes
     loop.py        `train`: epochs, positions, evaluation, divergence
-    checkpoint.py  what a checkpoint holds
+    checkpoint.py  what a checkpoint holds, and which one is kept as the best
+    stopping.py    how a run is told to save and to end
     ray_train.py   `fit`; Ray is imported inside its functions only, so that the loop runs on machines without it
 """
 

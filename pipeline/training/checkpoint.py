@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from pyarrow import fs
 from torch import Tensor
 
 from pipeline.training.task import History
@@ -67,3 +68,18 @@ def load_state(directory: str | Path) -> dict[str, Any]:
     """The state in a checkpoint directory, on the CPU; nothing is unpickled but tensors and plain values."""
     state: dict[str, Any] = torch.load(Path(directory) / STATE_FILE, map_location="cpu", weights_only=True)
     return state
+
+
+def keep_best(filesystem: fs.FileSystem, path: str) -> None:
+    """Copy a checkpoint to ``best/`` beside it, and remove the one that was the best.
+
+    Ray Train's own retention knows the latest or the best, not both.
+    """
+    source = PurePosixPath(path)
+    folder = source.parent / "best"
+    target = folder / source.name
+    filesystem.create_dir(str(target), recursive=True)
+    fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=filesystem)
+    for known in filesystem.get_file_info(fs.FileSelector(str(folder))):
+        if known.type == fs.FileType.Directory and known.base_name != source.name:
+            filesystem.delete_dir(known.path)

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,16 +23,16 @@ from pyarrow import fs
 
 from pipeline.config import TrainConfig, check_shares
 from pipeline.errors import UserError
-from pipeline.training.checkpoint import STATE_FILE, Snapshot, copied, load_state
+from pipeline.training.checkpoint import STATE_FILE, Snapshot, copied, keep_best, load_state
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
+from pipeline.training.stopping import STOP_FILE, StopFile, on_sigterm
 from pipeline.training.task import History, Task
 from pipeline.training.worker import STOP, StoppedError, Worker
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
 
-STOP_FILE = "stop"
 RETRIES = 3
 """Failures of a worker that a run survives; nodes that are taken away are not counted."""
 
@@ -68,7 +65,7 @@ def fit(
     from ray.train.torch import TorchTrainer
 
     shares = _shares(config, folder)
-    stop = _StopFile(*fs.FileSystem.from_uri(f"{folder}/{STOP_FILE}"))
+    stop = StopFile(*fs.FileSystem.from_uri(f"{folder}/{STOP_FILE}"))
     stop.remove()
     worker_loop: Any = _train_worker  # whose annotations Ray Train finds too narrow
     trainer = TorchTrainer(
@@ -83,7 +80,7 @@ def fit(
         run_config=_run_config(config, folder, on_commit),
     )
     try:
-        with _on_sigterm(stop.write):
+        with on_sigterm(stop.write):
             result: Any = trainer.fit()  # of Ray Train v2, whose class its annotations do not name
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
@@ -96,43 +93,6 @@ def fit(
         raise (DivergedError if kind == "diverged" else StoppedError)(message)
     checkpoint: Checkpoint = result.checkpoint
     return checkpoint
-
-
-class _StopFile:
-    """Tells workers wherever they are to stop, through the folder that they all see."""
-
-    def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
-        self.filesystem, self.path = filesystem, path
-
-    def write(self) -> None:
-        self.filesystem.open_output_stream(self.path).close()
-
-    def exists(self) -> bool:
-        there: bool = self.filesystem.get_file_info(self.path).type == fs.FileType.File
-        return there
-
-    def remove(self) -> None:
-        if self.exists():
-            self.filesystem.delete_file(self.path)
-
-
-@contextmanager
-def _on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
-    """What the first SIGTERM does; a second one ends the process as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, before)
-        print("SIGTERM: saving a checkpoint, then stopping", flush=True)
-        act()
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _shares(config: TrainConfig, folder: str) -> int:
@@ -197,21 +157,6 @@ def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, 
     )
 
 
-def keep_best(filesystem: fs.FileSystem, path: str) -> None:
-    """Copy a checkpoint to ``best/`` beside it, and remove the one that was the best.
-
-    Ray Train's own retention knows the latest or the best, not both.
-    """
-    source = PurePosixPath(path)
-    folder = source.parent / "best"
-    target = folder / source.name
-    filesystem.create_dir(str(target), recursive=True)
-    fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=filesystem)
-    for known in filesystem.get_file_info(fs.FileSelector(str(folder))):
-        if known.type == fs.FileType.Directory and known.base_name != source.name:
-            filesystem.delete_dir(known.path)
-
-
 def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     import ray.train
 
@@ -245,7 +190,7 @@ def _make_worker(shares: int) -> Worker:
     # A timm backbone keeps layers for a classifier that is not there; without this DDP refuses the second step.
     wrap = partial(prepare_model, parallel_strategy_kwargs={"find_unused_parameters": True})
     alone = Worker(context.get_world_rank(), context.get_world_size(), get_device())
-    stop = _StopFile(*_place(STOP_FILE))
+    stop = StopFile(*_place(STOP_FILE))
 
     def notice() -> str | None:
         if alone.any_rank(not alone.rank and stop.exists()):
