@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -58,9 +59,11 @@ class Task(ABC):
 
     Attributes:
         module: whose forward gives the loss of a batch; on the CPU until the engine moves it.
+        evaluates_everywhere: whether every rank is called to evaluate, and not rank 0 alone; rank 0's metrics count.
     """
 
     module: nn.Module
+    evaluates_everywhere: ClassVar[bool] = False
 
     @abstractmethod
     def steps(self, epoch: int) -> int:
@@ -77,6 +80,10 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Metrics of a module on held-out data; called on rank 0 with the EMA weights, on the training device."""
+
+    def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
+        """A learning rate by step of the task's own; None: linear warm-up, then a cosine."""
+        return None
 
 
 @dataclass
@@ -169,9 +176,9 @@ class _Loop:
         self.position = Position()
         self.evaluations: History = []
         self.history: History = []
-        self.schedule = self._make_schedule()
+        self.schedule = task.schedule(self.optimizer, config) or self._make_schedule()
 
-    def _make_schedule(self) -> CosineLRScheduler:
+    def _make_schedule(self) -> Scheduler:
         steps = [self.task.steps(epoch) for epoch in range(self.config.epochs)]
         warmup = min(round(self.config.warmup_epochs * steps[0]), sum(steps) - 1)
         return CosineLRScheduler(
@@ -209,9 +216,11 @@ class _Loop:
         return Snapshot(name, state, history)
 
     def evaluate(self) -> None:
-        if self.worker.rank:
+        if self.worker.rank and not self.task.evaluates_everywhere:
             return
         metrics = self.task.evaluate(self.ema.module)
+        if self.worker.rank:
+            return
         self.evaluations.append((self.position.step, metrics))
         self.history.append((self.position.step, metrics))
         if metrics:
