@@ -1,11 +1,14 @@
-"""Evaluate a student without training anything.
+"""Evaluate a student or a fine-tuned model without training anything.
 
 python jobs/evaluate.py knn evaluate.student=work/runs/<run>/student data.train=photos/train data.val=photos/val
+python jobs/evaluate.py classify|segment|detect evaluate.model=work/runs/<run>/model data.val=photos/val
+python jobs/evaluate.py coco-results annotations=instances_val2017.json results=detections.json
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
-from jobs._cli import percent, run, table
+from jobs._cli import DEFAULT_RECIPE, RECIPES, percent, run, table
+from jobs._downstream import DOWNSTREAM_EVALUATIONS, long_name
 from pipeline.cache.build import build_cache, plan_cache
 from pipeline.cache.estimate import check_space
 from pipeline.config import Config
@@ -23,8 +27,6 @@ from pipeline.job import open_job
 from pipeline.runs import cache_store, work_folder
 from pipeline.student.model import load_encoder
 from pipeline.tracking import load_student, resolve_uri
-
-TASKS = ("knn",)
 
 
 def main(config: Config, dry_run: bool) -> dict[str, Any]:
@@ -60,10 +62,21 @@ def load(config: Config) -> nn.Module:
     return load_encoder(Path(student))
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or (sys.argv[1] not in TASKS and sys.argv[1] not in ("-h", "--help")):
-        print(
-            f"error: name the evaluation first: {', '.join(TASKS)}, as in `jobs/evaluate.py knn ...`", file=sys.stderr
-        )
+EVALUATIONS = {"knn": main, **DOWNSTREAM_EVALUATIONS}
+
+
+def start(arguments: Sequence[str]) -> None:
+    """Run the evaluation that the command line names first."""
+    named = [argument for argument in arguments if argument in EVALUATIONS]
+    if len(named) != 1 and not {"-h", "--help"} & set(arguments):
+        known = ", ".join(EVALUATIONS)
+        print(f"error: name one evaluation first: {known}, as in `jobs/evaluate.py knn ...`", file=sys.stderr)
         sys.exit(2)
-    run(main, __doc__, [argument for argument in sys.argv[1:] if argument not in TASKS])
+    name = named[0] if named else "knn"
+    own = RECIPES / f"{name}.yaml"
+    others = [long_name(name, argument) for argument in arguments if argument != name]
+    run(EVALUATIONS[name], __doc__ or "", others, recipe=own if own.exists() else DEFAULT_RECIPE)
+
+
+if __name__ == "__main__":
+    start(sys.argv[1:])

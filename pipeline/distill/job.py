@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from pipeline.cache.build import CachePlan
 from pipeline.cache.dataset import Dataset
@@ -20,7 +18,7 @@ from pipeline.distill.grid import GridRule
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.errors import UserError
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
-from pipeline.student.model import Encoder
+from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
 from pipeline.training import STATE_FILE, History, fit, load_state
 
@@ -135,18 +133,9 @@ def evaluate_teachers(job: DistillJob, run: Run) -> dict[str, float]:
 
 
 def export_student(encoder: Encoder, config: Config, folder: Path) -> None:
-    """Write the backbone as safetensors, and beside it what `load_encoder` and timm need; neck and heads are dropped."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
-    save_file(weights, folder / "student.safetensors")
-    description = {
-        "model": config.student.name.removeprefix("timm/"),
-        "args": {"num_classes": 0, **config.student.args},
-        "input_size": config.student.input_size,
-        "mean": encoder.mean.flatten().tolist(),
-        "std": encoder.std.flatten().tolist(),
-    }
-    (folder / "student.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+    """Write the backbone for `load_encoder` and timm; neck and heads are dropped."""
+    student = config.student
+    save_encoder(encoder, student.name, student.args, student.input_size, folder)
 
 
 def _log(encoder: Encoder, config: Config, run: Run, folder: Path, metrics: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pipeline.student.regla  # noqa: F401  registers regla_* with timm
@@ -105,6 +105,26 @@ class Student(nn.Module):
         """[B, 3, H, W] uint8 RGB -> summary [B, C] and tokens [B, D, h, w]."""
         maps = self.encoder.maps(pixels.float() / 255, self.levels)
         return StudentOutput(maps[-1].mean(dim=(2, 3)), self.neck(maps[0], maps[-1]))
+
+
+def save_encoder(encoder: Encoder, model: str, args: Mapping[str, Any], input_size: int, folder: Path) -> None:
+    """Write the backbone as safetensors, and beside it what :func:`load_encoder` and timm need.
+
+    Args:
+        model, args: of timm, as :func:`create_backbone` took them.
+        input_size: side in pixels that it was trained at.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
+    save_file(weights, folder / "student.safetensors")
+    description = {
+        "model": model.removeprefix("timm/"),
+        "args": {"num_classes": 0, **args},
+        "input_size": input_size,
+        "mean": encoder.mean.flatten().tolist(),
+        "std": encoder.std.flatten().tolist(),
+    }
+    (folder / "student.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
 def load_encoder(folder: Path) -> Encoder:
