@@ -122,9 +122,9 @@ def decode_image(data: bytes) -> Image.Image:
         raise ValueError(f"cannot be decoded: {error}") from error
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of an encoded image that `decode_image` takes, upright, without decoding its pixels."""
-    with Image.open(io.BytesIO(data)) as image:
+def image_size(data: bytes | str) -> tuple[int, int]:
+    """(width, height) in pixels of an image that `decode_image` takes, or of its file, upright, without its pixels."""
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (image.height, image.width) if turned else (image.width, image.height)
 

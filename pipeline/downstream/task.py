@@ -22,11 +22,12 @@ from pipeline.downstream.classify import Classification
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.sampling import Draw, Sampler, prepare, seeded
 from pipeline.downstream.schedule import make_schedule
+from pipeline.downstream.segment import Segmentation
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder, create_backbone
 from pipeline.training import Task, TrainingBatch
 
-DOWNSTREAM: dict[str, Downstream] = {kind.name: kind for kind in (Classification(),)}
+DOWNSTREAM: dict[str, Downstream] = {kind.name: kind for kind in (Classification(), Segmentation())}
 
 
 @dataclass(frozen=True)
