@@ -19,6 +19,7 @@ from pipeline.config import Config, TrainConfig
 from pipeline.downstream.backbone import load_start
 from pipeline.downstream.base import Downstream, Examples, Part
 from pipeline.downstream.classify import Classification
+from pipeline.downstream.detect import Detection
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.sampling import Draw, Sampler, prepare, seeded
 from pipeline.downstream.schedule import make_schedule
@@ -27,7 +28,7 @@ from pipeline.errors import UserError
 from pipeline.student.model import Encoder, create_backbone
 from pipeline.training import Task, TrainingBatch
 
-DOWNSTREAM: dict[str, Downstream] = {kind.name: kind for kind in (Classification(), Segmentation())}
+DOWNSTREAM: dict[str, Downstream] = {kind.name: kind for kind in (Classification(), Segmentation(), Detection())}
 
 
 @dataclass(frozen=True)
