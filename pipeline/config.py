@@ -222,7 +222,9 @@ class DetectConfig(Section):
     anchor: int = Field(
         32, ge=1, description="side of the smallest anchor in pixels; it doubles at each of five levels"
     )
-    channels: int = Field(256, ge=8, description="channels of the pyramid and of the mask head")
+    channels: int = Field(
+        256, ge=8, description="channels of the pyramid and the mask head; the box head has four times as many"
+    )
 
 
 class PlanConfig(Section):

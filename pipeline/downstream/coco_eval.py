@@ -17,22 +17,9 @@ from pipeline.errors import UserError
 
 Kind = Literal["bbox", "segm"]
 
-NUMBERS = tuple(
-    [
-        "AP",
-        "AP50",
-        "AP75",
-        "AP_small",
-        "AP_medium",
-        "AP_large",
-        "AR1",
-        "AR10",
-        "AR100",
-        "AR_small",
-        "AR_medium",
-        "AR_large",
-    ]
-)
+_SIZES = ("small", "medium", "large")
+NUMBERS: tuple[str, ...] = ("AP", "AP50", "AP75", *(f"AP_{size}" for size in _SIZES))
+NUMBERS += ("AR1", "AR10", "AR100", *(f"AR_{size}" for size in _SIZES))
 """Names of the twelve numbers, in the COCO API's order."""
 
 

@@ -16,8 +16,8 @@ from pipeline.config import DetectConfig
 from pipeline.downstream.backbone import pyramid_levels
 from pipeline.student.model import Encoder
 
-HIDDEN = 1024
-"""Channels of the box head, as published."""
+HIDDEN = 4
+"""Channels of the box head for each of the pyramid: 1024 for 256, as published."""
 
 
 class PyramidBody(nn.Module):
@@ -46,7 +46,7 @@ def build_detector(encoder: Encoder, classes: int, settings: DetectConfig) -> Fa
     Raises:
         UserError: where the backbone lacks a stride.
     """
-    body = PyramidBody(encoder, settings.channels)
+    body, hidden = PyramidBody(encoder, settings.channels), HIDDEN * settings.channels
     common = {
         "min_size": settings.sizes[-1],
         "max_size": settings.max_size,
@@ -55,8 +55,8 @@ def build_detector(encoder: Encoder, classes: int, settings: DetectConfig) -> Fa
         "rpn_anchor_generator": AnchorGenerator(
             tuple((settings.anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5
         ),
-        "box_head": TwoMLPHead(settings.channels * 7**2, HIDDEN),
-        "box_predictor": FastRCNNPredictor(HIDDEN, classes + 1),
+        "box_head": TwoMLPHead(settings.channels * 7**2, hidden),
+        "box_predictor": FastRCNNPredictor(hidden, classes + 1),
         "_skip_resize": True,
     }
     if not settings.masks:

@@ -56,4 +56,4 @@ def _firsts(depth: int) -> list[bool]:
 
 def _block(inputs: int, channels: int) -> nn.Sequential:
     conv = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.GroupNorm(32, channels), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, nn.GroupNorm(min(32, channels // 2), channels), nn.ReLU(inplace=True))
