@@ -102,6 +102,8 @@ class CocoImages:
             raise UserError(
                 f"{where} ({image['file_name']}) has no segmentation; detect.masks=false learns boxes alone"
             )
+        if shape and (wrong := _wrong_shape(shape, image)):
+            raise UserError(f"{where} ({image['file_name']}) has a segmentation {wrong}")
         if len(entry.get("bbox") or ()) != 4:
             if not shape:
                 raise UserError(f"{where} ({image['file_name']}) has neither a box of four numbers nor a segmentation")
@@ -241,6 +243,17 @@ class SceneObjects:
                 )
         categories = [{"id": number, "name": self.classes[number - 1]} for number in self.category_ids]
         return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _wrong_shape(shape: Any, image: Mapping[str, Any]) -> str | None:
+    """What is wrong with a COCO segmentation, or None."""
+    if isinstance(shape, list):
+        good = all(isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in shape)
+        return None if good else "with a polygon of less than three points, or of half a point"
+    if not isinstance(shape, dict) or not {"size", "counts"} <= set(shape):
+        return "that is neither polygons nor run lengths"
+    size = [image["height"], image["width"]]
+    return None if list(shape["size"]) == size else f"of {shape['size']} pixels (height, width) on an image of {size}"
 
 
 def encoded(shape: Any, height: int, width: int) -> dict[str, Any]:
