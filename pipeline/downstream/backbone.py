@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -72,13 +72,17 @@ def find_start(config: Config, downloaded: Path | None = None) -> Start:
 def _timm_encoder(model: str, args: dict[str, Any], seed: int) -> Encoder:
     if "/" in model or model.startswith((".", "~")):
         raise UserError(f"finetune.student: {model} is neither the folder of an exported student nor a timm name")
+    if "." in model:  # a tag names weights
+        return Encoder(_pretrained(model, args))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = create_backbone(model, args)
-    if "." not in model:  # a tag names weights
-        return Encoder(backbone)
+        return Encoder(create_backbone(model, args))
+
+
+def _pretrained(model: str, args: dict[str, Any]) -> nn.Module:
+    create_backbone(model.split(".")[0], args)  # names what is wrong with the model or its arguments
     try:
-        return Encoder(timm.create_model(model, pretrained=True, **{"num_classes": 0, **args}))
+        return timm.create_model(model, pretrained=True, **{"num_classes": 0, **args})
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"finetune.student: the weights of {model} cannot be had ({' '.join(str(error).split())[:160]}); "

@@ -121,7 +121,11 @@ def prepare(make: Callable[[Any], Any], items: Sequence[Any], processes: int | N
     """
     count = max(1, torch.get_num_threads() - 1) if processes is None else processes
     loader = DataLoader(
-        _Prepared(make, items), batch_size=None, num_workers=count, pin_memory=torch.cuda.is_available()
+        _Prepared(make, items),
+        batch_size=None,
+        num_workers=count,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or it draws a seed from the global one, and a resumed run draws one more
     )
     for batch in loader:
         if isinstance(batch, UserError):

@@ -86,7 +86,7 @@ def _refuse(item):
 
 
 def test_an_error_of_a_data_process_arrives_as_it_is():
-    with pytest.raises(UserError, match="^photo is wrong$"):
+    with pytest.raises(UserError, match=r"^photo is wrong$"):
         list(prepare(_refuse, ["photo"], 1))
 
 
@@ -112,7 +112,7 @@ def test_poly_falls_with_power_point_nine():
 
 
 def test_a_batch_larger_than_the_data_is_refused_unless_steps_are_counted():
-    with pytest.raises(UserError, match="train.batch_size=256 is more than the 8"):
+    with pytest.raises(UserError, match=r"train.batch_size=256 is more than the 8"):
         epoch_steps(load_config(None), 8)
     assert epoch_steps(load_config(None, ["finetune.epoch_steps=7"]), 8) == 7
 
