@@ -16,7 +16,8 @@ from pipeline.config import Config, describe_fields, load_config
 from pipeline.errors import UserError
 from teachers.base import TeacherError
 
-DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+DEFAULT_RECIPE = RECIPES / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def run(
     arguments: Sequence[str] | None = None,
     modes: Sequence[Mode] = (),
     switches: Sequence[Switch] = (),
+    recipe: Path = DEFAULT_RECIPE,
 ) -> None:
     """Parse the command line, run the job and print its figures as one line of JSON.
 
@@ -58,6 +60,7 @@ def run(
         description: first paragraph of `--help`.
         modes: what else the job does; their figures say ``"ok": false`` for exit code 1.
         switches: that go with some of them.
+        recipe: taken where the command line names none.
 
     Exits with code 2 and one line on what the user can mend; anything else keeps its traceback.
     """
@@ -84,7 +87,7 @@ def run(
         sys.stdout.reconfigure(line_buffering=True)  # what workers print shows in a log file as it comes
 
     def call() -> Mapping[str, Any]:
-        config = _configure(options.items)
+        config = _configure(options.items, recipe)
         return chosen.body(config, options) if chosen else body(config, options.dry_run)
 
     finish(call)
@@ -136,11 +139,11 @@ def confirm(question: str, yes: bool) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _configure(items: Sequence[str]) -> Config:
+def _configure(items: Sequence[str], default: Path) -> Config:
     recipes = [item for item in items if "=" not in item and item.endswith((".yaml", ".yml"))]
     if len(recipes) > 1:
         raise UserError(f"give one recipe, not {len(recipes)}: {', '.join(recipes)}")
-    return load_config(recipes[0] if recipes else DEFAULT_RECIPE, [item for item in items if item not in recipes])
+    return load_config(recipes[0] if recipes else default, [item for item in items if item not in recipes])
 
 
 def table(rows: Mapping[str, Any]) -> str:

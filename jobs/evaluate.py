@@ -1,22 +1,25 @@
-"""Evaluate a backbone. Name the evaluation first:
+"""Evaluate a backbone or a fine-tuned model. Name the evaluation first:
 
 python jobs/evaluate.py knn       evaluate.student=work/runs/<run>/student data.train=photos/train data.val=photos/val
 python jobs/evaluate.py linear    evaluate.student=models:/m-... data.train=imagenet/train data.val=imagenet/val
 python jobs/evaluate.py seg-probe evaluate.student=timm/<name> evaluate.weights=<file> evaluate.input_size=512
                                   data.train=ade20k/images/training data.val=ade20k/images/validation
+python jobs/evaluate.py classify|segment|detect evaluate.model=work/runs/<run>/model data.val=photos/val
+python jobs/evaluate.py coco-results annotations=instances_val2017.json results=detections.json
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import percent, run, size, table
+from jobs._cli import DEFAULT_RECIPE, RECIPES, percent, run, size, table
+from jobs._downstream import DOWNSTREAM_EVALUATIONS, long_name
 from pipeline.cache.estimate import check_space
 from pipeline.config import Config
 from pipeline.evaluate import job as evaluation
@@ -73,18 +76,24 @@ EVALUATIONS: dict[str, Callable[[Config, bool], dict[str, Any]]] = {
     "knn": knn,
     "linear": linear,
     "seg-probe": seg_probe,
+    **DOWNSTREAM_EVALUATIONS,
 }
 """What follows `jobs/evaluate.py`."""
 
 
-if __name__ == "__main__":
-    name, *arguments = sys.argv[1:] or [""]
+def start(arguments: Sequence[str]) -> None:
+    """Run the evaluation that the command line names first."""
+    name, *others = arguments or [""]
     if name in ("-h", "--help"):
-        name, arguments = "knn", ["--help"]
+        name, others = "knn", ["--help"]
     if name not in EVALUATIONS:
-        print(
-            f"error: name the evaluation first: {', '.join(EVALUATIONS)}, as in `jobs/evaluate.py knn ...`",
-            file=sys.stderr,
-        )
+        known = ", ".join(EVALUATIONS)
+        print(f"error: name the evaluation first: {known}, as in `jobs/evaluate.py knn ...`", file=sys.stderr)
         sys.exit(2)
-    run(EVALUATIONS[name], __doc__ or "", arguments)
+    own = RECIPES / f"{name}.yaml"
+    named = [long_name(name, argument) for argument in others]
+    run(EVALUATIONS[name], __doc__ or "", named, recipe=own if own.exists() else DEFAULT_RECIPE)
+
+
+if __name__ == "__main__":
+    start(sys.argv[1:])

@@ -136,6 +136,10 @@ class Run:
         """Log a file into an artifact folder."""
         self.client.log_artifact(self.run_id, str(file), folder)
 
+    def log_folder(self, source: Path, folder: str) -> None:
+        """Log everything in a local folder into an artifact folder."""
+        self.client.log_artifacts(self.run_id, str(source), folder)
+
     def log_dataset(self, name: str, source: str, digest: str, context: str) -> None:
         """Log which data a run used: its content-addressed name, where it came from, and for what it was used."""
         dataset = Dataset(name, digest[:36], source_type="location", source=json.dumps({"location": source}))
@@ -334,3 +338,36 @@ def _run_of(client: MlflowClient, model_uri: str) -> str:
     name, _, alias = head.partition("@")
     version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, tail)
     return str(version.run_id)
+
+
+def log_model_folder(
+    run: Run, folder: Path, *, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]
+) -> str:
+    """Log the files of a model that torch.export has no form for; :func:`download_model` gives them back.
+
+    Args:
+        metrics: of this model, by which models are searched and compared.
+
+    Returns:
+        Its model URI.
+    """
+    logged = run.client.create_logged_model(run.experiment_id, name, run.run_id, dict(tags))
+    run.client.log_model_artifacts(logged.model_id, str(folder))
+    run.client.finalize_logged_model(logged.model_id, "READY")
+    for key, value in metrics.items():
+        run.client.log_metric(run.run_id, key, value, model_id=logged.model_id)
+    return f"models:/{logged.model_id}"
+
+
+def download_model(model_uri: str, tracking_uri: str) -> Path:
+    """A local folder with the files of a logged model.
+
+    Raises:
+        UserError: where there is no such model.
+    """
+    try:
+        return Path(mlflow.artifacts.download_artifacts(model_uri, tracking_uri=tracking_uri))
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"{model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}"
+        ) from error

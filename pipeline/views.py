@@ -5,6 +5,7 @@ import io
 import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -16,6 +17,8 @@ MAX_PIXELS = 89_478_485
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Pillow's other decoders are kept away from what may be hostile: that of PostScript, for one, starts a program."""
+
+_LABEL_MODES = ("1", "L", "P", "I", "I;16")
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -125,9 +128,28 @@ def decode_image(data: bytes) -> Image.Image:
         raise ValueError(f"cannot be decoded: {error}") from error
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of an encoded image that `decode_image` takes, upright, without decoding its pixels."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+def read_label_map(path: str | Path) -> np.ndarray:
+    """The numbers [H, W] that a label map's file holds: one channel or palette indices, of 1, 8, 16 or 32 bits.
+
+    Raises:
+        ValueError: no readable image, more than one channel, or over `MAX_PIXELS` pixels; the message is a short reason.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels is over the {MAX_PIXELS} allowed")
+            numbers = np.array(image)
+            mode = image.mode
+    except Exception as error:  # as in `decode_image`
+        raise ValueError(f"cannot be read: {error}") from error
+    if mode not in _LABEL_MODES:
+        raise ValueError(f"has {mode} pixels; a label map has one channel with the class's number")
+    return numbers.astype(np.uint8) if mode == "1" else numbers
+
+
+def image_size(data: bytes | str) -> tuple[int, int]:
+    """(width, height) in pixels of an image that `decode_image` takes, or of its file, upright, without its pixels."""
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (image.height, image.width) if turned else (image.width, image.height)
 

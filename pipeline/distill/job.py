@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from pipeline.cache.build import CachePlan
 from pipeline.cache.dataset import Dataset
@@ -27,7 +26,7 @@ from pipeline.distill.task import DistillJob, build_distiller, build_reader, bui
 from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
-from pipeline.student.model import Encoder
+from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
 from pipeline.training import STATE_FILE, History, fit, load_state
 
@@ -191,18 +190,9 @@ def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:
 
 
 def export_student(encoder: Encoder, config: Config, folder: Path) -> None:
-    """Write the backbone as safetensors, and beside it what `load_encoder` and timm need; without neck and heads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
-    save_file(weights, folder / "student.safetensors")
-    description = {
-        "model": config.student.name.removeprefix("timm/"),
-        "args": {"num_classes": 0, **config.student.args},
-        "input_size": config.student.input_size,
-        "mean": encoder.mean.flatten().tolist(),
-        "std": encoder.std.flatten().tolist(),
-    }
-    (folder / "student.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+    """Write the backbone for `load_encoder` and timm, without neck and heads."""
+    student = config.student
+    save_encoder(encoder, student.name, student.args, student.input_size, folder)
 
 
 def _log(encoder: Encoder, config: Config, run: Run, folder: Path, metrics: dict[str, float]) -> str:

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import UserError
 from pipeline.sources.base import Source
 from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.sample_scenes import SEGMENTATION_CLASSES, SampleScenes
-from pipeline.views import image_size
+from pipeline.views import image_size, read_label_map
 
 IGNORE = -1
 """Label of a pixel that has none."""
 
 _MASK_FOLDERS = ("annotations", "masks")
-_GREY = ("L", "P", "I", "I;16")
 
 
 class LabelMaps(Protocol):
@@ -61,12 +59,9 @@ class MaskFolder:
         """See :class:`LabelMaps`."""
         path = self.path(sample_id)
         try:
-            with Image.open(path) as mask:
-                if mask.mode not in _GREY:
-                    raise UserError(f"{path}: the mask is of mode {mask.mode}; it must hold one class number a pixel")
-                return np.asarray(mask).astype(np.int64) - 1
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise UserError(f"{path}: no readable mask of {self.images}/{sample_id} ({error})") from error
+            return read_label_map(path).astype(np.int64) - 1
+        except ValueError as error:
+            raise UserError(f"{path}: no readable mask of {self.images}/{sample_id}: {error}") from error
 
     def check(self) -> int:
         """See :class:`LabelMaps`; a mask must be as large as its upright image."""
@@ -118,15 +113,20 @@ def open_label_maps(source: Source, sample_ids: Sequence[str]) -> LabelMaps:
         return SceneLabels(source)
     if not isinstance(source, ImageFolder):
         raise UserError(f"{source.location}: label maps need a folder of images, or `samples`")
-    parts = source.location.rstrip(os.sep).split(os.sep)
-    if "images" not in parts:
+    masks = masks_beside(source.location)
+    if masks is None:
         raise UserError(
-            f"{source.location}: label maps are looked for beside a folder named `images`, as in "
-            "ade20k/images/training and ade20k/annotations/training; lay it out so"
+            f"{source.location}: there are no label maps beside it: they are looked for in the folder of the same path with "
+            f"`images` replaced by `annotations` or `masks`, as in ade20k/images/training and ade20k/annotations/training"
         )
-    position = len(parts) - 1 - parts[::-1].index("images")
-    looked = [os.sep.join([*parts[:position], name, *parts[position + 1 :]]) for name in _MASK_FOLDERS]
-    found = next((folder for folder in looked if os.path.isdir(folder)), None)
-    if found is None:
-        raise UserError(f"{source.location}: there are no label maps in {' or '.join(looked)}")
-    return MaskFolder(source.location, found, tuple(sample_ids))
+    return MaskFolder(source.location, masks, tuple(sample_ids))
+
+
+def masks_beside(images: str) -> str | None:
+    """The folder of label maps that belongs to a folder of images by its path, or None where there is none."""
+    parts = images.rstrip(os.sep).split(os.sep)
+    if "images" not in parts:
+        return None
+    place = len(parts) - 1 - parts[::-1].index("images")
+    looked = [os.sep.join([*parts[:place], name, *parts[place + 1 :]]) for name in _MASK_FOLDERS]
+    return next((folder for folder in looked if os.path.isdir(folder)), None)

@@ -34,6 +34,11 @@ class Loaded(NamedTuple):
     provenance: Mapping[str, Any]
 
 
+def is_model_uri(name: str) -> bool:
+    """Whether a name is a URI that MLflow resolves, and not a path."""
+    return "://" in name or name.startswith(("models:/", "runs:/"))
+
+
 def load_any(
     student: str, *, weights: str = "pretrained", args: Mapping[str, Any] | None = None, tracking_uri: str = ""
 ) -> Loaded:
@@ -49,7 +54,7 @@ def load_any(
     Raises:
         UserError: where it is none of these, or its weights cannot be had.
     """
-    if "://" in student or student.startswith(("models:/", "runs:/")):
+    if is_model_uri(student):
         from pipeline.tracking import download_student
 
         return _from_folder(download_student(student, tracking_uri))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pipeline.student.regla  # noqa: F401  registers regla_* with timm
@@ -139,6 +139,26 @@ _TIMM_OPTIONS = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg",
 """Arguments of timm.create_model that make it read other files or a hub."""
 
 
+def save_encoder(encoder: Encoder, model: str, args: Mapping[str, Any], input_size: int, folder: Path) -> None:
+    """Write the backbone as safetensors, and beside it what :func:`load_encoder` and timm need.
+
+    Args:
+        model, args: of timm, as :func:`create_backbone` took them.
+        input_size: side in pixels that it was trained at.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
+    save_file(weights, folder / "student.safetensors")
+    description = {
+        "model": model.removeprefix("timm/"),
+        "args": {"num_classes": 0, **args},
+        "input_size": input_size,
+        "mean": encoder.mean.flatten().tolist(),
+        "std": encoder.std.flatten().tolist(),
+    }
+    (folder / "student.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+
 def load_encoder(folder: Path) -> Encoder:
     """An exported student: `student.safetensors` and `student.json`.
 
@@ -147,20 +167,33 @@ def load_encoder(folder: Path) -> Encoder:
     """
     try:
         described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-        name, args = described["model"], described["args"]
-        if refused := _TIMM_OPTIONS & args.keys():
-            raise ValueError(f"student.json: args may not hold {', '.join(sorted(refused))}")
-        encoder = Encoder(create_backbone(name, args))
-        weights = load_file(folder / "student.safetensors")
-        _check_numbers(weights, encoder.backbone.state_dict())
-        encoder.backbone.load_state_dict(weights)
+        encoder = described_encoder(described)
+        load_weights(encoder.backbone, folder / "student.safetensors")
     except Exception as error:  # each of timm's constructors has its own kinds for arguments that it was not made for
         raise UserError(f"{folder} is not an exported student: {' '.join(str(error).split())}") from error
     return encoder.eval()
 
 
-def _check_numbers(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse integers for floating-point weights and the reverse, which PyTorch would convert without a word."""
+def described_encoder(described: Mapping[str, Any]) -> Encoder:
+    """The encoder of a description's ``model`` and ``args``, without its weights.
+
+    Raises:
+        ValueError: where the arguments would make timm read other files.
+    """
+    if refused := _TIMM_OPTIONS & described["args"].keys():
+        raise ValueError(f"args may not hold {', '.join(sorted(refused))}")
+    return Encoder(create_backbone(described["model"], described["args"]))
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Load safetensors, all keys of both sides.
+
+    Raises:
+        ValueError: for integers in the place of floating-point weights or the reverse, which PyTorch would convert
+            without a word.
+    """
+    weights, expected = load_file(file), module.state_dict()
     for name in weights.keys() & expected.keys():
         if weights[name].is_floating_point() != expected[name].is_floating_point():
             raise ValueError(f"{name} is {weights[name].dtype} in the file, {expected[name].dtype} in the architecture")
+    module.load_state_dict(weights)

@@ -1,0 +1,62 @@
+"""The evaluations of fine-tuned models behind `jobs/evaluate.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jobs._cli import grid, table
+from pipeline.config import Config
+from pipeline.downstream.coco_eval import NUMBERS, evaluate_files
+from pipeline.downstream.job import evaluate_model, open_held_out, open_model
+from pipeline.downstream.task import DOWNSTREAM
+from pipeline.errors import UserError
+from pipeline.job import open_job
+
+
+def evaluate_saved(task: str, config: Config, dry_run: bool) -> dict[str, Any]:
+    """Metrics of `evaluate.model` on data.val, with the settings that the recipe gives."""
+    saved = open_model(config, task)
+    val = open_held_out(config, saved)
+    print(f"{task} of {config.evaluate.model} on {len(val)} images from {val.location}", flush=True)
+    if dry_run:
+        return {"dry_run": True}
+    with open_job(config, f"evaluate-{task}") as job:
+        report = evaluate_model(config, saved, val, job.run, job.state.folder)
+    rows = {
+        **{name: f"{value:.3f}" for name, value in report.metrics.items()},
+        "tables, pictures": str(job.state.folder / "evaluation"),
+        "MLflow": f"{job.tracking_uri} run {job.run.run_id}",
+    }
+    print(f"done\n{table(rows)}")
+    return {**report.metrics, "mlflow_run_id": job.run.run_id}
+
+
+def evaluate_results(config: Config, dry_run: bool) -> dict[str, Any]:
+    """The twelve numbers of `evaluate.results`, held against `evaluate.annotations`."""
+    given = config.evaluate
+    if not given.annotations or not given.results:
+        raise UserError("coco-results needs annotations=<COCO JSON> and results=<detections in COCO's results format>")
+    if dry_run:
+        return {"dry_run": True}
+    scores = evaluate_files(Path(given.annotations), Path(given.results))
+    rows = [
+        {"number": number, **{kind: f"{score.numbers[number]:.3f}" for kind, score in scores.items()}}
+        for number in NUMBERS
+    ]
+    print(grid(rows))
+    return {f"{kind}/{name}": value for kind, score in scores.items() for name, value in score.numbers.items()}
+
+
+DOWNSTREAM_EVALUATIONS: dict[str, Callable[[Config, bool], dict[str, Any]]] = {
+    **{name: partial(evaluate_saved, name) for name in DOWNSTREAM},
+    "coco-results": evaluate_results,
+}
+
+
+def long_name(evaluation: str, argument: str) -> str:
+    """`annotations=` and `results=` of coco-results stand for the fields of that name in `evaluate`."""
+    short = evaluation == "coco-results" and argument.startswith(("annotations=", "results="))
+    return f"evaluate.{argument}" if short else argument

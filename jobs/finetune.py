@@ -1,0 +1,68 @@
+"""Fine-tune a backbone for classification, segmentation or detection.
+
+python jobs/finetune.py                                            classification of generated scenes, from scratch
+python jobs/finetune.py recipes/segment.yaml finetune.student=work/runs/<run>/student
+python jobs/finetune.py recipes/coco_detect.yaml finetune.student=models:/m-... data.train=coco/train2017
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jobs._cli import RECIPES, run, table
+from pipeline.config import Config
+from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
+from pipeline.job import open_job
+
+
+def main(config: Config, dry_run: bool) -> dict[str, Any]:
+    """Train and evaluate; an interrupted run of the same configuration goes on where it stopped."""
+    started = time.perf_counter()
+    plan = plan_finetune(config)
+    print(f"plan\n{table(plan_rows(config, plan))}", flush=True)
+    if dry_run:
+        return {"dry_run": True}
+    with open_job(config, "finetune") as job:
+        if job.state.resumed:
+            print(f"resuming the unfinished run in {job.state.folder}", flush=True)
+        with job.phase("finetune") as tracked:
+            result = finetune(config, plan, tracked, job.state.folder)
+        figures = {
+            **{f"{name}_before": value for name, value in result.before.items()},
+            **result.after,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        job.run.log_metric_dict(figures)
+    rows = {
+        **{name: f"{result.before[name]:.3f} before, {value:.3f} after" for name, value in result.after.items()},
+        "images seen": f"{result.samples} in {result.steps} steps",
+        "model": str(result.model),
+        "tables, pictures": str(job.state.folder / "evaluation") if result.after else None,
+        "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {result.model_uri}",
+        "time": f"{figures['seconds']:.0f} s",
+    }
+    print(f"done\n{table(rows)}")
+    return {**figures, "model": str(result.model), "model_uri": result.model_uri, "mlflow_run_id": job.run.run_id}
+
+
+def plan_rows(config: Config, plan: FinetunePlan) -> dict[str, str | None]:
+    """Data, backbone and steps."""
+    held_out = f"{len(plan.val)} from {plan.val.location}" if plan.val else "none: no metrics"
+    frozen = ", frozen" if config.finetune.frozen else ""
+    return {
+        "task": f"{config.finetune.task}, {len(plan.train.classes)} classes",
+        "training images": f"{len(plan.train)} from {plan.train.location}",
+        "held-out images": held_out,
+        "backbone": f"{plan.start.model} from {config.finetune.student or 'scratch'}{frozen}",
+        "training": f"{config.train.epochs} epochs of {plan.steps} steps of {config.train.batch_size} images",
+        "passed over": "; ".join(plan.notes) or None,
+    }
+
+
+if __name__ == "__main__":
+    run(main, __doc__, recipe=RECIPES / "classify.yaml")

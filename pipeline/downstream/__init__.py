@@ -1,0 +1,1 @@
+"""What a backbone is worth afterwards: classification, semantic segmentation, detection."""

@@ -1,0 +1,87 @@
+"""The backbone that fine-tuning starts from: an exported student, a model in MLflow, a timm model, or from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.student.loading import load_any
+from pipeline.student.model import Encoder, load_encoder, save_encoder
+
+PYRAMID = (4, 8, 16, 32)
+"""Strides that dense heads are built on."""
+
+
+class FrozenEncoder(Encoder):
+    """A backbone that stays as it is: no gradients, and its norms keep their statistics in training."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__(encoder.backbone)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """As :meth:`Encoder.maps`, without gradients."""
+        return super().maps(images, levels)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A backbone with its weights, and the timm name and arguments that it is built by."""
+
+    encoder: Encoder
+    model: str
+    args: dict[str, Any]
+
+    def save(self, input_size: int, folder: Path) -> None:
+        """Write an exported student, so that workers neither download nor draw weights."""
+        save_encoder(self.encoder, self.model, self.args, input_size, folder)
+
+
+def find_start(config: Config, tracking_uri: str = "") -> Start:
+    """What `finetune.student` names: an exported student, a model in MLflow, a timm model, or none, from scratch.
+
+    Raises:
+        UserError: where it is none of these, or its weights cannot be had.
+    """
+    name = config.finetune.student or config.student.name
+    tagged = "." in name.rpartition("/")[2]  # a tag names weights of the hub
+    weights = "pretrained" if tagged else f"random:{config.seed}"
+    try:
+        loaded = load_any(name, weights=weights, args=config.student.args, tracking_uri=tracking_uri)
+    except UserError as error:
+        hint = "; leave its tag out to train from scratch" if tagged else ""
+        raise UserError(f"finetune.student: {error}{hint}") from error
+    return Start(loaded.encoder, loaded.name, dict(loaded.args))
+
+
+def load_start(folder: Path, frozen: bool) -> Encoder:
+    """The backbone that :meth:`Start.save` wrote, in training mode."""
+    encoder = load_encoder(folder).train()
+    return FrozenEncoder(encoder) if frozen else encoder
+
+
+def pyramid_levels(encoder: Encoder) -> list[int]:
+    """The last level of each of the strides 4, 8, 16, 32.
+
+    Raises:
+        UserError: where the backbone lacks one.
+    """
+    found = {stride: level for level, stride in enumerate(encoder.strides)}
+    if not set(PYRAMID) <= set(found):
+        raise UserError(
+            f"the backbone has maps at strides {', '.join(map(str, sorted(found)))}; segmentation and detection need "
+            f"{', '.join(map(str, PYRAMID))}: take a hierarchical one, such as regla_m"
+        )
+    return [found[stride] for stride in PYRAMID]

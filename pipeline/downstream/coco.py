@@ -1,0 +1,289 @@
+"""Images with boxes and instance masks: COCO-format annotations, or generated scenes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.downstream.base import Split
+from pipeline.downstream.coco_eval import read_json
+from pipeline.downstream.images import decode, open_scenes
+from pipeline.downstream.masks import check_rows, size_on_disk
+from pipeline.errors import UserError
+from pipeline.sources import SAMPLES, SampleScenes
+from pipeline.sources.locations import absolute, below
+
+
+class Objects(NamedTuple):
+    """boxes float32 [n, 4] (left, top, right, bottom) in pixels; labels int64 [n] from 1 on; masks uint8 [n, H, W]."""
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
+class CocoImages:
+    """Image files with COCO-format annotations.
+
+    For training, crowd regions are left out, boxes are cut at the image's edge, those of less than a pixel are left
+    out, and so are images without any other; for evaluation everything stays as it is written, which the COCO API
+    deals with.
+
+    Args:
+        images: folder that `file_name` refers to.
+        annotations: the JSON file.
+        masks: whether every object must have a mask.
+        training: whether objects are prepared for training.
+
+    Raises:
+        UserError: naming what is wrong in the file.
+    """
+
+    block = 1
+
+    def __init__(self, images: Path, annotations: Path, *, masks: bool, training: bool) -> None:
+        self.location, self.annotations, self.with_masks = str(images), annotations, masks
+        dataset = read_json(annotations)
+        if not isinstance(dataset, dict) or not {"images", "annotations", "categories"} <= set(dataset):
+            raise UserError(f"{annotations}: no COCO annotations: needs images, annotations and categories")
+        categories = sorted((int(entry["id"]), str(entry["name"])) for entry in dataset["categories"])
+        self.classes = tuple(name for _, name in categories)
+        self.category_ids = [number for number, _ in categories]
+        self.passed_over = {"cut": 0, "tiny": 0, "crowd": 0, "empty": 0}
+        entries = self._complete(dataset)
+        self.images = [image for image in dataset["images"] if not training or entries[image["id"]][1]]
+        self.passed_over["empty"] = len(dataset["images"]) - len(self.images)
+        # Text, not objects: processes that are forked from this one share its memory only while nothing counts references.
+        self.objects = [json.dumps(entries[image["id"]][1]).encode() for image in self.images]
+        self.dataset = None if training else dataset
+        if not self.images:
+            raise UserError(
+                f"{annotations}: no image has an object to learn from"
+                if training
+                else f"{annotations}: lists no images"
+            )
+
+    def _complete(self, dataset: dict[str, Any]) -> dict[int, tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Image and usable objects by image id; boxes, areas and crowd flags that are left out are filled in."""
+        entries: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+        for image in dataset["images"]:
+            lacking = [name for name in ("id", "file_name", "width", "height") if name not in image]
+            if lacking or image["id"] in entries:
+                what = f"has no {lacking[0]}" if lacking else f"repeats id {image['id']}"
+                raise UserError(f"{self.annotations}: image {image.get('file_name', image)} {what}")
+            entries[image["id"]] = (image, [])
+        known = set(self.category_ids)
+        for number, entry in enumerate(dataset["annotations"]):
+            entry.setdefault("id", number + 1)
+            where = f"{self.annotations}: annotation {entry['id']}"
+            if entry.get("image_id") not in entries:
+                raise UserError(f"{where} is of image {entry.get('image_id')}, which is not listed")
+            image, usable = entries[entry["image_id"]]
+            if entry.get("category_id") not in known:
+                raise UserError(f"{where} ({image['file_name']}) has category {entry.get('category_id')}, not listed")
+            self._fill(entry, image, where)
+            box = self._usable_box(entry, image)
+            if box is not None:
+                usable.append({"box": box, "category": entry["category_id"], "mask": entry.get("segmentation")})
+        return entries
+
+    def _fill(self, entry: dict[str, Any], image: Mapping[str, Any], where: str) -> None:
+        entry.setdefault("iscrowd", 0)
+        shape = entry.get("segmentation")
+        if self.with_masks and not shape:
+            raise UserError(
+                f"{where} ({image['file_name']}) has no segmentation; detect.masks=false learns boxes alone"
+            )
+        if shape and (wrong := _wrong_shape(shape, image)):
+            raise UserError(f"{where} ({image['file_name']}) has a segmentation {wrong}")
+        if len(entry.get("bbox") or ()) != 4:
+            if not shape:
+                raise UserError(f"{where} ({image['file_name']}) has neither a box of four numbers nor a segmentation")
+            entry["bbox"] = rle.toBbox(encoded(shape, image["height"], image["width"])).tolist()
+        if "area" not in entry:
+            mask = encoded(shape, image["height"], image["width"]) if shape else None
+            entry["area"] = float(rle.area(mask)) if mask else entry["bbox"][2] * entry["bbox"][3]
+
+    def _usable_box(self, entry: Mapping[str, Any], image: Mapping[str, Any]) -> list[float] | None:
+        if entry["iscrowd"]:
+            self.passed_over["crowd"] += 1
+            return None
+        left, top, width, height = map(float, entry["bbox"])
+        right, bottom = min(left + width, image["width"]), min(top + height, image["height"])
+        box = [max(left, 0.0), max(top, 0.0), right, bottom]
+        if box[2] - box[0] < 1 or box[3] - box[1] < 1:
+            self.passed_over["tiny"] += 1
+            return None
+        self.passed_over["cut"] += left < -1 or top < -1 or left + width > right + 1 or top + height > bottom + 1
+        return box
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def key(self, row: int) -> str:
+        """File name."""
+        return str(self.images[row]["file_name"])
+
+    def image_id(self, row: int) -> int:
+        """COCO's id of an image."""
+        return int(self.images[row]["id"])
+
+    def check(self) -> list[str]:
+        """Every image is there and has the size that the annotations say."""
+        check_rows(self._check_row, len(self))
+        notes = {
+            "crowd": "crowd regions are not learned",
+            "cut": "boxes reach beyond their image and are cut",
+            "tiny": "boxes of less than a pixel are left out",
+            "empty": "images without an object are left out",
+        }
+        counts = {} if self.dataset is not None else self.passed_over
+        return [f"{count} {notes[name]}" for name, count in counts.items() if count]
+
+    def _check_row(self, row: int) -> None:
+        image = self.images[row]
+        path = Path(below(self.location, image["file_name"]))
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, but {self.annotations} lists it")
+        found, said = size_on_disk(str(path)), (image["width"], image["height"])
+        if found != said:
+            raise UserError(
+                f"{path}: is {found[0]} x {found[1]} pixels (upright, if EXIF turns it), but {self.annotations} says "
+                f"{said[0]} x {said[1]}"
+            )
+
+    def read(self, row: int) -> tuple[Tensor, Objects]:
+        """Image uint8 [3, H, W] and its usable objects.
+
+        Raises:
+            UserError: naming an image that cannot be read.
+        """
+        image = self.images[row]
+        path = Path(below(self.location, image["file_name"]))
+        try:
+            data: bytes | Exception = path.read_bytes()
+        except OSError as error:
+            data = error
+        pixels = np.array(decode(data, str(path)))
+        height, width = pixels.shape[:2]
+        objects = json.loads(self.objects[row])
+        masks = np.zeros((len(objects) if self.with_masks else 0, height, width), np.uint8)
+        for place, entry in enumerate(objects[: len(masks)]):
+            masks[place] = rle.decode(encoded(entry["mask"], height, width))
+        boxes = torch.tensor([entry["box"] for entry in objects], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([self.category_ids.index(entry["category"]) + 1 for entry in objects], dtype=torch.int64)
+        return torch.from_numpy(pixels).permute(2, 0, 1), Objects(boxes, labels, torch.from_numpy(masks))
+
+    def truth(self) -> dict[str, Any]:
+        """The annotations that detections are held against."""
+        assert self.dataset is not None
+        return self.dataset
+
+
+class SceneObjects:
+    """Generated scenes with their boxes and masks."""
+
+    block = 1
+    with_masks = True
+
+    def __init__(self, scenes: SampleScenes) -> None:
+        self.scenes, self.location, self.classes = scenes, scenes.location, scenes.classes
+        self.category_ids = [number + 1 for number in range(len(self.classes))]
+
+    def __len__(self) -> int:
+        return self.scenes.count
+
+    def key(self, row: int) -> str:
+        """Number of a scene."""
+        return f"scene-{row:08d}"
+
+    def image_id(self, row: int) -> int:
+        """Number of a scene, from 1 on."""
+        return row + 1
+
+    def check(self) -> list[str]:
+        """There is nothing to check."""
+        return []
+
+    def read(self, row: int) -> tuple[Tensor, Objects]:
+        """As :meth:`CocoImages.read`."""
+        scene = self.scenes.scene(row)
+        objects = Objects(
+            torch.from_numpy(scene.boxes), torch.from_numpy(scene.classes) + 1, torch.from_numpy(scene.masks).byte()
+        )
+        return torch.from_numpy(scene.image).permute(2, 0, 1), objects
+
+    def truth(self) -> dict[str, Any]:
+        """All scenes as a COCO dataset."""
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for row in range(len(self)):
+            scene = self.scenes.scene(row)
+            side = self.scenes.size
+            images.append({"id": row + 1, "file_name": self.key(row), "width": side, "height": side})
+            for box, label, mask in zip(scene.boxes.tolist(), scene.classes.tolist(), scene.masks, strict=True):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": row + 1,
+                        "category_id": label + 1,
+                        "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                        "area": float(mask.sum()),
+                        "iscrowd": 0,
+                        "segmentation": rle.encode(np.asfortranarray(mask.astype(np.uint8))),
+                    }
+                )
+        categories = [{"id": number, "name": self.classes[number - 1]} for number in self.category_ids]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _wrong_shape(shape: Any, image: Mapping[str, Any]) -> str | None:
+    """What is wrong with a COCO segmentation, or None."""
+    if isinstance(shape, list):
+        good = all(isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in shape)
+        return None if good else "with a polygon of less than three points, or of half a point"
+    if not isinstance(shape, dict) or not {"size", "counts"} <= set(shape):
+        return "that is neither polygons nor run lengths"
+    size = [image["height"], image["width"]]
+    return None if list(shape["size"]) == size else f"of {shape['size']} pixels (height, width) on an image of {size}"
+
+
+def encoded(shape: Any, height: int, width: int) -> dict[str, Any]:
+    """A COCO segmentation (polygons, or run lengths compressed or not) as compressed run lengths."""
+    if isinstance(shape, list):
+        return dict(rle.merge(rle.frPyObjects(shape, height, width)))
+    if isinstance(shape["counts"], list):
+        return dict(rle.frPyObjects(shape, height, width))
+    return dict(shape)
+
+
+def open_objects(config: Config, split: Split) -> CocoImages | SceneObjects | None:
+    """A split for detection.
+
+    Raises:
+        UserError: where the folder or its annotations are missing or wrong.
+    """
+    scenes = open_scenes(config, split)
+    if scenes is not None:
+        return SceneObjects(scenes)
+    settings = config.detect
+    location = config.data.train if split == "train" else config.val
+    if location is None or location == SAMPLES:
+        return None
+    images = Path(absolute(location))
+    if not images.is_dir():
+        raise UserError(f"{images}: no such folder of images")
+    given = settings.train_annotations if split == "train" else settings.val_annotations
+    usual = images.parent / "annotations" / f"instances_{images.name}.json"
+    annotations = Path(absolute(given)) if given else usual
+    if not annotations.is_file():
+        raise UserError(f"{annotations}: no such file; set detect.{split}_annotations to the COCO JSON of {images}")
+    return CocoImages(images, annotations, masks=settings.masks, training=split == "train")

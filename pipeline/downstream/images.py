@@ -1,0 +1,148 @@
+"""Images with labels from any source, decoded by row; training and held-out classes must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image
+
+from pipeline.config import Config
+from pipeline.downstream.base import Split
+from pipeline.errors import UserError
+from pipeline.sources import SampleScenes, SceneSettings, Source, open_source
+from pipeline.views import decode_image
+
+PARQUET_BLOCK = 128
+"""Rows of a Parquet file that stay together in the shuffle: a row group is read whole for any one of them."""
+
+
+def open_split(config: Config, split: Split) -> Source | None:
+    """The source of `data.train` or `data.val`; None where there are no held-out images.
+
+    Raises:
+        UserError: as :func:`pipeline.sources.open_source` does.
+    """
+    data, samples = config.data, config.data.samples
+    location = data.train if split == "train" else config.val
+    if location is None:
+        return None
+    count = samples.train if split == "train" else samples.val
+    settings = SceneSettings(count, samples.size, config.seed)
+    return open_source(
+        location, split=split, image_column=data.image_column, label_column=data.label_column, samples=settings
+    )
+
+
+def open_scenes(config: Config, split: Split) -> SampleScenes | None:
+    """The generated scenes of a split, where the configuration names them."""
+    location = config.data.train if split == "train" else config.val
+    source = open_split(config, split) if location == "samples" else None
+    return source if isinstance(source, SampleScenes) else None
+
+
+def decode(data: bytes | Exception, name: str) -> Image.Image:
+    """Upright RGB pixels.
+
+    Raises:
+        UserError: naming the image and the reason.
+    """
+    try:
+        if isinstance(data, Exception):
+            raise data
+        return decode_image(data)
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{name}: {error}; fetch it again or remove it") from error
+
+
+class LabelledImages:
+    """Images with labels.
+
+    Args:
+        source: of the images.
+        classes: names that the labels count, or () to take the source's, or the labels themselves as names.
+    """
+
+    def __init__(self, source: Source, classes: tuple[str, ...] = ()) -> None:
+        self.source, self.location = source, source.location
+        self.block = 1 if source.random_access else PARQUET_BLOCK
+        self.index = source.index()
+        labels = self.index["label"]
+        if labels.null_count:
+            first = self.key(pc.index(labels.is_null(), True).as_py())
+            raise UserError(f"{self.location}: {first} has no label; classification needs one for every image")
+        self.labels: np.ndarray = labels.to_numpy()
+        numbers = tuple(str(number) for number in range(int(self.labels.max()) + 1))
+        self.classes = source.classes or classes or numbers
+
+    def __len__(self) -> int:
+        return self.index.num_rows
+
+    def key(self, row: int) -> str:
+        """Sample id of a row."""
+        return str(self.index["sample_id"][row].as_py())
+
+    def check(self) -> list[str]:
+        """Labels within the classes and no empty file; whether pixels decode is found when they are read.
+
+        Raises:
+            UserError: naming the first image that is wrong.
+        """
+        beyond = np.flatnonzero(self.labels >= len(self.classes))
+        if len(beyond):
+            row = int(beyond[0])
+            raise UserError(
+                f"{self.location}: {self.key(row)} has label {self.labels[row]}, but there are {len(self.classes)} classes"
+            )
+        sizes = self.index["size"].to_numpy()
+        empty = np.flatnonzero((sizes == 0) & (self.location != "samples"))
+        if len(empty):
+            raise UserError(f"{self.location}: {self.key(int(empty[0]))} is empty or cannot be read; fetch it again")
+        return []
+
+    def images(self, rows: Sequence[int]) -> list[Image.Image]:
+        """Upright RGB images of rows; neighbours are read together.
+
+        Raises:
+            UserError: naming an image that cannot be read or decoded.
+        """
+        order = np.argsort(rows, kind="stable")
+        decoded = {}
+        read = self.source.read(self.index.take(np.asarray(rows)[order]))
+        for place, data in zip(order.tolist(), read, strict=True):
+            decoded[place] = decode(data, f"{self.location}: {self.key(rows[place])}")
+        return [decoded[place] for place in range(len(rows))]
+
+
+def open_labelled(config: Config, split: Split) -> LabelledImages | None:
+    """A split for classification; the names of training classes serve where held-out images bring none.
+
+    Raises:
+        UserError: where an image has no label, or the splits differ in their classes.
+    """
+    source = open_split(config, split)
+    if source is None:
+        return None
+    if split == "train":
+        return LabelledImages(source)
+    train = open_split(config, "train")
+    assert train is not None
+    if not source.classes:
+        return LabelledImages(source, train.classes or LabelledImages(train).classes)
+    found = LabelledImages(source)
+    refuse_other_classes(
+        train.classes or found.classes, found.classes, f"data.train ({train.location})", found.location
+    )
+    return found
+
+
+def refuse_other_classes(expected: Sequence[str], found: Sequence[str], whose: str, location: str) -> None:
+    """Two lists of classes must be the same.
+
+    Raises:
+        UserError: naming the first class that only one of them has.
+    """
+    if tuple(expected) != tuple(found):
+        odd = sorted(set(expected) ^ set(found)) or ["the order of the classes"]
+        raise UserError(f"{whose} and {location} differ in their classes ({len(expected)} and {len(found)}): {odd[0]}")

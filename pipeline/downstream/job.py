@@ -1,0 +1,179 @@
+"""Fine-tuning and evaluation under an MLflow run: curves, metrics, pictures, and the model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Config
+from pipeline.downstream.backbone import Start, find_start
+from pipeline.downstream.base import Examples, Part, Report
+from pipeline.downstream.images import refuse_other_classes
+from pipeline.downstream.pictures import write_report
+from pipeline.downstream.task import (
+    DOWNSTREAM,
+    FinetuneJob,
+    SavedModel,
+    build_model,
+    epoch_steps,
+    load_model,
+    make_finetune_task,
+    save_model,
+)
+from pipeline.errors import UserError
+from pipeline.runs import work_folder
+from pipeline.sources import SAMPLES
+from pipeline.sources.locations import absolute
+from pipeline.student.loading import is_model_uri
+from pipeline.tracking import Run, download_model, log_model_folder, resolve_uri
+from pipeline.training import History, fit, load_state
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    """What will be trained: checked data, the backbone to start from, steps an epoch, and notes on the data."""
+
+    train: Examples
+    val: Examples | None
+    start: Start
+    steps: int
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What fine-tuning gave.
+
+    Attributes:
+        before, after: metrics on held-out images; empty where there are none.
+        steps, samples: optimiser steps and images seen.
+        model_uri: in MLflow.
+        model: folder of the saved model.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    steps: int
+    samples: int
+    model_uri: str
+    model: Path
+
+
+def plan_finetune(config: Config) -> FinetunePlan:
+    """Open and check everything that fine-tuning needs.
+
+    Raises:
+        UserError: naming the first file or field that is wrong.
+    """
+    kind = DOWNSTREAM[config.finetune.task]
+    start = find_start(config, resolve_uri(config.tracking.uri, work_folder(config)))
+    train, val = kind.open(config, "train"), kind.open(config, "val")
+    assert train is not None
+    kind.build(start.encoder, train.classes, config)
+    steps = epoch_steps(config, len(train))
+    notes = [f"{split}: {note}" for split, data in (("train", train), ("val", val)) if data for note in data.check()]
+    if val is not None:
+        refuse_other_classes(train.classes, val.classes, f"data.train ({train.location})", val.location)
+    return FinetunePlan(train, val, start, steps, notes)
+
+
+def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> FinetuneResult:
+    """Train, from the last checkpoint below `folder` if there is one, and log curves, tables, pictures and the model.
+
+    Raises:
+        UserError: where an image cannot be read.
+        DivergedError: where the loss is not finite.
+    """
+    log_lineage(plan.train, plan.val, run)
+    plan.start.save(config.student.input_size, folder / "start")
+    job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
+    checkpoint = fit(make_finetune_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
+    with checkpoint.as_directory() as directory:
+        state = load_state(directory)
+    model = build_model(job, plan.train.classes)
+    model.load_state_dict(state["ema"])
+    save_model(model, job, plan.train.classes, folder / "model")
+    if (folder / "evaluation").is_dir():
+        run.log_folder(folder / "evaluation", "evaluation")
+    before, after = state["evaluations"][0][1], state["evaluations"][-1][1]
+    tags = {"task": job.kind.name, "student": config.finetune.student or config.student.name}
+    final = {f"final/{name}": value for name, value in after.items()}
+    uri = log_model_folder(run, folder / "model", name=job.kind.name, metrics=final, tags=tags)
+    position = state["position"]
+    return FinetuneResult(before, after, position["step"], position["samples"], uri, folder / "model")
+
+
+def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
+    run.log_metrics(history)
+    if checkpoint:
+        run.set_tags({"checkpoint": checkpoint})
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration as a worker with another working directory must read it."""
+    changed = {}
+    for section, fields in {
+        "data": ("train", "val"),
+        "segment": ("classes", "train_masks", "val_masks"),
+        "detect": ("train_annotations", "val_annotations"),
+    }.items():
+        given = getattr(config, section)
+        paths = {name: absolute(path) for name in fields if (path := getattr(given, name)) not in (None, SAMPLES)}
+        changed[section] = given.model_copy(update=paths)
+    return config.model_copy(update=changed)
+
+
+def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> None:
+    """Which images were used, by the digest of their names."""
+    for context, data in (("train", train), ("val", val)):
+        if data is not None:
+            keys = "\n".join(data.key(row) for row in range(len(data)))
+            run.log_dataset(f"{context}-{len(data)}", data.location, hashlib.sha256(keys.encode()).hexdigest(), context)
+
+
+def open_model(config: Config, task: str) -> SavedModel:
+    """What `evaluate.model` names.
+
+    Raises:
+        UserError: where it is not given, not there, or of another task.
+    """
+    name = config.evaluate.model
+    if not name:
+        raise UserError("evaluate.model must be given: the folder or MLflow model URI that jobs/finetune.py printed")
+    if is_model_uri(name):
+        saved = load_model(download_model(name, resolve_uri(config.tracking.uri, work_folder(config))))
+    else:
+        saved = load_model(Path(name))
+    if saved.kind.name != task:
+        raise UserError(f"evaluate.model: {name} was made for {saved.kind.name}, not for {task}")
+    return saved
+
+
+def open_held_out(config: Config, saved: SavedModel) -> Examples:
+    """Checked held-out images whose classes are the model's.
+
+    Raises:
+        UserError: naming what is missing or wrong.
+    """
+    val = saved.kind.open(config, "val")
+    if val is None:
+        raise UserError("data.val: evaluation needs held-out images")
+    refuse_other_classes(saved.classes, val.classes, "evaluate.model", val.location)
+    val.check()
+    return val
+
+
+def evaluate_model(config: Config, saved: SavedModel, val: Examples, run: Run, folder: Path) -> Report:
+    """Evaluate a saved model on held-out images, and log metrics, tables and pictures."""
+    model = saved.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    report = saved.kind.evaluate(model, val, config, Part())
+    write_report(report, folder / "evaluation", val.classes)
+    log_lineage(None, val, run)
+    run.log_metric_dict(report.metrics)
+    run.log_folder(folder / "evaluation", "evaluation")
+    run.set_tags({"model": str(config.evaluate.model)})
+    return report

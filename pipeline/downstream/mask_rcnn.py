@@ -1,0 +1,69 @@
+"""torchvision's Mask R-CNN (He et al. 2017) and Faster R-CNN on a feature pyramid over any hierarchical backbone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from pipeline.config import DetectConfig
+from pipeline.downstream.backbone import pyramid_levels
+from pipeline.student.model import Encoder
+
+HIDDEN = 4
+"""Channels of the box head for each of the pyramid: 1024 for 256, as published."""
+
+
+class PyramidBody(nn.Module):
+    """Backbone and feature pyramid (Lin et al. 2017): levels "0" to "3" at strides 4 to 32, and "pool" at 64."""
+
+    def __init__(self, encoder: Encoder, channels: int) -> None:
+        super().__init__()
+        self.encoder, self.levels, self.out_channels = encoder, pyramid_levels(encoder), channels
+        widths = [encoder.channels[level] for level in self.levels]
+        self.pyramid = FeaturePyramidNetwork(widths, channels, extra_blocks=LastLevelMaxPool())
+
+    def forward(self, normalised: Tensor) -> dict[str, Tensor]:
+        """[B, 3, H, W], normalised by the backbone's own mean and deviation -> maps by level."""
+        # The detector pads with zeros, which must mean the mean colour; the encoder normalises by itself.
+        pixels = normalised * self.encoder.std + self.encoder.mean
+        maps = self.encoder.maps(pixels, self.levels)
+        levels: dict[str, Tensor] = self.pyramid(OrderedDict(zip("0123", maps, strict=True)))
+        return levels
+
+
+def build_detector(encoder: Encoder, classes: int, settings: DetectConfig) -> FasterRCNN:
+    """A detector that takes images [3, H, W] in [0, 1]; label 0 is the background.
+
+    In training images come resized; in evaluation it resizes them by itself and gives results in their own pixels.
+
+    Raises:
+        UserError: where the backbone lacks a stride.
+    """
+    body, hidden = PyramidBody(encoder, settings.channels), HIDDEN * settings.channels
+    common = {
+        "min_size": settings.sizes[-1],
+        "max_size": settings.max_size,
+        "image_mean": encoder.mean.flatten().tolist(),
+        "image_std": encoder.std.flatten().tolist(),
+        "rpn_anchor_generator": AnchorGenerator(
+            tuple((settings.anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5
+        ),
+        "box_head": TwoMLPHead(settings.channels * 7**2, hidden),
+        "box_predictor": FastRCNNPredictor(hidden, classes + 1),
+        "_skip_resize": True,
+    }
+    if not settings.masks:
+        return FasterRCNN(body, **common)
+    return MaskRCNN(
+        body,
+        mask_head=MaskRCNNHeads(settings.channels, (settings.channels,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(settings.channels, settings.channels, classes + 1),
+        **common,
+    )

@@ -1,0 +1,220 @@
+"""Images with label maps: `images/<split>` beside `annotations/<split>` or `masks/<split>`, as in ADE20K."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.downstream.base import Split
+from pipeline.downstream.images import decode, open_scenes
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+from pipeline.sources import SAMPLES, SampleScenes
+from pipeline.sources.base import IMAGE_EXTENSIONS
+from pipeline.sources.label_maps import masks_beside
+from pipeline.sources.locations import absolute
+from pipeline.views import image_size, read_label_map
+
+IGNORE = 255
+"""Label of pixels that count neither in the loss nor in the metrics."""
+
+
+class MaskedImages:
+    """Image files and their label maps.
+
+    Args:
+        images, masks: folders; a mask has the image's relative path, ending in .png.
+        classes: names by label.
+        reduce_zero_label: whether mask value v is label v - 1, and 0 is ignored.
+    """
+
+    block = 1
+
+    def __init__(self, images: Path, masks: Path, classes: tuple[str, ...], reduce_zero_label: bool) -> None:
+        self.location, self.masks, self.classes, self.first = str(images), masks, classes, int(reduce_zero_label)
+        if not images.is_dir():
+            raise UserError(f"{images}: no such folder of images")
+        found = (Path(folder, name) for folder, _, names in os.walk(images) for name in names)
+        self.names = sorted(str(p.relative_to(images)) for p in found if p.suffix.lower() in IMAGE_EXTENSIONS)
+        if not self.names:
+            raise UserError(f"{images}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def key(self, row: int) -> str:
+        """Path below the folder of images."""
+        return self.names[row]
+
+    def mask_path(self, row: int) -> Path:
+        """Where the label map of a row lies."""
+        return (self.masks / self.names[row]).with_suffix(".png")
+
+    def check(self) -> list[str]:
+        """Every image has a label map of its size, whose values are known classes."""
+        check_rows(self._check_row, len(self))
+        return []
+
+    def _check_row(self, row: int) -> None:
+        path = os.path.join(self.location, self.names[row])
+        size, mask = size_on_disk(path), self._mask(row)
+        if mask.shape != size[::-1]:
+            raise UserError(
+                f"{self.mask_path(row)}: is {mask.shape[1]} x {mask.shape[0]} pixels, but its image {path} is "
+                f"{size[0]} x {size[1]} (upright, if EXIF turns it)"
+            )
+        labels = np.unique(mask)
+        beyond = labels[(labels != IGNORE) & (labels >= len(self.classes) + self.first)]
+        if len(beyond):
+            raise UserError(
+                f"{self.mask_path(row)}: holds value {beyond[0]}, but segment.classes has {len(self.classes)} classes"
+                + (" from 1 on" if self.first else " from 0 on; is segment.reduce_zero_label meant?")
+            )
+
+    def _mask(self, row: int) -> np.ndarray:
+        path = self.mask_path(row)
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such label map for the image {self.names[row]} in {self.location}")
+        try:
+            return read_label_map(path)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def read(self, row: int) -> tuple[Tensor, Tensor]:
+        """Image uint8 [3, H, W] and labels uint8 [H, W], `IGNORE` where there are none.
+
+        Raises:
+            UserError: naming a file that cannot be read.
+        """
+        path = Path(self.location, self.names[row])
+        try:
+            data: bytes | Exception = path.read_bytes()
+        except OSError as error:
+            data = error
+        image, mask = np.array(decode(data, str(path))), self._mask(row)
+        if mask.shape != image.shape[:2]:
+            raise UserError(f"{self.mask_path(row)}: its size is not that of its image")
+        if self.first:
+            mask = np.where((mask == 0) | (mask == IGNORE), IGNORE, mask.astype(np.int64) - 1)
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask.astype(np.uint8))
+
+
+class SceneMasks:
+    """Generated scenes with their label maps; nothing is ignored."""
+
+    block = 1
+
+    def __init__(self, scenes: SampleScenes) -> None:
+        self.scenes, self.location, self.classes = scenes, scenes.location, scenes.segmentation_classes
+
+    def __len__(self) -> int:
+        return self.scenes.count
+
+    def key(self, row: int) -> str:
+        """Number of a scene."""
+        return f"scene-{row:08d}"
+
+    def check(self) -> list[str]:
+        """There is nothing to check."""
+        return []
+
+    def read(self, row: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`MaskedImages.read`."""
+        scene = self.scenes.scene(row)
+        return torch.from_numpy(scene.image).permute(2, 0, 1), torch.from_numpy(scene.semantic)
+
+
+def open_masked(config: Config, split: Split) -> MaskedImages | SceneMasks | None:
+    """A split for segmentation.
+
+    Raises:
+        UserError: where folders or class names are missing.
+    """
+    scenes = open_scenes(config, split)
+    if scenes is not None:
+        return SceneMasks(scenes)
+    settings = config.segment
+    location = config.data.train if split == "train" else config.val
+    if location is None or location == SAMPLES:
+        return None
+    if settings.classes is None:
+        raise UserError("segment.classes must be given: a file with the names of the classes, one a line or in a table")
+    masks = settings.train_masks if split == "train" else settings.val_masks
+    images = Path(absolute(location))
+    folder = Path(absolute(masks)) if masks else _masks_beside(images, split)
+    classes = read_classes(Path(absolute(settings.classes)), int(settings.reduce_zero_label))
+    return MaskedImages(images, folder, classes, settings.reduce_zero_label)
+
+
+def _masks_beside(images: Path, split: Split) -> Path:
+    found = masks_beside(str(images))
+    if found is None:
+        raise UserError(
+            f"{images}: no annotations or masks folder beside `images` in its path; set segment.{split}_masks to the folder"
+        )
+    return Path(found)
+
+
+def read_classes(path: Path, first: int) -> tuple[str, ...]:
+    """Names of the classes from label `first` on.
+
+    A table (.csv, .tsv, or text with tabs, such as ADE20K's objectInfo150.txt) has a column `name`, and may have one
+    `idx` or `index` with the mask value; otherwise a name a line, in order.
+
+    Raises:
+        UserError: where the file is missing, has no such column, or leaves a gap.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"segment.classes: {path} cannot be read ({error})") from error
+    delimiter = "\t" if any("\t" in line for line in lines[:1]) else ","
+    if not lines or (delimiter not in lines[0] and path.suffix != ".csv"):
+        return _distinct(path, [line.strip() for line in lines])
+    rows = [{str(k).strip().lower(): v for k, v in row.items()} for row in csv.DictReader(lines, delimiter=delimiter)]
+    if not rows or "name" not in rows[0]:
+        raise UserError(f"segment.classes: {path} has no column `name`")
+    column = next((name for name in ("idx", "index") if name in rows[0]), None)
+    if column is None:
+        return _distinct(path, [row["name"].strip() for row in rows])
+    try:
+        names = {int(row[column]): row["name"].strip() for row in rows}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"segment.classes: {path} has a value in `{column}` that is no number ({error})") from error
+    names = {value: name for value, name in names.items() if value >= first}
+    if sorted(names) != list(range(first, first + len(names))):
+        raise UserError(f"segment.classes: {path} leaves gaps between {first} and {max(names, default=first)}")
+    return _distinct(path, [names[value] for value in sorted(names)])
+
+
+def _distinct(path: Path, names: list[str]) -> tuple[str, ...]:
+    if not 1 <= len(names) <= IGNORE:
+        raise UserError(f"segment.classes: {path} has {len(names)} classes; there can be 1 to {IGNORE}")
+    return tuple(names)
+
+
+def size_on_disk(path: str) -> tuple[int, int]:
+    """(width, height) of an upright image file.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    try:
+        return image_size(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}); fetch it again or remove it") from error
+
+
+def check_rows(check: Callable[[int], None], count: int) -> None:
+    """Call `check` for every row on threads; what the first bad row raises is raised."""
+    with ThreadPoolExecutor(8) as pool, Progress(count, "img", "checking data") as progress:
+        for _ in pool.map(check, range(count)):
+            progress.update()

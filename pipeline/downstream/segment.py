@@ -1,0 +1,195 @@
+"""Semantic segmentation with a Semantic FPN head: jittered crops, mIoU, whole-image and sliding-window inference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from pipeline.config import Config
+from pipeline.downstream.base import Downstream, Part, Report, Split, device_of, evenly
+from pipeline.downstream.masks import IGNORE, MaskedImages, SceneMasks, open_masked
+from pipeline.downstream.pictures import enlarge, palette
+from pipeline.downstream.sampling import Draw, prepare, seeded
+from pipeline.downstream.semantic_fpn import SemanticFPN
+from pipeline.student.model import Encoder
+
+MOST_DOMINANT = 0.75
+"""Largest share of one class in a training crop, where ten tries find such a crop: as in mmsegmentation's recipes."""
+LONGEST = 4
+"""Largest ratio of sides that the resize keeps: 2048 x 512 in mmsegmentation's recipes."""
+
+Examples = MaskedImages | SceneMasks
+
+
+class MaskedBatch(NamedTuple):
+    """images uint8 [B, 3, S, S] RGB; labels uint8 [B, S, S], `IGNORE` where they do not count."""
+
+    keys: list[str]
+    images: Tensor
+    labels: Tensor
+
+
+class Segmentation(Downstream):
+    """Semantic segmentation."""
+
+    name, headline = "segment", "miou"
+
+    def open(self, config: Config, split: Split) -> Examples | None:
+        """Images with label maps."""
+        return open_masked(config, split)
+
+    def build(self, encoder: Encoder, classes: Sequence[str], config: Config) -> SemanticFPN:
+        """A hierarchical backbone is needed."""
+        return SemanticFPN(encoder, len(classes), config.segment.channels)
+
+    def settings(self, config: Config) -> Mapping[str, Any]:
+        """The width of the head."""
+        return {"segment": {"channels": config.segment.channels}}
+
+    def batch(self, examples: Examples, config: Config, draws: Sequence[Draw]) -> MaskedBatch:
+        """Crops of images that are resized, flipped and distorted at random, each by its own seed."""
+        augment, crops = training_transform(config), []
+        for draw in draws:
+            image, labels = examples.read(draw.row)
+            with seeded(config.seed, draw.number):
+                crops.append(augment(tv_tensors.Image(image), tv_tensors.Mask(labels)))
+        images, masks = zip(*crops, strict=True)
+        keys = [examples.key(draw.row) for draw in draws]
+        return MaskedBatch(keys, _plain(images), _plain(masks))
+
+    def loss(self, module: nn.Module, batch: MaskedBatch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy over the pixels that count; 0 where there are none."""
+        logits = module(batch.images.to(device, non_blocking=True).float() / 255).float()
+        labels = batch.labels.to(device, non_blocking=True).long()
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return total / (labels != IGNORE).sum().clamp(min=1), {}
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module, examples: Examples, config: Config, part: Part) -> Report:
+        """mIoU, mAcc and aAcc in percent at the images' own sizes."""
+        device = device_of(model)
+        confusion = MulticlassConfusionMatrix(len(examples.classes), ignore_index=IGNORE, validate_args=False)
+        confusion = confusion.to(device)
+        for image, labels in prepare(examples.read, part.rows(len(examples)), config.finetune.data_workers):
+            confusion.update(predict(model, image.to(device), config), labels[None].to(device).long())
+        matrix = confusion.compute().cpu()
+        metrics, table = segmentation_metrics(matrix, examples.classes)
+        pictures = {} if part.rank else _pictures(model, examples, config)
+        return Report(metrics, table, matrix, pictures)
+
+
+def _plain(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.as_subclass(Tensor) for tensor in tensors])
+
+
+class _Crop(v2.RandomCrop):
+    """A crop in which no class takes nearly everything, if ten tries find one."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        mask = next(item for item in flat_inputs if isinstance(item, tv_tensors.Mask))
+        for _ in range(10):
+            params: dict[str, Any] = super().make_params(flat_inputs)
+            if params["needs_pad"]:
+                return params  # the whole image, and more
+            top, left = params["top"], params["left"]
+            crop = mask[top : top + params["height"], left : left + params["width"]]
+            counts = crop[crop != IGNORE].int().bincount()
+            if counts.sum() and counts.max() < MOST_DOMINANT * counts.sum():
+                return params
+        return params
+
+
+def training_transform(config: Config) -> v2.Compose:
+    """Of an image uint8 [3, H, W] and its mask: scale jitter, crop, flip, and changes of colour."""
+    low, high = (round(scale * config.segment.size) for scale in config.segment.scales)
+    fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE}  # the mean colour of ImageNet
+    return v2.Compose(
+        [
+            v2.RandomResize(low, high + 1, antialias=True),
+            _Crop(config.student.input_size, pad_if_needed=True, fill=fill),
+            v2.RandomHorizontalFlip(),
+            v2.RandomPhotometricDistort(),
+        ]
+    )
+
+
+def predict(model: nn.Module, image: Tensor, config: Config) -> Tensor:
+    """Labels int64 [1, H, W] of an image uint8 [3, H, W], by the inference of `segment.inference`."""
+    height, width = image.shape[-2:]
+    size = config.segment.size
+    factor = min(size / min(height, width), LONGEST * size / max(height, width))
+    resized = [max(1, round(side * factor)) for side in (height, width)]
+    pixels = v2.functional.resize(image, resized, antialias=True)[None].float() / 255
+    sliding = config.segment.inference == "slide"
+    logits = slide(model, pixels, config.student.input_size) if sliding else model(pixels).float()
+    return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False).argmax(1)
+
+
+def slide(model: nn.Module, pixels: Tensor, side: int) -> Tensor:
+    """Mean logits [1, K, H, W] over square windows of `side` pixels that overlap by a third of it.
+
+    Args:
+        pixels: float [1, 3, H, W]; a window is cut short where the image is smaller.
+    """
+    total: Tensor | None = None
+    counts = torch.zeros_like(pixels[:, :1])
+    for top in _starts(pixels.shape[2], side):
+        for left in _starts(pixels.shape[3], side):
+            place = (..., slice(top, top + side), slice(left, left + side))
+            logits = model(pixels[place]).float()
+            if total is None:
+                total = logits.new_zeros(1, logits.shape[1], *pixels.shape[2:])
+            total[place] += logits
+            counts[place] += 1
+    assert total is not None
+    return total / counts
+
+
+def _starts(length: int, side: int) -> list[int]:
+    if length <= side:
+        return [0]
+    return [*range(0, length - side, max(1, side * 2 // 3)), length - side]
+
+
+def segmentation_metrics(
+    matrix: Tensor, classes: Sequence[str]
+) -> tuple[dict[str, float], list[dict[str, str | float]]]:
+    """Percent, from pixels by true and predicted class, int64 [K, K] (Long et al. 2015, section 5).
+
+    mIoU leaves out classes that occur neither in the labels nor in the predictions, mAcc those not in the labels.
+    """
+    matrix = matrix.double()
+    hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    union = true + predicted - hit
+    iou, accuracy = 100 * hit / union, 100 * hit / true  # NaN where a class does not occur
+    metrics = {
+        "miou": float(iou.nanmean()),
+        "macc": float(accuracy.nanmean()),
+        "aacc": float(100 * hit.sum() / matrix.sum()),
+    }
+    table: list[dict[str, str | float]] = [
+        {"class": name, "pixels": int(pixels), "iou": round(float(i), 2), "accuracy": round(float(a), 2)}
+        for name, pixels, i, a in zip(classes, true, iou, accuracy, strict=True)
+    ]
+    return metrics, table
+
+
+def _pictures(model: nn.Module, examples: Examples, config: Config) -> dict[str, Tensor]:
+    """Image, ground truth and prediction side by side; ignored pixels are black in both."""
+    colours = torch.zeros(256, 3, dtype=torch.uint8)
+    colours[: len(examples.classes)] = torch.from_numpy(palette(len(examples.classes)))
+    pictures: dict[str, Tensor] = {}
+    for row in evenly(len(examples), config.finetune.pictures):
+        image, labels = examples.read(row)
+        guess = predict(model, image.to(device_of(model)), config)[0].cpu()
+        guess[labels == IGNORE] = IGNORE
+        maps = [(image // 2 + colours[part.long()].permute(2, 0, 1) // 2) for part in (labels, guess)]
+        pictures[examples.key(row)] = torch.cat([enlarge(part) for part in (image, *maps)], dim=2)
+    return pictures

@@ -1,0 +1,183 @@
+"""Fine-tuning as a task of the training engine, and models on disk. Imports neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from pipeline.config import Config, TrainConfig
+from pipeline.downstream.backbone import load_start
+from pipeline.downstream.base import Downstream, Examples, Part
+from pipeline.downstream.classify import Classification
+from pipeline.downstream.detect import Detection
+from pipeline.downstream.pictures import write_report
+from pipeline.downstream.sampling import Draw, Sampler, prepare, seeded
+from pipeline.downstream.schedule import make_schedule
+from pipeline.downstream.segment import Segmentation
+from pipeline.errors import UserError
+from pipeline.student.model import described_encoder, load_weights
+from pipeline.training import Task, TrainingBatch
+
+DOWNSTREAM: dict[str, Downstream] = {kind.name: kind for kind in (Classification(), Segmentation(), Detection())}
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What travels to every training worker.
+
+    Attributes:
+        config: the whole tree.
+        start: exported student that training starts from.
+        folder: of the run, shared by all workers; evaluations are written below it.
+    """
+
+    config: Config
+    start: Path
+    folder: Path
+
+    @property
+    def kind(self) -> Downstream:
+        """The downstream task."""
+        return DOWNSTREAM[self.config.finetune.task]
+
+
+def build_model(job: FinetuneJob, classes: Sequence[str]) -> nn.Module:
+    """The model with its starting weights; those of the head are seeded."""
+    config = job.config
+    with seeded(config.seed):
+        return job.kind.build(load_start(job.start, config.finetune.frozen), classes, config)
+
+
+class FinetuneTask(Task):
+    """Fine-tunes on one rank."""
+
+    evaluates_everywhere = True
+
+    def __init__(self, job: FinetuneJob, rank: int = 0, world: int = 1) -> None:
+        self.job, self.kind, self.part = job, job.kind, Part(rank, world)
+        config = job.config
+        train = self.kind.open(config, "train")
+        assert train is not None
+        self.train: Examples = train
+        self.val = self.kind.open(config, "val")
+        self.module = build_model(job, train.classes)
+        torch.manual_seed(config.seed + rank)
+        self.sampler = make_sampler(config, train, self.part)
+
+    def steps(self, epoch: int) -> int:
+        """Steps of an epoch."""
+        return epoch_steps(self.job.config, len(self.train))
+
+    def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:
+        """This rank's batches of an epoch."""
+        steps, config = self.steps(epoch), self.job.config
+        numbers = range(epoch * steps + start, (epoch + 1) * steps)
+        return prepare(partial(_batch, self.job, self.train, self.sampler), numbers, config.finetune.data_workers)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
+        """As `finetune.schedule` says."""
+        steps = [self.steps(epoch) for epoch in range(config.epochs)]
+        return make_schedule(optimizer, config, self.job.config.finetune, steps)
+
+    def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the downstream task."""
+        return self.kind.loss(module, batch, device)
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Metrics on held-out images, where there are any; tables and pictures go to `<run>/evaluation`."""
+        if self.val is None:
+            return {}
+        part = Part(self.worker.rank, self.worker.world)
+        if part.world > 1:
+            # Each rank averaged its own BatchNorm statistics: all judge rank 0's.
+            for value in module.state_dict().values():
+                torch.distributed.broadcast(value, 0)
+        report = self.kind.evaluate(module, self.val, self.job.config, part)
+        if part.rank == 0:
+            write_report(report, self.job.folder / "evaluation", self.val.classes)
+        return report.metrics
+
+
+def _batch(job: FinetuneJob, train: Examples, sampler: Sampler, number: int) -> TrainingBatch:
+    draws: list[Draw] = sampler.batch(number)
+    return job.kind.batch(train, job.config, draws)
+
+
+def make_sampler(config: Config, train: Examples, part: Part) -> Sampler:
+    """The order of the run on one rank."""
+    return Sampler(
+        len(train),
+        config.train.batch_size // part.world * part.world,
+        config.seed,
+        whole_passes=not config.finetune.epoch_steps,
+        block=train.block,
+        window=config.train.shuffle_window,
+        rank=part.rank,
+        world=part.world,
+    )
+
+
+def epoch_steps(config: Config, images: int) -> int:
+    """Optimiser steps of an epoch.
+
+    Raises:
+        UserError: where the images do not fill one batch.
+    """
+    batch = config.train.batch_size
+    if not config.finetune.epoch_steps and images < batch:
+        raise UserError(f"train.batch_size={batch} is more than the {images} training images; lower it")
+    return config.finetune.epoch_steps or images // batch
+
+
+def make_finetune_task(payload: dict[str, Any], rank: int, world: int) -> FinetuneTask:
+    """The task of one Ray Train worker; `payload` holds the job under ``job``."""
+    return FinetuneTask(payload["job"], rank, world)
+
+
+def save_model(model: nn.Module, job: FinetuneJob, classes: Sequence[str], folder: Path) -> None:
+    """Write a fine-tuned model: `model.safetensors`, and `model.json` from which :func:`load_model` builds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    start = json.loads((job.start / "student.json").read_text(encoding="utf-8"))
+    description = {
+        "task": job.kind.name,
+        "backbone": {"model": start["model"], "args": start["args"]},
+        "classes": list(classes),
+        "settings": dict(job.kind.settings(job.config)),
+    }
+    (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A fine-tuned model in evaluation mode, its task and the names of its classes."""
+
+    kind: Downstream
+    model: nn.Module
+    classes: tuple[str, ...]
+
+
+def load_model(folder: Path) -> SavedModel:
+    """What :func:`save_model` wrote.
+
+    Raises:
+        UserError: where the folder holds no fine-tuned model.
+    """
+    try:
+        described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        kind, classes = DOWNSTREAM[described["task"]], tuple(described["classes"])
+        encoder = described_encoder(described["backbone"])
+        model = kind.build(encoder, classes, Config.model_validate(described["settings"]))
+        load_weights(model, folder / "model.safetensors")
+    except Exception as error:  # as in `load_encoder`
+        raise UserError(f"{folder} is not a fine-tuned model: {' '.join(str(error).split())[:300]}") from error
+    return SavedModel(kind, model.eval(), classes)

@@ -1,0 +1,43 @@
+"""Fine-tuning on the real Ray with a real MLflow store, from a distilled student's folder to a model that is evaluated."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from jobs import finetune
+from jobs._downstream import evaluate_saved
+from tests.downstream.conftest import SMALL
+
+ARGUMENTS = [*SMALL, "name=seg", "finetune.task=segment", "train.epochs=1", "train.workers=2"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_two_workers_fine_tune_a_model_that_keeps_its_scores(tmp_path, job):
+    arguments = [*ARGUMENTS, f"work={tmp_path}/work"]
+    text, figures = job(finetune.main, *arguments)
+    assert "segment, 11 classes" in text
+    client = MlflowClient(f"sqlite:///{tmp_path}/work/mlflow.db")
+    parent = client.get_run(figures["mlflow_run_id"])
+    assert parent.data.metrics["miou"] == figures["miou"]
+    (child,) = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert [point.step for point in client.get_metric_history(child.info.run_id, "miou")] == [0, 2]
+    assert len(client.get_metric_history(child.info.run_id, "loss")) == 2
+    logged = {file.path for file in client.list_artifacts(child.info.run_id, "evaluation")}
+    assert {"evaluation/per_class.csv", "evaluation/confusion.png", "evaluation/pictures"} <= logged
+    for model in (figures["model_uri"], figures["model"]):
+        _, evaluated = job(partial(evaluate_saved, "segment"), *arguments, f"evaluate.model={model}")
+        assert evaluated["miou"] == pytest.approx(figures["miou"], abs=1e-3)
+    assert Path(figures["model"], "model.safetensors").is_file()
+
+
+def test_a_mistake_is_named_before_anything_is_trained(tmp_path, refused):
+    arguments = [*ARGUMENTS, f"work={tmp_path}/work"]
+    for override, expected in {
+        "finetune.student=no/such": "no/such is neither",
+        "train.batch_size=64": "train.batch_size=64 is more than the 8",
+        "finetune.task=sort": "finetune.task",
+    }.items():
+        assert expected in refused(finetune.main, *arguments, override)
+    assert not (tmp_path / "work").exists()
