@@ -23,7 +23,7 @@ quickstart: env
 	$(BIN)/python jobs/distill.py recipes/quickstart.yaml
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: env
 	$(BIN)/ruff check .

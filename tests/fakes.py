@@ -21,10 +21,11 @@ class ColourGrid(Teacher):
         log: file that gets one line a forward with the number of images, or "".
         delay: seconds that every forward takes longer.
         poison: brightness (mean of the pixels in [0, 255]) above which an image gives NaN; 0: never.
+        gate: file for which every forward waits but the first one of all processes, or "".
     """
 
-    def __init__(self, dim: int, log: str, delay: float, poison: float) -> None:
-        self.log, self.delay, self.poison = log, delay, poison
+    def __init__(self, dim: int, log: str, delay: float, poison: float, gate: str = "") -> None:
+        self.log, self.delay, self.gate, self.poison = log, delay, gate, poison
         self.spec = TeacherSpec(
             name=f"colours{dim}",
             architecture=f"tests/colours{dim}",
@@ -48,6 +49,9 @@ class ColourGrid(Teacher):
             with Path(self.log).open("a") as file:
                 file.write(f"{len(images)}\n")
         time.sleep(self.delay)
+        if self.gate and not _is_first(Path(f"{self.gate}.first")):
+            while not Path(self.gate).exists():
+                time.sleep(0.02)
         patches = F.adaptive_avg_pool2d(images, 4).permute(0, 2, 3, 1) @ self.projection
         if self.poison:
             bright = (images.mean(dim=(1, 2, 3)) * 0.5 + 0.5) * 255 > self.poison
@@ -57,8 +61,17 @@ class ColourGrid(Teacher):
 
 def colours(options: TeacherOptions) -> Teacher:
     """Factory of `ColourGrid`, as `tests.fakes:colours`."""
-    settings = {"dim": 8, "log": "", "delay": 0.0, "poison": 0.0, **options.args}
+    settings = {"dim": 8, "log": "", "delay": 0.0, "gate": "", "poison": 0.0, **options.args}
     return ColourGrid(**settings)
+
+
+def _is_first(file: Path) -> bool:
+    """Whether no process has asked this before."""
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def images_seen(log: Path) -> int:
@@ -142,6 +155,6 @@ SMALL_JOB = [
 """Overrides of a job of seconds: 3 training shards and 1 held-out one, 6 steps an epoch."""
 
 
-def colours_entry(log: Path, dim: int = 8, delay: float = 0.0) -> str:
+def colours_entry(log: Path, dim: int = 8, delay: float = 0.0, gate: Path | str = "") -> str:
     """A `ColourGrid` that writes down its calls, as an entry of `teachers`."""
-    return f"{{model: 'tests.fakes:colours', args: {{log: '{log}', dim: {dim}, delay: {delay}}}}}"
+    return f"{{model: 'tests.fakes:colours', args: {{log: '{log}', dim: {dim}, delay: {delay}, gate: '{gate}'}}}}"

@@ -119,7 +119,7 @@ def test_the_student_says_what_it_comes_from_wherever_it_is(first):
         assert (name, size) == ("regla_t", 32)
         assert isinstance(encoder, Encoder)
         assert [teacher["name"] for teacher in origin["teachers"]] == ["colours8", "hog"]
-        assert origin["data"]["images"] == 144
+        assert [data["images"] for data in origin["data"]] == [144]
         assert origin["knn"]["knn"] == first.figures["knn_after"]
 
 
