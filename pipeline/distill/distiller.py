@@ -55,15 +55,20 @@ class TeacherTarget(nn.Module):
             predicted["summary"] = self.heads["summary"](output.summary)
         return predicted
 
-    def targets(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def targets(self, raw: Mapping[str, Tensor], tokens: Mapping[str, TokenCodec] | None = None) -> dict[str, Tensor]:
         """Standardised features on the same grids, by token type.
 
         Args:
             raw: by token type, [B, row_bytes] uint8 as stored, on the student's device.
+            tokens: decoders of the dataset that `raw` is of, whose projections are its own; None: the training images'.
         """
         # Autocast would take the projections to bfloat16; stored features are worth more than that.
         with torch.autocast(raw["patches"].device.type, enabled=False):
-            target = {kind: self._target(kind, raw[kind]) for kind in self.heads}
+            if tokens is None:
+                target = {kind: self._target(kind, raw[kind]) for kind in self.heads}
+            else:
+                decoded = {kind: tokens[kind].to(raw[kind].device).decode(raw[kind]) for kind in self.heads}
+                target = {kind: self.standardisers[kind](features) for kind, features in decoded.items()}
         return {**target, "patches": self.rule.align_teacher(target["patches"])}
 
     def _target(self, kind: str, rows: Tensor) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
 
+from pipeline.cache.codec import TokenCodec
 from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.reader import Batch, CacheReader
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.distill.loss import vector_loss
@@ -27,6 +28,9 @@ class HeldOut:
         image_size: side of the student's input in pixels.
         batch_size: images per forward, at most.
 
+    Attributes:
+        tokens: decoders by teacher id and token type; a projection is fitted on each dataset by itself.
+
     Raises:
         UserError: where a teacher's shards are missing.
     """
@@ -38,6 +42,7 @@ class HeldOut:
         # As near to all of the images as equal batches come.
         size = max(1, rows // -(-rows // batch_size))
         self.batch_size = size
+        self.tokens = {teacher.id: load_tokens(dataset, teacher) for teacher in teachers}
         self.reader = CacheReader(dataset, teachers, image_size=image_size, batch_size=size, threads=threads)
 
     def batches(self) -> Iterator[Batch]:
@@ -46,8 +51,13 @@ class HeldOut:
 
 
 @torch.inference_mode()
-def nearness(module: Distiller, batches: Iterator[Batch]) -> dict[str, float]:
+def nearness(
+    module: Distiller, batches: Iterator[Batch], tokens: Mapping[str, Mapping[str, TokenCodec]]
+) -> dict[str, float]:
     """Mean cosine and loss of what the heads predict, per teacher and token type.
+
+    Args:
+        tokens: decoders of the batches, by teacher id and token type.
 
     Returns:
         ``val_cosine/<teacher>/<token type>`` in [-1, 1], per patch token or summary, of standardised features; and
@@ -63,7 +73,8 @@ def nearness(module: Distiller, batches: Iterator[Batch]) -> dict[str, float]:
             label = module.labels[target.teacher.id]
             terms = {"patches": target.loss.patches, "summary": target.loss.summary}
             predicted = target.predict(output)
-            wanted = target.targets({kind: raw.to(device) for kind, raw in batch.features[target.teacher.id].items()})
+            raw = {kind: rows.to(device) for kind, rows in batch.features[target.teacher.id].items()}
+            wanted = target.targets(raw, tokens[target.teacher.id])
             for kind, values in predicted.items():
                 cosine = F.cosine_similarity(values.float(), wanted[kind].float(), dim=-1)
                 sums[f"val_cosine/{label}/{kind}"] += float(

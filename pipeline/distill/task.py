@@ -157,7 +157,9 @@ class DistillTask(Task):
         """kNN accuracy in percent of labelled held-out images, and how near the teachers the student comes on any."""
         assert isinstance(module, Distiller)
         metrics = {"knn": self._knn(module)} if self.job.val else {}
-        return {**metrics, **(nearness(module, self.held_out.batches()) if self.held_out else {})}
+        if self.held_out:
+            metrics |= nearness(module, self.held_out.batches(), self.held_out.tokens)
+        return metrics
 
     def evaluate_raw(self, module: nn.Module) -> dict[str, float]:
         """kNN accuracy in percent of the weights that are not averaged."""
@@ -186,7 +188,7 @@ class DistillTask(Task):
         """Draw curves, and features as colours."""
         if self.watcher is not None:
             assert isinstance(module, Distiller)
-            self.watcher.draw(module, evaluations, self.shown)
+            self.watcher.draw(module, evaluations, self.shown, self.held_out.tokens if self.held_out else None)
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:

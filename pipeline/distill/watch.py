@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.cache.codec import TokenCodec
 from pipeline.cache.reader import Batch
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.training import History
@@ -36,19 +37,26 @@ class Watch:
     teacher_knn: Mapping[str, float] = field(default_factory=dict)
     earlier: Sequence[tuple[int, dict[str, float]]] = ()
 
-    def draw(self, module: Distiller, evaluations: History, batch: Batch) -> None:
+    def draw(
+        self,
+        module: Distiller,
+        evaluations: History,
+        batch: Batch,
+        tokens: Mapping[str, Mapping[str, TokenCodec]] | None,
+    ) -> None:
         """Both figures, in place of those of the last epoch.
 
         Args:
             evaluations: of this phase, the first before training.
             batch: with the features of the images to be shown.
+            tokens: decoders of these features by teacher id and token type; None: the training images'.
         """
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         # A phase begins with the evaluation that the one before ended with.
         curve = [*self.earlier, *evaluations[bool(self.earlier) :]]
         curves_figure(curve, self.teacher_knn, folder / "curves.png")
-        features_figure(module, batch, folder / "features.png")
+        features_figure(module, batch, tokens, folder / "features.png")
 
 
 def curves_figure(
@@ -89,7 +97,9 @@ def curves_figure(
 
 
 @torch.inference_mode()
-def features_figure(module: Distiller, batch: Batch, path: Path) -> Path:
+def features_figure(
+    module: Distiller, batch: Batch, tokens: Mapping[str, Mapping[str, TokenCodec]] | None, path: Path
+) -> Path:
     """Images beside every teacher's patch features and what the student makes of them.
 
     Colours are the first three principal components: those of a teacher's features for it and for the student's
@@ -106,11 +116,11 @@ def features_figure(module: Distiller, batch: Batch, path: Path) -> Path:
         assert isinstance(target, TeacherTarget)
         raw = {kind: rows[:count].to(device) for kind, rows in batch.features[target.teacher.id].items()}
         label = module.labels[target.teacher.id]
-        wanted = target.targets(raw)["patches"].float().cpu()
+        wanted = target.targets(raw, tokens[target.teacher.id] if tokens else None)["patches"].float().cpu()
         shown = colours(wanted, wanted, target.predict(output)["patches"].float().cpu())
         columns |= {label: shown[0], f"student of {label}": shown[1]}
-    tokens = output.tokens.float().permute(0, 2, 3, 1).cpu()
-    (columns["student's tokens"],) = colours(tokens, tokens)
+    own = output.tokens.float().permute(0, 2, 3, 1).cpu()
+    (columns["student's tokens"],) = colours(own, own)
     mosaic = torch.cat([_enlarged(pictures) for pictures in columns.values()], dim=1)
     figure = Figure(figsize=(1.25 * len(columns), 1.25 * count + 0.6), layout="constrained")
     panel = figure.subplots()

@@ -140,7 +140,7 @@ def test_evaluation_is_knn_of_the_given_weights_and_nearness_to_the_teachers(job
         expected = student_knn(module.student.encoder, judge.job.train, judge.job.val, 32, judge.job.config.knn)
         metrics = judge.evaluate(module)
         assert metrics["knn"] == expected == judge.evaluate_raw(module)["knn_raw"]
-        assert metrics == {"knn": expected, **nearness(module, judge.held_out.batches())}
+        assert metrics == {"knn": expected, **nearness(module, judge.held_out.batches(), judge.held_out.tokens)}
         scores.append(expected)
     assert scores[0] != scores[1]
 

@@ -6,18 +6,27 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pipeline.cache.build import plan_cache
+from pipeline.cache.extract import load_tokens
+from pipeline.cache.store import Store
 from pipeline.distill.held_out import HeldOut, nearness
 from pipeline.distill.job import make_job
+from pipeline.distill.loss import vector_loss
 from pipeline.distill.task import DistillTask, make_distill_task
 from pipeline.distill.watch import Watch, colours
 from pipeline.training import Worker, train
+from tests.fakes import fill_in_process
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "train.epochs=1"]
 
 
-@pytest.fixture
-def job(photo_config, filled):
-    return make_job(photo_config(*STUDENT), filled.plan)
+@pytest.fixture(params=["float16", "pca4-int8"])
+def job(tmp_path, photo_config, request):
+    """On a complete cache, also of features that each split is projected of by itself."""
+    config = photo_config(*STUDENT, f"cache.codec={request.param}")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    fill_in_process(plan)
+    return make_job(config, plan)
 
 
 def test_the_held_out_sample_is_nearly_all_and_the_same_every_time(job):
@@ -39,26 +48,33 @@ def test_nearness_is_the_mean_over_images_of_cosine_and_loss(job):
     task = DistillTask(job)
     module = task.module.eval()
     batches = list(task.held_out.batches())
-    metrics = nearness(module, iter(batches))
+    metrics = nearness(module, iter(batches), task.held_out.tokens)
     images = torch.cat([batch.images for batch in batches])
     output = module.student(images)
     assert len(metrics) == 8
     for target, teacher in zip(module.targets, job.teachers, strict=True):
         label = module.labels[teacher.id]
         raw = {kind: torch.cat([batch.features[teacher.id][kind] for batch in batches]) for kind in teacher.shapes}
-        predicted, wanted = target.predict(output), target.targets(raw)
-        for kind, loss in target.losses(output, raw).items():
-            cosine = F.cosine_similarity(predicted[kind], wanted[kind], dim=-1).mean()
+        predicted, decoders = target.predict(output), load_tokens(job.held_out, teacher)
+        for kind, values in predicted.items():
+            wanted = target.standardisers[kind](decoders[kind].decode(raw[kind]))
+            wanted = target.rule.align_teacher(wanted) if kind == "patches" else wanted
+            loss = vector_loss(
+                {"patches": job.config.loss.patches, "summary": job.config.loss.summary}[kind], values, wanted
+            )
+            cosine = F.cosine_similarity(values, wanted, dim=-1).mean()
             assert metrics[f"val_cosine/{label}/{kind}"] == pytest.approx(float(cosine), abs=1e-5)
             assert metrics[f"val_loss/{label}/{kind}"] == pytest.approx(float(loss.mean()), rel=1e-4)
 
 
 def test_perfect_heads_come_as_near_as_can_be(job):
     module = DistillTask(job).module.eval()
-    batch = next(HeldOut(job.held_out, job.teachers, 32, 40).batches())
+    held_out = HeldOut(job.held_out, job.teachers, 32, 40)
+    batch = next(held_out.batches())
     for target in module.targets:
-        target.predict = lambda _, target=target: target.targets(batch.features[target.teacher.id])
-    metrics = nearness(module, iter([batch]))
+        raw, tokens = batch.features[target.teacher.id], held_out.tokens[target.teacher.id]
+        target.predict = lambda _, target=target, raw=raw, tokens=tokens: target.targets(raw, tokens)
+    metrics = nearness(module, iter([batch]), held_out.tokens)
     for name, value in metrics.items():
         assert value == pytest.approx(1.0 if name.startswith("val_cosine") else 0.0, abs=1e-5)
 
@@ -78,8 +94,8 @@ def test_figures_are_drawn_after_every_evaluation_with_what_was_evaluated(job, t
     drawn, folder = [], tmp_path / "figures"
     draw = Watch.draw
 
-    def spy(self, module, evaluations, batch):
-        draw(self, module, evaluations, batch)
+    def spy(self, module, evaluations, batch, tokens):
+        draw(self, module, evaluations, batch, tokens)
         drawn.append(([step for step, _ in evaluations], batch.keys, sorted(p.name for p in folder.iterdir())))
 
     monkeypatch.setattr(Watch, "draw", spy)
