@@ -180,9 +180,10 @@ def described_encoder(described: Mapping[str, Any]) -> Encoder:
     Raises:
         ValueError: where the arguments would make timm read other files.
     """
-    if refused := _TIMM_OPTIONS & described["args"].keys():
+    model, args = described["model"], described["args"]
+    if refused := _TIMM_OPTIONS & args.keys():
         raise ValueError(f"args may not hold {', '.join(sorted(refused))}")
-    return Encoder(create_backbone(described["model"], described["args"]))
+    return Encoder(create_backbone(model, args))
 
 
 def load_weights(module: nn.Module, file: Path) -> None:
