@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,8 +64,10 @@ def load_any(
     if student.startswith("timm/") or timm.is_model(student):
         encoder, known = _from_timm(student, weights, args or {}), {"weights": weights}
         return Loaded(encoder, student.removeprefix("timm/"), None, args or {}, known)
+    near = difflib.get_close_matches(student, timm.list_models(), n=3)
     raise UserError(
         f"{student}: neither an exported student folder, nor an MLflow URI (models:/m-...), nor a name that timm knows"
+        + (f"; did you mean {', '.join(near)}?" if near else "")
     )
 
 

@@ -41,7 +41,7 @@ class Task(ABC):
     module: nn.Module
     seed: int = 0
     evaluates_everywhere: ClassVar[bool] = False
-    worker: Worker
+    worker: Worker = Worker()
 
     @abstractmethod
     def steps(self, epoch: int) -> int:

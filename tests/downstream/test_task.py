@@ -161,7 +161,7 @@ def test_training_starts_from_the_exported_student(make_job, tmp_path):
 @pytest.mark.parametrize(
     ("student", "expected"),
     [
-        ("no/such/folder", "no/such/folder is neither the folder of an exported student nor a timm name"),
+        ("no/such/folder", "no/such/folder: neither an exported student folder"),
         ("regla_x", "regla_xl"),
         ("timm/resnet18.no_such_tag", "resnet18.no_such_tag"),
     ],
