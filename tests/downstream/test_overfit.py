@@ -12,7 +12,7 @@ PLAIN = ["classify.augment=null", "classify.min_area=1", "classify.mixup=0", "cl
 CASES = {
     "classify": ([*PLAIN, "classify.crop_share=1", "train.epochs=25", "train.lr=0.01"], {"top1": 100}),
     "segment": (["segment.scales=[1, 1]", "train.epochs=60", "train.lr=0.01"], {"miou": 88, "macc": 90, "aacc": 97}),
-    "detect": (["train.epochs=70", "train.lr=0.006"], {"box/AP50": 0.9, "mask/AP50": 0.9}),
+    "detect": (["train.epochs=80", "train.lr=0.003", "train.warmup_epochs=10"], {"box/AP50": 0.9, "mask/AP50": 0.9}),
 }
 
 

@@ -130,10 +130,10 @@ def test_two_jobs_on_one_cache_outlast_the_kill_of_worker_actor_node_and_driver(
             return wait_until(lambda: found() or not all(job.is_alive() for job in jobs))
 
         kill(draw.choice(seen(lambda: _running("Ingest", head, second))))
-        seen(lambda: _teacher_shards(cache) and _running("Extract", head) and _running("Extract", second))
+        seen(lambda: _teacher_shards(cache) and _running("Extract", head, second))
         assert len(_teacher_shards(cache)) == 1
         finished = content(cache)
-        kill(draw.choice(_running("Extract", head)))
+        kill(draw.choice(_running("Extract", head, second)))
         for victim in draw.sample([second, jobs[0]], 2):
             time.sleep(draw.uniform(0, 0.2))
             victim.kill()

@@ -35,7 +35,7 @@ def test_two_workers_fine_tune_a_model_that_keeps_its_scores(tmp_path, job):
 def test_a_mistake_is_named_before_anything_is_trained(tmp_path, refused):
     arguments = [*ARGUMENTS, f"work={tmp_path}/work"]
     for override, expected in {
-        "finetune.student=no/such": "no/such is neither",
+        "finetune.student=no/such": "no/such: neither",
         "train.batch_size=64": "train.batch_size=64 is more than the 8",
         "finetune.task=sort": "finetune.task",
     }.items():
