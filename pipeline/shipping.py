@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
@@ -27,7 +26,7 @@ from pipeline.evaluate.folding import inference_form
 from pipeline.export import INPUT, OUTPUT, export_coreml, export_onnx, export_torch
 from pipeline.model_card import model_card
 from pipeline.student.loading import Loaded
-from pipeline.student.model import Encoder, load_encoder
+from pipeline.student.model import Encoder, load_encoder, save_encoder
 
 Format = Literal["safetensors", "torch_export", "onnx", "coreml"]
 FILES: dict[Format, str] = {
@@ -95,12 +94,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def _safetensors(loaded: Loaded, fused: Encoder, path: Path, size: int, dynamic: Sequence[int]) -> Run:
-    encoder = loaded.encoder
-    assert isinstance(encoder, Encoder)
-    save_file({name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}, path)
-    described = {"model": loaded.name, "args": {"num_classes": 0, **loaded.args}, "input_size": size}
-    described |= {"mean": encoder.mean.flatten().tolist(), "std": encoder.std.flatten().tolist()}
-    path.with_suffix(".json").write_text(json.dumps(described, indent=2), encoding="utf-8")
+    save_encoder(loaded.encoder, loaded.name, loaded.args, size, path.parent)
     return load_encoder(path.parent)
 
 
