@@ -1,0 +1,31 @@
+"""MLflow: every run, metric, lineage and model. The only package that imports it."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# Read when MLflow is imported: no telemetry, and a server that does not answer is an error soon.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from pipeline.tracking.models import download_model, download_student, log_model_folder, log_student
+from pipeline.tracking.run import Run, resolve_uri, start_job
+
+__all__ = [
+    "Run",
+    "download_model",
+    "download_student",
+    "log_model_folder",
+    "log_student",
+    "resolve_uri",
+    "start_job",
+]
+
+for _logger in ("mlflow", "alembic"):
+    logging.getLogger(_logger).setLevel(logging.ERROR)

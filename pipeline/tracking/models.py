@@ -1,0 +1,139 @@
+"""Models that runs have logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import mkdtemp
+
+import mlflow
+import numpy as np
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.tracking.run import Run
+
+STUDENT_FOLDER = "student"
+STUDENT_FILES = ("student.safetensors", "student.json")
+"""Artifacts of a run that trained a student, from which `download_student` fetches it."""
+
+
+def log_student(
+    run: Run,
+    model: nn.Module,
+    example: Tensor,
+    *,
+    name: str,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+) -> str:
+    """Log a model as a graph of torch.export (pt2): no pickle, and no code of ours is needed to load it.
+
+    Args:
+        model: in evaluation mode, on the CPU; takes one float32 tensor.
+        example: [B >= 2, ...]; the batch is dynamic, the other dimensions are as given.
+        metrics: of this model, by which models are searched and compared; named unlike the curves of the run.
+
+    Returns:
+        Its model URI, which `mlflow.pytorch.load_model` takes.
+    """
+    with torch.no_grad():
+        output = model(example)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *output.shape[1:]))]),
+    )
+    logged = Model.log(
+        artifact_path=None,
+        name=name,
+        flavor=mlflow.pytorch,
+        run_id=run.run_id,
+        pytorch_model=model,
+        input_example=example.numpy(),
+        signature=signature,
+        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+        serialization_format="pt2",
+        tags=dict(tags),
+    )
+    for key, value in metrics.items():
+        run.client.log_metric(run.run_id, key, value, model_id=logged.model_id)
+    return str(logged.model_uri)
+
+
+def download_student(model_uri: str, tracking_uri: str) -> Path:
+    """A local folder with the exported student of the run that logged a model: safetensors and its description.
+
+    The logged graph itself is not opened: torch evaluates expressions and looks up functions that a pt2 file names, so
+    that loading one runs what its author wrote, as a pickle does.
+
+    Args:
+        model_uri: ``models:/<model id>``, ``models:/<name>/<version>``, ``models:/<name>@<alias>``, or
+            ``runs:/<run id>/...``.
+
+    Raises:
+        UserError: where there is no such model, or its run has no exported student.
+    """
+    client = MlflowClient(tracking_uri)
+    try:
+        folder = Path(client.download_artifacts(_run_of(client, model_uri), STUDENT_FOLDER, mkdtemp()))
+        for name in STUDENT_FILES:
+            (folder / name).stat()  # some stores give nothing for what is not there
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"{model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}; models are read "
+            f"from {STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
+        ) from error
+    return folder
+
+
+def _run_of(client: MlflowClient, model_uri: str) -> str:
+    """The run that logged a model."""
+    scheme, _, rest = model_uri.partition(":/")
+    head, _, tail = rest.strip("/").partition("/")
+    if scheme == "runs" and head:
+        return head
+    if scheme != "models" or not head:
+        raise MlflowException("it is neither models:/... nor runs:/...")
+    if not tail and "@" not in head:
+        return str(client.get_logged_model(head).source_run_id)
+    name, _, alias = head.partition("@")
+    version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, tail)
+    return str(version.run_id)
+
+
+def log_model_folder(
+    run: Run, folder: Path, *, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]
+) -> str:
+    """Log the files of a model that torch.export has no form for; :func:`download_model` gives them back.
+
+    Args:
+        metrics: of this model, by which models are searched and compared.
+
+    Returns:
+        Its model URI.
+    """
+    logged = run.client.create_logged_model(run.experiment_id, name, run.run_id, dict(tags))
+    run.client.log_model_artifacts(logged.model_id, str(folder))
+    run.client.finalize_logged_model(logged.model_id, "READY")
+    for key, value in metrics.items():
+        run.client.log_metric(run.run_id, key, value, model_id=logged.model_id)
+    return f"models:/{logged.model_id}"
+
+
+def download_model(model_uri: str, tracking_uri: str) -> Path:
+    """A local folder with the files of a logged model.
+
+    Raises:
+        UserError: where there is no such model.
+    """
+    try:
+        return Path(mlflow.artifacts.download_artifacts(model_uri, tracking_uri=tracking_uri))
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"{model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}"
+        ) from error
