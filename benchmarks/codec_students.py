@@ -101,6 +101,8 @@ class JudgedAtTheEnd(DistillTask):
         """Nothing."""
         return {}
 
+    evaluate_raw = evaluate
+
 
 def _report(knn: dict[str, list[float]]) -> dict[str, Any]:
     first, *others = knn

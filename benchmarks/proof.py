@@ -128,6 +128,8 @@ def _labels_alone(config: Config) -> nn.Module:
         def evaluate(self, module: nn.Module) -> dict[str, float]:
             return {}
 
+        evaluate_raw = evaluate
+
     mild = {"augment": None, "min_area": 0.5, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
     config = changed(classify=mild)(with_absolute_paths(config))
     with TemporaryDirectory() as folder:
