@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.cache.reader import Batch
 from pipeline.config import TrainConfig, load_config
+from pipeline.downstream.detect import ObjectsBatch
 from pipeline.errors import UserError
 from pipeline.training import (
     STATE_FILE,
@@ -455,6 +456,14 @@ def test_a_batch_is_cut_with_all_that_it_holds():
     assert second.features["teacher"]["summary"].tolist() == [[2, 3], [4, 5]]
     assert first.place == second.place == batch.place
     assert [piece.keys for piece in split_batch(batch, 9)] == [["a"], ["b"], ["c"]]
+
+
+def test_batches_of_fine_tuning_are_cut_too():
+    boxes = [{"boxes": torch.full((2, 4), float(number))} for number in range(3)]
+    first, second = split_batch(ObjectsBatch(["a", "b", "c"], list(torch.arange(3)), boxes), 2)
+    assert (first.keys, second.keys) == (["a"], ["b", "c"])
+    assert second.images == [torch.tensor(1), torch.tensor(2)]
+    assert [target["boxes"][0, 0].item() for target in second.targets] == [1, 2]
 
 
 def test_every_worker_runs_equally_many_forwards_a_step():
