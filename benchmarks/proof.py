@@ -76,6 +76,8 @@ ARMS: dict[str, Arm] = {
     "crops-2": crops(2),
     "int8": changed(cache={"codec": "int8"}),
     "float16": changed(cache={"codec": "float16"}),
+    "heads-256": changed(student={"head_dim": 256}),
+    "heads-1024": changed(student={"head_dim": 1024}),
 }
 
 
