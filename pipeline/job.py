@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from pipeline import logs
 from pipeline.config import Config
 from pipeline.ray_session import connect
 from pipeline.runs import RunState, open_run, work_folder
@@ -33,7 +34,7 @@ class Job:
         run = self.run.child(name, run_id=self.state.mlflow.get(name))
         self.state.mlflow[name] = run.run_id
         self.state.save()
-        with _ended(run):
+        with _ended(run), logs.about(stage=name):
             yield run
 
 
@@ -51,7 +52,7 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
     with connect():
         check_shared(config)
         run, state = _start(config, uri, name, reads)
-        with _ended(run):
+        with _ended(run), logs.about(run=state.folder.name):
             yield Job(state, run, uri)
         # Not before everything is sent: a second start sends what is left.
         state.finished = True

@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline import logs
 from pipeline.cache.codec import Codec, Projection, TokenCodec, dump_projection, fit_projection, load_projection
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
@@ -149,6 +150,10 @@ class Extract:
 
         A failure that the user can mend comes back as ``error``, so that it stays one clear line.
         """
+        with logs.about_shard(row, "extract"):
+            return self._answer(row)
+
+    def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
         dataset, shard = self.datasets[row["split"]], int(row["shard"])
         missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
         try:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pipeline import logs
 from pipeline.cache.extract import Extract
 from pipeline.cache.ingest import Ingest
 from pipeline.cache.verify import Verify
@@ -74,4 +75,5 @@ def _in_actors(
 def _dataset(rows: Sequence[dict[str, Any]]) -> Any:
     import ray.data
 
-    return ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    carried = logs.carried()
+    return ray.data.from_items([{**row, **carried} for row in rows], override_num_blocks=len(rows))

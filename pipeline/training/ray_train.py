@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyarrow import fs
 
+from pipeline import logs
 from pipeline.config import TrainConfig, check_shares
 from pipeline.errors import UserError
 from pipeline.training.checkpoint import STATE_FILE, Snapshot, copied, keep_best, load_state
@@ -81,6 +82,7 @@ def fit(
             "payload": payload,
             "config": config.model_dump(),
             "shares": shares,
+            "log": logs.fields(),
         },
         scaling_config=_scaling(config, shares),
         run_config=_run_config(config, folder, on_commit),
@@ -160,6 +162,8 @@ def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     import ray.train
 
     logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; below it Ray Train prints every report in full
+    logs.configure_worker()
+    logs.enter(**{**loop["log"], "stage": "train"})
     refused = StopFile(*_place(REFUSED_FILE))
     if refused.exists():
         return "refused", refused.read()
