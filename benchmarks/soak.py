@@ -35,6 +35,7 @@ from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.build import plan_cache
 from pipeline.cache.store import Store
 from pipeline.config import load_config
+from pipeline.ray_session import connect
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process
 from tests.faults import content
 from tests.nodes import Node, cluster, descendants, kill, running
@@ -55,11 +56,11 @@ class Soak:
             *SMALL_JOB,
             "cache.batch_size=24",
             "cache.codec=int8",
-            "train.epochs=4",
+            "train.epochs=3",
             "train.checkpoint_steps=3",
             f"work={folder}/work",
             f"cache.uri={self.cache}",
-            f"teachers=[{colours_entry(folder / 'calls', dim=16, delay=0.3)}]",
+            f"teachers=[{colours_entry(folder / 'calls', dim=16, delay=0.1)}]",
         ]
         self.injected: Counter[str] = Counter()
         self.restarts = self.wrong_shards = self.wrong_curves = self.repaired = 0
@@ -225,8 +226,9 @@ def main() -> None:
         with cluster(4, 4) as nodes, watch("driver", LABELS, interval=5.0) as curves:
             os.environ |= {"RAY_ADDRESS": nodes[0].address, "RAY_AUTH_MODE": "disabled"}
             soak = Soak(folder, nodes, options.seed)
-            while soak.rounds < 2 or time.monotonic() - started < options.minutes * 60:
-                soak.round(quiet=not soak.rounds)
+            with connect():  # once for all rounds: what stays behind of one is there in the next
+                while soak.rounds < 2 or time.monotonic() - started < options.minutes * 60:
+                    soak.round(quiet=not soak.rounds)
         means = report(curves, options.figure, f"{soak.rounds} rounds of extraction and training with faults")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
