@@ -28,6 +28,7 @@ from pipeline.training import (
     train,
 )
 from pipeline.training.checkpoint import keep_best
+from pipeline.training.meter import starved
 from pipeline.training.ray_train import _shares
 from pipeline.training.stopping import StopFile, on_sigterm
 from tests.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_tiny_task
@@ -192,6 +193,20 @@ def test_the_time_of_a_step_is_told_by_data_forward_and_backward(monkeypatch):
     points = [metrics for _, metrics in _history(_train(SlowData(), _config(epochs=1))) if "loss" in metrics]
     for metrics in points:
         assert [metrics[name] for name in TIMES] == [BATCH / 8, 5 / 8, 1 / 8, 2 / 8]
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ((0.5, 0.41, 0.05), ""),
+        ((0.3, 0.3, 0.35), "busy 60% of the last steps; data takes 35%: more CPUs a GPU"),
+        ((0.3, 0.3, 0.05), "busy 60% of the last steps; launching its work takes most of the rest: a larger"),
+    ],
+)
+def test_what_keeps_a_gpu_waiting_is_said(shares, expected):
+    line = starved(dict(zip(("forward_share", "backward_share", "data_wait_share"), shares, strict=True)))
+    assert expected in line
+    assert bool(line) == bool(expected)
 
 
 def test_evaluation_comes_before_training_and_after_each_epoch_on_the_averaged_weights():
