@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from pipeline import logs
 from pipeline.config import Config
 from pipeline.ray_session import connect
 from pipeline.runs import RunState, open_run, work_folder
@@ -33,7 +34,7 @@ class Job:
         run = self.run.child(name, run_id=self.state.mlflow.get(name))
         self.state.mlflow[name] = run.run_id
         self.state.save()
-        with _ended(run):
+        with _ended(run), logs.about(stage=name):
             yield run
 
 
@@ -47,30 +48,32 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
     Raises:
         UserError: where MLflow or Ray cannot be reached, or a node does not see the job's files.
     """
+    uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
     with connect():
         check_shared(config)
-        run, state, uri = _start(config, name, reads)
-        with _ended(run):
+        run, state = _start(config, uri, name, reads)
+        with _ended(run), logs.about(run=state.folder.name):
             yield Job(state, run, uri)
-            state.finished = True
-            state.save()
+        # Not before everything is sent: a second start sends what is left.
+        state.finished = True
+        state.save()
 
 
-def _start(config: Config, name: str, reads: Collection[str]) -> tuple[Run, RunState, str]:
-    work, state = work_folder(config), open_run(config, name, reads)
-    uri = resolve_uri(config.tracking.uri, work)
+def _start(config: Config, uri: str, name: str, reads: Collection[str]) -> tuple[Run, RunState]:
+    state = open_run(config, name, reads)
     run = start_job(
         uri,
         experiment=config.tracking.experiment,
         name=f"{config.name}-{name}",
         config=config.model_dump(mode="json"),
         tags={"job": name},
-        work=work,
+        work=work_folder(config),
+        folder=state.folder,
         run_id=state.mlflow.get("job"),
     )
     state.mlflow["job"] = run.run_id
     state.save()
-    return run, state, uri
+    return run, state
 
 
 @contextmanager

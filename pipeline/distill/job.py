@@ -124,7 +124,7 @@ def _train(job: DistillJob, run: Run, folder: Path, begun: Ending, before: Path 
     checkpoint = fit(make_distill_task, payload, job.config.train, str(folder), on_commit)
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
-        run.log_file(Path(directory, STATE_FILE), "checkpoint")
+    run.log_reference(folder / Path(checkpoint.path).name / STATE_FILE, "checkpoint/reference.json")
     return begun.then(state, job.config.train.epochs, list(teacher_labels(job.teachers).values()))
 
 
@@ -151,7 +151,7 @@ def log_shuffle(job: DistillJob, run: Run, step: int) -> None:
     """How well an epoch is shuffled: its order is known before anything is read."""
     world = max(1, job.config.train.most_workers)
     quality = build_reader(job, 0, world).shuffle_quality()
-    run.log_metric_dict({f"shuffle/{name}": value for name, value in asdict(quality).items()}, step)
+    run.log_metrics([(step, {f"shuffle/{name}": value for name, value in asdict(quality).items()})])
     print(f"shuffle: {quality}", flush=True)
 
 
@@ -185,7 +185,7 @@ def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:
         return {}
     labels = teacher_labels(job.teachers)
     scores = {labels[t.id]: teacher_knn(t, job.train, job.val, job.config.knn) for t in job.teachers}
-    run.log_metric_dict({f"teacher_knn/{name}": score for name, score in scores.items()}, step)
+    run.log_metrics([(step, {f"teacher_knn/{name}": score for name, score in scores.items()})])
     return scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -16,6 +17,7 @@ from mlflow.types import Schema, TensorSpec
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.tracking.outbox import patiently
 from pipeline.tracking.run import Run
 
 STUDENT_FOLDER = "student"
@@ -41,14 +43,19 @@ def log_student(
 
     Returns:
         Its model URI, which `mlflow.pytorch.load_model` takes.
+
+    Raises:
+        UserError: where the server does not answer for minutes.
     """
+    run.settle()
     with torch.no_grad():
         output = model(example)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *output.shape[1:]))]),
     )
-    logged = Model.log(
+    log = partial(
+        Model.log,
         artifact_path=None,
         name=name,
         flavor=mlflow.pytorch,
@@ -60,8 +67,9 @@ def log_student(
         serialization_format="pt2",
         tags=dict(tags),
     )
+    logged = patiently(run.uri, log)
     for key, value in metrics.items():
-        run.client.log_metric(run.run_id, key, value, model_id=logged.model_id)
+        patiently(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
     return str(logged.model_uri)
 
 
@@ -116,12 +124,17 @@ def log_model_folder(
 
     Returns:
         Its model URI.
+
+    Raises:
+        UserError: where the server does not answer for minutes.
     """
-    logged = run.client.create_logged_model(run.experiment_id, name, run.run_id, dict(tags))
-    run.client.log_model_artifacts(logged.model_id, str(folder))
-    run.client.finalize_logged_model(logged.model_id, "READY")
+    run.settle()
+    create = partial(run.client.create_logged_model, run.experiment_id, name, run.run_id, dict(tags))
+    logged = patiently(run.uri, create)
+    patiently(run.uri, partial(run.client.log_model_artifacts, logged.model_id, str(folder)))
+    patiently(run.uri, partial(run.client.finalize_logged_model, logged.model_id, "READY"))
     for key, value in metrics.items():
-        run.client.log_metric(run.run_id, key, value, model_id=logged.model_id)
+        patiently(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
     return f"models:/{logged.model_id}"
 
 
