@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.config import Config
-from pipeline.ray_session import connect
+from pipeline.ray_session import connect, devices
 from pipeline.runs import RunState, open_run, work_folder
 from pipeline.shared import check_shared
 from pipeline.tracking import Run, resolve_uri, start_job
@@ -50,7 +51,7 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
     with connect():
         check_shared(config)
         run, state, uri = _start(config, name, reads)
-        with _ended(run):
+        with _ended(run), _metered(run):
             yield Job(state, run, uri)
             state.finished = True
             state.save()
@@ -71,6 +72,18 @@ def _start(config: Config, name: str, reads: Collection[str]) -> tuple[Run, RunS
     state.mlflow["job"] = run.run_id
     state.save()
     return run, state, uri
+
+
+@contextmanager
+def _metered(run: Run) -> Iterator[None]:
+    """Hours, and GPU hours where there are GPUs, of all starts of a run; one that is killed outright tells nothing."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        hours, (gpus, kind) = (time.monotonic() - started) / 3600, devices()
+        run.set_tags({"device": kind})
+        run.add_to_metrics({"hours": hours, **({"gpu_hours": hours * gpus} if gpus else {})})
 
 
 @contextmanager

@@ -175,6 +175,13 @@ def test_thousands_of_points_are_logged_and_those_that_are_not_finite_left_out(s
     run.log_metrics([])
 
 
+def test_a_resumed_run_adds_to_what_it_had_spent(start, client):
+    run = start()
+    run.add_to_metrics({"hours": 1.5})
+    start(run_id=run.run_id).add_to_metrics({"hours": 0.25, "gpu_hours": 2.0})
+    assert client.get_run(run.run_id).data.metrics == {"hours": 1.75, "gpu_hours": 2.0}
+
+
 def test_data_is_an_input_of_the_run(start, client):
     run = start()
     run.log_dataset("scenes-train-1a2b", "folder/of/photos", "a" * 64, "train")

@@ -15,14 +15,18 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from pipeline.tracking.models import download_model, download_student, log_model_folder, log_student
+from pipeline.tracking.reading import Experiment, LoggedRun, read_experiment
 from pipeline.tracking.run import Run, resolve_uri, start_job
 
 __all__ = [
+    "Experiment",
+    "LoggedRun",
     "Run",
     "download_model",
     "download_student",
     "log_model_folder",
     "log_student",
+    "read_experiment",
     "resolve_uri",
     "start_job",
 ]

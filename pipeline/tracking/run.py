@@ -84,6 +84,11 @@ class Run:
         """Set tags."""
         self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in tags.items()])
 
+    def set_student_run(self, run_id: str | None) -> None:
+        """Name the run that trained the student which this one judges or goes on with, where known."""
+        if run_id:
+            self.set_tags({"student_run": run_id})
+
     def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Log metrics by step, in batches. Values that are not finite are left out: stores refuse or alter them."""
         history = list(history)
@@ -101,6 +106,11 @@ class Run:
     def log_metric_dict(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics of one step."""
         self.log_metrics([(step, metrics)])
+
+    def add_to_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Add to metrics that were logged before, by an interrupted start of the same run."""
+        known = self.client.get_run(self.run_id).data.metrics
+        self.log_metric_dict({name: known.get(name, 0.0) + value for name, value in metrics.items()})
 
     def log_text(self, text: str, path: str) -> None:
         """Log text as the artifact `path`."""
@@ -150,7 +160,7 @@ def start_job(
     Raises:
         UserError: where the store cannot be reached or opened.
     """
-    with _probing(uri), _alone(uri):
+    with probing(uri), _alone(uri):
         mlflow.set_tracking_uri(uri)
         run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id)
     run.set_tags({**tags, **_git_tags()})
@@ -160,7 +170,8 @@ def start_job(
 
 
 @contextmanager
-def _probing(uri: str) -> Iterator[None]:
+def probing(uri: str, field: str = "tracking.uri") -> Iterator[None]:
+    """While a store is first asked: one that does not answer is an error soon, naming the field that it came from."""
     retries, timeout = os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     try:
@@ -168,7 +179,7 @@ def _probing(uri: str) -> Iterator[None]:
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"MLflow at {uri} cannot be used ({reason}); start that server, or name another in tracking.uri"
+            f"MLflow at {uri} cannot be used ({reason}); start that server, or name another in {field}"
         ) from error
     finally:
         os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
