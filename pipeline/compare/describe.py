@@ -35,7 +35,7 @@ def describe(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, s
         "job": job,
         "data": _readable(held_by(run, data, "train")),
         "student": student(run),
-        "input": given(run, "evaluate.input_size") if "evaluate" in _named(run) else given(run, "student.input_size"),
+        "input": f"{side} px" if (side := _input_size(run)) else None,
         "teachers": " + ".join(_teachers(run)) if distils else None,
         "codec": ", ".join(dict.fromkeys(_codecs(run))) if distils else None,
         "views": _views(run) if distils else None,
@@ -47,6 +47,12 @@ def describe(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, s
 def _named(run: LoggedRun) -> str:
     """Section whose field `student` names the student, or nothing."""
     return next((section for section in ("evaluate", "finetune") if given(run, f"{section}.student")), "")
+
+
+def _input_size(run: LoggedRun) -> str | None:
+    if run.tags.get("job") != "distill" and _named(run) == "evaluate":
+        return given(run, "evaluate.input_size")  # not given: as the student was exported
+    return given(run, "student.input_size")
 
 
 def student(run: LoggedRun) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.group import Group
@@ -108,6 +109,7 @@ def curves_figure(comparison: Comparison) -> Figure | None:
         panel.plot(epochs, means, label=group.label, **line)
         raw = [(point.epoch, point.raw.mean) for point in group.curve if point.raw]
         panel.plot(*zip(*raw, strict=True), color=style.colour, linestyle=":", linewidth=1.0)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set(xlabel="epoch", ylabel="kNN, % (line: averaged weights, dotted: raw)")
     _legend(figure, panel)
     return figure
@@ -125,7 +127,7 @@ def size_figure(comparison: Comparison) -> Figure | None:
         panel.plot(*zip(*points, strict=True), color=members[0][2].colour, linewidth=1.4, label=family_name(members))
         for at, (_, group, _) in zip(points, members, strict=True):
             name = group.texts.get("student", "")
-            panel.annotate(name, at, xytext=(6, 4), textcoords="offset points", fontsize=7)
+            panel.annotate(name, at, xytext=(7, -10), textcoords="offset points", fontsize=7)
     panel.margins(x=0.15)
     panel.set(xlabel=MEASURES["parameters"].title, ylabel=MEASURES["knn"].title)
     _legend(figure, panel)

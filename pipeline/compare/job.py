@@ -51,12 +51,14 @@ def compare(experiment: str, only: str, uri: str | None, folder: Path) -> Result
     """
     work = Path("work").resolve()
     store = resolve_uri(uri, work)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to: {folder} is a file; name a folder")
+    comparison = Comparison.of(read_experiment(store, experiment, only), only)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        files = write(comparison, folder)
     except OSError as error:
-        raise UserError(f"--to: {folder} cannot be made ({error.strerror}); name a folder") from error
-    comparison = Comparison.of(read_experiment(store, experiment, only), only)
-    files = write(comparison, folder)
+        raise UserError(f"--to: {folder} cannot be written ({error.strerror}); name another folder") from error
     settings = {"experiment": experiment, "filter": only}
     run = start_job(store, experiment=experiment, name="compare", config=settings, tags={"job": "compare"}, work=work)
     run.log_metric_dict({"runs": len(comparison.entries), "groups": len(comparison.groups)})

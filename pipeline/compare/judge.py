@@ -95,7 +95,7 @@ def difference(measure: str, groups: Sequence[Group], one: int, other: int) -> D
     if min(n) < 2:
         return Difference(measure, one, other, delta, None, n)
     spread = [x - y for x, y in zip(a, b, strict=True)] if paired else [*(x - a[0] for x in a), *(y - b[0] for y in b)]
-    if max(spread) - min(spread) < 1e-12:
+    if max(spread) - min(spread) < 1e-9:
         return Difference(measure, one, other, delta, None, n)
     result = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
     low, high = (float(bound) for bound in result.confidence_interval(0.95))

@@ -30,7 +30,7 @@ def find_latencies(benchmarks: Sequence[LoggedRun], students: Mapping[str, Colle
 
     Args:
         benchmarks: oldest first.
-        students: by the name that a benchmark gives them, the sides in pixels that they were trained at.
+        students: by the name that a benchmark gives them, the sides that they were trained at, as ``64 px``.
     """
     found: dict[tuple[int, str, str, int, int], dict[str, float]] = {}
     for number, run in enumerate(benchmarks):
@@ -45,7 +45,7 @@ def find_latencies(benchmarks: Sequence[LoggedRun], students: Mapping[str, Colle
     def rank(setting: tuple[int, str, str, int, int]) -> tuple[int, int, int, int, int, int]:
         number, form, _, batch, size = setting
         covered = found[setting]
-        at_own_size = sum(str(size) in students[name] for name in covered)
+        at_own_size = sum(f"{size} px" in students[name] for name in covered)
         return len(covered), at_own_size, FORMS.index(form), -batch, number, size
 
     best = max(found, key=rank)

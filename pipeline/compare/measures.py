@@ -71,7 +71,7 @@ TEXTS = {
     "job": "job",
     "data": "data",
     "student": "student",
-    "input": "input, px",
+    "input": "input",
     "teachers": "teachers",
     "codec": "codec",
     "views": "views",

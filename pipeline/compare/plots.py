@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import Any
 
 from pipeline.compare.comparison import Comparison, shown
@@ -16,6 +17,9 @@ Plot = dict[str, Any]
 Trace = dict[str, Any]
 LOG_FROM = 5.0
 """Ratio of the largest to the smallest cost from which the axis is logarithmic."""
+
+TICKS = 12
+"""Most epochs that are written at the axis."""
 
 
 def cost_plots(comparison: Comparison) -> dict[str, dict[str, Plot]]:
@@ -48,7 +52,10 @@ def curves_plot(comparison: Comparison) -> Plot:
     for number, group, style in chosen(comparison):
         if len(group.curve) > 1:
             traces += _curves(number, group, style)
-    return _plot(traces, "epoch", MEASURES["knn"].title)
+    plot = _plot(traces, "epoch", MEASURES["knn"].title)
+    epochs = max((point.epoch for group in comparison.groups for point in group.curve), default=0)
+    plot["layout"]["xaxis"]["dtick"] = max(1, ceil(epochs / TICKS))
+    return plot
 
 
 def _curves(number: int, group: Group, style: Style) -> Iterator[Trace]:

@@ -17,7 +17,7 @@ def test_a_run_is_a_row_with_all_that_its_parts_logged(store, read):
         "job": "distill",
         "data": "cifar",
         "student": "regla_t",
-        "input": "64",
+        "input": "64 px",
         "teachers": "hog + dinov2/vits14 (untrained)",
         "codec": "pca-int8-zstd",
         "views": "3 crops, area from 0.35",
@@ -121,7 +121,7 @@ def test_the_size_of_a_student_that_was_not_logged_is_counted(store, read):
 
 def test_generated_scenes_are_the_same_data_whatever_the_seed(store, read):
     for seed in (0, 1):
-        data = {split: ("samples", f"samples-{seed}{seed}") for split in ("train", "val")}
+        data = dict.fromkeys(("train", "val"), ("samples", f"samples-{seed}{seed}"))
         store.distil("regla_t", ["hog"], seed, 20.0, "data.train=samples", "data.val=null", data=data)
     one, other = collect(read()).entries
     assert one.config == other.config

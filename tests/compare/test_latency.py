@@ -1,12 +1,14 @@
 from pipeline.compare.latency import find_latencies
 from pipeline.tracking import LoggedRun
 
-STUDENTS = {"regla_t": {"64"}, "regla_s": {"64"}}
+STUDENTS = {"regla_t": {"64 px"}, "regla_s": {"64 px"}}
 
 
 def benchmark(metrics, name="bench"):
     params = {"benchmark.device": "cpu", "benchmark.threads": "2"}
-    return LoggedRun(name, name, None, "FINISHED", 0, params, {}, {f"{key}/ms": value for key, value in metrics.items()}, {})
+    return LoggedRun(
+        name, name, None, "FINISHED", 0, params, {}, {f"{key}/ms": value for key, value in metrics.items()}, {}
+    )
 
 
 def test_the_setting_that_covers_the_most_students_is_taken_for_all():
