@@ -65,6 +65,7 @@ def evaluate(config: Config, dry_run: bool, name: str, plan: FrozenPlan, measure
             print(f"resuming the unfinished run in {job.state.folder}", flush=True)
         plan = compute_features(plan, config)
         job.run.set_tags({"student": str(student), "encoder": encoder.id})
+        job.run.set_student_run(plan.student_run)
         figures = measure(plan, config, job.run, job.state.folder)
         job.run.log_metric_dict(figures)
     shown = {key: f"{value:g}" if key == "lr" else percent(value) for key, value in figures.items()}

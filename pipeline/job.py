@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline import logs
 from pipeline.config import Config
-from pipeline.ray_session import connect
+from pipeline.ray_session import connect, devices
 from pipeline.runs import RunState, open_run, work_folder
 from pipeline.shared import check_shared
 from pipeline.tracking import Run, resolve_uri, start_job
@@ -52,7 +53,7 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
     with connect():
         check_shared(config)
         run, state = _start(config, uri, name, reads)
-        with _ended(run), logs.about(run=state.folder.name):
+        with _ended(run), _metered(run, state), logs.about(run=state.folder.name):
             yield Job(state, run, uri)
         # Not before everything is sent: a second start sends what is left.
         state.finished = True
@@ -74,6 +75,20 @@ def _start(config: Config, uri: str, name: str, reads: Collection[str]) -> tuple
     state.mlflow["job"] = run.run_id
     state.save()
     return run, state
+
+
+@contextmanager
+def _metered(run: Run, state: RunState) -> Iterator[None]:
+    """Hours, and GPU hours where there are GPUs, of all starts of a run; one that is killed outright tells nothing."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        hours, (gpus, kind) = (time.monotonic() - started) / 3600, devices()
+        state.hours, state.gpu_hours = state.hours + hours, state.gpu_hours + hours * gpus
+        state.save()
+        run.set_tags({"device": kind})
+        run.log_metric_dict({"hours": state.hours, **({"gpu_hours": state.gpu_hours} if state.gpu_hours else {})})
 
 
 @contextmanager

@@ -106,6 +106,18 @@ def connect() -> Iterator[None]:
         ray.shutdown()
 
 
+def devices() -> tuple[float, str]:
+    """Number of GPUs in the session, and what it computes on, in words."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus = resources.get("GPU", 0.0)
+    if not gpus:
+        return 0.0, "CPU"
+    kinds = [name.partition(":")[2] for name in sorted(resources) if name.startswith("accelerator_type:")]
+    return gpus, f"{gpus:g} x {' or '.join(kinds) or 'GPU'}"
+
+
 @contextmanager
 def _logging_as_it_was() -> Iterator[None]:
     """Ray's LoggingConfig is meant for its workers, and changes the driver's root logger too."""

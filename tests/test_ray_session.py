@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.ray_session import connect, is_submitted_job
+from pipeline.ray_session import connect, devices, is_submitted_job
 from tests.nodes import descendants
 
 
@@ -28,6 +28,20 @@ def test_within_an_open_session_that_one_is_used_and_stays():
     with connect():
         assert ray.get_runtime_context().get_node_id() == node
     assert ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({"CPU": 8.0}, (0.0, "CPU")),
+        ({"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0}, (8.0, "8 x H100")),
+        ({"GPU": 3.0, "accelerator_type:L4": 1.0, "accelerator_type:A10G": 2.0}, (3.0, "3 x A10G or L4")),
+        ({"GPU": 1.0}, (1.0, "1 x GPU")),
+    ],
+)
+def test_devices_are_the_gpus_of_the_session(monkeypatch, resources, expected):
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    assert devices() == expected
 
 
 @pytest.mark.usefixtures("ray_session")

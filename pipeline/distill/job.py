@@ -25,6 +25,7 @@ from pipeline.distill.provenance import provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
+from pipeline.evaluate.cost import inference_cost
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
@@ -141,10 +142,21 @@ def _finish(
     if job.config.student.keep_heads:
         save_heads(distiller, job.config.student.head_dim, student)
     before, after = ending.knn or (None, None)
+    run.log_metric_dict(_size(encoder, job.config.student.input_size))
     origin = provenance(jobs, run.run_id, ending.samples, {"knn": after, **teachers})
     (student / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
     uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
     return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student)
+
+
+def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
+    """Parameters and multiply-accumulates of the inference form; a network that cannot be counted is no reason to fail."""
+    try:
+        counted = inference_cost(encoder, input_size)
+    except (RuntimeError, AssertionError) as error:
+        log.warning("parameters and MACs are not logged: %s", " ".join(str(error).split())[:200])
+        return {}
+    return {"parameters": counted.parameters, "macs": counted.macs}
 
 
 def log_shuffle(job: DistillJob, run: Run, step: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,17 @@ class FrozenEncoder(Encoder):
 
 @dataclass(frozen=True)
 class Start:
-    """A backbone with its weights, and the timm name and arguments that it is built by."""
+    """A backbone with its weights, the timm name and arguments that it is built by, and what is known of its origin."""
 
     encoder: Encoder
     model: str
     args: dict[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, input_size: int, folder: Path) -> None:
         """Write an exported student, so that workers neither download nor draw weights."""
         save_encoder(self.encoder, self.model, self.args, input_size, folder)
+        (folder / "provenance.json").write_text(json.dumps(self.provenance), encoding="utf-8")
 
 
 def find_start(config: Config, tracking_uri: str = "") -> Start:
@@ -63,7 +66,7 @@ def find_start(config: Config, tracking_uri: str = "") -> Start:
     except UserError as error:
         hint = "; leave its tag out to train from scratch" if tagged else ""
         raise UserError(f"finetune.student: {error}{hint}") from error
-    return Start(loaded.encoder, loaded.name, dict(loaded.args))
+    return Start(loaded.encoder, loaded.name, dict(loaded.args), loaded.provenance)
 
 
 def load_start(folder: Path, frozen: bool) -> Encoder:

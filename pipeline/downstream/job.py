@@ -89,6 +89,7 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
         DivergedError: where the loss is not finite.
     """
     log_lineage(plan.train, plan.val, run)
+    run.set_student_run(plan.start.provenance.get("run_id"))
     plan.start.save(config.student.input_size, folder / "start")
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
     checkpoint = fit(make_finetune_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
@@ -176,4 +177,5 @@ def evaluate_model(config: Config, saved: SavedModel, val: Examples, run: Run, f
     run.log_metric_dict(report.metrics)
     run.log_folder(folder / "evaluation", "evaluation")
     run.set_tags({"model": str(config.evaluate.model)})
+    run.set_student_run(saved.student_run)
     return report

@@ -147,10 +147,13 @@ def save_model(model: nn.Module, job: FinetuneJob, classes: Sequence[str], folde
     """Write a fine-tuned model: `model.safetensors`, and `model.json` from which :func:`load_model` builds it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    start = json.loads((job.start / "student.json").read_text(encoding="utf-8"))
+    start, origin = (
+        json.loads((job.start / name).read_text(encoding="utf-8")) for name in ("student.json", "provenance.json")
+    )
     description = {
         "task": job.kind.name,
         "backbone": {"model": start["model"], "args": start["args"]},
+        "provenance": origin,
         "classes": list(classes),
         "settings": dict(job.kind.settings(job.config)),
     }
@@ -159,11 +162,12 @@ def save_model(model: nn.Module, job: FinetuneJob, classes: Sequence[str], folde
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A fine-tuned model in evaluation mode, its task and the names of its classes."""
+    """A fine-tuned model in evaluation mode, its task, the names of its classes, and the run of its student, if known."""
 
     kind: Downstream
     model: nn.Module
     classes: tuple[str, ...]
+    student_run: str | None = None
 
 
 def load_model(folder: Path) -> SavedModel:
@@ -180,4 +184,4 @@ def load_model(folder: Path) -> SavedModel:
         load_weights(model, folder / "model.safetensors")
     except Exception as error:  # as in `load_encoder`
         raise UserError(f"{folder} is not a fine-tuned model: {' '.join(str(error).split())[:300]}") from error
-    return SavedModel(kind, model.eval(), classes)
+    return SavedModel(kind, model.eval(), classes, described.get("provenance", {}).get("run_id"))

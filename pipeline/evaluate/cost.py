@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from pipeline.evaluate.folding import inference_form
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ def cost(model: nn.Module, images: Tensor) -> Cost:
         activations=activations.elements,
         peak_bytes=memory.peak,
     )
+
+
+def inference_cost(model: nn.Module, input_size: int) -> Cost:
+    """Cost of the inference form of ``model``, which is left as it is, on one image of this side in pixels."""
+    model, images = copy.deepcopy(model).cpu().eval(), torch.zeros(1, 3, input_size, input_size)
+    return cost(inference_form(model, images), images)
 
 
 class _Activations(TorchDispatchMode):

@@ -38,10 +38,12 @@ class FrozenPlan:
     Attributes:
         cache: the plan of the images and features.
         encoder: the frozen backbone in the cache.
+        student_run: MLflow run that trained it, where known.
     """
 
     cache: CachePlan
     encoder: CachedTeacher
+    student_run: str | None = None
 
     @property
     def train(self) -> Dataset:
@@ -84,10 +86,11 @@ def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
         "args": config.student.args,
         "tracking_uri": resolve_uri(config.tracking.uri, work_folder(config)),
     }
-    size = settings.input_size or load_any(settings.student, **source).input_size or config.student.input_size
+    student = load_any(settings.student, **source)
+    size = settings.input_size or student.input_size or config.student.input_size
     encoder = cached_encoder(_absolute(settings.student), size, **source, grid=grid)
     whole = tuple(replace(split, dataset=replace(split.dataset, policy=WHOLE)) for split in cache.splits)
-    plan = FrozenPlan(CachePlan(cache.store, whole, (encoder,)), encoder)
+    plan = FrozenPlan(CachePlan(cache.store, whole, (encoder,)), encoder, student.provenance.get("run_id"))
     check_classes(plan.train, plan.val)
     return plan
 
@@ -101,7 +104,7 @@ def _absolute(student: str) -> str:
 def compute_features(plan: FrozenPlan, config: Config) -> FrozenPlan:
     """Compute what is missing of the features, on every node and GPU of the Ray session."""
     cache, _ = build_cache(plan.cache, config)
-    return FrozenPlan(cache, cache.teachers[0])
+    return replace(plan, cache=cache, encoder=cache.teachers[0])
 
 
 def knn(plan: FrozenPlan, config: Config, run: Run, folder: Path) -> dict[str, float]:

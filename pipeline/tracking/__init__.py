@@ -19,14 +19,18 @@ for _name, _value in {
 
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import download_model, download_student, log_model_folder, log_student
+from pipeline.tracking.reading import Experiment, LoggedRun, read_experiment
 from pipeline.tracking.run import Run, start_job
 
 __all__ = [
+    "Experiment",
+    "LoggedRun",
     "Run",
     "download_model",
     "download_student",
     "log_model_folder",
     "log_student",
+    "read_experiment",
     "resolve_uri",
     "start_job",
 ]

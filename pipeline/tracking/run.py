@@ -87,6 +87,11 @@ class Run:
         """Set tags."""
         self._post("tags", {key: str(value)[:PARAM_LENGTH] for key, value in tags.items()})
 
+    def set_student_run(self, run_id: str | None) -> None:
+        """Name the run that trained the student which this one judges or goes on with, where known."""
+        if run_id:
+            self.set_tags({"student_run": run_id})
+
     def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Log curves: metrics by step, of which none is logged twice. Values that are not finite are left out."""
         history = list(history)
@@ -242,7 +247,7 @@ def start_job(
     Raises:
         UserError: where the store cannot be reached or opened.
     """
-    with _probing(uri), _alone(uri):
+    with probing(uri), _alone(uri):
         mlflow.set_tracking_uri(uri)
         outboxes = Store.at((folder or work) / "unsent")
         run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id, outboxes)
@@ -253,14 +258,15 @@ def start_job(
 
 
 @contextmanager
-def _probing(uri: str) -> Iterator[None]:
+def probing(uri: str, field: str = "tracking.uri") -> Iterator[None]:
+    """While a store is first asked: one that does not answer is an error soon, naming the field that it came from."""
     retries, timeout = os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise UserError(
-            f"MLflow at {uri} cannot be used ({in_a_line(error)}); start that server, or name another in tracking.uri"
+            f"MLflow at {uri} cannot be used ({in_a_line(error)}); start that server, or name another in {field}"
         ) from error
     finally:
         os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}

@@ -5,7 +5,7 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from pipeline.evaluate.cost import cost
+from pipeline.evaluate.cost import cost, inference_cost
 
 
 def test_a_convolution_and_a_linear_layer():
@@ -16,6 +16,15 @@ def test_a_convolution_and_a_linear_layer():
     assert counted.parameters == 3 * 8 * 9 + 8 + 8 * 5 + 5
     assert counted.macs == 2 * (120 * 8 * 27 + 8 * 5)
     assert counted.activations == 2 * (120 * 8 + 5)
+
+
+def test_the_inference_form_is_counted_and_the_model_left_as_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)).train()
+    counted = inference_cost(model, 10)
+    assert counted.parameters == 3 * 8 * 9 + 8
+    assert counted.macs == 100 * 8 * 27
+    assert model.training
+    assert isinstance(model[1], nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("fused", [True, False])

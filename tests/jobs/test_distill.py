@@ -58,6 +58,9 @@ def test_a_job_computes_every_shard_once_and_prints_its_figures(first):
 def test_a_job_is_a_run_with_two_phases(first, client, phases):
     parent = client.get_run(first.figures["mlflow_run_id"])
     assert sorted(phases) == ["distill", "precompute"]
+    assert parent.data.metrics["hours"] * 3600 == pytest.approx(first.figures["seconds"], abs=15)
+    assert parent.data.tags["device"] == "CPU"
+    assert "gpu_hours" not in parent.data.metrics
     assert {run.info.status for run in (parent, *phases.values())} == {"FINISHED"}
     assert parent.data.params["train.epochs"] == "2"
     assert parent.data.params["teachers.1.model"] == "hog"
@@ -95,6 +98,8 @@ def test_distill_logs_its_curves_and_checkpoint(first, client, phases):
     for name in ("loss/colours8/patches", "loss/colours8/summary", "loss/hog/patches", "images_per_second"):
         assert len(client.get_metric_history(run.info.run_id, name)) == 12
     assert run.data.metrics["samples_seen"] == 288
+    assert 2_000_000 < run.data.metrics["parameters"] < 3_000_000
+    assert run.data.metrics["macs"] > run.data.metrics["parameters"]
     assert 0 <= run.data.metrics["data_wait_share"] <= 1
     assert run.data.metrics["teacher_knn/hog"] == figures["teacher_knn/hog"]
     assert run.data.tags["checkpoint"].endswith("checkpoint-0002-000000")
@@ -123,7 +128,7 @@ def test_the_student_says_what_it_comes_from_wherever_it_is(first):
         assert origin["knn"]["knn"] == first.figures["knn_after"]
 
 
-def test_a_linear_probe_of_it_goes_on_after_an_interruption(first, client, job, monkeypatch):
+def test_a_linear_probe_of_it_goes_on_after_an_interruption(first, client, phases, job, monkeypatch):
     probe = [*first.arguments, f"evaluate.student={first.figures['model_uri']}", "evaluate.epochs=3"]
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "accuracies", Mock(side_effect=RuntimeError("the power fails")))
@@ -135,6 +140,8 @@ def test_a_linear_probe_of_it_goes_on_after_an_interruption(first, client, job, 
     assert 0 <= figures["top1"] <= figures["top5"] <= 100
     assert f"top1 {figures['top1']:7.2f} %" in text
     run = client.get_run(figures["mlflow_run_id"])
+    assert run.data.tags["student_run"] == phases["distill"].info.run_id
+    assert run.data.metrics["hours"] > 0
     assert run.data.metrics["top1"] == figures["top1"]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss/lr_0.1")] == [1, 2, 3]
 

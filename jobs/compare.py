@@ -1,0 +1,47 @@
+"""Put the runs of an MLflow experiment beside each other: tables, figures, and a page for the browser.
+
+python jobs/compare.py --experiment regla-distill
+python jobs/compare.py --experiment regla-distill --filter "params.student.name LIKE 'regla%'" --to comparison
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jobs._cli import finish, table
+from pipeline.compare.job import compare
+from pipeline.compare.tables import render_text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, compare, and print the tables and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", required=True, help="MLflow experiment (tracking.experiment of the jobs)")
+    parser.add_argument("--filter", default="", help="which runs, in MLflow's syntax; their evaluations come along")
+    parser.add_argument(
+        "--tracking-uri", help="MLflow store; none: MLFLOW_TRACKING_URI, else the SQLite file of ./work"
+    )
+    parser.add_argument(
+        "--to", type=Path, default=Path("comparison"), help="folder that is written; default: comparison"
+    )
+    options = parser.parse_args(arguments)
+    finish(lambda: show(options))
+
+
+def show(options: argparse.Namespace) -> Mapping[str, Any]:
+    """Compare, and print what was found."""
+    result = compare(options.experiment, options.filter, options.tracking_uri, options.to)
+    print(render_text(result.comparison))
+    rows = {"page": options.to / "comparison.html", "MLflow": f"{result.comparison.uri} run {result.run_id}"}
+    print(f"\n{table(rows)}")
+    return result.figures()
+
+
+if __name__ == "__main__":
+    main()

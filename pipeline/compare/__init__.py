@@ -1,0 +1,1 @@
+"""Every run of an experiment beside the others: collect, group, judge, write."""

@@ -1,0 +1,145 @@
+"""Figures 1, 3 and 4 of the ReGLA paper from one's own runs, as PNG files.
+
+1: accuracy against parameters and latency. 3: kNN over the epochs, of the averaged and the raw weights. 4: kNN against the
+size of students that learned from one cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pipeline.compare.comparison import Comparison
+from pipeline.compare.group import Group
+from pipeline.compare.measures import MEASURES
+from pipeline.compare.style import Style, styles
+
+matplotlib.use("Agg")
+
+LOOK: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "text.parse_math": False,  # of the name of a run
+}
+
+
+def write_figures(comparison: Comparison, folder: Path) -> list[tuple[str, str]]:
+    """Those that there are figures for, as `figure1.png` and so on; gives title and file name of each."""
+    drawn = []
+    with matplotlib.rc_context(LOOK):
+        for number, title, draw in (
+            (1, "Accuracy against cost", cost_figure),
+            (3, "kNN over the epochs", curves_figure),
+            (4, "kNN against the size of the student", size_figure),
+        ):
+            figure, file = draw(comparison), f"figure{number}.png"
+            (folder / file).unlink(missing_ok=True)  # of an earlier comparison
+            if figure is not None:
+                figure.savefig(folder / file, dpi=160)
+                drawn.append((title, file))
+    return drawn
+
+
+def chosen(comparison: Comparison) -> Iterator[tuple[int, Group, Style]]:
+    """The groups on the held-out images that the most are on, with their numbers and styles."""
+    for number, (group, style) in enumerate(zip(comparison.groups, styles(comparison.groups), strict=True)):
+        if group.held_out == comparison.held_out:
+            yield number, group, style
+
+
+def families(comparison: Comparison) -> list[list[tuple[int, Group, Style]]]:
+    """Groups with kNN and parameters that differ in the student alone, smallest first."""
+    found: dict[Any, list[tuple[int, Group, Style]]] = {}
+    for number, group, style in chosen(comparison):
+        if {"knn", "parameters"} <= group.measures.keys():
+            found.setdefault(group.family, []).append((number, group, style))
+    return [sorted(members, key=lambda member: member[1].measures["parameters"].mean) for members in found.values()]
+
+
+def family_name(members: Iterable[tuple[int, Group, Style]]) -> str:
+    """What a family is called: its teachers, or what else its students have in common."""
+    (_, first, _), *_ = members
+    return first.texts.get("teachers") or first.label
+
+
+def cost_figure(comparison: Comparison) -> Figure | None:
+    """A panel for parameters and one for latency, where they are known; groups on the front are joined by a line."""
+    accuracy = comparison.chief
+    costs = [cost for cost in comparison.costs if cost in ("parameters", "latency")] or comparison.costs[:1]
+    if accuracy is None or not costs:
+        return None
+    figure = Figure(figsize=(4.2 * len(costs) + 2.4, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(costs), squeeze=False, sharey=True)[0]
+    for panel, cost in zip(panels, costs, strict=True):
+        line = []
+        for number, group, style in chosen(comparison):
+            if {accuracy, cost} <= group.measures.keys():
+                at = _point(panel, group, style, cost, accuracy)
+                line += [at] if number in comparison.fronts.get((accuracy, cost), ()) else []
+        if line:
+            across, up = zip(*sorted(line), strict=True)
+            panel.step(across, up, where="post", color="0.5", linewidth=1, linestyle="--", zorder=0)
+        panel.set(xlabel=MEASURES[cost].title)
+    panels[0].set_ylabel(MEASURES[accuracy].title)
+    _legend(figure, panels[0])
+    return figure
+
+
+def curves_figure(comparison: Comparison) -> Figure | None:
+    """Averaged weights as lines, raw ones dotted, a standard deviation over the seeds as a band."""
+    drawn = [(group, style) for _, group, style in chosen(comparison) if len(group.curve) > 1]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(7.4, 4.8), layout="constrained")
+    panel = figure.subplots()
+    for group, style in drawn:
+        points = [(point.epoch, point.knn) for point in group.curve if point.knn]
+        epochs, means, spread = zip(*((x, knn.mean, knn.std or 0.0) for x, knn in points), strict=True)
+        low, high = ([m + side * s for m, s in zip(means, spread, strict=True)] for side in (-1, 1))
+        panel.fill_between(epochs, low, high, color=style.colour, alpha=0.15, linewidth=0)
+        line: Any = {"color": style.colour, "marker": style.marker, "markersize": 4, "linewidth": 1.8}
+        panel.plot(epochs, means, label=group.label, **line)
+        raw = [(point.epoch, point.raw.mean) for point in group.curve if point.raw]
+        panel.plot(*zip(*raw, strict=True), color=style.colour, linestyle=":", linewidth=1.0)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set(xlabel="epoch", ylabel="kNN, % (line: averaged weights, dotted: raw)")
+    _legend(figure, panel)
+    return figure
+
+
+def size_figure(comparison: Comparison) -> Figure | None:
+    """A line for each cache (teachers, data, views and training), through the students that learned from it."""
+    drawn = families(comparison)
+    if not drawn:
+        return None
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    panel = figure.subplots()
+    for members in drawn:
+        points = [_point(panel, group, style, "parameters", "knn", label=False) for _, group, style in members]
+        panel.plot(*zip(*points, strict=True), color=members[0][2].colour, linewidth=1.4, label=family_name(members))
+        for at, (_, group, _) in zip(points, members, strict=True):
+            name = group.texts.get("student", "")
+            panel.annotate(name, at, xytext=(7, -10), textcoords="offset points", fontsize=7)
+    panel.margins(x=0.15)
+    panel.set(xlabel=MEASURES["parameters"].title, ylabel=MEASURES["knn"].title)
+    _legend(figure, panel)
+    return figure
+
+
+def _point(panel: Any, group: Group, style: Style, cost: str, accuracy: str, label: bool = True) -> tuple[float, float]:
+    x, y = group.measures[cost].mean / MEASURES[cost].scale, group.measures[accuracy]
+    look = {"fmt": style.marker, "color": style.colour, "markersize": 7, "capsize": 2, "elinewidth": 1}
+    panel.errorbar(x, y.mean, y.std, label=group.label if label else None, **look)
+    return x, y.mean
+
+
+def _legend(figure: Figure, panel: Any) -> None:
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)

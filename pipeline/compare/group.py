@@ -1,0 +1,142 @@
+"""Runs that differ in nothing but the seed, as one: mean, standard deviation and number of seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from pipeline.compare.collect import Entry
+from pipeline.compare.measures import MEASURES
+
+TEACHER_DETAIL = re.compile(r"teachers\.\d+\.(?!model$)")
+LABEL_FIELDS = 3
+"""Most fields beside student and teachers in the label of a group."""
+SIZE_FIELDS = ("student.name", "student.args", "job")
+"""Fields that a family of students of several sizes differs in."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and sample standard deviation (None of one run) over `n` seeds."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Of at least one value."""
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """kNN after an epoch over the seeds, of the averaged and the raw weights."""
+
+    epoch: float
+    knn: Summary | None
+    raw: Summary | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration.
+
+    Attributes:
+        label: unique among the groups.
+        entries: all runs, oldest first.
+        counted: the latest finished run of each seed, by seed; the others' figures count for nothing.
+        measures: over `counted`.
+        curve: over `counted`.
+        config: what all runs share.
+    """
+
+    label: str
+    entries: tuple[Entry, ...]
+    counted: Mapping[str, Entry]
+    measures: Mapping[str, Summary]
+    curve: tuple[CurvePoint, ...]
+    config: Mapping[str, str]
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """Of the latest run."""
+        return self.entries[-1].texts
+
+    @property
+    def held_out(self) -> str | None:
+        """Images that the accuracies are on; only on the same are they comparable."""
+        return self.entries[-1].held_out
+
+    @property
+    def family(self) -> tuple[tuple[str, str], ...]:
+        """Equal for students of several sizes that learned from one cache in the same way."""
+        return tuple(sorted((key, value) for key, value in self.config.items() if key not in SIZE_FIELDS))
+
+
+def group(entries: Iterable[Entry]) -> list[Group]:
+    """Groups in the order of their first runs."""
+    found: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(tuple(sorted(_config(entry).items())), []).append(entry)
+    members = list(found.values())
+    return [_group(label, runs) for label, runs in zip(_labels(members), members, strict=True)]
+
+
+def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys whose values are not the same in all, sorted; one that is not there is a value of its own.
+
+    Of a teacher that some lack, the model stands for all its fields that are the same in the others.
+    """
+    keys = sorted({key for config in configs for key in config})
+    changed = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    return [key for key in changed if not TEACHER_DETAIL.match(key) or len({c[key] for c in configs if key in c}) > 1]
+
+
+def _config(entry: Entry) -> dict[str, str]:
+    return {**entry.config, "job": entry.texts.get("job", "")}
+
+
+def _group(label: str, runs: list[Entry]) -> Group:
+    counted = {entry.texts.get("seed", entry.run_id): entry for entry in runs if entry.finished}
+    entries = list(counted.values())
+    return Group(
+        label=label,
+        entries=tuple(runs),
+        counted=counted,
+        measures={
+            key: Summary.of(values)
+            for key in MEASURES
+            if (values := [entry.measures[key] for entry in entries if key in entry.measures])
+        },
+        curve=tuple(_curve(entries)),
+        config=_config(runs[-1]),
+    )
+
+
+def _curve(entries: Sequence[Entry]) -> Iterable[CurvePoint]:
+    for epoch in sorted({point.epoch for entry in entries for point in entry.curve}):
+        points = [point for entry in entries for point in entry.curve if point.epoch == epoch]
+        knn, raw = (
+            [value for point in points if (value := getattr(point, name)) is not None] for name in ("knn", "raw")
+        )
+        yield CurvePoint(epoch, Summary.of(knn) if knn else None, Summary.of(raw) if raw else None)
+
+
+def _labels(members: Sequence[Sequence[Entry]]) -> list[str]:
+    """Student, teachers where they differ, and the fields that tell groups of these apart."""
+    latest = [runs[-1] for runs in members]
+    names = ["student", *(["teachers"] if len({entry.texts.get("teachers") for entry in latest}) > 1 else [])]
+    plain = [" · ".join(entry.texts[name] for name in names if name in entry.texts) or entry.name for entry in latest]
+    labels: list[str] = []
+    for entry, label in zip(latest, plain, strict=True):
+        rivals = [other for other, own in zip(latest, plain, strict=True) if own == label]
+        changed = differing([_config(other) for other in rivals])
+        shown = [key for key in changed if not (key.startswith("teachers.") and "teachers" in names)] or changed
+        values = [f"{key.rpartition('.')[2]}={_config(entry).get(key, 'none')[:24]}" for key in shown[:LABEL_FIELDS]]
+        label = " · ".join([label, *values])
+        taken = sum(other == label or other.startswith(f"{label} #") for other in labels)
+        labels.append(f"{label} #{taken + 1}" if taken else label)
+    return labels

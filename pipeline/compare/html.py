@@ -1,0 +1,112 @@
+"""The page: one file of HTML with its style, script, plotly and figures inside, that asks nobody for anything."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from pipeline.compare.collect import Entry
+from pipeline.compare.comparison import Comparison, shown
+from pipeline.compare.group import Group
+from pipeline.compare.judge import statement
+from pipeline.compare.measures import MEASURES, TEXTS
+from pipeline.compare.plots import cost_plots, curves_plot, size_plot
+from pipeline.compare.tables import common
+
+PAGE = Path(__file__).with_name("page")
+SPARK = (64, 18)
+"""Width and height in pixels of a kNN curve in the table."""
+
+
+def render_page(comparison: Comparison) -> str:
+    """The whole page. Names, tags and parameters are text in it, whatever they hold."""
+    environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined)
+    scripts = [Markup(text) for text in (get_plotlyjs(), (PAGE / "page.js").read_text(encoding="utf-8"))]
+    plots = {"cost": cost_plots(comparison), "curves": curves_plot(comparison), "size": size_plot(comparison)}
+    return environment.get_template("page.html").render(
+        comparison=comparison,
+        common=common(comparison),
+        measures=comparison.measures,
+        all_measures=MEASURES,
+        texts=TEXTS,
+        shown=shown,
+        spark=spark,
+        usual=usual(comparison),
+        cheapest=cheapest(comparison),
+        day=lambda entry: datetime.fromtimestamp(entry.started / 1000, UTC).strftime("%Y-%m-%d %H:%M"),
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        group_of={entry.run_id: n for n, group in enumerate(comparison.groups) for entry in group.entries},
+        css=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
+        scripts=scripts,
+        policy=_policy(scripts),
+        plots=plots,
+        data=_json({"plots": plots, "pairs": _pairs(comparison)}),
+    )
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Content security policy: these scripts alone, and no connection at all."""
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def _json(value: Any) -> Markup:
+    """JSON that no HTML parser takes for markup."""
+    text = json.dumps(value, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _pairs(comparison: Comparison) -> dict[str, str]:
+    """What there is to say of two groups, under measure, first and second."""
+    return {f"{d.measure} {d.first} {d.second}": statement(d, comparison.groups) for d in comparison.differences}
+
+
+def cheapest(comparison: Comparison) -> dict[str, Group]:
+    """By parameters and latency, the group on the front that has the least, where that is not the most accurate one."""
+    chief, best = comparison.chief, set(comparison.best.values())
+    found: dict[str, Group] = {}
+    for cost in ("parameters", "latency"):
+        on = [
+            n
+            for n in comparison.fronts.get((chief or "", cost), ())
+            if comparison.groups[n].held_out == comparison.held_out
+        ]
+        least = min(on, key=lambda n: comparison.groups[n].measures[cost].mean, default=None)
+        if least is not None and least not in best:
+            found[cost] = comparison.groups[least]
+    return found
+
+
+def usual(comparison: Comparison) -> dict[str, str | None]:
+    """Of every field that the groups differ in, the value that the most have; None where none is had by several."""
+    found: dict[str, str | None] = {}
+    for key in comparison.changed:
+        ((value, count), *_) = Counter(group.config.get(key) for group in comparison.groups).most_common()
+        found[key] = value if count > 1 else None
+    return found
+
+
+def spark(entry: Entry) -> str:
+    """The points of a kNN curve of averaged weights for an SVG polyline, or nothing."""
+    points = [(point.epoch, point.knn) for point in entry.curve if point.knn is not None]
+    if len(points) < 2:
+        return ""
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    last, (width, height) = max(x for x, _ in points) or 1.0, SPARK
+    spread = (high - low) or 1.0
+    return " ".join(
+        f"{2 + (width - 4) * x / last:.1f},{2 + (height - 4) * (1 - (y - low) / spread):.1f}" for x, y in points
+    )

@@ -1,0 +1,126 @@
+"""Which groups no other beats, and whether two differ by more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import isfinite
+from statistics import mean
+
+from scipy import stats
+
+from pipeline.compare.group import Group
+from pipeline.compare.measures import ACCURACIES, COSTS
+
+SIGNIFICANT = 0.05
+PAIRED, WELCH = "paired by seed", "Welch"
+
+
+def front(points: Sequence[tuple[float, float]]) -> set[int]:
+    """Numbers of the points (accuracy, cost) that no other one dominates.
+
+    A point dominates another where it is no worse in both and better in one (Pareto).
+    """
+    return {
+        number
+        for number, (accuracy, cost) in enumerate(points)
+        if not any(a >= accuracy and c <= cost and (a, c) != (accuracy, cost) for a, c in points)
+    }
+
+
+def fronts(groups: Sequence[Group]) -> dict[tuple[str, str], set[int]]:
+    """Numbers of the groups on the Pareto front, by accuracy and cost; each set of held-out images has its own."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for accuracy in ACCURACIES:
+        for cost in COSTS:
+            for held_out in {group.held_out for group in groups}:
+                numbers = [n for n, group in enumerate(groups) if _stands(group, held_out, accuracy, cost)]
+                points = [(groups[n].measures[accuracy].mean, groups[n].measures[cost].mean) for n in numbers]
+                found.setdefault((accuracy, cost), set()).update(numbers[best] for best in front(points))
+    return {key: numbers for key, numbers in found.items() if numbers}
+
+
+def _stands(group: Group, held_out: str | None, *keys: str) -> bool:
+    return group.held_out == held_out and all(key in group.measures for key in keys)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more one group has than another, and whether that is more than chance.
+
+    Attributes:
+        measure: key.
+        first, second: numbers of the groups.
+        delta: mean of the first less that of the second, over the seeds that are compared.
+        test: ``paired by seed`` or ``Welch``, or None where it cannot be told.
+        n: seeds of the first and the second.
+        p: two-sided, not corrected for the number of comparisons.
+        interval: 95 % confidence interval of the difference.
+    """
+
+    measure: str
+    first: int
+    second: int
+    delta: float
+    test: str | None
+    n: tuple[int, int]
+    p: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+def differences(groups: Sequence[Group]) -> list[Difference]:
+    """Of every two groups on the same held-out images, in every accuracy that both have."""
+    return [
+        difference for one, other in combinations(range(len(groups)), 2) for difference in _pair(groups, one, other)
+    ]
+
+
+def _pair(groups: Sequence[Group], one: int, other: int) -> Iterator[Difference]:
+    first, second = groups[one], groups[other]
+    for measure in ACCURACIES:
+        if first.held_out == second.held_out and measure in first.measures and measure in second.measures:
+            yield difference(measure, groups, one, other)
+
+
+def difference(measure: str, groups: Sequence[Group], one: int, other: int) -> Difference:
+    """Student's t-test paired by seed where both have the same seeds, else Welch's t-test (both of scipy.stats).
+
+    With fewer than two seeds on a side, or no spread at all, it cannot be told.
+    """
+    first, second = _values(groups[one], measure), _values(groups[other], measure)
+    paired = first.keys() == second.keys()
+    a, b = list(first.values()), [second[seed] for seed in first] if paired else list(second.values())
+    delta, n = mean(a) - mean(b), (len(a), len(b))
+    if min(n) < 2:
+        return Difference(measure, one, other, delta, None, n)
+    spread = [x - y for x, y in zip(a, b, strict=True)] if paired else [*(x - a[0] for x in a), *(y - b[0] for y in b)]
+    if max(spread) - min(spread) < 1e-9:
+        return Difference(measure, one, other, delta, None, n)
+    result = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+    low, high = (float(bound) for bound in result.confidence_interval(0.95))
+    assert isfinite(result.pvalue)
+    test = PAIRED if paired else WELCH
+    return Difference(measure, one, other, delta, test, n, float(result.pvalue), (low, high))
+
+
+def _values(group: Group, measure: str) -> dict[str, float]:
+    """By seed."""
+    return {seed: entry.measures[measure] for seed, entry in sorted(group.counted.items()) if measure in entry.measures}
+
+
+def statement(found: Difference, groups: Sequence[Group]) -> str:
+    """A difference in a sentence; the group with more comes first."""
+    sign = 1 if found.delta >= 0 else -1
+    more, less = (groups[number] for number in (found.first, found.second)[::sign])
+    a, b = (group.measures[found.measure].mean for group in (more, less))
+    told = f"{more.label} ({a:.1f} %) is {abs(found.delta):.1f} points above {less.label} ({b:.1f} %)"
+    n = found.n[::sign]
+    if found.test is None or found.p is None or found.interval is None:
+        why = f"{n[0]} and {n[1]} seeds, two of each are needed" if min(n) < 2 else "there is no spread over the seeds"
+        return f"{told}. Whether this is more than chance cannot be told: {why}."
+    low, high = sorted(sign * bound for bound in found.interval)
+    test = f"paired by seed, {n[0]} seeds" if found.test == PAIRED else f"Welch, {n[0]} and {n[1]} seeds"
+    verdict = "significant" if found.p < SIGNIFICANT else "not significant"
+    p = "p < 0.0001" if found.p < 1e-4 else f"p = {found.p:.2g}"
+    return f"{told}; 95 % confidence interval {low:.1f} to {high:.1f}, {p} (t-test, {test}): {verdict} at 5 %."

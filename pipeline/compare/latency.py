@@ -1,0 +1,56 @@
+"""Latencies that `jobs/benchmark.py` measured, for the students of other runs.
+
+Those of one setting of one benchmark alone are comparable, since only they were interleaved on one machine: the setting
+that covers the most students is taken for all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.tracking import LoggedRun
+
+METRIC = re.compile(r"(?P<model>.+)/(?P<form>\w+)/(?P<precision>\w+)/(?P<batch>\d+)x(?P<size>\d+)/ms")
+FORMS = ("eager", "compiled", "onnx", "fused")
+"""The last one first, where several cover equally many."""
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Milliseconds by model of one setting, and the setting in words."""
+
+    milliseconds: Mapping[str, float]
+    setting: str
+
+
+def find_latencies(benchmarks: Sequence[LoggedRun], students: Mapping[str, Collection[str]]) -> Latencies | None:
+    """The latencies that cover the most of these students.
+
+    Args:
+        benchmarks: oldest first.
+        students: by the name that a benchmark gives them, the sides that they were trained at, as ``64 px``.
+    """
+    found: dict[tuple[int, str, str, int, int], dict[str, float]] = {}
+    for number, run in enumerate(benchmarks):
+        for name, value in run.metrics.items():
+            part = METRIC.fullmatch(name)
+            if part and part["model"] in students and part["form"] in FORMS:
+                setting = (number, part["form"], part["precision"], int(part["batch"]), int(part["size"]))
+                found.setdefault(setting, {})[part["model"]] = value
+    if not found:
+        return None
+
+    def rank(setting: tuple[int, str, str, int, int]) -> tuple[int, int, int, int, int, int]:
+        number, form, _, batch, size = setting
+        covered = found[setting]
+        at_own_size = sum(f"{size} px" in students[name] for name in covered)
+        return len(covered), at_own_size, FORMS.index(form), -batch, number, size
+
+    best = max(found, key=rank)
+    number, form, precision, batch, size = best
+    run = benchmarks[number]
+    device = run.params.get("benchmark.device", "")
+    where = f"CPU, {run.params.get('benchmark.threads')} thread(s)" if device == "cpu" else "GPU"
+    return Latencies(found[best], f"{form}, {size} px, batch {batch}, {precision}, {where}, run {run.name}")

@@ -1,0 +1,172 @@
+"""The figures of the page as plotly has them: traces and axes, ready for JSON. Colours of text and grid are the page's."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import Any
+
+from pipeline.compare.comparison import Comparison, shown
+from pipeline.compare.figures import chosen, families, family_name
+from pipeline.compare.group import Group, Summary
+from pipeline.compare.measures import MEASURES
+from pipeline.compare.style import Style
+
+Plot = dict[str, Any]
+Trace = dict[str, Any]
+LOG_FROM = 5.0
+"""Ratio of the largest to the smallest cost from which the axis is logarithmic."""
+
+TICKS = 12
+"""Most epochs that are written at the axis."""
+
+
+def cost_plots(comparison: Comparison) -> dict[str, dict[str, Plot]]:
+    """By accuracy and cost."""
+    return {
+        accuracy: {cost: _cost_plot(comparison, accuracy, cost) for cost in comparison.costs}
+        for accuracy in comparison.accuracies
+    }
+
+
+def _cost_plot(comparison: Comparison, accuracy: str, cost: str) -> Plot:
+    front = comparison.fronts.get((accuracy, cost), set())
+    traces, line = [], []
+    for number, group, style in chosen(comparison):
+        if {accuracy, cost} <= group.measures.keys():
+            trace = _point(number, group, style, (cost, accuracy), comparison.costs)
+            traces.append(trace)
+            if number in front:
+                trace["marker"] |= {"size": 14, "line": {"width": 2}}
+                line.append((trace["x"][0], trace["y"][0]))
+    costs = [trace["x"][0] for trace in traces]
+    kind = "log" if costs and min(costs) > 0 and max(costs) / min(costs) > LOG_FROM else "linear"
+    joined = _line("Pareto front", sorted(line), "front", shape="hv", width=1.5, dash="dash")
+    return _plot([joined, *traces], MEASURES[cost].title, MEASURES[accuracy].title, kind)
+
+
+def curves_plot(comparison: Comparison) -> Plot:
+    """kNN over the epochs."""
+    traces: list[Trace] = []
+    for number, group, style in chosen(comparison):
+        if len(group.curve) > 1:
+            traces += _curves(number, group, style)
+    plot = _plot(traces, "epoch", MEASURES["knn"].title)
+    epochs = max((point.epoch for group in comparison.groups for point in group.curve), default=0)
+    plot["layout"]["xaxis"]["dtick"] = max(1, ceil(epochs / TICKS))
+    return plot
+
+
+def _curves(number: int, group: Group, style: Style) -> Iterator[Trace]:
+    spread = [(point.epoch, point.knn) for point in group.curve if point.knn and point.knn.std]
+    if spread:
+        yield _band(number, group, style, spread)
+    raw = [(point.epoch, point.raw) for point in group.curve if point.raw]
+    if raw:
+        line = {"color": style.colour, "width": 1.4, "dash": "dot"}
+        yield {**_curve(number, group, "raw", "raw weights", raw), "mode": "lines", "line": line, "showlegend": False}
+    averaged = [(point.epoch, point.knn) for point in group.curve if point.knn]
+    yield {
+        **_curve(number, group, "average", "averaged weights", averaged),
+        "mode": "lines+markers",
+        "line": {"color": style.colour, "width": 2.4},
+        "marker": {"symbol": style.symbol, "size": 6},
+    }
+
+
+def _curve(number: int, group: Group, role: str, words: str, points: Sequence[tuple[float, Summary]]) -> Trace:
+    title, knn = f"<b>{_plain(group.label)}</b>", MEASURES["knn"]
+    return {
+        **_named(number, group, role),
+        "x": [epoch for epoch, _ in points],
+        "y": [summary.mean for _, summary in points],
+        "text": [
+            f"{title}<br>epoch {epoch:g}, {words}<br>kNN {shown(summary, knn)} % ({seeds(summary.n)})"
+            for epoch, summary in points
+        ],
+    }
+
+
+def _band(number: int, group: Group, style: Style, points: Sequence[tuple[float, Summary]]) -> Trace:
+    epochs = [epoch for epoch, _ in points]
+    high, low = ([knn.mean + side * (knn.std or 0) for _, knn in points] for side in (1, -1))
+    return {
+        **_named(number, group, "band"),
+        "mode": "lines",
+        "x": [*epochs, *reversed(epochs)],
+        "y": [*high, *reversed(low)],
+        "fill": "toself",
+        "fillcolor": f"{style.colour}26",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+
+
+def size_plot(comparison: Comparison) -> Plot:
+    """kNN against the parameters of students that learned from one cache."""
+    traces = []
+    for members in families(comparison):
+        points = [_point(*member, ("parameters", "knn"), ()) for member in members]
+        line = [(point["x"][0], point["y"][0]) for point in points]
+        joined = _line(family_name(members), line, "family", color=members[0][2].colour, width=2)
+        joined["meta"]["groups"] = [number for number, _, _ in members]
+        traces += [joined, *(point | {"showlegend": len(members) == 1} for point in points)]
+    return _plot(traces, MEASURES["parameters"].title, MEASURES["knn"].title)
+
+
+def _named(number: int, group: Group, role: str) -> Trace:
+    return {
+        "type": "scatter",
+        "name": _plain(group.label),
+        "legendgroup": str(number),
+        "hovertemplate": "%{text}<extra></extra>",
+        "meta": {"role": role, "groups": [number]},
+    }
+
+
+def _point(number: int, group: Group, style: Style, axes: tuple[str, str], others: Sequence[str]) -> Trace:
+    """A group at its means, with its standard deviation in the second measure; the hover tells others as well."""
+    x, y = axes
+    known = [MEASURES[key] for key in dict.fromkeys([y, x, *others]) if key in group.measures]
+    lines = [f"{m.label} {shown(group.measures[m.key], m)} {m.unit}" for m in known]
+    std = group.measures[y].std
+    return {
+        **_named(number, group, "point"),
+        "mode": "markers",
+        "x": [group.measures[x].mean / MEASURES[x].scale],
+        "y": [group.measures[y].mean],
+        "error_y": {"type": "data", "array": [std or 0], "visible": bool(std), "thickness": 1.2, "width": 4},
+        "text": ["<br>".join([f"<b>{_plain(group.label)}</b>", *lines, seeds(len(group.counted))])],
+        "marker": {"symbol": style.symbol, "color": style.colour, "size": 11, "line": {"width": 0}},
+    }
+
+
+def _line(name: str, points: Sequence[tuple[float, float]], role: str, **line: Any) -> Trace:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": _plain(name),
+        "x": [x for x, _ in points],
+        "y": [y for _, y in points],
+        "line": line,
+        "hoverinfo": "skip",
+        "showlegend": len(points) > 1,
+        "meta": {"role": role, "groups": []},
+    }
+
+
+def _plot(traces: Sequence[Trace], x: str, y: str, kind: str = "linear") -> Plot:
+    axes = {"xaxis": {"title": {"text": x}, "type": kind}, "yaxis": {"title": {"text": y}}}
+    return {"data": list(traces), "layout": axes}
+
+
+def seeds(count: int) -> str:
+    """In words."""
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _plain(text: str) -> str:
+    """As it is: plotly reads a little HTML in names and hovers."""
+    return html.escape(text, quote=False)

@@ -1,0 +1,30 @@
+"""Parameters and MACs of the students of runs that did not log them: both follow from the name and the input size."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from pipeline.compare.describe import given
+from pipeline.errors import UserError
+from pipeline.evaluate.cost import inference_cost
+from pipeline.student.model import Encoder, create_backbone
+from pipeline.tracking import LoggedRun
+
+
+def counted_size(run: LoggedRun) -> dict[str, float]:
+    """What a distillation would have logged; nothing where the student has arguments of its own, or is not known here."""
+    name, side = given(run, "student.name"), given(run, "student.input_size")
+    if not name or not side or run.params.get("student.args") != "{}":
+        return {}
+    return _size(name, int(side))
+
+
+@cache
+def _size(name: str, side: int) -> dict[str, float]:
+    try:
+        counted = inference_cost(Encoder(create_backbone(name)), side)
+    except (UserError, RuntimeError, AssertionError) as error:
+        logging.getLogger(__name__).warning("the size of %s is not known: %s", name, " ".join(str(error).split())[:200])
+        return {}
+    return {"parameters": counted.parameters, "macs": counted.macs}

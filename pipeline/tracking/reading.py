@@ -1,0 +1,137 @@
+"""What an experiment holds: its runs, and the curves of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run as Logged
+from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import UserError
+from pipeline.tracking.run import probing
+
+PAGE = 1000
+"""Runs that one search gives."""
+IN_CONTEXT = "mlflow.data.context"
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """A run as it is in the store.
+
+    Attributes:
+        run_id, name: as MLflow has them.
+        parent: id of the run that this one is nested in, or None.
+        status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
+        started: milliseconds since 1970.
+        params, tags, metrics: as logged; of a metric its latest value.
+        data: location and content-addressed name of the images by what they were for (``train``, ``val``).
+    """
+
+    run_id: str
+    name: str
+    parent: str | None
+    status: str
+    started: int
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    data: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment of a store.
+
+    Attributes:
+        uri: of the store.
+        experiment_id, name: as MLflow has them.
+        runs: all that are not deleted, oldest first.
+        chosen: ids of those that the filter lets through.
+    """
+
+    uri: str
+    experiment_id: str
+    name: str
+    runs: tuple[LoggedRun, ...]
+    chosen: frozenset[str]
+
+    def curve(self, run_id: str, metric: str) -> dict[int, float]:
+        """Value by step."""
+        return {point.step: point.value for point in MlflowClient(self.uri).get_metric_history(run_id, metric)}
+
+    def link(self, run_id: str) -> str | None:
+        """Address of a run in MLflow's own pages, where the store has any."""
+        if not self.uri.startswith(("http://", "https://")):
+            return None
+        return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
+
+def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
+    """All runs of an experiment.
+
+    Args:
+        only: a filter in MLflow's syntax, ``tags.job = 'distill' and params.student.name LIKE 'regla%'``.
+
+    Raises:
+        UserError: where the store cannot be reached, has no such experiment, or does not understand the filter.
+    """
+    _refuse_missing_file(uri)
+    with probing(uri, "--tracking-uri"):
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(name)
+        if found is None or found.lifecycle_stage != "active":
+            known = ", ".join(experiment.name for experiment in client.search_experiments()) or "none"
+            raise UserError(f"--experiment: there is no {name} at {uri}; there are: {known}")
+        runs = _search(client, found.experiment_id, "")
+    try:
+        chosen = _search(client, found.experiment_id, only) if only else runs
+    except MlflowException as error:
+        raise UserError(
+            f"--filter: MLflow does not understand {only!r} ({' '.join(str(error).split())[:200]}); it takes, for "
+            "instance, \"params.student.name = 'regla_s' and metrics.knn_after > 20\""
+        ) from error
+    ordered = sorted((_logged(run) for run in runs), key=lambda run: run.started)
+    return Experiment(uri, found.experiment_id, name, tuple(ordered), frozenset(run.info.run_id for run in chosen))
+
+
+def _refuse_missing_file(uri: str) -> None:
+    """MLflow would make an empty store where there is none."""
+    file = uri.partition("?")[0].removeprefix("sqlite:///")
+    if file != uri.partition("?")[0] and not Path(file).is_file():
+        raise UserError(f"--tracking-uri: there is no MLflow store at {uri}; name the one that the runs are in")
+
+
+def _search(client: MlflowClient, experiment_id: str, only: str) -> list[Logged]:
+    runs: list[Logged] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment_id], only, ViewType.ACTIVE_ONLY, PAGE, page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _logged(run: Logged) -> LoggedRun:
+    info, data = run.info, run.data
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    used = {tag.value: _location(item.dataset) for item in inputs for tag in item.tags if tag.key == IN_CONTEXT}
+    parent = data.tags.get("mlflow.parentRunId")
+    name = info.run_name or info.run_id
+    return LoggedRun(
+        info.run_id, name, parent, info.status, info.start_time or 0, data.params, data.tags, data.metrics, used
+    )
+
+
+def _location(dataset: Any) -> tuple[str, str]:
+    try:
+        return str(json.loads(dataset.source)["location"]), dataset.name
+    except (ValueError, KeyError, TypeError):
+        return "", dataset.name  # logged by something else
