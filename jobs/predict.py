@@ -22,7 +22,7 @@ from pipeline.predict import Predictor, find_images, writer_of
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, predict, and print where the features are and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    naming(parser)
+    naming(parser, "exported student folder, MLflow model URI (models:/m-...), or timm name")
     parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
     parser.add_argument("--to", type=Path, default=Path("features.parquet"), help="*.parquet or *.json that is written")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward")

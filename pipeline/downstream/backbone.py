@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,12 @@ class FrozenEncoder(Encoder):
 
 @dataclass(frozen=True)
 class Start:
-    """A backbone with its weights, and the timm name and arguments that it is built by."""
+    """A backbone with its weights, the timm name and arguments that it is built by, and what is known of its origin."""
 
     encoder: Encoder
     model: str
     args: dict[str, Any]
+    provenance: Mapping[str, Any]
 
     def save(self, input_size: int, folder: Path) -> None:
         """Write an exported student, so that workers neither download nor draw weights."""
@@ -63,7 +64,7 @@ def find_start(config: Config, tracking_uri: str = "") -> Start:
     except UserError as error:
         hint = "; leave its tag out to train from scratch" if tagged else ""
         raise UserError(f"finetune.student: {error}{hint}") from error
-    return Start(loaded.encoder, loaded.name, dict(loaded.args))
+    return Start(loaded.encoder, loaded.name, dict(loaded.args), loaded.provenance)
 
 
 def load_start(folder: Path, frozen: bool) -> Encoder:

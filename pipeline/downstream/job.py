@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,22 +15,13 @@ from pipeline.downstream.backbone import Start, find_start
 from pipeline.downstream.base import Examples, Part, Report
 from pipeline.downstream.images import refuse_other_classes
 from pipeline.downstream.pictures import write_report
-from pipeline.downstream.task import (
-    DOWNSTREAM,
-    FinetuneJob,
-    SavedModel,
-    build_model,
-    epoch_steps,
-    load_model,
-    make_finetune_task,
-    save_model,
-)
+from pipeline.downstream.saved import SavedModel, find_model, finished_model
+from pipeline.downstream.task import DOWNSTREAM, FinetuneJob, build_model, epoch_steps, make_finetune_task
 from pipeline.errors import UserError
 from pipeline.runs import work_folder
 from pipeline.sources import SAMPLES
 from pipeline.sources.locations import absolute
-from pipeline.student.loading import is_model_uri
-from pipeline.tracking import Run, download_model, log_model_folder, resolve_uri
+from pipeline.tracking import Run, log_model_folder, resolve_uri
 from pipeline.training import History, fit, load_state
 
 
@@ -96,15 +88,27 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
         state = load_state(directory)
     model = build_model(job, plan.train.classes)
     model.load_state_dict(state["ema"])
-    save_model(model, job, plan.train.classes, folder / "model")
+    before, after = state["evaluations"][0][1], state["evaluations"][-1][1]
+    position = state["position"]
+    origin = provenance(plan, config, run, position["samples"], after)
+    finished_model(model, job, plan.train.classes, origin).save(folder / "model")
     if (folder / "evaluation").is_dir():
         run.log_folder(folder / "evaluation", "evaluation")
-    before, after = state["evaluations"][0][1], state["evaluations"][-1][1]
     tags = {"task": job.kind.name, "student": config.finetune.student or config.student.name}
     final = {f"final/{name}": value for name, value in after.items()}
     uri = log_model_folder(run, folder / "model", name=job.kind.name, metrics=final, tags=tags)
-    position = state["position"]
     return FinetuneResult(before, after, position["step"], position["samples"], uri, folder / "model")
+
+
+def provenance(plan: FinetunePlan, config: Config, run: Run, samples: int, metrics: dict[str, float]) -> dict[str, Any]:
+    """What a fine-tuned model comes from, JSON-ready: that of its student, with the data, budget and metrics of this run."""
+    return {
+        "run_id": run.run_id,
+        "student": dict(plan.start.provenance),
+        "data": [{"location": plan.train.location, "images": len(plan.train), "classes": len(plan.train.classes)}],
+        "training": {"epochs": config.train.epochs, "samples_seen": samples},
+        "metrics": metrics,
+    }
 
 
 def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
@@ -144,10 +148,9 @@ def open_model(config: Config, task: str) -> SavedModel:
     name = config.evaluate.model
     if not name:
         raise UserError("evaluate.model must be given: the folder or MLflow model URI that jobs/finetune.py printed")
-    if is_model_uri(name):
-        saved = load_model(download_model(name, resolve_uri(config.tracking.uri, work_folder(config))))
-    else:
-        saved = load_model(Path(name))
+    saved = find_model(name, resolve_uri(config.tracking.uri, work_folder(config)))
+    if saved is None:
+        raise UserError(f"evaluate.model: {name} is not a fine-tuned model")
     if saved.kind.name != task:
         raise UserError(f"evaluate.model: {name} was made for {saved.kind.name}, not for {task}")
     return saved

@@ -50,8 +50,9 @@ class Segmentation(Downstream):
         return SemanticFPN(encoder, len(classes), config.segment.channels)
 
     def settings(self, config: Config) -> Mapping[str, Any]:
-        """The width of the head."""
-        return {"segment": {"channels": config.segment.channels}}
+        """The width of the head, and how whole images are shown to it."""
+        chosen = config.segment.model_dump(include={"channels", "size", "inference"})
+        return {"segment": chosen, "student": {"input_size": config.student.input_size}}
 
     def batch(self, examples: Examples, config: Config, draws: Sequence[Draw]) -> MaskedBatch:
         """Crops of images that are resized, flipped and distorted at random, each by its own seed."""

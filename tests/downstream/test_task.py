@@ -12,9 +12,10 @@ from pipeline.config import load_config
 from pipeline.downstream.backbone import FrozenEncoder, find_start, load_start
 from pipeline.downstream.base import Part
 from pipeline.downstream.sampling import Sampler, prepare, seeded
+from pipeline.downstream.saved import load_model
 from pipeline.downstream.schedule import make_schedule
 from pipeline.downstream.segment import slide
-from pipeline.downstream.task import FinetuneTask, epoch_steps, load_model
+from pipeline.downstream.task import FinetuneTask, epoch_steps
 from pipeline.errors import UserError
 from pipeline.student.model import save_encoder
 from pipeline.training import Worker, train
