@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,8 @@ class FinetuneResult:
         steps, samples: optimiser steps and images seen.
         model_uri: in MLflow.
         model: folder of the saved model.
+        held_out: identity of the images that it was measured on, or "".
+        lineage: what it comes from, by tag.
     """
 
     before: dict[str, float]
@@ -53,6 +56,8 @@ class FinetuneResult:
     samples: int
     model_uri: str
     model: Path
+    held_out: str
+    lineage: dict[str, str]
 
 
 def plan_finetune(config: Config) -> FinetunePlan:
@@ -80,7 +85,7 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
         UserError: where an image cannot be read.
         DivergedError: where the loss is not finite.
     """
-    log_lineage(plan.train, plan.val, run)
+    held_out = log_lineage(plan.train, plan.val, run)
     plan.start.save(config.student.input_size, folder / "start")
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
     checkpoint = fit(make_finetune_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
@@ -97,7 +102,16 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
     tags = {"task": job.kind.name, "student": config.finetune.student or config.student.name}
     final = {f"final/{name}": value for name, value in after.items()}
     uri = log_model_folder(run, folder / "model", name=job.kind.name, metrics=final, tags=tags)
-    return FinetuneResult(before, after, position["step"], position["samples"], uri, folder / "model")
+    return FinetuneResult(
+        before,
+        after,
+        position["step"],
+        position["samples"],
+        uri,
+        folder / "model",
+        held_out,
+        lineage(origin, tags["student"]),
+    )
 
 
 def provenance(plan: FinetunePlan, config: Config, run: Run, samples: int, metrics: dict[str, float]) -> dict[str, Any]:
@@ -131,12 +145,28 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update=changed)
 
 
-def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> None:
-    """Which images were used, by the digest of their names."""
+def lineage(origin: Mapping[str, Any], student: str) -> dict[str, str]:
+    """Tags of a registered model: the student it started from, whose teachers taught that, and the images."""
+    teachers = origin["student"].get("teachers", [])
+    images = ", ".join(f"{data['images']} of {data['location']}" for data in origin["data"])
+    known = {
+        "teachers": ", ".join(teacher["name"] for teacher in teachers),
+        "licences": ", ".join(sorted({teacher["licence"] for teacher in teachers})),
+        "distilled_in": str(origin["student"].get("run_id", "")),
+    }
+    return {"student": student, "images": images, **{name: value for name, value in known.items() if value}}
+
+
+def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> str:
+    """Which images were used, by the digest of their names; gives the identity of the held-out ones, or ""."""
+    held_out = ""
     for context, data in (("train", train), ("val", val)):
         if data is not None:
             keys = "\n".join(data.key(row) for row in range(len(data)))
-            run.log_dataset(f"{context}-{len(data)}", data.location, hashlib.sha256(keys.encode()).hexdigest(), context)
+            identity = hashlib.sha256(keys.encode()).hexdigest()
+            run.log_dataset(f"{context}-{len(data)}", data.location, identity, context)
+            held_out = f"{context}-{len(data)}-{identity[:8]}" if context == "val" else held_out
+    return held_out
 
 
 def open_model(config: Config, task: str) -> SavedModel:

@@ -15,14 +15,19 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from pipeline.tracking.models import download_model, download_student, log_model_folder, log_student
+from pipeline.tracking.registry import Candidate, describe, model_link, register
 from pipeline.tracking.run import Run, resolve_uri, start_job
 
 __all__ = [
+    "Candidate",
     "Run",
+    "describe",
     "download_model",
     "download_student",
     "log_model_folder",
     "log_student",
+    "model_link",
+    "register",
     "resolve_uri",
     "start_job",
 ]

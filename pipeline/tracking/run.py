@@ -33,6 +33,10 @@ PARAM_LENGTH = 6000
 """Longest value of a parameter; the whole configuration is an artifact anyway."""
 
 
+NOTE = "mlflow.note.content"
+"""Tag of what the interface shows as the description, in Markdown."""
+
+
 def resolve_uri(configured: str | None, work: Path) -> str:
     """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder.
 
@@ -70,7 +74,7 @@ class Run:
 
     def child(self, name: str, run_id: str | None = None) -> Run:
         """A nested run; the one of `run_id` is continued if it is still there."""
-        tags = {"mlflow.parentRunId": self.run_id}
+        tags = {"mlflow.parentRunId": self.run_id, NOTE: f"Part of [the job]({run_link(self)}), which says what it is."}
         return _open(self.uri, self.experiment_id, name, tags, run_id)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -127,6 +131,11 @@ class Run:
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.run_id, status)
+
+
+def run_link(run: Run) -> str:
+    """Where the interface shows a run, from any of its pages."""
+    return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
 def start_job(
@@ -187,6 +196,11 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
+_EXPERIMENT_NOTE = """Runs of ReGLA Distill. Each job is a run that says what it does, with its phases nested in it; the
+images that it used are its inputs. What came out is in the [model registry](#/models): of each model, the version with the
+alias `best` is the one to take."""
+
+
 def _experiment(uri: str, name: str, work: Path) -> str:
     client = MlflowClient(uri)
     known = client.get_experiment_by_name(name)
@@ -194,7 +208,7 @@ def _experiment(uri: str, name: str, work: Path) -> str:
         return str(known.experiment_id)
     artifacts = str(work / "mlartifacts") if uri.startswith("sqlite:///") else None
     try:
-        return str(client.create_experiment(name, artifact_location=artifacts))
+        return str(client.create_experiment(name, artifact_location=artifacts, tags={NOTE: _EXPERIMENT_NOTE}))
     except MlflowException:
         # Another process may have created it in between.
         known = client.get_experiment_by_name(name)
