@@ -21,7 +21,7 @@ from pipeline.distill.grid import GridRule
 from pipeline.distill.kept_heads import save_heads
 from pipeline.distill.loss import check_losses
 from pipeline.distill.phases import Ending, Phase
-from pipeline.distill.provenance import provenance
+from pipeline.distill.provenance import lineage, provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
@@ -44,6 +44,8 @@ class DistillResult:
         steps, samples: optimiser steps and images seen.
         model_uri: of the student in MLflow.
         student: folder of the exported student.
+        held_out: identity of the images that kNN was measured on, or "".
+        lineage: what it comes from, by tag.
     """
 
     knn_before: float | None
@@ -53,6 +55,8 @@ class DistillResult:
     samples: int
     model_uri: str
     student: Path
+    held_out: str
+    lineage: dict[str, str]
 
 
 def steps_per_epoch(phase: Phase) -> int:
@@ -146,7 +150,8 @@ def _finish(
     origin = provenance(jobs, run.run_id, ending.samples, {"knn": after, **teachers})
     (student / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
     uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
-    return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student)
+    held_out = job.val.id if job.val else ""
+    return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student, held_out, lineage(jobs))
 
 
 def _size(encoder: Encoder, input_size: int) -> dict[str, float]:

@@ -20,17 +20,22 @@ for _name, _value in {
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import download_model, download_student, log_model_folder, log_student
 from pipeline.tracking.reading import Experiment, LoggedRun, read_experiment
+from pipeline.tracking.registry import Candidate, describe, model_link, register
 from pipeline.tracking.run import Run, start_job
 
 __all__ = [
+    "Candidate",
     "Experiment",
     "LoggedRun",
     "Run",
+    "describe",
     "download_model",
     "download_student",
     "log_model_folder",
     "log_student",
+    "model_link",
     "read_experiment",
+    "register",
     "resolve_uri",
     "start_job",
 ]

@@ -80,15 +80,15 @@ def download_student(model_uri: str, tracking_uri: str) -> Path:
     that loading one runs what its author wrote, as a pickle does.
 
     Args:
-        model_uri: ``models:/<model id>``, ``models:/<name>/<version>``, ``models:/<name>@<alias>``, or
-            ``runs:/<run id>/...``.
+        model_uri: ``models:/<model id>``, ``models:/<name>/<version>`` (or ``/latest``), ``models:/<name>@<alias>``,
+            or ``runs:/<run id>/...``.
 
     Raises:
         UserError: where there is no such model, or its run has no exported student.
     """
     client = MlflowClient(tracking_uri)
     try:
-        folder = Path(client.download_artifacts(_run_of(client, model_uri), STUDENT_FOLDER, mkdtemp()))
+        folder = Path(client.download_artifacts(run_of(client, model_uri), STUDENT_FOLDER, mkdtemp()))
         for name in STUDENT_FILES:
             (folder / name).stat()  # some stores give nothing for what is not there
     except (MlflowException, OSError) as error:
@@ -99,8 +99,12 @@ def download_student(model_uri: str, tracking_uri: str) -> Path:
     return folder
 
 
-def _run_of(client: MlflowClient, model_uri: str) -> str:
-    """The run that logged a model."""
+def run_of(client: MlflowClient, model_uri: str) -> str:
+    """The run that logged a model.
+
+    Raises:
+        MlflowException: where there is no such model.
+    """
     scheme, _, rest = model_uri.partition(":/")
     head, _, tail = rest.strip("/").partition("/")
     if scheme == "runs" and head:
@@ -110,6 +114,7 @@ def _run_of(client: MlflowClient, model_uri: str) -> str:
     if not tail and "@" not in head:
         return str(client.get_logged_model(head).source_run_id)
     name, _, alias = head.partition("@")
+    alias = alias or ("latest" if tail == "latest" else "")
     version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, tail)
     return str(version.run_id)
 

@@ -35,6 +35,9 @@ BATCH = 1000
 PARAM_LENGTH = 6000
 """Longest value of a parameter; the whole configuration is an artifact anyway."""
 
+NOTE = "mlflow.note.content"
+"""Tag of what the interface shows as the description, in Markdown."""
+
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +76,8 @@ class Run:
         Raises:
             UserError: where the server does not answer for minutes.
         """
-        tags, beside = {"mlflow.parentRunId": self.run_id}, self.outbox.store.uri.rpartition("/")[0]
+        note = f"Part of [the job]({run_link(self)}), which says what it is."
+        tags, beside = {"mlflow.parentRunId": self.run_id, NOTE: note}, self.outbox.store.uri.rpartition("/")[0]
         return cast(
             Run,
             patiently(self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, Store(beside))),
@@ -224,6 +228,11 @@ _SEND: dict[str, Callable[[Run, Any], None]] = {
 """How each kind of letter is sent."""
 
 
+def run_link(run: Run) -> str:
+    """Where the interface shows a run, from any of its pages."""
+    return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
+
+
 def start_job(
     uri: str,
     *,
@@ -285,6 +294,11 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
+_EXPERIMENT_NOTE = """Runs of ReGLA Distill. Each job is a run that says what it does, with its phases nested in it; the
+images that it used are its inputs. What came out is in the [model registry](#/models): of each model, the version with the
+alias `best` is the one to take."""
+
+
 def _experiment(uri: str, name: str, work: Path) -> str:
     client = MlflowClient(uri)
     known = client.get_experiment_by_name(name)
@@ -292,7 +306,7 @@ def _experiment(uri: str, name: str, work: Path) -> str:
         return str(known.experiment_id)
     artifacts = str(work / "mlartifacts") if uri.startswith("sqlite:///") else None
     try:
-        return str(client.create_experiment(name, artifact_location=artifacts))
+        return str(client.create_experiment(name, artifact_location=artifacts, tags={NOTE: _EXPERIMENT_NOTE}))
     except MlflowException:
         # Another process may have created it in between.
         known = client.get_experiment_by_name(name)

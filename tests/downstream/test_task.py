@@ -14,9 +14,10 @@ from pipeline.downstream.backbone import FrozenEncoder, find_start, load_start
 from pipeline.downstream.base import Part
 from pipeline.downstream.classify import training_transform
 from pipeline.downstream.sampling import Sampler, prepare, seeded
+from pipeline.downstream.saved import load_model
 from pipeline.downstream.schedule import make_schedule
 from pipeline.downstream.segment import slide
-from pipeline.downstream.task import FinetuneTask, epoch_steps, load_model, save_model
+from pipeline.downstream.task import FinetuneTask, epoch_steps
 from pipeline.errors import UserError
 from pipeline.student.model import save_encoder
 from pipeline.training import Worker, train
@@ -155,13 +156,10 @@ def test_a_frozen_backbone_stays_as_it_was(make_job):
 def test_training_starts_from_the_exported_student(make_job, tmp_path):
     student = find_start(make_job("classify", "seed=5").config)
     save_encoder(student.encoder, "regla_t", student.args, 64, tmp_path / "student")
-    (tmp_path / "student" / "provenance.json").write_text('{"run_id": "0123"}')
     job = make_job("classify", f"finetune.student={tmp_path}/student", folder="second")
     task = FinetuneTask(job)
     for key, value in task.module.encoder.backbone.state_dict().items():
         assert torch.equal(value, student.encoder.backbone.state_dict()[key])
-    save_model(task.module, job, task.train.classes, tmp_path / "model")
-    assert load_model(tmp_path / "model").student_run == "0123"
 
 
 @pytest.mark.parametrize(
