@@ -8,7 +8,8 @@ that of a cache that was filled without Ray. Training is Ray Train with two work
 batch; its loss by step, as committed, must be that of the run that was left alone. Lost is what was computed more than
 once: images, or steps. Recovery lasts from the fault to the next shard that is committed, or batch that is begun, and
 includes whatever was on the way. A job that ends is started again by the same command. Nodes that are lost are replaced.
-Pretended: the clock jumps in Python alone (`benchmarks/clock`), and a full object store is one that another job fills.
+Pretended: the clock jumps for all processes of the nodes and the job through a preloaded library (`benchmarks/clock.c`,
+which needs a C compiler), and a full object store is one that another job fills.
 Prints a table and one line of JSON.
 """
 
@@ -20,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -47,7 +49,7 @@ from tests.tiny_task import STEPS, lines, make_tiny_task
 
 IMAGES, EPOCHS, WORKERS = 192, 4, 2
 PATIENCE_S = 600.0
-CLOCK_FOLDER = Path(__file__).resolve().parent / "clock"
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -273,9 +275,14 @@ def _hold_objects(address: str) -> None:
     del held
 
 
-def _jump(seconds: float) -> Fault:
+def _set_clock(folder: Path, seconds: int) -> None:
+    with (folder / "clock").open("r+b") as file:  # which the processes have mapped
+        file.write(struct.pack("q", seconds))
+
+
+def _jump(seconds: int) -> Fault:
     def fault(bench: Bench, job: Job) -> None:
-        (bench.folder / "clock").write_text(str(seconds))
+        _set_clock(bench.folder, seconds)
 
     return fault
 
@@ -352,7 +359,7 @@ def inject(bench: Bench, name: str, number: int) -> dict[str, Any]:
         restarts += 1
     bench.store.fault = lambda method, path: None
     bench.store.released.set()
-    (bench.folder / "clock").unlink(missing_ok=True)
+    _set_clock(bench.folder, 0)
     if job.process.exitcode != 0:
         raise AssertionError((job.folder / "log").read_text()[-3000:])
     # What a fault takes by itself, as the ten seconds of a notice, is no recovery.
@@ -369,9 +376,15 @@ def inject(bench: Bench, name: str, number: int) -> dict[str, Any]:
 def bench(seed: int) -> Iterator[Bench]:
     """Three nodes, a store, and a folder."""
     folder, store = Path(tempfile.mkdtemp(prefix="faults")), S3Endpoint()
+    (folder / "clock").write_bytes(struct.pack("q", 0))
+    library = folder / "clock.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-O2", "-o", library, REPOSITORY / "benchmarks/clock.c", "-ldl"], check=True
+    )
     os.environ |= {
+        "LD_PRELOAD": str(library),
         "RAY_AUTH_MODE": "disabled",
-        "PYTHONPATH": os.pathsep.join([str(CLOCK_FOLDER), str(CLOCK_FOLDER.parent.parent)]),
+        "PYTHONPATH": str(REPOSITORY),
         "REGLA_CLOCK": str(folder / "clock"),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
