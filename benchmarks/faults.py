@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -101,10 +102,10 @@ class Extraction:
         self.process = start_job(self.arguments, self.bench.address, self.folder / "log")
 
     def progress(self) -> int:
-        """Shards that are committed, or requests to the store that answer."""
+        """Shards of images and of teachers that are committed, or requests to the store."""
         if self.uri:
             return len(self.bench.store.requests)
-        return len(list(self.cache.glob("*/views/full/teachers/*/shard-*.json")))
+        return len(list(self.cache.glob("*/views/full/**/shard-*.json")))
 
     def begun(self) -> bool:
         """Whether the teacher is at work."""
@@ -421,9 +422,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument("--only", default="", help="faults whose name this regular expression finds")
     options = parser.parse_args()
-    names = [name for name in FAULTS if options.only in name]
+    names = [name for name in FAULTS if re.search(options.only, name)]
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with bench(options.seed) as made:
         expected = undisturbed(made)

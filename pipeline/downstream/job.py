@@ -30,7 +30,7 @@ from pipeline.sources import SAMPLES
 from pipeline.sources.locations import absolute
 from pipeline.student.loading import is_model_uri
 from pipeline.tracking import Run, download_model, log_model_folder, resolve_uri
-from pipeline.training import History, fit, load_state
+from pipeline.training import History, checkpoint_folder, fit, load_state
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
     log_lineage(plan.train, plan.val, run)
     plan.start.save(config.student.input_size, folder / "start")
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
-    checkpoint = fit(make_finetune_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
+    checkpoints = checkpoint_folder(config.train, folder, "train")
+    checkpoint = fit(make_finetune_task, {"job": job}, config.train, checkpoints, partial(_log_commit, run))
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
     model = build_model(job, plan.train.classes)
