@@ -50,6 +50,8 @@ from tests.tiny_task import STEPS, lines, make_tiny_task
 
 IMAGES, EPOCHS, WORKERS = 192, 4, 2
 PATIENCE_S = 600.0
+PLAIN = {"dropout": 0.0, "batch_norm": False}
+TRAINING = TrainConfig(epochs=EPOCHS, batch_size=8, workers=WORKERS, checkpoint_steps=2, warmup_epochs=0)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -60,19 +62,27 @@ class Bench:
     Attributes:
         nodes: the head and two more.
         folder: of everything.
-        store: an S3 endpoint that can be made to fail.
         draw: of victims and moments.
+        store: an S3 endpoint that can be made to fail.
     """
 
     nodes: list[Node]
     folder: Path
-    store: S3Endpoint
     draw: random.Random
+    store: S3Endpoint | None = None
 
     @property
     def address(self) -> str:
         """Of the head."""
         return self.nodes[0].address
+
+    def calm(self) -> None:
+        """End faults that last: of the store, and of the clock."""
+        if self.store:
+            self.store.fault = lambda method, path: None
+            self.store.released.set()
+        if (self.folder / "clock").exists():
+            _set_clock(self.folder, 0)
 
     def replace(self, number: int) -> None:
         """Kill a node as a whole, and start another in its place."""
@@ -103,7 +113,7 @@ class Extraction:
 
     def progress(self) -> int:
         """Shards of images and of teachers that are committed, or requests to the store."""
-        if self.uri:
+        if self.uri and self.bench.store:
             return len(self.bench.store.requests)
         return len(list(self.cache.glob("*/views/full/**/shard-*.json")))
 
@@ -117,7 +127,7 @@ class Extraction:
 
     def result(self) -> Any:
         """Rows of every shard, by hash."""
-        if self.uri:
+        if self.uri and self.bench.store:
             remote = fs.S3FileSystem(endpoint_override=self.bench.store.url.removeprefix("http://"), scheme="http")
             fs.copy_files(self.uri.removeprefix("s3://"), str(self.cache), source_filesystem=remote)
         return content(self.cache)
@@ -180,13 +190,10 @@ def _train(address: str, folder: str) -> None:
         with Path(folder, "committed").open("a") as file:
             file.writelines(json.dumps([step, m["loss"]]) + "\n" for step, m in history if "loss" in m)
 
-    config = TrainConfig(
-        epochs=EPOCHS, batch_size=8, workers=WORKERS, checkpoint_steps=2, warmup_epochs=0, keep_checkpoints=2
-    )
-    payload = {"folder": folder, "dropout": 0.0, "batch_norm": False, "delay": 0.7}
+    payload = {"folder": folder, **PLAIN, "delay": 0.7}
     with connect():
         try:
-            fit(make_tiny_task, payload, config, f"{folder}/train", commit)
+            fit(make_tiny_task, payload, TRAINING, f"{folder}/train", commit)
         except StoppedError:
             sys.exit(130)
 
@@ -297,6 +304,8 @@ def _fail_store(bench: Bench, job: Job) -> None:
             return stall
         return rng.choice(["SlowDown", "InternalError", "reset", "truncate"]) if rng.random() < 1 / 6 else None
 
+    assert bench.store is not None
+    bench.store.released.clear()
     bench.store.fault = fault
 
 
@@ -358,9 +367,7 @@ def inject(bench: Bench, name: str, number: int) -> dict[str, Any]:
         job.start()
         job.process.join(PATIENCE_S)
         restarts += 1
-    bench.store.fault = lambda method, path: None
-    bench.store.released.set()
-    _set_clock(bench.folder, 0)
+    bench.calm()
     if job.process.exitcode != 0:
         raise AssertionError((job.folder / "log").read_text()[-3000:])
     # What a fault takes by itself, as the ten seconds of a notice, is no recovery.
@@ -398,7 +405,7 @@ def bench(seed: int) -> Iterator[Bench]:
     fs.S3FileSystem(**address, allow_bucket_creation=True).create_dir("regla")
     try:
         with cluster(4, 4, 4) as nodes:
-            yield Bench(nodes, folder, store, random.Random(seed))
+            yield Bench(nodes, folder, random.Random(seed), store)
     finally:
         store.close()
         shutil.rmtree(folder, ignore_errors=True)
