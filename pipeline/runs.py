@@ -35,7 +35,7 @@ def work_folder(config: Config) -> Path:
     if config.work and "://" in config.work:
         raise UserError(
             f"work={config.work}: runs, checkpoints and MLflow's SQLite file need a folder, on a cluster one of a shared "
-            "file system; an object store may hold the cache (cache.uri)"
+            "file system; an object store may hold the cache (cache.uri) and the checkpoints (train.checkpoints)"
         )
     if config.work:
         return Path(config.work).expanduser().resolve()

@@ -29,7 +29,7 @@ from pipeline.evaluate.cost import inference_cost
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
-from pipeline.training import STATE_FILE, History, fit, load_state
+from pipeline.training import STATE_FILE, History, checkpoint_folder, fit, load_state
 
 log = logging.getLogger(__name__)
 
@@ -115,21 +115,23 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
             if len(phases) > 1:
                 print(f"phase {number} of {len(phases)}", flush=True)
             watch = Watch(str(folder / "figures"), teachers, ending.evaluations)
-            ending = _train(job, run, folder / name, ending, before, watch)
+            checkpoints = checkpoint_folder(phase.config.train, folder, name)
+            ending = _train(job, run, checkpoints, ending, before, watch)
             ending.save(file)
         ending, before = Ending.load(file), file
     return _finish(jobs, run, folder, ending, teachers)
 
 
-def _train(job: DistillJob, run: Run, folder: Path, begun: Ending, before: Path | None, watch: Watch) -> Ending:
+def _train(job: DistillJob, run: Run, folder: str, begun: Ending, before: Path | None, watch: Watch) -> Ending:
     log_shuffle(job, run, begun.steps)
     payload = {"job": job, "before": before and str(before), "watch": watch}
     # It travels to Ray Train's controller.
     on_commit = partial(_log_commit, run, replace(begun, weights=None), Path(watch.folder))
-    checkpoint = fit(make_distill_task, payload, job.config.train, str(folder), on_commit)
+    checkpoint = fit(make_distill_task, payload, job.config.train, folder, on_commit)
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
-    run.log_reference(folder / Path(checkpoint.path).name / STATE_FILE, "checkpoint/reference.json")
+        place = f"{folder}/{Path(checkpoint.path).name}/{STATE_FILE}"
+        run.log_reference(Path(directory, STATE_FILE), place, "checkpoint/reference.json")
     return begun.then(state, job.config.train.epochs, list(teacher_labels(job.teachers).values()))
 
 

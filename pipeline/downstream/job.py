@@ -23,7 +23,7 @@ from pipeline.runs import work_folder
 from pipeline.sources import SAMPLES
 from pipeline.sources.locations import absolute
 from pipeline.tracking import Run, log_model_folder, resolve_uri
-from pipeline.training import History, fit, load_state
+from pipeline.training import History, checkpoint_folder, fit, load_state
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
     run.set_student_run(plan.start.provenance.get("run_id"))
     plan.start.save(config.student.input_size, folder / "start")
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
-    checkpoint = fit(make_finetune_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
+    checkpoints = checkpoint_folder(config.train, folder, "train")
+    checkpoint = fit(make_finetune_task, {"job": job}, config.train, checkpoints, partial(_log_commit, run))
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
     model = build_model(job, plan.train.classes)

@@ -118,11 +118,11 @@ class Run:
         """Log a file, as it is when it is sent, into an artifact folder."""
         self._post("file", [str(file), folder])
 
-    def log_reference(self, file: Path, path: str) -> None:
-        """Log where a large file lies, and its size and SHA-256, as the JSON artifact `path`."""
+    def log_reference(self, file: Path, place: str, path: str) -> None:
+        """Log where a large file lies (`file` is it, or a copy), its size and SHA-256, as the JSON artifact `path`."""
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
-        self.log_dict({"file": str(file), "bytes": file.stat().st_size, "sha256": digest}, path)
+        self.log_dict({"file": place, "bytes": file.stat().st_size, "sha256": digest}, path)
 
     def log_folder(self, source: Path, folder: str) -> None:
         """Log everything in a local folder, as it is when it is sent, into an artifact folder."""

@@ -18,10 +18,36 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
+from pipeline.cache.remote import resolve
+from pipeline.cache.store import Store
+from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.training.task import History
 
 STATE_FILE = "state.pt"
+
+
+def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
+    """Absolute path or address of the checkpoints of a part (`name`) of a run (its folder).
+
+    Raises:
+        UserError: where there are credentials in the address.
+    """
+    if config.checkpoints is None:
+        return str(run / name)
+    try:
+        return Store.at(config.checkpoints).sub(f"{run.name}/{name}").uri
+    except UserError as error:
+        raise UserError(f"train.checkpoints: {error}") from error
+
+
+def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a folder of checkpoints, and the path within it.
+
+    Raises:
+        UserError: where no driver for it is installed.
+    """
+    return resolve(folder) if "://" in folder else (fs.LocalFileSystem(), folder.rstrip("/"))
 
 
 @dataclass

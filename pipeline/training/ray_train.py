@@ -25,7 +25,7 @@ from pyarrow import fs
 from pipeline import logs
 from pipeline.config import TrainConfig, check_shares
 from pipeline.errors import UserError
-from pipeline.training.checkpoint import STATE_FILE, Snapshot, copied, keep_best, load_state
+from pipeline.training.checkpoint import STATE_FILE, Snapshot, copied, keep_best, load_state, open_folder
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.stopping import STOP_FILE, StopFile, on_sigterm
@@ -57,7 +57,7 @@ def fit(
 
     Args:
         make_task: called in every worker with `payload`, the number of a share of the global batch and of all shares.
-        folder: where checkpoints go: an absolute path or URI, shared by all nodes.
+        folder: where checkpoints go, as :func:`checkpoint_folder` gives it: seen by all nodes.
         on_commit: called in Ray Train's controller with the metrics that a registered checkpoint commits, and its path.
 
     Returns:
@@ -71,8 +71,9 @@ def fit(
     from ray.train.torch import TorchTrainer
 
     shares = _shares(config, folder)
-    stop = StopFile(*fs.FileSystem.from_uri(f"{folder}/{STOP_FILE}"))
-    for left in (stop, StopFile(*fs.FileSystem.from_uri(f"{folder}/{REFUSED_FILE}"))):
+    filesystem, path = open_folder(folder)
+    stop = StopFile(filesystem, f"{path}/{STOP_FILE}")
+    for left in (stop, StopFile(filesystem, f"{path}/{REFUSED_FILE}")):
         left.remove()
     worker_loop: Any = _train_worker  # whose annotations Ray Train finds too narrow
     trainer = TorchTrainer(
@@ -98,7 +99,7 @@ def fit(
 
 def _shares(config: TrainConfig, folder: str) -> int:
     """Shares of the global batch: those that this run started with, or as many as it may have workers."""
-    filesystem, path = fs.FileSystem.from_uri(folder)
+    filesystem, path = open_folder(folder)
     file = f"{path}/shares"
     if filesystem.get_file_info(file).type == fs.FileType.File:
         with filesystem.open_input_stream(file) as stream:
@@ -147,10 +148,12 @@ def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, 
                 keep_best(checkpoint.filesystem, checkpoint.path)
             on_commit(metrics[0]["history"], checkpoint and checkpoint.path)
 
-    storage, name = folder.rstrip("/").rsplit("/", 1)
+    filesystem, path = open_folder(folder)
+    storage, name = path.rsplit("/", 1)
     return ray_train.RunConfig(
         name=name,
         storage_path=storage,
+        storage_filesystem=filesystem,
         checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
         failure_config=ray_train.FailureConfig(max_failures=RETRIES),
         callbacks=[Commit()],
