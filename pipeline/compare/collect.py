@@ -14,6 +14,8 @@ from pipeline.tracking import Experiment, LoggedRun
 
 NO_ROWS = ("compare", "precompute", "benchmark")
 """Jobs without a student of their own."""
+TRAINING = ("distill", "finetune")
+"""Names of the nested runs that train."""
 SIZE = ("parameters", "macs")
 DOWNSTREAM = {
     "top1": ("top1", 1.0),
@@ -126,29 +128,28 @@ def _origin(run: LoggedRun, parts: Mapping[str, list[LoggedRun]]) -> str | None:
 
 
 def _entry(experiment: Experiment, runs: list[LoggedRun], parts: Mapping[str, list[LoggedRun]]) -> Entry:
-    run, *judges = runs
+    trained = [run for run in runs if run.tags.get("job") not in JUDGED]
+    run = next(iter(trained or [run for run in runs if run.status == "FINISHED"] or runs))
     nested = parts[run.run_id]
     data = {split: used for part in (run, *nested) for split, used in part.data.items()}
-    own = {} if run.tags.get("job") in JUDGED else _own_measures(run, nested)
-    judged = [run, *judges] if run.tags.get("job") in JUDGED else judges
-    measures = {**_judgements(judged), **own}
+    own = _own_measures(run, nested) if any(part.name in TRAINING for part in nested) else {}
     return Entry(
         run_id=run.run_id,
         name=run.name,
         started=run.started,
         link=experiment.link(run.run_id),
         texts=describe(run, data),
-        measures={key: value for key, value in measures.items() if value is not None},
+        measures={**_judgements(other for other in runs if other not in trained), **own},
         curve=_curve(experiment, nested),
         config=configuration(run, data),
         held_out=held_by(run, data, "val"),
-        judged_by=tuple(judge.name for judge in judges),
+        judged_by=tuple(other.name for other in runs if other is not run),
     )
 
 
 def _own_measures(run: LoggedRun, nested: Iterable[LoggedRun]) -> dict[str, float]:
     """What a run that trained says of itself and its student."""
-    training = next((part.metrics for part in nested if part.name == "distill"), {})
+    training = next(part.metrics for part in nested if part.name in TRAINING)
     own = run.metrics
     found = {
         "samples_seen": training.get("samples_seen"),

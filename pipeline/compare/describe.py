@@ -40,6 +40,7 @@ def describe(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, s
         "codec": ", ".join(dict.fromkeys(_codecs(run))) if distils else None,
         "views": _views(run) if distils else None,
         "seed": given(run, "seed"),
+        "device": run.tags.get("device"),
     }
     return {name: text for name, text in found.items() if text}
 

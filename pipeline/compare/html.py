@@ -20,7 +20,7 @@ from pipeline.compare.comparison import Comparison, shown
 from pipeline.compare.group import Group
 from pipeline.compare.judge import statement
 from pipeline.compare.measures import MEASURES, TEXTS
-from pipeline.compare.plots import cost_plots, curves_plot, size_plot
+from pipeline.compare.plots import cost_plots, curves_plot, seeds, size_plot
 from pipeline.compare.tables import common
 
 PAGE = Path(__file__).with_name("page")
@@ -30,16 +30,21 @@ SPARK = (64, 18)
 
 def render_page(comparison: Comparison) -> str:
     """The whole page. Names, tags and parameters are text in it, whatever they hold."""
-    environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     scripts = [Markup(text) for text in (get_plotlyjs(), (PAGE / "page.js").read_text(encoding="utf-8"))]
     plots = {"cost": cost_plots(comparison), "curves": curves_plot(comparison), "size": size_plot(comparison)}
     return environment.get_template("page.html").render(
         comparison=comparison,
         common=common(comparison),
         measures=comparison.measures,
+        accuracies=[measure for measure in comparison.measures if measure.better == "higher"],
+        others=[measure for measure in comparison.measures if measure.better != "higher"],
         all_measures=MEASURES,
         texts=TEXTS,
         shown=shown,
+        seeds=seeds,
         spark=spark,
         usual=usual(comparison),
         cheapest=cheapest(comparison),

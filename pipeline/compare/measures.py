@@ -52,7 +52,7 @@ MEASURES = {
         Measure("macs", "MACs", "G", None, 1e9),
         Measure("latency", "latency", "ms", "lower"),
         Measure("cache_bytes", "cache", "MiB", "lower", 2.0**20),
-        Measure("samples_seen", "samples seen", "thousands", "lower", 1e3),
+        Measure("samples_seen", "samples seen", "k", "lower", 1e3),
         Measure("hours", "time", "h", None),
         Measure("gpu_hours", "GPU hours", "", None),
         Measure("cost", "cost", "", None, digits=2),
@@ -76,5 +76,6 @@ TEXTS = {
     "codec": "codec",
     "views": "views",
     "seed": "seed",
+    "device": "device",
 }
 """What is known of a run in words, with its label."""

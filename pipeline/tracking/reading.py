@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Run as Logged
@@ -68,9 +69,11 @@ class Experiment:
 
     def link(self, run_id: str) -> str | None:
         """Address of a run in MLflow's own pages, where the store has any."""
-        if not self.uri.startswith(("http://", "https://")):
+        scheme, host, path, *_ = urlsplit(self.uri)
+        if scheme not in ("http", "https"):
             return None
-        return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        host = host.rpartition("@")[2]  # no password in a page that is passed on
+        return f"{scheme}://{host}{path.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
 
 def read_experiment(uri: str, name: str, only: str = "") -> Experiment:

@@ -2,6 +2,7 @@ import pytest
 
 from pipeline.compare.collect import collect
 from pipeline.errors import UserError
+from pipeline.tracking import Experiment
 from tests.compare.experiments import CIFAR
 
 
@@ -90,8 +91,26 @@ def test_evaluations_of_a_student_without_a_run_are_one_row(store, read):
 
 def test_trainings_from_scratch_are_rows_of_their_own(store, read):
     for seed in (0, 1):
-        store.judge("finetune", None, {"top1": 50.0 + seed}, f"seed={seed}", "evaluate.student=null")
-    assert [row.measures["top1"] for row in collect(read()).entries] == [50.0, 51.0]
+        run = store.judge(
+            "finetune", None, {"top1": 50.0 + seed, "hours": 0.25}, f"seed={seed}", "evaluate.student=null"
+        )
+        run.child("finetune").log_metric_dict({"samples_seen": 640.0})
+    first, second = collect(read()).entries
+    assert first.measures == {"top1": 50.0, "hours": 0.25, "samples_seen": 640.0}
+    assert second.measures["top1"] == 51.0
+
+
+def test_an_evaluation_that_failed_does_not_hide_one_that_did_not(store, read):
+    store.judge("linear", None, {}, "evaluate.student=timm/resnet18", status="FAILED")
+    last = store.judge("linear", None, {"top1": 50.0}, "evaluate.student=timm/resnet18")
+    (row,) = collect(read()).entries
+    assert (row.run_id, row.finished, row.measures) == (last.run_id, True, {"linear": 50.0})
+
+
+def test_a_run_links_to_its_page_on_a_server_without_a_password():
+    page = Experiment("https://me:secret@host:5000/mlflow/", "7", "a", (), frozenset()).link("abc")
+    assert page == "https://host:5000/mlflow/#/experiments/7/runs/abc"
+    assert Experiment("sqlite:///a.db", "7", "a", (), frozenset()).link("abc") is None
 
 
 def test_runs_without_a_student_are_counted_and_left_out(store, read):
