@@ -6,10 +6,10 @@
 Extraction is `jobs/precompute.py` on four shards of a slow teacher; its result, the rows of every shard by SHA-256, must be
 that of a cache that was filled without Ray. Training is Ray Train with two workers around a small task that writes down every
 batch; its loss by step, as committed, must be that of the run that was left alone. Lost is what was computed more than
-once: images, or steps. Recovery lasts from the fault to the next shard that is committed, or until both shares of a batch are
-two steps beyond where they were, and includes whatever was on the way. A job that ends is started again by the same command. Nodes that are lost are replaced.
-Pretended: the clock jumps for all processes of the nodes and the job through a preloaded library (`benchmarks/clock.c`,
-which needs a C compiler), and a full object store is one that another job fills.
+once: images, or steps. Recovery lasts from the fault to the next shard that is committed, or until both shares of a batch
+are two steps beyond where they were, and includes whatever was on the way. A job that ends is started again by the same
+command. Nodes that are lost are replaced. Pretended: the clock jumps for all processes of the nodes and the job through a
+preloaded library (`benchmarks/clock.c`, which needs a C compiler), and a full object store is one that another job fills.
 Prints a table and one line of JSON.
 """
 
