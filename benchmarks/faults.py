@@ -6,10 +6,10 @@
 Extraction is `jobs/precompute.py` on four shards of a slow teacher; its result, the rows of every shard by SHA-256, must be
 that of a cache that was filled without Ray. Training is Ray Train with two workers around a small task that writes down every
 batch; its loss by step, as committed, must be that of the run that was left alone. Lost is what was computed more than
-once: images, or steps. Recovery lasts from the fault to the next shard that is committed, or batch that is begun, and
-includes whatever was on the way. A job that ends is started again by the same command. Nodes that are lost are replaced.
-Pretended: the clock jumps for all processes of the nodes and the job through a preloaded library (`benchmarks/clock.c`,
-which needs a C compiler), and a full object store is one that another job fills.
+once: images, or steps. Recovery lasts from the fault to the next shard that is committed, or until both shares of a batch
+are two steps beyond where they were, and includes whatever was on the way. A job that ends is started again by the same
+command. Nodes that are lost are replaced. Pretended: the clock jumps for all processes of the nodes and the job through a
+preloaded library (`benchmarks/clock.c`, which needs a C compiler), and a full object store is one that another job fills.
 Prints a table and one line of JSON.
 """
 
@@ -87,13 +87,14 @@ class Bench:
     def replace(self, number: int) -> None:
         """Kill a node as a whole, and start another in its place."""
         self.nodes[number].kill()
-        self.nodes[number] = Node(4, self.address)
+        self.nodes[number] = Node(3, self.address)
 
 
 class Extraction:
     """One `jobs/precompute.py` on an empty cache."""
 
     unit = "images"
+    margin = 1
 
     def __init__(self, bench: Bench, number: int, uri: str = "") -> None:
         self.bench, self.folder = bench, bench.folder / f"extract-{number}"
@@ -137,6 +138,7 @@ class Training:
     """One run of Ray Train with two workers."""
 
     unit = "steps"
+    margin = 2
 
     def __init__(self, bench: Bench, number: int) -> None:
         self.bench, self.folder = bench, bench.folder / f"train-{number}"
@@ -149,19 +151,19 @@ class Training:
         self.process.start()
 
     def progress(self) -> int:
-        """Batches that were begun."""
-        return sum(len(lines(self.folder, "batches", rank)) for rank in range(WORKERS) if self._has(rank))
+        """Steps that were begun, by the share that is behind."""
+        return min(len(set(self._batches(rank))) for rank in range(WORKERS))
 
-    def _has(self, rank: int) -> bool:
-        return (self.folder / f"batches-{rank}").exists()
+    def _batches(self, rank: int) -> list[str]:
+        return lines(self.folder, "batches", rank) if (self.folder / f"batches-{rank}").exists() else []
 
     def begun(self) -> bool:
         """Whether it is behind its second checkpoint."""
-        return self.progress() > WORKERS * (STEPS + 1)
+        return self.progress() > STEPS + 1
 
     def lost(self) -> int:
         """Steps that were computed more than once, as the mean over the shares."""
-        return round(self.progress() / WORKERS) - STEPS * EPOCHS
+        return round(sum(len(self._batches(rank)) for rank in range(WORKERS)) / WORKERS) - STEPS * EPOCHS
 
     def result(self) -> Any:
         """Loss of every step as it was committed."""
@@ -359,7 +361,7 @@ def inject(bench: Bench, name: str, number: int) -> dict[str, Any]:
         job.start()
         restarts += 1
     before = job.progress()
-    while job.progress() <= before and job.process.is_alive():
+    while job.progress() < before + job.margin and job.process.is_alive():
         time.sleep(0.05)
     recovered = time.monotonic()
     job.process.join(PATIENCE_S)
@@ -404,7 +406,7 @@ def bench(seed: int) -> Iterator[Bench]:
     address = {"endpoint_override": store.url.removeprefix("http://"), "scheme": "http"}
     fs.S3FileSystem(**address, allow_bucket_creation=True).create_dir("regla")
     try:
-        with cluster(4, 4, 4) as nodes:
+        with cluster(2, 3, 3) as nodes:
             yield Bench(nodes, folder, random.Random(seed), store)
     finally:
         store.close()

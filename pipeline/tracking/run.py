@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import mlflow
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.cache.store import Store
 from pipeline.errors import UserError
 from pipeline.metrics import export_training
+from pipeline.tracking.letters import Desk, Point
 from pipeline.tracking.outbox import PATIENCE_S, Outbox, Sender, in_a_line, is_refusal, patiently, unreachable
 
-BATCH = 1000
-"""Most metrics that one `log_batch` takes."""
 PARAM_LENGTH = 6000
 """Longest value of a parameter; the whole configuration is an artifact anyway."""
 
@@ -68,7 +64,7 @@ class Run:
 
     @cached_property
     def _sender(self) -> Sender:
-        return Sender(self.outbox, self._send, self.uri)
+        return Sender(self.outbox, Desk(self.client, self.run_id, self.outbox).send, self.uri)
 
     def child(self, name: str, run_id: str | None = None) -> Run:
         """A nested run; the one of `run_id` is continued if it is still there.
@@ -166,12 +162,9 @@ class Run:
         if self.uri:
             self._sender.settle()
 
-    def _send(self, kind: str, content: Any) -> None:
-        _SEND[kind](self, content)
 
-
-def _points(history: Iterable[tuple[int, Mapping[str, float]]]) -> list[tuple[str, float, int, int]]:
-    """Name, value, time in ms and step of every finite value: stores refuse or alter what is not finite."""
+def _points(history: Iterable[tuple[int, Mapping[str, float]]]) -> list[Point]:
+    """Every finite value: stores refuse or alter what is not finite."""
     now = int(time.time() * 1000)
     return [
         (name, float(value), now, step)
@@ -179,53 +172,6 @@ def _points(history: Iterable[tuple[int, Mapping[str, float]]]) -> list[tuple[st
         for name, value in metrics.items()
         if math.isfinite(value)
     ]
-
-
-def _send_metrics(run: Run, points: Iterable[tuple[str, float, int, int]]) -> None:
-    metrics = (Metric(*point) for point in points)
-    while batch := list(islice(metrics, BATCH)):
-        run.client.log_batch(run.run_id, metrics=batch)
-
-
-def _send_curves(run: Run, points: Iterable[tuple[str, float, int, int]]) -> None:
-    """Steps that are repeated after a crash were logged by those who died."""
-    marks = run.outbox.marks()
-    fresh = [point for point in points if point[3] > marks.get(point[0], -1)]
-    _send_metrics(run, fresh)
-    if fresh:
-        run.outbox.mark(marks | {name: step for name, _, _, step in fresh})
-
-
-def _send_params(run: Run, params: Mapping[str, str]) -> None:
-    known = run.client.get_run(run.run_id).data.params
-    fresh = [Param(key, value) for key, value in params.items() if key not in known]
-    for first in range(0, len(fresh), 100):
-        run.client.log_batch(run.run_id, params=fresh[first : first + 100])
-
-
-def _send_tags(run: Run, tags: Mapping[str, str]) -> None:
-    run.client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-
-def _send_dataset(run: Run, content: Sequence[str]) -> None:
-    name, digest, source, context = content
-    dataset = Dataset(name, digest, source_type="location", source=json.dumps({"location": source}))
-    run.client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
-
-
-_SEND: dict[str, Callable[[Run, Any], None]] = {
-    "metrics": _send_metrics,
-    "curves": _send_curves,
-    "params": _send_params,
-    "tags": _send_tags,
-    "dataset": _send_dataset,
-    "text": lambda run, content: run.client.log_text(run.run_id, *content),
-    "dict": lambda run, content: run.client.log_dict(run.run_id, *content),
-    "file": lambda run, content: run.client.log_artifact(run.run_id, *content),
-    "folder": lambda run, content: run.client.log_artifacts(run.run_id, *content),
-    "status": lambda run, content: run.client.set_terminated(run.run_id, *content),
-}
-"""How each kind of letter is sent."""
 
 
 def run_link(run: Run) -> str:
