@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= disabled
 # As pip does: trust the certificates of the machine, also behind a proxy that has its own.
 export UV_SYSTEM_CERTS ?= true
 
-.PHONY: env quickstart test check format lock submit clean
+.PHONY: env quickstart test check format lock reference submit clean
 
 env: $(VENV)/installed
 
@@ -38,6 +38,10 @@ format: env
 lock: env
 	$(BIN)/uv pip compile pyproject.toml --group dev --extra coreml --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-annotate --no-emit-index-url --quiet -o requirements.lock
+
+# docs/reference.md from the code.
+reference: env
+	$(BIN)/python docs/reference.py
 
 # A job on the cluster whose dashboard is at 127.0.0.1:8265: make submit JOB="jobs/distill.py recipes/photos.yaml ..."
 submit: env

@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
-from pipeline.cache.build import build_cache, plan_cache
-from pipeline.config import Config, load_config
+from pipeline.cache.build import CachePlan, build_cache, plan_cache
+from pipeline.config import Config, TrainConfig, load_config
 from pipeline.distill.task import DistillJob, DistillTask
 from pipeline.ray_session import connect
 from pipeline.runs import cache_store
-from pipeline.training import Snapshot, Worker, train
+from pipeline.training import Snapshot, Task, Worker, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,19 +63,35 @@ def _run(recipe: str, overrides: Sequence[str], results: Path) -> float:
     return float(done[key])
 
 
-def _distil(config: Config) -> float:
+def plan_of(config: Config) -> CachePlan:
+    """The plan of a complete cache: Ray computes what is missing."""
     plan = plan_cache(config, cache_store(config))
     if any(split.missing(teacher) for split in plan.splits for teacher in plan.teachers):
         with connect():
             plan, _ = build_cache(plan, config)
-    datasets = {split.split: split.dataset for split in plan.splits}
-    task = JudgedAtTheEnd(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
+    return plan
+
+
+def train_unjudged(task: Task, config: TrainConfig) -> nn.Module:
+    """Train in this process; the module with its averaged weights, in evaluation mode."""
     snapshots: list[Snapshot] = []
-    train(task, config.train, Worker(), None, snapshots.append)
+    train(task, config, Worker(), None, snapshots.append)
     state = snapshots[-1].state
     assert state is not None
     task.module.load_state_dict(state["ema"])
-    return DistillTask.evaluate(task, task.module.eval())["knn"]
+    return task.module.eval()
+
+
+def make_task(config: Config) -> JudgedAtTheEnd:
+    """Distillation from a complete cache."""
+    plan = plan_of(config)
+    datasets = {split.split: split.dataset for split in plan.splits}
+    return JudgedAtTheEnd(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
+
+
+def _distil(config: Config) -> float:
+    task = make_task(config)
+    return DistillTask.evaluate(task, train_unjudged(task, config.train))["knn"]
 
 
 class JudgedAtTheEnd(DistillTask):
@@ -84,6 +100,8 @@ class JudgedAtTheEnd(DistillTask):
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Nothing."""
         return {}
+
+    evaluate_raw = evaluate
 
 
 def _report(knn: dict[str, list[float]]) -> dict[str, Any]:

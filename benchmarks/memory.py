@@ -19,19 +19,20 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 @contextmanager
-def watch(this: str, below: dict[str, str] | None = None) -> Iterator[Curves]:
+def watch(this: str, below: dict[str, str] | None = None, interval: float = INTERVAL_S) -> Iterator[Curves]:
     """Sample while the block runs.
 
     Args:
         this: label of this process.
         below: label by a part of the title of a process below it; those of one label are added up.
+        interval: seconds between samples.
     """
     curves: Curves = defaultdict(list)
     done = threading.Event()
 
     def sample() -> None:
         started = time.perf_counter()
-        while not done.wait(INTERVAL_S):
+        while not done.wait(interval):
             sums = {this: _resident_mib(os.getpid())}
             for pid in _descendants(os.getpid()) if below else ():
                 title = _read(pid, "cmdline")

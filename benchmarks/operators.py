@@ -23,7 +23,7 @@ import torch
 
 from pipeline.evaluate.folding import inference_form
 from pipeline.evaluate.models import create_model
-from pipeline.export import INPUT, export_onnx
+from pipeline.shipping.graphs import INPUT, export_onnx
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,9 +10,9 @@ from pipeline.student.loading import Loaded, load_any
 from pipeline.tracking import resolve_uri
 
 
-def naming(parser: argparse.ArgumentParser) -> None:
-    """The arguments that name a backbone, for :func:`load_named`."""
-    parser.add_argument("model", help="exported student folder, MLflow model URI (models:/m-...), or timm name")
+def naming(parser: argparse.ArgumentParser, what: str) -> None:
+    """The arguments that name a backbone, for :func:`load_named`; `what` says which ones the job takes."""
+    parser.add_argument("model", help=what)
     parser.add_argument("--weights", default="pretrained", help="of a timm name: pretrained, random[:seed], or a file")
     parser.add_argument("--size", type=int, help="side of the input in pixels; default: as the student was trained")
     parser.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else the work folder's")
@@ -20,6 +20,10 @@ def naming(parser: argparse.ArgumentParser) -> None:
 
 def load_named(options: argparse.Namespace) -> tuple[Loaded, int]:
     """The backbone that the arguments of :func:`naming` name, and the side of its input in pixels."""
-    uri = resolve_uri(options.tracking_uri, work_folder(Config()))
-    loaded = load_any(options.model, weights=options.weights, tracking_uri=uri)
+    loaded = load_any(options.model, weights=options.weights, tracking_uri=tracking_uri(options))
     return loaded, options.size or loaded.input_size or 224
+
+
+def tracking_uri(options: argparse.Namespace) -> str:
+    """The MLflow store in which URIs are looked up."""
+    return resolve_uri(options.tracking_uri, work_folder(Config()))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import logs
 from pipeline.config import Config, describe_fields, load_config
 from pipeline.errors import UserError
 from teachers.base import TeacherError
@@ -81,8 +81,7 @@ def run(
         parser.add_argument(switch.flag, action="store_true", help=switch.help)
     options = parser.parse_args(arguments)
     chosen = _choose(parser, options, modes, switches)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.captureWarnings(True)
+    logs.configure()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what workers print shows in a log file as it comes
 

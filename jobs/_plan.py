@@ -12,6 +12,7 @@ from pipeline.cache.codec import Codec
 from pipeline.cache.estimate import TeacherEstimate, missing_bytes
 from pipeline.cache.extract import CachedTeacher, projection_of, teacher_labels
 from pipeline.config import Config
+from pipeline.ray_session import Hardware
 from pipeline.runs import work_folder
 
 
@@ -53,8 +54,10 @@ def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
     return f"{bound}{size(rows[0])} a view, {size(total)} total"
 
 
-def cost_plan(plan: CachePlan, config: Config, teachers: Sequence[TeacherEstimate]) -> str:
-    """Device hours, price, read rate and space, and what other codecs would take."""
+def cost_plan(
+    plan: CachePlan, config: Config, teachers: Sequence[TeacherEstimate], cluster: Hardware | None = None
+) -> str:
+    """Device hours, price, read rate and space, and what other codecs would take; on a cluster, its GPUs and hours."""
     hours = [grid([_hours(teacher, config) for teacher in teachers])]
     codecs = [grid([_codecs(teacher) for teacher in teachers])]
     free = plan.store.free_bytes()
@@ -63,8 +66,17 @@ def cost_plan(plan: CachePlan, config: Config, teachers: Sequence[TeacherEstimat
         "free": "unlimited, as far as can be told" if free is None else f"{size(free)} at {plan.store.uri}",
         "to read": f"{size(read_rate(plan, config, teachers))}/s for plan.images_per_second="
         f"{config.plan.images_per_second:g}",
+        "cluster": cluster and _on_cluster(cluster, teachers),
     }
     return "\n".join(["time", *hours, "bytes of a view (<: at most)", *codecs, "space", table(rows)])
+
+
+def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:
+    hours = [teacher.gpu_hours for teacher in teachers]
+    if not cluster.gpus:
+        return f"{cluster}: teachers run on CPUs"
+    total = None if None in hours else sum(hour for hour in hours if hour is not None)
+    return f"{cluster}: {_number(total and total / cluster.gpus, ' h')} on all of its GPUs"
 
 
 def _hours(teacher: TeacherEstimate, config: Config) -> dict[str, str]:
@@ -80,6 +92,7 @@ def _hours(teacher: TeacherEstimate, config: Config) -> dict[str, str]:
         "left here": _number(teacher.hours, " h"),
         "on a GPU": _number(teacher.gpu_hours, " h") + gpu,
         "price": _number(price, ""),
+        "GPU memory": size(probe.memory) if probe and probe.memory else "not measured",
     }
 
 

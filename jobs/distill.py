@@ -54,6 +54,14 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 1),
         }
         job.run.log_metric_dict({name: float(value) for name, value in figures.items() if value is not None})
+        registered = job.register(
+            "student",
+            result.model_uri,
+            metric="knn_after",
+            score=result.knn_after,
+            held_out=result.held_out,
+            lineage=result.lineage,
+        )
     bad = {
         (split, sample["sample_id"])
         for report in reports
@@ -69,11 +77,11 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
         "quarantined images": len(bad),
         "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))})",
         "student": str(result.student),
-        "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {result.model_uri}",
+        "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {registered or result.model_uri}",
         "time": f"{figures['seconds']:.0f} s",
     }
     print(f"done\n{table(rows)}")
-    return {**figures, "model_uri": result.model_uri, "mlflow_run_id": job.run.run_id}
+    return {**figures, "model_uri": result.model_uri, "registered": registered, "mlflow_run_id": job.run.run_id}
 
 
 def fill(job: Job, phases: Sequence[Phase]) -> tuple[list[Phase], list[BuildReport]]:

@@ -1,6 +1,7 @@
-"""Export a backbone in the formats of other runtimes, each held against eager, with a description and a model card.
+"""Export a backbone or a fine-tuned classifier in the formats of other runtimes, each held against eager, with a model card.
 
-python jobs/export.py work/runs/<run>/student --format torch_export onnx
+python jobs/export.py work/runs/<run>/student --format torch_export onnx hf
+python jobs/export.py work/runs/<run>/model --to classifier
 python jobs/export.py models:/m-... --to exported
 python jobs/export.py timm/<name> --weights <file> --size 224
 """
@@ -15,41 +16,62 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._backbone import load_named, naming
+from jobs._backbone import load_named, naming, tracking_uri
 from jobs._cli import finish, table
-from pipeline.shipping import FILES, ship
+from pipeline.downstream.saved import find_model
+from pipeline.errors import UserError
+from pipeline.shipping.cargo import Cargo, pack, pack_classifier
+from pipeline.shipping.folder import FORMATS, ROUNDS, ship
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, export, and print what was written as a table and one line of JSON."""
+    finish(lambda: export(parser().parse_args(arguments)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    naming(parser)
-    formats = [form for form in FILES if form != "coreml"]
-    parser.add_argument(
-        "--format", nargs="+", choices=list(FILES), default=formats, help=f"default: {' '.join(formats)}"
-    )
+    naming(parser, "exported student or fine-tuned model folder, MLflow model URI (models:/m-...), or timm name")
+    formats = [form for form in FORMATS if form != "coreml"]
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=formats, help=f"default: {' '.join(formats)}")
+    parser.add_argument("--heads", action="store_true", help="keep the heads of a student distilled with keep_heads")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the latency measurement; default: {ROUNDS}")
     parser.add_argument("--to", type=Path, default=Path("exported"), help="folder that is written; default: exported")
-    options = parser.parse_args(arguments)
-    finish(lambda: export(options))
+    return parser
 
 
 def export(options: argparse.Namespace) -> Mapping[str, Any]:
     """Write the folder."""
-    loaded, size = load_named(options)
-    described = ship(loaded, options.format, options.to, size)
-    rows = {
-        form: f"{options.to / entry['file']}  {_shown(entry['parity'])}" for form, entry in described["formats"].items()
-    }
-    print(f"{loaded.name} at {size} px\n{table({**rows, 'model card': options.to / 'README.md'})}")
+    if "hf" in options.format and options.heads:
+        options.format = [form for form in options.format if form != "hf"]
+        print("hf is left out: it has no place for heads", flush=True)
+    if options.rounds < 1:
+        raise UserError(f"--rounds={options.rounds}: at least 1")
+    cargo = load_cargo(options)
+    described = ship(cargo, options.format, options.to, options.rounds)
+    rows = {form: f"{options.to / entry['file']}  {_shown(entry)}" for form, entry in described["formats"].items()}
+    print(f"{cargo.name} at {cargo.size} px\n{table({**rows, 'model card': options.to / 'README.md'})}")
     return {"folder": str(options.to.resolve()), "formats": described["formats"]}
 
 
-def _shown(parity: Any) -> str:
-    return (
-        parity
-        if isinstance(parity, str)
-        else f"differs from eager by {parity['relative_error']:.1e} of the largest output"
-    )
+def load_cargo(options: argparse.Namespace) -> Cargo:
+    """What is exported."""
+    saved = find_model(options.model, tracking_uri(options))
+    if saved is None:
+        loaded, size = load_named(options)
+        return pack(loaded, size, heads=options.heads)
+    if options.heads:
+        raise UserError(f"--heads: {options.model} is fine-tuned, and has left the heads of its teachers behind")
+    return pack_classifier(saved, options.size)
+
+
+def _shown(entry: Mapping[str, Any]) -> str:
+    parity = entry["parity"]
+    if isinstance(parity, str):
+        return parity
+    timed = f", {entry['latency']['of_eager']:.2f} of its time" if "latency" in entry else ""
+    return f"differs from eager by {parity['relative_error']:.1e} of the largest output{timed}"
 
 
 if __name__ == "__main__":

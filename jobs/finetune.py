@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jobs._cli import RECIPES, run, table
 from pipeline.config import Config
 from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
+from pipeline.downstream.task import DOWNSTREAM
 from pipeline.job import open_job
 
 
@@ -38,16 +39,26 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 1),
         }
         job.run.log_metric_dict(figures)
+        headline = DOWNSTREAM[config.finetune.task].headline
+        registered = job.register(
+            config.finetune.task,
+            result.model_uri,
+            metric=headline,
+            score=result.after.get(headline),
+            held_out=result.held_out,
+            lineage=result.lineage,
+        )
     rows = {
         **{name: f"{result.before[name]:.3f} before, {value:.3f} after" for name, value in result.after.items()},
         "images seen": f"{result.samples} in {result.steps} steps",
         "model": str(result.model),
         "tables, pictures": str(job.state.folder / "evaluation") if result.after else None,
-        "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {result.model_uri}",
+        "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {registered or result.model_uri}",
         "time": f"{figures['seconds']:.0f} s",
     }
     print(f"done\n{table(rows)}")
-    return {**figures, "model": str(result.model), "model_uri": result.model_uri, "mlflow_run_id": job.run.run_id}
+    uris = {"model_uri": result.model_uri, "registered": registered}
+    return {**figures, "model": str(result.model), **uris, "mlflow_run_id": job.run.run_id}
 
 
 def plan_rows(config: Config, plan: FinetunePlan) -> dict[str, str | None]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ from jobs._plan import cache_plan, cost_plan, read_rate
 from pipeline.cache.audit import Verification, check_begun, verify_cache
 from pipeline.cache.build import CachePlan, plan_cache
 from pipeline.cache.checks import Finding
-from pipeline.cache.estimate import check_space, estimate_cache, missing_bytes
+from pipeline.cache.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
 from pipeline.cache.garbage import find_garbage, remove_garbage
 from pipeline.cache.inventory import Entry, delete_entry, find_entry, take_inventory
 from pipeline.cache.repair import repair_cache
 from pipeline.config import Config
-from pipeline.ray_session import connect
+from pipeline.ray_session import Hardware, connect, hardware, is_cluster
 from pipeline.runs import cache_store
 from pipeline.shared import check_shared
 
@@ -84,11 +86,16 @@ def _planned(config: Config) -> list[tuple[Config, CachePlan]]:
 
 def show_plan(config: Config, _: argparse.Namespace) -> dict[str, Any]:
     """Probe the teachers and print what filling the cache will take; refuse what cannot fit."""
+    with connect() if is_cluster() else nullcontext():
+        return _plan_costs(config, hardware() if is_cluster() else None)
+
+
+def _plan_costs(config: Config, cluster: Hardware | None) -> dict[str, Any]:
     planned = _planned(config)
     teachers, rates = [], []
     for phase, plan in planned:
-        estimates = estimate_cache(plan, phase)
-        print(cost_plan(plan, phase, estimates), flush=True)
+        estimates = estimate_cache(plan, phase, probe_on_cluster if cluster else None)
+        print(cost_plan(plan, phase, estimates, cluster), flush=True)
         teachers += estimates
         rates.append(read_rate(plan, phase, estimates))
     plans = [plan for _, plan in planned]
@@ -101,6 +108,8 @@ def show_plan(config: Config, _: argparse.Namespace) -> dict[str, Any]:
         "free_bytes": plans[0].store.free_bytes(),
         "bytes_per_view": {teacher.label: teacher.view_bytes for teacher in teachers},
         "gpu_hours": hours,
+        "gpu_memory_bytes": {teacher.label: teacher.probe.memory for teacher in teachers if teacher.probe},
+        "cluster": cluster and asdict(cluster),
         "price": None if hours is None else hours * config.plan.gpu_hour_price,
         "read_bytes_per_second": max(rates),
     }

@@ -1,7 +1,8 @@
-"""Features of images, written as Parquet or JSON.
+"""Predict on images. A backbone gives features, a fine-tuned model what it was made for: JSON, pictures, label maps.
 
 python jobs/predict.py work/runs/<run>/student photos/ --to features.parquet
-python jobs/predict.py models:/m-... a.jpg b.jpg --to features.json
+python jobs/predict.py work/runs/<run>/model photos/ --to predictions
+python jobs/predict.py models:/m-... a.jpg b.jpg --task detect
 """
 
 from __future__ import annotations
@@ -14,31 +15,69 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._backbone import load_named, naming
+from jobs._backbone import naming, tracking_uri
 from jobs._cli import finish, table
-from pipeline.predict import Predictor, find_images, writer_of
+from pipeline.downstream.task import DOWNSTREAM
+from pipeline.errors import UserError
+from pipeline.predict import Predictor, load_predictor
+from pipeline.predict.features import writer_of
+from pipeline.predict.files import write_predictions
+from pipeline.predict.images import find_images
+
+TASKS = ("features", *DOWNSTREAM)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, predict, and print where the features are and one line of JSON."""
+    """Parse the command line, predict, and print what was written and one line of JSON."""
+    finish(lambda: predict(parser().parse_args(arguments)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    naming(parser)
+    naming(parser, "fine-tuned model or exported student folder, MLflow model URI (models:/m-...), or timm name")
     parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
-    parser.add_argument("--to", type=Path, default=Path("features.parquet"), help="*.parquet or *.json that is written")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per forward")
+    parser.add_argument("--task", choices=TASKS, help="default: what the model was fine-tuned for, else features")
+    parser.add_argument(
+        "--to", type=Path, help="*.parquet or *.json for features (features.parquet), else a folder (predictions)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="images per forward; default: 32")
     parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU where there is one")
-    options = parser.parse_args(arguments)
-    finish(lambda: predict(options))
+    return parser
 
 
 def predict(options: argparse.Namespace) -> Mapping[str, Any]:
-    """Write the features of all images."""
-    write, paths = writer_of(options.to), find_images(options.images)
-    loaded, size = load_named(options)
-    features = Predictor(loaded.encoder, size, options.device, options.batch_size).features(paths)
-    write(paths, features)
-    print(table({"images": len(paths), "features": f"{options.to}, {features.shape[1]} channels"}))
-    return {"file": str(options.to.resolve()), "images": len(paths), "channels": features.shape[1]}
+    """Write the predictions for all images."""
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size={options.batch_size}: at least 1")
+    asked = options.task or ("features" if options.to and options.to.suffix else None)
+    if asked == "features" and options.to:
+        writer_of(options.to)
+    paths = find_images(options.images)
+    predictor = load_predictor(
+        options.model,
+        weights=options.weights,
+        input_size=options.size,
+        device=options.device,
+        batch_size=options.batch_size,
+        tracking_uri=tracking_uri(options),
+    )
+    task = asked or predictor.task or "features"
+    if task == "features":
+        return features(predictor, paths, options.to or Path("features.parquet"))
+    predictor.must_be(task)
+    written = write_predictions(predictor, paths, options.to or Path("predictions"))
+    print(table({"images": len(paths), task: ", ".join(map(str, written))}))
+    return {"task": task, "images": len(paths), "files": [str(file.resolve()) for file in written]}
+
+
+def features(predictor: Predictor, paths: Sequence[Path], file: Path) -> Mapping[str, Any]:
+    """Write one row an image."""
+    write = writer_of(file)
+    vectors = predictor.features([*paths])
+    write(paths, vectors)
+    print(table({"images": len(paths), "features": f"{file}, {vectors.shape[1]} channels"}))
+    return {"file": str(file.resolve()), "images": len(paths), "channels": vectors.shape[1]}
 
 
 if __name__ == "__main__":

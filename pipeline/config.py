@@ -194,6 +194,9 @@ class TrainConfig(Section):
     shuffle_window: int = Field(1024, ge=1, description="images shuffled together after the shuffle of row groups")
     checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: at epoch ends")
     keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints that are kept")
+    checkpoints: str | None = Field(
+        None, description="folder or s3://, gs:// address of the checkpoints; none: in the run's folder below `work`"
+    )
     best_metric: str | None = Field(
         None, description="evaluated metric (knn, ...) whose best checkpoint is kept as well; none: the latest alone"
     )

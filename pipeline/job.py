@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from pipeline import logs
+from pipeline.cache.keys import readable
 from pipeline.config import Config
+from pipeline.notes import run_note, run_title
 from pipeline.ray_session import connect, devices
 from pipeline.runs import RunState, open_run, work_folder
 from pipeline.shared import check_shared
-from pipeline.tracking import Run, resolve_uri, start_job
+from pipeline.tracking import Candidate, Run, describe, model_link, register, resolve_uri, start_job
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,15 @@ class Job:
     """A running job.
 
     Attributes:
+        config: the whole tree.
+        name: of the job.
         state: its run folder and what is known of it.
         run: the parent MLflow run.
         tracking_uri: where that is.
     """
 
+    config: Config
+    name: str
     state: RunState
     run: Run
     tracking_uri: str
@@ -34,8 +41,33 @@ class Job:
         run = self.run.child(name, run_id=self.state.mlflow.get(name))
         self.state.mlflow[name] = run.run_id
         self.state.save()
-        with _ended(run):
+        with _ended(run), logs.about(stage=name):
             yield run
+
+    def register(
+        self, kind: str, model_uri: str, *, metric: str, score: float | None, held_out: str, lineage: Mapping[str, str]
+    ) -> str | None:
+        """Put a model into MLflow's registry as `<recipe>-<kind>`, and say so in the run's description.
+
+        Args:
+            kind: `student`, or the task that it was fine-tuned for.
+            model_uri, metric, score, held_out, lineage: as in :class:`pipeline.tracking.Candidate`.
+
+        Returns:
+            Its URI in the registry; None where there is no registry, which the log says.
+        """
+        filled = {f"manifests{key.removeprefix('precompute')}": f"runs:/{run}/manifests" for key, run in self._filled()}
+        name = f"{readable(self.config.name)}-{kind}"
+        registered = register(
+            self.run, Candidate(name, model_uri, metric, score, held_out, {**lineage, **filled, "run": self.run.run_id})
+        )
+        told = "nothing was measured" if score is None else f"{metric} {score:.4g}"
+        where = f"[{registered}]({model_link(registered)})" if registered else f"`{model_uri}`"
+        describe(self.run, [*run_note(self.config, self.name), f"Result: {told}, {where}."])
+        return registered
+
+    def _filled(self) -> list[tuple[str, str]]:
+        return [(key, run) for key, run in self.state.mlflow.items() if key.startswith("precompute")]
 
 
 @contextmanager
@@ -48,42 +80,47 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
     Raises:
         UserError: where MLflow or Ray cannot be reached, or a node does not see the job's files.
     """
+    uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
     with connect():
         check_shared(config)
-        run, state, uri = _start(config, name, reads)
-        with _ended(run), _metered(run):
-            yield Job(state, run, uri)
-            state.finished = True
-            state.save()
+        run, state = _start(config, uri, name, reads)
+        with _ended(run), _metered(run, state), logs.about(run=state.folder.name):
+            yield Job(config, name, state, run, uri)
+        # Not before everything is sent: a second start sends what is left.
+        state.finished = True
+        state.save()
 
 
-def _start(config: Config, name: str, reads: Collection[str]) -> tuple[Run, RunState, str]:
-    work, state = work_folder(config), open_run(config, name, reads)
-    uri = resolve_uri(config.tracking.uri, work)
+def _start(config: Config, uri: str, name: str, reads: Collection[str]) -> tuple[Run, RunState]:
+    state = open_run(config, name, reads)
     run = start_job(
         uri,
         experiment=config.tracking.experiment,
-        name=f"{config.name}-{name}",
+        name=run_title(config, name),
         config=config.model_dump(mode="json"),
         tags={"job": name},
-        work=work,
+        work=work_folder(config),
+        folder=state.folder,
         run_id=state.mlflow.get("job"),
     )
+    describe(run, run_note(config, name))
     state.mlflow["job"] = run.run_id
     state.save()
-    return run, state, uri
+    return run, state
 
 
 @contextmanager
-def _metered(run: Run) -> Iterator[None]:
+def _metered(run: Run, state: RunState) -> Iterator[None]:
     """Hours, and GPU hours where there are GPUs, of all starts of a run; one that is killed outright tells nothing."""
     started = time.monotonic()
     try:
         yield
     finally:
         hours, (gpus, kind) = (time.monotonic() - started) / 3600, devices()
+        state.hours, state.gpu_hours = state.hours + hours, state.gpu_hours + hours * gpus
+        state.save()
         run.set_tags({"device": kind})
-        run.add_to_metrics({"hours": hours, **({"gpu_hours": hours * gpus} if gpus else {})})
+        run.log_metric_dict({"hours": state.hours, **({"gpu_hours": state.gpu_hours} if state.gpu_hours else {})})
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline import logs
+
+log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -58,7 +62,10 @@ class Progress:
 
     def _print(self) -> None:
         self.printed = self.clock()
-        print(self.line(), flush=True)
+        if logs.json_lines():
+            log.info(self.line(), extra={"figures": {"done": self.done, "total": self.total, "unit": self.unit}})
+        else:
+            print(self.line(), flush=True)
 
     def line(self) -> str:
         """One line: label, count, rate, time left or taken, and the postfix."""

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,35 @@ _NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 def is_submitted_job() -> bool:
     """Whether `ray job submit` started this process."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "RAY_JOB_SUBMISSION_ID" in os.environ
+
+
+def is_cluster() -> bool:
+    """Whether jobs run on a cluster that RAY_ADDRESS names, and not in a session of their own."""
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the Ray session has: nodes, logical CPUs, GPUs and their types."""
+
+    nodes: int
+    cpus: int
+    gpus: int
+    types: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kinds = f" ({', '.join(self.types)})" if self.types else ""
+        return f"{self.nodes} nodes, {self.cpus} CPUs, {self.gpus} GPUs{kinds}"
+
+
+def hardware() -> Hardware:
+    """What there is now, without what an autoscaler may add."""
+    import ray
+
+    there = ray.cluster_resources()
+    types = sorted(name.removeprefix("accelerator_type:") for name in there if name.startswith("accelerator_type:"))
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    return Hardware(nodes, int(there.get("CPU", 0)), int(there.get("GPU", 0)), tuple(types))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def work_folder(config: Config) -> Path:
     if config.work and "://" in config.work:
         raise UserError(
             f"work={config.work}: runs, checkpoints and MLflow's SQLite file need a folder, on a cluster one of a shared "
-            "file system; an object store may hold the cache (cache.uri)"
+            "file system; an object store may hold the cache (cache.uri) and the checkpoints (train.checkpoints)"
         )
     if config.work:
         return Path(config.work).expanduser().resolve()
@@ -56,6 +56,10 @@ def cache_store(config: Config) -> Store:
     return store
 
 
+SAVED = ("mlflow", "finished", "hours", "gpu_hours")
+"""Fields of a run's state that its folder keeps."""
+
+
 @dataclass
 class RunState:
     """State of one run, kept in its folder.
@@ -65,18 +69,22 @@ class RunState:
         mlflow: MLflow run ids by role (``job``, ``precompute``, ``distill``).
         finished: whether everything was done.
         resumed: whether this process found the run unfinished.
+        hours, gpu_hours: that its starts have taken.
     """
 
     folder: Path
     mlflow: dict[str, str] = field(default_factory=dict)
     finished: bool = False
     resumed: bool = False
+    hours: float = 0.0
+    gpu_hours: float = 0.0
 
     def save(self) -> None:
         """Write run.json as a whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".run-{os.getpid()}.json"  # the same job may be started twice at once
-        temporary.write_text(json.dumps({"mlflow": self.mlflow, "finished": self.finished}, indent=2), encoding="utf-8")
+        known = {field: getattr(self, field) for field in SAVED}
+        temporary.write_text(json.dumps(known, indent=2), encoding="utf-8")
         os.replace(temporary, self.folder / "run.json")
 
 
@@ -91,15 +99,16 @@ def open_run(config: Config, job: str, reads: Collection[str] = ()) -> RunState:
             return RunState(folder)
         known = _read_state(folder / "run.json")
         if not known["finished"]:
-            return RunState(folder, known["mlflow"], resumed=True)
+            return RunState(folder, **known, resumed=True)
         number += 1
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known |= {name: float(known.get(name, 0.0)) for name in ("hours", "gpu_hours")}
         if not isinstance(known["finished"], bool) or not all(isinstance(i, str) for i in known["mlflow"].values()):
             raise ValueError("fields are of another type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it, and the run starts anew") from error
-    return known
+    return {field: known[field] for field in SAVED}

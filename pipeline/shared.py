@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pipeline.cache.store import Store
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.runs import cache_store, work_folder
@@ -42,8 +43,8 @@ def check_shared(config: Config) -> None:
 
 
 def _refusal(field: str, path: str, address: str) -> str:
-    if field in ("work", "cache.uri"):
-        store = ", or an object store (s3://..., gs://...)" if field == "cache.uri" else ""
+    if field in ("work", "cache.uri", "train.checkpoints"):
+        store = "" if field == "work" else ", or an object store (s3://..., gs://...)"
         return (
             f"{field}: {Path(path).parent} is not the same folder on node {address} of the cluster; "
             f"name one on a shared file system{store}"
@@ -52,8 +53,13 @@ def _refusal(field: str, path: str, address: str) -> str:
 
 
 def _written(config: Config) -> dict[str, Path]:
-    store = cache_store(config)
-    return {"work": work_folder(config), **({"cache.uri": Path(store.uri)} if store.is_local else {})}
+    places = {"cache.uri": cache_store(config)}
+    if config.train.checkpoints:
+        places["train.checkpoints"] = Store.at(config.train.checkpoints)
+    return {
+        "work": work_folder(config),
+        **{field: Path(place.uri) for field, place in places.items() if place.is_local},
+    }
 
 
 def _read(config: Config) -> dict[str, str]:

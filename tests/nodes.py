@@ -31,16 +31,18 @@ class Node:
     Args:
         cpus: logical ones.
         address: of the head to join, or "" to be one.
+        gpus: pretended ones.
+        object_store: bytes.
     """
 
-    def __init__(self, cpus: int, address: str = "") -> None:
+    def __init__(self, cpus: int, address: str = "", gpus: int = 0, object_store: int = 100_000_000) -> None:
         self.folder = tempfile.TemporaryDirectory(
             prefix="rn", ignore_cleanup_errors=True
         )  # short: Ray puts sockets there
         self.address = address or f"127.0.0.1:{free_port()}"
         head = ["--head", f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.folder.name}"]
         place = [f"--address={address}"] if address else [*head, "--include-dashboard=false", "--disable-usage-stats"]
-        size = [f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=100000000"]
+        size = [f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={object_store}"]
         command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *place, *size]
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -80,6 +82,11 @@ def _job(arguments: list[str], address: str, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     run(precompute.main, "", arguments)
+
+
+def running(what: str, *nodes: Node) -> list[int]:
+    """Processes of Ray on these nodes whose title says what they do."""
+    return [pid for node in nodes for pid, title in descendants(node.process.pid).items() if what in title]
 
 
 def wait_until(reached: Callable[[], Any]) -> Any:

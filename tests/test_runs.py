@@ -52,12 +52,14 @@ def test_a_new_run_writes_nothing_until_it_is_saved(tmp_path, configure):
     assert not (tmp_path / "work").exists()
 
 
-def test_an_unfinished_run_is_resumed_with_its_mlflow_runs(configure):
+def test_an_unfinished_run_is_resumed_with_its_mlflow_runs_and_hours(configure):
     state = open_run(configure(), "distill")
+    state.hours = 1.5
     state.mlflow["job"] = "abc"
     state.save()
     again = open_run(configure(), "distill")
     assert (again.folder, again.mlflow, again.resumed) == (state.folder, {"job": "abc"}, True)
+    assert (again.hours, again.gpu_hours) == (1.5, 0.0)
 
 
 def test_a_finished_run_is_left_alone_and_the_next_number_is_used(configure):
@@ -111,5 +113,6 @@ def test_run_json_is_replaced_as_a_whole(configure, monkeypatch):
     state.finished = True
     with pytest.raises(KeyboardInterrupt):
         state.save()
-    assert json.loads((state.folder / "run.json").read_text()) == {"mlflow": {"job": "abc"}, "finished": False}
+    known = json.loads((state.folder / "run.json").read_text())
+    assert (known["mlflow"], known["finished"]) == ({"job": "abc"}, False)
     assert open_run(configure(), "distill").resumed

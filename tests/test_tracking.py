@@ -1,5 +1,6 @@
 """Against a SQLite file and against a real MLflow server."""
 
+import hashlib
 import json
 import math
 import os
@@ -175,11 +176,23 @@ def test_thousands_of_points_are_logged_and_those_that_are_not_finite_left_out(s
     run.log_metrics([])
 
 
-def test_a_resumed_run_adds_to_what_it_had_spent(start, client):
+def test_a_step_of_a_curve_is_logged_once_whoever_repeats_it(start, client):
     run = start()
-    run.add_to_metrics({"hours": 1.5})
-    start(run_id=run.run_id).add_to_metrics({"hours": 0.25, "gpu_hours": 2.0})
-    assert client.get_run(run.run_id).data.metrics == {"hours": 1.75, "gpu_hours": 2.0}
+    run.log_metrics([(step, {"loss": float(step)}) for step in (1, 2, 3)])
+    again = start(run_id=run.run_id)  # after a crash, from a checkpoint before step 2
+    again.log_metrics([(step, {"loss": 10.0 * step, "knn": 0.5}) for step in (2, 3, 4)])
+    points = {name: client.get_metric_history(run.run_id, name) for name in ("loss", "knn")}
+    assert sorted((point.step, point.value) for point in points["loss"]) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert sorted(point.step for point in points["knn"]) == [2, 3, 4]
+
+
+def test_a_large_file_is_logged_by_reference(start, client, tmp_path):
+    run = start()
+    (tmp_path / "state.pt").write_bytes(b"weights")
+    run.log_reference(tmp_path / "state.pt", "s3://models/state.pt", "checkpoint/reference.json")
+    logged = json.loads(Path(client.download_artifacts(run.run_id, "checkpoint/reference.json")).read_text())
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert logged == {"file": "s3://models/state.pt", "bytes": 7, "sha256": digest}
 
 
 def test_data_is_an_input_of_the_run(start, client):
@@ -211,8 +224,9 @@ def test_a_run_travels_to_other_processes(start, client):
     run = start()
     run.log_metric_dict({"before": 1.0})
     travelled = pickle.loads(pickle.dumps(run))  # noqa: S301
-    assert travelled == run
+    assert (travelled.run_id, travelled.uri) == (run.run_id, "")
     travelled.log_metric_dict({"after": 2.0})
+    run.settle()
     assert client.get_run(run.run_id).data.metrics == {"before": 1.0, "after": 2.0}
 
 

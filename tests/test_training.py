@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.cache.reader import Batch
 from pipeline.config import TrainConfig, load_config
+from pipeline.downstream.detect import ObjectsBatch
 from pipeline.errors import UserError
 from pipeline.training import (
     STATE_FILE,
@@ -28,6 +29,7 @@ from pipeline.training import (
     train,
 )
 from pipeline.training.checkpoint import keep_best
+from pipeline.training.meter import starved
 from pipeline.training.ray_train import _shares
 from pipeline.training.stopping import StopFile, on_sigterm
 from tests.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_tiny_task
@@ -192,6 +194,20 @@ def test_the_time_of_a_step_is_told_by_data_forward_and_backward(monkeypatch):
     points = [metrics for _, metrics in _history(_train(SlowData(), _config(epochs=1))) if "loss" in metrics]
     for metrics in points:
         assert [metrics[name] for name in TIMES] == [BATCH / 8, 5 / 8, 1 / 8, 2 / 8]
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ((0.5, 0.41, 0.05), ""),
+        ((0.3, 0.3, 0.35), "busy 60% of the last steps; data takes 35%: more CPUs a GPU"),
+        ((0.3, 0.3, 0.05), "busy 60% of the last steps; launching its work takes most of the rest: a larger"),
+    ],
+)
+def test_what_keeps_a_gpu_waiting_is_said(shares, expected):
+    line = starved(dict(zip(("forward_share", "backward_share", "data_wait_share"), shares, strict=True)))
+    assert expected in line
+    assert bool(line) == bool(expected)
 
 
 def test_evaluation_comes_before_training_and_after_each_epoch_on_the_averaged_weights():
@@ -413,6 +429,14 @@ def test_on_ray_two_workers_and_then_one_train_as_one_on_all_batches(ray_runs):
         torch.testing.assert_close(ray_runs.state[part], whole[part], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_on_ray_what_one_worker_refuses_ends_the_training_after_one_more_start(tmp_path):
+    payload = {"folder": str(tmp_path), "refused_by": 1, **PLAIN}
+    with pytest.raises(UserError, match=r"^shard 7 is not as it should be$"):
+        fit(make_tiny_task, payload, _config(workers=2), str(tmp_path / "train"), lambda history, checkpoint: None)
+    assert [lines(tmp_path, "made", rank) for rank in (0, 1)] == [["made"], ["made"]]
+
+
 PLAIN_STEP = {"epochs": 1, "batch_size": 4, "clip_grad": 100.0}
 
 
@@ -455,6 +479,14 @@ def test_a_batch_is_cut_with_all_that_it_holds():
     assert second.features["teacher"]["summary"].tolist() == [[2, 3], [4, 5]]
     assert first.place == second.place == batch.place
     assert [piece.keys for piece in split_batch(batch, 9)] == [["a"], ["b"], ["c"]]
+
+
+def test_batches_of_fine_tuning_are_cut_too():
+    boxes = [{"boxes": torch.full((2, 4), float(number))} for number in range(3)]
+    first, second = split_batch(ObjectsBatch(["a", "b", "c"], list(torch.arange(3)), boxes), 2)
+    assert (first.keys, second.keys) == (["a"], ["b", "c"])
+    assert second.images == [torch.tensor(1), torch.tensor(2)]
+    assert [target["boxes"][0, 0].item() for target in second.targets] == [1, 2]
 
 
 def test_every_worker_runs_equally_many_forwards_a_step():
@@ -543,10 +575,22 @@ def test_the_best_checkpoint_lies_beside_the_latest_alone(tmp_path):
     for number in (1, 2):
         checkpoint = tmp_path / f"checkpoint-000{number}-000000"
         checkpoint.mkdir()
-        torch.save({"number": number}, checkpoint / STATE_FILE)
+        state = {"model": {}, "ema": {}, "position": {"epoch": number}, "evaluations": []}
+        torch.save(state, checkpoint / STATE_FILE)
         keep_best(local, str(checkpoint))
     (best,) = (tmp_path / "best").iterdir()
-    assert load_state(best) == {"number": 2}
+    assert load_state(best)["position"] == {"epoch": 2}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None], ids=["empty", "truncated", "other"])
+def test_a_checkpoint_that_is_damaged_is_named_with_what_to_remove(tmp_path, content):
+    file = tmp_path / "train" / "checkpoint-0001-000000" / STATE_FILE
+    file.parent.mkdir(parents=True)
+    torch.save({"model": {}}, file)
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"the checkpoint {file} cannot be read \(.*remove {tmp_path}/train, and"):
+        load_state(file.parent)
 
 
 def test_raw_weights_are_judged_beside_the_averaged_ones():

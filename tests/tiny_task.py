@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.training import Task
 from teachers.base import digest_state
 
@@ -49,6 +51,8 @@ class TinyTask(Task):
         poison: rank to the number of the step of epoch 0, from 0 on, whose pixels are NaN on it.
         folder: where every rank writes down the batches that it takes and digests of its weights, or "".
         epochs_differ: whether epoch 1 has one step more than the others.
+        delay: seconds that every batch takes longer.
+        refused_by: rank that finds in epoch 0 that something is as it must not be.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class TinyTask(Task):
         poison: dict[int, int] | None = None,
         folder: str = "",
         epochs_differ: bool = False,
+        refused_by: int | None = None,
+        delay: float = 0.0,
     ) -> None:
         self.rank, self.world, self.poison, self.folder = rank, world, poison or {}, folder
-        self.epochs_differ = epochs_differ
+        self.epochs_differ, self.refused_by, self.delay = epochs_differ, refused_by, delay
         self._write("made", "made")
         torch.manual_seed(0)
         self.module = TinyNet(dropout, batch_norm)
@@ -74,7 +80,10 @@ class TinyTask(Task):
         return STEPS + (self.epochs_differ and epoch == 1)
 
     def batches(self, epoch: int, start: int) -> Iterator[TinyBatch]:
+        if self.rank == self.refused_by:
+            raise UserError("shard 7 is not as it should be")
         for number in range(start, self.steps(epoch)):
+            time.sleep(self.delay)
             self._write("batches", f"{epoch}/{number}")
             parts = [self.batch(epoch, number, rank) for rank in self._ranks()]
             yield TinyBatch(

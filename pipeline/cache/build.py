@@ -7,7 +7,9 @@ teachers   `images` shards -> Extract -> committed teacher shards
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
@@ -21,7 +23,8 @@ from pipeline.cache.extract import CachedTeacher, make_teacher
 from pipeline.cache.ingest import Ingest, check_quarantine
 from pipeline.cache.keys import teacher_id, teacher_identity
 from pipeline.cache.phi_s import PhiS, dump_phi_s
-from pipeline.cache.ray_pipeline import extract_shards, ingest_shards
+from pipeline.cache.placement import starved
+from pipeline.cache.ray_pipeline import extract_shards, gpus, ingest_shards
 from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
 from pipeline.cache.store import Store, taking_apart
 from pipeline.config import Config
@@ -31,6 +34,8 @@ from pipeline.progress import Progress
 from pipeline.sources import SceneSettings, open_source
 from pipeline.sources.base import Source
 from pipeline.views import WHOLE, ViewPolicy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -216,15 +221,20 @@ def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
     datasets = {split.split: split.dataset for split in plan.splits}
     label = f"extract {' '.join(teacher.spec.name for teacher in needed)}"
     started = time.perf_counter()
+    stages: defaultdict[str, float] = defaultdict(float)
     with Progress(_images(plan.splits, rows), "img", label) as progress:
         for number, row in enumerate(extract_shards(rows, (datasets, needed), batch_size), 1):
             _raise_error(row)
             report.shards_computed += row["computed"]
             report.images_extracted += row["images"] * row["computed"]
+            for stage, seconds in json.loads(row["stages"]).items():
+                stages[stage] += seconds
             progress.update(datasets[row["split"]].shard_rows(row["shard"]))
             speed = report.images_extracted / (time.perf_counter() - started)
             todo = len(rows) - number
             export("extract", {"shards": report.shards_computed, "shards_left": todo, "images_per_second": speed})
+    if rows and (reason := starved(stages, time.perf_counter() - started, gpus())):
+        log.warning(reason)
     for split in plan.splits:
         for teacher in needed:
             if left := split.missing(teacher):

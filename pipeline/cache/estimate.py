@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.cache.build import CachePlan, SplitPlan
 from pipeline.cache.extract import CachedTeacher, projection_of, teacher_labels
 from pipeline.cache.keys import teacher_id
+from pipeline.cache.ray_pipeline import gpus
 from pipeline.config import Config
 from pipeline.errors import UserError
 from teachers.base import Teacher, TeacherError, WeightsNotFoundError
@@ -46,12 +47,18 @@ class Probe:
         views_per_second: of the second of two batches, with the copy of its features to the host.
         macs: multiply-accumulates of one view.
         trained: whether the weights were at hand; random ones take as long.
+        memory: bytes of the GPU at the peak, without CUDA's own; 0 on a CPU.
     """
 
     device: str
     views_per_second: float
     macs: int
     trained: bool
+    memory: int = 0
+
+
+Ask = Callable[[CachedTeacher, int], Probe | None]
+"""Probes a teacher with batches of so many images."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +90,21 @@ class TeacherEstimate:
     gpu_hours: float | None
 
 
-def estimate_cache(plan: CachePlan, config: Config) -> list[TeacherEstimate]:
-    """Probe every teacher and estimate what it will take."""
-    labels = teacher_labels(plan.teachers)
-    return [_estimate(plan, teacher, labels[teacher.id], config.cache.batch_size) for teacher in plan.teachers]
+def estimate_cache(plan: CachePlan, config: Config, ask: Ask | None = None) -> list[TeacherEstimate]:
+    """Probe every teacher and estimate what it will take.
+
+    Args:
+        ask: probes a teacher elsewhere; None: on this machine.
+    """
+    labels, ask = teacher_labels(plan.teachers), ask or probe_teacher
+    return [_estimate(plan, t, labels[t.id], ask(t, config.cache.batch_size)) for t in plan.teachers]
 
 
-def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, batch_size: int) -> TeacherEstimate:
+def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe | None) -> TeacherEstimate:
     sizes = {codec: view_bytes(plan, teacher, codec) for codec in (teacher.codec, *ALTERNATIVES)}
     missing = {split.split: split.missing(teacher) for split in plan.splits}
     views = sum(_views(split, missing[split.split]) for split in plan.splits)
     every = sum(_views(split, range(split.dataset.shards)) for split in plan.splits)
-    probe = probe_teacher(teacher, batch_size)
     hours = gpu_hours = None
     if probe is not None:
         hours = views / probe.views_per_second / 3600
@@ -131,6 +141,9 @@ def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[flo
 def probe_teacher(cached: CachedTeacher, batch_size: int) -> Probe | None:
     """Time two batches of random pixels on this machine's device; the first one warms it up."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     loaded = _load(cached, device)
     if loaded is None:
         return None
@@ -141,7 +154,18 @@ def probe_teacher(cached: CachedTeacher, batch_size: int) -> Probe | None:
         pixels = pixels[: max(1, int(CPU_PROBE_MACS / max(1, macs)))]
     seconds = [_seconds(teacher, pixels) for _ in range(2)][-1]
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return Probe(name, len(pixels) / seconds, macs, trained)
+    memory = torch.cuda.max_memory_reserved() if device == "cuda" else 0
+    return Probe(name, len(pixels) / seconds, macs, trained, memory)
+
+
+def probe_on_cluster(teacher: CachedTeacher, batch_size: int) -> Probe | None:
+    """Probe a teacher on one of the cluster's GPUs, or here where it has none; waits until a GPU is free."""
+    import ray
+
+    if not gpus():
+        return probe_teacher(teacher, batch_size)
+    probe: Probe | None = ray.get(ray.remote(num_gpus=1)(probe_teacher).remote(teacher, batch_size))
+    return probe
 
 
 def count_macs(teacher: Teacher, pixels: torch.Tensor) -> int:

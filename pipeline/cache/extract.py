@@ -13,15 +13,17 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline import logs
 from pipeline.cache.codec import Codec, Projection, TokenCodec, dump_projection, fit_projection, load_projection
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
@@ -34,6 +36,8 @@ from pipeline.prefetch import map_ahead
 from pipeline.views import View, decode_image, render
 from teachers.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
 from teachers.registry import create_teacher
+
+Item = TypeVar("Item")
 
 OWN_TEACHERS = {"student": "pipeline.student.teacher:student"}
 """Short names of teachers that are made of this package, which `teachers` knows nothing of."""
@@ -105,6 +109,29 @@ def make_teacher(config: TeacherConfig) -> Teacher:
     return create_teacher(OWN_TEACHERS.get(config.model, config.model), **options)
 
 
+class Stages(dict[str, float]):
+    """Seconds of one shard by stage: read, render (waiting for it), teacher (on the device), encode, write."""
+
+    def __missing__(self, name: str) -> float:
+        return 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What is done within belongs to this stage."""
+        started = time.perf_counter()
+        yield
+        self[name] += time.perf_counter() - started
+
+    def each(self, name: str, items: Iterator[Item]) -> Iterator[Item]:
+        """The items; the time that each is waited for belongs to this stage."""
+        while True:
+            with self.part(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
 class Extract:
     """Commits the missing teachers of one shard a call; a Ray Data row is a shard.
 
@@ -149,20 +176,34 @@ class Extract:
 
         A failure that the user can mend comes back as ``error``, so that it stays one clear line.
         """
+        with logs.about_shard(row, "extract"):
+            return self._answer(row)
+
+    def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
         dataset, shard = self.datasets[row["split"]], int(row["shard"])
         missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
+        stages = Stages()
         try:
-            images = self._extract(dataset, shard, missing) if missing else 0
+            images = self._extract(dataset, shard, missing, stages) if missing else 0
         except (UserError, TeacherError) as error:
-            return {**row, "images": 0, "computed": 0, "error": str(error)}
-        return {**row, "images": images, "computed": len(missing), "error": ""}
+            return {**row, "images": 0, "computed": 0, "stages": "{}", "error": str(error)}
+        return {**row, "images": images, "computed": len(missing), "stages": json.dumps(stages), "error": ""}
 
-    def _extract(self, dataset: Dataset, shard: int, names: list[str]) -> int:
+    def shard(self, dataset: Dataset, shard: int) -> tuple[pa.Table, pa.Table]:
+        """The images of a shard, and its rows.
+
+        Raises:
+            UserError: where it is not there.
+        """
         record = dataset.images.record(shard)
         if record is None:
             raise UserError(f"{dataset.images.store.uri} lacks shard {shard}: run the job again")
         images = dataset.images.read(record)
-        rows = rows_of_shard(dataset, shard, images)
+        return images, rows_of_shard(dataset, shard, images)
+
+    def _extract(self, dataset: Dataset, shard: int, names: list[str], stages: Stages) -> int:
+        with stages.part("read"):
+            images, rows = self.shard(dataset, shard)
         writers = {name: _ShardBuilder(self.cached[name], *self._codec(dataset, name)) for name in names}
         for groups in self._stretches(dataset, shard, len(images)):
             kept = {name: self.sampled.pop((dataset.view.uri, name, shard, groups[0]), None) for name in names}
@@ -171,13 +212,15 @@ class Extract:
                 for output in outputs or ():
                     writers[name].add(output, 0.0)
             part = _part(dataset, images, rows, groups)
-            for pixels in self.rendered(*part, asked) if asked else ():
+            for pixels in stages.each("render", self.rendered(*part, asked)) if asked else ():
                 for name, batch in pixels.items():
-                    started = time.perf_counter()
-                    output = self._encode(name, batch)
-                    writers[name].add(output, time.perf_counter() - started)
+                    output, seconds = self.encode(name, batch)
+                    stages["teacher"] += seconds
+                    with stages.part("encode"):
+                        writers[name].add(output, seconds)
         for name, writer in writers.items():
-            writer.commit(dataset.teacher(name), shard, rows, self.device)
+            with stages.part("write"):
+                writer.commit(dataset.teacher(name), shard, rows, self.device)
         return rows.num_rows
 
     def _stretches(self, dataset: Dataset, shard: int, images: int) -> Iterator[range]:
@@ -194,11 +237,16 @@ class Extract:
     def features(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, TeacherOutput]]:
         """What these teachers say of `rows`, views of `images`: batches by teacher id, in order."""
         for pixels in self.rendered(images, rows, names):
-            yield {name: self._encode(name, batch) for name, batch in pixels.items()}
+            yield {name: self.encode(name, batch)[0] for name, batch in pixels.items()}
 
-    def _encode(self, name: str, pixels: Tensor) -> TeacherOutput:
+    def encode(self, name: str, pixels: Tensor) -> tuple[TeacherOutput, float]:
+        """What a teacher says of [B, 3, H, W] uint8, and the seconds of the device for it."""
         with self.device_lock:
-            return self.teachers[name].encode(pixels)
+            started = time.perf_counter()
+            output = self.teachers[name].encode(pixels)
+            if self.device == "cuda":
+                torch.cuda.synchronize()  # the codec would wait for it anyway
+            return output, time.perf_counter() - started
 
     def rendered(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
         """Batches of [B, 3, H, W] uint8 by teacher id of `rows`, views of `images`; rendered two batches ahead of the device."""
@@ -231,7 +279,7 @@ class Extract:
             assert record is not None
             images = dataset.images.read(record)
             part = _part(dataset, images, rows_of_shard(dataset, shard, images), range(group, group + 1))
-            outputs = [self._encode(name, batch[name]).cpu() for batch in self.rendered(*part, [name])]
+            outputs = [self.encode(name, batch[name])[0].cpu() for batch in self.rendered(*part, [name])]
             patches += [output.patches for output in outputs]
             self.sampled[dataset.view.uri, name, shard, group] = outputs
         features = torch.cat(patches).float()

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import simplejpeg
 
+from pipeline import logs
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ShardRecord
 from pipeline.cache.spine import ROWS_SCHEMA, row
@@ -42,8 +43,9 @@ class Ingest:
         dataset, source = self.splits[row["split"]]
         shard = int(row["shard"])
         try:
-            if dataset.images.record(shard) is None:
-                _commit(dataset, source, shard)
+            with logs.about_shard(row, "index"):
+                if dataset.images.record(shard) is None:
+                    _commit(dataset, source, shard)
         except UserError as error:
             return {**row, "images": 0, "error": str(error)}
         return {**row, "images": dataset.shard_rows(shard), "error": ""}

@@ -40,7 +40,9 @@ def dataset_id(name: str, fingerprint: str) -> str:
 
 def teacher_identity(spec: TeacherSpec, codec: str, precision: str) -> dict[str, Any]:
     """Everything that decides the numbers of a cached teacher, JSON-ready."""
-    return {"format": FORMAT_VERSION, "codec": codec, "precision": precision, **spec.identity()}
+    # Version 0.1 compressed values that lay token by token.
+    order = {"order": "by channel"} if codec.endswith("-zstd") else {}
+    return {"format": FORMAT_VERSION, "codec": codec, **order, "precision": precision, **spec.identity()}
 
 
 def teacher_id(spec: TeacherSpec, codec: str, precision: str) -> str:

@@ -5,13 +5,28 @@ Images and features never pass through the object store, where they cost ten tim
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pipeline import logs
 from pipeline.cache.extract import Extract
 from pipeline.cache.ingest import Ingest
+from pipeline.cache.placement import Measured, measure_on_gpu, place
 from pipeline.cache.verify import Verify
+
+WORTH_MEASURING = 16
+"""Shards from which on it pays to load the teachers once more, to measure them."""
+
+log = logging.getLogger(__name__)
+
+
+def gpus() -> int:
+    """GPUs of the cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
 
 
 def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[dict[str, Any]]:
@@ -28,7 +43,10 @@ def extract_shards(
     Args:
         arguments: the first ones of `Extract`: datasets and teachers.
     """
-    yield from _in_actors(Extract, rows, arguments, batch_size)
+    datasets, teachers = arguments
+    worth_it = len(rows) >= WORTH_MEASURING and gpus()
+    measured = measure_on_gpu(datasets, teachers, batch_size, rows[0]) if worth_it else None
+    yield from _in_actors(Extract, rows, arguments, batch_size, measured)
 
 
 def verify_shards(
@@ -43,9 +61,13 @@ def verify_shards(
 
 
 def _in_actors(
-    actor: type[Extract] | type[Verify], rows: Sequence[dict[str, Any]], arguments: tuple[Any, ...], batch_size: int
+    actor: type[Extract] | type[Verify],
+    rows: Sequence[dict[str, Any]],
+    arguments: tuple[Any, ...],
+    batch_size: int,
+    measured: Measured | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A pool of actors, one per GPU where there are any.
+    """A pool of actors, on GPUs where there are any (`pipeline/cache/placement.py`).
 
     An actor takes two shards at once: one is on the device while the other is decoded or written.
     """
@@ -54,19 +76,19 @@ def _in_actors(
     import ray
     from ray.data import ActorPoolStrategy
 
-    cpus, gpus = int(ray.cluster_resources().get("CPU", 1)), int(ray.cluster_resources().get("GPU", 0))
-    # One CPU is left for the tasks that feed the actors: without it Ray Data starves (ray_facts, section 3).
-    threads = max(1, min(8, (cpus - 1) // gpus) if gpus else min(os.cpu_count() or 1, cpus - 1))
-    actors = min(len(rows), gpus or max(1, (cpus - 1) // threads))
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    placed = place(cpus, gpus(), len(rows), os.cpu_count() or 1, measured)
+    if placed.gpus:
+        log.info("extraction: %s", placed)
     pool = ActorPoolStrategy(
-        min_size=1, max_size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        min_size=1, max_size=placed.actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
     )
     results = _dataset(rows).map(
         actor,
-        fn_constructor_args=(*arguments, "cuda" if gpus else "cpu", threads, batch_size),
+        fn_constructor_args=(*arguments, "cuda" if placed.gpus else "cpu", placed.threads, batch_size),
         compute=pool,
-        num_cpus=threads,
-        num_gpus=1 if gpus else 0,
+        num_cpus=placed.threads,
+        num_gpus=placed.gpus,
     )
     yield from results.iter_rows()
 
@@ -74,4 +96,5 @@ def _in_actors(
 def _dataset(rows: Sequence[dict[str, Any]]) -> Any:
     import ray.data
 
-    return ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    carried = logs.carried()
+    return ray.data.from_items([{**row, **carried} for row in rows], override_num_blocks=len(rows))

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline import logs
 from pipeline.cache.checks import (
     TOLERANCE,
     BrokenError,
@@ -73,7 +74,8 @@ class Verify:
         work = _ShardCheck(self, row["split"], int(row["shard"]))
         error = ""
         try:
-            work.run()
+            with logs.about_shard(row, "verify"):
+                work.run()
         except (UserError, TeacherError) as failure:
             error = str(failure)
         findings = json.dumps([asdict(found) for found in work.findings])

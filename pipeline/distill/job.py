@@ -21,7 +21,7 @@ from pipeline.distill.grid import GridRule
 from pipeline.distill.kept_heads import save_heads
 from pipeline.distill.loss import check_losses
 from pipeline.distill.phases import Ending, Phase
-from pipeline.distill.provenance import provenance
+from pipeline.distill.provenance import lineage, provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
@@ -29,7 +29,7 @@ from pipeline.evaluate.cost import inference_cost
 from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
-from pipeline.training import STATE_FILE, History, fit, load_state
+from pipeline.training import STATE_FILE, History, checkpoint_folder, fit, load_state
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class DistillResult:
         steps, samples: optimiser steps and images seen.
         model_uri: of the student in MLflow.
         student: folder of the exported student.
+        held_out: identity of the images that kNN was measured on, or "".
+        lineage: what it comes from, by tag.
     """
 
     knn_before: float | None
@@ -53,6 +55,8 @@ class DistillResult:
     samples: int
     model_uri: str
     student: Path
+    held_out: str
+    lineage: dict[str, str]
 
 
 def steps_per_epoch(phase: Phase) -> int:
@@ -111,21 +115,23 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
             if len(phases) > 1:
                 print(f"phase {number} of {len(phases)}", flush=True)
             watch = Watch(str(folder / "figures"), teachers, ending.evaluations)
-            ending = _train(job, run, folder / name, ending, before, watch)
+            checkpoints = checkpoint_folder(phase.config.train, folder, name)
+            ending = _train(job, run, checkpoints, ending, before, watch)
             ending.save(file)
         ending, before = Ending.load(file), file
     return _finish(jobs, run, folder, ending, teachers)
 
 
-def _train(job: DistillJob, run: Run, folder: Path, begun: Ending, before: Path | None, watch: Watch) -> Ending:
+def _train(job: DistillJob, run: Run, folder: str, begun: Ending, before: Path | None, watch: Watch) -> Ending:
     log_shuffle(job, run, begun.steps)
     payload = {"job": job, "before": before and str(before), "watch": watch}
     # It travels to Ray Train's controller.
     on_commit = partial(_log_commit, run, replace(begun, weights=None), Path(watch.folder))
-    checkpoint = fit(make_distill_task, payload, job.config.train, str(folder), on_commit)
+    checkpoint = fit(make_distill_task, payload, job.config.train, folder, on_commit)
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
-        run.log_file(Path(directory, STATE_FILE), "checkpoint")
+        place = f"{folder}/{Path(checkpoint.path).name}/{STATE_FILE}"
+        run.log_reference(Path(directory, STATE_FILE), place, "checkpoint/reference.json")
     return begun.then(state, job.config.train.epochs, list(teacher_labels(job.teachers).values()))
 
 
@@ -146,7 +152,8 @@ def _finish(
     origin = provenance(jobs, run.run_id, ending.samples, {"knn": after, **teachers})
     (student / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
     uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
-    return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student)
+    held_out = job.val.id if job.val else ""
+    return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student, held_out, lineage(jobs))
 
 
 def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
@@ -163,7 +170,7 @@ def log_shuffle(job: DistillJob, run: Run, step: int) -> None:
     """How well an epoch is shuffled: its order is known before anything is read."""
     world = max(1, job.config.train.most_workers)
     quality = build_reader(job, 0, world).shuffle_quality()
-    run.log_metric_dict({f"shuffle/{name}": value for name, value in asdict(quality).items()}, step)
+    run.log_metrics([(step, {f"shuffle/{name}": value for name, value in asdict(quality).items()})])
     print(f"shuffle: {quality}", flush=True)
 
 
@@ -197,7 +204,7 @@ def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:
         return {}
     labels = teacher_labels(job.teachers)
     scores = {labels[t.id]: teacher_knn(t, job.train, job.val, job.config.knn) for t in job.teachers}
-    run.log_metric_dict({f"teacher_knn/{name}": score for name, score in scores.items()}, step)
+    run.log_metrics([(step, {f"teacher_knn/{name}": score for name, score in scores.items()})])
     return scores
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.distill.standardise import MeanStd, Rotation, Standardiser
 from pipeline.errors import UserError
 from pipeline.student.heads import distillation_head
-from pipeline.student.model import Student, load_encoder
+from pipeline.student.model import Student, StudentOutput, load_encoder
 
 FILES = ("heads.safetensors", "heads.json")
 
@@ -35,10 +36,17 @@ class StudentWithHeads(nn.Module):
     Args:
         student: backbone and neck.
         teachers: by label, the heads and the standardisation that is undone on what they predict, by token type.
+        described: what :func:`load_heads` builds the heads from.
     """
 
-    def __init__(self, student: Student, teachers: Mapping[str, tuple[nn.ModuleDict, nn.ModuleDict]]) -> None:
+    def __init__(
+        self,
+        student: Student,
+        teachers: Mapping[str, tuple[nn.ModuleDict, nn.ModuleDict]],
+        described: Mapping[str, Any],
+    ) -> None:
         super().__init__()
+        self.described = described
         self.student = student
         self.labels = list(teachers)  # a label may hold a dot, which the name of a module must not
         self.heads = nn.ModuleList(heads for heads, _ in teachers.values())
@@ -49,7 +57,10 @@ class StudentWithHeads(nn.Module):
 
         The patches lie on the student's own grid.
         """
-        output = self.student.describe(images)
+        return self.answers(self.student.describe(images))
+
+    def answers(self, output: StudentOutput) -> dict[str, dict[str, Tensor]]:
+        """The same from what the student gave."""
         seen = {"patches": output.tokens.permute(0, 2, 3, 1), "summary": output.summary}
         answers: dict[str, dict[str, Tensor]] = {}
         for label, heads, standardisers in zip(self.labels, self.heads, self.standardisers, strict=True):
@@ -64,25 +75,27 @@ def save_heads(distiller: Distiller, hidden: int, folder: Path) -> None:
     Args:
         hidden: channels of the heads' hidden layer.
     """
-    parts, teachers = {}, []
+    parts = {}
+    described: dict[str, Any] = {"hidden": hidden, "standardise": distiller.loss.standardise, "teachers": []}
     for target in distiller.targets:
         assert isinstance(target, TeacherTarget)
         label = distiller.labels[target.teacher.id]
         parts[label] = (target.heads, target.standardisers)
         channels = {kind: shape[-1] for kind, shape in target.teacher.shapes.items()}
-        teachers.append({"label": label, "id": target.teacher.id, "channels": channels})
-    state = StudentWithHeads(distiller.student, parts).state_dict()
+        described["teachers"].append({"label": label, "id": target.teacher.id, "channels": channels})
+    whole = StudentWithHeads(distiller.student, parts, described)
+    write_heads(whole, folder)
+
+
+def write_heads(whole: StudentWithHeads, folder: Path) -> None:
+    """Write the neck and heads of a student beside it."""
+    state = whole.state_dict()
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(_ENCODER)},
         folder / FILES[0],
     )
-    description = {
-        "taps": distiller.student.tapped,
-        "token_dim": distiller.student.token_dim,
-        "hidden": hidden,
-        "standardise": distiller.loss.standardise,
-        "teachers": teachers,
-    }
+    student = whole.student
+    description = {"taps": student.tapped, "token_dim": student.token_dim, **whole.described}
     (folder / FILES[1]).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
@@ -103,7 +116,7 @@ def load_heads(folder: Path) -> StudentWithHeads:
             heads = {kind: distillation_head(dims[kind], described["hidden"], width) for kind, width in widths}
             standardisers = {kind: _blank(described["standardise"], width) for kind, width in widths}
             parts[teacher["label"]] = (nn.ModuleDict(heads), nn.ModuleDict(standardisers))
-        whole = StudentWithHeads(student, parts)
+        whole = StudentWithHeads(student, parts, {key: described[key] for key in ("hidden", "standardise", "teachers")})
         missing, unknown = whole.load_state_dict(load_file(folder / FILES[0]), strict=False)
         if odd := [*unknown, *(name for name in missing if not name.startswith(_ENCODER))]:
             raise ValueError(f"{odd[0]} is on one side alone")

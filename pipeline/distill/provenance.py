@@ -45,3 +45,21 @@ def _data(dataset: Dataset) -> dict[str, Any]:
         "images": dataset.count,
         "classes": len(dataset.classes),
     }
+
+
+def lineage(phases: Sequence[DistillJob]) -> dict[str, str]:
+    """Tags of a registered student: teachers, their licences, and the addresses of what was read in the cache."""
+    teachers = {t.spec.name: t.spec for job in phases for t in job.teachers}
+    read = dict.fromkeys(
+        f"{dataset.id}/{dataset.policy.id}/{t.id}"
+        for job in phases
+        for dataset in (job.train, job.val)
+        if dataset is not None
+        for t in job.teachers
+    )
+    return {
+        "student": phases[-1].config.student.name,
+        "teachers": ", ".join(teachers),
+        "licences": ", ".join(sorted({spec.licence for spec in teachers.values()})),
+        "cache": "\n".join(read),
+    }

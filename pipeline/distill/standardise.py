@@ -89,7 +89,7 @@ class Rotation(Standardiser):
         if tokens.basis is None or tokens.mean is None:
             return None
         basis = tokens.basis @ self.rotation.T / self.scale
-        return TokenCodec(tokens.scalar, tokens.shape, Projection(self(tokens.mean), basis))
+        return TokenCodec(tokens.scalar, tokens.shape, Projection(self(tokens.mean), basis), tokens.by_channel)
 
     def undo(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,11 @@ class Start:
     encoder: Encoder
     model: str
     args: dict[str, Any]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any]
 
     def save(self, input_size: int, folder: Path) -> None:
         """Write an exported student, so that workers neither download nor draw weights."""
         save_encoder(self.encoder, self.model, self.args, input_size, folder)
-        (folder / "provenance.json").write_text(json.dumps(self.provenance), encoding="utf-8")
 
 
 def find_start(config: Config, tracking_uri: str = "") -> Start:

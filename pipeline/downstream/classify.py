@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +70,13 @@ class Classification(Downstream):
         """Any backbone will do."""
         return Classifier(encoder, len(classes))
 
+    def settings(self, config: Config) -> Mapping[str, Any]:
+        """How images are brought to the size that it was trained at."""
+        return {
+            "student": {"input_size": config.student.input_size},
+            "classify": {"crop_share": config.classify.crop_share},
+        }
+
     def batch(self, examples: LabelledImages, config: Config, draws: Sequence[Draw]) -> LabelledBatch:
         """Each image is augmented by its own seed; mixing is seeded by the first one."""
         rows = [draw.row for draw in draws]
@@ -130,11 +137,18 @@ def training_transform(config: Config) -> Callable[[Any], Tensor]:
     return v2.Compose([transform, v2.Normalize((-mean / std).tolist(), (1 / std).tolist())])
 
 
-def _held_out(examples: LabelledImages, config: Config, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+def held_out_transform(config: Config) -> Callable[[Any], Tensor]:
+    """timm's resize and centre crop of a PIL image, to float32 [3, S, S] in [0, 1]."""
     size = config.student.input_size
-    steps = create_transform(
-        (3, size, size), interpolation="bicubic", crop_pct=config.classify.crop_share, mean=(0,) * 3, std=(1,) * 3
+    share = config.classify.crop_share
+    steps: Callable[[Any], Tensor] = create_transform(
+        (3, size, size), interpolation="bicubic", crop_pct=share, mean=(0,) * 3, std=(1,) * 3
     )
+    return steps
+
+
+def _held_out(examples: LabelledImages, config: Config, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+    steps = held_out_transform(config)
     chunks = [
         list(rows[first : first + config.train.batch_size]) for first in range(0, len(rows), config.train.batch_size)
     ]

@@ -89,7 +89,7 @@ class Detection(Downstream):
         found: list[dict[str, Any]] = []
         rows = part.rows(len(examples))
         for row, (image, _) in zip(rows, prepare(examples.read, rows, config.finetune.data_workers), strict=True):
-            found += detections(_detect(detector, image), examples.image_id(row), examples.category_ids)
+            found += detections(find_objects(detector, image), examples.image_id(row), examples.category_ids)
         every: list[list[dict[str, Any]] | None] = [found]
         if part.world > 1:
             every = [None] * part.world
@@ -108,7 +108,8 @@ def _wrapped(objects: Objects, image: Tensor, masks: bool) -> dict[str, Tensor]:
     return {**target, "masks": tv_tensors.Mask(objects.masks)} if masks else target
 
 
-def _detect(detector: FasterRCNN, image: Tensor) -> dict[str, Tensor]:
+def find_objects(detector: FasterRCNN, image: Tensor) -> dict[str, Tensor]:
+    """A detector's output for an image uint8 [3, H, W], on the CPU: boxes, labels from 1, scores, masks [n, 1, H, W]."""
     (output,) = detector([image.to(device_of(detector)).float() / 255])
     return {name: value.cpu() for name, value in output.items()}
 
@@ -155,21 +156,22 @@ def _pictures(detector: FasterRCNN, examples: Examples, config: Config) -> dict[
     pictures: dict[str, Tensor] = {}
     for row in evenly(len(examples), config.finetune.pictures):
         image, objects = examples.read(row)
-        output = _detect(detector, image)
+        output = find_objects(detector, image)
         shown = output["scores"] >= SHOWN
         labels = output["labels"][shown]
         masks = output["masks"][shown, 0] > 0.5 if "masks" in output else torch.zeros(0, *image.shape[1:])
         names = [f"{examples.classes[n - 1]} {s:.2f}" for n, s in zip(labels, output["scores"][shown], strict=True)]
         truth = [examples.classes[label - 1] for label in objects.labels]
         sides = [
-            _draw(image, Objects(*objects), truth, len(examples.classes)),
-            _draw(image, Objects(output["boxes"][shown], labels, masks), names, len(examples.classes)),
+            draw_objects(image, Objects(*objects), truth, len(examples.classes)),
+            draw_objects(image, Objects(output["boxes"][shown], labels, masks), names, len(examples.classes)),
         ]
         pictures[examples.key(row)] = torch.cat(sides, dim=2)
     return pictures
 
 
-def _draw(image: Tensor, objects: Objects, names: list[str], classes: int) -> Tensor:
+def draw_objects(image: Tensor, objects: Objects, names: list[str], classes: int) -> Tensor:
+    """An image uint8 [3, H, W], enlarged where it is small, with masks and named boxes over it."""
     canvas, factor = enlarge(image), scale_of(image.shape[-2:])
     colours = [tuple(colour) for colour in palette(classes)[objects.labels.numpy() - 1].tolist()]
     if len(objects.masks):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,23 +16,14 @@ from pipeline.downstream.backbone import Start, find_start
 from pipeline.downstream.base import Examples, Part, Report
 from pipeline.downstream.images import refuse_other_classes
 from pipeline.downstream.pictures import write_report
-from pipeline.downstream.task import (
-    DOWNSTREAM,
-    FinetuneJob,
-    SavedModel,
-    build_model,
-    epoch_steps,
-    load_model,
-    make_finetune_task,
-    save_model,
-)
+from pipeline.downstream.saved import SavedModel, find_model, finished_model
+from pipeline.downstream.task import DOWNSTREAM, FinetuneJob, build_model, epoch_steps, make_finetune_task
 from pipeline.errors import UserError
 from pipeline.runs import work_folder
 from pipeline.sources import SAMPLES
 from pipeline.sources.locations import absolute
-from pipeline.student.loading import is_model_uri
-from pipeline.tracking import Run, download_model, log_model_folder, resolve_uri
-from pipeline.training import History, fit, load_state
+from pipeline.tracking import Run, log_model_folder, resolve_uri
+from pipeline.training import History, checkpoint_folder, fit, load_state
 
 
 @dataclass(frozen=True)
@@ -53,6 +46,8 @@ class FinetuneResult:
         steps, samples: optimiser steps and images seen.
         model_uri: in MLflow.
         model: folder of the saved model.
+        held_out: identity of the images that it was measured on, or "".
+        lineage: what it comes from, by tag.
     """
 
     before: dict[str, float]
@@ -61,6 +56,8 @@ class FinetuneResult:
     samples: int
     model_uri: str
     model: Path
+    held_out: str
+    lineage: dict[str, str]
 
 
 def plan_finetune(config: Config) -> FinetunePlan:
@@ -88,24 +85,46 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
         UserError: where an image cannot be read.
         DivergedError: where the loss is not finite.
     """
-    log_lineage(plan.train, plan.val, run)
+    held_out = log_lineage(plan.train, plan.val, run)
     run.set_student_run(plan.start.provenance.get("run_id"))
     plan.start.save(config.student.input_size, folder / "start")
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
-    checkpoint = fit(make_finetune_task, {"job": job}, config.train, str(folder / "train"), partial(_log_commit, run))
+    checkpoints = checkpoint_folder(config.train, folder, "train")
+    checkpoint = fit(make_finetune_task, {"job": job}, config.train, checkpoints, partial(_log_commit, run))
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
     model = build_model(job, plan.train.classes)
     model.load_state_dict(state["ema"])
-    save_model(model, job, plan.train.classes, folder / "model")
+    before, after = state["evaluations"][0][1], state["evaluations"][-1][1]
+    position = state["position"]
+    origin = provenance(plan, config, run, position["samples"], after)
+    finished_model(model, job, plan.train.classes, origin).save(folder / "model")
     if (folder / "evaluation").is_dir():
         run.log_folder(folder / "evaluation", "evaluation")
-    before, after = state["evaluations"][0][1], state["evaluations"][-1][1]
     tags = {"task": job.kind.name, "student": config.finetune.student or config.student.name}
     final = {f"final/{name}": value for name, value in after.items()}
     uri = log_model_folder(run, folder / "model", name=job.kind.name, metrics=final, tags=tags)
-    position = state["position"]
-    return FinetuneResult(before, after, position["step"], position["samples"], uri, folder / "model")
+    return FinetuneResult(
+        before,
+        after,
+        position["step"],
+        position["samples"],
+        uri,
+        folder / "model",
+        held_out,
+        lineage(origin, tags["student"]),
+    )
+
+
+def provenance(plan: FinetunePlan, config: Config, run: Run, samples: int, metrics: dict[str, float]) -> dict[str, Any]:
+    """What a fine-tuned model comes from, JSON-ready: that of its student, with the data, budget and metrics of this run."""
+    return {
+        "run_id": run.run_id,
+        "student": dict(plan.start.provenance),
+        "data": [{"location": plan.train.location, "images": len(plan.train), "classes": len(plan.train.classes)}],
+        "training": {"epochs": config.train.epochs, "samples_seen": samples},
+        "metrics": metrics,
+    }
 
 
 def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
@@ -128,12 +147,28 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update=changed)
 
 
-def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> None:
-    """Which images were used, by the digest of their names."""
+def lineage(origin: Mapping[str, Any], student: str) -> dict[str, str]:
+    """Tags of a registered model: the student it started from, whose teachers taught that, and the images."""
+    teachers = origin["student"].get("teachers", [])
+    images = ", ".join(f"{data['images']} of {data['location']}" for data in origin["data"])
+    known = {
+        "teachers": ", ".join(teacher["name"] for teacher in teachers),
+        "licences": ", ".join(sorted({teacher["licence"] for teacher in teachers})),
+        "distilled_in": str(origin["student"].get("run_id", "")),
+    }
+    return {"student": student, "images": images, **{name: value for name, value in known.items() if value}}
+
+
+def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> str:
+    """Which images were used, by the digest of their names; gives the identity of the held-out ones, or ""."""
+    held_out = ""
     for context, data in (("train", train), ("val", val)):
         if data is not None:
             keys = "\n".join(data.key(row) for row in range(len(data)))
-            run.log_dataset(f"{context}-{len(data)}", data.location, hashlib.sha256(keys.encode()).hexdigest(), context)
+            identity = hashlib.sha256(keys.encode()).hexdigest()
+            run.log_dataset(f"{context}-{len(data)}", data.location, identity, context)
+            held_out = f"{context}-{len(data)}-{identity[:8]}" if context == "val" else held_out
+    return held_out
 
 
 def open_model(config: Config, task: str) -> SavedModel:
@@ -145,10 +180,9 @@ def open_model(config: Config, task: str) -> SavedModel:
     name = config.evaluate.model
     if not name:
         raise UserError("evaluate.model must be given: the folder or MLflow model URI that jobs/finetune.py printed")
-    if is_model_uri(name):
-        saved = load_model(download_model(name, resolve_uri(config.tracking.uri, work_folder(config))))
-    else:
-        saved = load_model(Path(name))
+    saved = find_model(name, resolve_uri(config.tracking.uri, work_folder(config)))
+    if saved is None:
+        raise UserError(f"evaluate.model: {name} is not a fine-tuned model")
     if saved.kind.name != task:
         raise UserError(f"evaluate.model: {name} was made for {saved.kind.name}, not for {task}")
     return saved

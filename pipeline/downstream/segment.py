@@ -50,8 +50,9 @@ class Segmentation(Downstream):
         return SemanticFPN(encoder, len(classes), config.segment.channels)
 
     def settings(self, config: Config) -> Mapping[str, Any]:
-        """The width of the head."""
-        return {"segment": {"channels": config.segment.channels}}
+        """The width of the head, and how whole images are shown to it."""
+        chosen = config.segment.model_dump(include={"channels", "size", "inference"})
+        return {"segment": chosen, "student": {"input_size": config.student.input_size}}
 
     def batch(self, examples: Examples, config: Config, draws: Sequence[Draw]) -> MaskedBatch:
         """Crops of images that are resized, flipped and distorted at random, each by its own seed."""
@@ -183,13 +184,18 @@ def segmentation_metrics(
 
 def _pictures(model: nn.Module, examples: Examples, config: Config) -> dict[str, Tensor]:
     """Image, ground truth and prediction side by side; ignored pixels are black in both."""
-    colours = torch.zeros(256, 3, dtype=torch.uint8)
-    colours[: len(examples.classes)] = torch.from_numpy(palette(len(examples.classes)))
     pictures: dict[str, Tensor] = {}
     for row in evenly(len(examples), config.finetune.pictures):
         image, labels = examples.read(row)
         guess = predict(model, image.to(device_of(model)), config)[0].cpu()
         guess[labels == IGNORE] = IGNORE
-        maps = [(image // 2 + colours[part.long()].permute(2, 0, 1) // 2) for part in (labels, guess)]
+        maps = [overlay(image, part, len(examples.classes)) for part in (labels, guess)]
         pictures[examples.key(row)] = torch.cat([enlarge(part) for part in (image, *maps)], dim=2)
     return pictures
+
+
+def overlay(image: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """An image uint8 [3, H, W] under the colours of its labels [H, W]; ignored pixels are black."""
+    colours = torch.zeros(256, 3, dtype=torch.uint8)
+    colours[:classes] = torch.from_numpy(palette(classes))
+    return image // 2 + colours[labels.long()].permute(2, 0, 1) // 2

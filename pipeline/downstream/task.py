@@ -1,8 +1,7 @@
-"""Fine-tuning as a task of the training engine, and models on disk. Imports neither Ray nor MLflow."""
+"""Fine-tuning as a task of the training engine. Imports neither Ray nor MLflow."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
@@ -24,7 +22,6 @@ from pipeline.downstream.sampling import Draw, Sampler, prepare, seeded
 from pipeline.downstream.schedule import make_schedule
 from pipeline.downstream.segment import Segmentation
 from pipeline.errors import UserError
-from pipeline.student.model import described_encoder, load_weights
 from pipeline.training import Task, TrainingBatch
 
 DOWNSTREAM: dict[str, Downstream] = {kind.name: kind for kind in (Classification(), Segmentation(), Detection())}
@@ -141,47 +138,3 @@ def epoch_steps(config: Config, images: int) -> int:
 def make_finetune_task(payload: dict[str, Any], rank: int, world: int) -> FinetuneTask:
     """The task of one Ray Train worker; `payload` holds the job under ``job``."""
     return FinetuneTask(payload["job"], rank, world)
-
-
-def save_model(model: nn.Module, job: FinetuneJob, classes: Sequence[str], folder: Path) -> None:
-    """Write a fine-tuned model: `model.safetensors`, and `model.json` from which :func:`load_model` builds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    start, origin = (
-        json.loads((job.start / name).read_text(encoding="utf-8")) for name in ("student.json", "provenance.json")
-    )
-    description = {
-        "task": job.kind.name,
-        "backbone": {"model": start["model"], "args": start["args"]},
-        "provenance": origin,
-        "classes": list(classes),
-        "settings": dict(job.kind.settings(job.config)),
-    }
-    (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class SavedModel:
-    """A fine-tuned model in evaluation mode, its task, the names of its classes, and the run of its student, if known."""
-
-    kind: Downstream
-    model: nn.Module
-    classes: tuple[str, ...]
-    student_run: str | None = None
-
-
-def load_model(folder: Path) -> SavedModel:
-    """What :func:`save_model` wrote.
-
-    Raises:
-        UserError: where the folder holds no fine-tuned model.
-    """
-    try:
-        described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        kind, classes = DOWNSTREAM[described["task"]], tuple(described["classes"])
-        encoder = described_encoder(described["backbone"])
-        model = kind.build(encoder, classes, Config.model_validate(described["settings"]))
-        load_weights(model, folder / "model.safetensors")
-    except Exception as error:  # as in `load_encoder`
-        raise UserError(f"{folder} is not a fine-tuned model: {' '.join(str(error).split())[:300]}") from error
-    return SavedModel(kind, model.eval(), classes, described.get("provenance", {}).get("run_id"))

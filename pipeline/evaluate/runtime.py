@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.evaluate.folding import inference_form
-from pipeline.export import INPUT, export_onnx
+from pipeline.shipping.graphs import INPUT, export_onnx
 
 Form = Literal["eager", "fused", "compiled", "onnx"]
 Precision = Literal["float32", "bfloat16", "float16"]

@@ -26,6 +26,7 @@ class Loaded(NamedTuple):
         input_size: side in pixels that an exported student was trained at, else None.
         args: what timm builds it with beside the name.
         provenance: what is known of its origin, JSON-ready: teachers, data, training, metrics, or the weights.
+        folder: of an exported student, else None.
     """
 
     encoder: Encoder
@@ -33,6 +34,7 @@ class Loaded(NamedTuple):
     input_size: int | None
     args: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    folder: Path | None = None
 
 
 def is_model_uri(name: str) -> bool:
@@ -76,7 +78,7 @@ def _from_folder(folder: Path) -> Loaded:
     described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
     origin = folder / "provenance.json"
     known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
-    return Loaded(encoder, described["model"], described.get("input_size"), described["args"], known)
+    return Loaded(encoder, described["model"], described.get("input_size"), described["args"], known, folder)
 
 
 def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> Encoder:

@@ -11,22 +11,31 @@ for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Large files in parts, straight to the store behind the server where that store can do it, and through it elsewhere.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "true",
 }.items():
     os.environ.setdefault(_name, _value)
 
+from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import download_model, download_student, log_model_folder, log_student
 from pipeline.tracking.reading import Experiment, LoggedRun, read_experiment
-from pipeline.tracking.run import Run, resolve_uri, start_job
+from pipeline.tracking.registry import Candidate, describe, model_link, register
+from pipeline.tracking.run import Run, start_job
 
 __all__ = [
+    "Candidate",
     "Experiment",
     "LoggedRun",
     "Run",
+    "describe",
     "download_model",
     "download_student",
     "log_model_folder",
     "log_student",
+    "model_link",
     "read_experiment",
+    "register",
     "resolve_uri",
     "start_job",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -16,6 +17,7 @@ from mlflow.types import Schema, TensorSpec
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.tracking.outbox import patiently
 from pipeline.tracking.run import Run
 
 STUDENT_FOLDER = "student"
@@ -41,14 +43,19 @@ def log_student(
 
     Returns:
         Its model URI, which `mlflow.pytorch.load_model` takes.
+
+    Raises:
+        UserError: where the server does not answer for minutes.
     """
+    run.settle()
     with torch.no_grad():
         output = model(example)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *output.shape[1:]))]),
     )
-    logged = Model.log(
+    log = partial(
+        Model.log,
         artifact_path=None,
         name=name,
         flavor=mlflow.pytorch,
@@ -60,8 +67,9 @@ def log_student(
         serialization_format="pt2",
         tags=dict(tags),
     )
+    logged = patiently(run.uri, log)
     for key, value in metrics.items():
-        run.client.log_metric(run.run_id, key, value, model_id=logged.model_id)
+        patiently(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
     return str(logged.model_uri)
 
 
@@ -72,15 +80,15 @@ def download_student(model_uri: str, tracking_uri: str) -> Path:
     that loading one runs what its author wrote, as a pickle does.
 
     Args:
-        model_uri: ``models:/<model id>``, ``models:/<name>/<version>``, ``models:/<name>@<alias>``, or
-            ``runs:/<run id>/...``.
+        model_uri: ``models:/<model id>``, ``models:/<name>/<version>`` (or ``/latest``), ``models:/<name>@<alias>``,
+            or ``runs:/<run id>/...``.
 
     Raises:
         UserError: where there is no such model, or its run has no exported student.
     """
     client = MlflowClient(tracking_uri)
     try:
-        folder = Path(client.download_artifacts(_run_of(client, model_uri), STUDENT_FOLDER, mkdtemp()))
+        folder = Path(client.download_artifacts(run_of(client, model_uri), STUDENT_FOLDER, mkdtemp()))
         for name in STUDENT_FILES:
             (folder / name).stat()  # some stores give nothing for what is not there
     except (MlflowException, OSError) as error:
@@ -91,8 +99,12 @@ def download_student(model_uri: str, tracking_uri: str) -> Path:
     return folder
 
 
-def _run_of(client: MlflowClient, model_uri: str) -> str:
-    """The run that logged a model."""
+def run_of(client: MlflowClient, model_uri: str) -> str:
+    """The run that logged a model.
+
+    Raises:
+        MlflowException: where there is no such model.
+    """
     scheme, _, rest = model_uri.partition(":/")
     head, _, tail = rest.strip("/").partition("/")
     if scheme == "runs" and head:
@@ -102,6 +114,7 @@ def _run_of(client: MlflowClient, model_uri: str) -> str:
     if not tail and "@" not in head:
         return str(client.get_logged_model(head).source_run_id)
     name, _, alias = head.partition("@")
+    alias = alias or ("latest" if tail == "latest" else "")
     version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, tail)
     return str(version.run_id)
 
@@ -116,12 +129,17 @@ def log_model_folder(
 
     Returns:
         Its model URI.
+
+    Raises:
+        UserError: where the server does not answer for minutes.
     """
-    logged = run.client.create_logged_model(run.experiment_id, name, run.run_id, dict(tags))
-    run.client.log_model_artifacts(logged.model_id, str(folder))
-    run.client.finalize_logged_model(logged.model_id, "READY")
+    run.settle()
+    create = partial(run.client.create_logged_model, run.experiment_id, name, run.run_id, dict(tags))
+    logged = patiently(run.uri, create)
+    patiently(run.uri, partial(run.client.log_model_artifacts, logged.model_id, str(folder)))
+    patiently(run.uri, partial(run.client.finalize_logged_model, logged.model_id, "READY"))
     for key, value in metrics.items():
-        run.client.log_metric(run.run_id, key, value, model_id=logged.model_id)
+        patiently(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
     return f"models:/{logged.model_id}"
 
 

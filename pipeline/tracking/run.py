@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import logging
 import math
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, cast
 
 import mlflow
 import yaml
@@ -24,65 +25,71 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline.cache.store import Store
 from pipeline.errors import UserError
 from pipeline.metrics import export_training
+from pipeline.tracking.outbox import PATIENCE_S, Outbox, Sender, in_a_line, is_refusal, patiently, unreachable
 
 BATCH = 1000
 """Most metrics that one `log_batch` takes."""
 PARAM_LENGTH = 6000
 """Longest value of a parameter; the whole configuration is an artifact anyway."""
 
+NOTE = "mlflow.note.content"
+"""Tag of what the interface shows as the description, in Markdown."""
 
-def resolve_uri(configured: str | None, work: Path) -> str:
-    """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder.
-
-    Raises:
-        UserError: where the configured one holds a password, since configurations are logged; the message repeats none.
-    """
-    if configured and urlsplit(configured).password:
-        raise UserError(
-            "tracking.uri: a password in an address is refused, since configurations are logged; set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI"
-        )
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{work}/mlflow.db"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One MLflow run. Picklable: Ray Train's controller logs to it as well.
+    """One MLflow run. Picklable: what Ray Train's controller logs is sent by the process that opened the run.
+
+    What is logged is put into the outbox and sent from there; none of these methods fails for a server that is down.
 
     Attributes:
-        uri: of the tracking store.
+        uri: of the tracking store; "" in a process that the run travelled to, so that no address travels.
         experiment_id, run_id: as MLflow names them.
+        outbox: what is still to be sent.
     """
 
     uri: str
     experiment_id: str
     run_id: str
+    outbox: Outbox
 
-    def __getstate__(self) -> dict[str, str]:
-        return {name: self.__dict__[name] for name in ("uri", "experiment_id", "run_id")}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": "", "experiment_id": self.experiment_id, "run_id": self.run_id, "outbox": self.outbox}
 
     @cached_property
     def client(self) -> MlflowClient:
-        """The client of this process."""
+        """The client of the process that opened the run."""
         return MlflowClient(self.uri)
 
+    @cached_property
+    def _sender(self) -> Sender:
+        return Sender(self.outbox, self._send, self.uri)
+
     def child(self, name: str, run_id: str | None = None) -> Run:
-        """A nested run; the one of `run_id` is continued if it is still there."""
-        tags = {"mlflow.parentRunId": self.run_id}
-        return _open(self.uri, self.experiment_id, name, tags, run_id)
+        """A nested run; the one of `run_id` is continued if it is still there.
+
+        Raises:
+            UserError: where the server does not answer for minutes.
+        """
+        note = f"Part of [the job]({run_link(self)}), which says what it is."
+        tags, beside = {"mlflow.parentRunId": self.run_id, NOTE: note}, self.outbox.store.uri.rpartition("/")[0]
+        return cast(
+            Run,
+            patiently(self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, Store(beside))),
+        )
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters; values that are too long are cut, and a value that changed is left as it was first logged."""
-        known = self.client.get_run(self.run_id).data.params
-        fresh = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items() if key not in known]
-        for first in range(0, len(fresh), 100):
-            self.client.log_batch(self.run_id, params=fresh[first : first + 100])
+        self._post("params", {key: str(value)[:PARAM_LENGTH] for key, value in params.items()})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in tags.items()])
+        self._post("tags", {key: str(value)[:PARAM_LENGTH] for key, value in tags.items()})
 
     def set_student_run(self, run_id: str | None) -> None:
         """Name the run that trained the student which this one judges or goes on with, where known."""
@@ -90,53 +97,140 @@ class Run:
             self.set_tags({"student_run": run_id})
 
     def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Log metrics by step, in batches. Values that are not finite are left out: stores refuse or alter them."""
+        """Log curves: metrics by step, of which none is logged twice. Values that are not finite are left out."""
         history = list(history)
         export_training(history)
-        now = int(time.time() * 1000)
-        points = (
-            Metric(name, float(value), now, step)
-            for step, metrics in history
-            for name, value in metrics.items()
-            if math.isfinite(value)
-        )
-        while batch := list(islice(points, BATCH)):
-            self.client.log_batch(self.run_id, metrics=batch)
+        self._post("curves", _points(history))
 
     def log_metric_dict(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics of one step."""
-        self.log_metrics([(step, metrics)])
-
-    def add_to_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Add to metrics that were logged before, by an interrupted start of the same run."""
-        known = self.client.get_run(self.run_id).data.metrics
-        self.log_metric_dict({name: known.get(name, 0.0) + value for name, value in metrics.items()})
+        """Log metrics of one step; of several values the last one counts."""
+        self._post("metrics", _points([(step, metrics)]))
 
     def log_text(self, text: str, path: str) -> None:
         """Log text as the artifact `path`."""
-        self.client.log_text(self.run_id, text, path)
+        self._post("text", [text, path])
 
     def log_dict(self, value: Mapping[str, Any], path: str) -> None:
         """Log a JSON or YAML artifact, by the ending of `path`."""
-        self.client.log_dict(self.run_id, dict(value), path)
+        self._post("dict", [dict(value), path])
 
     def log_file(self, file: Path, folder: str) -> None:
-        """Log a file into an artifact folder."""
-        self.client.log_artifact(self.run_id, str(file), folder)
+        """Log a file, as it is when it is sent, into an artifact folder."""
+        self._post("file", [str(file), folder])
+
+    def log_reference(self, file: Path, place: str, path: str) -> None:
+        """Log where a large file lies (`file` is it, or a copy), its size and SHA-256, as the JSON artifact `path`."""
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        self.log_dict({"file": place, "bytes": file.stat().st_size, "sha256": digest}, path)
 
     def log_folder(self, source: Path, folder: str) -> None:
-        """Log everything in a local folder into an artifact folder."""
-        self.client.log_artifacts(self.run_id, str(source), folder)
+        """Log everything in a local folder, as it is when it is sent, into an artifact folder."""
+        self._post("folder", [str(source), folder])
 
     def log_dataset(self, name: str, source: str, digest: str, context: str) -> None:
         """Log which data a run used: its content-addressed name, where it came from, and for what it was used."""
-        dataset = Dataset(name, digest[:36], source_type="location", source=json.dumps({"location": source}))
-        tags = [InputTag("mlflow.data.context", context)]
-        self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+        self._post("dataset", [name, digest[:36], source, context])
 
     def finish(self, status: str = "FINISHED") -> None:
-        """End the run as FINISHED, FAILED or KILLED."""
-        self.client.set_terminated(self.run_id, status)
+        """End the run as FINISHED, FAILED or KILLED.
+
+        Raises:
+            UserError: where a run that is FINISHED cannot be sent in minutes; what is left waits for the next start.
+        """
+        self._post("status", [status, int(time.time() * 1000)])
+        done = status == "FINISHED"
+        sent = self._sender.settle(PATIENCE_S if done else None)
+        problem = self._sender.problem
+        self._sender.close()
+        del self.__dict__["_sender"]
+        if done and not sent:
+            raise unreachable(self.uri, problem)
+        if done:
+            self.outbox.store.delete_folder()
+
+    def settle(self) -> None:
+        """Wait until everything is sent.
+
+        Raises:
+            UserError: where the server does not answer for minutes.
+        """
+        if not self._sender.settle(PATIENCE_S):
+            raise unreachable(self.uri, self._sender.problem)
+
+    def _post(self, kind: str, content: Any) -> None:
+        try:
+            self.outbox.post(kind, content)
+        except UserError as error:
+            log.warning("%s is not logged: %s", kind, error)
+        if self.uri:
+            self._sender.settle()
+
+    def _send(self, kind: str, content: Any) -> None:
+        _SEND[kind](self, content)
+
+
+def _points(history: Iterable[tuple[int, Mapping[str, float]]]) -> list[tuple[str, float, int, int]]:
+    """Name, value, time in ms and step of every finite value: stores refuse or alter what is not finite."""
+    now = int(time.time() * 1000)
+    return [
+        (name, float(value), now, step)
+        for step, metrics in history
+        for name, value in metrics.items()
+        if math.isfinite(value)
+    ]
+
+
+def _send_metrics(run: Run, points: Iterable[tuple[str, float, int, int]]) -> None:
+    metrics = (Metric(*point) for point in points)
+    while batch := list(islice(metrics, BATCH)):
+        run.client.log_batch(run.run_id, metrics=batch)
+
+
+def _send_curves(run: Run, points: Iterable[tuple[str, float, int, int]]) -> None:
+    """Steps that are repeated after a crash were logged by those who died."""
+    marks = run.outbox.marks()
+    fresh = [point for point in points if point[3] > marks.get(point[0], -1)]
+    _send_metrics(run, fresh)
+    if fresh:
+        run.outbox.mark(marks | {name: step for name, _, _, step in fresh})
+
+
+def _send_params(run: Run, params: Mapping[str, str]) -> None:
+    known = run.client.get_run(run.run_id).data.params
+    fresh = [Param(key, value) for key, value in params.items() if key not in known]
+    for first in range(0, len(fresh), 100):
+        run.client.log_batch(run.run_id, params=fresh[first : first + 100])
+
+
+def _send_tags(run: Run, tags: Mapping[str, str]) -> None:
+    run.client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _send_dataset(run: Run, content: Sequence[str]) -> None:
+    name, digest, source, context = content
+    dataset = Dataset(name, digest, source_type="location", source=json.dumps({"location": source}))
+    run.client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+_SEND: dict[str, Callable[[Run, Any], None]] = {
+    "metrics": _send_metrics,
+    "curves": _send_curves,
+    "params": _send_params,
+    "tags": _send_tags,
+    "dataset": _send_dataset,
+    "text": lambda run, content: run.client.log_text(run.run_id, *content),
+    "dict": lambda run, content: run.client.log_dict(run.run_id, *content),
+    "file": lambda run, content: run.client.log_artifact(run.run_id, *content),
+    "folder": lambda run, content: run.client.log_artifacts(run.run_id, *content),
+    "status": lambda run, content: run.client.set_terminated(run.run_id, *content),
+}
+"""How each kind of letter is sent."""
+
+
+def run_link(run: Run) -> str:
+    """Where the interface shows a run, from any of its pages."""
+    return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
 def start_job(
@@ -147,6 +241,7 @@ def start_job(
     config: Mapping[str, Any],
     tags: Mapping[str, str],
     work: Path,
+    folder: Path | None = None,
     run_id: str | None = None,
 ) -> Run:
     """Open the parent run of a job: a new one, or the one of `run_id` if it is still there.
@@ -156,13 +251,15 @@ def start_job(
     Args:
         config: the resolved configuration, logged flat as parameters and whole as `config.yaml`.
         work: where artifacts go when the store is the SQLite file there.
+        folder: of the run, where what is still to be sent waits; None: the work folder.
 
     Raises:
         UserError: where the store cannot be reached or opened.
     """
     with probing(uri), _alone(uri):
         mlflow.set_tracking_uri(uri)
-        run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id)
+        outboxes = Store.at((folder or work) / "unsent")
+        run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id, outboxes)
     run.set_tags({**tags, **_git_tags()})
     run.log_params(dict(_flatten(config)))
     run.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
@@ -177,9 +274,8 @@ def probing(uri: str, field: str = "tracking.uri") -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"MLflow at {uri} cannot be used ({reason}); start that server, or name another in {field}"
+            f"MLflow at {uri} cannot be used ({in_a_line(error)}); start that server, or name another in {field}"
         ) from error
     finally:
         os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
@@ -198,6 +294,11 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
+_EXPERIMENT_NOTE = """Runs of ReGLA Distill. Each job is a run that says what it does, with its phases nested in it; the
+images that it used are its inputs. What came out is in the [model registry](#/models): of each model, the version with the
+alias `best` is the one to take."""
+
+
 def _experiment(uri: str, name: str, work: Path) -> str:
     client = MlflowClient(uri)
     known = client.get_experiment_by_name(name)
@@ -205,7 +306,7 @@ def _experiment(uri: str, name: str, work: Path) -> str:
         return str(known.experiment_id)
     artifacts = str(work / "mlartifacts") if uri.startswith("sqlite:///") else None
     try:
-        return str(client.create_experiment(name, artifact_location=artifacts))
+        return str(client.create_experiment(name, artifact_location=artifacts, tags={NOTE: _EXPERIMENT_NOTE}))
     except MlflowException:
         # Another process may have created it in between.
         known = client.get_experiment_by_name(name)
@@ -214,16 +315,18 @@ def _experiment(uri: str, name: str, work: Path) -> str:
         return str(known.experiment_id)
 
 
-def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id: str | None) -> Run:
+def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id: str | None, outboxes: Store) -> Run:
     client = MlflowClient(uri)
     if run_id is not None:
         try:
             client.update_run(run_id, status="RUNNING")
-            return Run(uri, experiment_id, run_id)
-        except MlflowException:
-            pass  # deleted, or another store: start anew
+            return Run(uri, experiment_id, run_id, Outbox(outboxes.sub(run_id)))
+        except MlflowException as error:
+            if not is_refusal(error):
+                raise
+            # It was deleted, or is in another store: start anew.
     created = client.create_run(experiment_id, tags=tags, run_name=name)
-    return Run(uri, experiment_id, created.info.run_id)
+    return Run(uri, experiment_id, created.info.run_id, Outbox(outboxes.sub(created.info.run_id)))
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@
     ray_train.py   `fit`; Ray is imported inside its functions only, so that the loop runs on machines without it
 """
 
-from pipeline.training.checkpoint import STATE_FILE, Position, Snapshot, load_state
+from pipeline.training.checkpoint import STATE_FILE, Position, Snapshot, checkpoint_folder, load_state
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.ray_train import fit
@@ -30,6 +30,7 @@ __all__ = [
     "Task",
     "TrainingBatch",
     "Worker",
+    "checkpoint_folder",
     "fit",
     "load_state",
     "split_batch",

@@ -11,15 +11,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from pyarrow import fs
 from torch import Tensor
 
+from pipeline.cache.remote import resolve
+from pipeline.cache.store import Store
+from pipeline.config import TrainConfig
+from pipeline.errors import UserError
 from pipeline.training.task import History
 
 STATE_FILE = "state.pt"
+
+
+def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
+    """Absolute path or address of the checkpoints of a part (`name`) of a run (its folder).
+
+    Raises:
+        UserError: where there are credentials in the address.
+    """
+    if config.checkpoints is None:
+        return str(run / name)
+    try:
+        return Store.at(config.checkpoints).sub(f"{run.name}/{name}").uri
+    except UserError as error:
+        raise UserError(f"train.checkpoints: {error}") from error
+
+
+def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a folder of checkpoints, and the path within it.
+
+    Raises:
+        UserError: where no driver for it is installed.
+    """
+    return resolve(folder) if "://" in folder else (fs.LocalFileSystem(), folder.rstrip("/"))
 
 
 @dataclass
@@ -65,9 +93,26 @@ def copied(value: Any) -> Any:
 
 
 def load_state(directory: str | Path) -> dict[str, Any]:
-    """The state in a checkpoint directory, on the CPU; nothing is unpickled but tensors and plain values."""
-    state: dict[str, Any] = torch.load(Path(directory) / STATE_FILE, map_location="cpu", weights_only=True)
+    """The state in a checkpoint directory, on the CPU; nothing is unpickled but tensors and plain values.
+
+    Raises:
+        UserError: where the file is gone, damaged, or no state.
+    """
+    file = Path(directory) / STATE_FILE
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        raise UserError(_refusal(file, " ".join(str(error).split())[:160])) from error
+    if not isinstance(state, dict) or not {"model", "ema", "position", "evaluations"} <= state.keys():
+        raise UserError(_refusal(file, "it holds no state of a training"))
     return state
+
+
+def _refusal(file: Path, reason: str) -> str:
+    return (
+        f"the checkpoint {file} cannot be read ({reason}): remove {file.parent.parent}, and the same command trains anew "
+        "from the cache, which is kept"
+    )
 
 
 def keep_best(filesystem: fs.FileSystem, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,10 +11,12 @@ from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.training.checkpoint import Position, Snapshot
-from pipeline.training.meter import DivergedError, Meter
+from pipeline.training.meter import DivergedError, Meter, starved
 from pipeline.training.step import Stepper
 from pipeline.training.task import History, Task
 from pipeline.training.worker import STOP, StoppedError, Worker
+
+log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_NOTICES = 5.0
 """How often it is looked whether training should save or end."""
@@ -138,6 +141,9 @@ class _Loop:
                 if position.batch < steps:
                     self._save_within_epoch(meter, steps)
         self._log(meter, steps)
+        on_gpu = not self.worker.rank and self.worker.device.type == "cuda"
+        if on_gpu and meter.latest and (reason := starved(meter.latest)):
+            log.warning(reason)
         position.epoch, position.batch = position.epoch + 1, 0
         self.evaluate()
         self.commit()

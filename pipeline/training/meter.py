@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,10 @@ POINTS_PER_EPOCH = 50
 """Points of a loss curve per epoch; each is the mean over the steps since the last one, and over all workers."""
 
 
+BUSY = 0.9
+"""Share of the time that a GPU should be busy."""
+
+
 class DivergedError(UserError):
     """The loss or its gradient is no longer finite; the message names the batch.
 
@@ -31,6 +35,21 @@ class DivergedError(UserError):
     def __init__(self, message: str, step: int = 0, keys: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.step, self.keys = step, list(keys)
+
+
+def starved(metrics: Mapping[str, float]) -> str:
+    """What keeps a GPU waiting during training, in words; "" where it is busy for 90 % of the time.
+
+    Args:
+        metrics: that :meth:`Meter.read` gave on a GPU, whose shares are then times of the GPU.
+    """
+    busy, data = metrics["forward_share"] + metrics["backward_share"], metrics["data_wait_share"]
+    if busy >= BUSY:
+        return ""
+    line = f"the GPU was busy {busy:.0%} of the last steps; "
+    if data >= (1 - busy) / 2:
+        return f"{line}data takes {data:.0%}: more CPUs a GPU, a smaller student.input_size, or the cache nearer to it"
+    return f"{line}launching its work takes most of the rest: a larger train.batch_size, or train.compile=true"
 
 
 class Stopwatch:

@@ -5,6 +5,7 @@
     <folder>/best/<checkpoint>/state.pt               the best by `train.best_metric`
     <folder>/diverged-step-<step>.pt   what a loss that is not finite left: keys, weights, optimiser
     <folder>/stop                      asks the workers to save and to end; SIGTERM writes it, the next start removes it
+    <folder>/refused                   why a worker cannot go on, though it were started again; the next start removes it
 
 Ray is imported inside functions only.
 """
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyarrow import fs
 
+from pipeline import logs
 from pipeline.config import TrainConfig, check_shares
 from pipeline.errors import UserError
-from pipeline.training.checkpoint import STATE_FILE, Snapshot, copied, keep_best, load_state
+from pipeline.training.checkpoint import STATE_FILE, Snapshot, copied, keep_best, load_state, open_folder
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.stopping import STOP_FILE, StopFile, on_sigterm
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
 
 RETRIES = 3
 """Failures of a worker that a run survives; nodes that are taken away are not counted."""
+
+REFUSED_FILE = "refused"
+
+_ENDINGS: dict[str, type[BaseException]] = {"diverged": DivergedError, "stopped": StoppedError, "refused": UserError}
+"""What ends a training early, by what the workers return: what they raise makes Ray Train start them again."""
 
 
 def fit(
@@ -50,7 +57,7 @@ def fit(
 
     Args:
         make_task: called in every worker with `payload`, the number of a share of the global batch and of all shares.
-        folder: where checkpoints go: an absolute path or URI, shared by all nodes.
+        folder: where checkpoints go, as :func:`checkpoint_folder` gives it: seen by all nodes.
         on_commit: called in Ray Train's controller with the metrics that a registered checkpoint commits, and its path.
 
     Returns:
@@ -61,12 +68,13 @@ def fit(
         StoppedError: after SIGTERM, when the checkpoint is registered.
         UserError: as a worker raised it, or where workers cannot share the batch equally.
     """
-    from ray.train import WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     shares = _shares(config, folder)
-    stop = StopFile(*fs.FileSystem.from_uri(f"{folder}/{STOP_FILE}"))
-    stop.remove()
+    filesystem, path = open_folder(folder)
+    stop = StopFile(filesystem, f"{path}/{STOP_FILE}")
+    for left in (stop, StopFile(filesystem, f"{path}/{REFUSED_FILE}")):
+        left.remove()
     worker_loop: Any = _train_worker  # whose annotations Ray Train finds too narrow
     trainer = TorchTrainer(
         worker_loop,
@@ -75,29 +83,23 @@ def fit(
             "payload": payload,
             "config": config.model_dump(),
             "shares": shares,
+            "log": logs.fields(),
         },
         scaling_config=_scaling(config, shares),
         run_config=_run_config(config, folder, on_commit),
     )
-    try:
-        with on_sigterm(stop.write):
-            result: Any = trainer.fit()  # of Ray Train v2, whose class its annotations do not name
-    except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps it, with its traceback as text
-            if isinstance(cause, UserError):
-                raise cause from error
-        raise
+    with on_sigterm(stop.write):
+        result: Any = trainer.fit()  # of Ray Train v2, whose class its annotations do not name
     if result.return_value is not None:
         kind, message = result.return_value
-        raise (DivergedError if kind == "diverged" else StoppedError)(message)
+        raise _ENDINGS[kind](message)
     checkpoint: Checkpoint = result.checkpoint
     return checkpoint
 
 
 def _shares(config: TrainConfig, folder: str) -> int:
     """Shares of the global batch: those that this run started with, or as many as it may have workers."""
-    filesystem, path = fs.FileSystem.from_uri(folder)
+    filesystem, path = open_folder(folder)
     file = f"{path}/shares"
     if filesystem.get_file_info(file).type == fs.FileType.File:
         with filesystem.open_input_stream(file) as stream:
@@ -146,10 +148,12 @@ def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, 
                 keep_best(checkpoint.filesystem, checkpoint.path)
             on_commit(metrics[0]["history"], checkpoint and checkpoint.path)
 
-    storage, name = folder.rstrip("/").rsplit("/", 1)
+    filesystem, path = open_folder(folder)
+    storage, name = path.rsplit("/", 1)
     return ray_train.RunConfig(
         name=name,
         storage_path=storage,
+        storage_filesystem=filesystem,
         checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
         failure_config=ray_train.FailureConfig(max_failures=RETRIES),
         callbacks=[Commit()],
@@ -161,6 +165,29 @@ def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     import ray.train
 
     logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; below it Ray Train prints every report in full
+    logs.configure_worker()
+    logs.enter(**{**loop["log"], "stage": "train"})
+    refused = StopFile(*_place(REFUSED_FILE))
+    if refused.exists():
+        return "refused", refused.read()
+    try:
+        _train(loop)
+    except DivergedError as error:
+        return "diverged", str(error)
+    except StoppedError as error:
+        return "stopped", str(error)
+    except UserError as error:
+        if ray.train.get_context().get_world_size() == 1:
+            return "refused", str(error)
+        # The others wait for this one: it fails, and all that are started again find the reason.
+        refused.write(str(error))
+        raise
+    return None
+
+
+def _train(loop: dict[str, Any]) -> None:
+    import ray.train
+
     worker = _make_worker(loop["shares"])
     own, every = worker.own_shares, worker.all_shares
     others = [loop["make_task"](loop["payload"], share, every) for share in own[1:]]
@@ -172,14 +199,7 @@ def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     if checkpoint:
         with checkpoint.as_directory() as directory:
             state = load_state(directory)
-    try:
-        train(task, TrainConfig(**loop["config"]), worker, state, _Reporter(), others)
-    except DivergedError as error:
-        # Returned, not raised: Ray Train would start again from the last checkpoint, into the same loss.
-        return "diverged", str(error)
-    except StoppedError as error:
-        return "stopped", str(error)
-    return None
+    train(task, TrainConfig(**loop["config"]), worker, state, _Reporter(), others)
 
 
 def _make_worker(shares: int) -> Worker:

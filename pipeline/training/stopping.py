@@ -23,9 +23,15 @@ class StopFile:
     def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
         self.filesystem, self.path = filesystem, path
 
-    def write(self) -> None:
+    def write(self, reason: str = "") -> None:
         """Ask them to."""
-        self.filesystem.open_output_stream(self.path).close()
+        with self.filesystem.open_output_stream(self.path) as stream:
+            stream.write(reason.encode())
+
+    def read(self) -> str:
+        """Why they are asked to."""
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return str(stream.read().decode())
 
     def exists(self) -> bool:
         """Whether they are asked to."""

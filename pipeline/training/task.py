@@ -82,7 +82,7 @@ def split_batch(batch: Any, pieces: int) -> list[Any]:
     """A batch in `pieces` whose sizes differ by one image at most.
 
     Args:
-        batch: a dataclass whose tensors and lists, and mappings of them, all have one entry an image first.
+        batch: a dataclass or NamedTuple whose tensors and lists, and mappings of them, all have one entry an image first.
     """
     images = len(batch.keys)
     pieces = min(pieces, images)
@@ -93,6 +93,8 @@ def split_batch(batch: Any, pieces: int) -> list[Any]:
 def _cut(value: Any, part: slice) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: _cut(getattr(value, field.name), part) for field in fields(value)})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_cut(item, part) for item in value))
     if isinstance(value, Mapping):
         return {name: _cut(item, part) for name, item in value.items()}
     return value[part] if isinstance(value, Tensor | list) else value

@@ -54,13 +54,13 @@ def test_the_example_gives_the_features_of_its_sample_ids(cache, library):
     np.testing.assert_allclose(names["patches"], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "float16-zstd", "int8-zstd"])
 def test_the_documented_decoder_knows_every_number_format(codec):
-    from pipeline.cache.codec import TokenCodec
+    from pipeline.cache.codec import Codec
 
     names = {}
     exec(DECODE, names)
-    tokens = TokenCodec(codec, (2, 3, 8))
+    tokens = Codec.parse(codec).tokens({"patches": (2, 3, 8)}, None)["patches"]
     rows = tokens.encode(torch.randn(5, 2, 3, 8))
     assert np.array_equal(names["decode"](rows, (2, 3, 8), codec), tokens.decode(torch.from_numpy(rows)).numpy())
 

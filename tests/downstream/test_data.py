@@ -1,18 +1,24 @@
 """What is wrong with the data is named before anything is trained; what is merely odd is dealt with."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from pipeline.config import load_config
 from pipeline.downstream.coco import CocoImages
-from pipeline.downstream.images import LabelledImages
+from pipeline.downstream.images import LabelledImages, open_labelled
 from pipeline.downstream.masks import IGNORE, MaskedImages, open_masked, read_classes
 from pipeline.errors import UserError
 from pipeline.sources import open_source
 from tests.downstream.drawings import CLASSES, SIDE, write_set
+from tests.fakes import write_photos
 
 CLASS_NAMES = ("background", *CLASSES)
 
@@ -201,3 +207,29 @@ def test_rows_arrive_in_the_order_that_was_asked_for(drawn):
     data = LabelledImages(open_source(str(drawn / "classes"), split="train"))
     for row, image in zip([2, 0, 3], data.images([2, 0, 3]), strict=True):
         assert np.array_equal(np.array(image), np.array(Image.open(drawn / "classes" / data.key(row))))
+
+
+def test_class_folders_tars_and_parquet_hold_the_same_labelled_images(tmp_path):
+    write_photos(tmp_path / "folder", 12)
+    files = sorted((tmp_path / "folder").rglob("*.jpg"))
+    classes = sorted({file.parent.name for file in files})
+    labels = [classes.index(file.parent.name) for file in files]
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as shard:
+        for number, (file, label) in enumerate(zip(files, labels, strict=True)):
+            for ending, content in (("jpg", file.read_bytes()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    table = pa.table({"image": [{"bytes": file.read_bytes(), "path": file.name} for file in files], "label": labels})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=5)
+
+    folder, tar, parquet = (
+        open_labelled(load_config(None, [f"data.train={tmp_path / name}"]), "train")
+        for name in ("folder", "shard-0.tar", "rows.parquet")
+    )
+    rows = [7, 0, 11, 3]
+    expected = [np.asarray(image) for image in folder.images(rows)]
+    for other in (tar, parquet):
+        assert other.labels.tolist() == folder.labels.tolist() == labels
+        for image, pixels in zip(other.images(rows), expected, strict=True):
+            assert np.array_equal(np.asarray(image), pixels)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pipeline.downstream.base import Part
-from pipeline.downstream.task import FinetuneTask, load_model, save_model
+from pipeline.downstream.saved import finished_model, load_model
+from pipeline.downstream.task import FinetuneTask
 from pipeline.training import Worker, train
 
 OVERFIT = ["train.batch_size=8", "train.warmup_epochs=2", "train.ema_decay=0", "train.weight_decay=0"]
@@ -29,7 +30,7 @@ def test_eight_images_are_learned_by_heart(name, make_job, tmp_path):
     snapshots = []
     train(task, job.config.train, Worker(), None, snapshots.append)
     task.module.load_state_dict(snapshots[-1].state["ema"])
-    save_model(task.module, job, task.train.classes, tmp_path / "model")
+    finished_model(task.module, job, task.train.classes).save(tmp_path / "model")
     saved = load_model(tmp_path / "model")
     report = saved.kind.evaluate(saved.model, task.val, job.config, Part())
     assert {metric: report.metrics[metric] >= least for metric, least in expected.items()} == dict.fromkeys(

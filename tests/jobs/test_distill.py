@@ -68,6 +68,25 @@ def test_a_job_is_a_run_with_two_phases(first, client, phases):
     assert "config.yaml" in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
+def test_the_student_is_registered_with_its_lineage_and_the_run_tells_of_it(first, client, phases):
+    figures = first.figures
+    parent, name = client.get_run(figures["mlflow_run_id"]), figures["registered"].split("/")[1]
+    version = client.get_model_version(name, "1")
+    assert figures["registered"] == f"models:/{name}/1"
+    assert version.run_id == phases["distill"].info.run_id
+    assert (version.tags["teachers"], version.tags["licences"]) == ("colours8, hog", "none")
+    assert float(version.tags["score"]) == pytest.approx(figures["knn_after"], rel=1e-4)
+    assert len(version.tags["cache"].splitlines()) == 4
+    assert version.tags["manifests"] == f"runs:/{phases['precompute'].info.run_id}/manifests"
+    note = parent.data.tags["mlflow.note.content"]
+    assert f"[{figures['registered']}](#/models/{name}/versions/1)" in note
+    assert "| hog | pretrained | 1.0 |" in note
+    assert f"runs/{parent.info.run_id})" in phases["distill"].data.tags["mlflow.note.content"]
+    assert parent.info.run_name.startswith(
+        f"{name.removesuffix('-student')}-distill regla_t from tests.fakes:colours+hog"
+    )
+
+
 def test_precompute_logs_where_the_cache_came_from(client, phases):
     run = phases["precompute"]
     assert run.data.metrics["shards_computed"] == 8
@@ -120,7 +139,7 @@ def test_the_student_says_what_it_comes_from_wherever_it_is(first):
     uri = f"sqlite:///{first.folder}/work/mlflow.db"
     folder = next(first.folder.glob("work/runs/*/student"))
     for student in (first.figures["model_uri"], str(folder)):
-        encoder, name, size, _, origin = load_any(student, tracking_uri=uri)
+        encoder, name, size, _, origin, _ = load_any(student, tracking_uri=uri)
         assert (name, size) == ("regla_t", 32)
         assert isinstance(encoder, Encoder)
         assert [teacher["name"] for teacher in origin["teachers"]] == ["colours8", "hog"]

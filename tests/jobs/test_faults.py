@@ -16,7 +16,7 @@ from pipeline.cache.store import Store
 from pipeline.config import load_config
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process
 from tests.faults import content, listed
-from tests.nodes import cluster, descendants, kill, start_job, wait_until
+from tests.nodes import cluster, kill, running, start_job, wait_until
 
 SHARDS = 4
 
@@ -114,11 +114,6 @@ def test_a_cache_below_a_file_is_refused_before_a_teacher_is_loaded(tmp_path, ar
     assert line.endswith(": Not a directory")
 
 
-def _running(what, *nodes):
-    """Processes of Ray on these nodes whose title says what they do."""
-    return [pid for node in nodes for pid, title in descendants(node.process.pid).items() if f"({what})" in title]
-
-
 def test_two_jobs_on_one_cache_outlast_the_kill_of_worker_actor_node_and_driver(tmp_path, arguments, undisturbed):
     cache, logs, draw = tmp_path / "cache", [tmp_path / "log0", tmp_path / "log1"], random.Random(0)
     gate = tmp_path / "gate"  # closed, the teacher answers for one shard and no more
@@ -129,11 +124,11 @@ def test_two_jobs_on_one_cache_outlast_the_kill_of_worker_actor_node_and_driver(
         def seen(found):
             return wait_until(lambda: found() or not all(job.is_alive() for job in jobs))
 
-        kill(draw.choice(seen(lambda: _running("Ingest", head, second))))
-        seen(lambda: _teacher_shards(cache) and _running("Extract", head, second))
+        kill(draw.choice(seen(lambda: running("(Ingest)", head, second))))
+        seen(lambda: _teacher_shards(cache) and running("(Extract)", head, second))
         assert len(_teacher_shards(cache)) == 1
         finished = content(cache)
-        kill(draw.choice(_running("Extract", head, second)))
+        kill(draw.choice(running("(Extract)", head, second)))
         for victim in draw.sample([second, jobs[0]], 2):
             time.sleep(draw.uniform(0, 0.2))
             victim.kill()

@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 
 from jobs import finetune
 from jobs._downstream import evaluate_saved
+from pipeline.downstream.saved import load_model
 from tests.downstream.conftest import SMALL
 
 ARGUMENTS = [*SMALL, "name=seg", "finetune.task=segment", "train.epochs=1", "train.workers=2"]
@@ -26,10 +27,13 @@ def test_two_workers_fine_tune_a_model_that_keeps_its_scores(tmp_path, job):
     assert len(client.get_metric_history(child.info.run_id, "loss")) == 2
     logged = {file.path for file in client.list_artifacts(child.info.run_id, "evaluation")}
     assert {"evaluation/per_class.csv", "evaluation/confusion.png", "evaluation/pictures"} <= logged
-    for model in (figures["model_uri"], figures["model"]):
+    for model in ("models:/seg-segment@best", figures["model"]):
         _, evaluated = job(partial(evaluate_saved, "segment"), *arguments, f"evaluate.model={model}")
         assert evaluated["miou"] == pytest.approx(figures["miou"], abs=1e-3)
-    assert Path(figures["model"], "model.safetensors").is_file()
+    assert figures["registered"] == "models:/seg-segment/1"
+    assert client.get_model_version_by_alias("seg-segment", "best").tags["metric"] == "miou"
+    origin = load_model(Path(figures["model"])).provenance
+    assert (origin["data"][0]["images"], origin["metrics"]["miou"]) == (8, figures["miou"])
 
 
 def test_a_mistake_is_named_before_anything_is_trained(tmp_path, refused):

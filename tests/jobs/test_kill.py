@@ -16,6 +16,7 @@ from tests.fakes import SMALL_JOB, colours_entry, images_seen
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DELAY = 0.7
+TEACHER = "cache/*/views/full/teachers/*"
 
 
 @pytest.fixture
@@ -41,14 +42,16 @@ def arguments(tmp_path, job_folder):
 @pytest.mark.usefixtures("ray_session")
 def test_what_a_killed_job_committed_is_not_done_again(tmp_path, arguments, job_folder, job):
     calls = tmp_path / "calls"
-    _kill_when(arguments, lambda: list(job_folder.glob("cache/*/views/full/teachers/*/shard-*.json")), calls)
-    committed = set(job_folder.glob("cache/*/views/full/teachers/*/shard-*"))
+    kill_when("distill.py", arguments, lambda: list(job_folder.glob(f"{TEACHER}/shard-*.json")), tmp_path)
+    _wait_until_still(calls)
+    committed = set(job_folder.glob(f"{TEACHER}/shard-*"))
     left = 4 - len([path for path in committed if path.suffix == ".json"])
     assert 0 < left < 4
     times = {path: path.stat().st_mtime_ns for path in committed}
     seen = images_seen(calls)
 
-    _kill_when(arguments, lambda: list(job_folder.glob("runs/*/train/checkpoint-0001-*")), calls)
+    kill_when("distill.py", arguments, lambda: list(job_folder.glob("runs/*/train/checkpoint-0001-*")), tmp_path)
+    _wait_until_still(calls)
     assert images_seen(calls) - seen == 48 * left
     assert {path: path.stat().st_mtime_ns for path in committed} == times
     (run,) = (job_folder / "runs").iterdir()
@@ -73,11 +76,11 @@ def _check_curves(client, known):
     assert [point.value for point in history["samples_seen"]] == list(range(24, 1153, 24))
 
 
-def _kill_when(arguments, reached, calls):
-    """Start the job in a process of its own, and SIGKILL it once `reached()`."""
-    job = [sys.executable, REPOSITORY / "jobs/distill.py", *arguments]
+def kill_when(name, arguments, reached, folder):
+    """Start a job of `jobs/` in a process of its own, in this folder, and SIGKILL it once `reached()`."""
+    job = [sys.executable, REPOSITORY / "jobs" / name, *arguments]
     with subprocess.Popen(
-        job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, cwd=calls.parent
+        job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, cwd=folder
     ) as process:
         deadline = time.monotonic() + 120
         while not reached():
@@ -85,7 +88,6 @@ def _kill_when(arguments, reached, calls):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
-    _wait_until_still(calls)
 
 
 def _wait_until_still(calls):

@@ -10,7 +10,7 @@ import torch
 
 import pipeline.student  # noqa: F401
 from pipeline.errors import UserError
-from pipeline.export import OPSET, export_coreml, export_onnx
+from pipeline.shipping.graphs import OPSET, export_coreml, export_onnx
 
 SIZES = [(1, 64, 64), (3, 97, 130), (2, 224, 224)]
 

@@ -16,19 +16,26 @@ OPSET = 18
 INPUT, OUTPUT = "image", "output"
 
 
-def export_onnx(model: nn.Module, path: Path | str, example: Tensor, dynamic: Sequence[int] = (0, 2, 3)) -> Path:
+def export_onnx(
+    model: nn.Module,
+    path: Path | str,
+    example: Tensor,
+    dynamic: Sequence[int] = (0, 2, 3),
+    outputs: Sequence[str] = (OUTPUT,),
+) -> Path:
     """Write ``model`` as one ONNX file (opset 18, weights inside).
 
     Args:
-        model: in eval mode, best in its inference form; one image tensor in, one tensor out.
+        model: in eval mode, best in its inference form; one image tensor in, one tensor or a tuple of them out.
         path: of the file.
         example: images (B, C, H, W) as the model takes them; B >= 2 and H different from W keep the exporter from
             taking two open sides for one.
         dynamic: sides that are left open; with none, the file takes the shape of ``example`` alone, which lets a
             runtime fold more of it.
+        outputs: their names.
 
     Returns:
-        ``path``. The input is named ``image``, the output ``output``.
+        ``path``. The input is named ``image``.
 
     Raises:
         UserError: the model is in training mode.
@@ -42,7 +49,7 @@ def export_onnx(model: nn.Module, path: Path | str, example: Tensor, dynamic: Se
             opset_version=OPSET,
             dynamic_shapes=(dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC),) if dynamic else None,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=list(outputs),
             verbose=False,
         )
         assert program is not None
@@ -54,7 +61,7 @@ def export_torch(model: nn.Module, path: Path | str, example: Tensor, dynamic: S
     """Write ``model`` as a program of torch.export (``.pt2``), which torch loads without its code.
 
     Args:
-        model: in eval mode, best in its inference form; one image tensor in, one tensor out.
+        model: in eval mode, best in its inference form; one image tensor in, one tensor or a tuple of them out.
         path: of the file.
         example: images (B, C, H, W) as the model takes them, as for :func:`export_onnx`.
         dynamic: sides that are left open, height and width from 33 pixels on.
@@ -75,7 +82,7 @@ def export_torch(model: nn.Module, path: Path | str, example: Tensor, dynamic: S
     return Path(path)
 
 
-def export_coreml(model: nn.Module, path: Path | str, example: Tensor) -> Path:
+def export_coreml(model: nn.Module, path: Path | str, example: Tensor, outputs: Sequence[str] = (OUTPUT,)) -> Path:
     """Write ``model`` as a Core ML package (ML program, float16, iOS 17 and later) for the shape of ``example``.
 
     Phones plan their neural engine for a fixed shape, so nothing is left open.
@@ -84,9 +91,10 @@ def export_coreml(model: nn.Module, path: Path | str, example: Tensor) -> Path:
         model: in eval mode, best in its inference form.
         path: of the folder, ending in ``.mlpackage``.
         example: images (B, C, H, W) as the model takes them.
+        outputs: their names.
 
     Returns:
-        ``path``. The input is named ``image``, the output ``output``.
+        ``path``. The input is named ``image``.
 
     Raises:
         UserError: ``coremltools`` is not installed, or the model is in training mode.
@@ -100,7 +108,7 @@ def export_coreml(model: nn.Module, path: Path | str, example: Tensor) -> Path:
     package = ct.convert(
         program,
         inputs=[ct.TensorType(name=INPUT, shape=tuple(example.shape))],
-        outputs=[ct.TensorType(name=OUTPUT)],
+        outputs=[ct.TensorType(name=name) for name in outputs],
         minimum_deployment_target=ct.target.iOS17,
     )
     package.save(str(path))

@@ -1,0 +1,87 @@
+"""What is a distilled backbone worth afterwards? Fine-tuned from it, from scratch, and with it frozen; and other backbones.
+
+    python benchmarks/downstream.py recipes/segment.yaml data.train=images/train data.val=images/val \
+        --student work/runs/<run>/student --others iformer_t --seeds 0 1 2
+
+Every run is a `jobs/finetune.py` of the recipe, in one Ray session, with equal schedules and samples; `scratch` is the
+student's own architecture. Finished runs are kept in `--results` and not repeated. Prints the mean and the standard
+deviation over the seeds of every metric on the held-out images, and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.config import load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fine-tune what is not in the results file yet, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("items", nargs="+", help="a recipe of jobs/finetune.py and overrides")
+    parser.add_argument("--student", type=Path, required=True, help="an exported, distilled student")
+    parser.add_argument("--others", nargs="*", default=[], help="timm names trained from scratch beside it")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=Path("work/downstream.jsonl"), help="where runs are kept")
+    options = parser.parse_args(arguments)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    described = json.loads((options.student / "student.json").read_text())
+    student = str(options.student.resolve())
+    starts = {
+        "scratch": [f"finetune.student={described['model']}"],
+        "distilled": [f"finetune.student={student}"],
+        "frozen": [f"finetune.student={student}", "finetune.frozen=true"],
+        **{name: [f"finetune.student={name}"] for name in options.others},
+    }
+    rows = [
+        _run(options.items, start, overrides, seed, options.results)
+        for seed in options.seeds
+        for start, overrides in starts.items()
+    ]
+    print(json.dumps(_report(rows)))
+
+
+def _run(items: Sequence[str], start: str, overrides: Sequence[str], seed: int, results: Path) -> dict[str, Any]:
+    run = {"recipe": " ".join([*items, *overrides]), "start": start, "seed": seed}
+    lines = results.read_text().splitlines() if results.exists() else []
+    for row in map(json.loads, lines):
+        if run.items() <= row.items():
+            return dict(row)
+    from jobs.finetune import main as finetune
+    from pipeline.ray_session import connect
+
+    recipe, *others = items
+    config = load_config(recipe, [*others, *overrides, f"seed={seed}", f"name={start}-{seed}"])
+    started = time.perf_counter()
+    with connect():
+        figures = finetune(config, False)
+    row = {**run, "figures": figures, "seconds": round(time.perf_counter() - started)}
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Print the table; the mean of every metric by start."""
+    metrics = [name.removesuffix("_before") for name in rows[0]["figures"] if name.endswith("_before")]
+    print(f"{'start':<12}" + "".join(f"{name:>22}" for name in metrics))
+    means: dict[str, Any] = {}
+    for start in dict.fromkeys(row["start"] for row in rows):
+        values = {name: [row["figures"][name] for row in rows if row["start"] == start] for name in metrics}
+        spread = {name: stdev(found) if len(found) > 1 else 0.0 for name, found in values.items()}
+        means[start] = {name: round(mean(found), 3) for name, found in values.items()}
+        print(f"{start:<12}" + "".join(f"{f'{means[start][name]:.2f} ± {spread[name]:.2f}':>22}" for name in metrics))
+    return means
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,471 @@
+"""What does each fault of a cluster cost? Three Ray nodes on loopback, one fault at a time, several times each.
+
+    python benchmarks/faults.py --times 3
+    python benchmarks/faults.py --times 1 --only 'node lost'
+
+Extraction is `jobs/precompute.py` on four shards of a slow teacher; its result, the rows of every shard by SHA-256, must be
+that of a cache that was filled without Ray. Training is Ray Train with two workers around a small task that writes down every
+batch; its loss by step, as committed, must be that of the run that was left alone. Lost is what was computed more than
+once: images, or steps. Recovery lasts from the fault to the next shard that is committed, or batch that is begun, and
+includes whatever was on the way. A job that ends is started again by the same command. Nodes that are lost are replaced.
+Pretended: the clock jumps for all processes of the nodes and the job through a preloaded library (`benchmarks/clock.c`,
+which needs a C compiler), and a full object store is one that another job fills.
+Prints a table and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pyarrow import fs
+
+from jobs._cli import DEFAULT_RECIPE, grid
+from pipeline.cache.build import plan_cache
+from pipeline.cache.store import Store
+from pipeline.config import TrainConfig, load_config
+from tests.cache.s3_endpoint import S3Endpoint
+from tests.fakes import SMALL_JOB, colours_entry, fill_in_process, images_seen
+from tests.faults import FORK, content
+from tests.nodes import RAY, Node, cluster, descendants, kill, running, start_job
+from tests.tiny_task import STEPS, lines, make_tiny_task
+
+IMAGES, EPOCHS, WORKERS = 192, 4, 2
+PATIENCE_S = 600.0
+PLAIN = {"dropout": 0.0, "batch_norm": False}
+TRAINING = TrainConfig(epochs=EPOCHS, batch_size=8, workers=WORKERS, checkpoint_steps=2, warmup_epochs=0)
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Bench:
+    """The cluster, and where jobs work.
+
+    Attributes:
+        nodes: the head and two more.
+        folder: of everything.
+        draw: of victims and moments.
+        store: an S3 endpoint that can be made to fail.
+    """
+
+    nodes: list[Node]
+    folder: Path
+    draw: random.Random
+    store: S3Endpoint | None = None
+
+    @property
+    def address(self) -> str:
+        """Of the head."""
+        return self.nodes[0].address
+
+    def calm(self) -> None:
+        """End faults that last: of the store, and of the clock."""
+        if self.store:
+            self.store.fault = lambda method, path: None
+            self.store.released.set()
+        if (self.folder / "clock").exists():
+            _set_clock(self.folder, 0)
+
+    def replace(self, number: int) -> None:
+        """Kill a node as a whole, and start another in its place."""
+        self.nodes[number].kill()
+        self.nodes[number] = Node(4, self.address)
+
+
+class Extraction:
+    """One `jobs/precompute.py` on an empty cache."""
+
+    unit = "images"
+
+    def __init__(self, bench: Bench, number: int, uri: str = "") -> None:
+        self.bench, self.folder = bench, bench.folder / f"extract-{number}"
+        self.folder.mkdir()
+        self.calls, self.cache = self.folder / "calls", self.folder / "cache"
+        self.uri = uri
+        self.arguments = [
+            *extraction_arguments(bench.folder / "work", self.calls),
+            f"cache.uri={uri or self.cache}",
+            f"name=faults-{number}",
+        ]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        self.process = start_job(self.arguments, self.bench.address, self.folder / "log")
+
+    def progress(self) -> int:
+        """Shards of images and of teachers that are committed, or requests to the store."""
+        if self.uri and self.bench.store:
+            return len(self.bench.store.requests)
+        return len(list(self.cache.glob("*/views/full/**/shard-*.json")))
+
+    def begun(self) -> bool:
+        """Whether the teacher is at work."""
+        return images_seen(self.calls) > 0
+
+    def lost(self) -> int:
+        """Images that a teacher was asked about more than once."""
+        return images_seen(self.calls) - IMAGES
+
+    def result(self) -> Any:
+        """Rows of every shard, by hash."""
+        if self.uri and self.bench.store:
+            remote = fs.S3FileSystem(endpoint_override=self.bench.store.url.removeprefix("http://"), scheme="http")
+            fs.copy_files(self.uri.removeprefix("s3://"), str(self.cache), source_filesystem=remote)
+        return content(self.cache)
+
+
+class Training:
+    """One run of Ray Train with two workers."""
+
+    unit = "steps"
+
+    def __init__(self, bench: Bench, number: int) -> None:
+        self.bench, self.folder = bench, bench.folder / f"train-{number}"
+        self.folder.mkdir()
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        self.process = FORK.Process(target=_train, args=(self.bench.address, str(self.folder)), daemon=True)
+        self.process.start()
+
+    def progress(self) -> int:
+        """Batches that were begun."""
+        return sum(len(lines(self.folder, "batches", rank)) for rank in range(WORKERS) if self._has(rank))
+
+    def _has(self, rank: int) -> bool:
+        return (self.folder / f"batches-{rank}").exists()
+
+    def begun(self) -> bool:
+        """Whether it is behind its second checkpoint."""
+        return self.progress() > WORKERS * (STEPS + 1)
+
+    def lost(self) -> int:
+        """Steps that were computed more than once, as the mean over the shares."""
+        return round(self.progress() / WORKERS) - STEPS * EPOCHS
+
+    def result(self) -> Any:
+        """Loss of every step as it was committed."""
+        points = [tuple(json.loads(line)) for line in (self.folder / "committed").read_text().splitlines()]
+        return {step: round(loss, 4) for step, loss in points}
+
+
+Job = Extraction | Training
+
+
+def extraction_arguments(work: Path, calls: Path) -> list[str]:
+    """A job of four shards of two seconds each."""
+    teacher = colours_entry(calls, dim=16, delay=1.0)
+    return [*SMALL_JOB, "cache.batch_size=24", "cache.codec=int8", f"work={work}", f"teachers=[{teacher}]"]
+
+
+def _train(address: str, folder: str) -> None:
+    os.environ["RAY_ADDRESS"] = address
+    with Path(folder, "log").open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from pipeline.ray_session import connect
+    from pipeline.training import StoppedError, fit
+
+    def commit(history: list[tuple[int, dict[str, float]]], checkpoint: str | None) -> None:
+        with Path(folder, "committed").open("a") as file:
+            file.writelines(json.dumps([step, m["loss"]]) + "\n" for step, m in history if "loss" in m)
+
+    payload = {"folder": folder, **PLAIN, "delay": 0.7}
+    with connect():
+        try:
+            fit(make_tiny_task, payload, TRAINING, f"{folder}/train", commit)
+        except StoppedError:
+            sys.exit(130)
+
+
+Fault = Callable[[Bench, Job], None]
+
+
+def _kill(what: str) -> Fault:
+    def fault(bench: Bench, job: Job) -> None:
+        kill(bench.draw.choice(_until(lambda: running(what, *bench.nodes), job)))
+
+    return fault
+
+
+def _busy(bench: Bench) -> int:
+    """Number of a node, but the head, on which something is at work."""
+    busy = [n for n in (1, 2) if running("(Extract)", bench.nodes[n]) or running("RayTrainWorker", bench.nodes[n])]
+    return bench.draw.choice(busy or [1, 2])
+
+
+def _lose_node(bench: Bench, job: Job) -> None:
+    bench.replace(_busy(bench))
+
+
+def _kill_raylet(bench: Bench, job: Job) -> None:
+    number = _busy(bench)
+    for victim in running("raylet/raylet", bench.nodes[number]):
+        kill(victim)
+    time.sleep(1)
+    bench.replace(number)
+
+
+def _stall(bench: Bench, job: Job) -> None:
+    """A node does nothing for eight seconds."""
+    node = bench.nodes[_busy(bench)]
+    below = [node.process.pid, *descendants(node.process.pid)]
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in below:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(8 if number == signal.SIGSTOP else 0)
+
+
+def _preempt(bench: Bench, job: Job) -> None:
+    """The notice that a node will be taken away in ten seconds, and then it is."""
+    number = _busy(bench)
+    node_id = _node_ids(bench)[number]
+    reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=10"]
+    command = [RAY, "drain-node", f"--address={bench.address}", f"--node-id={node_id}", *reason]
+    subprocess.run(command, check=True, capture_output=True)
+    time.sleep(10)
+    bench.replace(number)
+
+
+def _node_ids(bench: Bench) -> list[str]:
+    """Ids of the nodes in their order, which their raylets were given on the command line."""
+    return [
+        title.partition("--node_id=")[2].split()[0]
+        for node in bench.nodes
+        for title in descendants(node.process.pid).values()
+        if "raylet/raylet" in title and "--node_id=" in title
+    ]
+
+
+def _terminate(bench: Bench, job: Job) -> None:
+    os.kill(job.process.pid, signal.SIGTERM)
+
+
+def _kill_driver(bench: Bench, job: Job) -> None:
+    os.kill(job.process.pid, signal.SIGKILL)
+
+
+def _fill_object_store(bench: Bench, job: Job) -> None:
+    """Another job puts more into the object store of the head than it holds, and keeps it for ten seconds."""
+    filler = FORK.Process(target=_hold_objects, args=(bench.address,), daemon=True)
+    filler.start()
+    filler.join()
+
+
+def _hold_objects(address: str) -> None:
+    import numpy as np
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    held = [ray.put(np.ones(20 << 20, np.uint8)) for _ in range(8)]
+    time.sleep(10)
+    del held
+
+
+def _set_clock(folder: Path, seconds: int) -> None:
+    with (folder / "clock").open("r+b") as file:  # which the processes have mapped
+        file.write(struct.pack("q", seconds))
+
+
+def _jump(seconds: int) -> Fault:
+    def fault(bench: Bench, job: Job) -> None:
+        _set_clock(bench.folder, seconds)
+
+    return fault
+
+
+def _fail_store(bench: Bench, job: Job) -> None:
+    """One request in six fails from here on (5xx, resets, bodies cut short), and one is held for its whole timeout."""
+    rng, stalls = random.Random(0), iter(["stall"])
+
+    def fault(method: str, path: str) -> str | None:
+        if method == "GET" and (stall := next(stalls, None)):
+            return stall
+        return rng.choice(["SlowDown", "InternalError", "reset", "truncate"]) if rng.random() < 1 / 6 else None
+
+    assert bench.store is not None
+    bench.store.released.clear()
+    bench.store.fault = fault
+
+
+FAULTS: dict[str, tuple[type[Extraction] | type[Training], Fault]] = {
+    "extract: worker killed": (Extraction, _kill("(Ingest)")),
+    "extract: actor killed": (Extraction, _kill("(Extract)")),
+    "extract: raylet killed": (Extraction, _kill_raylet),
+    "extract: node lost": (Extraction, _lose_node),
+    "extract: node stalls 8 s": (Extraction, _stall),
+    "extract: object store full": (Extraction, _fill_object_store),
+    "extract: store fails and stalls": (Extraction, _fail_store),
+    "extract: clock jumps back 1 h": (Extraction, _jump(-3600)),
+    "extract: preemption notice": (Extraction, _preempt),
+    "extract: driver killed": (Extraction, _kill_driver),
+    "train: worker killed": (Training, _kill("RayTrainWorker")),
+    "train: raylet killed": (Training, _kill_raylet),
+    "train: node lost": (Training, _lose_node),
+    "train: node stalls 8 s": (Training, _stall),
+    "train: object store full": (Training, _fill_object_store),
+    "train: clock jumps ahead 1 h": (Training, _jump(3600)),
+    "train: preemption notice": (Training, _preempt),
+    "train: SIGTERM to the job": (Training, _terminate),
+    "train: driver killed": (Training, _kill_driver),
+}
+
+
+def _until(reached: Callable[[], Any], job: Job) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := reached()):
+        if time.monotonic() > deadline or job.process.exitcode not in (None, 0):
+            raise AssertionError(f"{(job.folder / 'log').read_text()[-3000:]}")
+        time.sleep(0.05)
+    return found
+
+
+def inject(bench: Bench, name: str, number: int) -> dict[str, Any]:
+    """Run the job of a fault with it; gives what was lost, how long recovery took, and the result."""
+    kind, fault = FAULTS[name]
+    if name == "extract: store fails and stalls":
+        job: Job = Extraction(bench, number, f"s3://regla/faults-{number}")
+    else:
+        job = kind(bench, number)
+    if "worker killed" not in name or kind is Training:
+        _until(job.begun, job)
+        time.sleep(bench.draw.uniform(0, 1))
+    started, restarts = time.monotonic(), 0
+    fault(bench, job)
+    stopped = time.monotonic()
+    if fault in (_terminate, _kill_driver):
+        job.process.join(PATIENCE_S)
+        job.start()
+        restarts += 1
+    before = job.progress()
+    while job.progress() <= before and job.process.is_alive():
+        time.sleep(0.05)
+    recovered = time.monotonic()
+    job.process.join(PATIENCE_S)
+    while job.process.exitcode != 0 and restarts < 3:
+        job.start()
+        job.process.join(PATIENCE_S)
+        restarts += 1
+    bench.calm()
+    if job.process.exitcode != 0:
+        raise AssertionError((job.folder / "log").read_text()[-3000:])
+    # What a fault takes by itself, as the ten seconds of a notice, is no recovery.
+    busy = stopped - started if fault in (_stall, _preempt, _fill_object_store) else 0.0
+    return {
+        "lost": job.lost(),
+        "recovered": max(0.0, recovered - started - busy),
+        "restarts": restarts,
+        "result": job.result(),
+    }
+
+
+@contextmanager
+def bench(seed: int) -> Iterator[Bench]:
+    """Three nodes, a store, and a folder."""
+    folder, store = Path(tempfile.mkdtemp(prefix="faults")), S3Endpoint()
+    (folder / "clock").write_bytes(struct.pack("q", 0))
+    library = folder / "clock.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-O2", "-o", library, REPOSITORY / "benchmarks/clock.c", "-ldl"], check=True
+    )
+    os.environ |= {
+        "LD_PRELOAD": str(library),
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONPATH": str(REPOSITORY),
+        "REGLA_CLOCK": str(folder / "clock"),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "AWS_ENDPOINT_URL": store.url,
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    address = {"endpoint_override": store.url.removeprefix("http://"), "scheme": "http"}
+    fs.S3FileSystem(**address, allow_bucket_creation=True).create_dir("regla")
+    try:
+        with cluster(4, 4, 4) as nodes:
+            yield Bench(nodes, folder, random.Random(seed), store)
+    finally:
+        store.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def undisturbed(bench: Bench) -> dict[type, Any]:
+    """What each kind of job gives when it is left alone; extraction without Ray."""
+    alone = bench.folder / "alone"
+    arguments = extraction_arguments(alone / "work", alone / "calls")
+    alone.mkdir()
+    fill_in_process(plan_cache(load_config(DEFAULT_RECIPE, arguments), Store.at(alone / "cache")), batch_size=24)
+    training = Training(bench, 0)
+    training.process.join(PATIENCE_S)
+    if training.lost() or training.process.exitcode:
+        raise AssertionError((training.folder / "log").read_text()[-3000:])
+    return {Extraction: content(alone / "cache"), Training: training.result()}
+
+
+def main() -> None:
+    """Inject every fault, several times."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="faults whose name this regular expression finds")
+    options = parser.parse_args()
+    names = [name for name in FAULTS if re.search(options.only, name)]
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with bench(options.seed) as made:
+        expected = undisturbed(made)
+        for number, name in enumerate(names * options.times, 1):
+            found = inject(made, name, number)
+            found["equal"] = found.pop("result") == expected[FAULTS[name][0]]
+            measured[name].append(found)
+            print(f"{name}: {found}", flush=True)
+    print(grid([_row(name, found) for name, found in measured.items()]))
+    figures = {name: {"times": len(found), **_figures(found)} for name, found in measured.items()}
+    print(json.dumps(figures))
+    sys.exit(not all(one["equal"] for found in measured.values() for one in found))
+
+
+def _figures(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "lost": [one["lost"] for one in found],
+        "recovery_s": [round(one["recovered"], 1) for one in found],
+        "restarts": [one["restarts"] for one in found],
+        "equal": all(one["equal"] for one in found),
+    }
+
+
+def _row(name: str, found: list[dict[str, Any]]) -> dict[str, str]:
+    lost, seconds = [one["lost"] for one in found], [one["recovered"] for one in found]
+    return {
+        "fault": name,
+        "times": str(len(found)),
+        "lost": f"{median(lost):g} (most {max(lost)}) {FAULTS[name][0].unit}",
+        "recovery": f"{median(seconds):.1f} s (most {max(seconds):.1f})",
+        "started again": str(sum(one["restarts"] for one in found)),
+        "result": "equal" if all(one["equal"] for one in found) else "DIFFERS",
+    }
+
+
+if __name__ == "__main__":
+    main()

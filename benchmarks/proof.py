@@ -1,0 +1,187 @@
+"""What does each part of the distillation bring? The same student, samples and seeds; labels alone, one teacher, all, ...
+
+    python benchmarks/proof.py recipes/photos.yaml data.train=train.parquet data.val=test.parquet data.name=cifar \
+        teachers.1.weights=mobilenetv2.safetensors train.epochs=6 --seeds 0 1 2
+
+Students of one seed start with equal weights and see equally many samples. Ray fills the caches, which the arms share;
+training runs in this process. A student is judged by kNN and by a linear probe on the frozen features of its averaged
+weights. Finished runs are kept in `--results` and not repeated. Prints a table with mean and standard deviation over the
+seeds, and each arm's difference to `all` with the standard error over the pairs of a seed; then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+
+from benchmarks.codec_students import make_task, plan_of, train_unjudged
+from pipeline.cache.dataset import Dataset
+from pipeline.config import Config, load_config
+from pipeline.evaluate.knn import embed, knn_accuracies
+from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
+
+Arm = Callable[[Config], Config]
+SCORES = ("knn", "linear")
+
+
+def changed(**sections: Any) -> Arm:
+    """An arm that differs from the recipe in some fields of these sections."""
+
+    def change(config: Config) -> Config:
+        return config.model_copy(
+            update={name: getattr(config, name).model_copy(update=fields) for name, fields in sections.items()}
+        )
+
+    return change
+
+
+def only(number: int) -> Arm:
+    """The recipe with one of its teachers."""
+    return lambda config: config.model_copy(update={"teachers": (config.teachers[number],)})
+
+
+def crops(count: int) -> Arm:
+    """Cached crops in place of whole images; fewer epochs, so that equally many samples are seen."""
+
+    def change(config: Config) -> Config:
+        epochs, warmup = config.train.epochs, config.train.warmup_epochs
+        if epochs % count:
+            raise SystemExit(f"train.epochs={epochs} is no multiple of {count} crops an image")
+        train = {"epochs": epochs // count, "warmup_epochs": warmup / count}
+        return changed(views={"crops": count}, train=train)(config)
+
+    return change
+
+
+ARMS: dict[str, Arm] = {
+    "labels": lambda config: config,
+    "teacher-0": only(0),
+    "teacher-1": only(1),
+    "all": lambda config: config,
+    "drop": changed(loss={"drop": 0.5}),
+    "phi_s": changed(loss={"standardise": "phi_s"}),
+    "crops-1": crops(1),
+    "crops-2": crops(2),
+    "int8": changed(cache={"codec": "int8"}),
+    "float16": changed(cache={"codec": "float16"}),
+    "heads-256": changed(student={"head_dim": 256}),
+    "heads-1024": changed(student={"head_dim": 1024}),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is not in the results file yet, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("items", nargs="+", help="a recipe and overrides, as for the jobs")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS)
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=Path("work/proof.jsonl"), help="where runs are kept")
+    options = parser.parse_args(arguments)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    recipe, *overrides = options.items
+    rows = [_run(recipe, overrides, arm, seed, options.results) for seed in options.seeds for arm in options.arms]
+    print(json.dumps(_report(rows)))
+
+
+def _run(recipe: str, overrides: Sequence[str], arm: str, seed: int, results: Path) -> dict[str, Any]:
+    run = {"recipe": " ".join([recipe, *overrides]), "arm": arm, "seed": seed}
+    lines = results.read_text().splitlines() if results.exists() else []
+    for row in map(json.loads, lines):
+        if run.items() <= row.items():
+            return dict(row)
+    started = time.perf_counter()
+    config = ARMS[arm](load_config(recipe, [*overrides, f"seed={seed}"]))
+    datasets = {split.split: split.dataset for split in plan_of(config).splits}
+    encoder = _labels_alone(config) if arm == "labels" else _distilled(config)
+    row = {**run, **_judge(encoder, datasets["train"], datasets["val"], config)}
+    row["seconds"] = round(time.perf_counter() - started)
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{arm} seed {seed}  kNN {row['knn']:.2f} %  linear {row['linear']:.2f} %  {row['seconds']} s", flush=True)
+    return row
+
+
+def _distilled(config: Config) -> nn.Module:
+    module: Any = train_unjudged(make_task(config), config.train)
+    encoder: nn.Module = module.student.encoder
+    return encoder
+
+
+def _labels_alone(config: Config) -> nn.Module:
+    """The backbone after classification with the augmentation of recipes/classify.yaml."""
+    from pipeline.downstream.job import plan_finetune, with_absolute_paths
+    from pipeline.downstream.task import FinetuneJob, FinetuneTask
+
+    class Unjudged(FinetuneTask):
+        def evaluate(self, module: nn.Module) -> dict[str, float]:
+            return {}
+
+        evaluate_raw = evaluate
+
+    mild = {"augment": None, "min_area": 0.5, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
+    config = changed(classify=mild)(with_absolute_paths(config))
+    with TemporaryDirectory() as folder:
+        plan_finetune(config).start.save(config.student.input_size, Path(folder, "start"))
+        task = Unjudged(FinetuneJob(config, Path(folder, "start"), Path(folder)))
+        module: Any = train_unjudged(task, config.train)
+    encoder: nn.Module = module.encoder
+    return encoder
+
+
+def _judge(encoder: nn.Module, train: Dataset, val: Dataset, config: Config) -> dict[str, float]:
+    """kNN and the best linear probe in percent, with all training images as the bank."""
+    settings, size = config.evaluate, config.student.input_size
+    (bank, labels), (queries, expected) = (
+        embed(encoder.eval(), split, size, config.knn.batch_size) for split in (train, val)
+    )
+    knn = knn_accuracies(bank, labels, queries, expected, [config.knn.k], config.knn.temperature)[config.knn.k]
+    heads = LinearHeads(bank.mean(0), bank.std(0), int(labels.max()) + 1, settings.lrs, config.seed)
+    batches, steps = shuffled(bank, labels, settings.batch_size, config.seed), -(-len(bank) // settings.batch_size)
+    with TemporaryDirectory() as folder, torch.enable_grad():
+        train_heads(heads, batches, steps, settings.epochs, Path(folder, "linear.pt"), lambda epoch, losses: None)
+    return {"knn": knn, "linear": max(accuracies(heads, queries, expected)["top1"])}
+
+
+def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Print the table; the figures of every arm."""
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], {})[row["seed"]] = row
+    figures: dict[str, Any] = {}
+    print(f"{'arm':<12}" + "".join(f"{f'{name}, %':>16}{'minus all':>18}" for name in SCORES) + f"{'seeds':>7}")
+    for arm, seeds in by_arm.items():
+        line, figures[arm] = f"{arm:<12}", {"seeds": len(seeds)}
+        for name in SCORES:
+            values = [row[name] for row in seeds.values()]
+            gaps = [
+                row[name] - by_arm["all"][seed][name] for seed, row in seeds.items() if seed in by_arm.get("all", {})
+            ]
+            line += f"{_spread(values, 1):>16}{_spread(gaps, len(gaps) ** 0.5) if arm != 'all' else '':>18}"
+            figures[arm][name] = round(mean(values), 2)
+        print(f"{line}{len(seeds):>7}")
+    return figures
+
+
+def _spread(values: Sequence[float], divisor: float) -> str:
+    """Mean, and standard deviation over `divisor`."""
+    if not values:
+        return ""
+    return f"{mean(values):.2f}" + (f" ± {stdev(values) / divisor:.2f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Fine-tuned models on disk and in MLflow. Imports neither Ray nor, but for models there, MLflow.
+
+model.safetensors, model.json    weights, and what builds the network: task, backbone, classes, settings
+provenance.json                  where it comes from, for model cards
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.downstream.base import Downstream
+from pipeline.downstream.task import DOWNSTREAM, FinetuneJob
+from pipeline.errors import UserError
+from pipeline.student.loading import is_model_uri
+from pipeline.student.model import Encoder, described_encoder, load_weights
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A fine-tuned model in evaluation mode.
+
+    Attributes:
+        kind: its task.
+        classes: names by number.
+        backbone: ``model`` and ``args`` that timm builds the backbone from.
+        config: settings that it was made with; whatever the task does not keep is at its default.
+        provenance: what is known of its origin, JSON-ready.
+    """
+
+    kind: Downstream
+    model: nn.Module
+    classes: tuple[str, ...]
+    backbone: Mapping[str, Any]
+    config: Config
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The backbone that the head stands on."""
+        return next(module for module in self.model.modules() if isinstance(module, Encoder))
+
+    @property
+    def student_run(self) -> str | None:
+        """MLflow run that trained the student, where known."""
+        return self.provenance.get("student", {}).get("run_id")
+
+    def save(self, folder: Path) -> None:
+        """Write what :func:`load_model` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+        description = {
+            "task": self.kind.name,
+            "backbone": dict(self.backbone),
+            "classes": list(self.classes),
+            "settings": dict(self.kind.settings(self.config)),
+        }
+        (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+        if self.provenance:
+            (folder / "provenance.json").write_text(json.dumps(self.provenance, indent=2), encoding="utf-8")
+
+
+def finished_model(
+    model: nn.Module, job: FinetuneJob, classes: Sequence[str], provenance: Mapping[str, Any] | None = None
+) -> SavedModel:
+    """What a fine-tuning job has trained."""
+    start = json.loads((job.start / "student.json").read_text(encoding="utf-8"))
+    backbone = {"model": start["model"], "args": start["args"]}
+    return SavedModel(job.kind, model.eval(), tuple(classes), backbone, job.config, provenance or {})
+
+
+def load_model(folder: Path) -> SavedModel:
+    """What :meth:`SavedModel.save` wrote.
+
+    Raises:
+        UserError: where the folder holds no fine-tuned model.
+    """
+    try:
+        described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        kind, classes = DOWNSTREAM[described["task"]], tuple(described["classes"])
+        config = Config.model_validate(described["settings"])
+        model = kind.build(described_encoder(described["backbone"]), classes, config)
+        load_weights(model, folder / "model.safetensors")
+        origin = folder / "provenance.json"
+        known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
+    except Exception as error:  # as in `load_encoder`
+        raise UserError(f"{folder} is not a fine-tuned model: {' '.join(str(error).split())[:300]}") from error
+    return SavedModel(kind, model.eval(), classes, described["backbone"], config, known)
+
+
+def find_model(name: str, tracking_uri: str) -> SavedModel | None:
+    """The fine-tuned model that a folder or an MLflow URI names; None where it names something else.
+
+    Raises:
+        UserError: where the URI cannot be resolved, or the model is damaged.
+    """
+    folder = Path(name).expanduser()
+    if is_model_uri(name):
+        from pipeline.tracking import download_model
+
+        folder = download_model(name, tracking_uri)
+    return load_model(folder) if (folder / "model.json").is_file() else None

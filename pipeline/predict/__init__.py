@@ -1,0 +1,17 @@
+"""Trained models on images of one's own, in a few lines.
+
+    from pipeline.predict import load_predictor
+
+    backbone = load_predictor("work/runs/<run>/student")
+    features = backbone.features("photos")  # [N, C]: a file, a folder, an array, or a list of these
+
+    model = load_predictor("work/runs/<run>/model")  # as jobs/finetune.py made it
+    for objects in model.detect("photos"):  # or classify, or segment
+        print(objects.names, objects.boxes)
+
+Imports neither Ray nor, but for models in MLflow, MLflow.
+"""
+
+from pipeline.predict.predictor import Objects, Predictor, load_predictor
+
+__all__ = ["Objects", "Predictor", "load_predictor"]

@@ -1,0 +1,52 @@
+"""Where runs are tracked, without what must stay secret.
+
+Addresses are printed, logged and sent to workers; so a password that MLFLOW_TRACKING_URI holds is moved into the variable
+that the driver reads it from, and neither the address nor MLFLOW_TRACKING_URI holds it any longer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pipeline.errors import UserError
+
+_REMEDY = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (a server) or PGPASSWORD (PostgreSQL)"
+
+
+def resolve_uri(configured: str | None, work: Path) -> str:
+    """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder.
+
+    Raises:
+        UserError: where the configured one holds a password, since configurations are logged, or that of the environment
+            one that cannot be taken out; the message repeats none.
+    """
+    if configured and _has_password(configured):
+        raise UserError(
+            f"tracking.uri: a password in an address is refused, since configurations are logged; {_REMEDY}"
+        )
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given and _has_password(given):
+        given = os.environ["MLFLOW_TRACKING_URI"] = _without_password(given)
+    return configured or given or f"sqlite:///{work}/mlflow.db"
+
+
+def _has_password(uri: str) -> bool:
+    parts = urlsplit(uri)
+    return bool(parts.password or re.search("password|token|secret", parts.query, re.IGNORECASE))
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    user, host = parts.username or "", parts.netloc.rpartition("@")[2]
+    if parts.password and not re.search("password|token|secret", parts.query, re.IGNORECASE):
+        if parts.scheme in ("http", "https"):
+            os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(user)
+            os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+            return parts._replace(netloc=host).geturl()
+        if parts.scheme.partition("+")[0] in ("postgresql", "postgres"):
+            os.environ["PGPASSWORD"] = unquote(parts.password)
+            return parts._replace(netloc=f"{user}@{host}").geturl()
+    raise UserError(f"MLFLOW_TRACKING_URI: the password in it would be logged; {_REMEDY}")

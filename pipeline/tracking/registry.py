@@ -1,0 +1,123 @@
+"""What people find in MLflow: models in its registry, with the best one marked, and descriptions of runs.
+
+The newest version of a registered model is `models:/<name>/latest`, which MLflow keeps by itself; `models:/<name>@best` is
+set here. In the interface: Models, the model's name, the version with the alias `best`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipeline.tracking.models import run_of
+from pipeline.tracking.run import NOTE, Run, run_link
+
+BEST = "best"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is to be registered.
+
+    Attributes:
+        name: of the registered model; it may hold neither a slash nor a colon.
+        model_uri: of the logged model.
+        metric: by which versions are compared, higher being better.
+        score: its value; None where nothing was measured, and the version is never the best.
+        held_out: identity of the images that it was measured on: others say nothing about these scores.
+        lineage: where it comes from, by tag: teachers, licences, cache, manifests.
+    """
+
+    name: str
+    model_uri: str
+    metric: str
+    score: float | None
+    held_out: str = ""
+    lineage: Mapping[str, str] = field(default_factory=dict)
+
+
+def register(run: Run, candidate: Candidate) -> str | None:
+    """Register a model as the next version, and mark the best of those that were measured alike.
+
+    A store without a registry does not stop what has been trained: the log says so.
+
+    Args:
+        run: of the job, which the version's description links to.
+
+    Returns:
+        ``models:/<name>/<version>``, or None where it could not be registered.
+    """
+    try:
+        version = _create(run, candidate)
+        _mark_best(run.client, candidate)
+    except (MlflowException, OSError) as error:
+        log.warning(
+            "the model is logged as %s but not registered as %s: %s",
+            candidate.model_uri,
+            candidate.name,
+            " ".join(str(error).split())[:200],
+        )
+        return None
+    return f"models:/{candidate.name}/{version.version}"
+
+
+def _create(run: Run, candidate: Candidate) -> ModelVersion:
+    client = run.client
+    try:
+        client.create_registered_model(candidate.name, description=_MODEL_NOTE.format(**vars(candidate)))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    score = {} if candidate.score is None else {"score": f"{candidate.score:.6g}", "held_out": candidate.held_out}
+    logged = candidate.model_uri.removeprefix("models:/")
+    return client.create_model_version(
+        candidate.name,
+        candidate.model_uri,
+        run_of(client, candidate.model_uri),
+        tags={"metric": candidate.metric, **score, **candidate.lineage},
+        description=_version_note(run, candidate),
+        model_id=logged if "/" not in logged else None,
+    )
+
+
+def _mark_best(client: MlflowClient, candidate: Candidate) -> None:
+    """Among versions with the same metric on the same images, the alias goes to the best, the earlier one of equals."""
+    if candidate.score is None:
+        return
+    alike = [
+        (float(version.tags["score"]), -int(version.version), version)
+        for version in client.search_model_versions(f"name = '{candidate.name}'")
+        if "score" in version.tags
+        and (version.tags["metric"], version.tags["held_out"]) == (candidate.metric, candidate.held_out)
+    ]
+    best = max(alike, key=lambda entry: entry[:2])[2]
+    client.set_registered_model_alias(candidate.name, BEST, str(best.version))
+
+
+_MODEL_NOTE = """Newest: `models:/{name}/latest`. Best by `{metric}`: `models:/{name}@best`, among versions measured on the
+same held-out images (tag `held_out`)."""
+
+
+def _version_note(run: Run, candidate: Candidate) -> str:
+    score = "nothing was measured" if candidate.score is None else f"{candidate.metric} {candidate.score:.4g}"
+    rows = [f"| {name} | {value} |" for name, value in candidate.lineage.items()]
+    table = ["| lineage | |", "|---|---|", *rows] if rows else []
+    return "\n".join([f"From [the job's run]({run_link(run)}): {score}.", "", *table])
+
+
+def describe(run: Run, lines: Sequence[str]) -> None:
+    """Set the description of a run, in Markdown."""
+    run.set_tags({NOTE: "\n\n".join(lines)})
+
+
+def model_link(registered: str) -> str:
+    """Where the interface shows ``models:/<name>/<version>``, from any of its pages."""
+    name, _, version = registered.removeprefix("models:/").rpartition("/")
+    return f"#/models/{name}/versions/{version}"

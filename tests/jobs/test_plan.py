@@ -1,0 +1,41 @@
+"""What `--plan` says of a cluster."""
+
+import pytest
+
+from jobs._plan import cost_plan
+from pipeline.cache import estimate
+from pipeline.cache.estimate import Probe, estimate_cache
+from pipeline.ray_session import Hardware
+
+
+@pytest.fixture
+def estimates(filled, monkeypatch):
+    """Of two teachers on a pretended GPU, all of whose shards are missing."""
+    monkeypatch.setattr(type(filled.plan.splits[0]), "missing", lambda split, teacher: [0])
+    asked = []
+
+    def ask(teacher, batch_size):
+        asked.append(teacher.id)
+        return Probe("NVIDIA Pretended", 0.5, 10**9, True, 3 << 30)
+
+    found = estimate_cache(filled.plan, filled.config, ask)
+    assert asked == [teacher.id for teacher in filled.plan.teachers]
+    return found
+
+
+def test_a_cluster_is_named_with_its_gpus_memory_hours_and_price(filled, estimates):
+    cluster = Hardware(3, 24, 2, ("H100",))
+    text = cost_plan(filled.plan, filled.config, estimates, cluster)
+    hours = sum(found.gpu_hours for found in estimates)
+    assert hours == pytest.approx(2 * (100 + 40) / 0.5 / 3600)
+    assert f"3 nodes, 24 CPUs, 2 GPUs (H100): {hours / 2:.3g} h on all of its GPUs" in text
+    assert "3.0 GiB" in text
+    assert f"{estimates[0].gpu_hours * filled.config.plan.gpu_hour_price:.3g}" in text
+
+
+def test_a_cluster_without_gpus_says_so_and_one_machine_says_nothing(filled, estimates):
+    assert "3 nodes, 24 CPUs, 0 GPUs: teachers run on CPUs" in cost_plan(
+        filled.plan, filled.config, estimates, Hardware(3, 24, 0, ())
+    )
+    assert "nodes" not in cost_plan(filled.plan, filled.config, estimates)
+    assert estimate.Probe("cpu", 1.0, 1, True).memory == 0

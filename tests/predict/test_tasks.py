@@ -1,0 +1,142 @@
+"""Fine-tuned models on images of one's own: what the API gives is what the model says, and what the job writes is that."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from jobs import predict
+from pipeline.config import load_config
+from pipeline.downstream.classify import held_out_transform
+from pipeline.downstream.pictures import palette
+from pipeline.downstream.saved import SavedModel
+from pipeline.downstream.segment import predict as predict_labels
+from pipeline.downstream.task import DOWNSTREAM
+from pipeline.errors import UserError
+from pipeline.predict import load_predictor
+from pipeline.predict.images import find_images
+from pipeline.student.loading import load_any
+from pipeline.views import decode_image, read_label_map
+from tests.downstream.conftest import SMALL
+from tests.fakes import write_photos
+
+CLASSES = ("ant", "bee", "cow")
+ARGS = {"dims": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "heads": 1}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Five photos of several widths."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder, 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, live):
+    """The folder of a small model of each task, its weights at random."""
+    torch.manual_seed(0)
+    parent, config = tmp_path_factory.mktemp("models"), load_config(None, SMALL)
+    for name, kind in DOWNSTREAM.items():
+        encoder = load_any("regla_t", weights="random", args=ARGS).encoder
+        model = live(kind.build(encoder, CLASSES, config))
+        SavedModel(kind, model, CLASSES, {"model": "regla_t", "args": ARGS}, config).save(parent / name)
+    return parent
+
+
+def run(capsys, *arguments):
+    """The job's figures."""
+    predict.main([str(argument) for argument in arguments])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def pictures(folder):
+    return sorted(path.name for path in (folder / "pictures").iterdir())
+
+
+@torch.inference_mode()
+def test_a_classifier_gives_its_likeliest_classes_as_in_the_evaluation(photos, models, tmp_path, capsys):
+    predictor = load_predictor(str(models / "classify"), device="cpu", batch_size=2)
+    paths = find_images([photos])
+    steps = held_out_transform(predictor.config)
+    logits = predictor.model(torch.stack([steps(decode_image(path.read_bytes())) for path in paths]))
+    found = list(predictor.classify(photos))
+    assert [[name for name, _ in best] for best in found] == [
+        [CLASSES[number] for number in order] for order in logits.argsort(1, descending=True).tolist()
+    ]
+    assert [best[0][1] for best in found] == pytest.approx(logits.softmax(1).max(1).values.tolist(), abs=1e-5)
+    assert len(next(predictor.classify(np.array(Image.open(paths[0])), top=1))) == 1
+    assert run(capsys, models / "classify", photos, "--to", tmp_path)["task"] == "classify"
+    written = json.loads((tmp_path / "predictions.json").read_text())
+    assert [row["path"] for row in written] == [str(path) for path in paths]
+    assert written[0]["top"][0]["class"] == found[0][0][0]
+    assert pictures(tmp_path) == [f"{number:05d}-{path.stem}.png" for number, path in enumerate(paths)]
+
+
+def test_segmentation_gives_maps_at_the_images_own_size_and_writes_them_as_png(photos, models, tmp_path, capsys):
+    predictor = load_predictor(str(models / "segment"), device="cpu")
+    paths = find_images([photos])
+    image = torch.from_numpy(np.array(decode_image(paths[1].read_bytes()))).permute(2, 0, 1)
+    maps = list(predictor.segment(photos))
+    with torch.inference_mode():
+        assert torch.equal(maps[1], predict_labels(predictor.model, image, predictor.config)[0])
+    run(capsys, models / "segment", photos, "--to", tmp_path)
+    written = json.loads((tmp_path / "predictions.json").read_text())
+    assert written["classes"] == list(CLASSES)
+    for row, expected in zip(written["images"], maps, strict=True):
+        assert np.array_equal(read_label_map(tmp_path / row["labels"]), expected.numpy())
+    with Image.open(tmp_path / written["images"][0]["labels"]) as labels:
+        assert labels.getpalette()[:9] == palette(3).ravel().tolist()
+    assert len(pictures(tmp_path)) == 5
+
+
+def test_detections_are_written_in_cocos_results_format_beside_their_images(photos, models, tmp_path, capsys):
+    predictor = load_predictor(str(models / "detect"), device="cpu")
+    found = list(predictor.detect(photos))
+    assert sum(len(objects.names) for objects in found) > 0
+    run(capsys, models / "detect", photos, "--to", tmp_path)
+    truth = COCO(tmp_path / "images.json")
+    loaded = truth.loadRes(str(tmp_path / "predictions.json"))
+    for image, path, objects in zip(truth.dataset["images"], find_images([photos]), found, strict=True):
+        assert image["file_name"] == str(path)
+        width, height = Image.open(path).size
+        assert (image["width"], image["height"]) == (width, height)
+        assert objects.masks.shape == (len(objects.names), height, width)
+        results = loaded.loadAnns(loaded.getAnnIds(imgIds=image["id"]))
+        assert [truth.cats[entry["category_id"]]["name"] for entry in results] == objects.names
+        assert [entry["score"] for entry in results] == pytest.approx(objects.scores.tolist())
+        for entry, box, mask in zip(results, objects.boxes.tolist(), objects.masks, strict=True):
+            left, top, right, bottom = box
+            assert entry["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=1e-3)
+            assert np.array_equal(truth.annToMask({**entry, "image_id": image["id"]}), mask.numpy())
+    assert len(pictures(tmp_path)) == 5
+
+
+def test_features_of_a_fine_tuned_model_are_those_of_its_backbone(photos, models, tmp_path, capsys):
+    predictor = load_predictor(str(models / "segment"), device="cpu")
+    assert predictor.features(photos).shape == (5, 32)
+    figures = run(capsys, models / "segment", photos, "--to", tmp_path / "features.json")
+    assert (figures["images"], figures["channels"]) == (5, 32)
+
+
+def test_a_model_of_another_task_is_refused_with_the_remedy(photos, models, tmp_path, capsys):
+    detector = load_predictor(str(models / "detect"), device="cpu")
+    with pytest.raises(UserError, match=r"was fine-tuned to detect, not to segment"):
+        detector.segment(photos)
+    with pytest.raises(SystemExit) as exit_:
+        predict.main([str(models / "classify"), str(photos), "--task", "detect", "--to", str(tmp_path / "out")])
+    assert exit_.value.code == 2
+    assert "was fine-tuned to classify, not to detect" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    backbone = load_predictor("timm/test_resnet", weights="random", device="cpu")
+    with pytest.raises(UserError, match=r"backbone without a head to detect with: .*finetune\.task=detect"):
+        backbone.detect(photos)
+
+
+def test_another_input_size_is_for_classifiers_alone(models):
+    assert load_predictor(str(models / "classify"), input_size=96).config.student.input_size == 96
+    with pytest.raises(UserError, match="of the size that it was fine-tuned to detect at"):
+        load_predictor(str(models / "detect"), input_size=96)

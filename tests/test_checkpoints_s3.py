@@ -1,0 +1,74 @@
+"""Checkpoints in an object store, on a real S3 endpoint on loopback."""
+
+import pickle
+
+import pytest
+import torch
+from pyarrow import fs
+
+from pipeline.cache import remote
+from pipeline.config import TrainConfig, load_config
+from pipeline.errors import UserError
+from pipeline.training import STATE_FILE, checkpoint_folder
+from pipeline.training.checkpoint import keep_best, open_folder
+from pipeline.training.ray_train import _shares
+from pipeline.training.stopping import StopFile
+from tests.cache.s3_endpoint import S3Endpoint
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the checkpoints of a run go, in a bucket that exists."""
+    server = S3Endpoint()
+    environment = {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "a-secret-of-tests",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    remote._s3.cache_clear()
+    fs.S3FileSystem(
+        endpoint_override=server.url.removeprefix("http://"), scheme="http", allow_bucket_creation=True
+    ).create_dir("models")
+    config = TrainConfig(checkpoints="s3://models/here/")
+    yield checkpoint_folder(config, tmp_path / "photos-distill-1a2b", "train")
+    server.close()
+    remote._s3.cache_clear()
+
+
+def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
+    assert folder == "s3://models/here/photos-distill-1a2b/train"
+    config = TrainConfig(workers=4, batch_size=8)
+    assert _shares(config, folder) == 4
+    assert _shares(TrainConfig(workers=2, batch_size=8), folder) == 4
+
+    filesystem, path = pickle.loads(pickle.dumps(open_folder(folder)))  # noqa: S301  as it travels to workers
+    assert path == "models/here/photos-distill-1a2b/train"
+    stop = StopFile(filesystem, f"{path}/stop")
+    assert not stop.exists()
+    stop.write("why")
+    assert stop.exists()
+    assert stop.read() == "why"
+    stop.remove()
+    assert not stop.exists()
+
+    for number in (1, 2):
+        checkpoint = f"{path}/checkpoint-000{number}-000000"
+        with filesystem.open_output_stream(f"{checkpoint}/{STATE_FILE}") as stream:
+            torch.save({"number": number}, stream)
+        keep_best(filesystem, checkpoint)
+    best = filesystem.get_file_info(fs.FileSelector(f"{path}/best", recursive=True))
+    assert [item.path.partition("/best/")[2] for item in best if item.type == fs.FileType.File] == [
+        f"checkpoint-0002-000000/{STATE_FILE}"
+    ]
+
+
+def test_checkpoints_lie_beside_the_run_unless_told_otherwise(tmp_path):
+    run = tmp_path / "run"
+    assert checkpoint_folder(TrainConfig(), run, "train/phase-1") == f"{run}/train/phase-1"
+    elsewhere = load_config(None, [f"train.checkpoints={tmp_path}/elsewhere"]).train
+    assert checkpoint_folder(elsewhere, run, "train") == f"{tmp_path}/elsewhere/run/train"
+    with pytest.raises(UserError, match=r"train\.checkpoints: credentials in an address are refused"):
+        checkpoint_folder(TrainConfig(checkpoints="s3://me:secret@models"), run, "train")

@@ -1,0 +1,106 @@
+"""MLflow's registry on a real SQLite store: versions, the best of those that were measured alike, and what they come from."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline.config import load_config
+from pipeline.notes import run_note, run_title
+from pipeline.tracking import Candidate, describe, download_model, model_link, register, start_job
+from pipeline.tracking.models import log_model_folder, run_of
+
+LINEAGE = {
+    "teachers": "hog, sam",
+    "licences": "apache-2.0",
+    "cache": "photos-1/full/hog-1",
+    "manifests": "runs:/0/manifests",
+}
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """A job's run, and the URI of a model that it logged; a store takes seconds to make."""
+    work = tmp_path_factory.mktemp("work")
+    run = start_job(f"sqlite:///{work}/mlflow.db", experiment="e", name="r", config={"a": 1}, tags={}, work=work)
+    (work / "model").mkdir()
+    torch.save({}, work / "model/weights")
+    return run, log_model_folder(run, work / "model", name="classify", metrics={"top1": 50}, tags={})
+
+
+@pytest.fixture
+def job(logged, request):
+    """The run, its client, and a candidate under a name of this test's own."""
+    run, uri = logged
+    name = request.node.name[:20]
+    return run, run.client, Candidate(name, uri, "top1", 50.0, "val-40-ab", LINEAGE)
+
+
+def test_a_model_becomes_the_first_version_with_its_lineage_and_a_link_to_its_run(job):
+    run, client, candidate = job
+    assert register(run, candidate) == f"models:/{candidate.name}/1"
+    version = client.get_model_version(candidate.name, "1")
+    assert version.tags == {"metric": "top1", "score": "50", "held_out": "val-40-ab", **LINEAGE}
+    assert version.run_id == run.run_id
+    assert f"(#/experiments/{run.experiment_id}/runs/{run.run_id}): top1 50." in version.description
+    assert "| licences | apache-2.0 |" in version.description
+    assert f"{candidate.name}@best" in client.get_registered_model(candidate.name).description
+
+
+def test_the_alias_goes_to_the_best_of_those_that_were_measured_alike(job):
+    run, client, candidate = job
+    for score, held_out, expected in [
+        (50, "val-40-ab", "1"),
+        (60, "val-40-ab", "2"),
+        (55, "val-40-ab", "2"),
+        (60, "val-40-ab", "2"),  # an equal does not displace
+        (None, "", "2"),  # never measured
+        (20, "val-80-cd", "6"),  # other images: the scores before say nothing of them
+        (61, "val-40-ab", "7"),
+    ]:
+        register(run, replace(candidate, score=score, held_out=held_out))
+        assert str(client.get_model_version_by_alias(candidate.name, "best").version) == expected
+    for uri in (f"models:/{candidate.name}@best", f"models:/{candidate.name}/latest"):
+        assert (download_model(uri, run.uri) / "weights").is_file()
+        assert run_of(client, uri) == run.run_id
+
+
+def test_a_store_without_a_registry_is_said_aloud_and_stops_nothing(job, monkeypatch, caplog):
+    run, _, candidate = job
+
+    def refuse(*_, **__):
+        raise MlflowException("no registry here")
+
+    monkeypatch.setattr(MlflowClient, "create_registered_model", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert register(run, candidate) is None
+    assert f"not registered as {candidate.name}: no registry here" in caplog.text
+
+
+def test_runs_and_experiments_describe_themselves(job):
+    run, client, _ = job
+    describe(run, ["**one**", "two"])
+    child = run.child("distill")
+    assert client.get_run(run.run_id).data.tags["mlflow.note.content"] == "**one**\n\ntwo"
+    note = client.get_run(child.run_id).data.tags["mlflow.note.content"]
+    assert f"(#/experiments/{run.experiment_id}/runs/{run.run_id})" in note
+    assert "alias `best`" in client.get_experiment(run.experiment_id).tags["mlflow.note.content"]
+    assert model_link("models:/photos-classify/3") == "#/models/photos-classify/versions/3"
+
+
+def test_the_name_of_a_run_says_what_it_is_about():
+    config = load_config(None, ["name=photos", "teachers=[hog, timm/resnet18]", "student.name=regla_m", "seed=3"])
+    assert run_title(config, "distill") == "photos-distill regla_m from hog+resnet18 seed3"
+    assert run_title(config, "precompute") == "photos-precompute hog+resnet18 seed3"
+    assert run_title(config, "finetune") == "photos-finetune classify regla_m from scratch seed3"
+    config = load_config(
+        None, ["evaluate.student=work/runs/a/student", "evaluate.model=work/runs/a/model", "name=photos"]
+    )
+    assert run_title(config, "knn") == "photos-knn work/runs/a/student seed0"
+    assert run_title(config, "evaluate-detect") == "photos-evaluate-detect work/runs/a/model seed0"
+    note = "\n\n".join(run_note(load_config(None, ["data.train=photos/train", "teachers=[hog]"]), "distill"))
+    assert "Images: `photos/train`, held out: `none`." in note
+    assert "| hog | pretrained | 1.0 |" in note
