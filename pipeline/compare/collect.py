@@ -133,13 +133,14 @@ def _entry(experiment: Experiment, runs: list[LoggedRun], parts: Mapping[str, li
     nested = parts[run.run_id]
     data = {split: used for part in (run, *nested) for split, used in part.data.items()}
     own = _own_measures(run, nested) if any(part.name in TRAINING for part in nested) else {}
+    size = {} if own.keys() & set(SIZE) else counted_size(run)
     return Entry(
         run_id=run.run_id,
         name=run.name,
         started=run.started,
         link=experiment.link(run.run_id),
         texts=describe(run, data),
-        measures={**_judgements(other for other in runs if other not in trained), **own},
+        measures={**_judgements(other for other in runs if other not in trained), **size, **own},
         curve=_curve(experiment, nested),
         config=configuration(run, data),
         held_out=held_by(run, data, "val"),
@@ -161,8 +162,6 @@ def _own_measures(run: LoggedRun, nested: Iterable[LoggedRun]) -> dict[str, floa
         "hours": own.get("hours", own["seconds"] / 3600 if "seconds" in own else None),
         "gpu_hours": own.get("gpu_hours"),
     }
-    if not found.keys() & set(SIZE) and run.tags.get("job") == "distill":
-        found |= counted_size(run)
     price = given(run, "plan.gpu_hour_price")
     if found["gpu_hours"] is not None and price:
         found["cost"] = found["gpu_hours"] * float(price)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.compare.collect import Collection, Entry, collect
-from pipeline.compare.group import Group, Summary, differing, group
+from pipeline.compare.group import Group, Summary, changes, group
 from pipeline.compare.judge import Difference, differences, fronts, statement
 from pipeline.compare.measures import ACCURACIES, COSTS, MEASURES, TEXTS, Measure
 from pipeline.tracking import Experiment
@@ -95,8 +95,8 @@ class Comparison:
 
     @property
     def changed(self) -> list[str]:
-        """Fields of the configuration that the groups differ in."""
-        return differing([group.config for group in self.groups])
+        """Fields of the configuration that groups of one job differ in, and the job if there are several."""
+        return changes([group.config for group in self.groups])
 
     def on_fronts(self, number: int, accuracy: str | None) -> list[str]:
         """Costs against which a group is on the Pareto front."""
@@ -138,5 +138,6 @@ def shown(summary: Summary | None, measure: Measure) -> str:
     """Mean ± standard deviation, or nothing."""
     if summary is None:
         return ""
-    spread = "" if not summary.std else f" ± {measure.show(summary.std)}"
-    return measure.show(summary.mean) + spread
+    text = measure.show(summary.mean)
+    spread = f"{(summary.std or 0) / measure.scale:.{len(text.partition('.')[2])}f}"
+    return f"{text} ± {spread}" if float(spread) else text

@@ -13,11 +13,22 @@ NONE = ("", "None")
 SET_ASIDE = {"name", "seed", "work", "cache.uri", "data.name"}
 """Fields by which runs that do the same differ."""
 OTHER_SECTIONS = ("tracking", "benchmark", "plan")
+DOWNSTREAM_SECTIONS = ("finetune", "classify", "segment", "detect")
+CACHE_SECTIONS = ("teachers", "cache", "views", "loss", "augment")
 UNREAD = {
-    "distill": (*OTHER_SECTIONS, "evaluate", "finetune", "classify", "segment", "detect"),
-    "finetune": (*OTHER_SECTIONS, "evaluate", "teachers", "cache", "views", "loss", "augment", "knn"),
+    "distill": (*OTHER_SECTIONS, *DOWNSTREAM_SECTIONS, "evaluate"),
+    "finetune": (*OTHER_SECTIONS, *CACHE_SECTIONS, "evaluate", "knn"),
+    **dict.fromkeys(("knn", "linear", "seg-probe"), (*OTHER_SECTIONS, *CACHE_SECTIONS, *DOWNSTREAM_SECTIONS, "train")),
 }
 """Sections that a job does not go by."""
+STUDENT_OF_DISTILLATION = (
+    "student.name",
+    "student.token_dim",
+    "student.taps",
+    "student.head_dim",
+    "student.keep_heads",
+)
+"""Fields that an evaluation of another student does not go by."""
 
 
 def given(run: LoggedRun, key: str) -> str | None:
@@ -34,8 +45,8 @@ def describe(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, s
         "status": run.status.lower(),
         "job": job,
         "data": _readable(held_by(run, data, "train")),
-        "student": student(run),
-        "input": f"{side} px" if (side := _input_size(run)) else None,
+        "student": _student(run),
+        "input": f"{side} px" if (side := input_size(run)) else None,
         "teachers": " + ".join(_teachers(run)) if distils else None,
         "codec": ", ".join(dict.fromkeys(_codecs(run))) if distils else None,
         "views": _views(run) if distils else None,
@@ -45,28 +56,34 @@ def describe(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, s
     return {name: text for name, text in found.items() if text}
 
 
-def _named(run: LoggedRun) -> str:
-    """Section whose field `student` names the student, or nothing."""
-    return next((section for section in ("evaluate", "finetune") if given(run, f"{section}.student")), "")
+def judged_student(run: LoggedRun) -> str | None:
+    """The student that a run evaluates or goes on with, as it was named; None where it trains its own."""
+    fields = () if run.tags.get("job") == "distill" else ("evaluate.student", "finetune.student")
+    return next((name for field in fields if (name := given(run, field))), None)
 
 
-def _input_size(run: LoggedRun) -> str | None:
-    if run.tags.get("job") != "distill" and _named(run) == "evaluate":
-        return given(run, "evaluate.input_size")  # not given: as the student was exported
-    return given(run, "student.input_size")
+def timm_student(run: LoggedRun) -> str | None:
+    """The name by which the student of a run is built without weights; None for a folder or a model in MLflow."""
+    name = judged_student(run) or given(run, "student.name")
+    return name if name and "/" not in name.removeprefix("timm/") and run.params.get("student.args") == "{}" else None
 
 
-def student(run: LoggedRun) -> str | None:
-    """The student's name."""
-    section = _named(run) if run.tags.get("job") != "distill" else ""
-    name = given(run, f"{section}.student") if section else given(run, "student.name")
+def input_size(run: LoggedRun) -> str | None:
+    """Side of the student's input in pixels; None: as the student that is evaluated was exported."""
+    judged = judged_student(run)
+    side = given(run, "evaluate.input_size") if judged else None
+    return side or (given(run, "student.input_size") if not judged or timm_student(run) else None)
+
+
+def _student(run: LoggedRun) -> str | None:
+    name = judged_student(run) or given(run, "student.name")
     return shortened(name).removeprefix("timm/") if name else None
 
 
 def student_key(run: LoggedRun) -> str:
     """What evaluations of one student have in common where the run that made it is not known."""
-    fields = (f"{_named(run)}.student", "evaluate.weights", "evaluate.model", "student.args")
-    return "\n".join(run.params.get(field, "") for field in fields)
+    fields = ("evaluate.weights", "evaluate.model", "student.args")
+    return "\n".join([judged_student(run) or "", *(run.params.get(field, "") for field in fields)])
 
 
 def _teachers(run: LoggedRun) -> Iterator[str]:
@@ -111,10 +128,11 @@ def _readable(identity: str | None) -> str | None:
 def configuration(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """The parameters that decide what a run computes, comparable between machines: no seed, names and paths."""
     unread = UNREAD.get(run.tags.get("job", ""), OTHER_SECTIONS)
+    aside = SET_ASIDE | set(STUDENT_OF_DISTILLATION if judged_student(run) else ())
     kept = {
         key: shortened(value)
         for key, value in run.params.items()
-        if key not in SET_ASIDE and key.partition(".")[0] not in unread
+        if key not in aside and key.partition(".")[0] not in unread
     }
     return kept | {f"data.{split}": held for split in ("train", "val") if (held := held_by(run, data, split))}
 

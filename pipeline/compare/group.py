@@ -95,6 +95,13 @@ def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in changed if not TEACHER_DETAIL.match(key) or len({c[key] for c in configs if key in c}) > 1]
 
 
+def changes(configs: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys that configurations of one job differ in, sorted; before them the job, where there are several."""
+    jobs = {config["job"] for config in configs}
+    within = {key for job in jobs for key in differing([config for config in configs if config["job"] == job])}
+    return [*(["job"] if len(jobs) > 1 else []), *sorted(within)]
+
+
 def _config(entry: Entry) -> dict[str, str]:
     return {**entry.config, "job": entry.texts.get("job", "")}
 
@@ -133,7 +140,7 @@ def _labels(members: Sequence[Sequence[Entry]]) -> list[str]:
     labels: list[str] = []
     for entry, label in zip(latest, plain, strict=True):
         rivals = [other for other, own in zip(latest, plain, strict=True) if own == label]
-        changed = differing([_config(other) for other in rivals])
+        changed = changes([_config(other) for other in rivals])
         shown = [key for key in changed if not (key.startswith("teachers.") and "teachers" in names)] or changed
         values = [f"{key.rpartition('.')[2]}={_config(entry).get(key, 'none')[:24]}" for key in shown[:LABEL_FIELDS]]
         label = " · ".join([label, *values])

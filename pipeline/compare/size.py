@@ -1,11 +1,11 @@
-"""Parameters and MACs of the students of runs that did not log them: both follow from the name and the input size."""
+"""Parameters and MACs of students that no run has logged: both follow from the name and the input size."""
 
 from __future__ import annotations
 
 import logging
 from functools import cache
 
-from pipeline.compare.describe import given
+from pipeline.compare.describe import input_size, timm_student
 from pipeline.errors import UserError
 from pipeline.evaluate.cost import inference_cost
 from pipeline.student.model import Encoder, create_backbone
@@ -13,11 +13,9 @@ from pipeline.tracking import LoggedRun
 
 
 def counted_size(run: LoggedRun) -> dict[str, float]:
-    """What a distillation would have logged; nothing where the student has arguments of its own, or is not known here."""
-    name, side = given(run, "student.name"), given(run, "student.input_size")
-    if not name or not side or run.params.get("student.args") != "{}":
-        return {}
-    return _size(name, int(side))
+    """Parameters and MACs by key; nothing where the student has arguments of its own, or is not known here."""
+    name, side = timm_student(run), input_size(run)
+    return _size(name, int(side)) if name and side else {}
 
 
 @cache

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.compare.collect import Point
-from pipeline.compare.group import Summary, differing, group
+from pipeline.compare.group import Summary, changes, differing, group
 from tests.compare.experiments import entry
 
 
@@ -56,6 +56,17 @@ def test_only_fields_that_differ_are_named():
     assert differing([one, one]) == []
     assert differing([one, two]) == ["loss.new", "teachers.1.model", "train.epochs"]
     assert "teachers.1.weight" in differing([one, two, {**two, "teachers.1.weight": "0.5"}])
+
+
+def test_runs_of_other_jobs_have_other_fields_which_are_no_changes():
+    distilled = [{"job": "distill", "train.lr": lr, "teachers.0.model": "hog"} for lr in "12"]
+    probed = {"job": "linear", "evaluate.student": "resnet18"}
+    assert changes([*distilled, probed]) == ["job", "train.lr"]
+    assert changes([*distilled, probed, {**probed, "evaluate.student": "resnet34"}]) == [
+        "job",
+        "evaluate.student",
+        "train.lr",
+    ]
 
 
 def test_students_of_one_cache_are_a_family_and_others_are_not():
