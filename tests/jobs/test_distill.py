@@ -74,7 +74,7 @@ def test_the_student_is_registered_with_its_lineage_and_the_run_tells_of_it(firs
     version = client.get_model_version(name, "1")
     assert figures["registered"] == f"models:/{name}/1"
     assert version.run_id == phases["distill"].info.run_id
-    assert (version.tags["teachers"], version.tags["licences"]) == ("colours8, hog", "none")
+    assert (version.tags["teachers"], version.tags["licences"]) == ("colours8, hog", "none, none (computed)")
     assert float(version.tags["score"]) == pytest.approx(figures["knn_after"], rel=1e-4)
     assert len(version.tags["cache"].splitlines()) == 4
     assert version.tags["manifests"] == f"runs:/{phases['precompute'].info.run_id}/manifests"
