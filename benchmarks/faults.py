@@ -84,6 +84,12 @@ class Bench:
         if (self.folder / "clock").exists():
             _set_clock(self.folder, 0)
 
+    def complete(self) -> None:
+        """Replace nodes that did not outlast a fault."""
+        for number in (1, 2):
+            if self.nodes[number].process.poll() is not None or not running("raylet/raylet", self.nodes[number]):
+                self.replace(number)
+
     def replace(self, number: int) -> None:
         """Kill a node as a whole, and start another in its place."""
         self.nodes[number].kill()
@@ -242,7 +248,7 @@ def _stall(bench: Bench, job: Job) -> None:
 def _preempt(bench: Bench, job: Job) -> None:
     """The notice that a node will be taken away in ten seconds, and then it is."""
     number = _busy(bench)
-    node_id = _node_ids(bench)[number]
+    node_id = _until(lambda: _node_id(bench.nodes[number]), job)
     reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=10"]
     command = [RAY, "drain-node", f"--address={bench.address}", f"--node-id={node_id}", *reason]
     subprocess.run(command, check=True, capture_output=True)
@@ -250,14 +256,11 @@ def _preempt(bench: Bench, job: Job) -> None:
     bench.replace(number)
 
 
-def _node_ids(bench: Bench) -> list[str]:
-    """Ids of the nodes in their order, which their raylets were given on the command line."""
-    return [
-        title.partition("--node_id=")[2].split()[0]
-        for node in bench.nodes
-        for title in descendants(node.process.pid).values()
-        if "raylet/raylet" in title and "--node_id=" in title
-    ]
+def _node_id(node: Node) -> str:
+    """The id of a node, which its processes were given on the command line; "" where there is none yet."""
+    titles = descendants(node.process.pid).values()
+    found = (re.search(r"--node[_-]id=([0-9a-f]{56})", title) for title in titles)
+    return next((match[1] for match in found if match), "")
 
 
 def _terminate(bench: Bench, job: Job) -> None:
@@ -438,6 +441,7 @@ def main() -> None:
     with bench(options.seed) as made:
         expected = undisturbed(made)
         for number, name in enumerate(names * options.times, 1):
+            made.complete()
             found = inject(made, name, number)
             found["equal"] = found.pop("result") == expected[FAULTS[name][0]]
             measured[name].append(found)

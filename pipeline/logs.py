@@ -50,7 +50,7 @@ def enter(**known: str) -> None:
 @contextmanager
 def about_shard(row: Mapping[str, Any], stage: str) -> Iterator[None]:
     """Within, records are those of a row (``split``, ``shard``, and ``log``, which :func:`carried` gave) in a stage."""
-    _in_a_ray_worker()
+    _configure_where_ray_runs_it()
     known = json.loads(row.get("log", "{}"))
     with about(**{**known, "stage": stage, "shard": f"{row['split']}/{row['shard']}"}):
         yield
@@ -87,7 +87,7 @@ def configure_worker() -> None:
         logger.propagate = False
 
 
-def _in_a_ray_worker() -> None:
+def _configure_where_ray_runs_it() -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
         configure_worker()

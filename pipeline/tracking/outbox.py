@@ -138,8 +138,9 @@ class Sender:
                     self.state.wait(pause)
 
     def _send(self, name: str) -> None:
-        kind, content = self.outbox.read(name)
+        kind = "a letter"
         try:
+            kind, content = self.outbox.read(name)
             self.send(kind, content)
         except Exception as error:
             if not is_refusal(error):
