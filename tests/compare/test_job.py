@@ -65,12 +65,12 @@ def test_comparisons_are_no_part_of_comparisons(store, compare):
 
 
 def test_figures_without_anything_in_them_are_not_drawn(store, compare, tmp_path):
-    store.judge("linear", None, {"top1": 50.0}, "evaluate.student=timm/resnet18")
+    store.judge("linear", None, {"top1": 50.0}, "evaluate.student=runs/a/student")
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "figure3.png").write_bytes(b"of another comparison")
     _, figures = compare(store)
     assert sorted(file.name for file in (tmp_path / "to").iterdir()) == FILES
-    assert figures["groups"]["resnet18"]["linear"]["mean"] == 50.0
+    assert figures["groups"]["runs/a/student"]["linear"]["mean"] == 50.0
 
 
 def test_an_experiment_that_is_not_there_is_refused_with_those_that_are(proof, refused):
