@@ -33,8 +33,10 @@ CLASSIFY = [
 CLASSIFY += ["student.input_size=32", "finetune.data_workers=0", "finetune.pictures=1", "train.workers=1"]
 FAST = ["--format", "safetensors", "hf"]
 
-DISTIL = "python jobs/distill.py recipes/quickstart.yaml"
-FINETUNE = "python jobs/finetune.py recipes/classify.yaml finetune.student=models:/quickstart-student@best"
+DISTIL = "python jobs/distill.py recipes/quickstart.yaml 'teachers=[{model: hog, input_size: 96}]' train.epochs=2"
+FINETUNE = (
+    "python jobs/finetune.py recipes/classify.yaml finetune.student=models:/quickstart-student@best train.epochs=1"
+)
 RUN: dict[str, list[str]] = {
     DISTIL: QUICK,
     "python jobs/evaluate.py knn evaluate.student=models:/quickstart-student@best": EVALUATE,
@@ -74,8 +76,10 @@ def place(tmp_path_factory):
 def start(text, more):
     """Run a job in this process, as its file says."""
     _, script, *arguments = shlex.split(text)
+    flags = next((place for place, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    arguments[flags:flags] = more  # a parser takes overrides in one piece
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *arguments, *more])
+        patch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(script, run_name="__main__")
 
 
