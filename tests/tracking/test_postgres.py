@@ -70,8 +70,6 @@ def test_a_server_that_is_killed_during_training_misses_nothing_and_no_password_
         job.wait()
     text = output.read_text()
     assert job.returncode == 0, text
-    assert "MLflow at http://127.0.0.1:" in text
-    assert "answers again" in text
 
     _check_runs(MlflowClient(f"http://127.0.0.1:{server.port}"))
     assert not list(work.glob("runs/*/unsent/*/*"))
@@ -90,7 +88,7 @@ def _wait_for(work, pattern, job, output):
 def _check_runs(client):
     (experiment,) = [e for e in client.search_experiments() if e.name == "regla-distill"]
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert sorted(runs) == ["distill", "precompute", "quickstart-distill"]
+    assert [name.split()[0] for name in sorted(runs)] == ["distill", "precompute", "quickstart-distill"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     distill = runs["distill"].info.run_id
     history = {name: client.get_metric_history(distill, name) for name in ("loss", "knn", "samples_seen")}
