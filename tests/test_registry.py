@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -104,3 +105,12 @@ def test_the_name_of_a_run_says_what_it_is_about():
     note = "\n\n".join(run_note(load_config(None, ["data.train=photos/train", "teachers=[hog]"]), "distill"))
     assert "Images: `photos/train`, held out: `none`." in note
     assert "| hog | pretrained | 1.0 |" in note
+
+
+def test_a_version_is_found_in_its_own_store_whatever_store_the_process_was_told_of(job, tmp_path, monkeypatch):
+    run, _, candidate = job
+    register(run, candidate)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")
+    for name in (f"{candidate.name}@best", f"{candidate.name}/1", f"{candidate.name}/latest"):
+        assert (download_model(f"models:/{name}", run.uri) / "weights").is_file()

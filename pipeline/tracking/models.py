@@ -11,6 +11,7 @@ import mlflow
 import numpy as np
 import torch
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -106,17 +107,24 @@ def run_of(client: MlflowClient, model_uri: str) -> str:
         MlflowException: where there is no such model.
     """
     scheme, _, rest = model_uri.partition(":/")
-    head, _, tail = rest.strip("/").partition("/")
+    head, _, _ = rest.strip("/").partition("/")
     if scheme == "runs" and head:
         return head
     if scheme != "models" or not head:
         raise MlflowException("it is neither models:/... nor runs:/...")
-    if not tail and "@" not in head:
-        return str(client.get_logged_model(head).source_run_id)
+    version = _version(client, model_uri)
+    return str(version.run_id if version else client.get_logged_model(head).source_run_id)
+
+
+def _version(client: MlflowClient, model_uri: str) -> ModelVersion | None:
+    """What a URI with a version or an alias names in the registry; None for any other URI."""
+    scheme, _, rest = model_uri.partition(":/")
+    head, _, tail = rest.strip("/").partition("/")
     name, _, alias = head.partition("@")
     alias = alias or ("latest" if tail == "latest" else "")
-    version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, tail)
-    return str(version.run_id)
+    if scheme != "models" or not (tail or alias):
+        return None
+    return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, tail)
 
 
 def log_model_folder(
@@ -150,8 +158,18 @@ def download_model(model_uri: str, tracking_uri: str) -> Path:
         UserError: where there is no such model.
     """
     try:
-        return Path(mlflow.artifacts.download_artifacts(model_uri, tracking_uri=tracking_uri))
+        place = _place(MlflowClient(tracking_uri), model_uri)
+        return Path(mlflow.artifacts.download_artifacts(place, tracking_uri=tracking_uri))
     except (MlflowException, OSError) as error:
         raise UserError(
             f"{model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}"
         ) from error
+
+
+def _place(client: MlflowClient, model_uri: str) -> str:
+    """Where a model's files lie: MLflow itself looks models up in the store that the process was told of last."""
+    version = _version(client, model_uri)
+    source = str(version.source) if version else model_uri
+    scheme, _, logged = source.partition(":/")
+    plain = scheme == "models" and "/" not in logged.strip("/")
+    return str(client.get_logged_model(logged.strip("/")).artifact_location) if plain else source
