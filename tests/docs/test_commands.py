@@ -33,10 +33,8 @@ CLASSIFY = [
 CLASSIFY += ["student.input_size=32", "finetune.data_workers=0", "finetune.pictures=1", "train.workers=1"]
 FAST = ["--format", "safetensors", "hf"]
 
-DISTIL = "python jobs/distill.py recipes/quickstart.yaml 'teachers=[{model: hog, input_size: 96}]' train.epochs=2"
-FINETUNE = (
-    "python jobs/finetune.py recipes/classify.yaml finetune.student=models:/quickstart-student@best train.epochs=1"
-)
+DISTIL = "python jobs/distill.py recipes/quickstart.yaml"
+FINETUNE = "python jobs/finetune.py recipes/classify.yaml finetune.student=models:/quickstart-student@best"
 RUN: dict[str, list[str]] = {
     DISTIL: QUICK,
     "python jobs/evaluate.py knn evaluate.student=models:/quickstart-student@best": EVALUATE,
