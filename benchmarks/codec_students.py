@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
+from benchmarks.kept import kept
 from pipeline.cache.build import CachePlan, build_cache, plan_cache
 from pipeline.config import Config, TrainConfig, load_config
 from pipeline.distill.task import DistillJob, DistillTask
@@ -40,7 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path("work/codec_students.jsonl"), help="where runs are kept")
     options = parser.parse_args(arguments)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     recipe, *overrides = options.items
     knn: dict[str, list[float]] = {codec: [] for codec in options.codecs}
     for seed in options.seeds:
@@ -52,15 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(recipe: str, overrides: Sequence[str], results: Path) -> float:
     """The student's kNN in percent."""
     key = " ".join([recipe, *overrides])
-    lines = results.read_text().splitlines() if results.exists() else []
-    done = {row["run"]: row["knn"] for row in map(json.loads, lines)}
-    if key not in done:
+
+    def measure() -> dict[str, float]:
         started = time.perf_counter()
-        done[key] = _distil(load_config(recipe, overrides))
-        with results.open("a") as file:
-            file.write(json.dumps({"run": key, "knn": done[key]}) + "\n")
-        print(f"{key}  kNN {done[key]:.2f} %  {time.perf_counter() - started:.0f} s", flush=True)
-    return float(done[key])
+        knn = _distil(load_config(recipe, overrides))
+        print(f"{key}  kNN {knn:.2f} %  {time.perf_counter() - started:.0f} s", flush=True)
+        return {"knn": knn}
+
+    return float(kept(results, {"run": key}, measure)["knn"])
 
 
 def plan_of(config: Config) -> CachePlan:
@@ -82,15 +81,14 @@ def train_unjudged(task: Task, config: TrainConfig) -> nn.Module:
     return task.module.eval()
 
 
-def make_task(config: Config) -> JudgedAtTheEnd:
+def make_task(config: Config, plan: CachePlan) -> JudgedAtTheEnd:
     """Distillation from a complete cache."""
-    plan = plan_of(config)
     datasets = {split.split: split.dataset for split in plan.splits}
     return JudgedAtTheEnd(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
 
 
 def _distil(config: Config) -> float:
-    task = make_task(config)
+    task = make_task(config, plan_of(config))
     return DistillTask.evaluate(task, train_unjudged(task, config.train))["knn"]
 
 

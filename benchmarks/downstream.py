@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.kept import kept
 from pipeline.config import load_config
 
 
@@ -33,7 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path("work/downstream.jsonl"), help="where runs are kept")
     options = parser.parse_args(arguments)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     described = json.loads((options.student / "student.json").read_text())
     student = str(options.student.resolve())
     starts = {
@@ -51,23 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(items: Sequence[str], start: str, overrides: Sequence[str], seed: int, results: Path) -> dict[str, Any]:
-    run = {"recipe": " ".join([*items, *overrides]), "start": start, "seed": seed}
-    lines = results.read_text().splitlines() if results.exists() else []
-    for row in map(json.loads, lines):
-        if run.items() <= row.items():
-            return dict(row)
-    from jobs.finetune import main as finetune
-    from pipeline.ray_session import connect
+    def measure() -> dict[str, Any]:
+        from jobs.finetune import main as finetune
+        from pipeline.ray_session import connect
 
-    recipe, *others = items
-    config = load_config(recipe, [*others, *overrides, f"seed={seed}", f"name={start}-{seed}"])
-    started = time.perf_counter()
-    with connect():
-        figures = finetune(config, False)
-    row = {**run, "figures": figures, "seconds": round(time.perf_counter() - started)}
-    with results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
+        recipe, *others = items
+        config = load_config(recipe, [*others, *overrides, f"seed={seed}", f"name={start}-{seed}"])
+        started = time.perf_counter()
+        with connect():
+            figures = finetune(config, False)
+        return {"figures": figures, "seconds": round(time.perf_counter() - started)}
+
+    return kept(results, {"recipe": " ".join([*items, *overrides]), "start": start, "seed": seed}, measure)
 
 
 def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

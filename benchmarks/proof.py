@@ -27,6 +27,8 @@ import torch
 from torch import nn
 
 from benchmarks.codec_students import make_task, plan_of, train_unjudged
+from benchmarks.kept import kept
+from pipeline.cache.build import CachePlan
 from pipeline.cache.dataset import Dataset
 from pipeline.config import Config, load_config
 from pipeline.evaluate.knn import embed, knn_accuracies
@@ -91,32 +93,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path("work/proof.jsonl"), help="where runs are kept")
     options = parser.parse_args(arguments)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     recipe, *overrides = options.items
     rows = [_run(recipe, overrides, arm, seed, options.results) for seed in options.seeds for arm in options.arms]
     print(json.dumps(_report(rows)))
 
 
 def _run(recipe: str, overrides: Sequence[str], arm: str, seed: int, results: Path) -> dict[str, Any]:
-    run = {"recipe": " ".join([recipe, *overrides]), "arm": arm, "seed": seed}
-    lines = results.read_text().splitlines() if results.exists() else []
-    for row in map(json.loads, lines):
-        if run.items() <= row.items():
-            return dict(row)
-    started = time.perf_counter()
-    config = ARMS[arm](load_config(recipe, [*overrides, f"seed={seed}"]))
-    datasets = {split.split: split.dataset for split in plan_of(config).splits}
-    encoder = _labels_alone(config) if arm == "labels" else _distilled(config)
-    row = {**run, **_judge(encoder, datasets["train"], datasets["val"], config)}
-    row["seconds"] = round(time.perf_counter() - started)
-    with results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(f"{arm} seed {seed}  kNN {row['knn']:.2f} %  linear {row['linear']:.2f} %  {row['seconds']} s", flush=True)
-    return row
+    def measure() -> dict[str, float]:
+        started = time.perf_counter()
+        config = ARMS[arm](load_config(recipe, [*overrides, f"seed={seed}"]))
+        plan = plan_of(config)
+        encoder = _labels_alone(config) if arm == "labels" else _distilled(config, plan)
+        datasets = {split.split: split.dataset for split in plan.splits}
+        scores = _judge(encoder, datasets["train"], datasets["val"], config)
+        seconds, shown = time.perf_counter() - started, "  ".join(f"{name} {scores[name]:.2f} %" for name in SCORES)
+        print(f"{arm} seed {seed}  {shown}  {seconds:.0f} s", flush=True)
+        return {**scores, "seconds": round(seconds)}
+
+    return kept(results, {"recipe": " ".join([recipe, *overrides]), "arm": arm, "seed": seed}, measure)
 
 
-def _distilled(config: Config) -> nn.Module:
-    module: Any = train_unjudged(make_task(config), config.train)
+def _distilled(config: Config, plan: CachePlan) -> nn.Module:
+    module: Any = train_unjudged(make_task(config, plan), config.train)
     encoder: nn.Module = module.student.encoder
     return encoder
 

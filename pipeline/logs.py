@@ -48,6 +48,18 @@ def enter(**known: str) -> None:
 
 
 @contextmanager
+def errors_alone(name: str) -> Iterator[None]:
+    """Within, the logger of this name tells nothing but errors."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def about_shard(row: Mapping[str, Any], stage: str) -> Iterator[None]:
     """Within, records are those of a row (``split``, ``shard``, and ``log``, which :func:`carried` gave) in a stage."""
     _configure_where_ray_runs_it()

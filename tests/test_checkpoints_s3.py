@@ -20,13 +20,7 @@ from tests.cache.s3_endpoint import S3Endpoint
 def folder(tmp_path, monkeypatch):
     """Where the checkpoints of a run go, in a bucket that exists."""
     server = S3Endpoint()
-    environment = {
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_ACCESS_KEY_ID": "nobody",
-        "AWS_SECRET_ACCESS_KEY": "a-secret-of-tests",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for name, value in environment.items():
+    for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     remote._s3.cache_clear()
     fs.S3FileSystem(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pyarrow.compute as pc
@@ -19,6 +17,7 @@ from pipeline.cache.keys import teacher_id
 from pipeline.cache.ray_pipeline import gpus
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.logs import errors_alone
 from teachers.base import Teacher, TeacherError, WeightsNotFoundError
 
 ALTERNATIVES = ("float32", "float16", "int8", "pca-int8-zstd")
@@ -193,7 +192,8 @@ def _load(cached: CachedTeacher, device: str) -> tuple[Teacher, bool] | None:
     for attempt, trained in ((cached, True), (untrained, False)):
         try:
             teacher = attempt.create()
-            with _silent_teachers():
+            # No warning that random weights know nothing: here they are only timed.
+            with errors_alone("teachers"):
                 teacher.load(device, getattr(torch, cached.precision))
             return teacher, trained
         except WeightsNotFoundError:
@@ -202,18 +202,6 @@ def _load(cached: CachedTeacher, device: str) -> tuple[Teacher, bool] | None:
             if trained:
                 raise
     return None
-
-
-@contextmanager
-def _silent_teachers() -> Iterator[None]:
-    """No warning that random weights know nothing: here they are only timed."""
-    logger = logging.getLogger("teachers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def missing_bytes(*plans: CachePlan) -> int:

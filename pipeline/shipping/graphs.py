@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.logs import errors_alone
 
 OPSET = 18
 INPUT, OUTPUT = "image", "output"
@@ -41,7 +40,8 @@ def export_onnx(
         UserError: the model is in training mode.
     """
     _check_eval(model)
-    with torch.no_grad(), _quiet():
+    # The exporter warns of operators of packages that are not installed.
+    with torch.no_grad(), errors_alone("torch.onnx"):
         program = torch.onnx.export(
             model,
             (example,),
@@ -118,15 +118,3 @@ def export_coreml(model: nn.Module, path: Path | str, example: Tensor, outputs: 
 def _check_eval(model: nn.Module) -> None:
     if model.training:
         raise UserError("an exported model infers: call eval() first")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out the exporter's warnings about operators of packages that are not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -58,6 +58,16 @@ class S3Endpoint:
         self.url = f"http://127.0.0.1:{self._server.port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables by which a client finds it and may use it."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "a-secret-of-tests",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()

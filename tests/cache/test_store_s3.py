@@ -33,13 +33,7 @@ def server():
 
 @pytest.fixture
 def endpoint(server, monkeypatch):
-    environment = {
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_ACCESS_KEY_ID": "nobody",
-        "AWS_SECRET_ACCESS_KEY": "a-secret-of-tests",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for name, value in environment.items():
+    for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.001)
     remote._s3.cache_clear()
