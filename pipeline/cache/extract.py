@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline import logs
+from pipeline.allocator import keep_freed_memory
 from pipeline.cache.codec import Codec, Projection, TokenCodec, dump_projection, fit_projection, load_projection
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
@@ -151,6 +152,7 @@ class Extract:
         threads: int,
         batch_size: int,
     ) -> None:
+        keep_freed_memory()
         logging.getLogger("teachers").setLevel(logging.ERROR)  # the driver has said what there is to say
         self.datasets = datasets
         self.batch_size = batch_size

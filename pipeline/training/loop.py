@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.progress import Progress
@@ -42,6 +43,7 @@ def train(
         StoppedError: after `worker.notice` gave `STOP`, and everything was committed.
         UserError: where `train.best_metric` is not among what is evaluated.
     """
+    keep_freed_memory()
     loop = _Loop(task, config, worker, commit, others)
     if state is None:
         loop.evaluate()
