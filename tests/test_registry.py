@@ -44,7 +44,8 @@ def test_a_model_becomes_the_first_version_with_its_lineage_and_a_link_to_its_ru
     run, client, candidate = job
     assert register(run, candidate) == f"models:/{candidate.name}/1"
     version = client.get_model_version(candidate.name, "1")
-    assert version.tags == {"metric": "top1", "score": "50", "held_out": "val-40-ab", **LINEAGE}
+    measured = {"metric": "top1", "score": "50", "held_out": "val-40-ab", "experiment": run.experiment_id}
+    assert version.tags == {**measured, **LINEAGE}
     assert version.run_id == run.run_id
     assert f"(#/experiments/{run.experiment_id}/runs/{run.run_id}): top1 50." in version.description
     assert "| licences | apache-2.0 |" in version.description
@@ -67,6 +68,21 @@ def test_the_alias_goes_to_the_best_of_those_that_were_measured_alike(job):
     for uri in (f"models:/{candidate.name}@best", f"models:/{candidate.name}/latest"):
         assert (download_model(uri, run.uri) / "weights").is_file()
         assert run_of(client, uri) == run.run_id
+
+
+def test_the_experiment_begins_with_links_to_the_best_and_keeps_what_else_was_written_there(job):
+    run, client, candidate = job
+    note = lambda: client.get_experiment(run.experiment_id).tags["mlflow.note.content"]  # noqa: E731
+    written = note().partition("\n")[2] + "\nours"
+    client.set_experiment_tag(run.experiment_id, "mlflow.note.content", written)
+    for score, other in ((40, 30), (50, 60)):
+        register(run, replace(candidate, score=score))
+        register(run, replace(candidate, name="other", score=other))
+        head, _, rest = note().partition("\n")
+        assert f"[{candidate.name} {1 if score == 40 else 2}](#/models/{candidate.name}/versions/" in head
+        assert f"(top1 {score})" in head
+        assert f"(top1 {other})" in head
+        assert rest.strip() == written.strip()
 
 
 def test_a_store_without_a_registry_is_said_aloud_and_stops_nothing(job, monkeypatch, caplog):

@@ -26,7 +26,7 @@ from pipeline.distill.task import DistillJob, build_distiller, build_reader, bui
 from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
 from pipeline.evaluate.cost import inference_cost
-from pipeline.evaluate.knn import check_classes, has_labels, teacher_knn
+from pipeline.evaluate.knn import has_labels, teacher_knn
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
 from pipeline.training import STATE_FILE, History, checkpoint_folder, fit, load_state
@@ -190,7 +190,6 @@ def make_job(config: Config, plan: CachePlan) -> DistillJob:
     assert train is not None
     labelled: Dataset | None = None
     if val is not None:
-        check_classes(train.dataset, val.dataset)
         if has_labels(train.dataset) and has_labels(val.dataset):
             labelled = val.dataset
         else:

@@ -23,6 +23,7 @@ from pipeline.cache.build import CachePlan, plan_cache
 from pipeline.cache.store import Store
 from pipeline.config import Config
 from pipeline.distill.distiller import Distiller, TeacherTarget
+from pipeline.evaluate.knn import check_classes
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,14 @@ def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
     """The phases of a recipe, one where it names none.
 
     Raises:
-        UserError, TeacherError: as :func:`~pipeline.cache.build.plan_cache`.
+        UserError, TeacherError: as :func:`~pipeline.cache.build.plan_cache`; and where the splits differ in their classes.
     """
-    return tuple(Phase(phase, plan_cache(phase, store)) for phase in config.phase_configs())
+    phases = tuple(Phase(phase, plan_cache(phase, store)) for phase in config.phase_configs())
+    for phase in phases:
+        train, val = phase.plan.split("train"), phase.plan.split("val")
+        if train is not None and val is not None:
+            check_classes(train.dataset, val.dataset)
+    return phases
 
 
 @dataclass(frozen=True)

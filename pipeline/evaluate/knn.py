@@ -134,7 +134,8 @@ def check_classes(train: Dataset, val: Dataset) -> None:
     if train.classes and val.classes and train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes)) or ["the order of the classes"]
         raise UserError(
-            f"data.train ({train.location}) and data.val ({val.location}) differ in their classes: {odd[0]}"
+            f"data.train ({train.location}) and data.val ({val.location}) differ in their classes: {odd[0]}; "
+            "take splits of one set; distillation does without held-out images too (data.val=null)"
         )
 
 

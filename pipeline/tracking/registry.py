@@ -1,7 +1,7 @@
 """What people find in MLflow: models in its registry, with the best one marked, and descriptions of runs.
 
 The newest version of a registered model is `models:/<name>/latest`, which MLflow keeps by itself; `models:/<name>@best` is
-set here. In the interface: Models, the model's name, the version with the alias `best`.
+set here. In the interface: Model training, the experiment, and the link at the head of its description.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.tracking.models import run_of
 from pipeline.tracking.run import NOTE, Run, run_link
 
-BEST = "best"
+BEST, EXPERIMENT = "best", "experiment"
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def register(run: Run, candidate: Candidate) -> str | None:
     try:
         version = _create(run, candidate)
         _mark_best(run.client, candidate)
+        _show_best(run)
     except (MlflowException, OSError) as error:
         log.warning(
             "the model is logged as %s but not registered as %s: %s",
@@ -81,7 +82,7 @@ def _create(run: Run, candidate: Candidate) -> ModelVersion:
         candidate.name,
         candidate.model_uri,
         run_of(client, candidate.model_uri),
-        tags={"metric": candidate.metric, **score, **candidate.lineage},
+        tags={"metric": candidate.metric, EXPERIMENT: run.experiment_id, **score, **candidate.lineage},
         description=_version_note(run, candidate),
         model_id=logged if "/" not in logged else None,
     )
@@ -101,6 +102,24 @@ def _mark_best(client: MlflowClient, candidate: Candidate) -> None:
     client.set_registered_model_alias(candidate.name, BEST, str(best.version))
 
 
+def _show_best(run: Run) -> None:
+    """Let the description of the run's experiment begin with the best version of each of its models."""
+    names = {version.name for version in run.client.search_model_versions(f"tags.{EXPERIMENT} = '{run.experiment_id}'")}
+    found = [run.client.get_registered_model(name) for name in sorted(names)]
+    best = [run.client.get_model_version(model.name, model.aliases[BEST]) for model in found if BEST in model.aliases]
+    if not best:
+        return
+    shown = [
+        f"[{version.name} {version.version}]({model_link(f'models:/{version.name}/{version.version}')})"
+        f" ({version.tags['metric']} {float(version.tags['score']):.4g})"
+        for version in best
+    ]
+    note = run.client.get_experiment(run.experiment_id).tags.get(NOTE, "")
+    rest = note.partition("\n")[2] if note.startswith(_BEST) else f"\n{note}"
+    run.client.set_experiment_tag(run.experiment_id, NOTE, f"{_BEST}{' · '.join(shown)}\n{rest}")
+
+
+_BEST = "Best: "
 _MODEL_NOTE = """Newest: `models:/{name}/latest`. Best by `{metric}`: `models:/{name}@best`, among versions measured on the
 same held-out images (tag `held_out`)."""
 

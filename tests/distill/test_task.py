@@ -11,7 +11,6 @@ from pipeline.cache.reader import NO_LABEL
 from pipeline.distill.held_out import nearness
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, make_distill_task
-from pipeline.errors import UserError
 from pipeline.evaluate.knn import student_knn
 from pipeline.training import Worker, load_state, train
 from pipeline.views import FULL, decode_image, render
@@ -169,14 +168,6 @@ def test_there_is_no_knn_where_labels_are_missing(job, monkeypatch, caplog):
     monkeypatch.setattr(knn, "scan_images", unlabelled)
     assert (job().val, job().held_out is None) == (None, False)
     assert "no kNN" in caplog.text
-
-
-def test_splits_with_other_classes_are_refused(job, filled, photo_config):
-    plan = filled.plan
-    odd = dataclasses.replace(plan.split("val").dataset, classes=("class0", "class1", "dog"))
-    splits = (plan.split("train"), dataclasses.replace(plan.split("val"), dataset=odd))
-    with pytest.raises(UserError, match=r"differ in their classes: (class2|dog)"):
-        make_job(photo_config(*STUDENT), dataclasses.replace(plan, splits=splits))
 
 
 def test_a_worker_makes_its_task_from_a_job_that_travelled(job):

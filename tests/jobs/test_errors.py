@@ -45,6 +45,15 @@ def test_an_empty_folder_is_named(tmp_path, refused):
     assert not (tmp_path / "work").exists()
 
 
+def test_splits_with_other_classes_are_refused_before_anything_is_computed(tmp_path, refused):
+    write_photos(tmp_path / "train", 20, classes=3)
+    write_photos(tmp_path / "val", 20, classes=2)
+    data = [f"data.{split}={tmp_path}/{split}" for split in ("train", "val")]
+    line = refused(distill.main, *SMALL_JOB, *HOG, *data, f"work={tmp_path}/work")
+    assert "differ in their classes: class2" in line
+    assert not list((tmp_path / "work").rglob("*.parquet"))
+
+
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_computed(tmp_path, refused):
     line = refused(distill.main, *SMALL_JOB, *HOG, f"work={tmp_path}/work", "train.batch_size=500")
     assert "train.batch_size" in line
