@@ -421,6 +421,11 @@ class Config(Section):
     work: str | None = Field(
         None, description="folder for cache, runs and MLflow; none: ./work, or ~/regla-distill in a submitted job"
     )
+    outputs: str | None = Field(
+        None,
+        description="folder or s3://, gs:// address that the results of a finished run are copied to; none: they stay in `work` "
+        "and in MLflow",
+    )
     seed: int = Field(0, ge=0, description="seed of weights, order and generated scenes")
     data: DataConfig = DataConfig()
     teachers: list[TeacherConfig] = Field([TeacherConfig(model="hog")], min_length=1, description="list of teachers")
@@ -490,7 +495,7 @@ class Config(Section):
         Args:
             reads: sections beside the usual ones that this job goes by.
         """
-        left_out = {"tracking", "evaluate", "benchmark", "plan", "work"} - set(reads)
+        left_out = {"tracking", "evaluate", "benchmark", "plan", "work", "outputs"} - set(reads)
         fields = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

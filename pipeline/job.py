@@ -11,6 +11,7 @@ from pipeline import logs
 from pipeline.cache.keys import readable
 from pipeline.config import Config
 from pipeline.notes import run_note, run_title
+from pipeline.outputs import outputs_store, publish
 from pipeline.ray_session import connect, devices
 from pipeline.runs import RunState, open_run, work_folder
 from pipeline.shared import check_shared
@@ -78,14 +79,17 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
         reads: sections that the job goes by and others do not, as in :meth:`Config.fingerprint`.
 
     Raises:
-        UserError: where MLflow or Ray cannot be reached, or a node does not see the job's files.
+        UserError: where MLflow, Ray or the place of the outputs cannot be reached, or a node does not see the job's files.
     """
+    outputs = outputs_store(config.outputs) if config.outputs else None
     uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
     with connect():
         check_shared(config)
         run, state = _start(config, uri, name, reads)
         with _ended(run), _metered(run, state), logs.about(run=state.folder.name):
             yield Job(config, name, state, run, uri)
+            if outputs:
+                run.set_tags({"outputs": publish(state.folder, outputs)})
         # Not before everything is sent: a second start sends what is left.
         state.finished = True
         state.save()

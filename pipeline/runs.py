@@ -34,8 +34,8 @@ def work_folder(config: Config) -> Path:
     """
     if config.work and "://" in config.work:
         raise UserError(
-            f"work={config.work}: runs, checkpoints and MLflow's SQLite file need a folder, on a cluster one of a shared "
-            "file system; an object store may hold the cache (cache.uri) and the checkpoints (train.checkpoints)"
+            f"work={config.work}: runs and MLflow's SQLite file need a folder, on a cluster one of a shared file system; an "
+            "object store may hold the cache (cache.uri), checkpoints (train.checkpoints) and results (outputs)"
         )
     if config.work:
         return Path(config.work).expanduser().resolve()

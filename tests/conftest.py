@@ -47,6 +47,25 @@ def shared_data():
 
 
 @pytest.fixture
+def bucket(monkeypatch):
+    """An S3 endpoint on loopback that this process uses, with the bucket `models`."""
+    from pyarrow import fs
+
+    from pipeline.cache import remote
+    from tests.cache.s3_endpoint import S3Endpoint
+
+    server = S3Endpoint()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    remote._s3.cache_clear()
+    address = server.url.removeprefix("http://")
+    fs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True).create_dir("models")
+    yield server
+    server.close()
+    remote._s3.cache_clear()
+
+
+@pytest.fixture
 def photo_config(tmp_path):
     """A configuration for 150 training and 40 held-out photos in shards of 100; more overrides may be given."""
     from pipeline.config import load_config

@@ -6,30 +6,18 @@ import pytest
 import torch
 from pyarrow import fs
 
-from pipeline.cache import remote
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import UserError
 from pipeline.training import STATE_FILE, checkpoint_folder
 from pipeline.training.checkpoint import keep_best, open_folder
 from pipeline.training.ray_train import _shares
 from pipeline.training.stopping import StopFile
-from tests.cache.s3_endpoint import S3Endpoint
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Where the checkpoints of a run go, in a bucket that exists."""
-    server = S3Endpoint()
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    remote._s3.cache_clear()
-    fs.S3FileSystem(
-        endpoint_override=server.url.removeprefix("http://"), scheme="http", allow_bucket_creation=True
-    ).create_dir("models")
-    config = TrainConfig(checkpoints="s3://models/here/")
-    yield checkpoint_folder(config, tmp_path / "photos-distill-1a2b", "train")
-    server.close()
-    remote._s3.cache_clear()
+def folder(bucket, tmp_path):
+    """Where the checkpoints of a run go."""
+    return checkpoint_folder(TrainConfig(checkpoints="s3://models/here/"), tmp_path / "photos-distill-1a2b", "train")
 
 
 def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):

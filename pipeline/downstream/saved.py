@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.downstream.base import Downstream
 from pipeline.downstream.task import DOWNSTREAM, FinetuneJob
 from pipeline.errors import UserError
-from pipeline.student.loading import is_model_uri
+from pipeline.student.loading import is_model_uri, named_folder
 from pipeline.student.model import Encoder, described_encoder, load_weights
 
 
@@ -97,14 +97,15 @@ def load_model(folder: Path) -> SavedModel:
 
 
 def find_model(name: str, tracking_uri: str) -> SavedModel | None:
-    """The fine-tuned model that a folder or an MLflow URI names; None where it names something else.
+    """The fine-tuned model that a folder, its address or an MLflow URI names; None where it names something else.
 
     Raises:
         UserError: where the URI cannot be resolved, or the model is damaged.
     """
-    folder = Path(name).expanduser()
     if is_model_uri(name):
         from pipeline.tracking import download_model
 
         folder = download_model(name, tracking_uri)
+    else:
+        folder = named_folder(name)
     return load_model(folder) if (folder / "model.json").is_file() else None

@@ -38,8 +38,21 @@ class Loaded(NamedTuple):
 
 
 def is_model_uri(name: str) -> bool:
-    """Whether a name is a URI that MLflow resolves, and not a path."""
-    return "://" in name or name.startswith(("models:/", "runs:/"))
+    """Whether a name is a URI that MLflow resolves."""
+    return name.startswith(("models:/", "runs:/", "mlflow-artifacts:/"))
+
+
+def named_folder(name: str) -> Path:
+    """The folder that a path names, or a local copy of the one that an address (`s3://...`) names.
+
+    Raises:
+        UserError: where there is nothing at the address, or it cannot be reached.
+    """
+    if "://" not in name:
+        return Path(name).expanduser()
+    from pipeline.outputs import fetch
+
+    return fetch(name)
 
 
 def load_any(
@@ -48,8 +61,8 @@ def load_any(
     """Load what `student` names.
 
     Args:
-        student: an exported folder, an MLflow URI (`models:/...`, `runs:/...`), or a name of timm: `regla_m`,
-            `timm/<name>`.
+        student: an exported folder or its address (`s3://...`), an MLflow URI (`models:/...`, `runs:/...`), or a name of
+            timm: `regla_m`, `timm/<name>`.
         weights: of a timm model: `pretrained`, `random[:seed]`, or the path of a file whose keys all fit.
         args: of a timm model, for `timm.create_model`.
         tracking_uri: of the MLflow store.
@@ -61,8 +74,8 @@ def load_any(
         from pipeline.tracking import download_student
 
         return _from_folder(download_student(student, tracking_uri))
-    if Path(student).expanduser().is_dir():
-        return _from_folder(Path(student).expanduser())
+    if (folder := named_folder(student)).is_dir():
+        return _from_folder(folder)
     if student.startswith("timm/") or timm.is_model(student):
         encoder, known = _from_timm(student, weights, args or {}), {"weights": weights}
         return Loaded(encoder, student.removeprefix("timm/"), None, args or {}, known)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 def first(tmp_path_factory, ray_session):
     """A finished distillation: its folder, arguments without teachers, teachers, text and figures."""
     folder = tmp_path_factory.mktemp("first")
-    arguments = [*SMALL_JOB, f"work={folder}/work"]
+    arguments = [*SMALL_JOB, f"work={folder}/work", f"outputs={folder}/results"]
     teachers = [f"teachers=[{colours_entry(folder / 'one')}, hog]", "teachers.1.input_size=32"]
     with redirect_stdout(StringIO()) as text:
         run(distill.main, "a job", [*arguments, *teachers])
@@ -53,6 +53,16 @@ def test_a_job_computes_every_shard_once_and_prints_its_figures(first):
     assert images_seen(first.folder / "one") == 192
     assert 0 <= first.figures["knn_before"] <= 100
     assert 0 <= first.figures["knn_after"] <= 100
+
+
+def test_results_are_copied_to_the_outputs(first, client):
+    place = Path(client.get_run(first.figures["mlflow_run_id"]).data.tags["outputs"])
+    assert place.parent == first.folder / "results"
+    own = first.folder / "work/runs" / place.name / "student"
+    copied, own = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (place / "student", own))
+    assert copied == own
+    assert (place / "figures/curves.png").is_file()
+    assert sorted(path.name for path in place.iterdir()) == ["figures", "student"]
 
 
 def test_a_job_is_a_run_with_two_phases(first, client, phases):
