@@ -70,6 +70,7 @@ def plan_rows(config: Config, plan: FinetunePlan) -> dict[str, str | None]:
         "training images": f"{len(plan.train)} from {plan.train.location}",
         "held-out images": held_out,
         "backbone": f"{plan.start.model} from {config.finetune.student or 'scratch'}{frozen}",
+        "soft targets": f"{config.classify.teacher_share:.0%} from {config.classify.teacher}" if plan.teacher else None,
         "training": f"{config.train.epochs} epochs of {plan.steps} steps of {config.train.batch_size} images",
         "passed over": "; ".join(plan.notes) or None,
     }

@@ -17,7 +17,8 @@ from pipeline.downstream.base import Examples, Part, Report
 from pipeline.downstream.images import refuse_other_classes
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.saved import SavedModel, find_model, finished_model
-from pipeline.downstream.task import DOWNSTREAM, FinetuneJob, build_model, epoch_steps, make_finetune_task
+from pipeline.downstream.soft import find_soft_teacher, load_soft_targets
+from pipeline.downstream.task import DOWNSTREAM, FinetuneJob, FinetuneTask, build_model, epoch_steps
 from pipeline.errors import UserError
 from pipeline.runs import work_folder
 from pipeline.sources import SAMPLES
@@ -25,14 +26,19 @@ from pipeline.sources.locations import absolute
 from pipeline.tracking import Run, log_model_folder, resolve_uri
 from pipeline.training import History, checkpoint_folder, fit, load_state
 
+SOFT = "soft-teacher"
+"""Folder of a run where workers find the teacher of soft targets."""
+
 
 @dataclass(frozen=True)
 class FinetunePlan:
-    """What will be trained: checked data, the backbone to start from, steps an epoch, and notes on the data."""
+    """What will be trained: checked data, the backbone to start from, a teacher of soft targets, steps an epoch, and notes on
+    the data."""
 
     train: Examples
     val: Examples | None
     start: Start
+    teacher: SavedModel | None
     steps: int
     notes: list[str]
 
@@ -67,15 +73,17 @@ def plan_finetune(config: Config) -> FinetunePlan:
         UserError: naming the first file or field that is wrong.
     """
     kind = DOWNSTREAM[config.finetune.task]
-    start = find_start(config, resolve_uri(config.tracking.uri, work_folder(config)))
+    tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
+    start = find_start(config, tracking_uri)
     train, val = kind.open(config, "train"), kind.open(config, "val")
     assert train is not None
     kind.build(start.encoder, train.classes, config)
+    teacher = find_soft_teacher(config, train.classes, tracking_uri)
     steps = epoch_steps(config, len(train))
     notes = [f"{split}: {note}" for split, data in (("train", train), ("val", val)) if data for note in data.check()]
     if val is not None:
         refuse_other_classes(train.classes, val.classes, f"data.train ({train.location})", val.location)
-    return FinetunePlan(train, val, start, steps, notes)
+    return FinetunePlan(train, val, start, teacher, steps, notes)
 
 
 def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> FinetuneResult:
@@ -88,6 +96,8 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
     held_out = log_lineage(plan.train, plan.val, run)
     run.set_student_run(plan.start.provenance.get("run_id"))
     plan.start.save(config.student.input_size, folder / "start")
+    if plan.teacher:
+        plan.teacher.save(folder / SOFT)
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
     checkpoints = checkpoint_folder(config.train, folder, "train")
     checkpoint = fit(make_finetune_task, {"job": job}, config.train, checkpoints, partial(_log_commit, run))
@@ -116,6 +126,12 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
     )
 
 
+def make_finetune_task(payload: dict[str, Any], rank: int, world: int) -> FinetuneTask:
+    """The task of one Ray Train worker; `payload` holds the job under ``job``."""
+    job: FinetuneJob = payload["job"]
+    return FinetuneTask(job, rank, world, load_soft_targets(job.folder / SOFT, job.config.classify.teacher_share))
+
+
 def provenance(plan: FinetunePlan, config: Config, run: Run, samples: int, metrics: dict[str, float]) -> dict[str, Any]:
     """What a fine-tuned model comes from, JSON-ready: that of its student, with the data, budget and metrics of this run."""
     return {
@@ -123,6 +139,7 @@ def provenance(plan: FinetunePlan, config: Config, run: Run, samples: int, metri
         "student": dict(plan.start.provenance),
         "data": [{"location": plan.train.location, "images": len(plan.train), "classes": len(plan.train.classes)}],
         "training": {"epochs": config.train.epochs, "samples_seen": samples},
+        **({"soft_targets": {"teacher": config.classify.teacher, **plan.teacher.provenance}} if plan.teacher else {}),
         "metrics": metrics,
     }
 

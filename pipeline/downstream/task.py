@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,11 +55,18 @@ def build_model(job: FinetuneJob, classes: Sequence[str]) -> nn.Module:
 
 
 class FinetuneTask(Task):
-    """Fine-tunes on one rank."""
+    """Fine-tunes on one rank.
+
+    Args:
+        soften: changes the targets of a batch on the training device, or None.
+    """
 
     evaluates_everywhere = True
 
-    def __init__(self, job: FinetuneJob, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, job: FinetuneJob, rank: int = 0, world: int = 1, soften: Callable[[Any, torch.device], Any] | None = None
+    ) -> None:
+        self.soften = soften
         self.job, self.kind, self.part = job, job.kind, Part(rank, world)
         config = job.config
         train = self.kind.open(config, "train")
@@ -87,7 +94,7 @@ class FinetuneTask(Task):
 
     def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the downstream task."""
-        return self.kind.loss(module, batch, device)
+        return self.kind.loss(module, self.soften(batch, device) if self.soften else batch, device)
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Metrics on held-out images, where there are any; tables and pictures go to `<run>/evaluation`."""
@@ -133,8 +140,3 @@ def epoch_steps(config: Config, images: int) -> int:
     if not config.finetune.epoch_steps and images < batch:
         raise UserError(f"train.batch_size={batch} is more than the {images} training images; lower it")
     return config.finetune.epoch_steps or images // batch
-
-
-def make_finetune_task(payload: dict[str, Any], rank: int, world: int) -> FinetuneTask:
-    """The task of one Ray Train worker; `payload` holds the job under ``job``."""
-    return FinetuneTask(payload["job"], rank, world)

@@ -1,0 +1,70 @@
+"""Soft targets: labels mixed with what a trained classifier says of the same augmented images.
+
+Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2, at temperature 1; the classifier
+sees the student's own augmentation and mixing, as in Beyer et al., "Knowledge distillation: A good teacher is patient and
+consistent" (2022), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.downstream.classify import LabelledBatch
+from pipeline.downstream.saved import SavedModel, find_model, load_model
+from pipeline.errors import UserError
+
+
+class SoftTargets:
+    """Mixes a classifier's probabilities into the targets of a batch.
+
+    Args:
+        model: [B, 3, H, W] float32 RGB in [0, 1] -> logits [B, K]; in evaluation mode.
+        share: of its probabilities in the targets, in (0, 1].
+    """
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        self.model, self.share = model, share
+
+    @torch.no_grad()
+    def __call__(self, batch: LabelledBatch, device: torch.device) -> LabelledBatch:
+        """The same images with mixed targets, both on the device."""
+        images = batch.images.to(device, non_blocking=True)
+        told = self.model.to(device)(images).float().softmax(1)
+        return batch._replace(images=images, targets=torch.lerp(batch.targets.to(device), told, self.share))
+
+
+def find_soft_teacher(config: Config, classes: Sequence[str], tracking_uri: str) -> SavedModel | None:
+    """The classifier that `classify.teacher` names, which must know the same classes; None where none is asked for.
+
+    Raises:
+        UserError: where it is no fine-tuned classifier, has other classes, or does not take images of `student.input_size`.
+    """
+    name = config.classify.teacher
+    if name is None or config.finetune.task != "classify":
+        return None
+    saved = find_model(name, tracking_uri)
+    if saved is None or saved.kind.name != "classify":
+        raise UserError(f"classify.teacher: {name} is no fine-tuned classifier; jobs/finetune.py makes one")
+    if saved.classes != tuple(classes):
+        odd = sorted(set(saved.classes) ^ set(classes)) or ["their order"]
+        raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd[0]}")
+    side = config.student.input_size
+    try:
+        with torch.no_grad():
+            saved.model(torch.zeros(1, 3, side, side))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"classify.teacher: {name} takes no {side} x {side} images (student.input_size): {reason}"
+        ) from error
+    return saved
+
+
+def load_soft_targets(folder: Path, share: float) -> SoftTargets | None:
+    """What a worker mixes in: the classifier that the job has put into this folder, or None where it put none."""
+    return SoftTargets(load_model(folder).model, share) if folder.is_dir() else None

@@ -1,0 +1,69 @@
+"""Soft targets of classification: what is mixed, what it teaches, and what is refused."""
+
+import pytest
+import torch
+
+from pipeline.config import load_config
+from pipeline.downstream.job import SOFT, make_finetune_task, plan_finetune
+from pipeline.downstream.saved import finished_model
+from pipeline.downstream.soft import find_soft_teacher, load_soft_targets
+from pipeline.downstream.task import FinetuneTask, build_model
+from pipeline.errors import UserError
+from tests.downstream.conftest import SMALL
+from tests.downstream.drawings import locations
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def taught(make_job, tmp_path):
+    """Folder of a classifier of the drawings, sure of what it says."""
+    job = make_job("classify", folder="taught")
+    classes = FinetuneTask(job).train.classes
+    model = build_model(job, classes)
+    with torch.no_grad():
+        model.head.weight.mul_(50)
+        model.head.bias.copy_(torch.arange(len(classes)))
+    finished_model(model, job, classes).save(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_targets_are_mixed_with_the_probabilities_of_the_same_pixels(make_job, taught):
+    task = FinetuneTask(make_job("classify"))
+    batch = next(iter(task.batches(0, 0)))
+    soften = load_soft_targets(taught, 0.25)
+    told = soften.model(batch.images).softmax(1)
+    mixed = soften(batch, CPU)
+    assert torch.equal(mixed.images, batch.images)
+    torch.testing.assert_close(mixed.targets, 0.75 * batch.targets + 0.25 * told)
+    torch.testing.assert_close(mixed.targets.sum(1), torch.ones(len(batch.keys)))
+    assert not mixed.targets.requires_grad
+
+
+def test_the_loss_of_a_worker_is_least_where_the_student_says_the_same(make_job, taught):
+    job = make_job("classify", f"classify.teacher={taught}", "classify.teacher_share=1.0")
+    taught.rename(job.folder / SOFT)
+    task = make_finetune_task({"job": job}, 0, 1)
+    batch = next(iter(task.batches(0, 0)))
+    teacher = task.soften.model
+    same, _ = task.loss(teacher, batch, CPU)
+    other, _ = task.loss(task.module.eval(), batch, CPU)
+    entropy = torch.distributions.Categorical(logits=teacher(batch.images)).entropy().mean()
+    torch.testing.assert_close(same, entropy)
+    assert other > same
+
+
+def test_without_a_teacher_labels_are_all(make_job):
+    job = make_job("classify")
+    assert make_finetune_task({"job": job}, 0, 1).soften is None
+
+
+def test_another_task_another_set_of_classes_and_no_model_are_refused(make_job, drawings, taught, tmp_path):
+    settings = [*SMALL, *locations(drawings, "classify"), "finetune.task=classify", f"work={tmp_path}/work"]
+    plan = plan_finetune(load_config(None, [*settings, f"classify.teacher={taught}"]))
+    assert plan.teacher.classes == plan.train.classes
+    with pytest.raises(UserError, match=r"classify\.teacher: .*nowhere is no fine-tuned classifier"):
+        plan_finetune(load_config(None, [*settings, f"classify.teacher={tmp_path}/nowhere"]))
+    config = load_config(None, [*settings, f"classify.teacher={taught}"])
+    with pytest.raises(UserError, match=r"differ in their classes: (zebra|square)"):
+        find_soft_teacher(config, [*plan.train.classes[:-1], "zebra"], "")
