@@ -98,7 +98,10 @@ def connect() -> Iterator[None]:
         with _logging_as_it_was(), _on_loopback(embedded):
             ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
-        raise UserError(f"RAY_ADDRESS={address} cannot be reached ({error}); start it, or unset RAY_ADDRESS") from error
+        reason = " ".join(f"{error}: {error.__cause__}".split() if error.__cause__ else str(error).split())[:300]
+        raise UserError(
+            f"RAY_ADDRESS={address} cannot be reached ({reason}); start it, or unset RAY_ADDRESS"
+        ) from error
     _quieten_ray_data()
     try:
         yield
