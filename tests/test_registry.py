@@ -17,7 +17,7 @@ from pipeline.tracking.models import log_model_folder, run_of
 LINEAGE = {
     "teachers": "hog, sam",
     "licences": "apache-2.0",
-    "cache": "photos-1/full/hog-1",
+    "cache": "photos-1/full/hog-1\nphotos-1/full/sam-2",
     "manifests": "runs:/0/manifests",
 }
 
@@ -49,6 +49,7 @@ def test_a_model_becomes_the_first_version_with_its_lineage_and_a_link_to_its_ru
     assert version.run_id == run.run_id
     assert f"(#/experiments/{run.experiment_id}/runs/{run.run_id}): top1 50." in version.description
     assert "| licences | apache-2.0 |" in version.description
+    assert "| cache | photos-1/full/hog-1, photos-1/full/sam-2 |" in version.description
     assert f"{candidate.name}@best" in client.get_registered_model(candidate.name).description
 
 

@@ -126,7 +126,7 @@ same held-out images (tag `held_out`)."""
 
 def _version_note(run: Run, candidate: Candidate) -> str:
     score = "nothing was measured" if candidate.score is None else f"{candidate.metric} {candidate.score:.4g}"
-    rows = [f"| {name} | {value} |" for name, value in candidate.lineage.items()]
+    rows = [f"| {name} | {', '.join(value.splitlines())} |" for name, value in candidate.lineage.items()]
     table = ["| lineage | |", "|---|---|", *rows] if rows else []
     return "\n".join([f"From [the job's run]({run_link(run)}): {score}.", "", *table])
 
