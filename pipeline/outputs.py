@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.cache.store import Store
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 
 PARTS = ("student", "model", "figures", "evaluation")
 """Folders of a run that are its results; checkpoints and state are not."""
@@ -21,11 +21,9 @@ def outputs_store(outputs: str) -> Store:
     Raises:
         UserError: where it cannot be used.
     """
-    try:
+    with naming("outputs"):
         store = Store.at(outputs)
         store.check()
-    except UserError as error:
-        raise UserError(f"outputs: {error}") from error
     return store
 
 

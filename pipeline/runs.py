@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.cache.keys import readable
 from pipeline.cache.store import Store
 from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 from pipeline.ray_session import is_submitted_job
 
 
@@ -48,11 +48,9 @@ def cache_store(config: Config) -> Store:
     Raises:
         UserError: where the object store cannot be used.
     """
-    try:
+    with naming("cache.uri"):
         store = Store.at(config.cache.uri or work_folder(config) / "cache")
         store.check()
-    except UserError as error:
-        raise UserError(f"cache.uri: {error}") from error
     return store
 
 

@@ -28,7 +28,7 @@ from pipeline.cache.ray_pipeline import extract_shards, gpus, ingest_shards
 from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
 from pipeline.cache.store import Store, taking_apart
 from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 from pipeline.metrics import export
 from pipeline.progress import Progress
 from pipeline.sources import SceneSettings, open_source
@@ -111,10 +111,8 @@ def plan_cache(config: Config, store: Store, teachers: bool = True) -> CachePlan
 def _cached_teacher(config: Config, index: int) -> CachedTeacher:
     teacher, cache = config.teachers[index], config.cache
     field, name = (f"teachers.{index}.codec", teacher.codec) if teacher.codec else ("cache.codec", cache.codec)
-    try:
+    with naming(field):
         codec = Codec.parse(name)
-    except UserError as error:
-        raise UserError(f"{field}: {error}") from None
     spec = make_teacher(teacher).spec
     if codec.components and codec.components > spec.patch_dim:
         raise UserError(f"{field}: {name} keeps more components than the {spec.patch_dim} channels of {spec.name}")

@@ -12,6 +12,7 @@ from pipeline.config import Config
 from pipeline.downstream.base import Split
 from pipeline.errors import UserError
 from pipeline.sources import SampleScenes, SceneSettings, Source, open_source
+from pipeline.sources.base import odd_class
 from pipeline.views import decode_image
 
 PARQUET_BLOCK = 128
@@ -143,6 +144,5 @@ def refuse_other_classes(expected: Sequence[str], found: Sequence[str], whose: s
     Raises:
         UserError: naming the first class that only one of them has.
     """
-    if tuple(expected) != tuple(found):
-        odd = sorted(set(expected) ^ set(found)) or ["the order of the classes"]
-        raise UserError(f"{whose} and {location} differ in their classes ({len(expected)} and {len(found)}): {odd[0]}")
+    if (odd := odd_class(expected, found)) is not None:
+        raise UserError(f"{whose} and {location} differ in their classes ({len(expected)} and {len(found)}): {odd}")

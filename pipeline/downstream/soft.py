@@ -17,6 +17,7 @@ from pipeline.config import Config
 from pipeline.downstream.classify import LabelledBatch
 from pipeline.downstream.saved import SavedModel, find_model, load_model
 from pipeline.errors import UserError
+from pipeline.sources.base import odd_class
 
 
 class SoftTargets:
@@ -50,9 +51,8 @@ def find_soft_teacher(config: Config, classes: Sequence[str], tracking_uri: str)
     saved = find_model(name, tracking_uri)
     if saved is None or saved.kind.name != "classify":
         raise UserError(f"classify.teacher: {name} is no fine-tuned classifier; jobs/finetune.py makes one")
-    if saved.classes != tuple(classes):
-        odd = sorted(set(saved.classes) ^ set(classes)) or ["their order"]
-        raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd[0]}")
+    if (odd := odd_class(saved.classes, classes)) is not None:
+        raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd}")
     side = config.student.input_size
     try:
         with torch.no_grad():

@@ -17,6 +17,7 @@ from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.reader import NO_LABEL, read_summaries, scan_images
 from pipeline.config import KnnConfig
 from pipeline.errors import UserError
+from pipeline.sources.base import odd_class
 
 QUERY_CHUNK, BANK_CHUNK = 1024, 65_536
 """Queries and bank vectors that are compared at once."""
@@ -131,10 +132,9 @@ def check_classes(train: Dataset, val: Dataset) -> None:
     Raises:
         UserError: naming the first class that only one of them has.
     """
-    if train.classes and val.classes and train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes)) or ["the order of the classes"]
+    if train.classes and val.classes and (odd := odd_class(train.classes, val.classes)) is not None:
         raise UserError(
-            f"data.train ({train.location}) and data.val ({val.location}) differ in their classes: {odd[0]}; "
+            f"data.train ({train.location}) and data.val ({val.location}) differ in their classes: {odd}; "
             "take splits of one set; distillation does without held-out images too (data.val=null)"
         )
 

@@ -1,6 +1,6 @@
 """What every image source gives: an index of samples, and the encoded bytes of any of its rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -31,6 +31,13 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 MAX_BYTES = 256 << 20
 """Larger files, tar members and arrays are not read: this is the largest image that `decode_image` takes, uncompressed."""
+
+
+def odd_class(expected: Sequence[str], found: Sequence[str]) -> str | None:
+    """The first class that only one of two lists has, or that their order differs; None where they are the same."""
+    if tuple(expected) == tuple(found):
+        return None
+    return min(set(expected) ^ set(found), default="the order of the classes")
 
 
 class Source(Protocol):

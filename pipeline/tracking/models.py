@@ -106,8 +106,7 @@ def run_of(client: MlflowClient, model_uri: str) -> str:
     Raises:
         MlflowException: where there is no such model.
     """
-    scheme, _, rest = model_uri.partition(":/")
-    head, _, _ = rest.strip("/").partition("/")
+    scheme, head, _ = _taken_apart(model_uri)
     if scheme == "runs" and head:
         return head
     if scheme != "models" or not head:
@@ -116,10 +115,16 @@ def run_of(client: MlflowClient, model_uri: str) -> str:
     return str(version.run_id if version else client.get_logged_model(head).source_run_id)
 
 
-def _version(client: MlflowClient, model_uri: str) -> ModelVersion | None:
-    """What a URI with a version or an alias names in the registry; None for any other URI."""
+def _taken_apart(model_uri: str) -> tuple[str, str, str]:
+    """Scheme, first part and the rest of a URI."""
     scheme, _, rest = model_uri.partition(":/")
     head, _, tail = rest.strip("/").partition("/")
+    return scheme, head, tail
+
+
+def _version(client: MlflowClient, model_uri: str) -> ModelVersion | None:
+    """What a URI with a version or an alias names in the registry; None for any other URI."""
+    scheme, head, tail = _taken_apart(model_uri)
     name, _, alias = head.partition("@")
     alias = alias or ("latest" if tail == "latest" else "")
     if scheme != "models" or not (tail or alias):
@@ -170,6 +175,5 @@ def _place(client: MlflowClient, model_uri: str) -> str:
     """Where a model's files lie: MLflow itself looks models up in the store that the process was told of last."""
     version = _version(client, model_uri)
     source = str(version.source) if version else model_uri
-    scheme, _, logged = source.partition(":/")
-    plain = scheme == "models" and "/" not in logged.strip("/")
-    return str(client.get_logged_model(logged.strip("/")).artifact_location) if plain else source
+    scheme, logged, tail = _taken_apart(source)
+    return str(client.get_logged_model(logged).artifact_location) if scheme == "models" and not tail else source

@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.cache.remote import resolve
 from pipeline.cache.store import Store
 from pipeline.config import TrainConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 from pipeline.training.task import History
 
 STATE_FILE = "state.pt"
@@ -35,10 +35,8 @@ def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
     """
     if config.checkpoints is None:
         return str(run / name)
-    try:
+    with naming("train.checkpoints"):
         return Store.at(config.checkpoints).sub(f"{run.name}/{name}").uri
-    except UserError as error:
-        raise UserError(f"train.checkpoints: {error}") from error
 
 
 def open_folder(folder: str) -> tuple[fs.FileSystem, str]:

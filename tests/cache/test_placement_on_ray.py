@@ -55,6 +55,7 @@ def test_teachers_that_fit_share_a_gpu_and_every_gpu_is_used():
 
 
 if __name__ == "__main__":
+    # By its name, which Ray's workers can import: `Recorder` of __main__ would travel with all that it refers to.
     from tests.cache.test_placement_on_ray import main
 
     main()
