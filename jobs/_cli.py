@@ -79,7 +79,7 @@ def run(
         group.add_argument(mode.flag, help=mode.help, **kind)
     for switch in switches:
         parser.add_argument(switch.flag, action="store_true", help=switch.help)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     chosen = _choose(parser, options, modes, switches)
     logs.configure()
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -14,6 +14,9 @@ from pipeline.errors import UserError, naming
 PARTS = ("student", "model", "figures", "evaluation")
 """Folders of a run that are its results; checkpoints and state are not."""
 
+_copies: list[tempfile.TemporaryDirectory[str]] = []
+"""What was fetched, which goes when the process ends."""
+
 
 def outputs_store(outputs: str) -> Store:
     """The place of all runs' results.
@@ -44,7 +47,7 @@ def publish(run: Path, store: Store) -> str:
 
 
 def fetch(address: str) -> Path:
-    """A local copy of the files of a folder in an object store, such as a run's `student`.
+    """A local copy, as long as this process lasts, of the files of a folder in an object store, such as a run's `student`.
 
     Raises:
         UserError: where there are none, or the store cannot be used.
@@ -53,7 +56,8 @@ def fetch(address: str) -> Path:
     names = store.files()
     if not names:
         raise UserError(f"{address}: there is no such folder, or it is empty")
-    folder = Path(tempfile.mkdtemp(prefix="regla-"))
+    _copies.append(tempfile.TemporaryDirectory(prefix="regla-"))
+    folder = Path(_copies[-1].name)
     for name in names:
         (folder / name).write_bytes(store.get(name))
     return folder

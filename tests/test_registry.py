@@ -98,6 +98,20 @@ def test_a_store_without_a_registry_is_said_aloud_and_stops_nothing(job, monkeyp
     assert f"not registered as {candidate.name}: no registry here" in caplog.text
 
 
+def test_a_model_that_is_registered_is_said_to_be_so_though_the_best_cannot_be_marked(job, monkeypatch, caplog):
+    run, client, candidate = job
+
+    def refuse(*_, **__):
+        raise MlflowException("no aliases here")
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", refuse)
+    with caplog.at_level(logging.WARNING):
+        registered = register(run, replace(candidate, name="unmarked", score=1.0))
+    assert registered == "models:/unmarked/1"
+    assert client.get_model_version("unmarked", "1").tags["score"] == "1"
+    assert "registered as models:/unmarked/1, but the best one was not marked: no aliases here" in caplog.text
+
+
 def test_runs_and_experiments_describe_themselves(job):
     run, client, _ = job
     describe(run, ["**one**", "two"])

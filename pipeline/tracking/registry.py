@@ -46,7 +46,7 @@ class Candidate:
 def register(run: Run, candidate: Candidate) -> str | None:
     """Register a model as the next version, and mark the best of those that were measured alike.
 
-    A store without a registry does not stop what has been trained: the log says so.
+    A store without a registry, or one that fails, does not stop what has been trained: the log says so.
 
     Args:
         run: of the job, which the version's description links to.
@@ -56,17 +56,25 @@ def register(run: Run, candidate: Candidate) -> str | None:
     """
     try:
         version = _create(run, candidate)
-        _mark_best(run.client, candidate)
-        _show_best(run)
     except (MlflowException, OSError) as error:
         log.warning(
             "the model is logged as %s but not registered as %s: %s",
             candidate.model_uri,
             candidate.name,
-            " ".join(str(error).split())[:200],
+            _in_short(error),
         )
         return None
-    return f"models:/{candidate.name}/{version.version}"
+    registered = f"models:/{candidate.name}/{version.version}"
+    try:
+        _mark_best(run.client, candidate)
+        _show_best(run)
+    except (MlflowException, OSError) as error:
+        log.warning("the model is registered as %s, but the best one was not marked: %s", registered, _in_short(error))
+    return registered
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _create(run: Run, candidate: Candidate) -> ModelVersion:

@@ -83,7 +83,7 @@ def test_a_recipe_resolves_to_a_plan(recipe, photos, tmp_path, job, quick_teache
 def test_the_cache_is_planned_for_every_phase(photos, tmp_path, job, quick_teachers):
     data = [f"{key}={photos}/{part}" for key, part in DATA.items()]
     recipe = str(RECIPES[0].parent / "imagenet.yaml")
-    text, _ = job(precompute.main, recipe, *data, f"phases.1.data.train={photos}/part", f"work={tmp_path}", "--dry-run")
+    text, _ = job(precompute.main, recipe, *data, "--dry-run", f"phases.1.data.train={photos}/part", f"work={tmp_path}")
     assert "plan of phase 1 of 2" in text
     assert "plan of phase 2 of 2" in text
     assert "224x224 px -> 16x16x768" in text
