@@ -7,9 +7,11 @@ Extraction is `jobs/precompute.py` on four shards of a slow teacher; its result,
 that of a cache that was filled without Ray. Training is Ray Train with two workers around a small task that writes down every
 batch; its loss by step, as committed, must be that of the run that was left alone. Lost is what was computed more than
 once: images, or steps. Recovery lasts from the fault to the next shard that is committed, or until both shares of a batch
-are two steps beyond where they were, and includes whatever was on the way. A job that ends is started again by the same
-command. Nodes that are lost are replaced. Pretended: the clock jumps for all processes of the nodes and the job through a
-preloaded library (`benchmarks/clock.c`, which needs a C compiler), and a full object store is one that another job fills.
+are two steps beyond where they were, and includes whatever was on the way; that of a worker that is lost and regained
+includes both, and the minute after which Ray Train looks for new nodes. A job that ends is started again by the same
+command. Nodes that are lost are replaced; where a clock has jumped, all are. Pretended: the clock jumps for all processes
+of the nodes and the job through a preloaded library (`benchmarks/clock.c`, which needs a C compiler), and a full object
+store is one that another job fills.
 Prints a table and one line of JSON.
 """
 
@@ -45,13 +47,13 @@ from pipeline.config import TrainConfig, load_config
 from tests.cache.s3_endpoint import S3Endpoint
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process, images_seen
 from tests.faults import FORK, content
-from tests.nodes import RAY, Node, cluster, descendants, kill, running, start_job
+from tests.nodes import RAY, Node, cluster, descendants, kill, running, start_job, start_nodes
 from tests.tiny_task import STEPS, lines, make_tiny_task
 
-IMAGES, EPOCHS, WORKERS = 192, 4, 2
+IMAGES, WORKERS, CPUS = 192, 2, (2, 3, 3)
 PATIENCE_S = 600.0
 PLAIN = {"dropout": 0.0, "batch_norm": False}
-TRAINING = TrainConfig(epochs=EPOCHS, batch_size=8, workers=WORKERS, checkpoint_steps=2, warmup_epochs=0)
+TRAINING = TrainConfig(epochs=4, batch_size=8, workers=WORKERS, checkpoint_steps=2, warmup_epochs=0)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -77,15 +79,22 @@ class Bench:
         return self.nodes[0].address
 
     def calm(self) -> None:
-        """End faults that last: of the store, and of the clock."""
+        """End a fault of the store."""
         if self.store:
             self.store.fault = lambda method, path: None
             self.store.released.set()
-        if (self.folder / "clock").exists():
-            _set_clock(self.folder, 0)
 
     def complete(self) -> None:
-        """Replace nodes that did not outlast a fault."""
+        """Replace nodes that did not outlast a fault, or all of them where their clock has jumped.
+
+        A clock is not set back under running nodes: Ray's timers would stand still until it is where it was.
+        """
+        if _clock(self.folder):
+            for node in self.nodes:
+                node.kill()
+            self.nodes.clear()
+            _set_clock(self.folder, 0)
+            start_nodes(self.nodes, *CPUS)
         for number in (1, 2):
             if self.nodes[number].process.poll() is not None or not running("raylet/raylet", self.nodes[number]):
                 self.replace(number)
@@ -93,7 +102,7 @@ class Bench:
     def replace(self, number: int) -> None:
         """Kill a node as a whole, and start another in its place."""
         self.nodes[number].kill()
-        self.nodes[number] = Node(3, self.address)
+        self.nodes[number] = Node(CPUS[number], self.address)
 
 
 class Extraction:
@@ -145,6 +154,7 @@ class Training:
 
     unit = "steps"
     margin = 2
+    config = TRAINING
 
     def __init__(self, bench: Bench, number: int) -> None:
         self.bench, self.folder = bench, bench.folder / f"train-{number}"
@@ -153,7 +163,9 @@ class Training:
 
     def start(self) -> None:
         """Start it, or start it again."""
-        self.process = FORK.Process(target=_train, args=(self.bench.address, str(self.folder)), daemon=True)
+        self.process = FORK.Process(
+            target=_train, args=(self.bench.address, str(self.folder), self.config), daemon=True
+        )
         self.process.start()
 
     def progress(self) -> int:
@@ -169,12 +181,18 @@ class Training:
 
     def lost(self) -> int:
         """Steps that were computed more than once, as the mean over the shares."""
-        return round(sum(len(self._batches(rank)) for rank in range(WORKERS)) / WORKERS) - STEPS * EPOCHS
+        return round(sum(len(self._batches(rank)) for rank in range(WORKERS)) / WORKERS) - STEPS * self.config.epochs
 
     def result(self) -> Any:
         """Loss of every step as it was committed."""
         points = [tuple(json.loads(line)) for line in (self.folder / "committed").read_text().splitlines()]
         return {step: round(loss, 4) for step, loss in points}
+
+
+class Elastic(Training):
+    """A longer one with one worker or two."""
+
+    config = TRAINING.model_copy(update={"epochs": 16, "workers": (1, WORKERS)})
 
 
 Job = Extraction | Training
@@ -186,7 +204,7 @@ def extraction_arguments(work: Path, calls: Path) -> list[str]:
     return [*SMALL_JOB, "cache.batch_size=24", "cache.codec=int8", f"work={work}", f"teachers=[{teacher}]"]
 
 
-def _train(address: str, folder: str) -> None:
+def _train(address: str, folder: str, config: TrainConfig) -> None:
     os.environ["RAY_ADDRESS"] = address
     with Path(folder, "log").open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -201,7 +219,7 @@ def _train(address: str, folder: str) -> None:
     payload = {"folder": folder, **PLAIN, "delay": 0.7}
     with connect():
         try:
-            fit(make_tiny_task, payload, TRAINING, f"{folder}/train", commit)
+            fit(make_tiny_task, payload, config, f"{folder}/train", commit)
         except StoppedError:
             sys.exit(130)
 
@@ -224,6 +242,17 @@ def _busy(bench: Bench) -> int:
 
 def _lose_node(bench: Bench, job: Job) -> None:
     bench.replace(_busy(bench))
+
+
+def _lose_and_regain(bench: Bench, job: Job) -> None:
+    """All nodes but the head are lost, and come back when one worker has gone on alone."""
+    for number in (1, 2):
+        bench.nodes[number].kill()
+    alone = job.progress() + job.margin
+    _until(lambda: job.progress() >= alone, job)
+    for number in (1, 2):
+        bench.nodes[number] = Node(CPUS[number], bench.address)
+    _until(lambda: len(running("RayTrainWorker", *bench.nodes)) == WORKERS, job)
 
 
 def _kill_raylet(bench: Bench, job: Job) -> None:
@@ -293,6 +322,11 @@ def _set_clock(folder: Path, seconds: int) -> None:
         file.write(struct.pack("q", seconds))
 
 
+def _clock(folder: Path) -> int:
+    seconds: int = struct.unpack("q", (folder / "clock").read_bytes())[0]
+    return seconds
+
+
 def _jump(seconds: int) -> Fault:
     def fault(bench: Bench, job: Job) -> None:
         _set_clock(bench.folder, seconds)
@@ -314,7 +348,7 @@ def _fail_store(bench: Bench, job: Job) -> None:
     bench.store.fault = fault
 
 
-FAULTS: dict[str, tuple[type[Extraction] | type[Training], Fault]] = {
+FAULTS: dict[str, tuple[type[Job], Fault]] = {
     "extract: worker killed": (Extraction, _kill("(Ingest)")),
     "extract: actor killed": (Extraction, _kill("(Extract)")),
     "extract: raylet killed": (Extraction, _kill_raylet),
@@ -328,9 +362,11 @@ FAULTS: dict[str, tuple[type[Extraction] | type[Training], Fault]] = {
     "train: worker killed": (Training, _kill("RayTrainWorker")),
     "train: raylet killed": (Training, _kill_raylet),
     "train: node lost": (Training, _lose_node),
+    "train: a worker lost, regained": (Elastic, _lose_and_regain),
     "train: node stalls 8 s": (Training, _stall),
     "train: object store full": (Training, _fill_object_store),
     "train: clock jumps ahead 1 h": (Training, _jump(3600)),
+    "train: clock jumps back 1 h": (Training, _jump(-3600)),
     "train: preemption notice": (Training, _preempt),
     "train: SIGTERM to the job": (Training, _terminate),
     "train: driver killed": (Training, _kill_driver),
@@ -353,7 +389,7 @@ def inject(bench: Bench, name: str, number: int) -> dict[str, Any]:
         job: Job = Extraction(bench, number, f"s3://regla/faults-{number}")
     else:
         job = kind(bench, number)
-    if "worker killed" not in name or kind is Training:
+    if name != "extract: worker killed":
         _until(job.begun, job)
         time.sleep(bench.draw.uniform(0, 1))
     started, restarts = time.monotonic(), 0
@@ -409,24 +445,28 @@ def bench(seed: int) -> Iterator[Bench]:
     address = {"endpoint_override": store.url.removeprefix("http://"), "scheme": "http"}
     fs.S3FileSystem(**address, allow_bucket_creation=True).create_dir("regla")
     try:
-        with cluster(2, 3, 3) as nodes:
+        with cluster(*CPUS) as nodes:
             yield Bench(nodes, folder, random.Random(seed), store)
     finally:
         store.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def undisturbed(bench: Bench) -> dict[type, Any]:
-    """What each kind of job gives when it is left alone; extraction without Ray."""
+def undisturbed(bench: Bench, kind: type[Job]) -> Any:
+    """What a kind of job gives when it is left alone; extraction without Ray."""
+    if issubclass(kind, Training):
+        training = kind(bench, 0)
+        training.process.join(PATIENCE_S)
+        if training.lost() or training.process.exitcode:
+            raise AssertionError((training.folder / "log").read_text()[-3000:])
+        result = training.result()
+        shutil.rmtree(training.folder)
+        return result
     alone = bench.folder / "alone"
     arguments = extraction_arguments(alone / "work", alone / "calls")
     alone.mkdir()
     fill_in_process(plan_cache(load_config(DEFAULT_RECIPE, arguments), Store.at(alone / "cache")), batch_size=24)
-    training = Training(bench, 0)
-    training.process.join(PATIENCE_S)
-    if training.lost() or training.process.exitcode:
-        raise AssertionError((training.folder / "log").read_text()[-3000:])
-    return {Extraction: content(alone / "cache"), Training: training.result()}
+    return content(alone / "cache")
 
 
 def main() -> None:
@@ -439,7 +479,8 @@ def main() -> None:
     names = [name for name in FAULTS if re.search(options.only, name)]
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with bench(options.seed) as made:
-        expected = undisturbed(made)
+        kinds = {FAULTS[name][0] for name in names}
+        expected = {kind: undisturbed(made, kind) for kind in kinds}
         for number, name in enumerate(names * options.times, 1):
             made.complete()
             found = inject(made, name, number)

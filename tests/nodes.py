@@ -58,15 +58,22 @@ class Node:
 
 @contextmanager
 def cluster(*cpus: int) -> Iterator[list[Node]]:
-    """A head and further nodes of so many logical CPUs each."""
-    nodes = [Node(cpus[0])]
+    """A head and further nodes of so many logical CPUs each; those that are in the list at the end are killed."""
+    nodes: list[Node] = []
     try:
-        wait_until(lambda: _listens(nodes[0].address))
-        nodes += [Node(count, nodes[0].address) for count in cpus[1:]]
+        start_nodes(nodes, *cpus)
         yield nodes
     finally:
         for node in nodes:
             node.kill()
+
+
+def start_nodes(nodes: list[Node], *cpus: int) -> None:
+    """Append a head and further nodes of so many logical CPUs each."""
+    head = Node(cpus[0])
+    nodes.append(head)
+    wait_until(lambda: _listens(head.address))
+    nodes += [Node(count, head.address) for count in cpus[1:]]
 
 
 def start_job(arguments: Sequence[str], address: str, log: Path) -> Any:
