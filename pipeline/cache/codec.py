@@ -170,19 +170,27 @@ class TokenCodec(nn.Module):
             raise ValueError(f"features up to {largest:.3g}, too large for the codec {self.scalar}")
         return np.concatenate([_bytes(part) for part in parts], axis=1)
 
-    def decode(self, rows: Tensor) -> Tensor:
-        """Decode stored rows [N, row_bytes] uint8, on the device that they and this module are on, to [N, *shape] float32."""
-        count = len(rows)
+    def decode(self, rows: Tensor, places: Tensor | None = None) -> Tensor:
+        """Decode stored rows in one call, on the device that they and this module are on.
+
+        Args:
+            rows: [N, row_bytes] uint8.
+            places: [K] int64, numbers of the tokens that are wanted, row by row of the grid; None: all.
+
+        Returns:
+            [N, *shape] float32, or [N, K, D] where places are given.
+        """
         if self.scalar == "int8":
-            scales = rows[:, : 2 * self.tokens].contiguous().view(torch.float16)
+            scales = rows[:, : 2 * self.tokens].contiguous().view(torch.float16).unsqueeze(-1)
             levels = self._by_token(rows[:, 2 * self.tokens :].contiguous().view(torch.int8))
             # int8 times float32 in one operation is half as fast on a CPU.
-            values = levels.float().mul_(scales.float().unsqueeze(-1))
+            values = _at(levels, places).float().mul_(_at(scales, places).float())
         else:
-            values = self._by_token(rows.contiguous().view(_DTYPES[self.scalar])).float()
+            values = _at(self._by_token(rows.contiguous().view(_DTYPES[self.scalar])), places).float()
+        kept = values.shape[1]
         if self.basis is not None and self.mean is not None:
             values = torch.addmm(self.mean, values.flatten(0, 1), self.basis)
-        return values.reshape(count, *self.shape)
+        return values.reshape(len(rows), *(self.shape if places is None else (kept, self.shape[-1])))
 
     def _ordered(self, values: Tensor) -> Tensor:
         """[N, tokens, width] to [N, tokens * width] as it lies in a row."""
@@ -274,6 +282,10 @@ def _principal(patches: Tensor, components: int) -> Projection:
     # eigh lists the smallest eigenvalue first.
     vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :components]
     return Projection(mean.float(), vectors.T.float().contiguous())
+
+
+def _at(values: Tensor, places: Tensor | None) -> Tensor:
+    return values if places is None else values.index_select(1, places)
 
 
 def _half_rounded_up(values: Tensor) -> Tensor:

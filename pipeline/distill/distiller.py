@@ -11,7 +11,7 @@ from pipeline.cache.codec import TokenCodec
 from pipeline.cache.extract import CachedTeacher, teacher_labels
 from pipeline.config import LossConfig
 from pipeline.distill.balance import drop_coefficients, teacher_weights
-from pipeline.distill.grid import GridRule
+from pipeline.distill.grid import GridRule, turns
 from pipeline.distill.loss import RELATIONS, vector_loss
 from pipeline.distill.memory import SummaryQueue
 from pipeline.distill.standardise import Standardiser
@@ -22,6 +22,8 @@ from pipeline.student.model import Student, StudentOutput
 
 class TeacherTarget(nn.Module):
     """One teacher's side of the loss: heads onto its features, its frozen statistics, its grid rule, its past."""
+
+    turns: Tensor
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class TeacherTarget(nn.Module):
         super().__init__()
         self.teacher, self.loss = teacher, loss
         self.rule = GridRule(grid, teacher.spec.grid)
+        self.register_buffer("turns", turns(self.rule.grid, loss.patch_every), persistent=False)
         self.standardisers = nn.ModuleDict({kind: standardisers[kind] for kind in teacher.shapes})
         folded = {kind: standardisers[kind].fold(tokens[kind]) for kind in teacher.shapes}
         self.tokens = nn.ModuleDict({kind: decoder or tokens[kind] for kind, decoder in folded.items()})
@@ -48,43 +51,62 @@ class TeacherTarget(nn.Module):
         remembers = self.relations and teacher.summary_shape
         self.queue = SummaryQueue(loss.queue, *teacher.summary_shape) if remembers and teacher.summary_shape else None
 
-    def predict(self, output: StudentOutput) -> dict[str, Tensor]:
-        """What the heads make of the student's output, standardised, by token type: [B, D], and [B, gh, gw, D]."""
-        predicted = {"patches": self.heads["patches"](self.rule.align_student(output.tokens))}
+    def predict(self, output: StudentOutput, places: Tensor | None = None) -> dict[str, Tensor]:
+        """What the heads make of the student's output, standardised, by token type.
+
+        Args:
+            output: of the student.
+            places: [K] int64, numbers of the patches that are wanted, row by row of the grid; None: all.
+
+        Returns:
+            ``summary`` [B, D], and ``patches`` [B, gh, gw, D], or [B, K, D] where places are given.
+        """
+        tokens = self.rule.align_student(output.tokens)
+        predicted = {"patches": self.heads["patches"](_at(tokens, places))}
         if "summary" in self.heads:
             predicted["summary"] = self.heads["summary"](output.summary)
         return predicted
 
-    def targets(self, raw: Mapping[str, Tensor], tokens: Mapping[str, TokenCodec] | None = None) -> dict[str, Tensor]:
-        """Standardised features on the same grids, by token type.
+    def targets(
+        self,
+        raw: Mapping[str, Tensor],
+        tokens: Mapping[str, TokenCodec] | None = None,
+        places: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Standardised features on the same grids, by token type, in the shapes of `predict`.
 
         Args:
             raw: by token type, [B, row_bytes] uint8 as stored, on the student's device.
             tokens: decoders of the dataset that `raw` is of, whose projections are its own; None: the training images'.
+            places: as in `predict`; what is not wanted is not decoded, unless patches are averaged.
         """
+        averaged = self.rule.grid != self.rule.teacher
+        wanted = {"patches": None if averaged else places}
         # Autocast would take the projections to bfloat16; stored features are worth more than that.
         with torch.autocast(raw["patches"].device.type, enabled=False):
-            if tokens is None:
-                target = {kind: self._target(kind, raw[kind]) for kind in self.heads}
-            else:
-                decoded = {kind: tokens[kind].to(raw[kind].device).decode(raw[kind]) for kind in self.heads}
-                target = {kind: self.standardisers[kind](features) for kind, features in decoded.items()}
-        return {**target, "patches": self.rule.align_teacher(target["patches"])}
+            target = {kind: self._target(kind, raw[kind], tokens, wanted.get(kind)) for kind in self.heads}
+        if averaged:
+            target["patches"] = _at(self.rule.align_teacher(target["patches"]), places)
+        return target
 
-    def _target(self, kind: str, rows: Tensor) -> Tensor:
-        tokens = self.tokens[kind]
-        assert isinstance(tokens, TokenCodec)
-        features = tokens.decode(rows)
-        return features if kind in self.folded else self.standardisers[kind](features)
+    def _target(
+        self, kind: str, rows: Tensor, tokens: Mapping[str, TokenCodec] | None, places: Tensor | None
+    ) -> Tensor:
+        decoder = self.tokens[kind] if tokens is None else tokens[kind].to(rows.device)
+        assert isinstance(decoder, TokenCodec)
+        features = decoder.decode(rows, places)
+        return features if tokens is None and kind in self.folded else self.standardisers[kind](features)
 
-    def losses(self, output: StudentOutput, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, output: StudentOutput, raw: Mapping[str, Tensor], turn: Tensor | None = None) -> dict[str, Tensor]:
         """[B] float32 by part: ``patches``, ``summary`` where there is one, and in training each relation asked for.
 
         Args:
             output: of the student.
             raw: as in `targets`.
+            turn: scalar int64, whose patches are compared (`turns`); None: all.
         """
-        predicted, target = self.predict(output), self.targets(raw)
+        places = None if turn is None else self.turns[turn]
+        predicted, target = self.predict(output, places), self.targets(raw, places=places)
         terms = {"patches": self.loss.patches, "summary": self.loss.summary}
         parts = {kind: vector_loss(terms[kind], predicted[kind], target[kind]) for kind in predicted}
         if self.queue is not None and self.training:
@@ -149,6 +171,7 @@ class Distiller(nn.Module):
         features: Mapping[str, Mapping[str, Tensor]],
         weights: Tensor | None = None,
         draws: Tensor | None = None,
+        turn: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch.
 
@@ -157,6 +180,7 @@ class Distiller(nn.Module):
             features: by teacher id and token type, [B, row_bytes] uint8 as stored.
             weights: [T, 2] of summary and patches by teacher, now; None: those of the start.
             draws: [B, T] uniform in [0, 1), by which teachers are dropped; None: none is.
+            turn: scalar int64 below ``loss.patch_every``, whose patches are compared; None: all.
 
         Returns:
             The weighted total, and every unweighted part as ``<teacher's label>/<token type>``, detached; with dropping
@@ -168,7 +192,7 @@ class Distiller(nn.Module):
         totals = []
         for row, target in enumerate(self.targets):
             assert isinstance(target, TeacherTarget)
-            losses = target.losses(output, features[target.teacher.id])
+            losses = target.losses(output, features[target.teacher.id], turn)
             means = {kind: loss.mean() for kind, loss in losses.items()}
             parts |= {f"{self.labels[target.teacher.id]}/{kind}": mean.detach() for kind, mean in means.items()}
             totals.append(target.total(means if draws is None else losses, weights[row]))
@@ -179,6 +203,10 @@ class Distiller(nn.Module):
         kept = (factors > 0).float().mean(dim=0)
         parts |= {f"{label}/kept": share for label, share in zip(self.labels.values(), kept, strict=True)}
         return (factors * stacked).sum(dim=1).mean(), parts
+
+
+def _at(patches: Tensor, places: Tensor | None) -> Tensor:
+    return patches if places is None else patches.flatten(1, 2).index_select(1, places)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,3 +54,23 @@ class GridRule:
             return f"teacher {teacher} averaged exactly to the student's {grid}"
         exact = self._divides(self.grid, self.student)
         return f"student {student} {'averaged exactly' if exact else 'resized (bilinear)'} to the teacher's {grid}"
+
+
+def turns(grid: tuple[int, int], every: int) -> Tensor:
+    """The places of a grid, dealt out to `every` turns, each of which lies evenly over the grid.
+
+    A turn is a lattice: for two the fields of one colour of a chessboard; for four every fourth field of a row, two further in
+    each next row. Neighbours, whose features are nearly the same, so come in different turns.
+
+    Args:
+        grid: (h, w).
+        every: turns.
+
+    Returns:
+        [every, ceil(h * w / every)] int64, numbers of places row by row. All places occur; where they do not divide evenly,
+        some occur in two turns.
+    """
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    dealt = ((max(1, every // 2) * rows + columns) % every).flatten().argsort(stable=True)
+    starts = torch.arange(every) * len(dealt) // every
+    return dealt[starts.unsqueeze(1) + torch.arange(-(-len(dealt) // every))]

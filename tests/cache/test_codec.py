@@ -65,6 +65,15 @@ def test_a_round_trip_keeps_values_to_the_precision_of_the_format(
     assert ((decoded - features).abs() <= tolerance * largest).all()
 
 
+@pytest.mark.parametrize("codec", ["float32", "float16-zstd", "int8", "int8-zstd", "pca6-int8-zstd"])
+def test_tokens_are_decoded_alone_as_they_are_among_all(codec):
+    patches, places = low_rank(), torch.tensor([5, 0, 15, 5])
+    parsed = Codec.parse(codec)
+    tokens = parsed.tokens({"patches": (4, 4, 48)}, fit_projection(parsed, patches) if parsed.pca else None)["patches"]
+    rows = torch.from_numpy(tokens.encode(patches))
+    torch.testing.assert_close(tokens.decode(rows, places), tokens.decode(rows).flatten(1, 2)[:, places])
+
+
 def test_compressed_rows_hold_the_same_values_in_an_order_that_compresses():
     features = torch.randn(16, 7, 7, 64, generator=torch.Generator().manual_seed(3))
     features *= torch.rand(16, 1, 1, 64, generator=torch.Generator().manual_seed(4)) > 0.8

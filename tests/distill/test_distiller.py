@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -296,3 +297,32 @@ def test_phi_s_gives_the_same_targets_whether_features_are_projected_or_not():
     for kind in ("summary", "patches"):
         torch.testing.assert_close(targets[1][kind], targets[0][kind], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(targets[0]["summary"].std(0), torch.full((6 - 1,), 1.0), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "grid", [(4, 4), (8, 8), (2, 2), (3, 3)]
+)  # equal, averaged, and the student's averaged, resized
+@pytest.mark.parametrize("codec", ["float32", "int8", "int8-zstd", "pca4-float16"])
+def test_the_turns_of_a_batch_compare_every_patch_and_together_are_the_whole_loss(grid, codec):
+    teacher = dataclasses.replace(_teacher("a", grid=grid), codec=codec)
+    features = _features(teacher, 40)
+    tokens = teacher.tokens(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
+    standardisers = {kind: MeanStd.of(Moments.of(values)) for kind, values in features.items()}
+    student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
+    loss = LossConfig(patch_every=2)
+    distiller = Distiller(student, [teacher], {"a-id": standardisers}, {"a-id": tokens}, SIZE, 32, loss).eval()
+    raw = {kind: torch.from_numpy(tokens[kind].encode(values)) for kind, values in features.items()}
+    pixels = torch.randint(0, 256, (40, 3, SIZE, SIZE), dtype=torch.uint8)
+    seen = []
+    distiller.targets[0].heads["patches"].register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
+    with torch.no_grad():
+        whole, *halves = (
+            distiller(pixels, {"a-id": raw}, turn=turn)[1] for turn in (None, torch.tensor(0), torch.tensor(1))
+        )
+    places = math.prod(distiller.targets[0].rule.grid)
+    assert [shape[1] for shape in seen[1:]] == [-(-places // 2)] * 2
+    assert {float(half["a/summary"]) for half in halves} == {float(whole["a/summary"])}
+    assert float(halves[0]["a/patches"]) != float(halves[1]["a/patches"])
+    if places % 2 == 0:
+        together = torch.stack([half["a/patches"] for half in halves]).mean()
+        torch.testing.assert_close(together, whole["a/patches"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.distill.grid import GridRule
+from pipeline.distill.grid import GridRule, turns
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,31 @@ def test_equal_grids_are_left_untouched():
     rule = GridRule((4, 4), (4, 4))
     assert torch.equal(rule.align_teacher(patches), patches)
     assert torch.equal(rule.align_student(tokens), tokens.permute(0, 2, 3, 1))
+
+
+def test_two_turns_are_the_colours_of_a_chessboard():
+    colours = torch.zeros(16, dtype=torch.int64)
+    for turn, places in enumerate(turns((4, 4), 2)):
+        colours[places] = turn
+    assert colours.view(4, 4).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]] * 2
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (14, 14), (7, 7), (4, 6)])
+@pytest.mark.parametrize("every", [2, 3, 4])
+def test_a_turn_has_its_share_of_the_places_and_no_neighbours(grid, every):
+    found = turns(grid, every)
+    places = grid[0] * grid[1]
+    assert found.shape == (every, -(-places // every))
+    assert set(found.flatten().tolist()) == set(range(places))
+    if places % every == 0:
+        for turn in found:
+            rows, columns = turn // grid[1], turn % grid[1]
+            steps = (rows[:, None] - rows).abs() + (columns[:, None] - columns).abs()
+            assert steps[steps > 0].min() > 1
+
+
+@pytest.mark.parametrize("every", [1, 5, 40])
+def test_more_turns_than_places_are_of_one_place_each(every):
+    found = turns((2, 2), every)
+    assert found.shape == (every, max(1, -(-4 // every)))
+    assert set(found.flatten().tolist()) == {0, 1, 2, 3}

@@ -117,7 +117,7 @@ def test_training_draws_augmentation_and_dropping_and_takes_the_weights_of_now(j
     for seed, batch in ((0, first), (1, first), (0, dataclasses.replace(first, place=(2, 0)))):
         torch.manual_seed(seed)
         task.loss(task.module.train(), batch, torch.device("cpu"))
-    (images, _, weights, draws), other, again = seen
+    (images, _, weights, draws, _), other, again = seen
     assert torch.equal(images, again[0])
     assert torch.equal(draws, again[3])
     assert draws.shape == (16, 2)
@@ -128,7 +128,7 @@ def test_training_draws_augmentation_and_dropping_and_takes_the_weights_of_now(j
     torch.testing.assert_close(again[2][:, 1], torch.tensor([0.55, 1.0]))
     task.loss(task.module.eval(), first, torch.device("cpu"))
     assert torch.equal(seen[3][0], first.images)
-    assert seen[3][2:] == (None, None)
+    assert seen[3][2:] == (None, None, None)
 
 
 def test_evaluation_is_knn_of_the_given_weights_and_nearness_to_the_teachers(job):
@@ -179,9 +179,20 @@ def test_a_worker_makes_its_task_from_a_job_that_travelled(job):
 
 
 EVERYTHING_RANDOM = [
-    "loss={standardise: phi_s, summary: {cosine: 1, relation: 0.5}, queue: 40, drop: 0.5}",
+    "loss={standardise: phi_s, summary: {cosine: 1, relation: 0.5}, queue: 40, drop: 0.5, patch_every: 2}",
     "augment={jitter: 0.8, grey: 0.2, blur: 0.5}",
 ]
+
+
+def test_patches_take_turns_from_step_to_step_over_the_epochs(job):
+    task = DistillTask(job("loss.patch_every=4"))
+    seen = []
+    task.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[4]))
+    batch, steps = next(iter(task.batches(0, 0))), task.steps(0)
+    assert steps % 4
+    for place in [*((0, number) for number in range(steps)), (1, 0), (1, 1)]:
+        task.loss(task.module.train(), dataclasses.replace(batch, place=place), torch.device("cpu"))
+    assert [int(turn) for turn in seen] == [step % 4 for step in range(steps + 2)]
 
 
 def _scheduled(given):
