@@ -78,9 +78,9 @@ ARMS: dict[str, Arm] = {
     "crops-2": crops(2),
     "int8": changed(cache={"codec": "int8"}),
     "float16": changed(cache={"codec": "float16"}),
-    "patches-1": changed(loss={"patch_every": 1}),
-    "patches-2": changed(loss={"patch_every": 2}),
-    "patches-4": changed(loss={"patch_every": 4}),
+    "patches-4": changed(loss={"max_patches": 4}),
+    "patches-8": changed(loss={"max_patches": 8}),
+    "patches-16": changed(loss={"max_patches": 16}),
     "heads-256": changed(student={"head_dim": 256}),
     "heads-1024": changed(student={"head_dim": 1024}),
 }

@@ -82,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 class DistillStep(Task):
     """The distillation loss of a batch, as `DistillTask` computes it."""
 
-    def __init__(self, module: nn.Module, every: int = 1) -> None:
-        self.module, self.every, self.step = module, every, 0
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.step = module, 0
 
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """As in `DistillTask`, without augmentation."""
@@ -91,10 +91,10 @@ class DistillStep(Task):
             teacher: {kind: raw.to(device, non_blocking=True) for kind, raw in kinds.items()}
             for teacher, kinds in batch.features.items()
         }
-        turn = torch.tensor(self.step % self.every).to(device, non_blocking=True) if self.every > 1 else None
+        step = torch.tensor(self.step).to(device, non_blocking=True)
         self.step += 1
         images = batch.images.to(device, non_blocking=True)
-        result: tuple[Tensor, dict[str, Tensor]] = module(images, features, turn=turn)
+        result: tuple[Tensor, dict[str, Tensor]] = module(images, features, step=step)
         return result
 
     def steps(self, epoch: int) -> int:
@@ -134,7 +134,7 @@ class Bench:
             name: Stepper(task, config, Worker(device=self.device), [1_000_000])
             for name, task in (
                 ("student", StudentStep(make_student(options.student))),
-                ("cached", DistillStep(make_distiller(options, self.teachers), options.patch_every)),
+                ("cached", DistillStep(make_distiller(options, self.teachers))),
             )
         }
         self.epoch = 0
@@ -244,7 +244,7 @@ def make_distiller(options: argparse.Namespace, teachers: Sequence[CachedTeacher
     }
     tokens = {teacher.id: teacher.tokens() for teacher in teachers}
     student = make_student(options.student)
-    loss = LossConfig(patch_every=options.patch_every)
+    loss = LossConfig(max_patches=options.max_patches)
     return Distiller(student, teachers, standardisers, tokens, options.image_size, options.head_dim, loss)
 
 
@@ -280,7 +280,7 @@ class EpochTask(DistillStep):
     """Epochs on one batch in memory, whose steps write down when they began."""
 
     def __init__(self, options: argparse.Namespace, batch: Batch, module: nn.Module, file: str) -> None:
-        super().__init__(module, options.patch_every)
+        super().__init__(module)
         self.options, self.batch, self.file = options, batch, file
         self.began: list[tuple[float, float]] = []
 
@@ -356,7 +356,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=1024, help="hidden channels of the heads")
     parser.add_argument(
-        "--patch-every", type=int, default=LossConfig().patch_every, help="as loss.patch_every of the configuration"
+        "--max-patches", type=int, default=LossConfig().max_patches, help="as loss.max_patches of the configuration"
     )
     parser.add_argument("--images", type=int, default=512, help="in the cache")
     parser.add_argument("--codec", default="int8")

@@ -148,8 +148,8 @@ class LossConfig(Section):
         {"cosine": 1.0},
         description="weight of each loss of a summary: the same, and relation (to a queue of past ones)",
     )
-    patch_every: int = Field(
-        1, ge=1, description="of so many patches one is compared in a step, its neighbour in the next; 1: all of them"
+    max_patches: int | None = Field(
+        64, ge=1, description="most patches of an image that are compared in a step, others in the next; none: all"
     )
     queue: int = Field(4096, ge=1, description="past summaries of each teacher that relation compares with")
     temperature: float = Field(0.07, gt=0, description="temperature of relation's softmax")

@@ -38,7 +38,7 @@ class TeacherTarget(nn.Module):
         super().__init__()
         self.teacher, self.loss = teacher, loss
         self.rule = GridRule(grid, teacher.spec.grid)
-        self.register_buffer("turns", turns(self.rule.grid, loss.patch_every), persistent=False)
+        self.register_buffer("turns", turns(self.rule.grid, loss.max_patches), persistent=False)
         self.standardisers = nn.ModuleDict({kind: standardisers[kind] for kind in teacher.shapes})
         folded = {kind: standardisers[kind].fold(tokens[kind]) for kind in teacher.shapes}
         self.tokens = nn.ModuleDict({kind: decoder or tokens[kind] for kind, decoder in folded.items()})
@@ -97,15 +97,16 @@ class TeacherTarget(nn.Module):
         features = decoder.decode(rows, places)
         return features if tokens is None and kind in self.folded else self.standardisers[kind](features)
 
-    def losses(self, output: StudentOutput, raw: Mapping[str, Tensor], turn: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(self, output: StudentOutput, raw: Mapping[str, Tensor], step: Tensor | None = None) -> dict[str, Tensor]:
         """[B] float32 by part: ``patches``, ``summary`` where there is one, and in training each relation asked for.
 
         Args:
             output: of the student.
             raw: as in `targets`.
-            turn: scalar int64, whose patches are compared (`turns`); None: all.
+            step: scalar int64, of which the turn of patches that are compared is taken (`turns`); None: all are.
         """
-        places = None if turn is None else self.turns[turn]
+        every = len(self.turns)
+        places = None if step is None or every == 1 else self.turns[step % every]
         predicted, target = self.predict(output, places), self.targets(raw, places=places)
         terms = {"patches": self.loss.patches, "summary": self.loss.summary}
         parts = {kind: vector_loss(terms[kind], predicted[kind], target[kind]) for kind in predicted}
@@ -171,7 +172,7 @@ class Distiller(nn.Module):
         features: Mapping[str, Mapping[str, Tensor]],
         weights: Tensor | None = None,
         draws: Tensor | None = None,
-        turn: Tensor | None = None,
+        step: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch.
 
@@ -180,7 +181,7 @@ class Distiller(nn.Module):
             features: by teacher id and token type, [B, row_bytes] uint8 as stored.
             weights: [T, 2] of summary and patches by teacher, now; None: those of the start.
             draws: [B, T] uniform in [0, 1), by which teachers are dropped; None: none is.
-            turn: scalar int64 below ``loss.patch_every``, whose patches are compared; None: all.
+            step: scalar int64, its number, which decides the patches that are compared; None: all are.
 
         Returns:
             The weighted total, and every unweighted part as ``<teacher's label>/<token type>``, detached; with dropping
@@ -192,7 +193,7 @@ class Distiller(nn.Module):
         totals = []
         for row, target in enumerate(self.targets):
             assert isinstance(target, TeacherTarget)
-            losses = target.losses(output, features[target.teacher.id], turn)
+            losses = target.losses(output, features[target.teacher.id], step)
             means = {kind: loss.mean() for kind, loss in losses.items()}
             parts |= {f"{self.labels[target.teacher.id]}/{kind}": mean.detach() for kind, mean in means.items()}
             totals.append(target.total(means if draws is None else losses, weights[row]))

@@ -56,21 +56,24 @@ class GridRule:
         return f"student {student} {'averaged exactly' if exact else 'resized (bilinear)'} to the teacher's {grid}"
 
 
-def turns(grid: tuple[int, int], every: int) -> Tensor:
-    """The places of a grid, dealt out to `every` turns, each of which lies evenly over the grid.
+def turns(grid: tuple[int, int], most: int | None) -> Tensor:
+    """The places of a grid, dealt out to as few turns as have no more than `most` places each.
 
-    A turn is a lattice: for two the fields of one colour of a chessboard; for four every fourth field of a row, two further in
-    each next row. Neighbours, whose features are nearly the same, so come in different turns.
+    A turn is a lattice that lies evenly over the grid: of two turns the fields of one colour of a chessboard; of four every
+    fourth field of a row, two further in each next row. Neighbours, whose features are nearly the same, so come in different
+    turns.
 
     Args:
         grid: (h, w).
-        every: turns.
+        most: places of a turn; None: all places are one turn.
 
     Returns:
-        [every, ceil(h * w / every)] int64, numbers of places row by row. All places occur; where they do not divide evenly,
-        some occur in two turns.
+        [T, ceil(h * w / T)] int64, numbers of places row by row. All places occur; where they do not divide evenly, some
+        occur in two turns.
     """
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    dealt = ((max(1, every // 2) * rows + columns) % every).flatten().argsort(stable=True)
-    starts = torch.arange(every) * len(dealt) // every
-    return dealt[starts.unsqueeze(1) + torch.arange(-(-len(dealt) // every))]
+    height, width = grid
+    count = 1 if most is None else -(-height * width // most)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    dealt = ((max(1, count // 2) * rows + columns) % count).flatten().argsort(stable=True)
+    starts = torch.arange(count) * len(dealt) // count
+    return dealt[starts.unsqueeze(1) + torch.arange(-(-len(dealt) // count))]

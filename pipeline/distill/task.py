@@ -133,12 +133,12 @@ class DistillTask(Task):
             teacher: {kind: raw.to(device, non_blocking=True) for kind, raw in kinds.items()}
             for teacher, kinds in batch.features.items()
         }
-        images, weights, draws, turn = batch.images.to(device, non_blocking=True), None, None, None
+        images, weights, draws, step = batch.images.to(device, non_blocking=True), None, None, None
         if module.training:
             images = augment(images, self.job.config.augment)
             draws = self._draws(len(batch.keys), device)
-            weights, turn = self._weights(batch.place, device), self._turn(batch.place, device)
-        result: tuple[Tensor, dict[str, Tensor]] = module(images, features, weights, draws, turn)
+            weights, step = self._weights(batch.place, device), self._step(batch.place, device)
+        result: tuple[Tensor, dict[str, Tensor]] = module(images, features, weights, draws, step)
         return result
 
     def _draws(self, count: int, device: torch.device) -> Tensor | None:
@@ -146,12 +146,9 @@ class DistillTask(Task):
             return None
         return torch.rand(count, len(self.job.teachers)).to(device, non_blocking=True)
 
-    def _turn(self, place: tuple[int, int], device: torch.device) -> Tensor | None:
-        every = self.job.config.loss.patch_every
-        if every == 1:
-            return None
+    def _step(self, place: tuple[int, int], device: torch.device) -> Tensor:
         epoch, number = place
-        return torch.tensor((epoch * self.steps(epoch) + number) % every).to(device, non_blocking=True)
+        return torch.tensor(epoch * self.steps(epoch) + number).to(device, non_blocking=True)
 
     def _weights(self, place: tuple[int, int], device: torch.device) -> Tensor | None:
         if not is_scheduled(self.job.teachers):

@@ -309,7 +309,8 @@ def test_the_turns_of_a_batch_compare_every_patch_and_together_are_the_whole_los
     tokens = teacher.tokens(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
     standardisers = {kind: MeanStd.of(Moments.of(values)) for kind, values in features.items()}
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
-    loss = LossConfig(patch_every=2)
+    places = math.prod(GridRule((4, 4), grid).grid)
+    loss = LossConfig(max_patches=-(-places // 2))
     distiller = Distiller(student, [teacher], {"a-id": standardisers}, {"a-id": tokens}, SIZE, 32, loss).eval()
     raw = {kind: torch.from_numpy(tokens[kind].encode(values)) for kind, values in features.items()}
     pixels = torch.randint(0, 256, (40, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -317,9 +318,8 @@ def test_the_turns_of_a_batch_compare_every_patch_and_together_are_the_whole_los
     distiller.targets[0].heads["patches"].register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
     with torch.no_grad():
         whole, *halves = (
-            distiller(pixels, {"a-id": raw}, turn=turn)[1] for turn in (None, torch.tensor(0), torch.tensor(1))
+            distiller(pixels, {"a-id": raw}, step=step)[1] for step in (None, torch.tensor(6), torch.tensor(7))
         )
-    places = math.prod(distiller.targets[0].rule.grid)
     assert [shape[1] for shape in seen[1:]] == [-(-places // 2)] * 2
     assert {float(half["a/summary"]) for half in halves} == {float(whole["a/summary"])}
     assert float(halves[0]["a/patches"]) != float(halves[1]["a/patches"])

@@ -37,7 +37,7 @@ def test_equal_grids_are_left_untouched():
 
 def test_two_turns_are_the_colours_of_a_chessboard():
     colours = torch.zeros(16, dtype=torch.int64)
-    for turn, places in enumerate(turns((4, 4), 2)):
+    for turn, places in enumerate(turns((4, 4), 8)):
         colours[places] = turn
     assert colours.view(4, 4).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]] * 2
 
@@ -45,8 +45,8 @@ def test_two_turns_are_the_colours_of_a_chessboard():
 @pytest.mark.parametrize("grid", [(16, 16), (14, 14), (7, 7), (4, 6)])
 @pytest.mark.parametrize("every", [2, 3, 4])
 def test_a_turn_has_its_share_of_the_places_and_no_neighbours(grid, every):
-    found = turns(grid, every)
     places = grid[0] * grid[1]
+    found = turns(grid, -(-places // every))
     assert found.shape == (every, -(-places // every))
     assert set(found.flatten().tolist()) == set(range(places))
     if places % every == 0:
@@ -56,8 +56,10 @@ def test_a_turn_has_its_share_of_the_places_and_no_neighbours(grid, every):
             assert steps[steps > 0].min() > 1
 
 
-@pytest.mark.parametrize("every", [1, 5, 40])
-def test_more_turns_than_places_are_of_one_place_each(every):
-    found = turns((2, 2), every)
-    assert found.shape == (every, max(1, -(-4 // every)))
-    assert set(found.flatten().tolist()) == {0, 1, 2, 3}
+@pytest.mark.parametrize(
+    ("most", "shape"), [(None, (1, 6)), (9, (1, 6)), (6, (1, 6)), (5, (2, 3)), (4, (2, 3)), (1, (6, 1))]
+)
+def test_there_are_as_few_turns_as_the_most_places_allow(most, shape):
+    found = turns((2, 3), most)
+    assert found.shape == shape
+    assert sorted(found.flatten().tolist()) == list(range(6))
