@@ -1,17 +1,20 @@
 """How much of a teacher's own rate is left in the extraction? And does its memory stay flat?
 
     python benchmarks/extraction.py --teacher dinov2/vits14 --images 256
-    python benchmarks/extraction.py --device cuda --teacher dinov2/vitb14 --precision bfloat16 --batch-size 256 --images 8192
+    python benchmarks/extraction.py --device cuda --teacher dinov2/vitb14 --precision bfloat16 --batch-size 256 \
+        --images 16384 --shard-size 512 --threads 14
     python benchmarks/extraction.py --memory --images 50000
 
-Stages alone, on the same images and threads: `teacher`, the bare forward over batches that are rendered already and lie in
-host memory; `render`, JPEG decode and resize; `encode`, the codec and the statistics of features that are there already.
-Then `Extract` over whole shards, two at once as in its actor: it reads images, renders, asks the teacher, encodes, takes
-statistics and commits. Rounds are interleaved, and `ratio` is the median over the rounds of the rate of `Extract` over that
-of its slowest stage. `cpu_ratio` is the same of processor time: what share of all work the slowest stage is. On a CPU, where
-the stages share the cores, no pipeline has a larger ratio when it has the machine to itself; where others share the machine
-too, `ratio` flatters the one with more threads, and `cpu_ratio` alone tells. Weights are random unless `--weights` names a
-file; the projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
+Stages alone, on the first images and the same threads: `teacher`, the bare forward over batches that are rendered already
+and lie in host memory (page-locked beside a GPU, and without waiting between batches); `render`, JPEG decode and resize;
+`encode`, the codec and the statistics of features that are there already. Then `Extract` over whole shards, as many at once
+as in its actor: it reads images, renders, asks the teacher, encodes, takes statistics and commits. Rounds are interleaved,
+and `ratio` is the median over the rounds of the rate of `Extract` over that of its slowest stage, `teacher_ratio` over that
+of the teacher. `cpu_ratio` is the first of processor time: what share of all work the slowest stage is. On a CPU, where the
+stages share the cores, no pipeline has a larger ratio when it has the machine to itself; where others share the machine too,
+`ratio` flatters the one with more threads, and `cpu_ratio` alone tells. `--actors` are processes that share the device, of
+which Ray starts as many as fit into the memory of a GPU. Weights are random unless `--weights` names a file;
+the projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
 
 With `--memory` HOG is asked about many small images through Ray, and the resident memory of the driver and of the actor is
 drawn over time. Neither Ray nor MLflow is needed without `--memory`.
@@ -24,7 +27,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -37,14 +42,17 @@ from torch import Tensor
 from benchmarks.made_up_cache import jpegs, write_dataset
 from benchmarks.memory import growth, report, watch
 from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher, Extract, load_tokens, make_teacher
+from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, load_tokens, make_teacher
 from pipeline.cache.keys import teacher_id
 from pipeline.cache.spine import ROWS_SCHEMA
 from pipeline.cache.stats import Moments
 from pipeline.config import TeacherConfig
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_extract.png"
-SHARDS = 2
+_actor: Extract
+
+ALONE = 2048
+"""Images that the stages alone are measured on, at most."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,25 +65,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     count = options.images or 256
+    shard_size = options.shard_size or -(-count // SHARDS_AT_ONCE[options.device])
     photos = sorted(options.photos.rglob("*.[jJ][pP]*[gG]")) if options.photos else []
-    dataset = write_dataset(folder, count, [photo.read_bytes() for photo in photos] or jpegs(256), -(-count // SHARDS))
+    dataset = write_dataset(folder, count, [photo.read_bytes() for photo in photos] or jpegs(256), shard_size)
     config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
     teacher = _cached(config, options)
-    stages = Stages(
-        dataset, teacher, Extract({"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
-    )
+    actor = partial(Extract, {"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
+    stages = Stages(dataset, teacher, actor(), Actors(options.actors, actor) if options.actors > 1 else None)
     alone = {"teacher": stages.forward, "render": stages.render, "encode": stages.encode}
-    rounds = [
-        {name: _timed(run) for name, run in {**alone, "extract": stages.extract}.items()} for _ in range(options.rounds)
-    ]
-    rates = {name: round(median(count / seconds[name][0] for seconds in rounds), 1) for name in rounds[0]}
+    ways = {**alone, "extract": stages.extract}
+    rounds = [{name: _timed(run) for name, run in ways.items()} for _ in range(options.rounds)]
+    rates = {name: round(1 / median(found[name][0] for found in rounds), 1) for name in ways}
     slowest = min(alone, key=rates.__getitem__)
-    wall, cpu = ([seconds[slowest][k] / seconds["extract"][k] for seconds in rounds] for k in (0, 1))
+
+    def ratio(stage: str, kind: int) -> float:
+        return round(median(found[stage][kind] / found["extract"][kind] for found in rounds), 3)
+
     figures: dict[str, object] = {
-        "ratio": round(median(wall), 3),
-        "cpu_ratio": round(median(cpu), 3),
+        "ratio": ratio(slowest, 0),
+        "teacher_ratio": ratio("teacher", 0),
         "slowest": slowest,
+        "actors": options.actors,
     }
+    if options.actors == 1:
+        figures["cpu_ratio"] = ratio(slowest, 1)
     print(f"{teacher.spec.name}, {options.codec}, {options.device}, {options.precision}")
     print("\n".join(f"  {name:<10}{rate:>10,.1f} images/s" for name, rate in rates.items()))
     return {**figures, "images_per_second": rates, "teacher": teacher.spec.name, "weights": options.weights}
@@ -88,47 +101,85 @@ def _cached(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher
     return CachedTeacher(config, teacher.spec, name, options.codec, options.precision, teacher.weights_sha256)
 
 
+class Actors:
+    """Processes that share the device, each with its own `Extract`.
+
+    Args:
+        make: the `Extract` of one.
+    """
+
+    def __init__(self, count: int, make: Callable[[], Extract]) -> None:
+        self.count = count
+        self.pool = ProcessPoolExecutor(count, get_context("spawn"), _start_actor, (make,))
+
+    def __call__(self, rows: Sequence[dict[str, object]]) -> int:
+        """Extract these shards; returns how many images they have."""
+        return sum(self.pool.map(_act, (rows[number :: self.count] for number in range(self.count))))
+
+
+def _start_actor(make: Callable[[], Extract]) -> None:
+    global _actor
+    _actor = make()
+
+
+def _act(rows: Sequence[dict[str, object]]) -> int:
+    return _extract(_actor, rows)
+
+
+def _extract(extract: Extract, rows: Sequence[dict[str, object]]) -> int:
+    images = 0
+    with ThreadPoolExecutor(SHARDS_AT_ONCE[extract.device.name]) as pool:
+        for row in pool.map(extract, rows):
+            assert row["computed"] == 1, row
+            images += row["images"]
+    return images
+
+
 class Stages:
     """What is measured, on the shards of one dataset."""
 
-    def __init__(self, dataset: Dataset, teacher: CachedTeacher, extract: Extract) -> None:
-        self.dataset, self.cached, self.extractor = dataset, teacher, extract
+    def __init__(self, dataset: Dataset, teacher: CachedTeacher, extract: Extract, actors: Actors | None) -> None:
+        self.dataset, self.cached, self.extractor, self.actors = dataset, teacher, extract, actors
         self.teacher = extract.teachers[teacher.id]
         self.folder = dataset.teacher(teacher.id)
+        self.device = extract.device.name
         self.extract()
+        shards = list(dataset.images.records().values())
+        self.alone = shards[: max(1, ALONE // shards[0].rows)]
         self.pixels = list(self._rendered())
+        if self.device == "cuda":
+            self.pixels = [pixels.pin_memory() for pixels in self.pixels]
         self.features = [self.teacher.encode(pixels) for pixels in self.pixels]
-        self.tokens = {kind: tokens.to(extract.device) for kind, tokens in load_tokens(dataset, teacher).items()}
+        self.tokens = {kind: tokens.to(self.device) for kind, tokens in load_tokens(dataset, teacher).items()}
 
-    def forward(self) -> None:
-        """The teacher over rendered batches."""
+    def forward(self) -> int:
+        """The teacher over rendered batches; returns how many images those are, as all of these do."""
         for pixels in self.pixels:
             self.teacher.encode(pixels)
-        if self.extractor.device == "cuda":
+        if self.device == "cuda":
             torch.cuda.synchronize()
+        return sum(map(len, self.pixels))
 
-    def render(self) -> None:
+    def render(self) -> int:
         """Reading, decoding and resizing."""
-        for _ in self._rendered():
-            pass
+        return sum(map(len, self._rendered()))
 
-    def encode(self) -> None:
+    def encode(self) -> int:
         """Codec and statistics."""
         for output in self.features:
             for kind, tokens in self.tokens.items():
                 features = getattr(output, kind)
                 tokens.encode(features)
                 Moments.of(features)
+        return sum(len(output.patches) for output in self.features)
 
-    def extract(self) -> None:
-        """Everything, two shards at once."""
+    def extract(self) -> int:
+        """Everything, several shards at once."""
         self._forget()
-        with ThreadPoolExecutor(2) as pool:
-            for row in pool.map(self.extractor, self._rows()):
-                assert row["computed"] == 1, row
+        return self.actors(self._rows()) if self.actors else _extract(self.extractor, self._rows())
 
     def _rendered(self) -> Iterator[Tensor]:
-        for record in self.dataset.images.records().values():
+        for record in self.alone:
             images = self.dataset.images.read(record)
             for batch in self.extractor.rendered(images, images.select(ROWS_SCHEMA.names), [self.cached.id]):
                 yield batch[self.cached.id]
@@ -141,11 +192,11 @@ class Stages:
             self.folder.unlist(shard)
 
 
-def _timed(run: Callable[[], None]) -> tuple[float, float]:
-    """Seconds by the clock, and of the processor."""
+def _timed(run: Callable[[], int]) -> tuple[float, float]:
+    """Seconds for an image by the clock, and of the processor."""
     clock, processor = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - clock, time.process_time() - processor
+    images = run()
+    return (time.perf_counter() - clock) / images, (time.process_time() - processor) / images
 
 
 def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
@@ -171,8 +222,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--codec", default="pca-int8-zstd")
     parser.add_argument("--photos", type=Path, help="folder of JPEGs; without it they are generated at 256 px")
     parser.add_argument("--images", type=int, help="256, or 50,000 with --memory")
+    parser.add_argument("--shard-size", type=int, help="images; without it, as many shards as are worked on at once")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU: for decoding, and for a teacher there")
+    parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="watch memory instead")
     parser.add_argument("--side", type=int, default=48, help="with --memory: pixels of HOG's input")

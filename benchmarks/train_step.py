@@ -1,19 +1,19 @@
 """What does a training step cost beyond the student itself? Cached teachers, online teachers, and Ray Train around it.
 
     python benchmarks/train_step.py
-    python benchmarks/train_step.py --device cuda --batch-size 256 --images 8192 --compile
+    python benchmarks/train_step.py --device cuda --batch-size 256 --images 8192 --threads 14 --steps 20 --online-images 64
     python benchmarks/train_step.py --ray --no-online
 
 Steps of the engine (forward, backward, clipping, AdamW, average) with ReGLA and three teachers' features of the real
 shapes (DINOv2-S, CLIP-B, SAM-B; values made up), in blocks that take turns; the first steps of a block warm up.
 
-    student     the student alone on images in memory; its loss is the mean square of what it gives
-    in memory   student, heads and losses on a batch in memory, features as they are stored
+    student     the student alone on images in the device's memory; its loss is the mean square of what it gives
+    in memory   student, heads and losses on a batch in the device's memory, features as they are stored
     cached      the same on batches that are read, joined, and decoded from JPEG while the step before is computed
 
 `cached_over_student` and `cached_over_in_memory` are medians over the rounds of the ratio within a round. `online` is a
-step in memory after all three teachers, with random weights, on the same device, encoded the batch: JPEGs are rendered to
-each one's own size; `--online-images` of them are measured and the time is scaled to the batch. `--ray` runs the same
+step in memory after all three teachers, with random weights, on the same device, encoded the batch, rendered to each one's
+own size beforehand; `--online-images` of them are measured and the time is scaled to the batch. `--ray` runs the same
 epochs of steps in memory in this process and under Ray Train, in turns. Prints a table and one line of JSON.
 
 Beside the time by the clock stands the processor time of the whole process (`cpu_time`, on a CPU): where other programs
@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -55,6 +55,7 @@ from pipeline.student.model import Encoder, Student, create_backbone
 from pipeline.training import Task, Worker, fit, train
 from pipeline.training.meter import Stopwatch
 from pipeline.training.step import Stepper
+from pipeline.training.upload import to_device, upload_ahead
 from pipeline.views import FULL, decode_image, render
 from teachers.base import Teacher
 
@@ -128,7 +129,7 @@ class Bench:
         self.dataset = write_dataset(f"{folder}/cache", options.images, self.jpegs, -(-options.images // 4))
         self.teachers = [write_features(self.dataset, model, options.codec) for model in TEACHERS]
         self.reader = self._reader()
-        self.batch = next(self.reader.batches(0))
+        self.batch = to_device(next(self.reader.batches(0)), self.device)
         config = train_config(options)
         self.steppers = {
             name: Stepper(task, config, Worker(device=self.device), [1_000_000])
@@ -159,7 +160,7 @@ class Bench:
         }
         if self.options.online:
             loaded = [load_teacher(model, self.device) for model in TEACHERS]
-            ways["teachers"] = partial(self._encode, loaded)
+            ways["teachers"] = partial(self._encode, [(teacher, self._rendered(teacher)) for teacher in loaded])
         rounds = [{name: way() for name, way in ways.items()} for _ in range(self.options.rounds)]
         if self.options.online:
             for found in rounds:
@@ -189,7 +190,7 @@ class Bench:
     def _read(self) -> Iterator[Batch]:
         while True:
             self.epoch += 1
-            yield from self.reader.batches(self.epoch)
+            yield from upload_ahead(self.reader.batches(self.epoch), self.device)
 
     def _block(self, name: str, batches: Iterator[Batch]) -> Times:
         """Of a step."""
@@ -204,18 +205,19 @@ class Bench:
         gc.collect()  # the reader's threads end with its generator
         return times
 
-    def _encode(self, teachers: Sequence[Teacher]) -> Times:
+    def _rendered(self, teacher: Teacher) -> Tensor:
+        """Some images at a teacher's own size."""
+        size, interpolation = teacher.spec.input_size, teacher.spec.interpolation
+        images = (decode_image(data) for data in islice(cycle(self.jpegs), self.options.online_images))
+        pixels = np.stack([render(image, FULL, size, interpolation) for image in images])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def _encode(self, work: Sequence[tuple[Teacher, Tensor]]) -> Times:
         """Of all teachers for a batch."""
-        count = self.options.online_images
         started = self._now()
-        for teacher in teachers:
-            height, width = teacher.spec.input_size
-            pixels = [
-                render(decode_image(self.jpegs[number]), FULL, (height, width), teacher.spec.interpolation)
-                for number in range(count)
-            ]
-            teacher.encode(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
-        times: Times = (self._now() - started) / count * self.options.batch_size
+        for teacher, pixels in work:
+            teacher.encode(pixels)
+        times: Times = (self._now() - started) / self.options.online_images * self.options.batch_size
         return times
 
     def _now(self) -> Times:

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from teachers.base import Interpolation
@@ -15,12 +18,16 @@ from teachers.base import Interpolation
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own bound, kept here because libraries lift that one."""
 
+RENDERED_AT_ONCE = 8
+"""Images that a thread renders in one go: handing over a single one costs as much as opening it."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Pillow's other decoders are kept away from what may be hostile: that of PostScript, for one, starts a program."""
 
-_LABEL_MODES = ("1", "L", "P", "I", "I;16")
+_TURNED = (b"Exif\x00\x00", b"http://ns.adobe.com/xap/")
+"""Of a JPEG that may say which way is up."""
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_LABEL_MODES = ("1", "L", "P", "I", "I;16")
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,8 @@ def decode_image(data: bytes) -> Image.Image:
                 f"{image.width} x {image.height} pixels is over the {MAX_PIXELS} allowed"
             )
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError("empty file" if not data else "not an image in a known format") from error
     except Exception as error:
@@ -174,14 +182,55 @@ def _high_byte(image: Image.Image) -> Image.Image:
     return Image.fromarray((levels >> 8).astype(np.uint8))
 
 
-def render(image: Image.Image, view: View, size: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
-    """Cut the view's box from the original pixels of an RGB image, resize once with antialiasing, then flip.
+def decode_pixels(data: bytes) -> np.ndarray:
+    """The pixels [H, W, 3] uint8 of :func:`decode_image`, at once where it is an upright JPEG.
 
-    `size` is (height, width) in pixels. Returns uint8 [height, width, 3], contiguous.
+    Pillow takes a JPEG apart in Python, which threads cannot do beside each other: on 16 cores they decoded 2,000 images a
+    second, whatever their number.
+
+    Raises:
+        ValueError: as there.
     """
-    left, top, right, bottom = view.box
-    box = (left * image.width, top * image.height, right * image.width, bottom * image.height)
-    height, width = size
-    resized = image.resize((width, height), _RESAMPLING[interpolation], box=box, reducing_gap=None)
-    pixels = np.array(resized)
-    return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
+    if data.startswith(b"\xff\xd8") and not any(mark in data for mark in _TURNED):
+        try:
+            height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
+            if stored in ("YCbCr", "Gray") and height * width <= MAX_PIXELS:
+                pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+                return pixels
+        except ValueError:
+            pass  # Pillow reads more of what is damaged, and says what it cannot
+    return np.array(decode_image(data))
+
+
+def render(
+    image: np.ndarray | Image.Image, view: View, size: tuple[int, int], interpolation: Interpolation
+) -> np.ndarray:
+    """Cut the view's box, at whole pixels, from an RGB image, resize once with antialiasing, then flip.
+
+    The resizing is torch's of 8-bit pixels, which is within one level of Pillow's and four times as fast.
+
+    Args:
+        image: [H, W, 3] uint8, or Pillow's.
+        view: what is cut.
+        size: (height, width) in pixels.
+        interpolation: of the resizing.
+
+    Returns:
+        uint8 [height, width, 3], contiguous.
+    """
+    pixels = image if isinstance(image, np.ndarray) else np.array(image)
+    (top, bottom), (left, right) = (
+        _whole_pixels(view.box[axis], view.box[axis + 2], pixels.shape[1 - axis]) for axis in (1, 0)
+    )
+    pixels = pixels[top:bottom, left:right]
+    if pixels.shape[:2] != size:
+        planes = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+        resized = F.interpolate(planes, size, mode=interpolation, align_corners=False, antialias=True)
+        pixels = resized[0].permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(pixels[:, ::-1] if view.flip else pixels)
+
+
+def _whole_pixels(start: float, end: float, length: int) -> tuple[int, int]:
+    """The nearest pixels to a stretch given as fractions of a length; one at least."""
+    first = min(round(start * length), length - 1)
+    return first, max(round(end * length), first + 1)

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from pipeline import views
-from pipeline.views import FULL, View, decode_image, render
+from pipeline.views import FULL, View, decode_image, decode_pixels, render
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -34,10 +34,19 @@ def test_a_box_is_cut_from_the_original_pixels_and_resized_once(interpolation: v
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
     got = render(image, View((0.1, 0.2, 0.75, 0.95)), (40, 56), interpolation)
     method = Image.Resampling[interpolation.upper()]
-    expected = image.resize((56, 40), method, box=(0.1 * 120, 0.2 * 90, 0.75 * 120, 0.95 * 90))
+    expected = np.asarray(image.crop((12, 18, 90, 86)).resize((56, 40), method))  # 85.5 goes to the even 86
     assert got.shape == (40, 56, 3)
     assert got.dtype == np.uint8
-    assert np.array_equal(got, np.asarray(expected))
+    assert np.abs(got.astype(int) - expected).max() <= 1
+    assert np.array_equal(render(np.array(image), View((0.1, 0.2, 0.75, 0.95)), (40, 56), interpolation), got)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 300)])
+def test_a_box_of_less_than_a_pixel_shows_one(size: tuple[int, int]) -> None:
+    image = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(*size, 3)
+    for box in ((0.0, 0.0, 0.001, 0.001), (0.999, 0.999, 1.0, 1.0), (0.4, 0.4, 0.401, 0.401)):
+        assert render(image, View(box), (4, 4), "bicubic").shape == (4, 4, 3)
+    assert np.array_equal(render(image, View((0.999, 0.999, 1.0, 1.0)), (1, 1), "bilinear")[0, 0], image[-1, -1])
 
 
 def test_flip_mirrors_what_the_same_view_shows() -> None:
@@ -65,6 +74,37 @@ def test_truncated_files_are_never_accepted(kind: str) -> None:
     for share in (0.02, 0.3, 0.6, 0.9):
         with pytest.raises(ValueError, match=r"."):
             decode_image(data[: int(len(data) * share)])
+
+
+def _turned(kind: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encode(photo(), kind, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(photo(), "JPEG"),
+        encode(photo(), "JPEG", progressive=True, subsampling=0),
+        encode(photo().convert("L"), "JPEG"),
+        encode(photo().convert("CMYK"), "JPEG"),
+        encode(photo().convert("RGBA"), "PNG"),
+        *(_turned("JPEG", orientation) for orientation in range(1, 9)),
+        encode(photo(), "JPEG", xmp=b"http://ns.adobe.com/xap/1.0/\0 tiff:Orientation='6'"),
+    ],
+)
+def test_pixels_are_those_of_the_image_that_pillow_decodes(data: bytes) -> None:
+    pixels = decode_pixels(data)
+    assert np.array_equal(pixels, np.asarray(decode_image(data)))
+    assert pixels.flags.writeable
+
+
+def test_pixels_of_damaged_files_are_refused_as_images_are() -> None:
+    data = encode(photo(), "JPEG")
+    for share in (0, 0.02, 0.3, 0.6, 0.9):
+        with pytest.raises(ValueError, match=r"."):
+            decode_pixels(data[: int(len(data) * share)])
 
 
 @pytest.mark.parametrize(("data", "reason"), [(b"", "empty file"), (b"no image at all", "known format")])

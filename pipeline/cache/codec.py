@@ -220,9 +220,9 @@ def fidelity(features: Tensor, kept: Tensor) -> dict[str, float]:
         ``cosine``: mean over the tokens that are not all zero; ``cosine_p1``: its 1st percentile; ``relative_error``:
         norm of the difference over that of the features, zero tokens included.
     """
-    features, kept = features.float().flatten(0, -2).cpu(), kept.flatten(0, -2).cpu()
+    features, kept = features.float().flatten(0, -2), kept.flatten(0, -2)
     directed = features.norm(dim=-1) > 0  # the zero vector has no direction to keep
-    cosine = nn.functional.cosine_similarity(features[directed], kept[directed], dim=-1).numpy()
+    cosine = nn.functional.cosine_similarity(features[directed], kept[directed], dim=-1).cpu().numpy()
     cosine = cosine if len(cosine) else np.ones(1)
     error = ((kept - features).norm() / features.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
     return {

@@ -1,8 +1,8 @@
 """`images` shards -> teacher shards: decode once, ask every teacher that is missing, commit each on its own.
 
-Rendering runs on threads ahead of the device, and an actor works on two shards at once (see `pipeline/cache/build.py`):
-while one is on the device the other is decoded or written. Features never travel: the actor that computed a shard
-writes it. This module imports neither Ray nor MLflow.
+Rendering runs on threads ahead of the device, and an actor works on several shards at once (`SHARDS_AT_ONCE`): while one
+is on the device the others are decoded or written. Features never travel: the actor that computed a shard writes it.
+This module imports neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipeline import logs
 from pipeline.allocator import keep_freed_memory
 from pipeline.cache.codec import Codec, Projection, TokenCodec, dump_projection, fit_projection, load_projection
 from pipeline.cache.dataset import Dataset
+from pipeline.cache.device import TeacherDevice
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
 from pipeline.cache.spine import rows_of_shard, views_of
 from pipeline.cache.stats import Moments
@@ -34,11 +35,14 @@ from pipeline.cache.store import taking_apart
 from pipeline.config import TeacherConfig
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
-from pipeline.views import View, decode_image, render
+from pipeline.views import RENDERED_AT_ONCE, View, decode_pixels, render
 from teachers.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
 from teachers.registry import create_teacher
 
 Item = TypeVar("Item")
+
+SHARDS_AT_ONCE = {"cpu": 2, "cuda": 4}
+"""Shards that an actor works on, by its device: beside a GPU, writing a shard takes longer than the forwards of one."""
 
 OWN_TEACHERS = {"student": "pipeline.student.teacher:student"}
 """Short names of teachers that are made of this package, which `teachers` knows nothing of."""
@@ -157,8 +161,7 @@ class Extract:
         self.datasets = datasets
         self.batch_size = batch_size
         self.pool = ThreadPoolExecutor(threads)
-        self.device_lock = threading.Lock()
-        self.device = device
+        self.device = TeacherDevice(device)
         self.cached = {teacher.id: teacher for teacher in teachers}
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
         self.fit_lock = threading.Lock()
@@ -166,7 +169,7 @@ class Extract:
 
     def _load(self, cached: CachedTeacher) -> Teacher:
         teacher = cached.create()
-        teacher.load(self.device, getattr(torch, cached.precision))
+        teacher.load(self.device.name, getattr(torch, cached.precision))
         if teacher.weights_sha256 != cached.weights_sha256:
             raise TeacherError(
                 f"teacher {cached.spec.name}: this machine has other weights than the one that planned the job"
@@ -178,7 +181,7 @@ class Extract:
 
         A failure that the user can mend comes back as ``error``, so that it stays one clear line.
         """
-        with logs.about_shard(row, "extract"):
+        with logs.about_shard(row, "extract"), self.device.beside():
             return self._answer(row)
 
     def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +209,7 @@ class Extract:
     def _extract(self, dataset: Dataset, shard: int, names: list[str], stages: Stages) -> int:
         with stages.part("read"):
             images, rows = self.shard(dataset, shard)
-        writers = {name: _ShardBuilder(self.cached[name], *self._codec(dataset, name)) for name in names}
+        writers = {name: ShardBuilder(self.cached[name], *self._codec(dataset, name)) for name in names}
         for groups in self._stretches(dataset, shard, len(images)):
             kept = {name: self.sampled.pop((dataset.view.uri, name, shard, groups[0]), None) for name in names}
             asked = [name for name, outputs in kept.items() if outputs is None]
@@ -222,7 +225,7 @@ class Extract:
                         writers[name].add(output, seconds)
         for name, writer in writers.items():
             with stages.part("write"):
-                writer.commit(dataset.teacher(name), shard, rows, self.device)
+                writer.commit(dataset.teacher(name), shard, rows, self.device.name)
         return rows.num_rows
 
     def _stretches(self, dataset: Dataset, shard: int, images: int) -> Iterator[range]:
@@ -243,19 +246,19 @@ class Extract:
 
     def encode(self, name: str, pixels: Tensor) -> tuple[TeacherOutput, float]:
         """What a teacher says of [B, 3, H, W] uint8, and the seconds of the device for it."""
-        with self.device_lock:
-            started = time.perf_counter()
-            output = self.teachers[name].encode(pixels)
-            if self.device == "cuda":
-                torch.cuda.synchronize()  # the codec would wait for it anyway
-            return output, time.perf_counter() - started
+        return self.device.encode(self.teachers[name], pixels)
 
     def rendered(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
         """Batches of [B, 3, H, W] uint8 by teacher id of `rows`, views of `images`; rendered two batches ahead of the device."""
         specs = [self.teachers[name].spec for name in names]
         views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
-        work = ((data.as_py(), views[i * count : (i + 1) * count], specs) for i, data in enumerate(images["image"]))
-        rendered = chain.from_iterable(map_ahead(self.pool, _render_all, work, ahead=2 * self.batch_size // count + 1))
+        few = RENDERED_AT_ONCE
+        work = (
+            ([data.as_py() for data in images["image"][i : i + few]], views[i * count : (i + few) * count], specs)
+            for i in range(0, images.num_rows, few)
+        )
+        ahead = 2 * self.batch_size // (few * count) + 1
+        rendered = chain.from_iterable(map_ahead(self.pool, _render_all, work, ahead))
         while batch := list(islice(rendered, self.batch_size)):
             yield {
                 name: torch.from_numpy(np.stack(column))
@@ -321,16 +324,18 @@ def _part(dataset: Dataset, images: pa.Table, rows: pa.Table, groups: range) -> 
     return images.slice(first, count), rows.slice(first * views, count * views)
 
 
-def _render_all(work: tuple[bytes, Sequence[View], Sequence[TeacherSpec]]) -> list[list[np.ndarray]]:
-    data, views, specs = work
-    image = decode_image(data)
+def _render_all(work: tuple[Sequence[bytes], Sequence[View], Sequence[TeacherSpec]]) -> list[list[np.ndarray]]:
+    """[3, H, W] by view, those of an image together, and by spec."""
+    files, views, specs = work
+    count = len(views) // len(files)
     return [
         [render(image, view, spec.input_size, spec.interpolation).transpose(2, 0, 1) for spec in specs]
-        for view in views
+        for number, image in enumerate(map(decode_pixels, files))
+        for view in views[number * count : (number + 1) * count]
     ]
 
 
-class _ShardBuilder:
+class ShardBuilder:
     """Gathers the encoded features of one teacher and shard, and their statistics."""
 
     def __init__(self, teacher: CachedTeacher, projection_name: str, projection: Projection | None) -> None:
@@ -343,6 +348,11 @@ class _ShardBuilder:
         self.fidelity: dict[str, dict[str, float]] = {}
 
     def add(self, output: TeacherOutput, seconds: float) -> None:
+        """The features of the next batch, on any device, and the seconds that they took.
+
+        Raises:
+            TeacherError: where they are not finite, or too large for the codec.
+        """
         self.seconds += seconds
         for kind in self.encoded:
             features: Tensor = getattr(output, kind)
@@ -358,6 +368,7 @@ class _ShardBuilder:
                 self.fidelity[kind] = tokens.fidelity(features, rows)
 
     def commit(self, folder: ShardFolder, shard: int, rows: pa.Table, device: str) -> ShardRecord:
+        """Write the shard, whose rows these are."""
         table = rows.select(["sample_id", "view"])
         for kind, parts in self.encoded.items():
             column = self._column(kind, parts)

@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher, Extract
+from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, ShardBuilder
 from pipeline.errors import UserError
 from teachers.base import TeacherError
 
@@ -143,8 +145,23 @@ def measure(
         seconds = time.perf_counter() - started
     if device != "cuda":
         return Measured(0, 0, seconds / some.num_rows, host / some.num_rows)
+    _fill_memory(extract, batches)
     memory = torch.cuda.max_memory_reserved() + CONTEXT_BYTES
     return Measured(memory, torch.cuda.mem_get_info()[1], seconds / some.num_rows, host / some.num_rows)
+
+
+def _fill_memory(extract: Extract, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Encode and store batches on as many threads as an actor has, so that its memory is at its peak."""
+
+    def store(_: int) -> None:
+        with extract.device.beside():
+            for pixels in batches:
+                for name, batch in pixels.items():
+                    ShardBuilder(extract.cached[name], "", None).add(*extract.encode(name, batch))
+
+    threads = SHARDS_AT_ONCE[extract.device.name]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(store, range(threads)))
 
 
 STAGES = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline import logs
-from pipeline.cache.extract import Extract
+from pipeline.cache.extract import SHARDS_AT_ONCE, Extract
 from pipeline.cache.ingest import Ingest
 from pipeline.cache.placement import Measured, measure_on_gpu, place
 from pipeline.cache.verify import Verify
@@ -69,7 +69,7 @@ def _in_actors(
 ) -> Iterator[dict[str, Any]]:
     """A pool of actors, on GPUs where there are any (`pipeline/cache/placement.py`).
 
-    An actor takes two shards at once: one is on the device while the other is decoded or written.
+    An actor takes several shards at once (`SHARDS_AT_ONCE`): one is on the device while others are decoded or written.
     """
     if not rows:
         return
@@ -80,12 +80,16 @@ def _in_actors(
     placed = place(cpus, gpus(), len(rows), os.cpu_count() or 1, measured)
     if placed.gpus:
         log.info("extraction: %s", placed)
+    device = "cuda" if placed.gpus else "cpu"
     pool = ActorPoolStrategy(
-        min_size=1, max_size=placed.actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        min_size=1,
+        max_size=placed.actors,
+        max_concurrent_calls_per_actor=SHARDS_AT_ONCE[device],
+        enable_true_multi_threading=True,
     )
     results = _dataset(rows).map(
         actor,
-        fn_constructor_args=(*arguments, "cuda" if placed.gpus else "cpu", placed.threads, batch_size),
+        fn_constructor_args=(*arguments, device, placed.threads, batch_size),
         compute=pool,
         num_cpus=placed.threads,
         num_gpus=placed.gpus,

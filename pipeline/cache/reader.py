@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pipeline.cache.dataset import Dataset
@@ -31,7 +31,7 @@ from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
 from pipeline.cache.store import taking_apart
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
-from pipeline.views import View, decode_image, render
+from pipeline.views import RENDERED_AT_ONCE, View, decode_pixels, render
 
 NO_LABEL = -1
 """Label of a sample that has none."""
@@ -326,16 +326,16 @@ class CacheReader:
         # Adjacent views of one image are decoded once.
         starts = [i for i, key in enumerate(draft.keys) if i == 0 or key != draft.keys[i - 1]]
         runs = [slice(*ends) for ends in pairwise([*starts, self.batch_size])]
-        work = ((pixels[run], draft.images[run.start], draft.geometry[run].tolist()) for run in runs)
-        for _ in self.decoders.map(self._render, work):
+        some = (runs[first : first + RENDERED_AT_ONCE] for first in range(0, len(runs), RENDERED_AT_ONCE))
+        for _ in self.decoders.map(partial(self._render, draft, pixels), some):
             pass
         return torch.from_numpy(pixels)
 
-    def _render(self, work: tuple[np.ndarray, pa.Scalar, list[list[float]]]) -> None:
-        pixels, data, geometry = work
-        image = decode_image(data.as_py())
-        for place, (left, top, right, bottom, flip) in zip(pixels, geometry, strict=True):
-            place[:] = _rendered(image, View((left, top, right, bottom), bool(flip)), self.image_size)
+    def _render(self, draft: _Draft, pixels: np.ndarray, runs: Sequence[slice]) -> None:
+        for run in runs:
+            image = decode_pixels(draft.images[run.start].as_py())
+            for place, (left, top, right, bottom, flip) in zip(pixels[run], draft.geometry[run].tolist(), strict=True):
+                place[:] = _rendered(image, View((left, top, right, bottom), bool(flip)), self.image_size)
 
 
 def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -521,8 +521,8 @@ def _same_pairs(counts: np.ndarray) -> float:
 
 
 def _student_pixels(data: bytes, view: View, size: int) -> np.ndarray:
-    return _rendered(decode_image(data), view, size)
+    return _rendered(decode_pixels(data), view, size)
 
 
-def _rendered(image: Image.Image, view: View, size: int) -> np.ndarray:
+def _rendered(image: np.ndarray, view: View, size: int) -> np.ndarray:
     return render(image, view, (size, size), "bicubic").transpose(2, 0, 1)

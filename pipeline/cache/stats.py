@@ -16,6 +16,9 @@ from torch import Tensor
 
 from pipeline.cache.arrays import dump_arrays, kinds_of, load_arrays
 
+PIECE = 2**14
+"""Vectors that are taken to float64 at once: of a batch of a large teacher's tokens that would be gigabytes."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -28,12 +31,10 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> Moments:
         """Moments over all but the last dimension of features [..., D]."""
-        flat = features.reshape(-1, features.shape[-1]).to(torch.float64)
-        mean = flat.mean(dim=0)
-        deviations = flat - mean
-        # numpy sees that the product is symmetric and computes half of it; torch does not.
-        rows = deviations if deviations.is_cuda else deviations.numpy()
-        return cls(len(flat), mean.cpu().numpy(), torch.as_tensor(rows.T @ rows).cpu().numpy())
+        flat = features.reshape(-1, features.shape[-1])
+        mean = flat.mean(dim=0, dtype=torch.float64)
+        scatter = sum(_scatter(part.double() - mean) for part in flat.split(PIECE))
+        return cls(len(flat), mean.cpu().numpy(), torch.as_tensor(scatter).cpu().numpy())
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of vectors together."""
@@ -52,6 +53,12 @@ class Moments:
     def std(self) -> np.ndarray:
         """Standard deviation [D] of the population."""
         return np.sqrt(np.diagonal(self.scatter) / self.count)
+
+
+def _scatter(deviations: Tensor) -> Tensor | np.ndarray:
+    # numpy sees that the product is symmetric and computes half of it; torch does not.
+    rows = deviations if deviations.is_cuda else deviations.numpy()
+    return rows.T @ rows
 
 
 def merge_all(parts: Iterable[Moments]) -> Moments:

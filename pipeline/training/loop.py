@@ -15,6 +15,7 @@ from pipeline.training.checkpoint import Position, Snapshot
 from pipeline.training.meter import DivergedError, Meter, starved
 from pipeline.training.step import Stepper
 from pipeline.training.task import History, Task
+from pipeline.training.upload import upload_ahead
 from pipeline.training.worker import STOP, StoppedError, Worker
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ class _Loop:
         self.stepper.wrapped.train()
         label = f"train epoch {position.epoch + 1}/{config.epochs}"
         with Progress(steps, "step", label, initial=position.batch) as progress:
-            streams = [feed.batches(position.epoch, position.batch) for feed in self.feeds]
+            device = self.worker.device
+            streams = [upload_ahead(feed.batches(position.epoch, position.batch), device) for feed in self.feeds]
             for _ in range(steps - position.batch):
                 with meter.clock.waiting():
                     batches = [next(stream) for stream in streams]

@@ -67,8 +67,8 @@ def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(c
         for key, image in zip(batch.keys, batch.images, strict=True):
             apart.setdefault(key, []).append(image.clone())
     decoded = []
-    decode = module.decode_image
-    monkeypatch.setattr(module, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode = module.decode_pixels
+    monkeypatch.setattr(module, "decode_pixels", lambda data: decoded.append(data) or decode(data))
     batches = list(_reader(cropped, per_step=2, batch_size=30).batches(0))
     assert len(decoded) == len(set(decoded)) == 150
     keys = [key for batch in batches for key in batch.keys]

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 from tests.conftest import REPOSITORY
 
-ROWS, GPUS = 24, 2
+ROWS, GPUS = 64, 2
 
 
 class Recorder:

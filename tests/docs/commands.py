@@ -9,7 +9,9 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -73,13 +75,16 @@ def parse(script: str, arguments: list[str]) -> argparse.Namespace:
     Raises:
         SystemExit: where it refuses it.
     """
-    original = argparse.ArgumentParser.parse_args
+    methods = {name: getattr(argparse.ArgumentParser, name) for name in ("parse_args", "parse_intermixed_args")}
 
-    def stop(parser: argparse.ArgumentParser, given: list[str] | None = None, *_: object) -> None:
+    def stop(parser: argparse.ArgumentParser, given: list[str] | None, original: Any) -> None:
         raise _ParsedError(original(parser, given))
 
     with (
-        mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+        mock.patch.multiple(
+            argparse.ArgumentParser,
+            **{name: partialmethod(stop, original=original) for name, original in methods.items()},
+        ),
         mock.patch.object(sys, "argv", [script, *arguments]),
     ):
         try:

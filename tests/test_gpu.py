@@ -1,0 +1,179 @@
+"""What differs on a GPU, on one; skipped where there is none. Needs neither Ray nor MLflow."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.made_up_cache import jpegs, write_dataset
+from benchmarks.train_step import DistillStep, make_distiller, train_config, write_features
+from benchmarks.train_step import _parse as step_options
+from pipeline.cache.codec import Codec, fit_projection
+from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, make_teacher
+from pipeline.cache.keys import teacher_id
+from pipeline.cache.placement import measure
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.stats import PIECE, Moments
+from pipeline.config import TeacherConfig, TrainConfig
+from pipeline.training import Worker, train
+from pipeline.training.meter import Stopwatch
+from pipeline.training.step import Stepper
+from pipeline.training.upload import tensors_of, upload_ahead
+from tests.tiny_task import TinyTask
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch):
+    """float32 is float32: cuDNN's convolutions use TF32 unless told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    "name", ["float32", "float16", "bfloat16", "int8", "int8-zstd", "pca8-int8-zstd", "pca8-float16"]
+)
+def test_codecs_store_and_read_the_same_as_on_a_cpu(name):
+    features = torch.randn(64, 5, 7, 24) * torch.logspace(-1, 1, 24)
+    codec = Codec.parse(name)
+    fitted = fit_projection(codec, features) if codec.pca else None
+    here, there = (
+        codec.tokens({"patches": features.shape[1:]}, fitted)["patches"].to(where) for where in ("cpu", CUDA)
+    )
+    rows = torch.from_numpy(here.encode(features))
+    torch.testing.assert_close(there.decode(rows.to(CUDA)).cpu(), here.decode(rows), rtol=1e-5, atol=1e-4)
+    stored = torch.from_numpy(there.encode(features.to(CUDA)))
+    step = features.abs().amax() / 127 if codec.scalar == "int8" else 0
+    torch.testing.assert_close(here.decode(stored), here.decode(rows), rtol=1e-2, atol=1e-4 + float(step))
+    likeness = there.fidelity(features.to(CUDA), stored.numpy())
+    assert likeness == pytest.approx(here.fidelity(features, rows.numpy()), rel=1e-2)
+
+
+def test_statistics_are_those_of_a_cpu():
+    features = torch.randn(PIECE // 64 + 3, 64, 12) + torch.arange(12) * 100
+    here, there = Moments.of(features), Moments.of(features.to(CUDA))
+    assert here.count == there.count
+    np.testing.assert_allclose(there.mean, here.mean, rtol=1e-12)
+    np.testing.assert_allclose(there.scatter, here.scatter, rtol=1e-9, atol=1e-6)
+
+
+def _teacher(model, codec="float32", precision="float32", **config):
+    made = make_teacher(TeacherConfig(model=model, weights="random", **config))
+    made.load()
+    name = teacher_id(made.spec, codec, precision)
+    return CachedTeacher(
+        TeacherConfig(model=model, weights="random", **config), made.spec, name, codec, precision, made.weights_sha256
+    )
+
+
+def _stored(dataset, teacher):
+    folder = dataset.teacher(teacher.id)
+    tokens = teacher.tokens()
+    columns = {kind: [] for kind in tokens}
+    for record in folder.records().values():
+        table = folder.read(record)
+        for kind in columns:
+            rows = np.frombuffer(b"".join(table[kind].to_pylist()), np.uint8).reshape(len(table), -1)
+            columns[kind].append(tokens[kind].decode(torch.from_numpy(rows.copy())))
+        folder.unlist(record.shard)
+    return {kind: torch.cat(parts) for kind, parts in columns.items()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_shards_worked_on_at_once_hold_the_features_of_each_alone(tmp_path, precision):
+    dataset = write_dataset(str(tmp_path), 200, jpegs(72), 20)
+    teacher = _teacher("dinov2/vits14", input_size=56, precision=precision)
+
+    def features(device, at_once):
+        extract = Extract({"train": dataset}, [teacher], device, 4, 8)
+        rows = [{"split": "train", "shard": shard} for shard in range(dataset.shards)]
+        with ThreadPoolExecutor(at_once) as pool:
+            assert all(row["computed"] == 1 for row in pool.map(extract, rows))
+        return _stored(dataset, teacher)
+
+    alone, at_once = features("cuda", 1), features("cuda", SHARDS_AT_ONCE["cuda"])
+    for kind, values in alone.items():
+        torch.testing.assert_close(at_once[kind], values)
+    if precision == "float32":
+        for kind, values in features("cpu", 1).items():
+            torch.testing.assert_close(alone[kind], values, rtol=1e-3, atol=1e-3)
+
+
+def test_what_an_actor_takes_is_measured(tmp_path):
+    dataset = write_dataset(str(tmp_path), 40, jpegs(72), 20)
+    teacher = _teacher("dinov2/vits14", input_size=56)
+    measured = measure({"train": dataset}, [teacher], 8, {"split": "train", "shard": 0}, "cuda")
+    assert 22e6 * 4 < measured.memory < measured.total == torch.cuda.mem_get_info()[1]
+    assert measured.device_s > 0
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """Options, a small dataset with three teachers, and its reader."""
+    options = step_options(["--student", "regla_t", "--image-size", "64", "--head-dim", "32", "--codec", "float16"])
+    dataset = write_dataset(str(tmp_path), 64, jpegs(64), 32)
+    teachers = [
+        write_features(dataset, model, options.codec) for model in ("dinov2/vits14", "clip/ViT-B-16", "sam/vit_b")
+    ]
+    return options, teachers, CacheReader(dataset, teachers, image_size=64, batch_size=16)
+
+
+def _losses(options, teachers, batches, device, precision):
+    config = train_config(options).model_copy(update={"precision": precision})
+    stepper = Stepper(DistillStep(make_distiller(options, teachers)), config, Worker(device=device), [100])
+    stepper.wrapped.train()
+    steps = enumerate(upload_ahead(iter(batches), device))
+    return torch.tensor([float(stepper([batch], step, Stopwatch(device))["loss"]) for step, batch in steps])
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 2e-3), ("bfloat16", 3e-2), ("float16", 2e-2)])
+def test_losses_of_steps_are_those_of_a_cpu(cached, precision, bound):
+    options, teachers, reader = cached
+    batches = [*reader.batches(0), *reader.batches(1)]
+    here = _losses(options, teachers, batches, torch.device("cpu"), "float32")
+    there = _losses(options, teachers, batches, CUDA, precision)
+    torch.testing.assert_close(there, here, rtol=bound, atol=0)
+
+
+def test_batches_come_to_the_device_in_order_and_whole(cached):
+    _, _, reader = cached
+    pairs = zip(reader.batches(0), upload_ahead(reader.batches(0), CUDA), strict=True)
+    for number, (here, there) in enumerate(pairs):
+        assert there.keys == here.keys
+        assert there.place == (0, number)
+        for a, b in zip(tensors_of(here), tensors_of(there), strict=True):
+            assert b.is_cuda
+            assert torch.equal(a, b.cpu())
+    assert number == 3
+
+
+class _OnGPU(TinyTask):
+    @torch.no_grad()
+    def evaluate(self, module):
+        return {"score": float(module(torch.ones(2, 3, 8, 8, device=CUDA)).abs().mean())}
+
+
+def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one():
+    config = TrainConfig(
+        epochs=3, batch_size=2, lr=0.05, ema_decay=0.9, precision="bfloat16", workers=1, checkpoint_steps=4
+    )
+
+    def run(state=None):
+        snapshots = []
+
+        def keep(shot):
+            snapshots.append(replace(shot, state=copy.deepcopy(shot.state)))
+
+        train(_OnGPU(), config, Worker(device=CUDA), state, keep)
+        losses = {step: metrics["loss"] for shot in snapshots for step, metrics in shot.history if "loss" in metrics}
+        return snapshots, losses
+
+    snapshots, whole = run()
+    middle = next(shot for shot in snapshots if shot.name == "checkpoint-0001-000002")
+    _, rest = run(middle.state)
+    assert rest == {step: loss for step, loss in whole.items() if step > 8}
