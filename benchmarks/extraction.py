@@ -26,6 +26,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -91,6 +92,8 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
         figures["cpu_ratio"] = ratio(slowest, 1)
     print(f"{teacher.spec.name}, {options.codec}, {options.device}, {options.precision}")
     print("\n".join(f"  {name:<10}{rate:>10,.1f} images/s" for name, rate in rates.items()))
+    spent = ", ".join(f"{name} {1e6 * seconds:,.0f}" for name, seconds in stages.seconds.items())
+    print(f"of an image, the threads that work on shards spend in us: {spent}")
     return {**figures, "images_per_second": rates, "teacher": teacher.spec.name, "weights": options.weights}
 
 
@@ -99,6 +102,10 @@ def _cached(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher
     teacher.load()
     name = teacher_id(teacher.spec, options.codec, options.precision)
     return CachedTeacher(config, teacher.spec, name, options.codec, options.precision, teacher.weights_sha256)
+
+
+Extracted = tuple[int, Counter[str]]
+"""Images, and seconds of all threads by stage."""
 
 
 class Actors:
@@ -112,9 +119,11 @@ class Actors:
         self.count = count
         self.pool = ProcessPoolExecutor(count, get_context("spawn"), _start_actor, (make,))
 
-    def __call__(self, rows: Sequence[dict[str, object]]) -> int:
-        """Extract these shards; returns how many images they have."""
-        return sum(self.pool.map(_act, (rows[number :: self.count] for number in range(self.count))))
+    def __call__(self, rows: Sequence[dict[str, object]]) -> Extracted:
+        """Extract these shards."""
+        work = (rows[number :: self.count] for number in range(self.count))
+        parts = list(self.pool.map(_act, work))
+        return sum(images for images, _ in parts), sum((stages for _, stages in parts), Counter())
 
 
 def _start_actor(make: Callable[[], Extract]) -> None:
@@ -122,17 +131,18 @@ def _start_actor(make: Callable[[], Extract]) -> None:
     _actor = make()
 
 
-def _act(rows: Sequence[dict[str, object]]) -> int:
+def _act(rows: Sequence[dict[str, object]]) -> Extracted:
     return _extract(_actor, rows)
 
 
-def _extract(extract: Extract, rows: Sequence[dict[str, object]]) -> int:
-    images = 0
+def _extract(extract: Extract, rows: Sequence[dict[str, object]]) -> Extracted:
+    images, stages = 0, Counter[str]()
     with ThreadPoolExecutor(SHARDS_AT_ONCE[extract.device.name]) as pool:
         for row in pool.map(extract, rows):
             assert row["computed"] == 1, row
             images += row["images"]
-    return images
+            stages.update(json.loads(row["stages"]))
+    return images, stages
 
 
 class Stages:
@@ -143,6 +153,7 @@ class Stages:
         self.teacher = extract.teachers[teacher.id]
         self.folder = dataset.teacher(teacher.id)
         self.device = extract.device.name
+        self.seconds: dict[str, float] = {}
         self.extract()
         shards = list(dataset.images.records().values())
         self.alone = shards[: max(1, ALONE // shards[0].rows)]
@@ -176,7 +187,9 @@ class Stages:
     def extract(self) -> int:
         """Everything, several shards at once."""
         self._forget()
-        return self.actors(self._rows()) if self.actors else _extract(self.extractor, self._rows())
+        images, stages = self.actors(self._rows()) if self.actors else _extract(self.extractor, self._rows())
+        self.seconds = {name: seconds / images for name, seconds in stages.items()}
+        return images
 
     def _rendered(self) -> Iterator[Tensor]:
         for record in self.alone:

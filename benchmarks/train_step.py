@@ -149,6 +149,7 @@ class Bench:
             batch_size=options.batch_size,
             window=256,
             threads=max(2, options.threads),
+            processes=options.device == "cuda",
         )
 
     def measure(self) -> dict[str, Any]:

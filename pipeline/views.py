@@ -18,9 +18,6 @@ from teachers.base import Interpolation
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own bound, kept here because libraries lift that one."""
 
-RENDERED_AT_ONCE = 8
-"""Images that a thread renders in one go: handing over a single one costs as much as opening it."""
-
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Pillow's other decoders are kept away from what may be hostile: that of PostScript, for one, starts a program."""
 

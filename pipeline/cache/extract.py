@@ -12,10 +12,9 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,8 +33,8 @@ from pipeline.cache.stats import Moments
 from pipeline.cache.store import taking_apart
 from pipeline.config import TeacherConfig
 from pipeline.errors import UserError
-from pipeline.prefetch import map_ahead
-from pipeline.views import RENDERED_AT_ONCE, View, decode_pixels, render
+from pipeline.rendering import AT_ONCE, Drawing, Pending, Renderer, Work
+from pipeline.views import View
 from teachers.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
 from teachers.registry import create_teacher
 
@@ -43,6 +42,9 @@ Item = TypeVar("Item")
 
 SHARDS_AT_ONCE = {"cpu": 2, "cuda": 4}
 """Shards that an actor works on, by its device: beside a GPU, writing a shard takes longer than the forwards of one."""
+
+AHEAD = 2
+"""Batches that are rendered ahead of the device."""
 
 OWN_TEACHERS = {"student": "pipeline.student.teacher:student"}
 """Short names of teachers that are made of this package, which `teachers` knows nothing of."""
@@ -144,7 +146,7 @@ class Extract:
         datasets: by split (``train``, ``val``); their `images` shards are complete.
         teachers: loaded once, kept for all shards.
         device: ``cuda`` or ``cpu``.
-        threads: that decode and resize.
+        threads: that decode and resize; beside a GPU they are processes.
         batch_size: images per forward.
     """
 
@@ -160,7 +162,7 @@ class Extract:
         logging.getLogger("teachers").setLevel(logging.ERROR)  # the driver has said what there is to say
         self.datasets = datasets
         self.batch_size = batch_size
-        self.pool = ThreadPoolExecutor(threads)
+        self.renderer = Renderer(threads, processes=device == "cuda")
         self.device = TeacherDevice(device)
         self.cached = {teacher.id: teacher for teacher in teachers}
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
@@ -250,20 +252,19 @@ class Extract:
 
     def rendered(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
         """Batches of [B, 3, H, W] uint8 by teacher id of `rows`, views of `images`; rendered two batches ahead of the device."""
-        specs = [self.teachers[name].spec for name in names]
+        specs = {name: self.teachers[name].spec for name in names}
+        stack = _Batches(self.renderer, specs, rows.num_rows, self.batch_size)
         views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
-        few = RENDERED_AT_ONCE
-        work = (
-            ([data.as_py() for data in images["image"][i : i + few]], views[i * count : (i + few) * count], specs)
-            for i in range(0, images.num_rows, few)
-        )
-        ahead = 2 * self.batch_size // (few * count) + 1
-        rendered = chain.from_iterable(map_ahead(self.pool, _render_all, work, ahead))
-        while batch := list(islice(rendered, self.batch_size)):
-            yield {
-                name: torch.from_numpy(np.stack(column))
-                for name, column in zip(names, zip(*batch, strict=True), strict=True)
-            }
+        given = 0
+        try:
+            for number in range(-(-rows.num_rows // self.batch_size)):
+                while given < images.num_rows and given * count < (number + 1 + AHEAD) * self.batch_size:
+                    part = images["image"][given : given + AT_ONCE]
+                    stack.render(part, views[given * count : (given + len(part)) * count], given * count)
+                    given += len(part)
+                yield stack.pop(number)
+        finally:
+            stack.settle()
 
     def _codec(self, dataset: Dataset, name: str) -> tuple[str, Projection | None]:
         """The projection of a teacher over a dataset, by its name in the cache; fitted here where nobody has yet."""
@@ -324,15 +325,54 @@ def _part(dataset: Dataset, images: pa.Table, rows: pa.Table, groups: range) -> 
     return images.slice(first, count), rows.slice(first * views, count * views)
 
 
-def _render_all(work: tuple[Sequence[bytes], Sequence[View], Sequence[TeacherSpec]]) -> list[list[np.ndarray]]:
-    """[3, H, W] by view, those of an image together, and by spec."""
-    files, views, specs = work
-    count = len(views) // len(files)
-    return [
-        [render(image, view, spec.input_size, spec.interpolation).transpose(2, 0, 1) for spec in specs]
-        for number, image in enumerate(map(decode_pixels, files))
-        for view in views[number * count : (number + 1) * count]
-    ]
+class _Batches:
+    """Batches in the making, of which pieces of work fill their share.
+
+    Args:
+        specs: of the teachers, by id.
+        rows: in all.
+        size: of a batch.
+    """
+
+    def __init__(self, renderer: Renderer, specs: Mapping[str, TeacherSpec], rows: int, size: int) -> None:
+        self.renderer, self.specs, self.rows, self.size = renderer, specs, rows, size
+        self.pixels: dict[int, dict[str, np.ndarray]] = {}
+        self.pending: dict[int, list[Pending]] = {}
+
+    def render(self, images: pa.ChunkedArray, views: Sequence[View], first: int) -> None:
+        """Hand over images, whose views are the rows from `first` on."""
+        count = len(views) // len(images)
+        work: Work = [
+            (
+                data.as_py(),
+                [drawing for row in range(i, i + count) for drawing in self._drawings(views[row], first + row)],
+            )
+            for i, data in zip(range(0, len(views), count), images, strict=True)
+        ]
+        pending = self.renderer.submit(work)
+        for number in range(first // self.size, (first + len(views) - 1) // self.size + 1):
+            self.pending.setdefault(number, []).append(pending)
+
+    def _drawings(self, view: View, row: int) -> list[Drawing]:
+        number, place = divmod(row, self.size)
+        if number not in self.pixels:
+            count = min(self.size, self.rows - number * self.size)
+            self.pixels[number] = {
+                name: self.renderer.empty(count, 3, *spec.input_size) for name, spec in self.specs.items()
+            }
+        return [
+            Drawing(view, spec.interpolation, self.pixels[number][name][place]) for name, spec in self.specs.items()
+        ]
+
+    def pop(self, number: int) -> dict[str, Tensor]:
+        """A batch, when it is done."""
+        self.renderer.finish(self.pending[number])
+        del self.pending[number]
+        return {name: torch.from_numpy(pixels) for name, pixels in self.pixels.pop(number).items()}
+
+    def settle(self) -> None:
+        """Wait for what nobody will use: its arrays may be lent again only then."""
+        wait([pending.done for some in self.pending.values() for pending in some])
 
 
 class ShardBuilder:

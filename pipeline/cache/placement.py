@@ -131,11 +131,11 @@ def measure(
     images, views = extract.shard(datasets[row["split"]], int(row["shard"]))
     few = images.slice(0, min(batch_size, images.num_rows))
     some = views.slice(0, few.num_rows * max(1, views.num_rows // max(1, images.num_rows)))
-    with ThreadPoolExecutor(1) as extract.pool:
+    for _ in range(2):  # the first round warms up, here as below
         started = time.perf_counter()
         batches = list(extract.rendered(few, some, list(extract.teachers)))
         host = time.perf_counter() - started
-    for _ in range(2):  # the first round warms up
+    for _ in range(2):
         started = time.perf_counter()
         for pixels in batches:
             for name, batch in pixels.items():

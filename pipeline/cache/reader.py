@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -25,16 +24,21 @@ from torch import Tensor
 
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher, load_tokens
-from pipeline.cache.recycle import ArrayPool
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord, selected
 from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
 from pipeline.cache.store import taking_apart
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
-from pipeline.views import RENDERED_AT_ONCE, View, decode_pixels, render
+from pipeline.recycle import ArrayPool
+from pipeline.rendering import AT_ONCE, Drawing, Renderer
+from pipeline.views import View, decode_pixels, render
+from teachers.base import Interpolation
 
 NO_LABEL = -1
 """Label of a sample that has none."""
+
+STUDENT_INTERPOLATION: Interpolation = "bicubic"
+"""How images are resized for the student."""
 
 IO_THREADS = 2
 """Row groups that are read at once."""
@@ -150,6 +154,7 @@ class CacheReader:
         window: images shuffled together after the shuffle of row groups.
         rank, world: of this training worker.
         threads: that decode images.
+        processes: whether those are processes, as they should be beside a GPU.
         per_step: views of an image in one batch, in adjacent rows; divides its views and the batch.
 
     Raises:
@@ -168,6 +173,7 @@ class CacheReader:
         rank: int = 0,
         world: int = 1,
         threads: int = 2,
+        processes: bool = False,
         per_step: int = 1,
     ) -> None:
         check_per_step(per_step, dataset.policy.rows_per_image, batch_size)
@@ -181,7 +187,7 @@ class CacheReader:
         self.arrays = ArrayPool()
         self.io = ThreadPoolExecutor(IO_THREADS)
         self.assembler = ThreadPoolExecutor(1)
-        self.decoders = ThreadPoolExecutor(threads)
+        self.renderer = Renderer(threads, processes)
         if not self.steps(0):
             rows = sum(unit.rows for unit in self.units)
             raise UserError(
@@ -322,20 +328,20 @@ class CacheReader:
         return Batch(draft.keys, self._pixels(draft), torch.from_numpy(draft.labels), features)
 
     def _pixels(self, draft: _Draft) -> Tensor:
-        pixels = self.arrays.empty(self.batch_size, 3, self.image_size, self.image_size)
+        pixels = self.renderer.empty(self.batch_size, 3, self.image_size, self.image_size)
         # Adjacent views of one image are decoded once.
         starts = [i for i, key in enumerate(draft.keys) if i == 0 or key != draft.keys[i - 1]]
-        runs = [slice(*ends) for ends in pairwise([*starts, self.batch_size])]
-        some = (runs[first : first + RENDERED_AT_ONCE] for first in range(0, len(runs), RENDERED_AT_ONCE))
-        for _ in self.decoders.map(partial(self._render, draft, pixels), some):
-            pass
+        runs = [
+            (draft.images[first].as_py(), [self._drawing(draft, pixels, place) for place in range(first, last)])
+            for first, last in pairwise([*starts, self.batch_size])
+        ]
+        some = range(0, len(runs), AT_ONCE)
+        self.renderer.finish([self.renderer.submit(runs[first : first + AT_ONCE]) for first in some])
         return torch.from_numpy(pixels)
 
-    def _render(self, draft: _Draft, pixels: np.ndarray, runs: Sequence[slice]) -> None:
-        for run in runs:
-            image = decode_pixels(draft.images[run.start].as_py())
-            for place, (left, top, right, bottom, flip) in zip(pixels[run], draft.geometry[run].tolist(), strict=True):
-                place[:] = _rendered(image, View((left, top, right, bottom), bool(flip)), self.image_size)
+    def _drawing(self, draft: _Draft, pixels: np.ndarray, place: int) -> Drawing:
+        left, top, right, bottom, flip = draft.geometry[place].tolist()
+        return Drawing(View((left, top, right, bottom), bool(flip)), STUDENT_INTERPOLATION, pixels[place])
 
 
 def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -521,8 +527,4 @@ def _same_pairs(counts: np.ndarray) -> float:
 
 
 def _student_pixels(data: bytes, view: View, size: int) -> np.ndarray:
-    return _rendered(decode_pixels(data), view, size)
-
-
-def _rendered(image: np.ndarray, view: View, size: int) -> np.ndarray:
-    return render(image, view, (size, size), "bicubic").transpose(2, 0, 1)
+    return render(decode_pixels(data), view, (size, size), STUDENT_INTERPOLATION).transpose(2, 0, 1)

@@ -87,6 +87,7 @@ def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader:
         rank=rank,
         world=world,
         threads=max(2, torch.get_num_threads()),
+        processes=torch.cuda.is_available(),
         per_step=config.views.per_step,
     )
 

@@ -35,7 +35,7 @@ def _reader(cropped, **changes):
 
 def test_replay_gives_the_stored_features_of_256_rows(cropped, monkeypatch):
     """The teacher, asked again about the pixels that the reader hands out, says what is stored."""
-    from pipeline.cache import reader as module
+    from pipeline import rendering as module
     from pipeline.views import render
 
     # The student's own interpolation is bicubic; rendered as this teacher's input, the pixels are to be equal.
@@ -60,7 +60,7 @@ def test_every_view_of_every_image_comes_once_an_epoch(cropped):
 
 
 def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(cropped, monkeypatch):
-    from pipeline.cache import reader as module
+    from pipeline import rendering as module
 
     apart: dict[str, list[torch.Tensor]] = {}
     for batch in _reader(cropped, batch_size=10).batches(0):
@@ -86,7 +86,7 @@ def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(c
 
 
 def test_features_stay_with_their_view_when_views_lie_together(cropped, monkeypatch):
-    from pipeline.cache import reader as module
+    from pipeline import rendering as module
     from pipeline.views import render
 
     monkeypatch.setattr(module, "render", lambda image, view, size, _: render(image, view, size, "bilinear"))

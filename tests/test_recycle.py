@@ -1,6 +1,6 @@
 import torch
 
-from pipeline.cache.recycle import ArrayPool
+from pipeline.recycle import ArrayPool
 
 
 def test_memory_is_lent_again_only_when_every_tensor_of_it_is_gone():
