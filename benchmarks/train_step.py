@@ -48,6 +48,7 @@ from benchmarks.made_up_cache import jpegs, write_dataset
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher, make_teacher
 from pipeline.cache.reader import Batch, CacheReader
+from pipeline.cache.reader_process import ReaderProcess
 from pipeline.config import LossConfig, TeacherConfig, TrainConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd
@@ -140,16 +141,16 @@ class Bench:
         }
         self.epoch = 0
 
-    def _reader(self) -> CacheReader:
+    def _reader(self) -> CacheReader | ReaderProcess:
         options = self.options
-        return CacheReader(
+        make = ReaderProcess if options.device == "cuda" else CacheReader
+        return make(
             self.dataset,
             self.teachers,
             image_size=options.image_size,
             batch_size=options.batch_size,
             window=256,
             threads=max(2, options.threads),
-            processes=options.device == "cuda",
         )
 
     def measure(self) -> dict[str, Any]:

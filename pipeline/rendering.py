@@ -8,6 +8,7 @@ done by processes, which write the pixels into memory that they share with this 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import threading
 import weakref
@@ -98,6 +99,10 @@ class Renderer:
         for one in pending:
             one.done.result()
 
+    def close(self) -> None:
+        """End threads or processes when what they are at is done."""
+        self.pool.shutdown(cancel_futures=True)
+
     def _given(self, work: Work) -> Future[None]:
         with self.lock:
             try:
@@ -111,9 +116,15 @@ class Renderer:
             return ThreadPoolExecutor(self.workers)
         context = get_context("forkserver")  # a process with CUDA or threads must not be forked
         context.set_forkserver_preload([__name__])
-        pool = ProcessPoolExecutor(self.workers, context, torch.set_num_threads, (1,))
+        pool = ProcessPoolExecutor(self.workers, context, leave_interrupts)
         weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
         return pool
+
+
+def leave_interrupts() -> None:
+    """Of a process that helps another: it computes on one thread, and leaves Ctrl-C to that one, with which it ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 _attached = Attached()

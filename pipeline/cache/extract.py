@@ -43,6 +43,9 @@ Item = TypeVar("Item")
 SHARDS_AT_ONCE = {"cpu": 2, "cuda": 4}
 """Shards that an actor works on, by its device: beside a GPU, writing a shard takes longer than the forwards of one."""
 
+JUDGED = 32
+"""Images of a shard by which the fidelity of its codec is judged."""
+
 AHEAD = 2
 """Batches that are rendered ahead of the device."""
 
@@ -405,7 +408,7 @@ class ShardBuilder:
             moments = Moments.of(features)
             self.moments[kind] = self.moments[kind].merge(moments) if kind in self.moments else moments
             if kind not in self.fidelity:
-                self.fidelity[kind] = tokens.fidelity(features, rows)
+                self.fidelity[kind] = tokens.fidelity(features[:JUDGED], rows[:JUDGED])
 
     def commit(self, folder: ShardFolder, shard: int, rows: pa.Table, device: str) -> ShardRecord:
         """Write the shard, whose rows these are."""

@@ -29,7 +29,6 @@ from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
 from pipeline.cache.store import taking_apart
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
-from pipeline.recycle import ArrayPool
 from pipeline.rendering import AT_ONCE, Drawing, Renderer
 from pipeline.views import View, decode_pixels, render
 from teachers.base import Interpolation
@@ -184,16 +183,22 @@ class CacheReader:
         self.rows = _Shards(dataset, dataset.rows, "views") if dataset.policy.crops else None
         self.teachers = {teacher.id: _TeacherShards(dataset, teacher) for teacher in teachers}
         self.units = _units(self.images.records, dataset.policy.rows_per_image)
-        self.arrays = ArrayPool()
         self.io = ThreadPoolExecutor(IO_THREADS)
         self.assembler = ThreadPoolExecutor(1)
         self.renderer = Renderer(threads, processes)
+        self.arrays = self.renderer.arrays
         if not self.steps(0):
             rows = sum(unit.rows for unit in self.units)
             raise UserError(
                 f"{dataset.location} has {rows} readable images in {len(self.units)} row groups: too few for "
                 f"{world} training workers of {batch_size} images each; lower train.batch_size or train.workers"
             )
+
+    def close(self) -> None:
+        """End its threads and processes when what they are at is done."""
+        for pool in (self.io, self.assembler):
+            pool.shutdown(cancel_futures=True)
+        self.renderer.close()
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, equal on every rank; the rows that fill no batch are left out of that epoch."""

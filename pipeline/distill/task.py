@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.reader import Batch, CacheReader
+from pipeline.cache.reader_process import ReaderProcess
 from pipeline.config import Config
 from pipeline.distill.augment import augment
 from pipeline.distill.balance import is_scheduled, teacher_weights
@@ -74,10 +75,11 @@ def build_distiller(job: DistillJob) -> Distiller:
         )
 
 
-def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader:
-    """The training images and features, in the order of one rank."""
+def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader | ReaderProcess:
+    """The training images and features, in the order of one rank; beside a GPU they are read by another process."""
     config = job.config
-    return CacheReader(
+    make = ReaderProcess if torch.cuda.is_available() else CacheReader
+    return make(
         job.train,
         job.teachers,
         image_size=config.student.input_size,
@@ -87,7 +89,6 @@ def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader:
         rank=rank,
         world=world,
         threads=max(2, torch.get_num_threads()),
-        processes=torch.cuda.is_available(),
         per_step=config.views.per_step,
     )
 
