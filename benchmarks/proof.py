@@ -81,6 +81,7 @@ ARMS: dict[str, Arm] = {
     "patches-4": changed(loss={"max_patches": 4}),
     "patches-8": changed(loss={"max_patches": 8}),
     "patches-16": changed(loss={"max_patches": 16}),
+    "patches-all": changed(loss={"max_patches": None}),
     "heads-256": changed(student={"head_dim": 256}),
     "heads-1024": changed(student={"head_dim": 1024}),
 }

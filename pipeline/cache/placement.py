@@ -27,7 +27,8 @@ SPARE_MEMORY = 0.1
 """Share of a GPU's memory that is left to fragments and to what a probe does not see."""
 CONTEXT_BYTES = 600 << 20
 """Of a process on a GPU beside what torch's allocator knows: CUDA's context and kernels."""
-MOST_THREADS = 8
+MOST_THREADS = {"cpu": 8, "cuda": 32}
+"""Most threads of an actor, by its device; beside a GPU they are processes (`pipeline/rendering.py`)."""
 SLACK = 1.25
 """Decoding is given this much more than the device needs, so that it stays ahead."""
 BUSY = 0.9
@@ -91,15 +92,15 @@ def place(cpus: int, gpus: int, rows: int, own_cpus: int, measured: Measured | N
         measured: by a probe, or None: one actor a GPU, and as many threads as there are.
     """
     if not gpus:
-        threads = max(1, min(MOST_THREADS, own_cpus, cpus - 1))
+        threads = max(1, min(MOST_THREADS["cpu"], own_cpus, cpus - 1))
         return Placement(min(rows, max(1, (cpus - 1) // threads)), 0, threads)
     each = actors_per_gpu(measured)
     available = max(1, (cpus - 1) // (gpus * each))
     if measured is None or not measured.device_s:
-        return Placement(min(rows, gpus * each), 1 / each, min(MOST_THREADS, available))
+        return Placement(min(rows, gpus * each), 1 / each, min(MOST_THREADS["cuda"], available))
     # Actors on one GPU take turns: together they need the threads that one alone would need.
     needed = math.ceil(SLACK * measured.host_s / measured.device_s / each)
-    return Placement(min(rows, gpus * each), 1 / each, max(1, min(MOST_THREADS, available, needed)))
+    return Placement(min(rows, gpus * each), 1 / each, max(1, min(MOST_THREADS["cuda"], available, needed)))
 
 
 def measure_on_gpu(

@@ -134,7 +134,7 @@ def _scaling(config: TrainConfig, shares: int) -> Any:
     else:
         workers = most = min(wanted, shares)
     # One CPU is left for Ray's own tasks; a worker decodes images on the rest.
-    each = max(1, min(8 if gpus else os.cpu_count() or 1, (cpus - 1) // most))
+    each = max(1, min(16 if gpus else os.cpu_count() or 1, (cpus - 1) // most))
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": each})
 
 

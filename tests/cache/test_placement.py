@@ -30,7 +30,7 @@ def test_an_actor_has_the_threads_that_keep_the_device_fed_and_no_more():
     assert place(65, 4, 100, 2, measured) == Placement(8, 0.5, 3)
     assert place(65, 4, 100, 2, _measured(60 * GIB, host_s=0.04)) == Placement(4, 1.0, 5)
     assert place(9, 4, 100, 2, measured) == Placement(8, 0.5, 1)
-    assert place(65, 4, 100, 2, _measured(60 * GIB, host_s=0.5)).threads == 8
+    assert place(65, 4, 100, 2, _measured(60 * GIB, host_s=0.5)).threads == 16
 
 
 def test_there_are_no_more_actors_than_shards():
