@@ -22,7 +22,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line that a worker prints comes twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # ours count images, these count shards
-    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",  # starvation is an error, not a hang
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "7200",  # starvation is an error, not a hang; a shard may take an hour
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_COLOR_PREFIX": "0",
 }

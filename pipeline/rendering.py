@@ -8,6 +8,7 @@ done by processes, which write the pixels into memory that they share with this 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import NamedTuple
 
 import numpy as np
@@ -116,15 +117,26 @@ class Renderer:
             return ThreadPoolExecutor(self.workers)
         context = get_context("forkserver")  # a process with CUDA or threads must not be forked
         context.set_forkserver_preload([__name__])
-        pool = ProcessPoolExecutor(self.workers, context, leave_interrupts)
+        pool = ProcessPoolExecutor(self.workers, context, become_helper)
         weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
         return pool
 
 
-def leave_interrupts() -> None:
-    """Of a process that helps another: it computes on one thread, and leaves Ctrl-C to that one, with which it ends."""
+def become_helper() -> None:
+    """Of a process that helps another: it computes on one thread, leaves Ctrl-C to that one, and ends with it.
+
+    The processes of a pool hold each other's pipes open, so that none would see that nobody sends anything any more.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 _attached = Attached()

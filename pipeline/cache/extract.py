@@ -1,8 +1,8 @@
 """`images` shards -> teacher shards: decode once, ask every teacher that is missing, commit each on its own.
 
-Rendering runs ahead of the device (`pipeline/rendering.py`), and an actor works on several shards at once (`SHARDS_AT_ONCE`): while one
-is on the device the others are decoded or written. Features never travel: the actor that computed a shard writes it.
-This module imports neither Ray nor MLflow.
+Rendering runs ahead of the device (`pipeline/rendering.py`), and an actor works on several shards at once
+(`SHARDS_AT_ONCE`): while one is on the device the others are decoded or written. Features never travel: the actor that
+computed a shard writes it. This module imports neither Ray nor MLflow.
 """
 
 from __future__ import annotations

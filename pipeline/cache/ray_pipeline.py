@@ -15,6 +15,7 @@ from pipeline.cache.extract import SHARDS_AT_ONCE, Extract
 from pipeline.cache.ingest import Ingest
 from pipeline.cache.placement import Measured, measure_on_gpu, place
 from pipeline.cache.verify import Verify
+from pipeline.errors import UserError
 
 WORTH_MEASURING = 16
 """Shards from which on it pays to load the teachers once more, to measure them."""
@@ -32,7 +33,7 @@ def gpus() -> int:
 def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[dict[str, Any]]:
     """Run `ingest` on every row as tasks of one CPU, on any node; results as they come."""
     if rows:
-        yield from _dataset(rows).map(ingest, num_cpus=1).iter_rows()
+        yield from _results(_dataset(rows).map(ingest, num_cpus=1))
 
 
 def extract_shards(
@@ -94,7 +95,25 @@ def _in_actors(
         num_cpus=placed.threads,
         num_gpus=placed.gpus,
     )
-    yield from results.iter_rows()
+    yield from _results(results)
+
+
+def _results(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset as they come.
+
+    Raises:
+        UserError: where none came for longer than Ray Data waits.
+    """
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    try:
+        yield from dataset.iter_rows()
+    except ExecutionTimeoutError as error:
+        seconds = dataset.context.execution_no_progress_timeout_s
+        raise UserError(
+            f"no shard was finished for {seconds:g} s, and the job gave up; finished ones are kept. If a shard takes that "
+            "long, lower cache.shard_size or raise RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S; else see whether a CPU is free"
+        ) from error
 
 
 def _dataset(rows: Sequence[dict[str, Any]]) -> Any:

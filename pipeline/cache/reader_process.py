@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.allocator import keep_freed_memory
 from pipeline.cache.reader import Batch, CacheReader, ShuffleQuality
 from pipeline.recycle import Attached, Place, SharedArrayPool
-from pipeline.rendering import leave_interrupts
+from pipeline.rendering import become_helper
 
 AHEAD = 2
 """Batches that are ready before they are asked for."""
@@ -148,7 +148,7 @@ class _Loan:
 
 def _serve(pipe: Connection, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
     """The other process."""
-    leave_interrupts()
+    become_helper()
     keep_freed_memory()
     _Server(pipe, CacheReader(*args, **settings)).run()
 

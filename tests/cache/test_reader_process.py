@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +98,16 @@ def test_a_killed_process_is_said_and_another_one_started(readers):
         _assert_equal(ours, theirs)
 
 
+def _started_with(mark):
+    """Processes whose environment has this, and so their parents' had."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
 @pytest.mark.parametrize("end", ["by itself", "killed"])
 def test_it_ends_with_the_process_that_it_reads_for(filled, tmp_path, end):
     import cloudpickle
@@ -111,19 +123,29 @@ def test_it_ends_with_the_process_that_it_reads_for(filled, tmp_path, end):
         "print(reader.process.pid, flush=True)\n"
         f"time.sleep({600 if end == 'killed' else 0})\n"
     )
+    mark = f"READER_TEST={tmp_path}"
+    environment = {**os.environ, "READER_TEST": str(tmp_path)}
     with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         reading = int(process.stdout.readline())
         if end == "killed":
+            helpers = _started_with(mark)
             process.kill()
+            assert reading in helpers
+            assert len(helpers) >= 4  # and those that render, and the servers that they were forked from
         assert process.wait(60) == (-9 if end == "killed" else 0)
         said = process.stderr.read() if end == "by itself" else ""
     assert said == ""
     deadline = time.monotonic() + 30
-    while os.path.exists(f"/proc/{reading}") and time.monotonic() < deadline:
+    while _started_with(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not os.path.exists(f"/proc/{reading}")
+    assert not _started_with(mark)
 
 
 def test_no_process_is_started_before_it_is_needed(readers):
