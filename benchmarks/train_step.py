@@ -1,7 +1,7 @@
 """What does a training step cost beyond the student itself? Cached teachers, online teachers, and Ray Train around it.
 
     python benchmarks/train_step.py
-    python benchmarks/train_step.py --device cuda --batch-size 256 --images 8192 --threads 14 --steps 20 --online-images 64
+    python benchmarks/train_step.py --device cuda --batch-size 256 --images 8192 --threads 14 --steps 20 --online-images 16
     python benchmarks/train_step.py --ray --no-online
 
 Steps of the engine (forward, backward, clipping, AdamW, average) with ReGLA and three teachers' features of the real

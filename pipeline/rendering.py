@@ -18,6 +18,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from multiprocessing.context import ForkServerContext
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +101,10 @@ class Renderer:
         for one in pending:
             one.done.result()
 
+    def render(self, work: Work) -> None:
+        """Hand work over in pieces, and wait for it; raises as :meth:`finish`."""
+        self.finish([self.submit(work[first : first + AT_ONCE]) for first in range(0, len(work), AT_ONCE)])
+
     def close(self) -> None:
         """End threads or processes when what they are at is done."""
         self.pool.shutdown(cancel_futures=True)
@@ -115,11 +120,16 @@ class Renderer:
     def _start(self) -> Executor:
         if not isinstance(self.arrays, SharedArrayPool):
             return ThreadPoolExecutor(self.workers)
-        context = get_context("forkserver")  # a process with CUDA or threads must not be forked
-        context.set_forkserver_preload([__name__])
-        pool = ProcessPoolExecutor(self.workers, context, become_helper)
+        pool = ProcessPoolExecutor(self.workers, helper_context(__name__), become_helper)
         weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
         return pool
+
+
+def helper_context(module: str) -> ForkServerContext:
+    """Starts processes that help this one, which has CUDA or threads and must not be forked; they need this module."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
 
 
 def become_helper() -> None:

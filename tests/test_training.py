@@ -32,6 +32,7 @@ from pipeline.training.checkpoint import keep_best
 from pipeline.training.meter import starved
 from pipeline.training.ray_train import _shares
 from pipeline.training.stopping import StopFile, on_sigterm
+from pipeline.training.upload import tensors_of, to_device
 from tests.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_tiny_task
 
 CHECKPOINTS = [
@@ -47,6 +48,25 @@ CHECKPOINTS = [
 
 
 TIMES = ("images_per_second", "data_wait_share", "forward_share", "backward_share")
+
+
+def test_all_tensors_of_a_batch_come_to_a_device_and_nothing_else_changes():
+    targets = [
+        {"boxes": torch.ones(2, 4), "labels": torch.ones(2)},
+        {"boxes": torch.ones(0, 4), "labels": torch.ones(0)},
+    ]
+    objects = ObjectsBatch(["a", "b"], [torch.ones(3, 4, 5), torch.ones(3, 2, 2)], targets)
+    images, labels = torch.ones(2, 3, 4, 4), torch.ones(2)
+    cached = Batch(["a", "b"], images, labels, {"hog": {"patches": torch.ones(2, 8)}}, place=(1, 2))
+    for batch, count in ((objects, 6), (cached, 3)):
+        there = to_device(batch, torch.device("meta"))
+        assert type(there) is type(batch)
+        assert there.keys == batch.keys
+        assert len(tensors_of(batch)) == len(tensors_of(there)) == count
+        for a, b in zip(tensors_of(batch), tensors_of(there), strict=True):
+            assert b.is_meta
+            assert a.shape == b.shape
+    assert there.place == (1, 2)
 
 
 def _config(**changes):

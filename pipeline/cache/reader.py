@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -29,8 +30,8 @@ from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
 from pipeline.cache.store import taking_apart
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
-from pipeline.rendering import AT_ONCE, Drawing, Renderer
-from pipeline.views import View, decode_pixels, render
+from pipeline.rendering import Drawing, Renderer
+from pipeline.views import View
 from teachers.base import Interpolation
 
 NO_LABEL = -1
@@ -340,8 +341,7 @@ class CacheReader:
             (draft.images[first].as_py(), [self._drawing(draft, pixels, place) for place in range(first, last)])
             for first, last in pairwise([*starts, self.batch_size])
         ]
-        some = range(0, len(runs), AT_ONCE)
-        self.renderer.finish([self.renderer.submit(runs[first : first + AT_ONCE]) for first in some])
+        self.renderer.render(runs)
         return torch.from_numpy(pixels)
 
     def _drawing(self, draft: _Draft, pixels: np.ndarray, place: int) -> Drawing:
@@ -352,17 +352,17 @@ class CacheReader:
 def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
     """Images and labels without features, in stored order: all of them, or about `limit` in evenly spaced row groups."""
     records = _complete(dataset, dataset.images, "images")
-    with ThreadPoolExecutor(2) as pool:
+    with closing(Renderer(2)) as renderer:
         for unit in _spaced(_units(records), limit):
             table = dataset.images.read_group(records[unit.shard], unit.group)
-            work = [
-                (data.as_py(), view, image_size) for data, view in zip(table["image"], views_of(table), strict=True)
-            ]
-            pixels = torch.from_numpy(np.stack(list(pool.map(_student_pixels, *zip(*work, strict=True)))))
+            pixels = renderer.empty(unit.rows, 3, image_size, image_size)
+            drawings = [[Drawing(v, STUDENT_INTERPOLATION, p)] for v, p in zip(views_of(table), pixels, strict=True)]
+            renderer.render([(data.as_py(), drawn) for data, drawn in zip(table["image"], drawings, strict=True)])
+            images = torch.from_numpy(pixels)
             for first in range(0, unit.rows, batch_size):
                 part = table.slice(first, batch_size)
                 labels = torch.from_numpy(_labels(part).copy())
-                yield Batch(part["sample_id"].to_pylist(), pixels[first : first + batch_size], labels, {})
+                yield Batch(part["sample_id"].to_pylist(), images[first : first + batch_size], labels, {})
 
 
 def read_summaries(
@@ -529,7 +529,3 @@ def _same_pairs(counts: np.ndarray) -> float:
     """Share of pairs that are of one group, among all pairs of groups of these sizes."""
     total = counts.sum()
     return float((counts * (counts - 1)).sum() / max(1, total * (total - 1)))
-
-
-def _student_pixels(data: bytes, view: View, size: int) -> np.ndarray:
-    return render(decode_pixels(data), view, (size, size), STUDENT_INTERPOLATION).transpose(2, 0, 1)

@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from multiprocessing import get_context, util
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.allocator import keep_freed_memory
 from pipeline.cache.reader import Batch, CacheReader, ShuffleQuality
 from pipeline.recycle import Attached, Place, SharedArrayPool
-from pipeline.rendering import become_helper
+from pipeline.rendering import become_helper, helper_context
 
 AHEAD = 2
 """Batches that are ready before they are asked for."""
@@ -87,8 +87,7 @@ class ReaderProcess:
             raise
 
     def _start(self) -> None:
-        context = get_context("forkserver")  # a process with CUDA or threads must not be forked
-        context.set_forkserver_preload([__name__])
+        context = helper_context(__name__)
         self.gone.clear()
         self.attached = Attached()
         self.pipe, theirs = context.Pipe()

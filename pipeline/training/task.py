@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
@@ -90,11 +90,16 @@ def split_batch(batch: Any, pieces: int) -> list[Any]:
     return [batch] if pieces == 1 else [_cut(batch, slice(*ends)) for ends in pairwise(bounds)]
 
 
-def _cut(value: Any, part: slice) -> Any:
+def _cut(batch: Any, part: slice) -> Any:
+    return map_parts(batch, lambda value: value[part] if isinstance(value, Tensor | list) else value)
+
+
+def map_parts(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The like of a dataclass, NamedTuple or mapping, however they are nested, with `function` of each of their parts."""
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _cut(getattr(value, field.name), part) for field in fields(value)})
+        return replace(value, **{part.name: map_parts(getattr(value, part.name), function) for part in fields(value)})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_cut(item, part) for item in value))
+        return type(value)(*(map_parts(item, function) for item in value))
     if isinstance(value, Mapping):
-        return {name: _cut(item, part) for name, item in value.items()}
-    return value[part] if isinstance(value, Tensor | list) else value
+        return {name: map_parts(item, function) for name, item in value.items()}
+    return function(value)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.prefetch import map_ahead
+from pipeline.training.task import map_parts
 
 Batch = TypeVar("Batch")
 
@@ -39,30 +39,26 @@ def upload_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
             yield batch
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """A tensor on a device, or the like of a dataclass, tuple, list or mapping with all its tensors there."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{part.name: to_device(getattr(value, part.name), device) for part in fields(value)})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
-    if isinstance(value, Mapping):
-        return {name: to_device(item, device) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(item, device) for item in value)
-    return value
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The like of a batch (`map_parts`) with all its tensors, and those in its lists, on a device."""
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, list):
+            return [to_device(item, device) for item in part]
+        return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+
+    return map_parts(batch, moved)
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors of what :func:`to_device` takes."""
-    if isinstance(value, Tensor):
-        yield value
-    elif is_dataclass(value) and not isinstance(value, type):
-        for part in fields(value):
-            yield from tensors_of(getattr(value, part.name))
-    elif isinstance(value, Mapping):
-        yield from tensors_of(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_of(item)
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors that :func:`to_device` takes to a device."""
+    found: list[Tensor] = []
+
+    def note(part: Any) -> None:
+        if isinstance(part, list):
+            found.extend(tensor for item in part for tensor in tensors_of(item))
+        elif isinstance(part, Tensor):
+            found.append(part)
+
+    map_parts(batch, note)
+    return found
