@@ -26,8 +26,9 @@ from torch import Tensor
 from pipeline.cache.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
 from pipeline.cache.extract import make_teacher
 from pipeline.config import Config, TeacherConfig, load_config
+from pipeline.rendering import render
 from pipeline.sources import SceneSettings, open_source
-from pipeline.views import FULL, decode_image, render
+from pipeline.views import FULL, decode_image
 from teachers.base import Teacher
 
 CODECS = ("float32", "float16", "bfloat16", "int8", "int8-zstd")
@@ -78,7 +79,7 @@ def _features(teacher: Teacher, images: Sequence[bytes], batch_size: int) -> dic
             render(decode_image(d), FULL, spec.input_size, spec.interpolation)
             for d in images[first : first + batch_size]
         ]
-        parts.append(teacher.encode(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)))
+        parts.append(teacher.encode(torch.from_numpy(np.stack(pixels))))
     features = {"patches": torch.cat([part.patches for part in parts])}
     summaries = [part.summary for part in parts if part.summary is not None]
     return features | ({"summary": torch.cat(summaries)} if summaries else {})

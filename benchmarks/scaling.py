@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import pipeline.student.regla  # noqa: F401  registers the students with timm
 from jobs._cli import grid
 from pipeline.cache.codec import Codec, fit_projection
-from pipeline.views import WHOLE, decode_image, render
+from pipeline.rendering import render
+from pipeline.views import WHOLE, decode_image
 
 GPUS = (8, 16, 32, 64, 128, 256)
 TEACHERS = {

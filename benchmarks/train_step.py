@@ -52,12 +52,13 @@ from pipeline.cache.reader_process import ReaderProcess
 from pipeline.config import LossConfig, TeacherConfig, TrainConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd
+from pipeline.rendering import render
 from pipeline.student.model import Encoder, Student, create_backbone
 from pipeline.training import Task, Worker, fit, train
 from pipeline.training.meter import Stopwatch
 from pipeline.training.step import Stepper
 from pipeline.training.upload import to_device, upload_ahead
-from pipeline.views import FULL, decode_image, render
+from pipeline.views import FULL, decode_image
 from teachers.base import Teacher
 
 TEACHERS = ("dinov2/vits14", "clip/ViT-B-16", "sam/vit_b")
@@ -212,7 +213,7 @@ class Bench:
         size, interpolation = teacher.spec.input_size, teacher.spec.interpolation
         images = (decode_image(data) for data in islice(cycle(self.jpegs), self.options.online_images))
         pixels = np.stack([render(image, FULL, size, interpolation) for image in images])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(pixels)
 
     def _encode(self, work: Sequence[tuple[Teacher, Tensor]]) -> Times:
         """Of all teachers for a batch."""

@@ -9,11 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-
-from teachers.base import Interpolation
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own bound, kept here because libraries lift that one."""
@@ -197,37 +193,3 @@ def decode_pixels(data: bytes) -> np.ndarray:
         except ValueError:
             pass  # Pillow reads more of what is damaged, and says what it cannot
     return np.array(decode_image(data))
-
-
-def render(
-    image: np.ndarray | Image.Image, view: View, size: tuple[int, int], interpolation: Interpolation
-) -> np.ndarray:
-    """Cut the view's box, at whole pixels, from an RGB image, resize once with antialiasing, then flip.
-
-    The resizing is torch's of 8-bit pixels, which is within one level of Pillow's and four times as fast.
-
-    Args:
-        image: [H, W, 3] uint8, or Pillow's.
-        view: what is cut.
-        size: (height, width) in pixels.
-        interpolation: of the resizing.
-
-    Returns:
-        uint8 [height, width, 3], contiguous.
-    """
-    pixels = image if isinstance(image, np.ndarray) else np.array(image)
-    (top, bottom), (left, right) = (
-        _whole_pixels(view.box[axis], view.box[axis + 2], pixels.shape[1 - axis]) for axis in (1, 0)
-    )
-    pixels = pixels[top:bottom, left:right]
-    if pixels.shape[:2] != size:
-        planes = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-        resized = F.interpolate(planes, size, mode=interpolation, align_corners=False, antialias=True)
-        pixels = resized[0].permute(1, 2, 0).numpy()
-    return np.ascontiguousarray(pixels[:, ::-1] if view.flip else pixels)
-
-
-def _whole_pixels(start: float, end: float, length: int) -> tuple[int, int]:
-    """The nearest pixels to a stretch given as fractions of a length; one at least."""
-    first = min(round(start * length), length - 1)
-    return first, max(round(end * length), first + 1)

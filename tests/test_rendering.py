@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from pipeline.recycle import Attached, SharedArrayPool
-from pipeline.rendering import AT_ONCE, ATTEMPTS, Drawing, Renderer
-from pipeline.views import FULL, View, decode_pixels, render
+from pipeline.rendering import AT_ONCE, ATTEMPTS, Drawing, Renderer, render
+from pipeline.views import FULL, View, decode_pixels
 
 VIEWS = (FULL, View((0.1, 0.2, 0.8, 0.9)), View((0.0, 0.5, 0.5, 1.0), flip=True))
 
@@ -35,9 +35,7 @@ def _render(renderer, files):
 
 
 def _expected(files):
-    return np.stack(
-        [render(decode_pixels(data), view, (24, 32), "bicubic").transpose(2, 0, 1) for data in files for view in VIEWS]
-    )
+    return np.stack([render(decode_pixels(data), view, (24, 32), "bicubic") for data in files for view in VIEWS])
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["threads", "processes"])

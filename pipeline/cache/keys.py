@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from teachers.base import TeacherSpec
+if TYPE_CHECKING:
+    from teachers.base import TeacherSpec
 
 FORMAT_VERSION = 2
 

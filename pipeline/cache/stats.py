@@ -2,6 +2,8 @@
 
 The merge is the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
 Sample Variances" (1979), section 2, with the outer product in place of the square.
+
+torch is imported where features are summed up alone: indexing a source, which runs on every CPU of a cluster, needs none.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.cache.arrays import dump_arrays, kinds_of, load_arrays
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE = 2**14
 """Vectors that are taken to float64 at once: of a batch of a large teacher's tokens that would be gigabytes."""
@@ -31,6 +35,8 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> Moments:
         """Moments over all but the last dimension of features [..., D]."""
+        import torch
+
         flat = features.reshape(-1, features.shape[-1])
         mean = flat.mean(dim=0, dtype=torch.float64)
         scatter = sum(_scatter(part.double() - mean) for part in flat.split(PIECE))

@@ -20,8 +20,9 @@ from pipeline.downstream.saved import SavedModel, find_model
 from pipeline.downstream.segment import predict as predict_labels
 from pipeline.errors import UserError
 from pipeline.predict.images import Images, decoded, list_images
+from pipeline.rendering import render
 from pipeline.student.loading import load_any
-from pipeline.views import FULL, render
+from pipeline.views import FULL
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Predictor:
         parts = []
         while batch := list(islice(pixels, self.batch_size)):
             stacked = torch.from_numpy(np.stack(batch)).to(self.device)
-            parts.append(self.encoder(stacked.permute(0, 3, 1, 2) / 255).float().cpu())
+            parts.append(self.encoder(stacked / 255).float().cpu())
         return torch.cat(parts)
 
     def classify(self, images: Images, top: int = 5) -> Iterator[list[tuple[str, float]]]:

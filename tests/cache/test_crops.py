@@ -36,7 +36,7 @@ def _reader(cropped, **changes):
 def test_replay_gives_the_stored_features_of_256_rows(cropped, monkeypatch):
     """The teacher, asked again about the pixels that the reader hands out, says what is stored."""
     from pipeline import rendering as module
-    from pipeline.views import render
+    from pipeline.rendering import render
 
     # The student's own interpolation is bicubic; rendered as this teacher's input, the pixels are to be equal.
     monkeypatch.setattr(module, "render", lambda image, view, size, _: render(image, view, size, "bilinear"))
@@ -87,7 +87,7 @@ def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(c
 
 def test_features_stay_with_their_view_when_views_lie_together(cropped, monkeypatch):
     from pipeline import rendering as module
-    from pipeline.views import render
+    from pipeline.rendering import render
 
     monkeypatch.setattr(module, "render", lambda image, view, size, _: render(image, view, size, "bilinear"))
     teacher = cropped.plan.teachers[0]

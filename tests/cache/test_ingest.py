@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,12 @@ def test_the_cache_keeps_the_source_bytes_as_they_are(filled):
     for row in rows:
         assert row["image"] == Path(filled.config.data.train, row["sample_id"]).read_bytes()
         assert row["label"] == int(row["sample_id"][5])
+
+
+def test_indexing_loads_no_torch():
+    code = "import sys, pipeline.cache.ingest; print(sorted({'torch', 'mlflow', 'timm'} & sys.modules.keys()))"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"

@@ -6,7 +6,8 @@ import torch
 
 from pipeline.cache.reader import CacheReader, read_summaries, scan_images
 from pipeline.errors import UserError
-from pipeline.views import FULL, decode_image, render
+from pipeline.rendering import render
+from pipeline.views import FULL, decode_image
 
 
 def _reader(filled, **changes):
@@ -86,7 +87,7 @@ def test_features_belong_to_the_images_they_come_with(filled):
             source.load()
             rows = [Path(filled.config.data.train, key).read_bytes() for key in batch.keys]
             pixels = np.stack([render(decode_image(row), FULL, (32, 32), "bilinear") for row in rows])
-            expected = source.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+            expected = source.encode(torch.from_numpy(pixels))
             stored, tokens = batch.features[teacher.id], teacher.tokens()
             torch.testing.assert_close(
                 tokens["patches"].decode(stored["patches"]), expected.patches, rtol=1e-2, atol=1e-2
@@ -103,7 +104,7 @@ def test_the_student_sees_the_source_pixels_resized_once(filled):
     batch = next(_reader(filled).batches(0))
     for key, image, label in zip(batch.keys, batch.images, batch.labels, strict=True):
         expected = render(decode_image(Path(filled.config.data.train, key).read_bytes()), FULL, (32, 32), "bicubic")
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+        assert np.array_equal(image.numpy(), expected)
         assert int(label) == int(key[5])
 
 

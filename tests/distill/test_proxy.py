@@ -7,9 +7,10 @@ from pipeline.cache.build import build_cache, plan_cache
 from pipeline.cache.store import Store
 from pipeline.distill.job import export_student, make_job
 from pipeline.distill.task import DistillTask, build_student
+from pipeline.rendering import render
 from pipeline.student.model import load_encoder
 from pipeline.training import Worker, train
-from pipeline.views import FULL, decode_image, render
+from pipeline.views import FULL, decode_image
 from teachers.base import digest_state
 from tests.fakes import without_ray
 
@@ -42,7 +43,7 @@ def test_a_student_learns_from_a_student_by_way_of_the_cache(proxy, tmp_path, mo
     encoder = load_encoder(folder)
     for key, stored in zip(batch.keys, batch.features[teacher.id]["summary"], strict=True):
         image = decode_image((tmp_path / "photos/train" / key).read_bytes())
-        pixels = torch.from_numpy(render(image, FULL, (32, 32), "bicubic")).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(render(image, FULL, (32, 32), "bicubic"))[None]
         with torch.no_grad():
             expected = encoder(pixels / 255)
         torch.testing.assert_close(teacher.tokens()["summary"].decode(stored[None]), expected, rtol=1e-2, atol=1e-2)

@@ -12,8 +12,9 @@ from pipeline.distill.held_out import nearness
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, make_distill_task
 from pipeline.evaluate.knn import student_knn
+from pipeline.rendering import render
 from pipeline.training import Worker, load_state, train
-from pipeline.views import FULL, decode_image, render
+from pipeline.views import FULL, decode_image
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32"]
 
@@ -30,7 +31,7 @@ def _features(job, key):
     for teacher in job.teachers:
         source = teacher.create()
         source.load()
-        pixels = torch.from_numpy(render(image, FULL, (32, 32), "bilinear")).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(render(image, FULL, (32, 32), "bilinear"))[None]
         yield teacher, source.encode(pixels)
 
 

@@ -9,8 +9,9 @@ from PIL import Image
 from jobs import export, predict
 from pipeline.errors import UserError
 from pipeline.predict import load_predictor
+from pipeline.rendering import render
 from pipeline.student.loading import load_any
-from pipeline.views import FULL, decode_image, render
+from pipeline.views import FULL, decode_image
 from tests.fakes import write_photos
 
 NAME = "timm/mobilenetv4_conv_small_035"
@@ -46,7 +47,7 @@ def command(capsys):
 def expected_features(paths, size=64):
     encoder = load_any(NAME, weights="random").encoder
     pixels = [render(decode_image(path.read_bytes()), FULL, (size, size), "bicubic") for path in paths]
-    return encoder(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255)
+    return encoder(torch.from_numpy(np.stack(pixels)) / 255)
 
 
 def test_files_folders_arrays_and_lists_give_the_features_of_the_encoder(photos, predictor):
