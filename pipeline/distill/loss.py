@@ -9,6 +9,7 @@ standardised by ``phi_s`` that of RADIOv2.5 (Heinrich et al. 2025).
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 
@@ -37,8 +38,12 @@ def _in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @_in_float32
 def cosine(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine of each vector: [..., D] -> [...]."""
-    return 1 - F.cosine_similarity(predicted, target, dim=-1)
+    """1 - cosine of each vector: [..., D] -> [...].
+
+    `F.cosine_similarity` is the same, and divides the vectors, of which it keeps two copies; this divides their product.
+    """
+    norms = (torch.linalg.vector_norm(vectors, dim=-1).clamp_min(1e-8) for vectors in (predicted, target))
+    return 1 - (predicted * target).sum(dim=-1) / math.prod(norms)
 
 
 @_in_float32

@@ -22,13 +22,20 @@ from pipeline.cache.stats import Moments, load_moments
 class Standardiser(nn.Module):
     """Features [..., D] <-> their standardised form [..., D], in float32."""
 
+    def turn(self, deviations: Tensor) -> Tensor:
+        """What `forward` makes of features less their mean."""
+        raise NotImplementedError
+
     def undo(self, features: Tensor) -> Tensor:
         """The inverse of `forward`."""
         raise NotImplementedError
 
     def fold(self, tokens: TokenCodec) -> TokenCodec | None:
-        """A decoder whose features are standardised already, where that saves anything; else None."""
-        return None
+        """A decoder of projected features whose matrix standardises them on the way; None where nothing is projected."""
+        if tokens.basis is None or tokens.mean is None:
+            return None
+        projection = Projection(self(tokens.mean), self.turn(tokens.basis))
+        return TokenCodec(tokens.scalar, tokens.shape, projection, tokens.by_channel)
 
 
 class MeanStd(Standardiser):
@@ -53,9 +60,15 @@ class MeanStd(Standardiser):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        alive = self.std > 1e-6 * self.std.max()
-        tiny = torch.finfo(self.std.dtype).tiny
-        return torch.where(alive, (features - self.mean) / self.std.clamp_min(tiny), 0.0)
+        factors = self._factors()
+        return torch.addcmul(-self.mean * factors, features, factors)  # one pass over the features
+
+    def turn(self, deviations: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return deviations * self._factors()
+
+    def _factors(self) -> Tensor:
+        return torch.where(self.std > 1e-6 * self.std.max(), 1 / self.std, 0.0)
 
     def undo(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -82,14 +95,11 @@ class Rotation(Standardiser):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return (features - self.mean) @ self.rotation.T / self.scale
+        return self.turn(features - self.mean)
 
-    def fold(self, tokens: TokenCodec) -> TokenCodec | None:
-        """Of projected features: the decoder's own matrix takes the rotation, which is as dear as the projection itself."""
-        if tokens.basis is None or tokens.mean is None:
-            return None
-        basis = tokens.basis @ self.rotation.T / self.scale
-        return TokenCodec(tokens.scalar, tokens.shape, Projection(self(tokens.mean), basis), tokens.by_channel)
+    def turn(self, deviations: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return deviations @ self.rotation.T / self.scale
 
     def undo(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

@@ -50,16 +50,15 @@ def test_features_that_never_vary_become_nothing_and_come_back():
         assert torch.equal(standardiser.undo(torch.zeros(10, 4)), constant)
 
 
-def test_of_projected_features_the_decoder_takes_the_rotation(features):
+def test_of_projected_features_the_decoder_standardises(features):
     patches = torch.tensor(features, dtype=torch.float32).view(24, 5, 5, 6)
     codec = Codec.parse("pca4-float32")
     tokens = codec.tokens({"patches": (5, 5, 6)}, fit_projection(codec, patches))["patches"]
-    moments = Moments.of(patches)
-    rotation, rows = Rotation(PhiS.of(moments)), torch.from_numpy(tokens.encode(patches))
-    folded = rotation.fold(tokens)
-    torch.testing.assert_close(folded.decode(rows), rotation(tokens.decode(rows)), rtol=1e-4, atol=1e-4)
-    assert rotation.fold(TokenCodec("float32", (5, 5, 6))) is None
-    assert MeanStd.of(moments).fold(tokens) is None
+    moments, rows = Moments.of(patches), torch.from_numpy(tokens.encode(patches))
+    for standardiser in (MeanStd.of(moments), Rotation(PhiS.of(moments))):
+        folded = standardiser.fold(tokens)
+        torch.testing.assert_close(folded.decode(rows), standardiser(tokens.decode(rows)), rtol=1e-4, atol=1e-4)
+        assert standardiser.fold(TokenCodec("float32", (5, 5, 6))) is None
 
 
 def test_they_come_frozen_from_the_cache(filled):
