@@ -39,6 +39,11 @@ ATTEMPTS = 3
 log = logging.getLogger(__name__)
 
 
+def decoders() -> int:
+    """Threads or processes that render for what this process computes: as many as torch has threads, two at least."""
+    return max(2, torch.get_num_threads())
+
+
 class Drawing(NamedTuple):
     """One view of an image, and the array [3, H, W] uint8 that it is rendered into."""
 

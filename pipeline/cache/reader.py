@@ -30,7 +30,7 @@ from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
 from pipeline.cache.store import taking_apart
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
-from pipeline.rendering import Drawing, Renderer
+from pipeline.rendering import Drawing, Renderer, decoders
 from pipeline.views import View
 from teachers.base import Interpolation
 
@@ -42,6 +42,9 @@ STUDENT_INTERPOLATION: Interpolation = "bicubic"
 
 IO_THREADS = 2
 """Row groups that are read at once."""
+
+GROUPS_AHEAD = 4
+"""Row groups that are rendered ahead where images are read without features."""
 
 
 @dataclass(frozen=True)
@@ -350,19 +353,35 @@ class CacheReader:
 
 
 def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-    """Images and labels without features, in stored order: all of them, or about `limit` in evenly spaced row groups."""
+    """Images and labels without features, in stored order: all of them, or about `limit` in evenly spaced row groups.
+
+    Row groups are rendered ahead of their use.
+    """
     records = _complete(dataset, dataset.images, "images")
-    with closing(Renderer(2)) as renderer:
-        for unit in _spaced(_units(records), limit):
+    with (
+        closing(Renderer(decoders(), processes=torch.cuda.is_available())) as renderer,
+        ThreadPoolExecutor(GROUPS_AHEAD) as pool,
+    ):
+
+        def drawn(unit: _Unit) -> tuple[pa.Table, Tensor]:
             table = dataset.images.read_group(records[unit.shard], unit.group)
             pixels = renderer.empty(unit.rows, 3, image_size, image_size)
             drawings = [[Drawing(v, STUDENT_INTERPOLATION, p)] for v, p in zip(views_of(table), pixels, strict=True)]
-            renderer.render([(data.as_py(), drawn) for data, drawn in zip(table["image"], drawings, strict=True)])
-            images = torch.from_numpy(pixels)
-            for first in range(0, unit.rows, batch_size):
+            renderer.render([(data.as_py(), views) for data, views in zip(table["image"], drawings, strict=True)])
+            return table, torch.from_numpy(pixels)
+
+        for table, images in map_ahead(pool, drawn, _spaced(_units(records), limit), GROUPS_AHEAD):
+            for first in range(0, len(images), batch_size):
                 part = table.slice(first, batch_size)
                 labels = torch.from_numpy(_labels(part).copy())
                 yield Batch(part["sample_id"].to_pylist(), images[first : first + batch_size], labels, {})
+
+
+def has_labels(dataset: Dataset) -> bool:
+    """Whether the first images of a dataset carry labels."""
+    records = _complete(dataset, dataset.images, "images")
+    first = _units(records)[0]
+    return bool((_labels(dataset.images.read_group(records[first.shard], first.group, ["label"])) != NO_LABEL).any())
 
 
 def read_summaries(

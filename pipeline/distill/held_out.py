@@ -15,6 +15,7 @@ from pipeline.cache.extract import CachedTeacher, load_tokens
 from pipeline.cache.reader import Batch, CacheReader
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.distill.loss import vector_loss
+from pipeline.rendering import decoders
 
 MOST_IMAGES = 4096
 """Held-out images that are compared after an epoch, at most."""
@@ -35,15 +36,20 @@ class HeldOut:
         UserError: where a teacher's shards are missing.
     """
 
-    def __init__(
-        self, dataset: Dataset, teachers: Sequence[CachedTeacher], image_size: int, batch_size: int, threads: int = 2
-    ) -> None:
+    def __init__(self, dataset: Dataset, teachers: Sequence[CachedTeacher], image_size: int, batch_size: int) -> None:
         rows = sum(record.rows for record in dataset.images.records().values()) * dataset.policy.rows_per_image
         # As near to all of the images as equal batches come.
         size = max(1, rows // -(-rows // batch_size))
         self.batch_size = size
         self.tokens = {teacher.id: load_tokens(dataset, teacher) for teacher in teachers}
-        self.reader = CacheReader(dataset, teachers, image_size=image_size, batch_size=size, threads=threads)
+        self.reader = CacheReader(
+            dataset,
+            teachers,
+            image_size=image_size,
+            batch_size=size,
+            threads=decoders(),
+            processes=torch.cuda.is_available(),
+        )
 
     def batches(self) -> Iterator[Batch]:
         """The same batches every time."""

@@ -14,7 +14,7 @@ import torch
 from pipeline.cache.build import CachePlan
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import teacher_labels
-from pipeline.cache.reader import check_per_step
+from pipeline.cache.reader import check_per_step, has_labels
 from pipeline.config import Config
 from pipeline.distill.distiller import token_grid
 from pipeline.distill.grid import GridRule
@@ -26,7 +26,7 @@ from pipeline.distill.task import DistillJob, build_distiller, build_reader, bui
 from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
 from pipeline.evaluate.cost import inference_cost
-from pipeline.evaluate.knn import has_labels, teacher_knn
+from pipeline.evaluate.knn import teacher_knn
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
 from pipeline.training import STATE_FILE, History, checkpoint_folder, fit, load_state

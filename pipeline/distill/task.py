@@ -24,6 +24,7 @@ from pipeline.distill.phases import Ending, go_on
 from pipeline.distill.standardise import make_standardisers
 from pipeline.distill.watch import Watch
 from pipeline.evaluate.knn import student_knn
+from pipeline.rendering import decoders
 from pipeline.student.model import Encoder, Student, create_backbone
 from pipeline.training import History, Task
 
@@ -88,7 +89,7 @@ def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader 
         window=config.train.shuffle_window,
         rank=rank,
         world=world,
-        threads=max(2, torch.get_num_threads()),
+        threads=decoders(),
         per_step=config.views.per_step,
     )
 

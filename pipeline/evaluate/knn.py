@@ -121,11 +121,6 @@ def labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return features[known], labels[known]
 
 
-def has_labels(dataset: Dataset) -> bool:
-    """Whether the first samples of a dataset carry labels."""
-    return bool((next(scan_images(dataset, 16, 64, limit=1)).labels != NO_LABEL).any())
-
-
 def check_classes(train: Dataset, val: Dataset) -> None:
     """Refuse two splits whose labels mean different classes.
 
