@@ -19,7 +19,7 @@ from pipeline.cache.shards import ShardRecord
 from pipeline.cache.spine import ROWS_SCHEMA, row
 from pipeline.errors import UserError
 from pipeline.sources.base import Source
-from pipeline.views import FULL, decode_image
+from pipeline.views import FULL, decode_image, decode_plain
 
 IMAGES_SCHEMA = pa.schema([*ROWS_SCHEMA, pa.field("label", pa.int64()), pa.field("image", pa.binary(), nullable=False)])
 """The rows of the view ``full``, the label, the encoded image."""
@@ -74,6 +74,8 @@ def _unreadable(data: bytes | Exception) -> str:
     """
     if isinstance(data, Exception):
         return f"{type(data).__name__}: {data}"
+    if decode_plain(data) is not None:
+        return ""
     try:
         decode_image(data)
         if data.startswith(b"\xff\xd8"):
