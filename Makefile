@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= disabled
 # As pip does: trust the certificates of the machine, also behind a proxy that has its own.
 export UV_SYSTEM_CERTS ?= true
 
-.PHONY: env quickstart test check format lock reference submit clean
+.PHONY: env quickstart test test-faults check format lock reference submit clean
 
 env: $(VENV)/installed
 
@@ -23,7 +23,11 @@ quickstart: env
 	$(BIN)/python jobs/distill.py recipes/quickstart.yaml
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
+
+# What takes as long again: whole jobs that are killed, or lose a node or a server, and are started again.
+test-faults: env
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m faults
 
 check: env
 	$(BIN)/ruff check .

@@ -156,8 +156,8 @@ class TokenCodec(nn.Module):
         Raises:
             ValueError: for features that are not finite, or too large for the codec.
         """
-        least, most = torch.aminmax(features)  # either is NaN where any value is
-        if not torch.isfinite(most - least):
+        extremes = torch.stack(torch.aminmax(features))  # NaN where any value is
+        if not torch.isfinite(extremes).all():
             raise ValueError("features that are not finite (NaN or infinity)")
         values = self._project(features).reshape(len(features), self.tokens, self.width)
         if self.scalar == "int8":
