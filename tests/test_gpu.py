@@ -54,6 +54,21 @@ def test_codecs_store_and_read_the_same_as_on_a_cpu(name):
     assert likeness == pytest.approx(here.fidelity(features, rows.numpy()), rel=1e-2)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_sam_says_what_it_says_on_a_cpu_and_keeps_no_table_of_biases(dtype, error):
+    args = {"embed_dim": 128, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,)}
+    here, there = (make_teacher(TeacherConfig(model="sam", weights="random", args=args)) for _ in range(2))
+    here.load()
+    there.load(CUDA, dtype)
+    pixels = torch.randint(0, 256, (1, 3, 1024, 1024), dtype=torch.uint8)
+    torch.cuda.reset_peak_memory_stats()
+    patches = there.encode(pixels).patches.cpu()
+    expected = here.encode(pixels).patches
+    assert (patches - expected).norm() < error * expected.norm()
+    table = 2 * 4096**2 * dtype.itemsize
+    assert torch.cuda.max_memory_allocated() < 2 * table
+
+
 def test_statistics_are_those_of_a_cpu():
     features = torch.randn(PIECE // 64 + 3, 64, 12) + torch.arange(12) * 100
     here, there = Moments.of(features), Moments.of(features.to(CUDA))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from teachers import sam
 from teachers.base import TeacherError
 from teachers.registry import create_teacher
 from tests.teachers.plain import attend, draw, draw_pixels, linear, norm, normalise, resample, split_heads
@@ -129,8 +130,10 @@ def build(weights, side, table=None, pool=None, **args):
     )
 
 
+@pytest.mark.parametrize("way", ["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize(("side", "table"), [(8, 8), (6, 6), (6, 8)], ids=["whole windows", "padding", "resampled"])
-def test_a_file_of_the_authors_gives_the_published_forward(tmp_path, side, table):
+def test_a_file_of_the_authors_gives_the_published_forward(tmp_path, monkeypatch, side, table, way):
+    monkeypatch.setattr(sam, "_pays", lambda x: way == "as on a GPU")
     tensors = draw_file(table)
     torch.save(tensors, tmp_path / "authors.pth")
     teacher = build(tmp_path / "authors.pth", side, table)
@@ -140,6 +143,17 @@ def test_a_file_of_the_authors_gives_the_published_forward(tmp_path, side, table
     assert summary is None
     assert patches.shape == (2, side, side, NECK)
     torch.testing.assert_close(patches, forward(tensors, normalise(pixels)), atol=2e-5, rtol=0)
+
+
+def test_in_half_precision_values_are_padded_and_nothing_changes(monkeypatch):
+    attention = sam.FusedAttention(32, num_heads=2, use_rel_pos=True, input_size=(5, 6)).requires_grad_(False)
+    for table in (attention.rel_pos_h, attention.rel_pos_w):
+        torch.nn.init.normal_(table)
+    x = torch.randn(3, 5, 6, 32)
+    expected = attention(x)
+    monkeypatch.setattr(sam, "_pays", lambda x: True)
+    torch.testing.assert_close(attention(x), expected)
+    torch.testing.assert_close(attention.bfloat16()(x.bfloat16()).float(), expected, atol=0.03, rtol=0.03)
 
 
 def test_patches_are_pooled_by_plain_averages(tmp_path):
