@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --photos photos/val --store 5e9 --vcpus 32
 
 Measured, as processor time of one core: decoding a photograph and resizing it for the teachers, the codec of their
-features, decoding and resizing for the student, and taking features apart again in the trainer. Counted: multiply-accumulates
+features, and decoding and resizing for the student; features are taken apart on the GPU. Counted: multiply-accumulates
 of teachers and student (torch's `FlopCounterMode`), bytes of features and of gradients. From data sheets, and named in
 `SPECIFIED`: what a GPU computes, CPUs and network of a node, and what the store delivers; a core of a node is taken to be
 as fast as one here. The model is a pipeline whose rate is that of its slowest part:
@@ -38,8 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import pipeline.student.regla  # noqa: F401  registers the students with timm
 from jobs._cli import grid
 from pipeline.cache.codec import Codec, fit_projection
+from pipeline.cache.reader import STUDENT_INTERPOLATION
 from pipeline.rendering import render
-from pipeline.views import WHOLE, decode_image
+from pipeline.views import FULL, decode_pixels
 
 GPUS = (8, 16, 32, 64, 128, 256)
 TEACHERS = {
@@ -101,21 +102,17 @@ def measure(photos: list[bytes], student: str, side: int) -> Costs:
     torch.set_num_threads(1)
     count = len(photos)
 
-    def view(image: Any) -> Any:
-        return WHOLE.views("a", *image.size)[0]
-
     def for_teachers() -> None:
         for data in photos:
-            image = decode_image(data)
+            pixels = decode_pixels(data)
             for size, *_ in TEACHERS.values():
-                render(image, view(image), (size, size), "bicubic")
+                render(pixels, FULL, (size, size), "bicubic")
 
     def for_student() -> None:
         for data in photos:
-            image = decode_image(data)
-            render(image, view(image), (side, side), "bilinear")
+            render(decode_pixels(data), FULL, (side, side), STUDENT_INTERPOLATION)
 
-    encode = decode = size = 0.0
+    encode = size = 0.0
     for _, cells, channels, _ in TEACHERS.values():
         # Features whose channels depend on each other, as true ones do: half of their dimensions hold nearly all variance.
         basis = torch.randn(channels // 2, channels)
@@ -123,9 +120,7 @@ def measure(photos: list[bytes], student: str, side: int) -> Costs:
         codec = Codec.parse(CODEC)
         projection = fit_projection(codec, features.reshape(-1, cells, cells, channels))
         tokens = codec.tokens({"patches": (cells, cells, channels)}, projection)["patches"]
-        rows = tokens.encode(features)
         encode += core_seconds(partial(tokens.encode, features)) / len(features)
-        decode += core_seconds(partial(tokens.decode, torch.from_numpy(rows))) / len(features)
         size += tokens.row_bytes
     network = timm.create_model(student, num_classes=0).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -136,7 +131,7 @@ def measure(photos: list[bytes], student: str, side: int) -> Costs:
         feature_bytes=size,
         image_bytes=sum(map(len, photos)) / count,
         teacher_macs=sum(gmacs for *_, gmacs in TEACHERS.values()) * 1e9,
-        train_core_s=core_seconds(for_student) / count + decode,
+        train_core_s=core_seconds(for_student) / count,
         student_macs=counter.get_total_flops() / 2,
         gradient_bytes=4.0 * sum(parameter.numel() for parameter in network.parameters()),
     )
