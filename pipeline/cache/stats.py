@@ -39,7 +39,7 @@ class Moments:
 
         flat = features.reshape(-1, features.shape[-1])
         mean = flat.mean(dim=0, dtype=torch.float64)
-        scatter = sum(_scatter(part.double() - mean) for part in flat.split(PIECE))
+        scatter = sum(_scatter(part - mean) for part in flat.split(PIECE))  # in float64, as the mean is
         return cls(len(flat), mean.cpu().numpy(), torch.as_tensor(scatter).cpu().numpy())
 
     def merge(self, other: Moments) -> Moments:
