@@ -179,6 +179,14 @@ def test_too_few_images_for_a_batch_are_refused(filled):
         _reader(filled, batch_size=151)
 
 
+def test_beside_a_gpu_processes_render_the_same(filled, monkeypatch):
+    here = list(scan_images(filled.val, 16, 20))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there = list(scan_images(filled.val, 16, 20))
+    assert [batch.keys for batch in there] == [batch.keys for batch in here]
+    assert torch.equal(torch.cat([batch.images for batch in there]), torch.cat([batch.images for batch in here]))
+
+
 def test_scan_gives_images_and_labels_in_stored_order(filled):
     batches = list(scan_images(filled.train, 16, 20))
     assert sum(len(batch.keys) for batch in batches) == 150
