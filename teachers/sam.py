@@ -25,6 +25,8 @@ INPUT_SIZE = 1024
 PATCH = 16
 GRID = 16
 NORM_EPS = 1e-6
+FLASH_CHANNELS = 256
+"""Of a head, that FlashAttention takes at most."""
 
 
 class SAM(TimmTeacher):
@@ -58,9 +60,10 @@ class FusedAttention(Attention):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         tables = (get_rel_pos(side, side, table) for side, table in ((height, self.rel_pos_h), (width, self.rel_pos_w)))
         q, k = with_positions(q * self.scale, k, *(table / self.scale for table in tables))
-        channels = v.shape[-1]
-        # FlashAttention, which is for 16-bit numbers, wants all of one length.
-        padded = v if v.dtype == torch.float32 else F.pad(v, (0, q.shape[-1] - channels))
+        channels, length = v.shape[-1], q.shape[-1]
+        # FlashAttention is for 16-bit numbers, and wants all of one length.
+        flash = v.dtype != torch.float32 and length <= FLASH_CHANNELS
+        padded = F.pad(v, (0, length - channels)) if flash else v
         out = F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., :channels]
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
         return projected
