@@ -60,9 +60,9 @@ class FrozenTeacher(Teacher):
         )
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Move to the device."""
+        """Move to the device, in the memory format of training: rounded alike, the student votes as it did there."""
         self.device, self.dtype = torch.device(device), dtype
-        self.encoder.to(self.device, dtype)
+        self.encoder.to(self.device, dtype).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> TeacherOutput:
         """[B, 3, H, W] RGB in [0, 1] -> no summary, patches [B, 1, 1, C] or [B, h, w, D]."""

@@ -142,8 +142,7 @@ def test_the_student_loads_from_mlflow_and_is_as_good_as_the_job_said(first, job
     assert student(torch.rand(3, 3, 32, 32)).shape == (3, 256)
     for name in (first.figures["model_uri"], next(work.glob("runs/*/student"))):
         _, evaluated = job(evaluate.knn, *first.arguments, f"evaluate.student={name}")
-        # After twelve steps all features have a cosine above 0.999: rounding may turn the vote on one of the 48 images.
-        assert evaluated["knn"] == pytest.approx(first.figures["knn_after"], abs=100 / 48 + 1e-6)
+        assert evaluated["knn"] == pytest.approx(first.figures["knn_after"], abs=1e-6)
 
 
 def test_the_student_says_what_it_comes_from_wherever_it_is(first):
