@@ -83,7 +83,7 @@ def kill_when(name, arguments, reached, folder):
     with subprocess.Popen(
         job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, cwd=folder
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not reached():
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
