@@ -59,6 +59,7 @@ class FusedAttention(Attention):
         qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         tables = (get_rel_pos(side, side, table) for side, table in ((height, self.rel_pos_h), (width, self.rel_pos_w)))
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = with_positions(q * self.scale, k, *(table / self.scale for table in tables))
         channels, length = v.shape[-1], q.shape[-1]
         # FlashAttention is for 16-bit numbers, and wants all of one length.

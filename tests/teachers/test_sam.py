@@ -145,8 +145,10 @@ def test_a_file_of_the_authors_gives_the_published_forward(tmp_path, monkeypatch
     torch.testing.assert_close(patches, forward(tensors, normalise(pixels)), atol=2e-5, rtol=0)
 
 
-def test_in_half_precision_values_are_padded_and_nothing_changes(monkeypatch):
-    attention = sam.FusedAttention(32, num_heads=2, use_rel_pos=True, input_size=(5, 6)).requires_grad_(False)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_in_half_precision_values_are_padded_and_nothing_changes(monkeypatch, qk_norm):
+    attention = sam.FusedAttention(32, num_heads=2, qk_norm=qk_norm, use_rel_pos=True, input_size=(5, 6))
+    attention.requires_grad_(False)
     for table in (attention.rel_pos_h, attention.rel_pos_w):
         torch.nn.init.normal_(table)
     x = torch.randn(3, 5, 6, 32)
