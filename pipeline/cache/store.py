@@ -123,13 +123,14 @@ class Store:
         return self._run("read", path, _download)
 
     def open(self, path: str) -> pa.NativeFile:
-        """A file for random access; local files are memory-mapped.
+        """A file for random access.
 
         Raises:
             FileNotFoundError: where there is none.
         """
         if self.is_local:
-            return self._run("read", path, lambda _, target: pa.memory_map(target))
+            # Not mapped into memory: what a failing disk or a file cut short would raise here, kills the process there.
+            return self._run("read", path, lambda _, target: pa.OSFile(target))
         file = self._run("read", path, lambda system, target: system.open_input_file(target))
         return pa.PythonFile(RetriedFile(file, f"{self.uri}/{path}"), mode="r")
 

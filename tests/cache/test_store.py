@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import remote
-from pipeline.cache.store import LEFTOVER_AGE_S, Store
+from pipeline.cache.store import LEFTOVER_AGE_S, Store, taking_apart
 from pipeline.errors import UserError
 
 
@@ -119,9 +119,17 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(pa, "memory_map", refuse)
+    monkeypatch.setattr(pa, "OSFile", refuse)
     with pytest.raises(UserError, match=r"cannot read .*/x: Permission denied"):
         Store.at(tmp_path).open("x")
+
+
+def test_a_file_that_is_cut_short_while_it_is_open_is_an_error(tmp_path):
+    pq.write_table(pa.table({"a": range(10**5)}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x\.parquet is damaged \("), taking_apart(f"{tmp_path}/x.parquet"):
+        with pq.ParquetFile(Store.at(tmp_path).open("x.parquet")) as file:
+            os.truncate(tmp_path / "x.parquet", 100)
+            file.read()
 
 
 def test_a_store_that_only_fsspec_knows():
