@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import weakref
 from bisect import bisect
 from collections import defaultdict
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -62,27 +64,27 @@ class SharedArrayPool(ArrayPool):
 
     def __init__(self) -> None:
         super().__init__()
-        self.starts: list[int] = []
-        self.blocks: list[tuple[int, int]] = []
-        weakref.finalize(self, _close, self.blocks)
+        self.lock = threading.Lock()
+        # Start, file and size of each; a new tuple for every block, so that who looks one up meets no half of a change.
+        self.blocks: tuple[tuple[int, int, int], ...] = ()
+        self.files: list[int] = []
+        weakref.finalize(self, _close, self.files)
 
     def _allocate(self, shape: tuple[int, ...]) -> np.ndarray:
         size = int(np.prod(shape))
         file = os.memfd_create("arrays")
         os.ftruncate(file, size)
         memory = np.frombuffer(mmap.mmap(file, size), np.uint8)
-        start = _address(memory)
-        place = bisect(self.starts, start)
-        self.blocks.insert(place, (file, size))  # before its start: whoever finds that finds this
-        self.starts.insert(place, start)
+        self.files.append(file)
+        with self.lock:
+            self.blocks = tuple(sorted([*self.blocks, (_address(memory), file, size)]))
         return memory.reshape(shape)
 
     def place(self, array: np.ndarray) -> Place:
         """Where a contiguous array lies that is, or is a view of, one that was lent."""
-        address = _address(array)
-        block = bisect(self.starts, address) - 1
-        file, size = self.blocks[block]
-        return Place(os.getpid(), file, size, address - self.starts[block], array.shape)
+        address, blocks = _address(array), self.blocks
+        start, file, size = blocks[bisect(blocks, address, key=itemgetter(0)) - 1]
+        return Place(os.getpid(), file, size, address - start, array.shape)
 
 
 class Attached:
@@ -101,8 +103,8 @@ class Attached:
         return np.frombuffer(self.files[key], np.uint8, count, place.start).reshape(place.shape)
 
 
-def _close(blocks: list[tuple[int, int]]) -> None:
-    for file, _ in blocks:
+def _close(files: list[int]) -> None:
+    for file in files:
         os.close(file)
 
 

@@ -12,6 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -150,8 +151,7 @@ class Teacher(ABC):
             TeacherError: where the features do not have the shape that the spec promises.
         """
         images = pixels.to(self.device, non_blocking=True).float().div_(255)
-        mean = images.new_tensor(self.spec.mean).view(1, 3, 1, 1)
-        std = images.new_tensor(self.spec.std).view(1, 3, 1, 1)
+        mean, std = (_by_channel(tuple(values), self.device) for values in (self.spec.mean, self.spec.std))
         output = self.forward(images.sub_(mean).div_(std).to(self.dtype))
         self._check(output, len(pixels))
         return TeacherOutput(None if output.summary is None else output.summary.float(), output.patches.float())
@@ -167,6 +167,12 @@ class Teacher(ABC):
             raise TeacherError(
                 f"teacher {spec.name}: gave summary and patches of shape {given}, its spec says {promised}"
             )
+
+
+@lru_cache
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, 3, 1, 1] float32, made once: what is brought to a GPU anew waits for all that the GPU has to do."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def pool_grid(patches: Tensor, pool: int) -> Tensor:

@@ -17,7 +17,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state, pool_grid
-from teachers.variants import check_multiple, choose
+from teachers.variants import check_multiple, choose, pooled
 from teachers.weights import check_keys, fitting, from_hub, parse_weights, read_checkpoint, seeded
 
 DEFAULT = "ViT-L-14"
@@ -50,10 +50,6 @@ class CLIP(Teacher):
         self.model_name, self.tag = model, tag
         summary_dim, patch_dim, grid = self._probe(name, size)
         self.pool = options.pool or 1
-        if any(side % self.pool for side in grid):
-            raise TeacherError(
-                f"teacher {name}: pool {self.pool} does not divide its grid of {grid[0]}x{grid[1]} patches"
-            )
         self.spec = TeacherSpec(
             name=name,
             architecture=f"open_clip/{model}{'-quickgelu' if self._quick_gelu else ''}",
@@ -64,7 +60,7 @@ class CLIP(Teacher):
             interpolation=self.published.get("interpolation", "bicubic"),
             summary_dim=summary_dim,
             patch_dim=patch_dim,
-            grid=(grid[0] // self.pool, grid[1] // self.pool),
+            grid=pooled(name, grid, self.pool),
             pool=self.pool,
             model_args=dict(options.args),
             licence="mit" if tag == "openai" else "unknown",

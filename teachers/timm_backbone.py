@@ -29,7 +29,7 @@ from teachers.base import (
     digest_state,
     pool_grid,
 )
-from teachers.variants import check_multiple
+from teachers.variants import check_multiple, pooled
 from teachers.weights import WeightSource, check_keys, fitting, from_hub, parse_weights, read_checkpoint, seeded
 
 PREPROCESSING = ("mean", "std", "interpolation")
@@ -74,10 +74,6 @@ class TimmTeacher(Teacher):
         self.source = parse_weights(options.weights, name, published["tag"] or "default")
         summary_dim, patch_dim, grid = self._probe(size)
         self.pool = options.pool or pool
-        if any(side % self.pool for side in grid):
-            raise TeacherError(
-                f"teacher {name}: pool {self.pool} does not divide its grid of {grid[0]}x{grid[1]} patches"
-            )
         chosen = {key: options.args.get(key, published[key]) for key in PREPROCESSING}
         self.spec = TeacherSpec(
             name=name,
@@ -89,7 +85,7 @@ class TimmTeacher(Teacher):
             interpolation=_interpolation(name, chosen["interpolation"]),
             summary_dim=summary_dim if has_summary else None,
             patch_dim=patch_dim,
-            grid=(grid[0] // self.pool, grid[1] // self.pool),
+            grid=pooled(name, grid, self.pool),
             pool=self.pool,
             model_args=self.model_args,
             licence=published.get("license") or "unknown",

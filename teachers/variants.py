@@ -33,3 +33,14 @@ def check_multiple(teacher: str, input_size: int, unit: int) -> None:
             f"teacher {teacher}: input_size {input_size} is no multiple of its {unit} px patches; "
             f"the next is {-(-input_size // unit) * unit}"
         )
+
+
+def pooled(teacher: str, grid: tuple[int, int], pool: int) -> tuple[int, int]:
+    """The grid whose patches are averages of squares of `pool` x `pool`.
+
+    Raises:
+        TeacherError: where they do not divide it.
+    """
+    if any(side % pool for side in grid):
+        raise TeacherError(f"teacher {teacher}: pool {pool} does not divide its grid of {grid[0]}x{grid[1]} patches")
+    return grid[0] // pool, grid[1] // pool

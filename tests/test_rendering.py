@@ -99,7 +99,7 @@ def test_shared_arrays_are_the_same_memory_at_their_places():
         attached.array(pool.place(array[1]))[:] = 100 + number
         assert (array[1] == 100 + number).all()
         assert (array[0] == number).all()
-    files = [file for file, _ in pool.blocks]
+    files = pool.files
     del pool
     for file in files:
         with pytest.raises(OSError, match="Bad file descriptor"):

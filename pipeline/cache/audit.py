@@ -59,11 +59,7 @@ def verify_cache(plan: CachePlan, config: Config, only: set[tuple[str, int]] | N
     Raises:
         UserError, TeacherError: where the cache cannot be used, or a teacher cannot be made as asked.
     """
-    for split in plan.splits:
-        if not split.dataset.store.exists("dataset.json"):
-            raise UserError(
-                f"{split.dataset.store.uri} holds nothing yet: run jobs/precompute.py with this recipe first"
-            )
+    check_begun(plan)
     found = Verification()
     computed = _computed(plan, found)
     for split in plan.splits:

@@ -155,6 +155,8 @@ def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport
     for split in plan.splits:
         records = split.dataset.images.records().values()
         report.quarantined[split.split] = check_quarantine(split.dataset, records, config.data.max_bad)
+        if not any(record.rows for record in records):
+            raise UserError(f"{split.dataset.location}: not one image can be read")
     export("index", {"quarantined": sum(map(len, report.quarantined.values()))})
     _extract(plan, config.cache.batch_size, report)
     for split in plan.splits:
@@ -212,10 +214,24 @@ def ingest_missing(splits: Sequence[SplitPlan]) -> int:
 
 
 def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
+    # Twice, as of two actors that fitted a projection in the same moment only one's shards count.
+    _extract_missing(plan, batch_size, report)
+    _extract_missing(plan, batch_size, report)
+    for split in plan.splits:
+        for teacher in plan.teachers:
+            if left := split.missing(teacher):
+                raise UserError(
+                    f"{len(left)} shards of {teacher.id} were not committed, first {left[0]}: run the job again"
+                )
+
+
+def _extract_missing(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
     missing = {(split.split, teacher.id): split.missing(teacher) for split in plan.splits for teacher in plan.teachers}
     needed = [t for t in plan.teachers if any(missing[split.split, t.id] for split in plan.splits)]
     pairs = {(split, shard) for (split, _), shards in missing.items() for shard in shards}
     rows = [{"split": split, "shard": shard} for split, shard in sorted(pairs)]
+    if not rows:
+        return
     datasets = {split.split: split.dataset for split in plan.splits}
     label = f"extract {' '.join(teacher.spec.name for teacher in needed)}"
     started = time.perf_counter()
@@ -231,14 +247,8 @@ def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
             speed = report.images_extracted / (time.perf_counter() - started)
             todo = len(rows) - number
             export("extract", {"shards": report.shards_computed, "shards_left": todo, "images_per_second": speed})
-    if rows and (reason := starved(stages, time.perf_counter() - started, gpus())):
+    if reason := starved(stages, time.perf_counter() - started, gpus()):
         log.warning(reason)
-    for split in plan.splits:
-        for teacher in needed:
-            if left := split.missing(teacher):
-                raise UserError(
-                    f"{len(left)} shards of {teacher.id} were not committed, first {left[0]}: run the job again"
-                )
 
 
 def _images(splits: Sequence[SplitPlan], rows: Sequence[dict[str, Any]]) -> int:
@@ -256,10 +266,7 @@ def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
     folder = dataset.teacher(teacher.id)
     if folder.store.exists("stats.npz"):
         return
-    parts = folder.moments(record for record in folder.records().values() if record.moments)
-    if not parts:
-        raise UserError(f"{dataset.location}: not one image can be read")
-    merged = {kind: merge_all(part[kind] for part in parts) for kind in teacher.shapes}
+    merged = merge_all(folder.moments(record for record in folder.records().values() if record.moments))
     folder.store.put("phi_s.npz", dump_phi_s({kind: PhiS.of(moments) for kind, moments in merged.items()}))
     folder.store.put("stats.npz", dump_moments(merged))
 

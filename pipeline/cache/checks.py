@@ -24,7 +24,7 @@ from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.ingest import IMAGES_SCHEMA
 from pipeline.cache.keys import index_fingerprint
 from pipeline.cache.phi_s import PhiS, load_phi_s
-from pipeline.cache.shards import ShardFolder, ShardRecord, record_name
+from pipeline.cache.shards import ShardFolder, ShardRecord, fixed_width, keys_of, record_name
 from pipeline.cache.spine import ROWS_SCHEMA, views_of
 from pipeline.cache.stats import Moments, load_moments, merge_all
 from pipeline.cache.store import Store
@@ -100,7 +100,7 @@ class Shard:
 
     def read_keys(self) -> list[tuple[str, int]]:
         """(sample id, view) of every row."""
-        return _keys(self._checked(lambda: self.file.read(["sample_id", "view"])))
+        return keys_of(self._checked(lambda: self.file.read(["sample_id", "view"])))
 
     def _checked(self, read: Callable[[], pa.Table]) -> pa.Table:
         try:
@@ -182,7 +182,7 @@ def check_rows_shard(dataset: Dataset, opened: Shard, images: pa.Table | None) -
     if images is not None:
         views = range(dataset.policy.rows_per_image)
         due = [(name, view) for name in images["sample_id"].to_pylist() for view in views]
-        _check_keys(opened, due, _keys(rows))
+        _check_keys(opened, due, keys_of(rows))
     _check_geometry(opened, rows)
     return rows
 
@@ -210,7 +210,7 @@ def check_features(teacher: CachedTeacher, opened: Shard, rows: pa.Table | None)
         if metadata.get(f"{kind}.shape".encode()) != json.dumps(shape).encode():
             raise opened.broken(f"does not say that {kind} are of shape {shape}")
     if rows is not None:
-        _check_keys(opened, _keys(rows), opened.read_keys())
+        _check_keys(opened, keys_of(rows), opened.read_keys())
 
 
 def features_schema(widths: dict[str, int]) -> pa.Schema:
@@ -240,8 +240,7 @@ def check_values(folder: ShardFolder, teacher: CachedTeacher, opened: Shard, tok
 
 def decode(column: pa.ChunkedArray, token: TokenCodec) -> Tensor:
     """A column of stored rows as features [N, *shape] float32."""
-    rows = np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(len(column), token.row_bytes)
-    return token.decode(torch.from_numpy(rows.copy()))
+    return token.decode(torch.from_numpy(fixed_width(column).copy()))
 
 
 class _Sums:
@@ -345,12 +344,11 @@ def check_statistics(folder: ShardFolder, teacher: CachedTeacher) -> None:
     Shards that were computed again, on another device, may have moved them by `TOLERANCE`.
     """
     records = [record for record in folder.listed().values() if record.rows]
-    parts = [check_moments(folder, record, teacher) for record in records]
     frozen = _load(folder.store, "stats.npz", load_moments)
     rotations = _load(folder.store, "phi_s.npz", load_phi_s)
+    due = merge_all(check_moments(folder, record, teacher) for record in records)
     for kind in teacher.shapes:
-        due = merge_all(part[kind] for part in parts)
-        if kind not in frozen or not _alike(frozen[kind], due, TOLERANCE[teacher.precision]):
+        if kind not in frozen or not _alike(frozen[kind], due[kind], TOLERANCE[teacher.precision]):
             raise BrokenError("stats.npz", f"does not hold the statistics of the shards' {kind}")
         if kind not in rotations or not _levels(rotations[kind], frozen[kind]):
             raise BrokenError("phi_s.npz", f"does not level the variances of stats.npz over the {kind}")
@@ -373,10 +371,6 @@ def _check_schema(opened: Shard, due: pa.Schema) -> None:
     if not found.equals(due):
         unlike = next((field for field in due if field not in found), due)
         raise opened.broken(f"has columns {', '.join(f'{f.name} {f.type}' for f in found)}; due is {unlike}")
-
-
-def _keys(table: pa.Table) -> list[tuple[str, int]]:
-    return list(zip(table["sample_id"].to_pylist(), table["view"].to_pylist(), strict=True))
 
 
 def _check_keys(opened: Shard, due: list[T], found: list[T], what: str = "key") -> None:

@@ -156,9 +156,6 @@ class TokenCodec(nn.Module):
         Raises:
             ValueError: for features that are not finite, or too large for the codec.
         """
-        extremes = torch.stack(torch.aminmax(features))  # NaN where any value is
-        if not torch.isfinite(extremes).all():
-            raise ValueError("features that are not finite (NaN or infinity)")
         values = self._project(features).reshape(len(features), self.tokens, self.width)
         if self.scalar == "int8":
             scales = _half_rounded_up(values.abs().amax(dim=-1) / 127)
@@ -166,10 +163,15 @@ class TokenCodec(nn.Module):
             parts = [scales, self._ordered(levels.round().to(torch.int8))]
         else:
             parts = [self._ordered(values.to(_DTYPES[self.scalar]))]
-        if not torch.isfinite(parts[0]).all():
-            largest = features.abs().max().item()
-            raise ValueError(f"features up to {largest:.3g}, too large for the codec {self.scalar}")
-        return np.concatenate([_bytes(part) for part in parts], axis=1)
+        if not torch.isfinite(parts[0]).all():  # the scales of int8 are not finite where a value is not
+            raise ValueError(self._refusal(features.abs().max().item()))
+        rows: np.ndarray = torch.cat([part.view(torch.uint8) for part in parts], dim=1).cpu().numpy()
+        return rows
+
+    def _refusal(self, largest: float) -> str:
+        if not math.isfinite(largest):
+            return "features that are not finite (NaN or infinity)"
+        return f"features up to {largest:.3g}, too large for the codec {self.scalar}"
 
     def decode(self, rows: Tensor, places: Tensor | None = None) -> Tensor:
         """Decode stored rows in one call, on the device that they and this module are on.
@@ -183,7 +185,7 @@ class TokenCodec(nn.Module):
         """
         if self.scalar == "int8":
             scales = rows[:, : 2 * self.tokens].contiguous().view(torch.float16).unsqueeze(-1)
-            levels = self._by_token(rows[:, 2 * self.tokens :].contiguous().view(torch.int8))
+            levels = self._by_token(rows[:, 2 * self.tokens :].view(torch.int8))
             # int8 times float32 in one operation is half as fast on a CPU.
             values = _at(levels, places).float().mul_(_at(scales, places).float())
         else:
@@ -200,8 +202,8 @@ class TokenCodec(nn.Module):
     def _by_token(self, values: Tensor) -> Tensor:
         """The inverse of :meth:`_ordered` from flat rows, a view."""
         if self.by_channel:
-            return values.view(len(values), self.width, self.tokens).transpose(1, 2)
-        return values.view(len(values), self.tokens, self.width)
+            return values.unflatten(1, (self.width, self.tokens)).transpose(1, 2)
+        return values.unflatten(1, (self.tokens, self.width))
 
     def fidelity(self, features: Tensor, rows: np.ndarray) -> dict[str, float]:
         """How well `rows` keep `features` [N, *shape]: see :func:`fidelity`."""
@@ -294,7 +296,3 @@ def _half_rounded_up(values: Tensor) -> Tensor:
     nearest = values.half()
     following = (nearest.view(torch.int16) + 1).view(torch.float16)  # nextafter has no float16 on CUDA
     return torch.where(nearest.float() < values, following, nearest)
-
-
-def _bytes(values: Tensor) -> np.ndarray:
-    return values.contiguous().cpu().view(torch.uint8).reshape(len(values), -1).numpy()

@@ -50,10 +50,13 @@ class TeacherDevice:
             return teacher.encode(pixels), time.perf_counter() - started
 
     def _queued(self, teacher: Teacher, pixels: Tensor) -> tuple[TeacherOutput, float]:
-        pixels = pixels.to(self.name)
-        torch.cuda.current_stream().synchronize()  # or the forward's stream could be ahead of the copy
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pixels, copied = pixels.to(self.name), torch.cuda.current_stream()
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(
+            enable_timing=True, blocking=True
+        )  # a thread that waits must not take a core from decoding
         with self.turn, torch.cuda.stream(torch.cuda.default_stream()):
+            torch.cuda.default_stream().wait_stream(copied)
             start.record()
             output = teacher.encode(pixels)
             end.record()

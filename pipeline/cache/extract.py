@@ -169,7 +169,8 @@ class Extract:
         self.device = TeacherDevice(device)
         self.cached = {teacher.id: teacher for teacher in teachers}
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
-        self.fit_lock = threading.Lock()
+        self.projection_lock = threading.Lock()
+        self.projections: dict[str, tuple[str, Projection | None]] = {}
         self.sampled: dict[tuple[str, str, int, int], list[TeacherOutput]] = {}
 
     def _load(self, cached: CachedTeacher) -> Teacher:
@@ -274,10 +275,14 @@ class Extract:
         if not Codec.parse(self.cached[name].codec).pca:
             return "", None
         folder = dataset.teacher(name)
-        with self.fit_lock:
-            if not folder.projection:
-                folder.add_projection(dump_projection(self._fit(dataset, name)))
-        return folder.projection, projection_of(folder)
+        with self.projection_lock:
+            if folder.store.uri not in self.projections:
+                if not folder.projection:
+                    fitted = dump_projection(self._fit(dataset, name))
+                    if not folder.projection:  # another actor may have been quicker
+                        folder.add_projection(fitted)
+                self.projections[folder.store.uri] = folder.projection, projection_of(folder)
+            return self.projections[folder.store.uri]
 
     def _fit(self, dataset: Dataset, name: str) -> Projection | None:
         """The projection of a sample, whose features are kept until its shards are due: no teacher is asked twice."""
@@ -359,9 +364,9 @@ class _Batches:
     def _drawings(self, view: View, row: int) -> list[Drawing]:
         number, place = divmod(row, self.size)
         if number not in self.pixels:
-            count = min(self.size, self.rows - number * self.size)
+            # Of one size, so that their memory is lent again; what a short batch leaves of it is never touched.
             self.pixels[number] = {
-                name: self.renderer.empty(count, 3, *spec.input_size) for name, spec in self.specs.items()
+                name: self.renderer.empty(self.size, 3, *spec.input_size) for name, spec in self.specs.items()
             }
         return [
             Drawing(view, spec.interpolation, self.pixels[number][name][place]) for name, spec in self.specs.items()
@@ -371,7 +376,8 @@ class _Batches:
         """A batch, when it is done."""
         self.renderer.finish(self.pending[number])
         del self.pending[number]
-        return {name: torch.from_numpy(pixels) for name, pixels in self.pixels.pop(number).items()}
+        count = min(self.size, self.rows - number * self.size)
+        return {name: torch.from_numpy(pixels)[:count] for name, pixels in self.pixels.pop(number).items()}
 
     def settle(self) -> None:
         """Wait for what nobody will use: its arrays may be lent again only then."""

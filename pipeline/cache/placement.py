@@ -82,20 +82,20 @@ def actors_per_gpu(measured: Measured | None) -> int:
     return max(1, min(MOST_ACTORS, int(measured.total * (1 - SPARE_MEMORY) / measured.memory)))
 
 
-def place(cpus: int, gpus: int, rows: int, own_cpus: int, measured: Measured | None = None) -> Placement:
+def place(cpus: int, gpus: int, rows: int, room: int, measured: Measured | None = None) -> Placement:
     """The pool for so many rows on a cluster of so many CPUs and GPUs.
 
     One CPU is left for the tasks that feed the actors: without it Ray Data starves (ray_facts, section 3).
 
     Args:
-        own_cpus: of this machine, which bounds the threads of an actor where there are no GPUs.
+        room: CPUs beside a GPU, or where there are none CPUs, of the node that has the fewest: no actor may ask for more.
         measured: by a probe, or None: one actor a GPU, and as many threads as there are.
     """
     if not gpus:
-        threads = max(1, min(MOST_THREADS["cpu"], own_cpus, cpus - 1))
+        threads = max(1, min(MOST_THREADS["cpu"], room, cpus - 1))
         return Placement(min(rows, max(1, (cpus - 1) // threads)), 0, threads)
     each = actors_per_gpu(measured)
-    available = max(1, (cpus - 1) // (gpus * each))
+    available = max(1, min((cpus - 1) // gpus, room) // each)
     if measured is None or not measured.device_s:
         return Placement(min(rows, gpus * each), 1 / each, min(MOST_THREADS["cuda"], available))
     # Actors on one GPU take turns: together they need the threads that one alone would need.

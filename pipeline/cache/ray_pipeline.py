@@ -16,6 +16,7 @@ from pipeline.cache.ingest import Ingest
 from pipeline.cache.placement import Measured, measure_on_gpu, place
 from pipeline.cache.verify import Verify
 from pipeline.errors import UserError
+from pipeline.ray_session import is_cluster
 
 WORTH_MEASURING = 16
 """Shards from which on it pays to load the teachers once more, to measure them."""
@@ -28,6 +29,17 @@ def gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
+
+
+def _room() -> int:
+    """CPUs beside a GPU, or where there are none CPUs, of the node that has the fewest."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if gpus():
+        return min(int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU"))
+    fewest = min(int(node["CPU"]) for node in nodes if node.get("CPU"))
+    return fewest if is_cluster() else min(fewest, os.cpu_count() or 1)
 
 
 def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[dict[str, Any]]:
@@ -78,7 +90,7 @@ def _in_actors(
     from ray.data import ActorPoolStrategy
 
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    placed = place(cpus, gpus(), len(rows), os.cpu_count() or 1, measured)
+    placed = place(cpus, gpus(), len(rows), _room(), measured)
     if placed.gpus:
         log.info("extraction: %s", placed)
     device = "cuda" if placed.gpus else "cpu"

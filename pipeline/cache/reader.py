@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher, load_tokens
-from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord, selected
+from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord, fixed_width, in_one_piece, keys_of, selected
 from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
 from pipeline.cache.store import taking_apart
 from pipeline.errors import UserError
@@ -317,7 +317,7 @@ class CacheReader:
         if self.rows:
             rows = self.rows.read(unit)
             check_rows(self.dataset, unit.shard, rows, images)
-        keys, labels, encoded = rows["sample_id"].to_pylist(), _labels(images), _whole(images["image"])
+        keys, labels, encoded = rows["sample_id"].to_pylist(), _labels(images), in_one_piece(images["image"])
         geometry = np.stack([rows[name].to_numpy() for name in ("left", "top", "right", "bottom", "flip")], axis=1)
         for draft, places, chosen in runs:
             owners = chosen // self.dataset.policy.rows_per_image
@@ -409,7 +409,7 @@ def read_summaries(
         table = stored.read(unit, ["sample_id", kind])
         if table["sample_id"].to_pylist()[::views] != images["sample_id"].to_pylist():
             raise stored.mismatch(unit, images["sample_id"].to_pylist(), table["sample_id"].to_pylist()[::views])
-        values = tokens.decode(torch.from_numpy(_fixed_width(table[kind])[::views].copy()))
+        values = tokens.decode(torch.from_numpy(fixed_width(table[kind])[::views].copy()))
         features.append(values if kind == "summary" else values.mean(dim=(1, 2)))
         labels.append(torch.from_numpy(_labels(images).copy()))
     return torch.cat(features), torch.cat(labels)
@@ -442,7 +442,7 @@ class PatchGroups:
     def read(self, number: int) -> tuple[list[str], Tensor]:
         """The sample ids of a row group and their patches [n, h, w, D] float32."""
         table = self._shards.read(self._units[number], ["sample_id", "patches"])
-        patches = self._tokens.decode(torch.from_numpy(_fixed_width(table["patches"]).copy()))
+        patches = self._tokens.decode(torch.from_numpy(fixed_width(table["patches"]).copy()))
         return table["sample_id"].to_pylist(), patches
 
 
@@ -485,9 +485,9 @@ class _TeacherShards(_Shards):
         """Copy the features of a row group, which is that of the keys of `rows`, to their places."""
         table = self.read(unit, ["sample_id", "view", *self.widths])
         if not (rows["sample_id"].equals(table["sample_id"]) and rows["view"].equals(table["view"])):
-            raise self.mismatch(unit, _keys(rows), _keys(table))
+            raise self.mismatch(unit, keys_of(rows), keys_of(table))
         for kind in self.widths:
-            source = _fixed_width(table[kind])
+            source = fixed_width(table[kind])
             for draft, places, chosen in runs:
                 # Under mode="raise" numpy would go through a buffer of its own.
                 np.take(source, chosen, axis=0, out=draft.features[self.teacher.id][kind][places], mode="clip")
@@ -501,10 +501,6 @@ class _TeacherShards(_Shards):
             f"shard {unit.shard} of {self.teacher.id} does not hold the keys of its images: {unlike[1]} where {unlike[0]} "
             f"is due; delete {self.folder.store.uri}/shard-{unit.shard:05d}.json and run the job again"
         )
-
-
-def _keys(table: pa.Table) -> list[tuple[str, int]]:
-    return list(zip(table["sample_id"].to_pylist(), table["view"].to_pylist(), strict=True))
 
 
 def _complete(dataset: Dataset, folder: ShardFolder, name: str) -> dict[int, ShardRecord]:
@@ -522,21 +518,6 @@ def _units(records: dict[int, ShardRecord], rows_per_image: int = 1) -> list[_Un
         for record in records.values()
         for group in range(-(-record.rows // ROW_GROUP_SIZE))
     ]
-
-
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece; `combine_chunks` would copy one that is in one piece already."""
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def _fixed_width(column: pa.ChunkedArray) -> np.ndarray:
-    """A ``fixed_size_binary`` column as [N, width] uint8, read-only and without a copy."""
-    array = _whole(column)
-    width = array.type.byte_width
-    if not len(array):
-        return np.empty((0, width), np.uint8)
-    rows = np.frombuffer(array.buffers()[1], np.uint8).reshape(-1, width)
-    return rows[array.offset : array.offset + len(array)]
 
 
 def _labels(images: pa.Table) -> np.ndarray:

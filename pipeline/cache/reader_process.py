@@ -88,7 +88,7 @@ class ReaderProcess:
 
     def _start(self) -> None:
         context = helper_context(__name__)
-        self.gone.clear()
+        self.gone = deque()  # what is left of a process that was killed notes its end in the old one
         self.attached = Attached()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, *self.work))

@@ -15,16 +15,18 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache.stats import Moments, dump_moments, load_moments
 from pipeline.cache.store import Store, taking_apart
+from pipeline.prefetch import map_ahead
 
 ROW_GROUP_SIZE = 64
 """Rows of a row group: what a training worker reads at once, and what is shuffled as a unit."""
@@ -197,9 +199,10 @@ class ShardFolder:
         ):
             return selected(file.read_row_group(group, columns=columns, use_threads=False), columns)
 
-    def moments(self, records: Iterable[ShardRecord]) -> list[dict[str, Moments]]:
-        """Statistics of these shards, in their order."""
-        return [self._moments(record.moments) for record in records]
+    def moments(self, records: Iterable[ShardRecord]) -> Iterator[dict[str, Moments]]:
+        """Statistics of these shards, in their order, read a few ahead."""
+        with ThreadPoolExecutor(4) as pool:
+            yield from map_ahead(pool, self._moments, (record.moments for record in records), ahead=4)
 
     def _moments(self, name: str) -> dict[str, Moments]:
         with taking_apart(f"{self.store.uri}/{name}"):
@@ -213,6 +216,26 @@ def _check_fields(record: ShardRecord) -> None:
         raise ValueError("a field is of another type")
     if not record.file or not all(_FILE.fullmatch(name) for name in names):
         raise ValueError("it names what is no file of a shard")
+
+
+def keys_of(table: pa.Table) -> list[tuple[str, int]]:
+    """Sample id and view of every row."""
+    return list(zip(table["sample_id"].to_pylist(), table["view"].to_pylist(), strict=True))
+
+
+def in_one_piece(column: pa.ChunkedArray) -> pa.Array:
+    """A column without chunks; `combine_chunks` would copy one that is in one piece already."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def fixed_width(column: pa.ChunkedArray) -> np.ndarray:
+    """A ``fixed_size_binary`` column as [N, width] uint8, read-only and without a copy."""
+    array = in_one_piece(column)
+    width = array.type.byte_width
+    if not len(array):
+        return np.empty((0, width), np.uint8)
+    rows = np.frombuffer(array.buffers()[1], np.uint8).reshape(-1, width)
+    return rows[array.offset : array.offset + len(array)]
 
 
 def selected(table: pa.Table, columns: list[str] | None) -> pa.Table:

@@ -8,7 +8,7 @@ torch is imported where features are summed up alone: indexing a source, which r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -67,12 +67,15 @@ def _scatter(deviations: Tensor) -> Tensor | np.ndarray:
     return rows.T @ rows
 
 
-def merge_all(parts: Iterable[Moments]) -> Moments:
-    """Moments of all parts together; the given order decides the last bit, so callers give shards in order."""
-    return reduce(Moments.merge, parts)
+def merge_all(parts: Iterable[Mapping[str, Moments]]) -> Mapping[str, Moments]:
+    """Moments by token type of all parts together; the given order decides the last bit, so callers give shards in order.
+
+    One part is held at a time: a shard's of a large teacher take 13 MB, and there are thousands of shards.
+    """
+    return reduce(lambda merged, part: {kind: merged[kind].merge(part[kind]) for kind in merged}, parts)
 
 
-def dump_moments(moments: dict[str, Moments]) -> bytes:
+def dump_moments(moments: Mapping[str, Moments]) -> bytes:
     """Moments by token type (``summary``, ``patches``) as the bytes of an .npz file.
 
     Of the scatter matrix, which is symmetric, the upper triangle is kept.

@@ -93,24 +93,11 @@ class Store:
         Raises:
             UserError: where the destination is full, read-only or otherwise refuses the write.
         """
-        self._write(path, data, _replace)
-
-    def put_new(self, path: str, data: bytes | pa.Buffer) -> bool:
-        """Write a file as `put` does, unless there is one; returns whether it was written.
-
-        Of several writers at once, exactly one wins in a local folder whose file system has hard links. Elsewhere it is
-        a look and then a write, so that the last of several writers within that moment prevails.
-
-        Raises:
-            UserError: as `put`.
-        """
-        return not self.exists(path) and self._write(path, data, _link)
-
-    def _write(self, path: str, data: bytes | pa.Buffer, publish: Callable[[Path, Path], bool]) -> bool:
         try:
             if self.is_local:
-                return self._run("write", path, lambda _, target: _write_local(Path(target), data, publish))
-            return self._run("write", path, lambda system, target: _upload(system, target, data))
+                self._run("write", path, lambda _, target: _write_local(Path(target), data))
+            else:
+                self._run("write", path, lambda system, target: _upload(system, target, data))
         except FileNotFoundError as error:
             raise UserError(f"cannot write {self.uri}/{path}: no such bucket or folder") from error
 
@@ -225,7 +212,7 @@ def _is_temporary(info: fs.FileInfo) -> bool:
     return _TEMPORARY.fullmatch(info.base_name) is not None
 
 
-def _write_local(target: Path, data: bytes | pa.Buffer, publish: Callable[[Path, Path], bool]) -> bool:
+def _write_local(target: Path, data: bytes | pa.Buffer) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -233,33 +220,17 @@ def _write_local(target: Path, data: bytes | pa.Buffer, publish: Callable[[Path,
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return publish(temporary, target)
+        os.replace(temporary, target)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def _replace(temporary: Path, target: Path) -> bool:
-    os.replace(temporary, target)
-    return True
-
-
-def _link(temporary: Path, target: Path) -> bool:
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        return not target.exists() and _replace(temporary, target)
-    return True
-
-
-def _upload(system: fs.FileSystem, target: str, data: bytes | pa.Buffer) -> bool:
+def _upload(system: fs.FileSystem, target: str, data: bytes | pa.Buffer) -> None:
     # An object appears when its upload completes, so there is nothing to rename. All of it goes in one write: a stream
     # that is closed, or let go of, completes its object with what was written until then.
     with system.open_output_stream(target) as stream:
         stream.write(data)
-    return True
 
 
 def _download(system: fs.FileSystem, target: str) -> bytes:

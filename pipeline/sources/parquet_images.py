@@ -130,7 +130,12 @@ class ParquetImages:
         return pa.record_batch([label, byte_counts(image, self.image.layout), path], schema=_MEASURED)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """Image bytes of these index rows; raw arrays arrive as PNG. Neighbours in one row group read it once."""
+        """Image bytes of these index rows; raw arrays arrive as PNG. Each row group is read once, however they lie in it."""
+        stored = pc.sort_indices(rows, [("uri", "ascending"), ("offset", "ascending")])
+        images = list(self._read_stored(rows.take(stored)))
+        yield from (images[place] for place in pc.sort_indices(stored).to_pylist())
+
+    def _read_stored(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         for path, extents in by_file(rows):
             try:
                 file = open_parquet(path)

@@ -86,7 +86,9 @@ def _index_tar(path: str) -> Iterator[tuple[str, int | None, str, int, int]]:
             for key, group in groupby(members, key=lambda entry: entry[0]):
                 sample = {extension: member for _, extension, member in group}
                 image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-                if image is not None:
+                if image is None:
+                    _refuse_dotted(sample)
+                else:
                     label = _label(tar, sample)
                     yield (
                         f"{os.path.basename(path)}/{key.removeprefix('./')}",
@@ -102,6 +104,13 @@ def _index_tar(path: str) -> Iterator[tuple[str, int | None, str, int, int]]:
         ) from error
     except ValueError as error:
         raise UserError(f"{path}: {error}; correct or remove that member") from error
+
+
+def _refuse_dotted(sample: dict[str, tarfile.TarInfo]) -> None:
+    """An image would be lost in silence: in WebDataset's layout all that follows the first dot is the extension."""
+    for extension, member in sample.items():
+        if extension.endswith(IMAGE_EXTENSIONS):
+            raise ValueError(f"member '{member.name}' is no sample's image, as its extension begins at the first dot")
 
 
 class _Member(tarfile.TarInfo):

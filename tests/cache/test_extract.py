@@ -8,7 +8,7 @@ import torch
 from pipeline.cache.build import plan_cache
 from pipeline.cache.extract import Extract, teacher_labels
 from pipeline.cache.store import Store
-from tests.fakes import fill_in_process, images_seen
+from tests.fakes import fill_in_process, images_seen, without_ray
 
 
 def test_teacher_shards_hold_the_keys_of_the_images_in_their_order(filled):
@@ -141,14 +141,14 @@ def test_fitting_a_projection_asks_no_teacher_twice_and_changes_no_value(tmp_pat
 
     train, teacher = plan.split("train").dataset, plan.teachers[0]
     folder = train.teacher(teacher.id)
-    first = {shard: (folder.read(record), folder.moments([record])) for shard, record in folder.records().items()}
+    first = {shard: (folder.read(record), [*folder.moments([record])]) for shard, record in folder.records().items()}
     for shard in first:
         folder.unlist(shard)
     fill_in_process(plan)  # the projection is there: nothing is sampled
     for shard, record in folder.records().items():
         table, (moments,) = first[shard]
         assert folder.read(record).equals(table)
-        for kind, again in folder.moments([record])[0].items():
+        for kind, again in next(folder.moments([record])).items():
             assert again.count == moments[kind].count
             np.testing.assert_allclose(again.mean, moments[kind].mean, atol=1e-6)
 
@@ -165,6 +165,30 @@ def test_shards_of_another_projection_do_not_count(projected):
     assert train.missing(teacher) == [0, 1]
     assert fill_in_process(projected) == 2
     assert {record.projection for record in folder.records().values()} == {folder.projection}
+
+
+def test_shards_of_another_projection_are_computed_again_by_the_same_job(projected, monkeypatch):
+    from pipeline.cache import build
+
+    folders = [split.dataset.teacher(projected.teachers[0].id) for split in projected.splits]
+    for folder in folders:
+        for shard in folder.records():
+            folder.unlist(shard)
+    without_ray(monkeypatch)
+    extract, passes = build.extract_shards, []
+
+    def two_actors(rows, *arguments):
+        """The first pass ends with another actor's projection, fitted in the same moment."""
+        yield from extract(rows, *arguments)
+        passes.append(len(rows))
+        if len(passes) == 1:
+            store = folders[0].store
+            Path(store.uri, "projection-00000000.npz").write_bytes(store.get(folders[0].projection))
+
+    monkeypatch.setattr(build, "extract_shards", two_actors)
+    build._extract(projected, 16, build.BuildReport())
+    assert passes == [3, 2]
+    assert [len(folder.records()) for folder in folders] == [2, 1]
 
 
 def test_a_codec_per_teacher_gives_folders_of_their_own(tmp_path, photo_config):

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache.build import plan_cache
+from pipeline.cache.build import build_cache, plan_cache
 from pipeline.cache.ingest import check_quarantine
 from pipeline.cache.store import Store
 from pipeline.errors import UserError
-from tests.fakes import corrupt, fill_in_process, truncate
+from tests.fakes import corrupt, fill_in_process, truncate, without_ray
 
 
 @pytest.fixture
@@ -60,3 +60,12 @@ def test_indexing_loads_no_torch():
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_source_without_one_image_that_can_be_read_is_refused(tmp_path, photo_config, monkeypatch):
+    config = photo_config("data.max_bad=1", "cache.codec=pca-int8-zstd")
+    for photo in (tmp_path / "photos/train").rglob("*.jpg"):
+        photo.write_bytes(b"no image")
+    without_ray(monkeypatch)
+    with pytest.raises(UserError, match=r"photos/train: not one image can be read"):
+        build_cache(plan_cache(config, Store.at(tmp_path / "cache")), config)

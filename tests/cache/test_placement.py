@@ -21,20 +21,27 @@ def test_as_many_actors_share_a_gpu_as_its_memory_holds_with_a_tenth_to_spare(me
 def test_what_was_not_measured_gets_a_gpu_of_its_own():
     assert actors_per_gpu(None) == 1
     assert actors_per_gpu(_measured(0, 0)) == 1
-    assert place(33, 4, 100, 2) == Placement(4, 1.0, 8)
+    assert place(33, 4, 100, 8) == Placement(4, 1.0, 8)
 
 
 def test_an_actor_has_the_threads_that_keep_the_device_fed_and_no_more():
     # Decoding takes 4 times the device: 5 threads with a quarter to spare, shared by the two actors of a GPU.
     measured = _measured(30 * GIB, host_s=0.04)
-    assert place(65, 4, 100, 2, measured) == Placement(8, 0.5, 3)
-    assert place(65, 4, 100, 2, _measured(60 * GIB, host_s=0.04)) == Placement(4, 1.0, 5)
+    assert place(65, 4, 100, 16, measured) == Placement(8, 0.5, 3)
+    assert place(65, 4, 100, 16, _measured(60 * GIB, host_s=0.04)) == Placement(4, 1.0, 5)
     assert place(9, 4, 100, 2, measured) == Placement(8, 0.5, 1)
-    assert place(65, 4, 100, 2, _measured(60 * GIB, host_s=0.5)).threads == 16
+    assert place(65, 4, 100, 16, _measured(60 * GIB, host_s=0.5)).threads == 16
+
+
+def test_no_actor_asks_for_more_than_the_smallest_node_has():
+    # 8 CPUs beside a GPU, and 64 more on nodes that decode; then two CPUs beside each GPU, for two actors.
+    assert place(72, 1, 100, 8) == Placement(1, 1.0, 8)
+    assert place(65, 4, 100, 2, _measured(30 * GIB, host_s=0.5)) == Placement(8, 0.5, 1)
+    assert place(20, 0, 100, 4) == Placement(4, 0, 4)
 
 
 def test_there_are_no_more_actors_than_shards():
-    assert place(65, 4, 3, 2, _measured(GIB)).actors == 3
+    assert place(65, 4, 3, 16, _measured(GIB)).actors == 3
     assert place(9, 0, 2, 2) == Placement(2, 0, 2)
 
 

@@ -90,12 +90,14 @@ def test_what_is_wrong_is_said_here(filled, readers):
 def test_a_killed_process_is_said_and_another_one_started(readers):
     here, there = readers
     batches = there.batches(0)
-    next(batches)
+    kept = next(batches)
     os.kill(there.process.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="has ended with -9; if memory ran out"):
         list(batches)
     for ours, theirs in zip(here.batches(0, 3), there.batches(0, 3), strict=True):
+        kept = None  # its memory was the dead one's, and is not the other one's to lend again
         _assert_equal(ours, theirs)
+    assert kept is None
 
 
 def _started_with(mark):

@@ -7,7 +7,7 @@ from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
 def test_merged_moments_equal_those_of_all_rows_at_once():
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(n, 7, 5, generator=generator, dtype=torch.float64) * 3 + 100 for n in (1, 4, 13)]
-    merged = merge_all([Moments.of(part) for part in parts])
+    merged = merge_all({"patches": Moments.of(part)} for part in parts)["patches"]
     rows = np.concatenate([part.reshape(-1, 5).numpy() for part in parts])
     assert merged.count == 18 * 7
     np.testing.assert_allclose(merged.mean, rows.mean(axis=0), rtol=1e-13)
@@ -15,14 +15,14 @@ def test_merged_moments_equal_those_of_all_rows_at_once():
 
 
 def test_merge_in_any_order_agrees_to_float64_accuracy():
-    parts = [Moments.of(torch.randn(9, 4) * 10**power) for power in range(4)]
-    forward, backward = merge_all(parts), merge_all(parts[::-1])
+    parts = [{"patches": Moments.of(torch.randn(9, 4) * 10**power)} for power in range(4)]
+    forward, backward = (merge_all(order)["patches"] for order in (parts, parts[::-1]))
     np.testing.assert_allclose(forward.scatter, backward.scatter, rtol=1e-13)
 
 
 def test_large_mean_does_not_cancel_the_variance():
     rows = torch.tensor([[1e4 + 0.25], [1e4 - 0.25]], dtype=torch.float32)
-    merged = merge_all([Moments.of(rows[:1]), Moments.of(rows[1:])])
+    merged = Moments.of(rows[:1]).merge(Moments.of(rows[1:]))
     np.testing.assert_allclose(merged.std, [0.25], rtol=1e-6)
 
 

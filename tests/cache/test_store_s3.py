@@ -88,12 +88,6 @@ def test_names_are_taken_literally(store, name):
     assert f"{name} folder" in store.folders()
 
 
-def test_put_new_keeps_what_is_there(store):
-    assert store.put_new("claim", b"first")
-    assert not store.put_new("claim", b"second")
-    assert store.get("claim") == b"first"
-
-
 def test_a_store_travels_and_shares_its_connection(store, endpoint):
     store.put("x", b"1")
     again = pickle.loads(pickle.dumps(store))  # noqa: S301

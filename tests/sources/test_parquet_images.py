@@ -163,6 +163,23 @@ def test_a_file_that_shrank_after_indexing_fails_only_its_own_rows(tmp_path: Pat
     assert kinds[-1] is False
 
 
+def test_each_row_group_is_read_once_however_the_rows_are_scattered(tmp_path: Path, monkeypatch) -> None:
+    pictures = [encode(number) for number in range(12)]
+    path = write(tmp_path / "x.parquet", {"image": pictures}, rows_per_group=3)
+    source = open_source(str(path), split="train")
+    index, groups = source.index(), []
+    read = pq.ParquetFile.read_row_group
+
+    def count(self, group: int, **settings: object) -> pa.Table:
+        groups.append(group)
+        return read(self, group, **settings)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", count)
+    order = [7, 0, 10, 3, 1, 8, 11, 4]
+    assert list(source.read(index.take(order))) == [pictures[row] for row in order]
+    assert groups == [0, 1, 2, 3]
+
+
 def test_real_cifar100(photographs: Path) -> None:
     source = open_source(str(photographs / "cifar100_mini/train.parquet"), split="train")
     index = source.index()
