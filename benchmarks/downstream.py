@@ -34,20 +34,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path("work/downstream.jsonl"), help="where runs are kept")
     options = parser.parse_args(arguments)
-    described = json.loads((options.student / "student.json").read_text())
-    student = str(options.student.resolve())
-    starts = {
-        "scratch": [f"finetune.student={described['model']}"],
-        "distilled": [f"finetune.student={student}"],
-        "frozen": [f"finetune.student={student}", "finetune.frozen=true"],
-        **{name: [f"finetune.student={name}"] for name in options.others},
-    }
     rows = [
         _run(options.items, start, overrides, seed, options.results)
         for seed in options.seeds
-        for start, overrides in starts.items()
+        for start, overrides in starts(options.student, options.others).items()
     ]
     print(json.dumps(_report(rows)))
+
+
+def starts(student: Path, others: Sequence[str]) -> dict[str, list[str]]:
+    """Overrides of the recipe for each start, by name."""
+    described = json.loads((student / "student.json").read_text())
+    built = [f"student.args.{name}={json.dumps(value)}" for name, value in described["args"].items()]
+    exported = f"finetune.student={student.resolve()}"
+    return {
+        "scratch": [f"finetune.student={described['model']}", *built],
+        "distilled": [exported],
+        "frozen": [exported, "finetune.frozen=true"],
+        **{name: [f"finetune.student={name}"] for name in others},
+    }
 
 
 def _run(items: Sequence[str], start: str, overrides: Sequence[str], seed: int, results: Path) -> dict[str, Any]:

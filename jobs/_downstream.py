@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,23 @@ from typing import Any
 from jobs._cli import grid, table
 from pipeline.config import Config
 from pipeline.downstream.coco_eval import NUMBERS, evaluate_files
-from pipeline.downstream.job import evaluate_model, open_held_out, open_model
+from pipeline.downstream.job import as_saved, evaluate_model, open_held_out, open_model
 from pipeline.downstream.task import DOWNSTREAM
 from pipeline.errors import UserError
 from pipeline.job import open_job
 
 
-def evaluate_saved(task: str, config: Config, dry_run: bool) -> dict[str, Any]:
-    """Metrics of `evaluate.model` on data.val, with the settings that the recipe gives."""
+def evaluate_saved(task: str, config: Config, dry_run: bool, given: Collection[str] = ()) -> dict[str, Any]:
+    """Metrics of `evaluate.model` on data.val, with the settings of the model but for the fields that are given."""
     saved = open_model(config, task)
+    config = as_saved(config, saved, given)
     val = open_held_out(config, saved)
-    print(f"{task} of {config.evaluate.model} on {len(val)} images from {val.location}", flush=True)
+    settings = saved.kind.settings(config).items()
+    shown = ", ".join(f"{section}.{name}={value}" for section, fields in settings for name, value in fields.items())
+    print(f"{task} of {config.evaluate.model} on {len(val)} images from {val.location}: {shown}", flush=True)
     if dry_run:
         return {"dry_run": True}
-    with open_job(config, f"evaluate-{task}") as job:
+    with open_job(config, f"evaluate-{task}", reads=["evaluate"]) as job:
         report = evaluate_model(config, saved, val, job.run, job.state.folder)
     rows = {
         **{name: f"{value:.3f}" for name, value in report.metrics.items()},
@@ -50,7 +53,7 @@ def evaluate_results(config: Config, dry_run: bool) -> dict[str, Any]:
     return {f"{kind}/{name}": value for kind, score in scores.items() for name, value in score.numbers.items()}
 
 
-DOWNSTREAM_EVALUATIONS: dict[str, Callable[[Config, bool], dict[str, Any]]] = {
+DOWNSTREAM_EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     **{name: partial(evaluate_saved, name) for name in DOWNSTREAM},
     "coco-results": evaluate_results,
 }

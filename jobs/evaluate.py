@@ -22,6 +22,7 @@ from jobs._cli import DEFAULT_RECIPE, RECIPES, percent, run, size, table
 from jobs._downstream import DOWNSTREAM_EVALUATIONS, long_name
 from pipeline.cache.estimate import check_space
 from pipeline.config import Config
+from pipeline.downstream.task import DOWNSTREAM
 from pipeline.evaluate import job as evaluation
 from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
 from pipeline.job import open_job
@@ -73,13 +74,13 @@ def evaluate(config: Config, dry_run: bool, name: str, plan: FrozenPlan, measure
     return {**figures, "mlflow_run_id": job.run.run_id}
 
 
-EVALUATIONS: dict[str, Callable[[Config, bool], dict[str, Any]]] = {
+EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knn": knn,
     "linear": linear,
     "seg-probe": seg_probe,
     **DOWNSTREAM_EVALUATIONS,
 }
-"""What follows `jobs/evaluate.py`."""
+"""What follows `jobs/evaluate.py`; those of a task also take the fields that the command line has `given`."""
 
 
 def start(arguments: Sequence[str]) -> None:
@@ -93,7 +94,10 @@ def start(arguments: Sequence[str]) -> None:
         sys.exit(2)
     own = RECIPES / f"{name}.yaml"
     named = [long_name(name, argument) for argument in others]
-    run(EVALUATIONS[name], __doc__ or "", named, recipe=own if own.exists() else DEFAULT_RECIPE)
+    body = EVALUATIONS[name]
+    if name in DOWNSTREAM:
+        body = partial(body, given={argument.partition("=")[0] for argument in others})
+    run(body, __doc__ or "", named, recipe=own if own.exists() else DEFAULT_RECIPE)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def predict(options: argparse.Namespace) -> Mapping[str, Any]:
-    """Write the predictions for all images."""
+    """Write the predictions for all images that can be read, and name the others."""
     if options.batch_size < 1:
         raise UserError(f"--batch-size={options.batch_size}: at least 1")
     asked = options.task or ("features" if options.to and options.to.suffix else None)
@@ -62,22 +62,32 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         batch_size=options.batch_size,
         tracking_uri=tracking_uri(options),
     )
+    predictor.unreadable = {}
     task = asked or predictor.task or "features"
     if task == "features":
         return features(predictor, paths, options.to or Path("features.parquet"))
     predictor.must_be(task)
     written = write_predictions(predictor, paths, options.to or Path("predictions"))
-    print(table({"images": len(paths), task: ", ".join(map(str, written))}))
-    return {"task": task, "images": len(paths), "files": [str(file.resolve()) for file in written]}
+    count = len(list(predictor.readable(paths)))
+    print(table({"images": count, task: ", ".join(map(str, written))}))
+    return {"task": task, "images": count, "files": [str(file.resolve()) for file in written], **left_out(predictor)}
 
 
 def features(predictor: Predictor, paths: Sequence[Path], file: Path) -> Mapping[str, Any]:
-    """Write one row an image."""
+    """Write one row for each image that can be read."""
     write = writer_of(file)
     vectors = predictor.features([*paths])
-    write(paths, vectors)
-    print(table({"images": len(paths), "features": f"{file}, {vectors.shape[1]} channels"}))
-    return {"file": str(file.resolve()), "images": len(paths), "channels": vectors.shape[1]}
+    write([*predictor.readable(paths)], vectors)
+    images, channels = vectors.shape
+    print(table({"images": images, "features": f"{file}, {channels} channels"}))
+    return {"file": str(file.resolve()), "images": images, "channels": channels, **left_out(predictor)}
+
+
+def left_out(predictor: Predictor) -> dict[str, Any]:
+    """Name the files that could not be read on stderr; figures for exit code 1 where there are any."""
+    for reason in (unreadable := predictor.unreadable or {}).values():
+        print(f"left out: {reason}", file=sys.stderr)
+    return {"ok": False, "unreadable": [*map(str, unreadable)]} if unreadable else {}
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def decode_image(data: bytes) -> Image.Image:
             )
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return to_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError("empty file" if not data else "not an image in a known format") from error
     except Exception as error:
@@ -155,7 +155,12 @@ def image_size(data: bytes | str) -> tuple[int, int]:
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB pixels as :func:`decode_image` gives them.
+
+    Raises:
+        ValueError: for floating-point pixels, or integers beyond 16 bits.
+    """
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -71,6 +71,26 @@ def load_start(folder: Path, frozen: bool) -> Encoder:
     """The backbone that :meth:`Start.save` wrote, in training mode."""
     encoder = load_encoder(folder).train()
     return FrozenEncoder(encoder) if frozen else encoder
+
+
+def check_takes(model: nn.Module, size: tuple[int, int], whose: str) -> None:
+    """A model in evaluation mode on the CPU must take images of this height and width in pixels.
+
+    Args:
+        whose: field and name of the model, for the message.
+
+    Raises:
+        UserError: with the reason that the model gives.
+    """
+    height, width = size
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, height, width))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(
+            f"{whose} takes no {height} x {width} images ({reason}): change student.input_size, or name another"
+        ) from error
 
 
 def pyramid_levels(encoder: Encoder) -> list[int]:

@@ -74,10 +74,15 @@ class Downstream(ABC):
     name: ClassVar[str]
     headline: ClassVar[str]
     """The metric that is told first."""
+    least_classes: ClassVar[int] = 2
+    """With fewer there is nothing to learn."""
 
     @abstractmethod
-    def open(self, config: Config, split: Split) -> Examples | None:
+    def open(self, config: Config, split: Split, classes: Sequence[str] = ()) -> Examples | None:
         """The images of a split; None where `data.val` is not given.
+
+        Args:
+            classes: that labels count where the images bring no names of their own.
 
         Raises:
             UserError: where there is nothing, or not in the expected layout.
@@ -91,9 +96,13 @@ class Downstream(ABC):
             UserError: where the backbone does not give what the head needs.
         """
 
-    def settings(self, config: Config) -> Mapping[str, Any]:
-        """What `build` reads of the configuration, as overrides: kept beside the weights of a saved model."""
-        return {}
+    def image_size(self, config: Config) -> tuple[int, int]:
+        """Height and width in pixels of an image as the backbone may see it: the square of `student.input_size`."""
+        return config.student.input_size, config.student.input_size
+
+    @abstractmethod
+    def settings(self, config: Config) -> Mapping[str, Mapping[str, Any]]:
+        """Fields by section that a saved model is built and evaluated with: kept beside its weights."""
 
     @abstractmethod
     def batch(self, examples: Any, config: Config, draws: Sequence[Draw]) -> TrainingBatch:

@@ -57,20 +57,17 @@ class Classification(Downstream):
 
     name, headline = "classify", "top1"
 
-    def open(self, config: Config, split: Split) -> LabelledImages | None:
+    def open(self, config: Config, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
         """Labelled images of a split."""
-        part = config.train.batch_size // max(1, config.train.most_workers)
-        if (config.classify.mixup or config.classify.cutmix) and part % 2:
-            raise UserError(
-                f"train.batch_size: classify.mixup and cutmix mix pairs, and {part} images a worker are odd"
-            )
-        return open_labelled(config, split)
+        if split == "train":
+            _refuse_odd(config, config.train.batch_size // max(1, config.train.most_workers))
+        return open_labelled(config, split, classes)
 
     def build(self, encoder: Encoder, classes: Sequence[str], config: Config) -> Classifier:
         """Any backbone will do."""
         return Classifier(encoder, len(classes))
 
-    def settings(self, config: Config) -> Mapping[str, Any]:
+    def settings(self, config: Config) -> Mapping[str, Mapping[str, Any]]:
         """How images are brought to the size that it was trained at."""
         return {
             "student": {"input_size": config.student.input_size},
@@ -79,6 +76,7 @@ class Classification(Downstream):
 
     def batch(self, examples: LabelledImages, config: Config, draws: Sequence[Draw]) -> LabelledBatch:
         """Each image is augmented by its own seed; mixing is seeded by the first one."""
+        _refuse_odd(config, len(draws))
         rows = [draw.row for draw in draws]
         augment = training_transform(config)
         pixels = []
@@ -116,6 +114,12 @@ class Classification(Downstream):
         metrics["top5"] = top5
         pictures = {} if part.rank else _pictures(model, examples, config)
         return Report(metrics, table, matrix, pictures)
+
+
+def _refuse_odd(config: Config, images: int) -> None:
+    """Mixing needs pairs; of how many GPUs there are, only the workers know (`train.workers=0`)."""
+    if (config.classify.mixup or config.classify.cutmix) and images % 2:
+        raise UserError(f"train.batch_size: classify.mixup and cutmix mix pairs, and {images} images a worker are odd")
 
 
 def training_transform(config: Config) -> Callable[[Any], Tensor]:

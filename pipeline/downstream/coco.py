@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.downstream.base import Split
-from pipeline.downstream.coco_eval import read_json
+from pipeline.downstream.coco_eval import read_annotations
 from pipeline.downstream.images import decode, open_scenes
 from pipeline.downstream.masks import check_rows, size_on_disk
 from pipeline.errors import UserError
-from pipeline.sources import SAMPLES, SampleScenes
+from pipeline.sources import SampleScenes
 from pipeline.sources.locations import absolute, below
 
 
@@ -51,10 +51,8 @@ class CocoImages:
 
     def __init__(self, images: Path, annotations: Path, *, masks: bool, training: bool) -> None:
         self.location, self.annotations, self.with_masks = str(images), annotations, masks
-        dataset = read_json(annotations)
-        if not isinstance(dataset, dict) or not {"images", "annotations", "categories"} <= set(dataset):
-            raise UserError(f"{annotations}: no COCO annotations: needs images, annotations and categories")
-        categories = sorted((int(entry["id"]), str(entry["name"])) for entry in dataset["categories"])
+        dataset = read_annotations(annotations, ("file_name", "width", "height"))
+        categories = sorted((entry["id"], str(entry["name"])) for entry in dataset["categories"])
         self.classes = tuple(name for _, name in categories)
         self.category_ids = [number for number, _ in categories]
         self.passed_over = {"cut": 0, "tiny": 0, "crowd": 0, "empty": 0}
@@ -72,48 +70,31 @@ class CocoImages:
             )
 
     def _complete(self, dataset: dict[str, Any]) -> dict[int, tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """Image and usable objects by image id; boxes, areas and crowd flags that are left out are filled in."""
-        entries: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
-        for image in dataset["images"]:
-            lacking = [name for name in ("id", "file_name", "width", "height") if name not in image]
-            if lacking or image["id"] in entries:
-                what = f"has no {lacking[0]}" if lacking else f"repeats id {image['id']}"
-                raise UserError(f"{self.annotations}: image {image.get('file_name', image)} {what}")
-            entries[image["id"]] = (image, [])
-        known = set(self.category_ids)
-        for number, entry in enumerate(dataset["annotations"]):
-            entry.setdefault("id", number + 1)
-            where = f"{self.annotations}: annotation {entry['id']}"
-            if entry.get("image_id") not in entries:
-                raise UserError(f"{where} is of image {entry.get('image_id')}, which is not listed")
+        """Image and usable objects by image id; boxes that are left out are filled in."""
+        entries: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+            image["id"]: (image, []) for image in dataset["images"]
+        }
+        for number, entry in enumerate(dataset["annotations"], start=1):
             image, usable = entries[entry["image_id"]]
-            if entry.get("category_id") not in known:
-                raise UserError(f"{where} ({image['file_name']}) has category {entry.get('category_id')}, not listed")
-            self._fill(entry, image, where)
+            self._fill(entry, image, f"{self.annotations}: annotation {entry.get('id', number)} ({image['file_name']})")
             box = self._usable_box(entry, image)
             if box is not None:
                 usable.append({"box": box, "category": entry["category_id"], "mask": entry.get("segmentation")})
         return entries
 
     def _fill(self, entry: dict[str, Any], image: Mapping[str, Any], where: str) -> None:
-        entry.setdefault("iscrowd", 0)
         shape = entry.get("segmentation")
         if self.with_masks and not shape:
-            raise UserError(
-                f"{where} ({image['file_name']}) has no segmentation; detect.masks=false learns boxes alone"
-            )
+            raise UserError(f"{where} has no segmentation; detect.masks=false learns boxes alone")
         if shape and (wrong := _wrong_shape(shape, image)):
-            raise UserError(f"{where} ({image['file_name']}) has a segmentation {wrong}")
+            raise UserError(f"{where} has a segmentation {wrong}")
         if len(entry.get("bbox") or ()) != 4:
             if not shape:
-                raise UserError(f"{where} ({image['file_name']}) has neither a box of four numbers nor a segmentation")
+                raise UserError(f"{where} has neither a box of four numbers nor a segmentation")
             entry["bbox"] = rle.toBbox(encoded(shape, image["height"], image["width"])).tolist()
-        if "area" not in entry:
-            mask = encoded(shape, image["height"], image["width"]) if shape else None
-            entry["area"] = float(rle.area(mask)) if mask else entry["bbox"][2] * entry["bbox"][3]
 
     def _usable_box(self, entry: Mapping[str, Any], image: Mapping[str, Any]) -> list[float] | None:
-        if entry["iscrowd"]:
+        if entry.get("iscrowd"):
             self.passed_over["crowd"] += 1
             return None
         left, top, width, height = map(float, entry["bbox"])
@@ -134,7 +115,8 @@ class CocoImages:
 
     def image_id(self, row: int) -> int:
         """COCO's id of an image."""
-        return int(self.images[row]["id"])
+        identity: int = self.images[row]["id"]
+        return identity
 
     def check(self) -> list[str]:
         """Every image is there and has the size that the annotations say."""
@@ -276,7 +258,7 @@ def open_objects(config: Config, split: Split) -> CocoImages | SceneObjects | No
         return SceneObjects(scenes)
     settings = config.detect
     location = config.data.train if split == "train" else config.val
-    if location is None or location == SAMPLES:
+    if location is None:
         return None
     images = Path(absolute(location))
     if not images.is_dir():

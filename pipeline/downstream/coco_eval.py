@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -31,11 +32,21 @@ class Precision(NamedTuple):
 
 
 def coco_index(dataset: Mapping[str, Any]) -> COCO:
-    """The API's index of annotations."""
+    """The API's index of annotations: copies, with the crowd flags and areas that may be left out.
+
+    They are numbered from 1 on, since the API takes id 0 for no match.
+    """
+    annotations = [
+        {"iscrowd": 0, **entry, "id": number} for number, entry in enumerate(dataset["annotations"], start=1)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         index = COCO()
-        index.dataset = dict(dataset)
+        index.dataset = {**dataset, "annotations": annotations}
         index.createIndex()
+    for entry in annotations:
+        if "area" not in entry:
+            shape = entry.get("segmentation")
+            entry["area"] = float(rle.area(index.annToRLE(entry))) if shape else entry["bbox"][2] * entry["bbox"][3]
     return index
 
 
@@ -69,9 +80,7 @@ def evaluate_files(annotations: Path, results: Path) -> dict[Kind, Precision]:
     Raises:
         UserError: where a file is not in COCO's format, or they do not belong together.
     """
-    dataset, detections = read_json(annotations), read_json(results)
-    if not isinstance(dataset, dict) or not {"images", "annotations", "categories"} <= set(dataset):
-        raise UserError(f"{annotations}: no COCO annotations: needs images, annotations and categories")
+    dataset, detections = read_annotations(annotations, ("width", "height")), read_json(results)
     if not isinstance(detections, list) or not all(isinstance(entry, dict) for entry in detections):
         raise UserError(f"{results}: no COCO results: a list of detections is needed")
     images, categories = ({item["id"] for item in dataset[part]} for part in ("images", "categories"))
@@ -87,8 +96,54 @@ def evaluate_files(annotations: Path, results: Path) -> dict[Kind, Precision]:
                 f"{results}: detection {number} is of image {entry['image_id']}, category {entry['category_id']}, "
                 f"which {annotations} does not have"
             )
+    for number, entry in enumerate(dataset["annotations"], start=1):
+        if lacking := [name for name in fields or ["bbox"] if not entry.get(name)]:
+            raise UserError(
+                f"{annotations}: annotation {entry.get('id', number)} has no {lacking[0]} to hold {results} against"
+            )
     truth = coco_index(dataset)
     return {kind: average_precision(truth, detections, kind) for kind in kinds or ["bbox"]}
+
+
+def read_annotations(path: Path, image_fields: Sequence[str]) -> dict[str, Any]:
+    """Read a file in COCO's format whose images, categories and annotations refer to each other.
+
+    Args:
+        image_fields: what every image must have beside its id.
+
+    Raises:
+        UserError: naming the file and the first entry that does not fit.
+    """
+    dataset = read_json(path)
+    if not isinstance(dataset, dict) or not {"images", "annotations", "categories"} <= set(dataset):
+        raise UserError(f"{path}: no COCO annotations: needs images, annotations and categories")
+    images = _by_id(dataset["images"], image_fields, f"{path}: image")
+    categories = _by_id(dataset["categories"], ("name",), f"{path}: category")
+    for number, entry in enumerate(dataset["annotations"], start=1):
+        where = f"{path}: annotation {entry.get('id', number)}"
+        image, category = entry.get("image_id"), entry.get("category_id")
+        if image not in images:
+            raise UserError(f"{where} is of image {image}, which is not listed")
+        if category not in categories:
+            raise UserError(
+                f"{where} ({images[image].get('file_name', image)}) has category {category}, which is not listed"
+            )
+    return dataset
+
+
+def _by_id(entries: Sequence[Mapping[str, Any]], fields: Sequence[str], what: str) -> dict[int, Mapping[str, Any]]:
+    """Entries that must have an id of their own, a whole number, and these fields."""
+    found: dict[int, Mapping[str, Any]] = {}
+    for entry in entries:
+        where = f"{what} {entry.get('file_name') or entry.get('name') or entry}"
+        if lacking := [name for name in ("id", *fields) if name not in entry]:
+            raise UserError(f"{where} has no {lacking[0]}")
+        if not isinstance(entry["id"], int):
+            raise UserError(f"{where} has id {entry['id']!r}, which must be a whole number")
+        if entry["id"] in found:
+            raise UserError(f"{where} repeats id {entry['id']}")
+        found[entry["id"]] = entry
+    return found
 
 
 def read_json(path: Path) -> Any:

@@ -40,9 +40,9 @@ class ObjectsBatch(NamedTuple):
 class Detection(Downstream):
     """Object detection, with instance masks unless `detect.masks` is false."""
 
-    name, headline = "detect", "box/AP"
+    name, headline, least_classes = "detect", "box/AP", 1
 
-    def open(self, config: Config, split: Split) -> Examples | None:
+    def open(self, config: Config, split: Split, classes: Sequence[str] = ()) -> Examples | None:
         """Images with objects."""
         return open_objects(config, split)
 
@@ -50,7 +50,12 @@ class Detection(Downstream):
         """A hierarchical backbone is needed."""
         return build_detector(encoder, len(classes), config.detect)
 
-    def settings(self, config: Config) -> Mapping[str, Any]:
+    def image_size(self, config: Config) -> tuple[int, int]:
+        """Images of any sides, padded to multiples of 32: the smallest that is not square."""
+        side = -(-config.detect.sizes[0] // 32) * 32
+        return side, side + 32
+
+    def settings(self, config: Config) -> Mapping[str, Mapping[str, Any]]:
         """What decides the architecture, and the size of the images that it was made for."""
         chosen = config.detect
         kept = chosen.model_dump(include={"masks", "anchor", "channels", "max_size"})
@@ -97,7 +102,8 @@ class Detection(Downstream):
         if part.rank:
             return Report({})
         results = [detection for each in every for detection in each or ()]
-        metrics, table = detection_metrics(examples, results, masks=config.detect.masks)
+        masks = config.detect.masks and detector.roi_heads.has_mask()
+        metrics, table = detection_metrics(examples, results, masks=masks)
         return Report(metrics, table, pictures=_pictures(detector, examples, config))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,8 +14,8 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.downstream.base import Split
 from pipeline.errors import UserError
-from pipeline.sources import SampleScenes, SceneSettings, Source, open_source
-from pipeline.sources.base import odd_class
+from pipeline.sources import SAMPLES, SampleScenes, SceneSettings, Source, open_source
+from pipeline.sources.base import IMAGE_EXTENSIONS, odd_class
 from pipeline.views import decode_image
 
 PARQUET_BLOCK = 128
@@ -39,8 +42,23 @@ def open_split(config: Config, split: Split) -> Source | None:
 def open_scenes(config: Config, split: Split) -> SampleScenes | None:
     """The generated scenes of a split, where the configuration names them."""
     location = config.data.train if split == "train" else config.val
-    source = open_split(config, split) if location == "samples" else None
-    return source if isinstance(source, SampleScenes) else None
+    return cast(SampleScenes, open_split(config, split)) if location == SAMPLES else None
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files below a folder, sorted; hidden ones are left out, such as the `._photo.jpg` that macOS writes.
+
+    Raises:
+        UserError: where there are none.
+    """
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = (name for name in names if name.lower().endswith(IMAGE_EXTENSIONS))
+        found += [Path(parent, name) for name in images if not name.startswith(".")]
+    if not found:
+        raise UserError(f"{folder}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}")
+    return sorted(found)
 
 
 def decode(data: bytes | Exception, name: str) -> Image.Image:
@@ -62,7 +80,7 @@ class LabelledImages:
 
     Args:
         source: of the images.
-        classes: names that the labels count, or () to take the source's, or the labels themselves as names.
+        classes: names that the labels count where the source tells none; (): the labels themselves.
     """
 
     def __init__(self, source: Source, classes: tuple[str, ...] = ()) -> None:
@@ -97,7 +115,7 @@ class LabelledImages:
                 f"{self.location}: {self.key(row)} has label {self.labels[row]}, but there are {len(self.classes)} classes"
             )
         sizes = self.index["size"].to_numpy()
-        empty = np.flatnonzero((sizes == 0) & (self.location != "samples"))
+        empty = np.flatnonzero((sizes == 0) & (self.location != SAMPLES))
         if len(empty):
             raise UserError(f"{self.location}: {self.key(int(empty[0]))} is empty or cannot be read; fetch it again")
         return []
@@ -116,26 +134,14 @@ class LabelledImages:
         return [decoded[place] for place in range(len(rows))]
 
 
-def open_labelled(config: Config, split: Split) -> LabelledImages | None:
-    """A split for classification; the names of training classes serve where held-out images bring none.
+def open_labelled(config: Config, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
+    """A split for classification; `classes` as in :class:`LabelledImages`.
 
     Raises:
-        UserError: where an image has no label, or the splits differ in their classes.
+        UserError: where an image has no label.
     """
     source = open_split(config, split)
-    if source is None:
-        return None
-    if split == "train":
-        return LabelledImages(source)
-    train = open_split(config, "train")
-    assert train is not None
-    if not source.classes:
-        return LabelledImages(source, train.classes or LabelledImages(train).classes)
-    found = LabelledImages(source)
-    refuse_other_classes(
-        train.classes or found.classes, found.classes, f"data.train ({train.location})", found.location
-    )
-    return found
+    return None if source is None else LabelledImages(source, tuple(classes))
 
 
 def refuse_other_classes(expected: Sequence[str], found: Sequence[str], whose: str, location: str) -> None:

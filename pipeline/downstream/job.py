@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Config
-from pipeline.downstream.backbone import Start, find_start
+from pipeline.downstream.backbone import Start, check_takes, find_start
 from pipeline.downstream.base import Examples, Part, Report
 from pipeline.downstream.images import refuse_other_classes
 from pipeline.downstream.pictures import write_report
@@ -75,9 +75,16 @@ def plan_finetune(config: Config) -> FinetunePlan:
     kind = DOWNSTREAM[config.finetune.task]
     tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
     start = find_start(config, tracking_uri)
-    train, val = kind.open(config, "train"), kind.open(config, "val")
+    train = kind.open(config, "train")
     assert train is not None
+    val = kind.open(config, "val", train.classes)
+    if len(train.classes) < kind.least_classes:
+        raise UserError(
+            f"data.train ({train.location}): one class leaves nothing to tell apart; finetune.task={kind.name} needs "
+            f"{kind.least_classes} or more"
+        )
     kind.build(start.encoder, train.classes, config)
+    check_takes(start.encoder, kind.image_size(config), f"finetune.student: {start.model}")
     teacher = find_soft_teacher(config, train.classes, tracking_uri)
     steps = epoch_steps(config, len(train))
     notes = [f"{split}: {note}" for split, data in (("train", train), ("val", val)) if data for note in data.check()]
@@ -205,13 +212,22 @@ def open_model(config: Config, task: str) -> SavedModel:
     return saved
 
 
+def as_saved(config: Config, saved: SavedModel, given: Collection[str]) -> Config:
+    """The configuration with the settings that a model was saved with, but for the fields that the user has given."""
+    changed = {}
+    for section, fields in saved.kind.settings(saved.config).items():
+        kept = {name: value for name, value in fields.items() if not {section, f"{section}.{name}"} & set(given)}
+        changed[section] = getattr(config, section).model_copy(update=kept)
+    return config.model_copy(update=changed)
+
+
 def open_held_out(config: Config, saved: SavedModel) -> Examples:
     """Checked held-out images whose classes are the model's.
 
     Raises:
         UserError: naming what is missing or wrong.
     """
-    val = saved.kind.open(config, "val")
+    val = saved.kind.open(config, "val", saved.classes)
     if val is None:
         raise UserError("data.val: evaluation needs held-out images")
     refuse_other_classes(saved.classes, val.classes, "evaluate.model", val.location)

@@ -9,6 +9,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -30,12 +31,22 @@ class PyramidBody(nn.Module):
         self.pyramid = FeaturePyramidNetwork(widths, channels, extra_blocks=LastLevelMaxPool())
 
     def forward(self, normalised: Tensor) -> dict[str, Tensor]:
-        """[B, 3, H, W], normalised by the backbone's own mean and deviation -> maps by level."""
+        """[B, 3, H, W], normalised by the backbone's own mean and deviation -> float32 maps by level."""
         # The detector pads with zeros, which must mean the mean colour; the encoder normalises by itself.
         pixels = normalised * self.encoder.std + self.encoder.mean
         maps = self.encoder.maps(pixels, self.levels)
         levels: dict[str, Tensor] = self.pyramid(OrderedDict(zip("0123", maps, strict=True)))
-        return levels
+        # Anchors take the dtype of the maps: in bfloat16 they would lie on steps of 8 pixels above 1024.
+        return {name: level.float() for name, level in levels.items()}
+
+
+class ProposalHead(RPNHead):
+    """torchvision's head of region proposals, in float32 under autocast too: its boxes are decoded in its dtype."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps [B, C, H, W] of each level -> objectness [B, A, H, W] and box deltas [B, 4 A, H, W], float32."""
+        logits, deltas = super().forward(x)
+        return [level.float() for level in logits], [level.float() for level in deltas]
 
 
 def build_detector(encoder: Encoder, classes: int, settings: DetectConfig) -> FasterRCNN:
@@ -47,14 +58,14 @@ def build_detector(encoder: Encoder, classes: int, settings: DetectConfig) -> Fa
         UserError: where the backbone lacks a stride.
     """
     body, hidden = PyramidBody(encoder, settings.channels), HIDDEN * settings.channels
+    anchors = AnchorGenerator(tuple((settings.anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
     common = {
         "min_size": settings.sizes[-1],
         "max_size": settings.max_size,
         "image_mean": encoder.mean.flatten().tolist(),
         "image_std": encoder.std.flatten().tolist(),
-        "rpn_anchor_generator": AnchorGenerator(
-            tuple((settings.anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5
-        ),
+        "rpn_anchor_generator": anchors,
+        "rpn_head": ProposalHead(settings.channels, anchors.num_anchors_per_location()[0]),
         "box_head": TwoMLPHead(settings.channels * 7**2, hidden),
         "box_predictor": FastRCNNPredictor(hidden, classes + 1),
         "_skip_resize": True,

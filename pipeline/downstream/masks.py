@@ -14,16 +14,15 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.downstream.base import Split
-from pipeline.downstream.images import decode, open_scenes
+from pipeline.downstream.images import decode, image_files, open_scenes
 from pipeline.errors import UserError
 from pipeline.progress import Progress
-from pipeline.sources import SAMPLES, SampleScenes
-from pipeline.sources.base import IMAGE_EXTENSIONS
-from pipeline.sources.label_maps import masks_beside
+from pipeline.sources import SampleScenes
+from pipeline.sources.label_maps import UNLABELLED, masks_beside
 from pipeline.sources.locations import absolute
 from pipeline.views import image_size, read_label_map
 
-IGNORE = 255
+IGNORE = UNLABELLED
 """Label of pixels that count neither in the loss nor in the metrics."""
 
 
@@ -42,10 +41,7 @@ class MaskedImages:
         self.location, self.masks, self.classes, self.first = str(images), masks, classes, int(reduce_zero_label)
         if not images.is_dir():
             raise UserError(f"{images}: no such folder of images")
-        found = (Path(folder, name) for folder, _, names in os.walk(images) for name in names)
-        self.names = sorted(str(p.relative_to(images)) for p in found if p.suffix.lower() in IMAGE_EXTENSIONS)
-        if not self.names:
-            raise UserError(f"{images}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}")
+        self.names = sorted(str(path.relative_to(images)) for path in image_files(images))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -143,7 +139,7 @@ def open_masked(config: Config, split: Split) -> MaskedImages | SceneMasks | Non
         return SceneMasks(scenes)
     settings = config.segment
     location = config.data.train if split == "train" else config.val
-    if location is None or location == SAMPLES:
+    if location is None:
         return None
     if settings.classes is None:
         raise UserError("segment.classes must be given: a file with the names of the classes, one a line or in a table")

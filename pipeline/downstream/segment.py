@@ -41,7 +41,7 @@ class Segmentation(Downstream):
 
     name, headline = "segment", "miou"
 
-    def open(self, config: Config, split: Split) -> Examples | None:
+    def open(self, config: Config, split: Split, classes: Sequence[str] = ()) -> Examples | None:
         """Images with label maps."""
         return open_masked(config, split)
 
@@ -49,7 +49,12 @@ class Segmentation(Downstream):
         """A hierarchical backbone is needed."""
         return SemanticFPN(encoder, len(classes), config.segment.channels)
 
-    def settings(self, config: Config) -> Mapping[str, Any]:
+    def image_size(self, config: Config) -> tuple[int, int]:
+        """A training crop is square, a whole image is not."""
+        side = config.student.input_size
+        return side, side if config.segment.inference == "slide" else side + 32
+
+    def settings(self, config: Config) -> Mapping[str, Mapping[str, Any]]:
         """The width of the head, and how whole images are shown to it."""
         chosen = config.segment.model_dump(include={"channels", "size", "inference"})
         return {"segment": chosen, "student": {"input_size": config.student.input_size}}
@@ -107,6 +112,16 @@ class _Crop(v2.RandomCrop):
         return params
 
 
+class _Colours(v2.RandomPhotometricDistort):
+    """As mmsegmentation's PhotoMetricDistortion: hue by up to 18 of 180 steps, and no channels change places."""
+
+    def __init__(self) -> None:
+        super().__init__(hue=(-0.1, 0.1))
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {**super().make_params(flat_inputs), "channel_permutation": None}
+
+
 def training_transform(config: Config) -> v2.Compose:
     """Of an image uint8 [3, H, W] and its mask: scale jitter, crop, flip, and changes of colour."""
     low, high = (round(scale * config.segment.size) for scale in config.segment.scales)
@@ -116,7 +131,7 @@ def training_transform(config: Config) -> v2.Compose:
             v2.RandomResize(low, high + 1, antialias=True),
             _Crop(config.student.input_size, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(),
-            v2.RandomPhotometricDistort(),
+            _Colours(),
         ]
     )
 

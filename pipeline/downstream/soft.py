@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Config
+from pipeline.downstream.backbone import check_takes
 from pipeline.downstream.classify import LabelledBatch
 from pipeline.downstream.saved import SavedModel, find_model, load_model
 from pipeline.errors import UserError
@@ -53,15 +54,7 @@ def find_soft_teacher(config: Config, classes: Sequence[str], tracking_uri: str)
         raise UserError(f"classify.teacher: {name} is no fine-tuned classifier; jobs/finetune.py makes one")
     if (odd := odd_class(saved.classes, classes)) is not None:
         raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd}")
-    side = config.student.input_size
-    try:
-        with torch.no_grad():
-            saved.model(torch.zeros(1, 3, side, side))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"classify.teacher: {name} takes no {side} x {side} images (student.input_size): {reason}"
-        ) from error
+    check_takes(saved.model, saved.kind.image_size(config), f"classify.teacher: {name}")
     return saved
 
 

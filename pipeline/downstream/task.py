@@ -69,12 +69,12 @@ class FinetuneTask(Task):
         self.soften = soften
         self.job, self.kind, self.part = job, job.kind, Part(rank, world)
         config = job.config
+        self.seed = config.seed
         train = self.kind.open(config, "train")
         assert train is not None
         self.train: Examples = train
-        self.val = self.kind.open(config, "val")
+        self.val = self.kind.open(config, "val", train.classes)
         self.module = build_model(job, train.classes)
-        torch.manual_seed(config.seed + rank)
         self.sampler = make_sampler(config, train, self.part)
 
     def steps(self, epoch: int) -> int:

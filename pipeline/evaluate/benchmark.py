@@ -53,10 +53,15 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
     check(config)
     torch.set_num_threads(config.threads)
     models = {text: create_model(text) for text in config.models}
+    counted = {
+        (name, form, size): counts
+        for size in config.sizes
+        for name, model in models.items()
+        for form, counts in _costs(name, model, config, size)
+    }
     rows: list[Row] = []
     groups = [(s, b, p) for s in config.sizes for b in config.batch_sizes for p in config.precisions]
     for size, batch, precision in tqdm(groups, desc="benchmark", unit="group", disable=len(groups) == 1):
-        counted = {(name, form): c for name, model in models.items() for form, c in _costs(name, model, config, size)}
         images = torch.randn(batch, 3, size, size, device=config.device)
         calls = {
             (name, form): runner(model.to(config.device), form, images, precision, config.threads)
@@ -65,7 +70,7 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
         }
         timings = interleave(calls, lambda key: (config.reference, key[1]), config.rounds)
         for (name, form), timing in timings.items():
-            counts = counted[name, form]
+            counts = counted[name, form, size]
             rows.append(Row(name, form, config.device, precision, config.threads, batch, size, counts, timing))
     return rows
 
@@ -130,7 +135,7 @@ def check(config: BenchmarkConfig) -> None:
 
 
 def _costs(name: str, model: nn.Module, config: BenchmarkConfig, size: int) -> Iterator[tuple[str, Cost]]:
-    model, images = model.cpu(), torch.zeros(1, 3, size, size)
+    images = torch.zeros(1, 3, size, size)
     try:
         as_trained = cost(model, images)
     except (RuntimeError, AssertionError) as error:

@@ -5,7 +5,7 @@ Imports neither Ray nor MLflow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,6 +77,16 @@ def count_correct(near: Neighbours, labels: Tensor, ks: Sequence[int], temperatu
     return correct
 
 
+def vote(found: Iterable[tuple[Neighbours, Tensor]], ks: Sequence[int], temperature: float) -> dict[int, float]:
+    """Top-1 accuracy in percent for every k, from the neighbours of some queries at a time and the labels [M] of these."""
+    correct, queries = dict.fromkeys(ks, 0), 0
+    for near, labels in found:
+        queries += len(labels)
+        for k, count in count_correct(near, labels, ks, temperature).items():
+            correct[k] += count
+    return {k: 100 * count / queries for k, count in correct.items()}
+
+
 def knn_accuracies(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int], temperature: float
 ) -> dict[int, float]:
@@ -94,12 +104,8 @@ def knn_accuracies(
     bank, bank_labels = labelled(bank, bank_labels)
     queries, query_labels = labelled(queries, query_labels)
     near = nearest(bank, bank_labels, queries, max(ks))
-    correct = dict.fromkeys(ks, 0)
-    chunks = (near.similarity.split(QUERY_CHUNK), near.labels.split(QUERY_CHUNK), query_labels.split(QUERY_CHUNK))
-    for similarity, found, labels in zip(*chunks, strict=True):
-        for k, count in count_correct(Neighbours(similarity, found), labels, ks, temperature).items():
-            correct[k] += count
-    return {k: 100 * count / len(queries) for k, count in correct.items()}
+    chunks = zip(*(part.split(QUERY_CHUNK) for part in (*near, query_labels)), strict=True)
+    return vote(((Neighbours(*found), labels) for *found, labels in chunks), ks, temperature)
 
 
 def knn_accuracy(

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.reader import NO_LABEL, read_summaries
-from pipeline.evaluate.knn import Neighbours, count_correct, labelled, merge, nearest
+from pipeline.evaluate.knn import Neighbours, labelled, merge, nearest, vote
 from pipeline.prefetch import map_ahead
 
 BLOCK = 8192
@@ -69,13 +69,9 @@ def search_knn(
     """
     queries, labels = labelled(*read_summaries(val, teacher))
     search = _searching(train, teacher, max(ks), placement or _placement(train.shards))
-    correct = dict.fromkeys(ks, 0)
     with ThreadPoolExecutor(1) as pool:  # the next block is searched while this one votes
         found = map_ahead(pool, search, queries.split(BLOCK), ahead=1)
-        for near, expected in zip(found, labels.split(BLOCK), strict=True):
-            for k, count in count_correct(near, expected, ks, temperature).items():
-                correct[k] += count
-    return {k: 100 * count / len(queries) for k, count in correct.items()}
+        return vote(zip(found, labels.split(BLOCK), strict=True), ks, temperature)
 
 
 def _searching(train: Dataset, teacher: CachedTeacher, k: int, placement: Placement) -> Callable[[Tensor], Neighbours]:

@@ -34,8 +34,9 @@ def runner(model: nn.Module, form: Form, images: Tensor, precision: Precision, t
     Raises:
         UserError: ONNX Runtime with another precision or device than float32 on the CPU.
     """
+    model = copy.deepcopy(model)
     if form != "eager":
-        model = inference_form(copy.deepcopy(model), images[:1])
+        model = inference_form(model, images[:1])
     if form == "onnx":
         return _onnx_runner(model, images, precision, threads)
     model, images = model.to(DTYPES[precision]), images.to(DTYPES[precision])

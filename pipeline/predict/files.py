@@ -44,7 +44,8 @@ def write_predictions(predictor: Predictor, paths: Sequence[Path], folder: Path)
         The files and folders that were written.
 
     Raises:
-        UserError: where the folder cannot be made, or naming an image that cannot be read.
+        UserError: where the folder cannot be made, or naming an image that cannot be read, unless `predictor.unreadable`
+            takes those.
     """
     assert predictor.task is not None
     try:
@@ -56,7 +57,7 @@ def write_predictions(predictor: Predictor, paths: Sequence[Path], folder: Path)
 
 def _classes(predictor: Predictor, paths: Sequence[Path], folder: Path) -> list[Path]:
     rows = []
-    for number, path, best in _each(paths, predictor.classify([*paths])):
+    for number, path, best in _each(predictor, paths, predictor.classify([*paths])):
         rows.append({"path": str(path), "top": [{"class": name, "probability": share} for name, share in best]})
         image = opened(path)
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
@@ -69,7 +70,7 @@ def _maps(predictor: Predictor, paths: Sequence[Path], folder: Path) -> list[Pat
     (folder / "labels").mkdir(exist_ok=True)
     colours = palette(len(predictor.classes)).ravel().tolist()
     rows = []
-    for number, path, labels in _each(paths, predictor.segment([*paths])):
+    for number, path, labels in _each(predictor, paths, predictor.segment([*paths])):
         file = folder / "labels" / _name(number, path)
         numbers = Image.fromarray(labels.numpy().astype(np.uint8), mode="P")
         numbers.putpalette(colours)
@@ -84,7 +85,7 @@ def _maps(predictor: Predictor, paths: Sequence[Path], folder: Path) -> list[Pat
 def _objects(predictor: Predictor, paths: Sequence[Path], folder: Path) -> list[Path]:
     categories = [{"id": number + 1, "name": name} for number, name in enumerate(predictor.classes)]
     images, results = [], []
-    for number, path, found in _each(paths, predictor.detect([*paths])):
+    for number, path, found in _each(predictor, paths, predictor.detect([*paths])):
         image = to_tensor(opened(path))
         size = {"width": image.shape[2], "height": image.shape[1]}
         images.append({"id": number + 1, "file_name": str(path), **size})
@@ -118,9 +119,11 @@ def _drawn(image: Tensor, found: Objects, classes: int) -> Tensor:
     return draw_objects(image, Drawn(found.boxes[shown], found.labels[shown] + 1, masks), names, classes)
 
 
-def _each(paths: Sequence[Path], predictions: Iterator[Any]) -> Iterator[tuple[int, Path, Any]]:
-    pairs = tqdm(zip(paths, predictions, strict=True), total=len(paths), unit="image", desc="predict", leave=False)
-    for number, (path, prediction) in enumerate(pairs):
+def _each(predictor: Predictor, paths: Sequence[Path], predictions: Iterator[Any]) -> Iterator[tuple[int, Path, Any]]:
+    # Predictions first: with one it is known which files before its own were passed over.
+    pairs = zip(predictions, predictor.readable(paths), strict=True)
+    bar = tqdm(pairs, total=len(paths), unit="image", desc="predict", leave=False)
+    for number, (prediction, path) in enumerate(bar):
         yield number, path, prediction
 
 

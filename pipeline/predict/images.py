@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from pipeline.downstream.images import image_files
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
-from pipeline.sources.base import IMAGE_EXTENSIONS
-from pipeline.views import decode_image
+from pipeline.views import decode_image, to_rgb
 
 Images = str | Path | np.ndarray | Image.Image | Sequence[Any]
 """An image file, a folder of them, an RGB array uint8 [H, W, 3], a PIL image, or a list of these."""
@@ -26,7 +25,7 @@ THREADS = 4
 
 
 def list_images(images: Images) -> list[One]:
-    """Every image once: folders as the sorted image files below them, lists in their order.
+    """Every image once: folders as the sorted image files below them but hidden ones, lists in their order.
 
     Raises:
         UserError: for a path that is not there, a folder without images, or an empty list.
@@ -50,11 +49,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            below = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-            images = [file for file in below if file.suffix.lower() in IMAGE_EXTENSIONS]
-            if not images:
-                raise UserError(f"{path}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}")
-            found += images
+            found += image_files(path)
         elif path.is_file():
             found.append(path)
         else:
@@ -62,14 +57,30 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def decoded(images: Sequence[One], ahead: int) -> Iterator[Image.Image]:
+def decoded(images: Sequence[One], ahead: int, unreadable: dict[Path, str] | None = None) -> Iterator[Image.Image]:
     """Upright RGB pixels of each image, decoded in threads ahead of use.
+
+    Args:
+        unreadable: takes the reason by file for each that cannot be read, which is passed over; None: that raises.
 
     Raises:
         UserError: naming an image that cannot be read.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from map_ahead(pool, opened, images, ahead)
+        for image, result in zip(images, map_ahead(pool, _attempt, images, ahead), strict=True):
+            if isinstance(result, Image.Image):
+                yield result
+            elif isinstance(image, Path) and unreadable is not None:
+                unreadable[image] = str(result)
+            else:
+                raise result
+
+
+def _attempt(image: One) -> Image.Image | UserError:
+    try:
+        return opened(image)
+    except UserError as error:
+        return error
 
 
 def opened(image: One) -> Image.Image:
@@ -78,13 +89,13 @@ def opened(image: One) -> Image.Image:
     Raises:
         UserError: naming an image that cannot be read, or what is wrong with an array.
     """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(f"an array must be RGB uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
         return Image.fromarray(image)
     try:
+        if isinstance(image, Image.Image):
+            return to_rgb(ImageOps.exif_transpose(image))
         return decode_image(image.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{image}: {error}") from error

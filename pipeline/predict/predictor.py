@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.predict.images import Images, decoded, list_images
 from pipeline.rendering import render
 from pipeline.student.loading import load_any
+from pipeline.student.model import Encoder
 from pipeline.views import FULL
 
 
@@ -57,6 +59,8 @@ class Predictor:
     Attributes:
         task: ``classify``, ``segment`` or ``detect``; None of a backbone.
         classes: names by number; empty for a backbone.
+        unreadable: reasons by file for those that could not be read and were passed over; None, as at first: the first
+            that cannot be read raises.
 
     Raises:
         UserError: for a device that is not there.
@@ -81,6 +85,7 @@ class Predictor:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device}: {str(error).splitlines()[0]}") from error
         self.encoder = saved.encoder if saved else self.model
+        self.unreadable: dict[Path, str] | None = None
 
     @torch.inference_mode()
     def features(self, images: Images) -> Tensor:
@@ -95,7 +100,7 @@ class Predictor:
         while batch := list(islice(pixels, self.batch_size)):
             stacked = torch.from_numpy(np.stack(batch)).to(self.device)
             parts.append(self.encoder(stacked / 255).float().cpu())
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.empty(0, cast(Encoder, self.encoder).dim)
 
     def classify(self, images: Images, top: int = 5) -> Iterator[list[tuple[str, float]]]:
         """For every image the likeliest classes, best first: name and probability.
@@ -156,7 +161,12 @@ class Predictor:
             yield Objects(found["boxes"], numbers, names, found["scores"], masks)
 
     def _decoded(self, images: Images) -> Iterator[Image.Image]:
-        return decoded(list_images(images), ahead=2 * self.batch_size if self.task in (None, "classify") else 4)
+        ahead = 2 * self.batch_size if self.task in (None, "classify") else 4
+        return decoded(list_images(images), ahead, self.unreadable)
+
+    def readable(self, paths: Sequence[Path]) -> Iterator[Path]:
+        """The files among these that have not been passed over as unreadable, each looked up as it is asked for."""
+        return (path for path in paths if path not in (self.unreadable or ()))
 
     def must_be(self, task: str) -> None:
         """Refuse another task than the model's.

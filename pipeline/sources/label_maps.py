@@ -20,6 +20,9 @@ from pipeline.views import image_size, read_label_map
 IGNORE = -1
 """Label of a pixel that has none."""
 
+UNLABELLED = 255
+"""Value of a mask file for the same, beside 0."""
+
 _MASK_FOLDERS = ("annotations", "masks")
 
 
@@ -39,7 +42,7 @@ class LabelMaps(Protocol):
 
 @dataclass(frozen=True)
 class MaskFolder:
-    """`<masks>/<path of the image>.png`: 0 is ignored, value v is class v - 1, as in ADE20K's SceneParse150.
+    """`<masks>/<path of the image>.png`: 0 and 255 are ignored, else value v is class v - 1, as in ADE20K's SceneParse150.
 
     Attributes:
         images: folder of the images.
@@ -59,16 +62,17 @@ class MaskFolder:
         """See :class:`LabelMaps`."""
         path = self.path(sample_id)
         try:
-            return read_label_map(path).astype(np.int64) - 1
+            values = read_label_map(path).astype(np.int64)
         except ValueError as error:
             raise UserError(f"{path}: no readable mask of {self.images}/{sample_id}: {error}") from error
+        return np.where(values == UNLABELLED, IGNORE, values - 1)
 
     def check(self) -> int:
         """See :class:`LabelMaps`; a mask must be as large as its upright image."""
         with ThreadPoolExecutor(8) as pool:
             largest = max(pool.map(self._largest, self.sample_ids))
         if largest == IGNORE:
-            raise UserError(f"{self.masks}: every pixel is 0 (ignored); classes count from 1")
+            raise UserError(f"{self.masks}: every pixel is 0 or 255 (ignored); classes count from 1")
         return largest + 1
 
     def _largest(self, sample_id: str) -> int:

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from pipeline.errors import UserError
-from pipeline.student.model import Encoder, create_backbone, load_encoder
+from pipeline.student.model import Encoder, create_backbone, described_encoder, load_encoder
 from teachers.base import TeacherError, WeightsNotFoundError
 from teachers.weights import check_keys, from_hub, parse_weights, read_checkpoint
 
@@ -64,18 +64,18 @@ def load_any(
         student: an exported folder or its address (`s3://...`), an MLflow URI (`models:/...`, `runs:/...`), or a name of
             timm: `regla_m`, `timm/<name>`.
         weights: of a timm model: `pretrained`, `random[:seed]`, or the path of a file whose keys all fit.
-        args: of a timm model, for `timm.create_model`.
+        args: for `timm.create_model`; those of an exported student beside the ones that it was built with.
         tracking_uri: of the MLflow store.
 
     Raises:
-        UserError: where it is none of these, or its weights cannot be had.
+        UserError: where it is none of these, or its weights cannot be had, or do not fit what `args` make of it.
     """
     if is_model_uri(student):
         from pipeline.tracking import download_student
 
-        return _from_folder(download_student(student, tracking_uri))
+        return _from_folder(download_student(student, tracking_uri), args or {})
     if (folder := named_folder(student)).is_dir():
-        return _from_folder(folder)
+        return _from_folder(folder, args or {})
     if student.startswith("timm/") or timm.is_model(student):
         encoder, known = _from_timm(student, weights, args or {}), {"weights": weights}
         return Loaded(encoder, student.removeprefix("timm/"), None, args or {}, known)
@@ -86,12 +86,26 @@ def load_any(
     )
 
 
-def _from_folder(folder: Path) -> Loaded:
+def _from_folder(folder: Path, args: Mapping[str, Any]) -> Loaded:
     encoder = load_encoder(folder)
     described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    if args:
+        described["args"] |= args
+        encoder = _rebuilt(encoder, described, folder)
     origin = folder / "provenance.json"
     known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
     return Loaded(encoder, described["model"], described.get("input_size"), described["args"], known, folder)
+
+
+def _rebuilt(encoder: Encoder, described: Mapping[str, Any], folder: Path) -> Encoder:
+    """A network of other arguments with the same weights."""
+    try:
+        rebuilt = described_encoder(described)
+        rebuilt.load_state_dict(encoder.state_dict())
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"student.args: the weights of {folder} do not fit {described['args']}: {reason}") from error
+    return rebuilt.eval()
 
 
 def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> Encoder:

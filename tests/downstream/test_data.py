@@ -47,6 +47,13 @@ def _drop_masks(dataset):
         entry.pop("segmentation")
 
 
+def test_hidden_files_are_no_images(drawn):
+    (drawn / "images/train/._drawing0.png").write_bytes(b"of macOS")
+    (drawn / "images/train/.thumbnails").mkdir()
+    (drawn / "images/train/.thumbnails/drawing0.png").write_bytes(b"small")
+    assert masked(drawn).names == [f"drawing{number}.png" for number in range(4)]
+
+
 def test_good_sets_pass_without_a_note(drawn):
     assert masked(drawn).check() == []
     assert coco(drawn).check() == []
@@ -174,6 +181,8 @@ def test_a_missing_box_is_that_of_its_mask(drawn):
         (lambda d: d["annotations"][1].update(category_id=99), r"annotation 2 .* has category 99"),
         (lambda d: d["annotations"][1].update(image_id=99), "annotation 2 is of image 99"),
         (lambda d: d["images"][1].pop("width"), "drawing1.png has no width"),
+        (lambda d: d["images"][1].update(id="2"), "drawing1.png has id '2', which must be a whole number"),
+        (lambda d: d["categories"][1].pop("name"), "instances_train.json: category .* has no name"),
         (lambda d: d.pop("categories"), "no COCO annotations"),
     ],
 )

@@ -10,10 +10,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from jobs import evaluate
 from pipeline.downstream.classify import classification_metrics
-from pipeline.downstream.coco_eval import NUMBERS, average_precision, coco_index
+from pipeline.downstream.coco_eval import NUMBERS, average_precision, coco_index, evaluate_files
 from pipeline.downstream.detect import detections
 from pipeline.downstream.masks import IGNORE
 from pipeline.downstream.segment import segmentation_metrics
+from pipeline.errors import UserError
 
 
 def _maps(classes, absent=()):
@@ -73,6 +74,9 @@ def test_the_published_example_results_give_the_published_numbers(kind, shared_d
         assert figures[f"{kind}/{name}"] == pytest.approx(value, abs=5.1e-4)
 
 
+SHEET = {"id": 1, "width": 60, "height": 40}
+
+
 def _truth(boxes):
     annotations = []
     for number, (left, top, width, height) in enumerate(boxes):
@@ -82,8 +86,7 @@ def _truth(boxes):
             {"id": number + 1, "image_id": 1, "category_id": 4, "bbox": [left, top, width, height], "iscrowd": 0}
             | {"area": width * height, "segmentation": rle.encode(np.asfortranarray(mask))}
         )
-    images = [{"id": 1, "width": 60, "height": 40}]
-    return coco_index({"images": images, "annotations": annotations, "categories": [{"id": 4, "name": "thing"}]})
+    return coco_index({"images": [SHEET], "annotations": annotations, "categories": [{"id": 4, "name": "thing"}]})
 
 
 def test_a_perfect_detector_scores_one_on_boxes_and_masks():
@@ -104,6 +107,48 @@ def test_a_perfect_detector_scores_one_on_boxes_and_masks():
         assert scores.per_category == {4: pytest.approx(1)}
 
 
+SQUARE = {"image_id": 1, "category_id": 4, "bbox": [10, 5, 20, 10]}
+POLYGON = {"segmentation": [[10, 5, 30, 5, 30, 15, 10, 15]]}
+
+
+@pytest.mark.parametrize("entry", [SQUARE | {"id": 0}, SQUARE, SQUARE | POLYGON], ids=["id 0", "box alone", "polygon"])
+def test_annotations_match_whatever_they_are_numbered_and_leave_out(entry):
+    dataset = {"images": [SHEET], "annotations": [entry], "categories": [{"id": 4, "name": "thing"}]}
+    given = dict(entry)
+    scores = average_precision(coco_index(dataset), [SQUARE | {"score": 0.9}], "bbox")
+    assert scores.numbers["AP"] == pytest.approx(1)
+    assert scores.numbers["AP_small"] == pytest.approx(1)  # by an area of 200
+    assert entry == given
+
+
+@pytest.mark.parametrize(
+    ("truth", "results", "expected"),
+    [
+        ({"annotations": [SQUARE | {"category_id": 5}]}, [], r"truth.json: annotation 1 \(1\) has category 5"),
+        ({"categories": [{"id": 4}]}, [], r"truth.json: category {'id': 4} has no name"),
+        ({"categories": [{"id": "4", "name": "thing"}]}, [], "category thing has id '4', which must be a whole number"),
+        ({"images": [SHEET, SHEET]}, [], "repeats id 1"),
+        ({"annotations": [SQUARE]}, [SQUARE | POLYGON | {"score": 1}], "annotation 1 has no segmentation to hold"),
+    ],
+)
+def test_annotations_that_results_cannot_be_held_against_are_named(truth, results, expected, tmp_path):
+    whole = {"images": [SHEET], "annotations": [], "categories": [{"id": 4, "name": "thing"}], **truth}
+    (tmp_path / "truth.json").write_text(json.dumps(whole))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=expected):
+        evaluate_files(tmp_path / "truth.json", tmp_path / "results.json")
+
+
+def test_results_are_scored_against_annotations_without_crowd_flags_and_areas(tmp_path):
+    truth = {"images": [SHEET], "annotations": [SQUARE | POLYGON], "categories": [{"id": 4, "name": "thing"}]}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (runs,) = rle.frPyObjects(POLYGON["segmentation"], 40, 60)
+    mask = {"segmentation": {**runs, "counts": runs["counts"].decode()}}
+    (tmp_path / "results.json").write_text(json.dumps([SQUARE | mask | {"score": 0.9}]))
+    scores = evaluate_files(tmp_path / "truth.json", tmp_path / "results.json")
+    assert {kind: score.numbers["AP"] for kind, score in scores.items()} == pytest.approx({"bbox": 1, "segm": 1})
+
+
 def test_no_detections_score_zero():
     assert average_precision(_truth([(10, 5, 20, 10)]), [], "bbox").numbers["AP"] == 0
 
@@ -119,7 +164,7 @@ def test_no_detections_score_zero():
 )
 def test_a_results_file_that_does_not_fit_is_refused(results, expected, tmp_path, capsys):
     (tmp_path / "truth.json").write_text(
-        json.dumps({"images": [{"id": 1}], "annotations": [], "categories": [{"id": 4, "name": "thing"}]})
+        json.dumps({"images": [SHEET], "annotations": [], "categories": [{"id": 4, "name": "thing"}]})
     )
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
 """Order, schedule, starting weights, resume and workers of fine-tuning."""
 
+import colorsys
 import io
 import json
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision import tv_tensors
 
 from pipeline.config import load_config
 from pipeline.downstream.backbone import FrozenEncoder, find_start, load_start
@@ -17,6 +19,7 @@ from pipeline.downstream.sampling import Sampler, prepare, seeded
 from pipeline.downstream.saved import load_model
 from pipeline.downstream.schedule import make_schedule
 from pipeline.downstream.segment import slide
+from pipeline.downstream.segment import training_transform as training_colours
 from pipeline.downstream.task import FinetuneTask, epoch_steps
 from pipeline.errors import UserError
 from pipeline.student.model import save_encoder
@@ -82,6 +85,26 @@ def test_seeding_leaves_the_generators_as_they_were():
         assert (torch.rand(2).equal(first[0]), np.random.rand()) == (True, first[1])
     assert np.array_equal(np.random.get_state()[1], before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_forward_draws_by_the_seed_as_the_starting_weights_do(make_job):
+    first, other = (FinetuneTask(make_job("classify", f"seed={seed}", folder=f"seed{seed}")) for seed in (0, 5))
+    assert (first.seed, other.seed) == (0, 5)
+    assert not torch.equal(first.module.head.weight, other.module.head.weight)
+
+
+def test_colours_are_distorted_as_in_mmsegmentation():
+    config = load_config(None, ["segment.size=32", "student.input_size=32", "segment.scales=[1, 1]"])
+    augment, red = training_colours(config), torch.zeros(3, 32, 32, dtype=torch.uint8)
+    red[0] = 200
+    hues = []
+    for seed in range(40):
+        with seeded(seed):
+            image, _ = augment(tv_tensors.Image(red), tv_tensors.Mask(torch.zeros(32, 32)))
+        assert image.float().mean((1, 2)).argmax() == 0  # channels that change places would make it green or blue
+        hues.append(colorsys.rgb_to_hsv(*(image[:, 0, 0] / 255).tolist())[0])
+    turned = [min(hue, 1 - hue) for hue in hues]
+    assert 0.06 < max(turned) < 0.102
 
 
 def _refuse(item):
@@ -179,6 +202,18 @@ def test_dense_tasks_refuse_a_backbone_without_a_pyramid(make_job):
     job = make_job("segment", "student.name=timm/vit_tiny_patch16_224", "student.args={img_size: 48, depth: 2}")
     with pytest.raises(UserError, match="maps at strides 16; segmentation and detection need 4, 8, 16, 32"):
         FinetuneTask(job)
+
+
+def test_anchors_and_proposals_stay_in_float32_under_autocast(make_job):
+    task = FinetuneTask(make_job("detect"))
+    rpn, seen = task.module.rpn, []
+    rpn.anchor_generator.register_forward_hook(lambda module, inputs, anchors: seen.extend(anchors))
+    rpn.register_forward_hook(lambda module, inputs, output: seen.extend(output[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = task.loss(task.module.train(), next(iter(task.batches(0, 0))), torch.device("cpu"))
+    assert [boxes.dtype for boxes in seen] == [torch.float32] * 8
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in task.module.parameters() if p.grad is not None)
 
 
 def test_evaluation_writes_tables_and_pictures(make_job):

@@ -10,6 +10,8 @@ import torch
 from jobs import benchmark
 from pipeline.config import load_config
 from pipeline.errors import UserError
+from pipeline.evaluate import benchmark as measuring
+from pipeline.evaluate.cost import cost
 
 MODELS = ["regla_t", "mobilenetv3_small_050"]
 
@@ -57,7 +59,9 @@ def test_onnx_runtime_and_a_model_with_arguments(tmp_path):
     assert set(figures["latency"]) == {"regla_t/onnx/float32/1x32", f"{short}/onnx/float32/1x32"}
 
 
-def test_half_precision_and_larger_batches(tmp_path):
+def test_half_precision_and_larger_batches_are_counted_once(tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(measuring, "cost", lambda model, images: counted.append(images.shape) or cost(model, images))
     config = configured(
         tmp_path,
         "benchmark.models=[regla_t]",
@@ -68,6 +72,7 @@ def test_half_precision_and_larger_batches(tmp_path):
     )
     figures = benchmark.main(config, dry_run=False)
     assert set(figures["latency"]) == {"regla_t/fused/bfloat16/1x32", "regla_t/fused/bfloat16/2x32"}
+    assert counted == [(1, 3, 32, 32)] * 2  # as trained, and in its inference form
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """Fine-tuning on the real Ray with a real MLflow store, from a distilled student's folder to a model that is evaluated."""
 
-from functools import partial
+import json
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from jobs import finetune
-from jobs._downstream import evaluate_saved
+from jobs import evaluate, finetune
 from pipeline.downstream.saved import load_model
 from tests.downstream.conftest import SMALL
 
@@ -15,7 +14,7 @@ ARGUMENTS = [*SMALL, "name=seg", "finetune.task=segment", "train.epochs=1", "tra
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_two_workers_fine_tune_a_model_that_keeps_its_scores(tmp_path, job):
+def test_two_workers_fine_tune_a_model_that_keeps_its_scores(tmp_path, job, capsys):
     arguments = [*ARGUMENTS, f"work={tmp_path}/work"]
     text, figures = job(finetune.main, *arguments)
     assert "segment, 11 classes" in text
@@ -27,9 +26,14 @@ def test_two_workers_fine_tune_a_model_that_keeps_its_scores(tmp_path, job):
     assert len(client.get_metric_history(child.info.run_id, "loss")) == 2
     logged = {file.path for file in client.list_artifacts(child.info.run_id, "evaluation")}
     assert {"evaluation/per_class.csv", "evaluation/confusion.png", "evaluation/pictures"} <= logged
+    scenes = [override for override in SMALL if override.startswith("data.samples")]  # all else the model knows
     for model in ("models:/seg-segment@best", figures["model"]):
-        _, evaluated = job(partial(evaluate_saved, "segment"), *arguments, f"evaluate.model={model}")
+        evaluate.start(["segment", f"work={tmp_path}/work", *scenes, f"evaluate.model={model}"])
+        evaluated = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert evaluated["miou"] == pytest.approx(figures["miou"], abs=1e-3)
+    folders = {folder.name for folder in (tmp_path / "work/runs").glob("segment-evaluate-*")}
+    assert len(folders) == 2
+    assert not any(name.endswith("-2") for name in folders)  # else one could go on with what the other has left
     assert figures["registered"] == "models:/seg-segment/1"
     assert client.get_model_version_by_alias("seg-segment", "best").tags["metric"] == "miou"
     origin = load_model(Path(figures["model"])).provenance

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,7 +9,7 @@ from PIL import Image
 
 from jobs import export, predict
 from pipeline.errors import UserError
-from pipeline.predict import load_predictor
+from pipeline.predict import images, load_predictor
 from pipeline.rendering import render
 from pipeline.student.loading import load_any
 from pipeline.views import FULL, decode_image
@@ -31,14 +32,18 @@ def predictor():
 
 @pytest.fixture
 def command(capsys):
-    """Run a job's `main`; gives its exit code, and the figures of its last line or its error."""
+    """Run a job's `main`; gives its exit code, and the figures of its last line, or beside code 2 its error."""
 
     def start(job, *arguments):
         try:
             job.main([str(argument) for argument in arguments])
         except SystemExit as exit_:
-            return exit_.code, capsys.readouterr().err.strip()
-        return 0, json.loads(capsys.readouterr().out.splitlines()[-1])
+            code = exit_.code
+        else:
+            code = 0
+        printed = capsys.readouterr()
+        start.error = printed.err.strip()
+        return code, start.error if code == 2 else json.loads(printed.out.splitlines()[-1])
 
     return start
 
@@ -58,6 +63,23 @@ def test_files_folders_arrays_and_lists_give_the_features_of_the_encoder(photos,
     array = np.array(Image.open(paths[0]))
     mixed = predictor.features([array, paths[1], [Image.open(paths[2]), photos / "class1"]])
     assert torch.allclose(mixed, expected[[0, 1, 2, 3, 4]], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_a_pil_image_is_turned_upright_and_keeps_its_high_byte_as_its_file_does(predictor, tmp_path, mode):
+    levels = np.linspace(0, 60000, 40 * 60).reshape(40, 60).astype(np.uint16)
+    image = (
+        Image.fromarray(levels) if mode == "I;16" else Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
+    )
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as opened:
+        assert np.array_equal(np.array(images.opened(opened)), np.array(images.opened(tmp_path / "photo.png")))
+        assert opened.size == (60, 40)
+    assert images.opened(tmp_path / "photo.png").size == (40, 60)
+    with pytest.raises(UserError, match="floating-point pixels have no known range"):
+        predictor.features(Image.new("F", (8, 8)))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +115,27 @@ def test_the_job_writes_paths_and_features(photos, tmp_path, command, ending):
     rows = pq.read_table(file).to_pylist() if ending == "parquet" else json.loads(file.read_text())
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert torch.allclose(torch.tensor([row["features"] for row in rows]), expected_features(paths), atol=1e-5)
+
+
+def test_the_job_leaves_out_and_names_what_cannot_be_read(photos, tmp_path, command):
+    shutil.copytree(photos, tmp_path / "photos")
+    paths = sorted((tmp_path / "photos").rglob("*.jpg"))
+    (tmp_path / "photos/._photo.jpg").write_bytes(b"of macOS")
+    for path in (broken := [paths[0], paths[4]]):
+        path.write_bytes(path.read_bytes()[:300])
+    readable, file = [path for path in paths if path not in broken], tmp_path / "features.parquet"
+    arguments = [NAME, tmp_path / "photos", "--weights", "random", "--size", 64, "--to", file, "--device", "cpu"]
+    code, figures = command(predict, *arguments)
+    assert (code, figures["images"], figures["unreadable"]) == (1, 5, [str(path) for path in broken])
+    for path in broken:
+        assert f"left out: {path}: cannot be decoded" in command.error
+    rows = pq.read_table(file).to_pylist()
+    assert [row["path"] for row in rows] == [str(path) for path in readable]
+    assert torch.allclose(torch.tensor([row["features"] for row in rows]), expected_features(readable), atol=1e-5)
+    for path in readable:
+        path.write_bytes(b"")
+    assert command(predict, *arguments)[1]["images"] == 0
+    assert pq.read_table(file).num_rows == 0
 
 
 def test_the_export_job_writes_a_folder_that_predict_takes(photos, tmp_path, command):

@@ -1,6 +1,7 @@
 """Fine-tuned models on images of one's own: what the API gives is what the model says, and what the job writes is that."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -113,6 +114,24 @@ def test_detections_are_written_in_cocos_results_format_beside_their_images(phot
             assert entry["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=1e-3)
             assert np.array_equal(truth.annToMask({**entry, "image_id": image["id"]}), mask.numpy())
     assert len(pictures(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("task", DOWNSTREAM)
+def test_images_that_cannot_be_read_are_left_out_of_the_predictions(task, photos, models, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "photos")
+    paths = find_images([tmp_path / "photos"])
+    for path in (broken := [paths[0], paths[3]]):
+        path.write_bytes(b"none")
+    readable, whole, part = [path for path in paths if path not in broken], tmp_path / "whole", tmp_path / "part"
+    run(capsys, models / task, *readable, "--to", whole)
+    with pytest.raises(SystemExit) as exit_:
+        run(capsys, models / task, tmp_path / "photos", "--to", part)
+    printed = capsys.readouterr()
+    assert (exit_.value.code, printed.err.count("not an image in a known format")) == (1, 2)
+    figures = json.loads(printed.out.splitlines()[-1])
+    assert (figures["images"], figures["unreadable"]) == (3, [str(path) for path in broken])
+    assert (part / "predictions.json").read_text() == (whole / "predictions.json").read_text()
+    assert pictures(part) == pictures(whole)
 
 
 def test_features_of_a_fine_tuned_model_are_those_of_its_backbone(photos, models, tmp_path, capsys):

@@ -191,9 +191,13 @@ def test_a_fine_tuned_classifier_keeps_its_classes_and_its_way_with_images(name,
     assert "Classes, by number: ant, bee, cow." in (tmp_path / "README.md").read_text()
 
 
-def test_a_classifier_that_timm_has_no_place_for_is_named(tmp_path, live):
-    with pytest.raises(UserError, match="mobilenetv4_conv_small_035 has other layers between its last map"):
-        ship(pack_classifier(classifier(SMALL, live, {})), ["hf"], tmp_path)
+@pytest.mark.parametrize(
+    ("name", "args"), [(SMALL, {}), ("timm/test_convnext", {}), ("timm/test_vit", {"img_size": 64})]
+)
+def test_a_classifier_that_timm_has_no_place_for_is_named(name, args, tmp_path, live):
+    expected = rf"hf: timm's {name} has other layers between its last map .*: --format safetensors torch_export onnx"
+    with pytest.raises(UserError, match=expected.replace("timm/", "")):
+        ship(pack_classifier(classifier(name, live, args)), ["hf"], tmp_path)
 
 
 def test_what_differs_from_eager_is_not_shipped(tmp_path, monkeypatch):

@@ -46,6 +46,12 @@ def test_zero_is_ignored_and_classes_count_from_one(layout, masks):
     assert maps.check() == 150
 
 
+def test_255_is_ignored_as_in_fine_tuning(layout):
+    maps = layout(mask=np.array([[255, 1, 0], [2, 255, 255]], np.uint8))
+    assert maps.read("photo1.jpg").tolist() == [[IGNORE, 0, IGNORE], [1, IGNORE, IGNORE]]
+    assert maps.check() == 150
+
+
 def test_an_image_turned_by_exif_has_an_upright_mask(layout):
     assert layout(turned=True).check() == 150
 
@@ -86,7 +92,7 @@ def test_masks_without_any_class_are_refused(layout, tmp_path):
     maps = layout()
     for mask in (tmp_path / "ade/annotations/training").iterdir():
         Image.fromarray(VALUES * 0).save(mask)
-    with pytest.raises(UserError, match="every pixel is 0"):
+    with pytest.raises(UserError, match="every pixel is 0 or 255"):
         maps.check()
 
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import DropPath
 
 from pipeline.errors import UserError
 from pipeline.student.loading import load_any
@@ -32,6 +33,29 @@ def test_an_exported_folder_brings_its_size(exported):
     images = torch.rand(2, 3, 64, 64)
     assert (loaded.name, loaded.input_size) == (NAME, 64)
     assert torch.equal(loaded.encoder(images), encoder(images))
+
+
+def test_arguments_join_those_that_an_exported_student_was_built_with(exported):
+    folder, encoder = exported
+    loaded = load_any(str(folder), args={"drop_path_rate": 0.5})
+    assert loaded.args == {"num_classes": 0, "drop_path_rate": 0.5}
+    drops = [module.drop_prob for module in loaded.encoder.modules() if isinstance(module, DropPath)]
+    assert max(drops) == pytest.approx(0.5, abs=0.1)
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(loaded.encoder(images), encoder(images))
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"in_chans": 4}, r"student\.args: the weights of .*student do not fit .*size mismatch"),
+        ({"sharpness": 1}, r"student\.args: .* refuses .*sharpness"),
+        ({"pretrained": True}, "args may not hold pretrained"),
+    ],
+)
+def test_arguments_that_the_weights_of_an_exported_student_do_not_fit_are_named(exported, args, expected):
+    with pytest.raises(UserError, match=expected):
+        load_any(str(exported[0]), args=args)
 
 
 def test_a_timm_name_takes_a_file_with_a_classifier(tmp_path):
