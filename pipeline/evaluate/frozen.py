@@ -33,7 +33,7 @@ class FrozenTeacher(Teacher):
         args = dict(options.args)
         self.grid: int | None = args.pop("grid", None)
         try:
-            self.encoder, name, *_ = load_any(weights=options.weights, **args)
+            self.encoder, name, _, built_with, *_ = load_any(weights=options.weights, **args)
         except UserError as error:
             raise TeacherError(str(error)) from error
         assert options.input_size is not None
@@ -56,7 +56,7 @@ class FrozenTeacher(Teacher):
             summary_dim=None,
             patch_dim=channels,
             grid=(height, width),
-            model_args=_normalisation(self.encoder),
+            model_args={**built_with, **_normalisation(self.encoder)},
         )
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
