@@ -17,11 +17,13 @@ import re
 import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -46,7 +48,14 @@ class Section(BaseModel):
 Share = Annotated[float, Field(ge=0, le=1)]
 """In [0, 1]."""
 
-Schedule = NonNegativeFloat | dict[Share, NonNegativeFloat]
+
+def _some_points(value: Any) -> Any:
+    if value == {}:
+        raise ValueError("a schedule has one point at least, such as {0: 1}")
+    return value
+
+
+Schedule = Annotated[NonNegativeFloat | dict[Share, NonNegativeFloat], AfterValidator(_some_points)]
 """A weight, or weights by the share of the training that is behind them, linear in between: {0: 1, 0.5: 0.2}."""
 
 
@@ -129,7 +138,9 @@ class StudentConfig(Section):
     args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
     token_dim: int = Field(256, ge=1, description="channels of the tokens that the neck fuses for the patch heads")
     taps: list[Literal[4, 8, 16, 32]] = Field(
-        [16, 32], min_length=1, description="strides of the pyramid that the neck fuses into tokens of stride 16"
+        [16, 32],
+        min_length=1,
+        description="strides of the pyramid that the neck fuses into tokens of stride 16; 16 is always among them",
     )
     head_dim: int = Field(1024, ge=1, description="hidden channels of the distillation heads")
     keep_heads: bool = Field(False, description="export neck and heads too, beside the student")
@@ -142,10 +153,13 @@ class LossConfig(Section):
         "mean_std", description="targets: by each channel's deviation, or rotated to one scale (PHI-S)"
     )
     patches: dict[str, NonNegativeFloat] = Field(
-        {"cosine": 0.9, "smooth_l1": 0.1}, description="weight of each loss of a patch: cosine, smooth_l1, mse"
+        {"cosine": 0.9, "smooth_l1": 0.1},
+        min_length=1,
+        description="weight of each loss of a patch: cosine, smooth_l1, mse",
     )
     summary: dict[str, NonNegativeFloat] = Field(
         {"cosine": 1.0},
+        min_length=1,
         description="weight of each loss of a summary: the same, and relation (to a queue of past ones)",
     )
     max_patches: int | None = Field(
@@ -184,9 +198,16 @@ class TrainConfig(Section):
     )
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: float = Field(1.5, ge=0, description="epochs of linear warm-up")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay; none on norms and biases")
+    weight_decay: float = Field(
+        0.05, ge=0, description="AdamW weight decay; none on norms, biases and what the network exempts"
+    )
     clip_grad: float = Field(1.0, gt=0, description="largest L2 norm of the gradient")
-    ema_decay: float = Field(0.9998, ge=0, lt=1, description="decay of the averaged student that is evaluated and kept")
+    ema_decay: float = Field(
+        0.9998,
+        ge=0,
+        lt=1,
+        description="decay of the averaged student that is evaluated and kept; (1 + steps) / (10 + steps) while that is less",
+    )
     workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = Field(
         0, description="training workers, or [least, most] as the cluster has them; 0: one per GPU, one without GPUs"
     )
@@ -521,6 +542,7 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
         if not equals or not key:
             raise UserError(f"'{override}' is neither a recipe (.yaml) nor an override (key=value), see --help")
         _assign(tree, key, _parse(override, text))
+        tree = _changed({}, tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -541,34 +563,51 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} must be a mapping of fields, such as `train: {{epochs: 5}}`")
-    if "base" not in tree:
-        return tree
-    base = path.parent / str(tree.pop("base"))
-    if base in (*above, path):
-        raise UserError(f"recipe {path}: base: {base} is based on this recipe itself")
-    whole = _read_recipe(base, (*above, path))
-    for key, value in _leaves(tree):
+    whole: dict[str, Any] = {}
+    if "base" in tree:
+        base = path.parent / str(tree.pop("base"))
+        if base in (*above, path):
+            raise UserError(f"recipe {path}: base: {base} is based on this recipe itself")
+        whole = _read_recipe(base, (*above, path))
+    return _changed(whole, tree)
+
+
+def _changed(whole: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A tree with the fields that another one gives, nested or dotted; in the tree, and in its phases, they are nested.
+
+    A field then has one place, where an override finds it.
+    """
+    for key, value in _leaves(changes):
         _assign(whole, key, value)
+    if isinstance(phases := whole.get("phases"), list):
+        whole["phases"] = [_changed({}, phase) if isinstance(phase, dict) else phase for phase in phases]
     return whole
 
 
 def _parse(override: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return _meant(yaml.safe_load(text))
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"override '{override}' is not valid YAML: {' '.join(str(error).split())}") from None
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(
+            f"override '{override}' is not valid YAML ({reason}); one with spaces or brackets is quoted for the shell"
+        ) from None
+
+
+def _meant(value: Any) -> Any:
+    """YAML says null for what `--help` calls none."""
+    return None if value == "none" else value
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of the fields that a tree gives, whether it nests its sections or has dotted keys itself."""
-    known = [name for name, *_ in iter_fields()]
     for name, value in tree.items():
         key = f"{prefix}{name}"
         section = re.sub(r"\.\d+(?=\.|$)", ".0", key) + "."
-        if isinstance(value, dict) and any(field.startswith(section) for field in known):
+        if isinstance(value, dict) and any(field.startswith(section) for field in _keys()):
             yield from _leaves(value, f"{key}.")
         else:
-            yield key, value
+            yield key, _meant(value)
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -597,22 +636,32 @@ def _child(node: Any, part: str, where: str) -> Any:
 
 
 def _explain(problem: Any) -> str:
-    location, kind = problem["loc"], problem["type"]
+    # pydantic also puts the types of a union into the path.
+    location, kind = [part for part in problem["loc"] if not re.search(r"[\[-]", str(part))], problem["type"]
     where = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
         return f"unknown key {where}" + _suggest(location)
     if kind == "missing":
         return f"{where} must be given"
     given = "" if isinstance(problem["input"], dict | list) else f", not {problem['input']!r}"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
+    message = re.sub(r" or instance of \w+", "", problem["msg"].removeprefix("Value error, "))
+    if where and message.startswith(f"{where}."):
+        return message
+    return f"{where}: {message[0].lower()}{message[1:]}{given}"
 
 
-def _suggest(location: tuple[Any, ...]) -> str:
-    every = [name for name, *_ in iter_fields()]
-    near = difflib.get_close_matches(".".join("0" if isinstance(p, int) else str(p) for p in location), every, n=1)
-    same_leaf = [name for name in every if name.rsplit(".", 1)[-1] == location[-1]]
-    best = (near or same_leaf)[:1]
-    return f"; did you mean {best[0]}?" if best else "; --help lists every key"
+def _suggest(location: Sequence[Any]) -> str:
+    """Near names at the same depth, or every field of the same name elsewhere."""
+    parts = ["0" if isinstance(part, int) else str(part) for part in location]
+    names = {".".join(key.split(".")[: len(parts)]) for key in _keys()}
+    near = difflib.get_close_matches(".".join(parts), sorted(names), n=1)
+    best = near or [key for key in _keys() if key.rsplit(".", 1)[-1] == parts[-1]]
+    return f"; did you mean {' or '.join(best)}?" if best else "; --help lists every key"
+
+
+@cache
+def _keys() -> tuple[str, ...]:
+    return tuple(name for name, *_ in iter_fields())
 
 
 def iter_fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:

@@ -17,7 +17,8 @@ from pipeline.cache.keys import teacher_id
 from pipeline.cache.placement import measure
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.stats import PIECE, Moments
-from pipeline.config import TeacherConfig, TrainConfig
+from pipeline.config import AugmentConfig, TeacherConfig, TrainConfig
+from pipeline.distill.augment import augment
 from pipeline.training import Worker, train
 from pipeline.training.meter import Stopwatch
 from pipeline.training.step import Stepper
@@ -153,6 +154,28 @@ def test_losses_of_steps_are_those_of_a_cpu(cached, precision, bound):
     here = _losses(options, teachers, batches, torch.device("cpu"), "float32")
     there = _losses(options, teachers, batches, CUDA, precision)
     torch.testing.assert_close(there, here, rtol=bound, atol=0)
+
+
+class _Augmented(DistillStep):
+    def loss(self, module, batch, device):
+        images = augment(batch.images, AugmentConfig(jitter=0.8, grey=0.2, blur=0.5))
+        return super().loss(module, replace(batch, images=images), device)
+
+
+def test_a_step_never_waits_for_the_device(cached):
+    options, teachers, reader = cached
+    options.max_patches = 8  # of 16: the step decides which
+    stepper = Stepper(_Augmented(make_distiller(options, teachers)), train_config(options), Worker(device=CUDA), [100])
+    stepper.wrapped.train()
+    batches, clock = list(upload_ahead(reader.batches(0), CUDA)), Stopwatch(CUDA)
+    stepper(batches[:1], 0, clock)  # what is made once may be waited for
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        losses = [stepper([batch], step, clock)["loss"] for step, batch in enumerate(batches[1:], 1)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(torch.stack(losses)).all()
 
 
 def test_batches_come_to_the_device_in_order_and_whole(cached):

@@ -28,9 +28,11 @@ from pipeline.training import (
     split_batch,
     train,
 )
+from pipeline.training.average import Average
 from pipeline.training.checkpoint import keep_best
-from pipeline.training.meter import starved
+from pipeline.training.meter import Stopwatch, starved
 from pipeline.training.ray_train import _shares
+from pipeline.training.step import Stepper, not_decayed
 from pipeline.training.stopping import StopFile, on_sigterm
 from pipeline.training.upload import tensors_of, to_device
 from tests.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_tiny_task
@@ -220,11 +222,11 @@ def test_the_time_of_a_step_is_told_by_data_forward_and_backward(monkeypatch):
     ("shares", "expected"),
     [
         ((0.5, 0.41, 0.05), ""),
-        ((0.3, 0.3, 0.35), "busy 60% of the last steps; data takes 35%: more CPUs a GPU"),
-        ((0.3, 0.3, 0.05), "busy 60% of the last steps; launching its work takes most of the rest: a larger"),
+        ((0.3, 0.3, 0.35), "span 60% of the last steps; data takes 35%: more CPUs a GPU"),
+        ((0.3, 0.3, 0.05), ""),
     ],
 )
-def test_what_keeps_a_gpu_waiting_is_said(shares, expected):
+def test_that_a_gpu_waits_for_data_is_said(shares, expected):
     line = starved(dict(zip(("forward_share", "backward_share", "data_wait_share"), shares, strict=True)))
     assert expected in line
     assert bool(line) == bool(expected)
@@ -242,14 +244,48 @@ def test_evaluation_comes_before_training_and_after_each_epoch_on_the_averaged_w
     assert not torch.equal(trained["ema"]["out.weight"], trained["model"]["out.weight"])
 
 
-def test_the_average_follows_the_weights_at_the_warmed_up_decay():
-    # ModelEmaV3's warm-up: 1 - (1 + step)^(-2/3), at most ema_decay.
-    snapshots = _train(TinyTask(), _config(epochs=1, checkpoint_steps=1, ema_decay=0.65))
-    averaged = snapshots[0].state["model"]["out.weight"]
+@pytest.mark.parametrize("name", ["out.weight", "norm.running_var"])
+def test_the_average_follows_weights_and_statistics_at_the_warmed_up_decay(name):
+    snapshots = _train(TinyTask(), _config(epochs=1, checkpoint_steps=1, ema_decay=0.4))
+    averaged = snapshots[0].state["model"][name]
     for step, snapshot in enumerate(snapshots[1:], start=1):
-        decay = 0.0 if step == 1 else min(0.65, 1 - step ** (-2 / 3))
-        averaged = decay * averaged + (1 - decay) * snapshot.state["model"]["out.weight"]
-        torch.testing.assert_close(snapshot.state["ema"]["out.weight"], averaged)
+        decay = min(0.4, (1 + step) / (10 + step))
+        assert (decay == 0.4) == (step >= 5)
+        averaged = decay * averaged + (1 - decay) * snapshot.state["model"][name]
+        torch.testing.assert_close(snapshot.state["ema"][name], averaged)
+
+
+def test_without_decay_the_average_is_the_weights_bit_by_bit():
+    state = _train(TinyTask(), _config(epochs=1, ema_decay=0))[-1].state
+    assert all(torch.equal(value, state["ema"][name]) for name, value in state["model"].items())
+
+
+def test_what_is_neither_weight_nor_statistics_is_that_of_the_module_also_after_loading():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.register_buffer("infinite", torch.tensor(math.inf))
+            self.register_buffer("queue", torch.zeros(4))
+
+    module = Counting()
+    average = Average(module, 0.9)
+    module.norm(torch.randn(5, 3))
+    module.queue[1] = 7
+    module.norm.weight.data += 1
+    average.update(1)
+    for name in ("norm.num_batches_tracked", "infinite", "queue"):
+        assert torch.equal(average.module.state_dict()[name], module.state_dict()[name])
+    assert not torch.equal(average.module.norm.running_mean, module.norm.running_mean)
+    assert not torch.equal(average.module.norm.weight, module.norm.weight)
+    assert not average.module.training
+    assert module.training
+    kept = _through_bytes({"module": module.state_dict(), "average": average.module.state_dict()})
+    module.load_state_dict(kept["module"])
+    average.module.load_state_dict(kept["average"])
+    module.norm.weight.data += 1
+    average.update(10**6)
+    torch.testing.assert_close(average.module.norm.weight, kept["average"]["norm.weight"].lerp(module.norm.weight, 0.1))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_images():
@@ -304,6 +340,27 @@ def test_norms_and_biases_are_not_decayed():
         torch.testing.assert_close(
             value.detach(), before[name] * (1 - 0.05 * 0.5) ** STEPS if decayed else before[name]
         )
+
+
+def test_what_a_network_says_is_not_decayed_within_whatever_holds_it():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.gamma = nn.Parameter(torch.ones(1, 1, 4)), nn.Parameter(torch.ones(1, 4, 1, 1))
+            self.layer = nn.Linear(4, 4)
+
+        def no_weight_decay(self):
+            return {"token", "gamma"}
+
+    assert sorted(not_decayed(Network())) == ["gamma", "token"]
+    holder = nn.ModuleDict({"student": nn.ModuleDict({"backbone": Network()}), "neck": nn.Linear(4, 4)})
+    assert sorted(not_decayed(holder)) == ["student.backbone.gamma", "student.backbone.token"]
+    task = TinyTask()
+    task.module = holder
+    groups = Stepper(task, _config(weight_decay=0.5), Worker(), [1]).optimizer.param_groups
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    names = {name for name, parameter in holder.named_parameters() if id(parameter) in decayed}
+    assert names == {"student.backbone.layer.weight", "neck.weight"}
 
 
 def test_gradients_are_clipped_and_their_norm_before_it_is_logged():
@@ -522,6 +579,43 @@ def test_every_worker_runs_equally_many_forwards_a_step():
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
+@pytest.mark.parametrize(
+    ("images", "shares", "world", "micro"),
+    [(1, 16, 12, None), (1, 8, 3, None), (2, 5, 4, 1), (4, 3, 2, 3), (1, 2, 1, 1)],
+)
+def test_all_workers_run_equally_many_forwards_and_synchronise_the_last_also_with_more_pieces_than_images(
+    images, shares, world, micro, monkeypatch
+):
+    counts, weights = set(), 0.0
+    for rank in range(world):
+        worker = Worker(rank, world, shares=shares)
+        tasks = [TinyTask(share, shares, **PLAIN) for share in worker.own_shares]
+        stepper = Stepper(tasks[0], _config(micro_batch=micro), worker, [STEPS])
+        seen = []
+
+        def backward(piece, weight, synchronise, clock, seen=seen):
+            seen.append((weight, synchronise))
+            return {"loss": torch.tensor(2.0)}
+
+        monkeypatch.setattr(stepper, "_backward", backward)
+        batches = [split_batch(task.batch(0, 0, 0), BATCH // images)[0] for task in tasks]
+        parts = stepper._accumulate(batches, 0, Stopwatch(worker.device))
+        assert float(parts["loss"]) == pytest.approx(2)
+        assert [synchronise for _, synchronise in seen] == [False] * (len(seen) - 1) + [True]
+        counts.add(len(seen))
+        weights += sum(weight for weight, _ in seen)
+    assert len(counts) == 1
+    assert weights / world == pytest.approx(1)
+
+
+def test_a_piece_without_weight_changes_nothing(monkeypatch):
+    whole = _train(TinyTask(**PLAIN), _config(**PLAIN_STEP))
+    monkeypatch.setattr(Worker, "pieces", lambda self, images, most: [BATCH + 3])
+    padded = _train(TinyTask(**PLAIN), _config(**PLAIN_STEP))
+    for part in ("model", "ema"):
+        torch.testing.assert_close(padded[-1].state[part], whole[-1].state[part], rtol=1e-5, atol=1e-6)
+
+
 def test_one_worker_with_two_shares_trains_as_on_both_batches():
     config = _config(**PLAIN_STEP, micro_batch=3)
     shared = []
@@ -583,6 +677,20 @@ def test_a_snapshot_knows_whether_it_is_the_best(best, expected):
     ends = [snapshot for snapshot in snapshots if snapshot.state["position"]["batch"] == 0]
     assert [number for number, snapshot in enumerate(ends) if snapshot.best] == expected
     assert not any(snapshot.best for snapshot in snapshots if snapshot not in ends)
+
+
+def test_a_metric_of_the_raw_weights_may_be_the_best_from_the_start_on():
+    class Both(TinyTask):
+        same_at_first = {"raw": "score"}  # noqa: RUF012
+
+        def evaluate_raw(self, module):
+            return {"raw": 0.0}
+
+    snapshots = _train(Both(), _config(best_metric="raw"))
+    first, *later = [metrics for _, metrics in snapshots[-1].state["evaluations"]]
+    assert first["raw"] == first["score"] > 0
+    assert {metrics["raw"] for metrics in later} == {0.0}
+    assert [snapshot.best for snapshot in snapshots] == [True, False, False, False]
 
 
 def test_a_best_metric_that_is_not_evaluated_is_refused_before_training():
@@ -684,9 +792,11 @@ def test_divergence_leaves_keys_and_states_in_a_file_that_the_error_names(whole)
     (content,) = dumped.values()
     assert content["diverged"]["step"] == 4
     assert content["diverged"]["keys"] == [f"e0-b3-r0-{number}" for number in range(BATCH)]
-    # The step with the NaN changed nothing: these are the weights that gave it.
+    # The step with the NaN changed no weight, and nothing of the average: these gave it.
     good = _train(TinyTask(), _config(checkpoint_steps=3))[1].state
     assert all(torch.equal(content["model"][name], good["model"][name]) for name in ("conv.weight", "out.weight"))
+    averaged = ("conv.weight", "out.weight", "norm.running_mean", "norm.running_var")
+    assert all(torch.equal(content["ema"][name], good["ema"][name]) for name in averaged)
     assert content["optimizer"]["state"]
 
 

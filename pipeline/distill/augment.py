@@ -79,7 +79,9 @@ def augment(pixels: Tensor, config: AugmentConfig) -> Tensor:
     if not (config.jitter or config.grey or config.blur):
         return pixels
     draws = Draws.of(len(pixels), config).to(pixels.device)
-    return (apply_draws(pixels.float() / 255, draws) * 255).round().to(torch.uint8)
+    # Autocast would blur in bfloat16, whose steps are as large as those of a pixel.
+    with torch.autocast(pixels.device.type, enabled=False):
+        return (apply_draws(pixels.float() / 255, draws) * 255).round().to(torch.uint8)
 
 
 def apply_draws(images: Tensor, draws: Draws) -> Tensor:
@@ -93,8 +95,9 @@ def apply_draws(images: Tensor, draws: Draws) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    weights = images.new_tensor(GREY).view(3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True)
+    # Numbers, not a tensor of them: for its copy to the device the processor would wait.
+    red, green, blue = images.split(1, dim=1)
+    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
 
 
 def _blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
@@ -112,8 +115,8 @@ def _turn_hue(images: Tensor, shift: Tensor) -> Tensor:
         (green - blue) / span,
         torch.where(value == green, 2 + (blue - red) / span, 4 + (red - green) / span),
     )
-    corners = images.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
-    distance = (corners + sixth + 6 * shift) % 6
+    turned = sixth + 6 * shift
+    distance = torch.cat([turned + corner for corner in (5, 3, 1)], dim=1) % 6
     return value - chroma * torch.minimum(distance, 4 - distance).clamp(0, 1)
 
 

@@ -105,8 +105,7 @@ class TeacherTarget(nn.Module):
             raw: as in `targets`.
             step: scalar int64, of which the turn of patches that are compared is taken (`turns`); None: all are.
         """
-        every = len(self.turns)
-        places = None if step is None or every == 1 else self.turns[step % every]
+        places = None if step is None or len(self.turns) == 1 else self._turn(step)
         predicted, target = self.predict(output, places), self.targets(raw, places=places)
         terms = {"patches": self.loss.patches, "summary": self.loss.summary}
         parts = {kind: vector_loss(terms[kind], predicted[kind], target[kind]) for kind in predicted}
@@ -116,6 +115,10 @@ class TeacherTarget(nn.Module):
                 parts[name] = RELATIONS[name](predicted["summary"], target["summary"], *past, self.loss.temperature)
             self.queue.push(target["summary"])
         return parts
+
+    def _turn(self, step: Tensor) -> Tensor:
+        # Of an index without dimensions, `self.turns[...]` reads the number, for which the processor waits for the device.
+        return self.turns.index_select(0, (step % len(self.turns)).view(1)).squeeze(0)
 
     def total(self, parts: Mapping[str, Tensor], weights: Tensor) -> Tensor:
         """The weighted sum of the parts.

@@ -29,7 +29,7 @@ from pipeline.evaluate.cost import inference_cost
 from pipeline.evaluate.knn import teacher_knn
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
-from pipeline.training import STATE_FILE, History, checkpoint_folder, fit, load_state
+from pipeline.training import STATE_FILE, History, check_best_metric, checkpoint_folder, fit, load_state
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,9 @@ def training_plan(phase: Phase) -> dict[str, str]:
     """
     config, teachers = phase.config, phase.plan.teachers
     check_losses(config.loss)
-    check_per_step(config.views.per_step, config.views.crops or 1, config.train.batch_size)
+    share = config.train.batch_size // max(1, config.train.most_workers)
+    check_per_step(config.views.per_step, config.views.crops or 1, share)
+    check_best_metric(config.train.best_metric, _evaluated(phase.plan))
     student = build_student(config)
     grid, labels = token_grid(student, config.student.input_size), teacher_labels(teachers)
     strides = ", ".join(map(str, student.tapped))
@@ -93,6 +95,17 @@ def training_plan(phase: Phase) -> dict[str, str]:
         "learning rate": config.train.lr_rule,
     }
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
+
+
+def _evaluated(plan: CachePlan) -> list[str]:
+    """What `DistillTask` will evaluate."""
+    train, val, labels = plan.split("train"), plan.split("val"), teacher_labels(plan.teachers)
+    if train is None or val is None:
+        return []
+    labelled = all(split.index["label"].null_count < len(split.index) for split in (train, val))
+    nearness = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
+    names = [f"val_{measure}/{name}" for measure in ("cosine", "loss") for name in nearness]
+    return ["knn", "knn_raw", *names] if labelled else names
 
 
 def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:

@@ -58,26 +58,31 @@ def mse(predicted: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(predicted, target, reduction="none").mean(dim=-1)
 
 
+SAME = 0.9999
+"""Cosine from which two of a teacher's summaries are of one view of an image, stored alike."""
+
+
 @_in_float32
 def relation(predicted: Tensor, target: Tensor, past: Tensor, known: Tensor, temperature: float) -> Tensor:
     """KL divergence from the student's likeness to past summaries to the teacher's, in nats.
 
-    The likeness is the softmax over the queue of cosine / temperature, as in LightlyTrain's distillationv3; unlike there,
-    the queue holds summaries of past steps alone, so that no image is compared with itself.
+    The likeness is the softmax over the queue of cosine / temperature, as in LightlyTrain's distillationv3. Unlike there, no
+    image is compared with itself, which would take nearly all of the teacher's likeness: the queue holds summaries of past
+    steps alone, and places where the teacher's cosine is `SAME` or more, as where it reaches back to the epoch before, are
+    left out.
 
     Args:
         predicted, target: [B, D], by the student's head and by the teacher.
         past: [Q, D] unit vectors, the teacher's.
-        known: [Q] bool, the places of `past` that are filled; where none is, the loss is 0.
+        known: [Q] bool, the places of `past` that are filled; where none is left, the loss is 0.
         temperature: of the softmax.
 
     Returns:
         [B] float32.
     """
-    student, teacher = (
-        (F.normalize(vectors, dim=-1) @ past.float().T / temperature).masked_fill(~known, -1e4)
-        for vectors in (predicted, target)
-    )
+    cosines = [F.normalize(vectors, dim=-1) @ past.float().T for vectors in (predicted, target)]
+    left_out = ~known | (cosines[1] >= SAME)
+    student, teacher = ((values / temperature).masked_fill(left_out, -1e4) for values in cosines)
     return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(dim=-1)
 
 

@@ -76,7 +76,7 @@ class MeanStd(Standardiser):
 
 
 class Rotation(Standardiser):
-    """(features - mean) @ rotation.T / scale: PHI-S (Ranzinger et al. 2024, arXiv 2410.01680, section 3).
+    """(features - mean) @ rotation.T / scale: PHI-S (Ranzinger et al. 2024, arXiv 2410.01680, section 3); 0 without scale.
 
     Args:
         part: of the cache.
@@ -90,8 +90,7 @@ class Rotation(Standardiser):
         super().__init__()
         self.register_buffer("mean", torch.from_numpy(part.mean).float())
         self.register_buffer("rotation", torch.from_numpy(part.rotation).float())
-        # Features that never vary have no scale; they become 0.
-        self.register_buffer("scale", torch.tensor(part.scale or float("inf")))
+        self.register_buffer("scale", torch.tensor(part.scale))
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -99,12 +98,12 @@ class Rotation(Standardiser):
 
     def turn(self, deviations: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return deviations @ self.rotation.T / self.scale
+        # Features that never vary have no scale; they become 0.
+        return deviations @ self.rotation.T * torch.where(self.scale > 0, 1 / self.scale, 0.0)
 
     def undo(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        scale = torch.where(self.scale.isinf(), 0.0, self.scale)
-        return features * scale @ self.rotation + self.mean
+        return features * self.scale @ self.rotation + self.mean
 
 
 def make_standardisers(dataset: Dataset, teacher: CachedTeacher, method: str) -> Mapping[str, Standardiser]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,7 @@ class DistillTask(Task):
     """
 
     module: Distiller
+    same_at_first: ClassVar[Mapping[str, str]] = {"knn_raw": "knn"}
 
     def __init__(
         self, job: DistillJob, rank: int = 0, world: int = 1, before: str | None = None, watch: Watch | None = None
@@ -113,7 +114,6 @@ class DistillTask(Task):
         self.module = build_distiller(job)
         if before:
             go_on(self.module, Ending.load(Path(before)))
-        torch.manual_seed(config.seed + rank)
         self.reader = build_reader(job, rank, world)
         self._steps: dict[int, int] = {}
 
@@ -130,18 +130,18 @@ class DistillTask(Task):
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """The distillation loss of a batch.
 
-        In training, augmentation and teacher dropping draw from torch's generator of the CPU, which a resumed run restores.
+        In training, augmentation and teacher dropping draw from torch's generator of the CPU, which the engine seeds.
+
+        Args:
+            module: to be called, on `device`.
+            batch: on `device`, as the engine brings it.
         """
-        features = {
-            teacher: {kind: raw.to(device, non_blocking=True) for kind, raw in kinds.items()}
-            for teacher, kinds in batch.features.items()
-        }
-        images, weights, draws, step = batch.images.to(device, non_blocking=True), None, None, None
+        images, weights, draws, step = batch.images, None, None, None
         if module.training:
             images = augment(images, self.job.config.augment)
             draws = self._draws(len(batch.keys), device)
             weights, step = self._weights(batch.place, device), self._step(batch.place, device)
-        result: tuple[Tensor, dict[str, Tensor]] = module(images, features, weights, draws, step)
+        result: tuple[Tensor, dict[str, Tensor]] = module(images, batch.features, weights, draws, step)
         return result
 
     def _draws(self, count: int, device: torch.device) -> Tensor | None:

@@ -75,10 +75,10 @@ def curves_figure(
     panels = iter(np.atleast_1d(figure.subplots(1, max(1, knn + bool(cosines)))))
     if knn:
         panel = next(panels)
-        # Before training averaged and raw weights are the same.
-        raw = [point.get("knn_raw", point.get("knn")) for point in metrics]
         panel.plot([point.get("knn") for point in metrics], marker="o", markersize=3, label="averaged weights")
-        panel.plot(raw, marker="o", markersize=3, alpha=0.6, label="raw weights")
+        panel.plot(
+            [point.get("knn_raw") for point in metrics], marker="o", markersize=3, alpha=0.6, label="raw weights"
+        )
         for number, (name, score) in enumerate(teacher_knn.items()):
             panel.axhline(score, linestyle="--", linewidth=1, color=f"C{number + 2}", label=name)
         panel.set(xlabel="epoch", ylabel="kNN accuracy, %")

@@ -102,8 +102,9 @@ class Student(nn.Module):
     Args:
         encoder: what ships.
         token_dim: channels D of the tokens.
-        taps: strides that the neck fuses, on the grid of stride 16. Each is the deepest level of at most that stride; a
-            student without one has its first there. Where several taps are one level, as in a ViT, it counts once.
+        taps: strides that the neck fuses, on the grid of stride 16; 16 is always among them. Each is the deepest level of at
+            most that stride; a student without one has its first there. Where several taps are one level, as in a ViT, it
+            counts once.
 
     Attributes:
         levels: of the pyramid, that are fused; in order.

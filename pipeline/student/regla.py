@@ -100,8 +100,8 @@ class RGMA(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        # Per head [q(d) | k(d)], so that batch and head merge without a copy; V and the gate stay convolutions of their
-        # own, so that V is contiguous for the depthwise local term [ours].
+        # Per head [q(d) | k(d)], so that in NCHW batch and head merge without a copy; V and the gate stay convolutions of
+        # their own, so that V is contiguous for the depthwise local term [ours].
         self.qk = nn.Sequential(ConvBN(dim, 2 * heads * qk_dim), nn.ReLU())
         self.v = ConvBN(dim, dim)
         self.local = ConvBN(dim, dim, local_kernel, groups=dim) if local_kernel else None

@@ -5,6 +5,7 @@
     task.py        what is trained, on what, and how it is judged
     worker.py      this process among the workers, and its shares of the global batch
     step.py        one optimiser step: precision, accumulation, clipping, averaging
+    average.py     the weights averaged over the steps
     meter.py       losses, rate, and where the time goes
     loop.py        `train`: epochs, positions, evaluation, divergence
     checkpoint.py  what a checkpoint holds, and which one is kept as the best
@@ -16,7 +17,7 @@ from pipeline.training.checkpoint import STATE_FILE, Position, Snapshot, checkpo
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.ray_train import fit
-from pipeline.training.task import History, Task, TrainingBatch, split_batch
+from pipeline.training.task import History, Task, TrainingBatch, check_best_metric, split_batch
 from pipeline.training.worker import STOP, StoppedError, Worker
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Task",
     "TrainingBatch",
     "Worker",
+    "check_best_metric",
     "checkpoint_folder",
     "fit",
     "load_state",

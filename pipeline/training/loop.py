@@ -9,12 +9,11 @@ from typing import Any
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import TrainConfig
-from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.training.checkpoint import Position, Snapshot
 from pipeline.training.meter import DivergedError, Meter, starved
 from pipeline.training.step import Stepper
-from pipeline.training.task import History, Task
+from pipeline.training.task import History, Task, check_best_metric
 from pipeline.training.upload import upload_ahead
 from pipeline.training.worker import STOP, StoppedError, Worker
 
@@ -98,10 +97,10 @@ class _Loop:
     def evaluate(self) -> None:
         if self.worker.rank and not self.task.evaluates_everywhere:
             return
-        averaged, step = self.stepper.ema.module, self.position.step
+        averaged, step = self.stepper.average.module, self.position.step
         metrics = self.task.evaluate(averaged)
-        if step:  # before the first one both are the same
-            metrics = {**metrics, **self.task.evaluate_raw(self.stepper.module.eval())}
+        raw = self.task.evaluate_raw(self.stepper.module.eval()) if step else self._same_at_first(metrics)
+        metrics = {**metrics, **raw}
         if self.worker.rank:
             return
         self.best = self._is_best(metrics)
@@ -114,13 +113,14 @@ class _Loop:
             print(f"evaluated at step {step}  {shown}", flush=True)
         self.task.watch(averaged, self.evaluations)
 
+    def _same_at_first(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {raw: metrics[name] for raw, name in self.task.same_at_first.items() if name in metrics}
+
     def _is_best(self, metrics: dict[str, float]) -> bool:
         name = self.config.best_metric
+        check_best_metric(name, metrics)
         if name is None:
             return False
-        if name not in metrics:
-            known = ", ".join(metrics) or "nothing: there are no held-out images"
-            raise UserError(f"train.best_metric={name} is not among what is evaluated: {known}")
         sign = -1 if self.config.best_is == "lowest" else 1
         return all(sign * metrics[name] > sign * earlier[name] for _, earlier in self.evaluations if name in earlier)
 

@@ -19,9 +19,8 @@ from pipeline.training.worker import Worker
 POINTS_PER_EPOCH = 50
 """Points of a loss curve per epoch; each is the mean over the steps since the last one, and over all workers."""
 
-
 BUSY = 0.9
-"""Share of the time that a GPU should be busy."""
+"""Share of the time that forward and backward should span on a GPU."""
 
 
 class DivergedError(UserError):
@@ -38,22 +37,23 @@ class DivergedError(UserError):
 
 
 def starved(metrics: Mapping[str, float]) -> str:
-    """What keeps a GPU waiting during training, in words; "" where it is busy for 90 % of the time.
+    """That a GPU waits for data during training, and what helps; "" where something else takes most of its time.
 
     Args:
-        metrics: that :meth:`Meter.read` gave on a GPU, whose shares are then times of the GPU.
+        metrics: that :meth:`Meter.read` gave on a GPU, whose shares are then spans on the GPU: from the first kernel of a
+            forward or backward to its last one, gaps between kernels included.
     """
-    busy, data = metrics["forward_share"] + metrics["backward_share"], metrics["data_wait_share"]
-    if busy >= BUSY:
+    spanned, data = metrics["forward_share"] + metrics["backward_share"], metrics["data_wait_share"]
+    if spanned >= BUSY or data < (1 - spanned) / 2:
         return ""
-    line = f"the GPU was busy {busy:.0%} of the last steps; "
-    if data >= (1 - busy) / 2:
-        return f"{line}data takes {data:.0%}: more CPUs a GPU, a smaller student.input_size, or the cache nearer to it"
-    return f"{line}launching its work takes most of the rest: a larger train.batch_size, or train.compile=true"
+    return (
+        f"forward and backward span {spanned:.0%} of the last steps; data takes {data:.0%}: more CPUs a GPU, a smaller "
+        "student.input_size, or the cache nearer to it"
+    )
 
 
 class Stopwatch:
-    """Seconds by part of a step; on a GPU by events, which are read when everything before them is done anyway."""
+    """Seconds by part of a step; on a GPU spans between events, which are read when everything before them is done anyway."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -102,16 +102,16 @@ class Meter:
         self.worker, self.finite_gradient = worker, finite_gradient
         self.every = max(1, steps // POINTS_PER_EPOCH)
         self.clock = Stopwatch(worker.device)
-        self.pending: list[tuple[Sequence[TrainingBatch], dict[str, Tensor]]] = []
+        self.pending: list[tuple[list[str], dict[str, Tensor]]] = []
         self.images, self.started = 0, time.perf_counter()
         self.latest: dict[str, float] = {}
         self.seconds_per_step: float | None = None
 
     def add(self, batches: Sequence[TrainingBatch], parts: dict[str, Tensor]) -> None:
         """A step that was done."""
-        # Of a batch only its keys are kept.
-        self.pending.append(([_Keys(batch.keys) for batch in batches], parts))
-        self.images += sum(len(batch.keys) for batch in batches)
+        keys = [key for batch in batches for key in batch.keys]
+        self.pending.append((keys, parts))
+        self.images += len(keys)
 
     @property
     def due(self) -> bool:
@@ -166,8 +166,7 @@ class Meter:
 
     def _first(self, bad: Tensor, losses: Tensor, done: int) -> tuple[int, str, list[str]]:
         first = int(bad.nonzero()[0])
-        keys = [key for batch in self.pending[first][0] for key in batch.keys]
-        step, loss = done - len(self.pending) + first + 1, losses[first].item()
+        keys, step, loss = self.pending[first][0], done - len(self.pending) + first + 1, losses[first].item()
         message = (
             f"the loss is {loss}{', its gradient not finite,' if math.isfinite(loss) else ''} at step {step}; the batch "
             f"holds {', '.join(keys[:8])} ({len(keys)} images); lower train.lr or train.clip_grad, or look at those images"
@@ -188,8 +187,3 @@ class Meter:
             "data": f"{self.latest['data_wait_share']:.0%}",
             "run left": duration(steps_left * self.seconds_per_step),
         }
-
-
-class _Keys:
-    def __init__(self, keys: list[str]) -> None:
-        self.keys = keys

@@ -4,8 +4,9 @@ A share is cut into pieces where `train.micro_batch` asks for it, and gradients 
 shares, each weighted by its images: the gradient is the mean over the global batch however it is cut. (BatchNorm's
 statistics are those of a piece, as ever; SyncBN's of the pieces that the workers compute at once.)
 
-A step whose gradient is not finite changes nothing: in float16 the scale of the loss is halved, as usual; in float32
-and bfloat16 it says that training has diverged, and weights from before are worth more than none.
+A step whose gradient is not finite changes no weight: in float16 the scale of the loss is halved, as usual; in float32
+and bfloat16 it says that training has diverged, and weights from before are worth more than none. (BatchNorm's statistics
+have moved when that is found.)
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainConfig
+from pipeline.training.average import Average
 from pipeline.training.meter import Stopwatch
 from pipeline.training.task import Task, TrainingBatch
 from pipeline.training.worker import Worker
@@ -47,12 +48,11 @@ class Stepper:
         if worker.world > 1 and device.type == "cuda":
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self.module: nn.Module = module
-        self.ema = ModelEmaV3(module, decay=config.ema_decay, use_warmup=True)
+        self.average = Average(module, config.ema_decay)
         if config.compile:
             module.compile()
         self.wrapped = worker.wrap(module)
-        # Norms, biases and other vectors are not decayed.
-        groups = param_groups_weight_decay(module, weight_decay=config.weight_decay)
+        groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=not_decayed(module))
         self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=device.type == "cuda")
         self.dtype = arithmetic(config, device)
         self.half = self.dtype == torch.float16
@@ -81,15 +81,16 @@ class Stepper:
         """Of a checkpoint."""
         return {
             "model": self.module.state_dict(),
-            "ema": self.ema.module.state_dict(),
+            "ema": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        # The module last: what the average shares with it is the module's, also where an older state averaged it.
+        self.average.module.load_state_dict(state["ema"])
         self.module.load_state_dict(state["model"])
-        self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # written where nothing was scaled, as on a CPU
             self.scaler.load_state_dict(state["scaler"])
@@ -110,8 +111,9 @@ class Stepper:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)
         if self.scaler.is_enabled() or torch.isfinite(norm):
             self.scaler.step(self.optimizer)
+            # Where the scaler skips a step, on the device, this takes in the weights from before once more.
+            self.average.update(step + 1)
         self.scaler.update()
-        self.ema.update(self.module, step=step + 1)
         return {**parts, "grad_norm": norm.detach()}
 
     def _accumulate(self, batches: Sequence[TrainingBatch], step: int, clock: Stopwatch) -> dict[str, Tensor]:
@@ -122,8 +124,11 @@ class Stepper:
         sums: dict[str, Tensor] = {}
         for own, (share, batch) in enumerate(zip(worker.own_shares, batches, strict=True)):
             _seed_forward(self.task.seed, step, share)
-            for number, piece in enumerate(self.task.split(batch, cuts[own])):
-                count = len(piece.keys)
+            pieces = self.task.split(batch, cuts[own])
+            for number in range(cuts[own]):
+                # More pieces than images are the last one again, without weight: the others wait for these forwards.
+                piece = pieces[min(number, len(pieces) - 1)]
+                count = len(piece.keys) if number < len(pieces) else 0
                 # DDP's gradient is the mean over the workers.
                 weight = count * worker.world / everywhere
                 for name, value in self._backward(piece, weight, (own, number) == last, clock).items():
@@ -140,6 +145,19 @@ class Stepper:
             with clock.part("backward"):
                 self.scaler.scale(loss * weight).backward()
         return {"loss": loss.detach(), **{f"loss/{name}": part for name, part in parts.items()}}
+
+
+def not_decayed(module: nn.Module) -> list[str]:
+    """Names of the parameters that a network within the module wants no weight decay of, as timm's have it.
+
+    Norms, biases and other vectors are not decayed either way.
+    """
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if hasattr(part, "no_weight_decay")
+        for name in part.no_weight_decay()
+    ]
 
 
 def arithmetic(config: TrainConfig, device: torch.device) -> torch.dtype:

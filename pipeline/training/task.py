@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
@@ -13,6 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
+from pipeline.errors import UserError
 from pipeline.training.worker import Worker
 
 History = list[tuple[int, dict[str, float]]]
@@ -35,12 +36,15 @@ class Task(ABC):
         seed: of what a forward draws (dropout and the like): torch's generators are seeded with (seed, step, share)
             before it, so that a resumed run draws what it would have drawn.
         evaluates_everywhere: whether every rank is called to evaluate, and not rank 0 alone; rank 0's metrics count.
+        same_at_first: metrics of `evaluate_raw` by name, and those of `evaluate` that they equal before the first step, when
+            there is nothing to average yet.
         worker: this process among the workers, set by the engine; there may be fewer of them than shares.
     """
 
     module: nn.Module
     seed: int = 0
     evaluates_everywhere: ClassVar[bool] = False
+    same_at_first: ClassVar[Mapping[str, str]] = {}
     worker: Worker = Worker()
 
     @abstractmethod
@@ -53,7 +57,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss of a batch, and its parts by name, detached; called under autocast.
+        """Total loss of a batch on the device, and its parts by name, detached; called under autocast.
 
         Both are means over the images of the batch: that is how the engine weighs pieces of a larger one.
         """
@@ -63,7 +67,10 @@ class Task(ABC):
         """Metrics of a module on held-out data; called on rank 0 with the EMA weights, on the training device."""
 
     def evaluate_raw(self, module: nn.Module) -> dict[str, float]:
-        """Metrics of the weights that are not averaged, named unlike those of :meth:`evaluate`; by default none."""
+        """Metrics of the weights that are not averaged, named unlike those of :meth:`evaluate`; by default none.
+
+        Called after the first step; before it, see `same_at_first`.
+        """
         return {}
 
     def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
@@ -78,8 +85,23 @@ class Task(ABC):
         """Draw what there is to see, on rank 0 after every evaluation, with the EMA weights; by default nothing."""
 
 
+def check_best_metric(name: str | None, evaluated: Collection[str]) -> None:
+    """Refuse a metric that is not evaluated.
+
+    Args:
+        name: of `train.best_metric`.
+        evaluated: names of metrics.
+
+    Raises:
+        UserError: naming the field and what there is.
+    """
+    if name is not None and name not in evaluated:
+        known = ", ".join(evaluated) or "nothing: there are no held-out images"
+        raise UserError(f"train.best_metric={name} is not among what is evaluated: {known}")
+
+
 def split_batch(batch: Any, pieces: int) -> list[Any]:
-    """A batch in `pieces` whose sizes differ by one image at most.
+    """A batch in `pieces`, or one an image where that is fewer, whose sizes differ by one image at most.
 
     Args:
         batch: a dataclass or NamedTuple whose tensors and lists, and mappings of them, all have one entry an image first.

@@ -62,7 +62,8 @@ class Worker:
     def pieces(self, images: int, most: int | None) -> list[int]:
         """Into how many pieces each of the own shares is cut.
 
-        All workers run equally many forwards a step, since those of SyncBN wait for each other.
+        All workers run equally many forwards a step, since those of SyncBN and the last one's gradients wait for each
+        other. Where that is more than a share has images, its last piece is computed again, without weight.
 
         Args:
             images: of a share.

@@ -88,6 +88,16 @@ def test_a_seed_decides_what_is_drawn():
     assert (images[0].dtype, images[0].shape) == (torch.uint8, pixels.shape)
 
 
+def test_autocast_changes_nothing():
+    pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    images = []
+    for enabled in (False, True):
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            images.append(augment(pixels, ALL))
+    assert torch.equal(*images)
+
+
 def test_by_default_the_images_stay_as_they_are():
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     assert augment(pixels, AugmentConfig()) is pixels

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.cache.codec import Codec, fit_projection
 from pipeline.cache.extract import CachedTeacher
@@ -297,6 +298,23 @@ def test_phi_s_gives_the_same_targets_whether_features_are_projected_or_not():
     for kind in ("summary", "patches"):
         torch.testing.assert_close(targets[1][kind], targets[0][kind], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(targets[0]["summary"].std(0), torch.full((6 - 1,), 1.0), atol=0.05, rtol=0)
+
+
+def test_a_step_on_a_part_of_the_patches_reads_no_number_of_the_device():
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function == torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    teachers = [_teacher("a"), _teacher("b", grid=(2, 2), summary=None)]
+    distiller, batch = _distiller(*teachers, max_patches=2, drop=0.5), _batch(teachers)
+    with Reads() as reads:
+        torch.arange(3)[torch.tensor(1)]
+        assert reads.count == 1
+        distiller(*batch, draws=torch.rand(4, 2), step=torch.tensor(5))[0].backward()
+    assert reads.count == 1
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,21 @@ def test_relation_is_the_divergence_over_the_places_that_are_filled():
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
 
 
+def test_relation_leaves_out_the_places_of_the_image_itself():
+    rng = np.random.default_rng(2)
+    p, t, past = rng.normal(size=(3, 6)), rng.normal(size=(3, 6)), rng.normal(size=(5, 6))
+    past[1], past[4] = 2 * t[0], t[2] + 1e-4 * rng.normal(size=6)
+    past /= np.linalg.norm(past, axis=-1, keepdims=True)
+    values, gradient = _run(relation, p, t, torch.tensor(past), torch.ones(5, dtype=torch.bool), 0.2)
+    for row, kept in enumerate(([0, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3])):
+        expected, expected_gradient = _relation_and_gradient(p[row], t[row], past[kept], 0.2)
+        np.testing.assert_allclose(values[row], expected, rtol=1e-4)
+        np.testing.assert_allclose(gradient[row], expected_gradient, atol=1e-5)
+    (alone,), gradient = _run(relation, p[:1], t[:1], torch.tensor(past[1:2]), torch.ones(1, dtype=torch.bool), 0.07)
+    assert alone == 0
+    assert not gradient.any()
+
+
 def test_relation_to_an_empty_queue_and_of_a_perfect_prediction_is_nothing(pair):
     p, t = (x[:, 0, 0] for x in pair)
     empty, gradient = _run(relation, p, t, torch.zeros(5, 6), torch.zeros(5, dtype=torch.bool), 0.07)

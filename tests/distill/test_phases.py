@@ -15,7 +15,7 @@ from pipeline.distill.task import build_distiller
 from pipeline.errors import UserError
 from pipeline.student.model import load_encoder
 from pipeline.training import STATE_FILE, Worker, load_state, train
-from tests.fakes import fill_in_process
+from tests.fakes import fill_in_process, write_photos
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "train.precision=float32"]
 PHASES = "phases=[{train.epochs: 2}, {train: {epochs: 1, lr: 5.0e-4}, student.input_size: 48, teachers: [TWO, ONE]}]"
@@ -89,13 +89,19 @@ class Logged:
 
 
 @pytest.fixture
-def planned(tmp_path, photo_config, monkeypatch):
-    """Filled caches of two phases; gives their plans for a recipe with these overrides."""
+def unfilled(tmp_path, photo_config):
+    """Gives the plans of two phases for a recipe with these overrides."""
+    changes = PHASES.replace("ONE", ONE).replace("TWO", TWO)
+    return lambda *given: plan_phases(photo_config(*STUDENT, changes, *given), Store.at(tmp_path / "cache"))
+
+
+@pytest.fixture
+def planned(unfilled, monkeypatch):
+    """The same with filled caches."""
     monkeypatch.setattr(module, "_log", lambda *_: "models:/m-0")
 
     def plan(*overrides):
-        changes = PHASES.replace("ONE", ONE).replace("TWO", TWO)
-        phases = plan_phases(photo_config(*STUDENT, changes, *overrides), Store.at(tmp_path / "cache"))
+        phases = unfilled(*overrides)
         for phase in phases:
             fill_in_process(phase.plan)
         return phases
@@ -186,13 +192,37 @@ def test_every_phase_has_a_plan(planned):
     assert list(second)[2:] == ["learning rate", "grid colours12", "grid colours8"]
 
 
+def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp_path):
+    def plan(metric, val):
+        config = photo_config(*STUDENT, f"train.best_metric={metric}", f"data.val={val}")
+        return [training_plan(phase) for phase in plan_phases(config, Store.at(tmp_path / "cache"))]
+
+    write_photos(tmp_path / "flat", 20, classes=1)
+    labelled, flat = tmp_path / "photos/val", tmp_path / "flat/class0"
+    for metric in ("knn", "knn_raw", "val_loss/colours8/summary"):
+        assert plan(metric, labelled)
+    assert plan("val_cosine/colours4/patches", flat)
+    with pytest.raises(UserError, match=r"best_metric=knn is not among what is evaluated: val_cosine/colours8/"):
+        plan("knn", flat)
+    with pytest.raises(UserError, match=r"evaluated: nothing: there are no held-out images"):
+        plan("knn", "null")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("phases.1.loss={patches: {mze: 1}}", r"loss\.patches: there is no loss mze; did you mean mse\?"),
         ("phases.1.views={per_step: 2}", r"views\.per_step=2 must divide the 1 views of an image"),
+        (
+            "phases.1={views: {crops: 4, per_step: 4}, train: {workers: [2, 8]}}",
+            r"views\.per_step=4 must divide the 4 views of an image \(views.crops\) and the 2 images of a worker's step",
+        ),
+        (
+            "phases.1.train.best_metric=kn",
+            r"train\.best_metric=kn is not among what is evaluated: knn, knn_raw, val_cosine/colours12/",
+        ),
     ],
 )
-def test_what_training_would_refuse_is_refused_with_the_plan(planned, override, message):
+def test_what_training_would_refuse_is_refused_with_the_plan(unfilled, override, message):
     with pytest.raises(UserError, match=message):
-        [training_plan(phase) for phase in planned(override)]
+        [training_plan(phase) for phase in unfilled(override)]

@@ -48,6 +48,7 @@ def test_features_that_never_vary_become_nothing_and_come_back():
     for standardiser in (MeanStd.of(moments), Rotation(PhiS.of(moments))):
         assert torch.equal(standardiser(constant), torch.zeros(10, 4))
         assert torch.equal(standardiser.undo(torch.zeros(10, 4)), constant)
+        assert all(torch.isfinite(value).all() for value in standardiser.state_dict().values())
 
 
 def test_of_projected_features_the_decoder_standardises(features):

@@ -118,7 +118,7 @@ def test_distill_logs_its_curves_and_checkpoint(first, client, phases):
     assert (steps[0], steps[12]) == (figures["knn_before"], figures["knn_after"])
     raw = client.get_metric_history(run.info.run_id, "knn_raw")
     nearness = client.get_metric_history(run.info.run_id, "val_cosine/hog/patches")
-    assert ([m.step for m in raw], [m.step for m in nearness]) == ([6, 12], [0, 6, 12])
+    assert [m.step for m in raw] == [m.step for m in nearness] == [0, 6, 12]
     figures_logged = {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
     assert figures_logged == {"figures/curves.png", "figures/features.png"}
     losses = client.get_metric_history(run.info.run_id, "loss")
