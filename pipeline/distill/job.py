@@ -93,19 +93,25 @@ def training_plan(phase: Phase) -> dict[str, str]:
         "student": f"{config.student.name} at {config.student.input_size} px, tokens of strides {strides}",
         "training": f"{config.train.epochs} epochs of {steps_per_epoch(phase)} steps of {config.train.batch_size} images",
         "learning rate": config.train.lr_rule,
+        "kNN": f"of {config.knn.k} neighbours" if _labelled(phase.plan) else "none, for want of labels",
     }
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
 
 
 def _evaluated(plan: CachePlan) -> list[str]:
     """What `DistillTask` will evaluate."""
-    train, val, labels = plan.split("train"), plan.split("val"), teacher_labels(plan.teachers)
-    if train is None or val is None:
+    labels = teacher_labels(plan.teachers)
+    if plan.split("val") is None:
         return []
-    labelled = all(split.index["label"].null_count < len(split.index) for split in (train, val))
     nearness = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
     names = [f"val_{measure}/{name}" for measure in ("cosine", "loss") for name in nearness]
-    return ["knn", "knn_raw", *names] if labelled else names
+    return ["knn", "knn_raw", *names] if _labelled(plan) else names
+
+
+def _labelled(plan: CachePlan) -> bool:
+    """Whether there are held-out images, and labels of them and of those that they are compared with."""
+    labelled = [split.index["label"].null_count < len(split.index) for split in plan.splits]
+    return len(labelled) > 1 and all(labelled)
 
 
 def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:

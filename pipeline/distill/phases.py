@@ -23,7 +23,7 @@ from pipeline.cache.build import CachePlan, plan_cache
 from pipeline.cache.store import Store
 from pipeline.config import Config
 from pipeline.distill.distiller import Distiller, TeacherTarget
-from pipeline.evaluate.knn import check_classes
+from pipeline.evaluate.knn import check_splits
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
     for phase in phases:
         train, val = phase.plan.split("train"), phase.plan.split("val")
         if train is not None and val is not None:
-            check_classes(train.dataset, val.dataset)
+            check_splits(train.dataset, val.dataset)
     return phases
 
 

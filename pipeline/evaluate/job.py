@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluate.confusion import SegmentationScores
 from pipeline.evaluate.frozen import cached_encoder
-from pipeline.evaluate.knn import check_classes
+from pipeline.evaluate.knn import check_splits
 from pipeline.evaluate.knn_search import search_knn
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
 from pipeline.evaluate.segmentation import confusions, pixel_batches, steps_of
@@ -91,7 +91,7 @@ def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
     encoder = cached_encoder(_absolute(settings.student), size, **source, grid=grid)
     whole = tuple(replace(split, dataset=replace(split.dataset, policy=WHOLE)) for split in cache.splits)
     plan = FrozenPlan(CachePlan(cache.store, whole, (encoder,)), encoder, student.provenance.get("run_id"))
-    check_classes(plan.train, plan.val)
+    check_splits(plan.train, plan.val)
     return plan
 
 

@@ -17,6 +17,7 @@ from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.reader import NO_LABEL, read_summaries, scan_images
 from pipeline.config import KnnConfig
 from pipeline.errors import UserError
+from pipeline.sources import SAMPLES
 from pipeline.sources.base import odd_class
 
 QUERY_CHUNK, BANK_CHUNK = 1024, 65_536
@@ -127,16 +128,21 @@ def labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return features[known], labels[known]
 
 
-def check_classes(train: Dataset, val: Dataset) -> None:
-    """Refuse two splits whose labels mean different classes.
+def check_splits(train: Dataset, val: Dataset) -> None:
+    """Refuse two splits that are the same images, or whose labels mean different classes.
 
     Raises:
         UserError: naming the first class that only one of them has.
     """
+    if train.fingerprint == val.fingerprint and SAMPLES not in (train.location, val.location):
+        raise UserError(
+            f"data.val ({val.location}) has the images of data.train: on those that it was trained with a student says "
+            "nothing; take others, or none (data.val=none)"
+        )
     if train.classes and val.classes and (odd := odd_class(train.classes, val.classes)) is not None:
         raise UserError(
             f"data.train ({train.location}) and data.val ({val.location}) differ in their classes: {odd}; "
-            "take splits of one set; distillation does without held-out images too (data.val=null)"
+            "take splits of one set; distillation does without held-out images too (data.val=none)"
         )
 
 

@@ -189,7 +189,7 @@ def test_every_phase_has_a_plan(planned):
     assert first["training"] == "2 epochs of 9 steps of 16 images"
     assert second["student"].startswith("timm/test_resnet at 48 px")
     assert second["training"].startswith("1 epochs of 9 steps")
-    assert list(second)[2:] == ["learning rate", "grid colours12", "grid colours8"]
+    assert list(second)[2:] == ["learning rate", "kNN", "grid colours12", "grid colours8"]
 
 
 def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp_path):
@@ -200,12 +200,18 @@ def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp
     write_photos(tmp_path / "flat", 20, classes=1)
     labelled, flat = tmp_path / "photos/val", tmp_path / "flat/class0"
     for metric in ("knn", "knn_raw", "val_loss/colours8/summary"):
-        assert plan(metric, labelled)
-    assert plan("val_cosine/colours4/patches", flat)
+        assert plan(metric, labelled)[0]["kNN"] == "of 20 neighbours"
+    assert plan("val_cosine/colours4/patches", flat)[0]["kNN"] == "none, for want of labels"
     with pytest.raises(UserError, match=r"best_metric=knn is not among what is evaluated: val_cosine/colours8/"):
         plan("knn", flat)
     with pytest.raises(UserError, match=r"evaluated: nothing: there are no held-out images"):
         plan("knn", "null")
+
+
+def test_held_out_images_that_are_those_of_the_training_are_refused(photo_config, tmp_path):
+    config = photo_config(*STUDENT, f"data.val={tmp_path}/photos/train/.")
+    with pytest.raises(UserError, match=r"data\.val \(.*/photos/train\) has the images of data\.train"):
+        plan_phases(config, Store.at(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
