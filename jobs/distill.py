@@ -21,7 +21,7 @@ from pipeline.cache.build import BuildReport
 from pipeline.cache.estimate import check_space
 from pipeline.cache.job import cache_bytes, precompute
 from pipeline.config import Config
-from pipeline.distill.job import distill, training_plan
+from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import Phase, plan_phases
 from pipeline.job import Job, open_job
 from pipeline.runs import cache_store
@@ -40,6 +40,9 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     with open_job(config, "distill") as job:
         if job.state.resumed:
             print(f"resuming the unfinished run in {job.state.folder}", flush=True)
+        else:
+            for phase in phases:
+                check_session(phase)
         filled, reports = fill(job, phases)
         plans, computed = [phase.plan for phase in filled], sum(report.shards_computed for report in reports)
         print(f"{computed} shards computed in {sum(report.seconds for report in reports):.0f} s", flush=True)

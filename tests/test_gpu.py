@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,17 @@ def _exact(monkeypatch):
     torch.manual_seed(0)
 
 
+@contextmanager
+def _never_waiting():
+    """What waits for the device within is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize(
     "name", ["float32", "float16", "bfloat16", "int8", "int8-zstd", "pca8-int8-zstd", "pca8-float16"]
 )
@@ -68,6 +80,17 @@ def test_sam_says_what_it_says_on_a_cpu_and_keeps_no_table_of_biases(dtype, erro
     assert (patches - expected).norm() < error * expected.norm()
     table = 2 * 4096**2 * dtype.itemsize
     assert torch.cuda.max_memory_allocated() < 2 * table
+
+
+@pytest.mark.parametrize("model", ["dinov2/vits14", "clip/ViT-B-32"])
+def test_a_teacher_never_waits_for_the_device(model):
+    teacher = make_teacher(TeacherConfig(model=model, weights="random"))
+    teacher.load(CUDA, torch.bfloat16)
+    pixels = torch.randint(0, 256, (2, 3, *teacher.spec.input_size), dtype=torch.uint8, device=CUDA)
+    teacher.encode(pixels)  # what is made once may be waited for
+    with _never_waiting():
+        patches = teacher.encode(pixels).patches
+    assert torch.isfinite(patches).all()
 
 
 def test_statistics_are_those_of_a_cpu():
@@ -169,12 +192,8 @@ def test_a_step_never_waits_for_the_device(cached):
     stepper.wrapped.train()
     batches, clock = list(upload_ahead(reader.batches(0), CUDA)), Stopwatch(CUDA)
     stepper(batches[:1], 0, clock)  # what is made once may be waited for
-    torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with _never_waiting():
         losses = [stepper([batch], step, clock)["loss"] for step, batch in enumerate(batches[1:], 1)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(torch.stack(losses)).all()
 
 

@@ -29,7 +29,7 @@ from pipeline.evaluate.cost import inference_cost
 from pipeline.evaluate.knn import teacher_knn
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
-from pipeline.training import STATE_FILE, History, check_best_metric, checkpoint_folder, fit, load_state
+from pipeline.training import STATE_FILE, History, check_best_metric, checkpoint_folder, count_shares, fit, load_state
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,17 @@ def training_plan(phase: Phase) -> dict[str, str]:
         "kNN": f"of {config.knn.k} neighbours" if _labelled(phase.plan) else "none, for want of labels",
     }
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
+
+
+def check_session(phase: Phase) -> None:
+    """Refuse, before anything is computed, what the GPUs of this Ray session cannot train.
+
+    Raises:
+        UserError: where they do not divide the batch, or too few images are left for each.
+    """
+    config = phase.config
+    share = config.train.batch_size // count_shares(config.train)
+    check_per_step(config.views.per_step, config.views.crops or 1, share)
 
 
 def _evaluated(plan: CachePlan) -> list[str]:

@@ -16,7 +16,7 @@
 from pipeline.training.checkpoint import STATE_FILE, Position, Snapshot, checkpoint_folder, load_state
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
-from pipeline.training.ray_train import fit
+from pipeline.training.ray_train import count_shares, fit
 from pipeline.training.task import History, Task, TrainingBatch, check_best_metric, split_batch
 from pipeline.training.worker import STOP, StoppedError, Worker
 
@@ -33,6 +33,7 @@ __all__ = [
     "Worker",
     "check_best_metric",
     "checkpoint_folder",
+    "count_shares",
     "fit",
     "load_state",
     "split_batch",

@@ -104,14 +104,24 @@ def _shares(config: TrainConfig, folder: str) -> int:
     if filesystem.get_file_info(file).type == fs.FileType.File:
         with filesystem.open_input_stream(file) as stream:
             return int(stream.read())
+    shares = count_shares(config)
+    filesystem.create_dir(path, recursive=True)
+    with filesystem.open_output_stream(file) as stream:
+        stream.write(str(shares).encode())
+    return shares
+
+
+def count_shares(config: TrainConfig) -> int:
+    """Shares of the global batch of a run that starts now: as many as it may have workers.
+
+    Raises:
+        UserError: where they do not divide it.
+    """
     shares = config.most_workers or _gpus() or 1
     try:
         check_shares(config.batch_size, shares)
     except ValueError as error:
         raise UserError(str(error)) from None
-    filesystem.create_dir(path, recursive=True)
-    with filesystem.open_output_stream(file) as stream:
-        stream.write(str(shares).encode())
     return shares
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.cache.store import Store
 from pipeline.distill import job as module
-from pipeline.distill.job import distill, training_plan
+from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import Ending, go_on, plan_phases
 from pipeline.distill.task import build_distiller
 from pipeline.errors import UserError
@@ -206,6 +206,16 @@ def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp
         plan("knn", flat)
     with pytest.raises(UserError, match=r"evaluated: nothing: there are no held-out images"):
         plan("knn", "null")
+
+
+def test_a_batch_that_the_gpus_of_the_session_do_not_share_is_refused_before_extraction(unfilled, monkeypatch):
+    monkeypatch.setattr("pipeline.training.ray_train._gpus", lambda: 3)
+    with pytest.raises(UserError, match=r"train\.batch_size=16 .*3"):
+        check_session(unfilled()[0])
+    monkeypatch.setattr("pipeline.training.ray_train._gpus", lambda: 8)
+    check_session(unfilled()[0])
+    with pytest.raises(UserError, match=r"views\.per_step=4 must divide .* the 2 images of a worker's step"):
+        check_session(unfilled("views={crops: 4, per_step: 4}")[0])
 
 
 def test_held_out_images_that_are_those_of_the_training_are_refused(photo_config, tmp_path):
