@@ -8,13 +8,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pipeline import logs
 from pipeline.config import Config, describe_fields, load_config
 from pipeline.errors import UserError
-from teachers.base import TeacherError
+from teachers.errors import TeacherError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "quickstart.yaml"
@@ -43,6 +44,15 @@ class Switch:
     flag: str
     help: str
     modes: tuple[str, ...]
+
+
+def later(module: str, function: str = "main") -> Callable[..., Any]:
+    """A function of a module that is imported when it is called.
+
+    A script hands over to itself in this way before it imports torch and MLflow: what takes ten seconds, `--help` and a
+    mistyped field need not wait for.
+    """
+    return lambda *given, **named: getattr(import_module(module), function)(*given, **named)
 
 
 def run(

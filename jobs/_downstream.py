@@ -57,9 +57,3 @@ DOWNSTREAM_EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     **{name: partial(evaluate_saved, name) for name in DOWNSTREAM},
     "coco-results": evaluate_results,
 }
-
-
-def long_name(evaluation: str, argument: str) -> str:
-    """`annotations=` and `results=` of coco-results stand for the fields of that name in `evaluate`."""
-    short = evaluation == "coco-results" and argument.startswith(("annotations=", "results="))
-    return f"evaluate.{argument}" if short else argument

@@ -14,7 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import run, table
+from jobs._cli import later, run, table
+
+if __name__ == "__main__":
+    run(later("jobs.benchmark"), __doc__)
+    sys.exit()
+
 from pipeline.config import Config
 from pipeline.evaluate.benchmark import benchmark, check, frame, render
 from pipeline.evaluate.figures import accuracy_figure, latency_figure
@@ -67,7 +72,3 @@ def track(config: Config, figures: dict[str, dict[str, float]], files: list[Path
         job.log_file(file, "benchmark")
     job.finish()
     return f"{uri} run {job.run_id}"
-
-
-if __name__ == "__main__":
-    run(main, __doc__ or "")

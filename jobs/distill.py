@@ -15,7 +15,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import percent, run, size, table
+from jobs._cli import later, percent, run, size, table
+
+if __name__ == "__main__":
+    run(later("jobs.distill"), __doc__)
+    sys.exit()
+
 from jobs._plan import cache_plan
 from pipeline.cache.build import BuildReport
 from pipeline.cache.estimate import check_space
@@ -96,7 +101,3 @@ def fill(job: Job, phases: Sequence[Phase]) -> tuple[list[Phase], list[BuildRepo
         filled.append(replace(phase, plan=plan))
         reports.append(report)
     return filled, reports
-
-
-if __name__ == "__main__":
-    run(main, __doc__)

@@ -11,15 +11,45 @@ python jobs/evaluate.py coco-results annotations=instances_val2017.json results=
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import DEFAULT_RECIPE, RECIPES, percent, run, size, table
-from jobs._downstream import DOWNSTREAM_EVALUATIONS, long_name
+from jobs._cli import DEFAULT_RECIPE, RECIPES, later, percent, run, size, table
+
+NAMES = ("knn", "linear", "seg-probe", "classify", "segment", "detect", "coco-results")
+"""Of the evaluations."""
+
+
+def start(arguments: Sequence[str]) -> None:
+    """Run the evaluation that the command line names first."""
+    name, *others = arguments or [""]
+    if name in ("-h", "--help"):
+        name, others = "knn", ["--help"]
+    if name not in NAMES:
+        known = ", ".join(NAMES)
+        print(f"error: name the evaluation first: {known}, as in `jobs/evaluate.py knn ...`", file=sys.stderr)
+        sys.exit(2)
+    own = RECIPES / f"{name}.yaml"
+    body = partial(later("jobs.evaluate", "named"), name, {argument.partition("=")[0] for argument in others})
+    items = [_long_name(name, argument) for argument in others]
+    run(body, __doc__ or "", items, recipe=own if own.exists() else DEFAULT_RECIPE)
+
+
+def _long_name(evaluation: str, argument: str) -> str:
+    """`annotations=` and `results=` of coco-results stand for the fields of that name in `evaluate`."""
+    short = evaluation == "coco-results" and argument.startswith(("annotations=", "results="))
+    return f"evaluate.{argument}" if short else argument
+
+
+if __name__ == "__main__":
+    start(sys.argv[1:])
+    sys.exit()
+
+from jobs._downstream import DOWNSTREAM_EVALUATIONS
 from pipeline.cache.estimate import check_space
 from pipeline.config import Config
 from pipeline.downstream.task import DOWNSTREAM
@@ -83,22 +113,6 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
 """What follows `jobs/evaluate.py`; those of a task also take the fields that the command line has `given`."""
 
 
-def start(arguments: Sequence[str]) -> None:
-    """Run the evaluation that the command line names first."""
-    name, *others = arguments or [""]
-    if name in ("-h", "--help"):
-        name, others = "knn", ["--help"]
-    if name not in EVALUATIONS:
-        known = ", ".join(EVALUATIONS)
-        print(f"error: name the evaluation first: {known}, as in `jobs/evaluate.py knn ...`", file=sys.stderr)
-        sys.exit(2)
-    own = RECIPES / f"{name}.yaml"
-    named = [long_name(name, argument) for argument in others]
-    body = EVALUATIONS[name]
-    if name in DOWNSTREAM:
-        body = partial(body, given={argument.partition("=")[0] for argument in others})
-    run(body, __doc__ or "", named, recipe=own if own.exists() else DEFAULT_RECIPE)
-
-
-if __name__ == "__main__":
-    start(sys.argv[1:])
+def named(name: str, given: Collection[str], config: Config, dry_run: bool) -> dict[str, Any]:
+    """Run an evaluation; those of a task also look at which fields the command line has given."""
+    return EVALUATIONS[name](config, dry_run, **({"given": given} if name in DOWNSTREAM else {}))

@@ -14,7 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import RECIPES, run, table
+from jobs._cli import RECIPES, later, run, table
+
+if __name__ == "__main__":
+    run(later("jobs.finetune"), __doc__, recipe=RECIPES / "classify.yaml")
+    sys.exit()
+
 from pipeline.config import Config
 from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
 from pipeline.downstream.task import DOWNSTREAM
@@ -74,7 +79,3 @@ def plan_rows(config: Config, plan: FinetunePlan) -> dict[str, str | None]:
         "training": f"{config.train.epochs} epochs of {plan.steps} steps of {config.train.batch_size} images",
         "passed over": "; ".join(plan.notes) or None,
     }
-
-
-if __name__ == "__main__":
-    run(main, __doc__, recipe=RECIPES / "classify.yaml")

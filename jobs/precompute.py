@@ -15,12 +15,40 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import Mode, Switch, confirm, grid, run, size, table
+from jobs._cli import Mode, Switch, confirm, grid, later, run, size, table
+
+_later = partial(later, "jobs.precompute")
+
+MODES = (
+    Mode(
+        "--plan",
+        "probe the teachers; print bytes, hours, price, read rate and free space, and stop",
+        _later("show_plan"),
+    ),
+    Mode(
+        "--verify",
+        "check every file of the recipe's cache, compute a sample again; exit code 1: broken",
+        _later("verify"),
+    ),
+    Mode("--list", "print what the cache holds, and stop", _later("show_inventory")),
+    Mode("--delete", "delete what has this address in --list, after asking", _later("delete"), "ADDRESS"),
+    Mode("--gc", "remove files of the cache that nothing refers to, after asking", _later("collect_garbage")),
+)
+SWITCHES = (
+    Switch("--repair", "with --verify, which it implies: compute just what is broken again", ("--verify",)),
+    Switch("--yes", "with --delete or --gc: do not ask", ("--delete", "--gc")),
+)
+
+if __name__ == "__main__":
+    run(_later(), __doc__, modes=MODES, switches=SWITCHES)
+    sys.exit()
+
 from jobs._plan import cache_plan, cost_plan, read_rate
 from pipeline.cache.audit import Verification, check_begun, verify_cache
 from pipeline.cache.build import CachePlan, plan_cache
@@ -219,19 +247,3 @@ def collect_garbage(config: Config, options: argparse.Namespace) -> dict[str, An
         return {"files": 0, "bytes": 0}
     remove_garbage(items)
     return {"files": len(items), "bytes": total}
-
-
-MODES = (
-    Mode("--plan", "probe the teachers; print bytes, hours, price, read rate and free space, and stop", show_plan),
-    Mode("--verify", "check every file of the recipe's cache and compute a sample again; exit code 1: broken", verify),
-    Mode("--list", "print what the cache holds, and stop", show_inventory),
-    Mode("--delete", "delete what has this address in --list, after asking", delete, "ADDRESS"),
-    Mode("--gc", "remove files of the cache that nothing refers to, after asking", collect_garbage),
-)
-SWITCHES = (
-    Switch("--repair", "with --verify, which it implies: compute just what is broken again", ("--verify",)),
-    Switch("--yes", "with --delete or --gc: do not ask", ("--delete", "--gc")),
-)
-
-if __name__ == "__main__":
-    run(main, __doc__, modes=MODES, switches=SWITCHES)

@@ -18,15 +18,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from teachers.errors import TeacherError as TeacherError
+from teachers.errors import WeightsNotFoundError as WeightsNotFoundError
+
 Interpolation = Literal["bicubic", "bilinear"]
-
-
-class TeacherError(Exception):
-    """A teacher cannot be made as asked; the message is one line that names what is wrong and the remedy."""
-
-
-class WeightsNotFoundError(TeacherError):
-    """No hub and no local file holds the weights that were asked for."""
 
 
 class TeacherOutput(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import distill, evaluate, precompute
+from jobs import distill, evaluate, export, precompute
 from pipeline.config import iter_fields
 from tests.fakes import SMALL_JOB, write_photos
 
@@ -23,7 +23,8 @@ HOG = ["teachers=[hog]", "teachers.0.input_size=32"]
         (["train.epochs=0"], "train.epochs: "),
         (["epochs"], "'epochs' is neither a recipe"),
         (["recipes/nowhere.yaml"], "recipe recipes/nowhere.yaml does not exist"),
-        (["data.train=no/such/folder"], "no/such/folder"),
+        (["data.train=no/such/folder"], "error: data.train: "),
+        (["data.train=samples", "data.val=no/such/folder"], "error: data.val: "),
         (["teachers=[dinov9]"], "dinov9"),
         (["teachers=[hog, hog]"], "give each teacher once"),
         (["teachers=[hog]", "teachers.0.weights=/no/file.pth"], "hog"),
@@ -95,6 +96,27 @@ def test_help_lists_every_field_with_its_default(capsys):
         assert f"= {'none' if default is None else default}]" in line
 
 
+HELP = """import runpy, sys
+sys.argv[1:] = {arguments}
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as end:
+    print(end.code, [name for name in ("torch", "mlflow", "ray") if name in sys.modules], file=sys.stderr)"""
+
+
+@pytest.mark.parametrize("script", ["distill", "finetune", "precompute", "benchmark", "evaluate"])
+def test_help_and_a_mistyped_field_wait_for_no_torch(script):
+    first = ["knn"] if script == "evaluate" else []
+    for arguments, code in (["--help"], 0), ([*first, "train.epohcs=3"], 2):
+        text = HELP.format(arguments=arguments, script=f"jobs/{script}.py")
+        done = subprocess.run([sys.executable, "-c", text], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert done.stderr.splitlines()[-1] == f"{code} []"
+
+
+def test_every_evaluation_is_known_before_it_is_imported():
+    assert tuple(evaluate.EVALUATIONS) == evaluate.NAMES
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, job):
     text, figures = job(distill.main, *SMALL_JOB, *HOG, f"work={tmp_path}/work", "--dry-run")
     assert figures == {"dry_run": True}
@@ -130,3 +152,11 @@ def test_evaluate_without_a_task_says_which_there_are():
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "knn" in ended.stderr
+
+
+def test_an_export_to_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        export.main(["timm/resnet18", "--to", f"{tmp_path}/file"])
+    assert ended.value.code == 2
+    assert f"error: --to: {tmp_path}/file is a file; name a folder" in capsys.readouterr().err

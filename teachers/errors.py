@@ -1,0 +1,9 @@
+"""What may be wrong with a teacher; imports no torch, so that a job can say it at once."""
+
+
+class TeacherError(Exception):
+    """A teacher cannot be made as asked; the message is one line that names what is wrong and the remedy."""
+
+
+class WeightsNotFoundError(TeacherError):
+    """No hub and no local file holds the weights that were asked for."""
