@@ -47,9 +47,15 @@ lock: env
 reference: env
 	$(BIN)/python docs/reference.py
 
+# In JOB a line may go on on the next one, where make would end the command.
+define NEWLINE
+
+
+endef
+
 # A job on the cluster whose dashboard is at 127.0.0.1:8265: make submit JOB="jobs/distill.py recipes/photos.yaml ..."
 submit: env
-	$(BIN)/python jobs/submit.py $(JOB)
+	$(BIN)/python jobs/submit.py $(subst $(NEWLINE), ,$(JOB))
 
 clean:
 	rm -rf $(VENV) work

@@ -26,4 +26,4 @@ def load_named(options: argparse.Namespace) -> tuple[Loaded, int]:
 
 def tracking_uri(options: argparse.Namespace) -> str:
     """The MLflow store in which URIs are looked up."""
-    return resolve_uri(options.tracking_uri, work_folder(Config()))
+    return resolve_uri(options.tracking_uri, work_folder(Config()), "--tracking-uri")

@@ -48,6 +48,8 @@ def export(options: argparse.Namespace) -> Mapping[str, Any]:
         print("hf is left out: it has no place for heads", flush=True)
     if options.rounds < 1:
         raise UserError(f"--rounds={options.rounds}: at least 1")
+    if options.to.exists() and not options.to.is_dir():
+        raise UserError(f"--to: {options.to} is a file; name a folder")
     cargo = load_cargo(options)
     described = ship(cargo, options.format, options.to, options.rounds)
     rows = {form: f"{options.to / entry['file']}  {_shown(entry)}" for form, entry in described["formats"].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,13 +10,18 @@ from dataclasses import dataclass
 
 from pipeline import logs
 from pipeline.cache.keys import readable
+from pipeline.cache.store import Store
 from pipeline.config import Config
+from pipeline.errors import naming
 from pipeline.notes import run_note, run_title
 from pipeline.outputs import outputs_store, publish
-from pipeline.ray_session import connect, devices
+from pipeline.ray_session import connect, devices, hardware, is_cluster
 from pipeline.runs import RunState, open_run, work_folder
 from pipeline.shared import check_shared
+from pipeline.sources import SAMPLES
 from pipeline.tracking import Candidate, Run, describe, model_link, register, resolve_uri, start_job
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Job:
     ) -> str | None:
         """Put a model into MLflow's registry as `<recipe>-<kind>`, and say so in the run's description.
 
+        Generated scenes, which the seed decides, are one held-out set, as in `jobs/compare.py`.
+
         Args:
             kind: `student`, or the task that it was fine-tuned for.
             model_uri, metric, score, held_out, lineage: as in :class:`pipeline.tracking.Candidate`.
@@ -59,6 +67,7 @@ class Job:
         """
         filled = {f"manifests{key.removeprefix('precompute')}": f"runs:/{run}/manifests" for key, run in self._filled()}
         name = f"{readable(self.config.name)}-{kind}"
+        held_out = SAMPLES if self.config.val == SAMPLES else held_out
         registered = register(
             self.run, Candidate(name, model_uri, metric, score, held_out, {**lineage, **filled, "run": self.run.run_id})
         )
@@ -79,11 +88,14 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
         reads: sections that the job goes by and others do not, as in :meth:`Config.fingerprint`.
 
     Raises:
-        UserError: where MLflow, Ray or the place of the outputs cannot be reached, or a node does not see the job's files.
+        UserError: where MLflow, Ray or a place that is written cannot be used, or a node does not see the job's files.
     """
     outputs = outputs_store(config.outputs) if config.outputs else None
+    _check_writable({"work": str(work_folder(config)), "train.checkpoints": config.train.checkpoints})
     uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
     with connect():
+        if is_cluster():
+            print(f"cluster: {hardware()}", flush=True)
         check_shared(config)
         run, state = _start(config, uri, name, reads)
         with _ended(run), _metered(run, state), logs.about(run=state.folder.name):
@@ -93,6 +105,14 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
         # Not before everything is sent: a second start sends what is left.
         state.finished = True
         state.save()
+
+
+def _check_writable(places: Mapping[str, str | None]) -> None:
+    """Refuse a place, by its field, before anything is computed for it."""
+    for field, place in places.items():
+        if place:
+            with naming(field):
+                Store.at(place).check_writable()
 
 
 def _start(config: Config, uri: str, name: str, reads: Collection[str]) -> tuple[Run, RunState]:
@@ -120,11 +140,18 @@ def _metered(run: Run, state: RunState) -> Iterator[None]:
     try:
         yield
     finally:
-        hours, (gpus, kind) = (time.monotonic() - started) / 3600, devices()
-        state.hours, state.gpu_hours = state.hours + hours, state.gpu_hours + hours * gpus
-        state.save()
-        run.set_tags({"device": kind})
-        run.log_metric_dict({"hours": state.hours, **({"gpu_hours": state.gpu_hours} if state.gpu_hours else {})})
+        try:
+            _add_hours(run, state, (time.monotonic() - started) / 3600)
+        except Exception as error:  # noqa: BLE001  it must not take the place of what ended the job
+            log.warning("the hours of this start are not recorded: %s", " ".join(str(error).split())[:200])
+
+
+def _add_hours(run: Run, state: RunState, hours: float) -> None:
+    gpus, kind = devices()
+    state.hours, state.gpu_hours = state.hours + hours, state.gpu_hours + hours * gpus
+    state.save()
+    run.set_tags({"device": kind})
+    run.log_metric_dict({"hours": state.hours, **({"gpu_hours": state.gpu_hours} if state.gpu_hours else {})})
 
 
 @contextmanager

@@ -22,11 +22,11 @@ def outputs_store(outputs: str) -> Store:
     """The place of all runs' results.
 
     Raises:
-        UserError: where it cannot be used.
+        UserError: where it cannot be written.
     """
     with naming("outputs"):
         store = Store.at(outputs)
-        store.check()
+        store.check_writable()
     return store
 
 

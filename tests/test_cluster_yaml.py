@@ -1,6 +1,8 @@
 """cluster.yaml against Ray's own schema and scheduler; rayjob.yaml against the fields that KubeRay's API defines."""
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint
+
+from pipeline.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLUSTER = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
@@ -153,7 +157,8 @@ def test_the_pods_of_the_ray_job_are_a_head_decoders_and_gpus():
 
 
 def test_the_entrypoint_of_the_ray_job_names_files_of_the_image():
-    words = JOB["spec"]["entrypoint"].split()
+    words = shlex.split(JOB["spec"]["entrypoint"])
+    load_config(REPOSITORY / "recipes/photos.yaml", [word for word in words if "=" in word])
     files = [word for word in words if word.startswith("/home/ray/regla-distill/")]
     copied = re.findall(r"^COPY (\w+) ", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE)
     assert len(files) == 2
@@ -162,6 +167,26 @@ def test_the_entrypoint_of_the_ray_job_names_files_of_the_image():
         assert (REPOSITORY / relative).is_file()
         assert relative.parts[0] in copied
     assert set(copied) == {"jobs", "pipeline", "recipes", "teachers"}
+
+
+def test_the_job_that_the_cluster_file_shows_is_understood():
+    comment = re.sub(r"^# *", "", (REPOSITORY / "cluster.yaml").read_text(), flags=re.MULTILINE)
+    script, recipe, *overrides = shlex.split(re.search(r'JOB="(.*?)"', comment, re.DOTALL)[1])
+    assert (REPOSITORY / script).is_file()
+    assert [teacher.weights for teacher in load_config(REPOSITORY / recipe, overrides).teachers] == ["pretrained"]
+
+
+def test_a_job_finds_the_variables_of_the_file_of_credentials(tmp_path):
+    (start,) = (command for command in CLUSTER["head_start_ray_commands"] if "--head" in command)
+    reads = start.partition("RAY_AUTH_MODE")[0].replace("/mnt/regla", str(tmp_path))
+
+    def shown():
+        command = f"{reads} printenv MLFLOW_TRACKING_USERNAME || true"
+        return subprocess.check_output(["sh", "-c", command], text=True)
+
+    assert shown() == ""
+    (tmp_path / "job.env").write_text("MLFLOW_TRACKING_USERNAME=somebody\n")
+    assert shown() == "somebody\n"
 
 
 def test_secrets_are_in_no_manifest():

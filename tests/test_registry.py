@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -10,7 +11,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.config import load_config
+from pipeline.job import Job
 from pipeline.notes import run_note, run_title
+from pipeline.runs import RunState
 from pipeline.tracking import Candidate, describe, download_model, model_link, register, start_job
 from pipeline.tracking.models import log_model_folder, run_of
 
@@ -40,6 +43,13 @@ def job(logged, request):
     return run, run.client, Candidate(name, uri, "top1", 50.0, "val-40-ab", LINEAGE)
 
 
+@pytest.fixture
+def another(logged, tmp_path):
+    """The URI of a model that another run has logged."""
+    (tmp_path / "weights").touch()
+    return lambda: log_model_folder(logged[0].child("classify"), tmp_path, name="classify", metrics={}, tags={})
+
+
 def test_a_model_becomes_the_first_version_with_its_lineage_and_a_link_to_its_run(job):
     run, client, candidate = job
     assert register(run, candidate) == f"models:/{candidate.name}/1"
@@ -53,7 +63,16 @@ def test_a_model_becomes_the_first_version_with_its_lineage_and_a_link_to_its_ru
     assert f"{candidate.name}@best" in client.get_registered_model(candidate.name).description
 
 
-def test_the_alias_goes_to_the_best_of_those_that_were_measured_alike(job):
+def test_a_run_that_is_started_again_keeps_its_version(job, tmp_path):
+    run, client, candidate = job
+    register(run, candidate)
+    (tmp_path / "weights").touch()
+    again = log_model_folder(run, tmp_path, name="classify", metrics={}, tags={})
+    assert register(run, replace(candidate, model_uri=again)) == f"models:/{candidate.name}/1"
+    assert len(client.search_model_versions(f"name = '{candidate.name}'")) == 1
+
+
+def test_the_alias_goes_to_the_best_of_those_that_were_measured_alike(job, another, caplog):
     run, client, candidate = job
     for score, held_out, expected in [
         (50, "val-40-ab", "1"),
@@ -61,24 +80,47 @@ def test_the_alias_goes_to_the_best_of_those_that_were_measured_alike(job):
         (55, "val-40-ab", "2"),
         (60, "val-40-ab", "2"),  # an equal does not displace
         (None, "", "2"),  # never measured
-        (20, "val-80-cd", "6"),  # other images: the scores before say nothing of them
+        (70, "val-80-cd", "2"),  # other images: neither is known to be the better one
         (61, "val-40-ab", "7"),
     ]:
-        register(run, replace(candidate, score=score, held_out=held_out))
+        model = another()
+        register(run, replace(candidate, model_uri=model, score=score, held_out=held_out))
         assert str(client.get_model_version_by_alias(candidate.name, "best").version) == expected
+    assert f"{candidate.name}/6 was measured on other images (val-80-cd) than the best one, version 2" in caplog.text
     for uri in (f"models:/{candidate.name}@best", f"models:/{candidate.name}/latest"):
         assert (download_model(uri, run.uri) / "weights").is_file()
-        assert run_of(client, uri) == run.run_id
+        assert run_of(client, uri) == run_of(client, model)
 
 
-def test_the_experiment_begins_with_links_to_the_best_and_keeps_what_else_was_written_there(job):
+def test_the_best_is_marked_anew_where_its_alias_was_deleted(job, another):
     run, client, candidate = job
+    register(run, candidate)
+    client.delete_registered_model_alias(candidate.name, "best")
+    register(run, replace(candidate, model_uri=another(), score=20, held_out="val-80-cd"))
+    assert str(client.get_model_version_by_alias(candidate.name, "best").version) == "2"
+
+
+def test_generated_scenes_of_every_seed_are_one_held_out_set(job, another):
+    run, client, candidate = job
+    for seed, score, expected in ((0, 70.0, "1"), (1, 60.0, "1"), (2, 80.0, "3")):
+        config = load_config(None, [f"name={candidate.name}", f"seed={seed}"])
+        started = Job(config, "distill", RunState(Path(), {}), run, run.uri)
+        registered = started.register(
+            "student", another(), metric="knn_after", score=score, held_out=f"scenes-{seed}", lineage={}
+        )
+        name = registered.removeprefix("models:/").partition("/")[0]
+        assert str(client.get_model_version_by_alias(name, "best").version) == expected
+
+
+def test_the_experiment_begins_with_links_to_the_best_and_keeps_what_else_was_written_there(job, another):
+    run, client, candidate = job
+    model = another()
     note = lambda: client.get_experiment(run.experiment_id).tags["mlflow.note.content"]  # noqa: E731
     written = note().partition("\n")[2] + "\nours"
     client.set_experiment_tag(run.experiment_id, "mlflow.note.content", written)
-    for score, other in ((40, 30), (50, 60)):
-        register(run, replace(candidate, score=score))
-        register(run, replace(candidate, name="other", score=other))
+    for uri, score, other in ((candidate.model_uri, 40, 30), (model, 50, 60)):
+        register(run, replace(candidate, model_uri=uri, score=score))
+        register(run, replace(candidate, model_uri=uri, name="other", score=other))
         head, _, rest = note().partition("\n")
         assert f"[{candidate.name} {1 if score == 40 else 2}](#/models/{candidate.name}/versions/" in head
         assert f"(top1 {score})" in head

@@ -155,6 +155,17 @@ def test_a_resumed_job_goes_on_in_the_same_runs(start, client):
     assert [(m.step, m.value) for m in client.get_metric_history(child.run_id, "loss")] == [(1, 2.0), (2, 1.0)]
 
 
+def test_a_resumed_run_does_not_end_as_its_last_start_did(start, client):
+    run = start()
+    run.finish("FAILED")
+    run.outbox.post("metrics", [["loss", 2.0, 0, 1]])
+    run.outbox.post("status", ["FAILED", 1])  # as of a start whose server was down at its end
+    again = start(run_id=run.run_id)
+    again.settle()
+    logged = client.get_run(run.run_id)
+    assert (logged.info.status, logged.data.metrics) == ("RUNNING", {"loss": 2.0})
+
+
 def test_a_run_that_is_gone_is_begun_anew(start, client):
     run = start()
     client.delete_run(run.run_id)

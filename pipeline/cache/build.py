@@ -121,13 +121,14 @@ def _cached_teacher(config: Config, index: int) -> CachedTeacher:
 
 def _plan_split(config: Config, store: Store, split: str, location: str) -> SplitPlan:
     data = config.data
-    source = open_source(
-        location,
-        split=split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
-    )
+    with naming(f"data.{split}"):
+        source = open_source(
+            location,
+            split=split,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
+        )
     name = f"{data.name}-{split}" if data.name else source.name
     policy = (
         ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed) if split == "train" else WHOLE

@@ -16,7 +16,7 @@ from pipeline.cache.extract import CachedTeacher, projection_of, teacher_labels
 from pipeline.cache.keys import teacher_id
 from pipeline.cache.ray_pipeline import gpus
 from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 from pipeline.logs import errors_alone
 from teachers.base import Teacher, TeacherError, WeightsNotFoundError
 
@@ -32,9 +32,6 @@ CPU_PROBE_MACS = 50e9
 
 KEY_BYTES = 128
 """Allowed for the keys of a row and its share of Parquet's own structures."""
-
-_TRIAL = "write-trial"
-"""File that is written to a cache, and deleted, before teachers are loaded and images decoded for it."""
 
 
 @dataclass(frozen=True)
@@ -255,5 +252,5 @@ def check_space(*plans: CachePlan) -> None:
             "free some, set cache.uri to another place, or choose a smaller cache.codec (jobs/precompute.py --plan compares)"
         )
     if need:
-        store.put(_TRIAL, b"")
-        store.delete(_TRIAL)
+        with naming("cache.uri"):
+            store.check_writable()

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 def precompute(config: Config, plan: CachePlan, run: Run) -> tuple[CachePlan, BuildReport]:
     """Compute what is missing and log it to `run`.
 
+    A start that finds everything there leaves what an earlier one of the run has logged of its work.
+
     Returns:
         The plan with the teachers' weight digests, and what was done.
     """
@@ -29,19 +31,24 @@ def precompute(config: Config, plan: CachePlan, run: Run) -> tuple[CachePlan, Bu
             run.log_text(f"shard\tfile\trows\tbytes\tsha256\n{manifest}\n", f"manifests/{split.split}/{teacher.id}.tsv")
             run.log_text(folder.store.get("teacher.json").decode(), f"teachers/{teacher.id}.json")
             run.log_dict(teacher_fidelity(split.dataset, teacher), f"fidelity/{split.split}/{teacher.id}.json")
-    seconds = report.seconds
+    quarantined = sum(len(bad) for bad in report.quarantined.values())
+    run.log_metric_dict({"quarantined": quarantined, "cache_bytes": float(cache_bytes(plan))})
+    if report.images_ingested or report.shards_computed:
+        log_work(report, run)
+    return plan, report
+
+
+def log_work(report: BuildReport, run: Run) -> None:
+    """What was computed, and how fast."""
     run.log_metric_dict(
         {
             "shards_computed": report.shards_computed,
             "images_ingested": report.images_ingested,
             "images_extracted": report.images_extracted,
-            "quarantined": sum(len(bad) for bad in report.quarantined.values()),
-            "images_per_second": report.images_extracted / seconds if report.images_extracted else 0.0,
-            "cache_bytes": float(cache_bytes(plan)),
-            "seconds": seconds,
+            "images_per_second": report.images_extracted / report.seconds,
+            "seconds": report.seconds,
         }
     )
-    return plan, report
 
 
 def log_lineage(plan: CachePlan, run: Run) -> None:

@@ -25,6 +25,9 @@ from pipeline.errors import UserError
 LEFTOVER_AGE_S = 3600.0
 """Age in seconds from which on a temporary file is taken for that of a writer that was killed."""
 
+_TRIAL = "write-trial"
+"""File that is written to a place, and deleted, before anything is computed for it."""
+
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 
 Result = TypeVar("Result")
@@ -79,6 +82,19 @@ class Store:
         bucket = "/".join(self.uri.split("/")[:3])
         if Store(bucket)._info("").type == fs.FileType.NotFound:
             raise UserError(f"{bucket} does not exist: create the bucket, or correct its name")
+
+    def check_writable(self) -> None:
+        """Find out early whether files can be written and deleted here; makes a local folder that is not there.
+
+        Raises:
+            UserError: as `check`, or where the place refuses a write.
+        """
+        self.check()
+        try:
+            self.put(_TRIAL, b"")
+            self.delete(_TRIAL)
+        except UserError as error:
+            raise UserError(f"{error}; name a place that can be written") from error
 
     def free_bytes(self) -> int | None:
         """Free space in bytes where a local folder is, or would be; None for object stores."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from pipeline.compare.describe import configuration, describe, given, held_by, student_key
+from pipeline.compare.describe import configuration, describe, given, held_by, student_arguments, student_key
 from pipeline.compare.latency import Latencies, find_latencies
 from pipeline.compare.size import counted_size
 from pipeline.errors import UserError
@@ -208,4 +208,4 @@ def _with_latency(entry: Entry, found: Latencies) -> Entry:
 
 def _plain_student(entry: Entry) -> str | None:
     """The name that a benchmark gives a student without arguments of its own."""
-    return entry.texts.get("student") if entry.config.get("student.args", "{}") == "{}" else None
+    return None if student_arguments(entry.config) else entry.texts.get("student")

@@ -10,8 +10,10 @@ from pipeline.tracking import LoggedRun
 NONE = ("", "None")
 """How MLflow holds what was not given."""
 
-SET_ASIDE = {"name", "seed", "work", "cache.uri", "data.name"}
+SET_ASIDE = {"name", "seed", "work", "cache.uri", "data.name", "outputs", "train.checkpoints"}
 """Fields by which runs that do the same differ."""
+STUDENT_ARGUMENTS = "student.args."
+"""What the fields of arguments of a student's constructor begin with; one without any has the field `student.args`."""
 OTHER_SECTIONS = ("tracking", "benchmark", "plan")
 DOWNSTREAM_SECTIONS = ("finetune", "classify", "segment", "detect")
 CACHE_SECTIONS = ("teachers", "cache", "views", "loss", "augment")
@@ -65,7 +67,7 @@ def judged_student(run: LoggedRun) -> str | None:
 def timm_student(run: LoggedRun) -> str | None:
     """The name by which the student of a run is built without weights; None for a folder or a model in MLflow."""
     name = judged_student(run) or given(run, "student.name")
-    return name if name and "/" not in name.removeprefix("timm/") and run.params.get("student.args") == "{}" else None
+    return name if name and "/" not in name.removeprefix("timm/") and not student_arguments(run.params) else None
 
 
 def input_size(run: LoggedRun) -> str | None:
@@ -82,8 +84,13 @@ def _student(run: LoggedRun) -> str | None:
 
 def student_key(run: LoggedRun) -> str:
     """What evaluations of one student have in common where the run that made it is not known."""
-    fields = ("evaluate.weights", "evaluate.model", "student.args")
-    return "\n".join([judged_student(run) or "", *(run.params.get(field, "") for field in fields)])
+    named = (run.params.get(field, "") for field in ("evaluate.weights", "evaluate.model"))
+    return "\n".join([judged_student(run) or "", *named, *student_arguments(run.params)])
+
+
+def student_arguments(fields: Mapping[str, str]) -> list[str]:
+    """Arguments of a student's constructor among logged fields, as `<field>=<value>`, sorted."""
+    return sorted(f"{key}={value}" for key, value in fields.items() if key.startswith(STUDENT_ARGUMENTS))
 
 
 def _teachers(run: LoggedRun) -> Iterator[str]:

@@ -14,7 +14,7 @@ TEACHER_DETAIL = re.compile(r"teachers\.\d+\.(?!model$)")
 LABEL_FIELDS = 3
 """Most fields beside student and teachers in the label of a group."""
 SIZE_FIELDS = ("student.name", "student.args", "job")
-"""Fields that a family of students of several sizes differs in."""
+"""What the fields begin with that a family of students of several sizes differs in."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Group:
     @property
     def family(self) -> tuple[tuple[str, str], ...]:
         """Equal for students of several sizes that learned from one cache in the same way."""
-        return tuple(sorted((key, value) for key, value in self.config.items() if key not in SIZE_FIELDS))
+        return tuple(sorted((key, value) for key, value in self.config.items() if not key.startswith(SIZE_FIELDS)))
 
 
 def group(entries: Iterable[Entry]) -> list[Group]:

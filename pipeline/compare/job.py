@@ -50,7 +50,7 @@ def compare(experiment: str, only: str, uri: str | None, folder: Path) -> Result
             the folder cannot be written.
     """
     work = Path("work").resolve()
-    store = resolve_uri(uri, work)
+    store = resolve_uri(uri, work, "--tracking-uri")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to: {folder} is a file; name a folder")
     comparison = Comparison.of(read_experiment(store, experiment, only), only)

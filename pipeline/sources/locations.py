@@ -48,7 +48,7 @@ def expand(path: str) -> tuple[str, ...]:
     for name in _expand_braces(path):
         found = glob.glob(name) if glob.has_magic(name) else list(filter(os.path.exists, [name]))
         if not found:
-            raise UserError(f"{name}: no such file or folder; correct the path in the data settings")
+            raise UserError(f"{name}: no such file or folder; correct the path")
         files += found
     return tuple(sorted(set(files)))
 

@@ -16,17 +16,18 @@ from pipeline.errors import UserError
 _REMEDY = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (a server) or PGPASSWORD (PostgreSQL)"
 
 
-def resolve_uri(configured: str | None, work: Path) -> str:
+def resolve_uri(configured: str | None, work: Path, field: str = "tracking.uri") -> str:
     """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder.
+
+    Args:
+        field: or flag that the configured one comes from.
 
     Raises:
         UserError: where the configured one holds a password, since configurations are logged, or that of the environment
             one that cannot be taken out; the message repeats none.
     """
     if configured and _has_password(configured):
-        raise UserError(
-            f"tracking.uri: a password in an address is refused, since configurations are logged; {_REMEDY}"
-        )
+        raise UserError(f"{field}: a password in an address is refused, since configurations are logged; {_REMEDY}")
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if given and _has_password(given):
         given = os.environ["MLFLOW_TRACKING_URI"] = _without_password(given)

@@ -68,6 +68,12 @@ class Outbox:
         letter = json.loads(self.store.get(name))
         return letter["kind"], letter["content"]
 
+    def drop(self, kind: str) -> None:
+        """Throw away the letters of a kind that wait."""
+        for name in self.letters():
+            if self.read(name)[0] == kind:
+                self.store.delete(name)
+
     def marks(self) -> dict[str, int]:
         """Highest step that was sent of each curve."""
         known: dict[str, int] = json.loads(self.store.get(MARKS)) if self.store.exists(MARKS) else {}

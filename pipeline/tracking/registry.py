@@ -46,7 +46,8 @@ class Candidate:
 def register(run: Run, candidate: Candidate) -> str | None:
     """Register a model as the next version, and mark the best of those that were measured alike.
 
-    A store without a registry, or one that fails, does not stop what has been trained: the log says so.
+    A run that has registered its model, and is started again, keeps that version. A store without a registry, or one
+    that fails, does not stop what has been trained: the log says so.
 
     Args:
         run: of the job, which the version's description links to.
@@ -66,7 +67,7 @@ def register(run: Run, candidate: Candidate) -> str | None:
         return None
     registered = f"models:/{candidate.name}/{version.version}"
     try:
-        _mark_best(run.client, candidate)
+        _mark_best(run.client, candidate, registered)
         _show_best(run)
     except (MlflowException, OSError) as error:
         log.warning("the model is registered as %s, but the best one was not marked: %s", registered, _in_short(error))
@@ -78,36 +79,57 @@ def _in_short(error: Exception) -> str:
 
 
 def _create(run: Run, candidate: Candidate) -> ModelVersion:
-    client = run.client
+    client, trained_by = run.client, run_of(run.client, candidate.model_uri)
     try:
         client.create_registered_model(candidate.name, description=_MODEL_NOTE.format(**vars(candidate)))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    if registered := client.search_model_versions(f"name = '{candidate.name}' and run_id = '{trained_by}'"):
+        return registered[0]
     score = {} if candidate.score is None else {"score": f"{candidate.score:.6g}", "held_out": candidate.held_out}
     logged = candidate.model_uri.removeprefix("models:/")
     return client.create_model_version(
         candidate.name,
         candidate.model_uri,
-        run_of(client, candidate.model_uri),
+        trained_by,
         tags={"metric": candidate.metric, EXPERIMENT: run.experiment_id, **score, **candidate.lineage},
         description=_version_note(run, candidate),
         model_id=logged if "/" not in logged else None,
     )
 
 
-def _mark_best(client: MlflowClient, candidate: Candidate) -> None:
-    """Among versions with the same metric on the same images, the alias goes to the best, the earlier one of equals."""
+def _mark_best(client: MlflowClient, candidate: Candidate, registered: str) -> None:
+    """Among versions with the same metric on the same images, the alias goes to the best, the earlier one of equals.
+
+    Where it is at a version that was measured otherwise, it stays there.
+    """
     if candidate.score is None:
+        return
+    measured = (candidate.metric, candidate.held_out)
+    marked = client.get_registered_model(candidate.name).aliases.get(BEST)
+    if marked is not None and _measured(client.get_model_version(candidate.name, str(marked))) != measured:
+        log.warning(
+            "%s was measured on other images (%s) than the best one, version %s, which keeps the alias `%s` until it is "
+            "deleted",
+            registered,
+            candidate.held_out,
+            marked,
+            BEST,
+        )
         return
     alike = [
         (float(version.tags["score"]), -int(version.version), version)
         for version in client.search_model_versions(f"name = '{candidate.name}'")
-        if "score" in version.tags
-        and (version.tags["metric"], version.tags["held_out"]) == (candidate.metric, candidate.held_out)
+        if "score" in version.tags and _measured(version) == measured
     ]
     best = max(alike, key=lambda entry: entry[:2])[2]
     client.set_registered_model_alias(candidate.name, BEST, str(best.version))
+
+
+def _measured(version: ModelVersion) -> tuple[str | None, str | None]:
+    """The metric of a version, and the images that it was measured on."""
+    return version.tags.get("metric"), version.tags.get("held_out")
 
 
 def _show_best(run: Run) -> None:
@@ -129,7 +151,7 @@ def _show_best(run: Run) -> None:
 
 _BEST = "Best: "
 _MODEL_NOTE = """Newest: `models:/{name}/latest`. Best by `{metric}`: `models:/{name}@best`, among versions measured on the
-same held-out images (tag `held_out`)."""
+same held-out images (tag `held_out`) as the first one that was marked."""
 
 
 def _version_note(run: Run, candidate: Candidate) -> str:

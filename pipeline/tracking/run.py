@@ -266,7 +266,9 @@ def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id:
     if run_id is not None:
         try:
             client.update_run(run_id, status="RUNNING")
-            return Run(uri, experiment_id, run_id, Outbox(outboxes.sub(run_id)))
+            outbox = Outbox(outboxes.sub(run_id))
+            outbox.drop("status")  # of a start whose end the server was not told
+            return Run(uri, experiment_id, run_id, outbox)
         except MlflowException as error:
             if not is_refusal(error):
                 raise

@@ -90,6 +90,26 @@ def test_evaluations_of_a_student_without_a_run_are_one_row(store, read):
     assert (second.texts["student"], second.measures) == ("runs/a/student", {"linear": 60.0})
 
 
+def test_students_with_arguments_are_others_than_the_plain_one(store, read):
+    narrow, wide = (f"student.args={{width: {width}}}" for width in (32, 64))
+    store.distil("regla_t", ["hog"], 0, 20.0, name="plain")
+    store.distil("regla_t", ["hog"], 0, 20.0, narrow, name="narrow")
+    store.benchmark({"regla_t/fused/float32/1x64/ms": 3.0})
+    for arguments, figures in ((narrow, {"top1": 30.0}), (wide, {"top1": 40.0})):
+        store.judge("linear", None, figures, "evaluate.student=timm/resnet18", arguments)
+    found = collect(read()).entries
+    assert [entry.measures.get("latency") for entry in found] == [3.0, None, None, None]
+    assert [entry.measures["linear"] for entry in found[2:]] == [30.0, 40.0]
+    assert not any("parameters" in entry.measures for entry in found[2:])
+
+
+def test_where_results_and_checkpoints_go_makes_no_other_run(store, read):
+    store.distil("regla_t", ["hog"], 0, 20.0, "outputs=results", "train.checkpoints=s3://models/checkpoints")
+    store.distil("regla_t", ["hog"], 1, 20.0)
+    one, other = collect(read()).entries
+    assert one.config == other.config
+
+
 def test_trainings_from_scratch_are_rows_of_their_own(store, read):
     for seed in (0, 1):
         run = store.judge(

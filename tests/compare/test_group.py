@@ -74,7 +74,7 @@ def test_students_of_one_cache_are_a_family_and_others_are_not():
     small, large, other = group(
         [
             entry("regla_t", config=cache),
-            entry("regla_s", config=cache),
+            entry("regla_s", config={**cache, "student.args.dims": "[32, 64]"}),
             entry("regla_t", config={"cache.codec": "int8"}),
         ]
     )

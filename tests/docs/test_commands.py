@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -78,7 +79,11 @@ def start(text, more):
     arguments[flags:flags] = more  # a parser takes overrides in one piece
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *arguments])
-        runpy.run_path(script, run_name="__main__")
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +152,8 @@ def check(words):
         target = next(word for word in rest if "=" not in word)
         assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE), target
         for job in (word.removeprefix("JOB=") for word in rest if word.startswith("JOB=")):
+            asked = subprocess.run(["make", "-n", *rest], capture_output=True, text=True, check=True).stdout
+            assert shlex.split(asked.splitlines()[-1])[1:] == ["jobs/submit.py", *shlex.split(job)]
             check(["python", *shlex.split(job)])
     elif first in ("ray", "mlflow"):
         click(first, rest)

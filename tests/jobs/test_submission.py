@@ -1,7 +1,7 @@
 """What `jobs/submit.py` would upload and run, without a cluster."""
 
-import os
 import shlex
+import socket
 import subprocess
 import sys
 import zipfile
@@ -69,22 +69,28 @@ def test_this_checkout_is_small_enough():
     assert submit.check_upload(REPOSITORY) < submit.MAX_UPLOAD
 
 
-def test_the_words_of_a_job_reach_it_as_they_are(monkeypatch):
-    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+def test_the_words_of_a_job_reach_it_as_they_are():
     words = ["jobs/distill.py", "recipes/photos.yaml", "teachers=[hog, {model: dinov2/vits14}]", "name=it's"]
-    line = submit.command(words)
-    assert line[line.index("--address") + 1] == "http://127.0.0.1:8265"
-    job = line[line.index("--") + 1 :]
-    entrypoint = shlex.join(job)  # as `ray job submit` does
-    assert os.path.basename(line[0]) == "ray"
+    line = submit.entrypoint(words)
     shown = subprocess.run(
-        entrypoint.replace("python", shlex.quote(sys.executable) + " -c 'import sys; print(sys.argv[1:])'", 1),
+        line.replace("python", shlex.quote(sys.executable) + " -c 'import sys; print(sys.argv[1:])'", 1),
         shell=True,
         capture_output=True,
         text=True,
         check=True,
     )
     assert shown.stdout.strip() == repr(words)
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
+        with pytest.raises(SystemExit) as ended:
+            submit.main(["jobs/distill.py"])
+    assert ended.value.code == 2
+    assert f"error: RAY_API_SERVER_ADDRESS: no cluster can be used at {address} (" in capsys.readouterr().err
 
 
 def test_what_is_no_job_is_refused_with_the_jobs_that_there_are(capsys):

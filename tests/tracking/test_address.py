@@ -51,3 +51,8 @@ def test_an_address_without_a_password_stays_as_it_is(environment, tmp_path, mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
     assert resolve_uri(None, tmp_path) == "http://there:5000"
     assert environment() == {"MLFLOW_TRACKING_URI": "http://there:5000"}
+
+
+def test_a_password_is_refused_under_the_name_of_where_it_was_given(environment, tmp_path):
+    with pytest.raises(UserError, match=r"^--tracking-uri: a password in an address is refused"):
+        resolve_uri("https://me:secret@there:5000", tmp_path, "--tracking-uri")
