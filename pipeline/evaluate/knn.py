@@ -129,15 +129,15 @@ def labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_splits(train: Dataset, val: Dataset) -> None:
-    """Refuse two splits that are the same images, or whose labels mean different classes.
+    """Refuse two splits of the same place, or whose labels mean different classes.
 
     Raises:
         UserError: naming the first class that only one of them has.
     """
-    if train.fingerprint == val.fingerprint and SAMPLES not in (train.location, val.location):
+    if train.location == val.location != SAMPLES:
         raise UserError(
-            f"data.val ({val.location}) has the images of data.train: on those that it was trained with a student says "
-            "nothing; take others, or none (data.val=none)"
+            f"data.val ({val.location}) are the images of data.train: how a student does on those says nothing; take others, "
+            "or none (data.val=none)"
         )
     if train.classes and val.classes and (odd := odd_class(train.classes, val.classes)) is not None:
         raise UserError(

@@ -220,7 +220,7 @@ def test_a_batch_that_the_gpus_of_the_session_do_not_share_is_refused_before_ext
 
 def test_held_out_images_that_are_those_of_the_training_are_refused(photo_config, tmp_path):
     config = photo_config(*STUDENT, f"data.val={tmp_path}/photos/train/.")
-    with pytest.raises(UserError, match=r"data\.val \(.*/photos/train\) has the images of data\.train"):
+    with pytest.raises(UserError, match=r"data\.val \(.*/photos/train\) are the images of data\.train"):
         plan_phases(config, Store.at(tmp_path / "cache"))
 
 

@@ -152,7 +152,9 @@ def check(words):
         target = next(word for word in rest if "=" not in word)
         assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE), target
         for job in (word.removeprefix("JOB=") for word in rest if word.startswith("JOB=")):
-            asked = subprocess.run(["make", "-n", *rest], capture_output=True, text=True, check=True).stdout
+            asked = subprocess.run(
+                ["make", "--no-print-directory", "-n", *rest], capture_output=True, text=True, check=True
+            ).stdout
             assert shlex.split(asked.splitlines()[-1])[1:] == ["jobs/submit.py", *shlex.split(job)]
             check(["python", *shlex.split(job)])
     elif first in ("ray", "mlflow"):

@@ -101,8 +101,8 @@ def test_a_disk_that_fills_up_or_is_read_only_is_named_and_loses_nothing(disk, a
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     assert job(precompute.main, *arguments)[1]["shards_computed"] == 0
     line = refused(precompute.main, *arguments, "teachers=['tests.faults:unloadable']")
-    assert line.startswith(f"error: cannot write {cache}/")
-    assert line.endswith(": Read-only file system")
+    assert line.startswith(f"error: cache.uri: cannot write {cache}/")
+    assert line.endswith(": Read-only file system; name a place that can be written")
 
 
 def test_a_cache_below_a_file_is_refused_before_a_teacher_is_loaded(tmp_path, arguments, refused):
@@ -110,8 +110,8 @@ def test_a_cache_below_a_file_is_refused_before_a_teacher_is_loaded(tmp_path, ar
     line = refused(
         precompute.main, *arguments, f"cache.uri={tmp_path}/file/cache", "teachers=['tests.faults:unloadable']"
     )
-    assert line.startswith(f"error: cannot write {tmp_path}/file/cache/")
-    assert line.endswith(": Not a directory")
+    assert line.startswith(f"error: cache.uri: cannot write {tmp_path}/file/cache/")
+    assert line.endswith(": Not a directory; name a place that can be written")
 
 
 @pytest.mark.faults
