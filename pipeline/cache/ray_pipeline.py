@@ -32,13 +32,13 @@ def gpus() -> int:
 
 
 def _room() -> int:
-    """CPUs beside a GPU, or where there are none CPUs, of the node that has the fewest."""
+    """CPUs beside a GPU, or where there are none CPUs, of the node that has the fewest; 1 where no node is up yet."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if gpus():
-        return min(int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU"))
-    fewest = min(int(node["CPU"]) for node in nodes if node.get("CPU"))
+        return min((int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU")), default=1)
+    fewest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
     return fewest if is_cluster() else min(fewest, os.cpu_count() or 1)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.cache import ray_pipeline
 from pipeline.cache.placement import CONTEXT_BYTES, Measured, Placement, actors_per_gpu, measure, place, starved
 
 GIB = 1 << 30
@@ -38,6 +39,19 @@ def test_no_actor_asks_for_more_than_the_smallest_node_has():
     assert place(72, 1, 100, 8) == Placement(1, 1.0, 8)
     assert place(65, 4, 100, 2, _measured(30 * GIB, host_s=0.5)) == Placement(8, 0.5, 1)
     assert place(20, 0, 100, 4) == Placement(4, 0, 4)
+
+
+def test_the_smallest_node_decides_and_one_without_cpus_does_not_count(monkeypatch):
+    def room(gpus, *nodes):
+        monkeypatch.setattr(ray_pipeline, "gpus", lambda: gpus)
+        monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+        return ray_pipeline._room()
+
+    monkeypatch.setattr(ray_pipeline, "is_cluster", lambda: True)
+    head, large, small = {"memory": 1.0}, {"CPU": 16.0}, {"CPU": 4.0}
+    assert room(0, head, large, small) == 4
+    assert room(3, head, large, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 12.0, "GPU": 2.0}) == 6
+    assert room(0, head) == 1
 
 
 def test_there_are_no_more_actors_than_shards():
