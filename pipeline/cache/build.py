@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -34,6 +34,9 @@ from pipeline.progress import Progress
 from pipeline.sources import SceneSettings, open_source
 from pipeline.sources.base import Source
 from pipeline.views import WHOLE, ViewPolicy
+
+PASSES = 2
+"""Over what is missing: of two actors that fitted a projection in the same moment only one's shards count."""
 
 log = logging.getLogger(__name__)
 
@@ -215,24 +218,29 @@ def ingest_missing(splits: Sequence[SplitPlan]) -> int:
 
 
 def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
-    # Twice, as of two actors that fitted a projection in the same moment only one's shards count.
-    _extract_missing(plan, batch_size, report)
-    _extract_missing(plan, batch_size, report)
-    for split in plan.splits:
-        for teacher in plan.teachers:
-            if left := split.missing(teacher):
-                raise UserError(
-                    f"{len(left)} shards of {teacher.id} were not committed, first {left[0]}: run the job again"
-                )
+    missing = _missing(plan)
+    for _ in range(PASSES):
+        if not missing:
+            return
+        _extract_missing(plan, missing, batch_size, report)
+        missing = _missing(plan)
+    for (_, teacher), left in missing.items():
+        raise UserError(f"{len(left)} shards of {teacher} were not committed, first {left[0]}: run the job again")
 
 
-def _extract_missing(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
-    missing = {(split.split, teacher.id): split.missing(teacher) for split in plan.splits for teacher in plan.teachers}
-    needed = [t for t in plan.teachers if any(missing[split.split, t.id] for split in plan.splits)]
+def _missing(plan: CachePlan) -> dict[tuple[str, str], list[int]]:
+    """Shards that are not there by split and teacher id, where there are such; reads every record."""
+    pairs = ((split, teacher) for split in plan.splits for teacher in plan.teachers)
+    return {(split.split, teacher.id): shards for split, teacher in pairs if (shards := split.missing(teacher))}
+
+
+def _extract_missing(
+    plan: CachePlan, missing: Mapping[tuple[str, str], Sequence[int]], batch_size: int, report: BuildReport
+) -> None:
+    ids = {teacher for _, teacher in missing}
+    needed = [teacher for teacher in plan.teachers if teacher.id in ids]
     pairs = {(split, shard) for (split, _), shards in missing.items() for shard in shards}
     rows = [{"split": split, "shard": shard} for split, shard in sorted(pairs)]
-    if not rows:
-        return
     datasets = {split.split: split.dataset for split in plan.splits}
     label = f"extract {' '.join(teacher.spec.name for teacher in needed)}"
     started = time.perf_counter()
