@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -16,6 +15,7 @@ from pipeline.downstream.base import Split
 from pipeline.errors import UserError
 from pipeline.sources import SAMPLES, SampleScenes, SceneSettings, Source, open_source
 from pipeline.sources.base import IMAGE_EXTENSIONS, odd_class
+from pipeline.sources.image_folder import images_below
 from pipeline.views import decode_image
 
 PARQUET_BLOCK = 128
@@ -49,16 +49,12 @@ def image_files(folder: Path) -> list[Path]:
     """The image files below a folder, sorted; hidden ones are left out, such as the `._photo.jpg` that macOS writes.
 
     Raises:
-        UserError: where there are none.
+        UserError: where there are none, or a folder cannot be listed.
     """
-    found: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = (name for name in names if name.lower().endswith(IMAGE_EXTENSIONS))
-        found += [Path(parent, name) for name in images if not name.startswith(".")]
+    found = sorted(Path(entry.path) for entry in images_below(str(folder)))
     if not found:
         raise UserError(f"{folder}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}")
-    return sorted(found)
+    return found
 
 
 def decode(data: bytes | Exception, name: str) -> Image.Image:

@@ -57,7 +57,7 @@ class ImageFolder:
             labelled = [
                 (entry, label)
                 for label, name in enumerate(self.classes)
-                for entry in _images_below(os.path.join(self.location, name))
+                for entry in images_below(os.path.join(self.location, name))
             ]
         else:
             labelled = [(entry, None) for entry in _entries(self.location) if _is_image(entry)]
@@ -99,7 +99,12 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); check the path and its permissions") from error
 
 
-def _images_below(folder: str) -> Iterator[os.DirEntry[str]]:
+def images_below(folder: str) -> Iterator[os.DirEntry[str]]:
+    """The image files below a folder, in no order; hidden files and folders, and linked folders, are left out.
+
+    Raises:
+        UserError: where a folder cannot be listed.
+    """
     pending = [folder]
     while pending:
         for entry in _entries(pending.pop()):
