@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= disabled
 # As pip does: trust the certificates of the machine, also behind a proxy that has its own.
 export UV_SYSTEM_CERTS ?= true
 
-.PHONY: env quickstart test test-faults check format lock reference submit clean
+.PHONY: env quickstart test test-slow check format lock reference submit clean
 
 env: $(VENV)/installed
 
@@ -23,11 +23,11 @@ quickstart: env
 	$(BIN)/python jobs/distill.py recipes/quickstart.yaml
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# What takes as long again: whole jobs that are killed, or lose a node or a server, and are started again.
-test-faults: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m faults
+# The rest: whole jobs that are submitted, killed, or lose a node or a server, and are started again; long fits.
+test-slow: env
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: env
 	$(BIN)/ruff check .

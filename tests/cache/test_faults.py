@@ -70,6 +70,7 @@ def test_killed_at_every_single_write_the_next_start_does_the_rest(tmp_path, pla
     assert step > 4 * len(undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_nothing_finished_is_lost_or_done_again(tmp_path, plan, undisturbed):
     kills = 0
     for seed in range(20):
@@ -85,6 +86,7 @@ def test_killed_at_random_moments_nothing_finished_is_lost_or_done_again(tmp_pat
     assert kills >= 20
 
 
+@pytest.mark.slow
 def test_two_writers_that_are_killed_at_random_moments_leave_the_same_cache(tmp_path, plan, undisturbed):
     for seed in range(6):
         draw, finished, codes = random.Random(seed), {}, [KILLED]

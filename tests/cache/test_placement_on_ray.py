@@ -7,6 +7,8 @@ import sys
 import time
 from collections import defaultdict
 
+import pytest
+
 from tests.conftest import REPOSITORY
 
 ROWS, GPUS = 64, 2
@@ -40,6 +42,7 @@ def main():
     print(json.dumps(list(_in_actors(Recorder, rows, (), 8, measured))))
 
 
+@pytest.mark.slow
 def test_teachers_that_fit_share_a_gpu_and_every_gpu_is_used():
     command = [sys.executable, "-m", "tests.cache.test_placement_on_ray"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=180, check=False)

@@ -110,6 +110,7 @@ def _started_with(mark):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["by itself", "killed"])
 def test_it_ends_with_the_process_that_it_reads_for(filled, tmp_path, end):
     import cloudpickle

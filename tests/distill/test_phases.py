@@ -167,20 +167,20 @@ def test_the_student_and_known_heads_are_taken_over_and_statistics_are_those_of_
             assert torch.equal(value, fresh_state[name])
 
 
-@pytest.mark.parametrize(("stop_after", "started"), [(2, ["phase-1", "phase-2"]), (7, ["phase-2"])])
-def test_a_kill_in_either_phase_costs_nothing_that_was_committed(planned, tmp_path, monkeypatch, stop_after, started):
+def test_a_kill_in_either_phase_costs_nothing_that_was_committed(planned, tmp_path, monkeypatch):
     phases = planned("loss={summary: {cosine: 1, relation: 1}, drop: 0.5}", "train.checkpoint_steps=5")
     whole, uninterrupted, _ = _run(phases, tmp_path / "whole", monkeypatch)
-    first = Logged()
-    monkeypatch.setattr(module, "fit", InProcess(stop_after))
-    with pytest.raises(KilledError):
-        distill(phases, first, tmp_path / "run")
-    result, second, engine = _run(phases, tmp_path / "run", monkeypatch)
-    assert engine.started == started
-    assert first.points("loss") + second.points("loss") == uninterrupted.points("loss")
-    assert (result.steps, result.samples, result.knn_before) == (whole.steps, whole.samples, whole.knn_before)
-    ends = [Ending.load(tmp_path / run / "train/phase-2.pt").weights for run in ("whole", "run")]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    for stop_after, started in ((2, ["phase-1", "phase-2"]), (7, ["phase-2"])):
+        folder, first = tmp_path / f"run-{stop_after}", Logged()
+        monkeypatch.setattr(module, "fit", InProcess(stop_after))
+        with pytest.raises(KilledError):
+            distill(phases, first, folder)
+        result, second, engine = _run(phases, folder, monkeypatch)
+        assert engine.started == started
+        assert first.points("loss") + second.points("loss") == uninterrupted.points("loss")
+        assert (result.steps, result.samples, result.knn_before) == (whole.steps, whole.samples, whole.knn_before)
+        ends = [Ending.load(run / "train/phase-2.pt").weights for run in (tmp_path / "whole", folder)]
+        assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_every_phase_has_a_plan(planned):

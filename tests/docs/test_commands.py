@@ -102,6 +102,7 @@ def test_no_declared_command_is_left_over():
     assert set(RUN) <= texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [text for text in RUN if text not in (DISTIL, FINETUNE)])
 def test_a_command_of_the_pages_does_what_they_say(text, trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)

@@ -22,7 +22,7 @@ class _Unjudged(FinetuneTask):
         return {}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["classify", "segment", pytest.param("detect", marks=pytest.mark.slow)])
 def test_eight_images_are_learned_by_heart(name, make_job, tmp_path):
     overrides, expected = CASES[name]
     job = make_job(name, *OVERFIT, *overrides)

@@ -18,7 +18,7 @@ def _alone():
     return {step: m["loss"] for snapshot in snapshots for step, m in snapshot.history if "loss" in m}
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_training_that_loses_a_node_goes_on_and_has_the_losses_of_one_that_does_not(tmp_path):
     with cluster(3, 3, 3) as nodes:
         bench = Bench(nodes, tmp_path, random.Random(0))

@@ -175,6 +175,7 @@ def test_a_linear_probe_of_it_goes_on_after_an_interruption(first, client, phase
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss/lr_0.1")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_segmentation_probe_of_it_takes_maps_from_the_model_in_mlflow(first, client, job):
     probe = [*first.arguments, f"evaluate.student={first.figures['model_uri']}", "evaluate.epochs=2"]
     text, figures = job(evaluate.seg_probe, *probe, "evaluate.input_size=64")
@@ -183,6 +184,7 @@ def test_a_segmentation_probe_of_it_takes_maps_from_the_model_in_mlflow(first, c
     assert "iou.json" in {file.path for file in client.list_artifacts(figures["mlflow_run_id"])}
 
 
+@pytest.mark.slow
 def test_a_second_student_runs_no_teacher(first, job):
     seen = images_seen(first.folder / "one")
     text, second = job(

@@ -80,6 +80,7 @@ def _fill_up(disk):
                 return
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_disk_that_fills_up_or_is_read_only_is_named_and_loses_nothing(disk, arguments, undisturbed, job, refused):
     cache = disk / "cache"
@@ -114,7 +115,7 @@ def test_a_cache_below_a_file_is_refused_before_a_teacher_is_loaded(tmp_path, ar
     assert line.endswith(": Not a directory; name a place that can be written")
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_two_jobs_on_one_cache_outlast_the_kill_of_worker_actor_node_and_driver(tmp_path, arguments, undisturbed):
     cache, logs, draw = tmp_path / "cache", [tmp_path / "log0", tmp_path / "log1"], random.Random(0)
     gate = tmp_path / "gate"  # closed, the teacher answers for one shard and no more

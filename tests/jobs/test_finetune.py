@@ -13,6 +13,7 @@ from tests.downstream.conftest import SMALL
 ARGUMENTS = [*SMALL, "name=seg", "finetune.task=segment", "train.epochs=1", "train.workers=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_two_workers_fine_tune_a_model_that_keeps_its_scores(tmp_path, job, capsys):
     arguments = [*ARGUMENTS, f"work={tmp_path}/work"]

@@ -31,7 +31,7 @@ def losses(work):
     return [point.value for point in history]
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_it_ends_as_one_that_was_left_alone(tmp_path, job, monkeypatch):
     _, whole = job(finetune.main, *ARGUMENTS, f"work={tmp_path}/whole")

@@ -39,7 +39,7 @@ def arguments(tmp_path, job_folder):
     ]
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_what_a_killed_job_committed_is_not_done_again(tmp_path, arguments, job_folder, job):
     calls = tmp_path / "calls"

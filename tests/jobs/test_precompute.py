@@ -72,6 +72,7 @@ def _end(process):
     return process.returncode, text + error, figures
 
 
+@pytest.mark.slow
 def test_processes_verify_and_repair_list_plan_refuse_to_delete_and_collect_garbage(tmp_path, arguments, cached):
     broken, *sound = cached
     content, times = broken.read_bytes(), [path.stat().st_mtime_ns for path in sound]

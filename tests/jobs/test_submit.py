@@ -18,6 +18,7 @@ from tests.fakes import SMALL_JOB
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RAY = Path(sys.executable).parent / "ray"
+pytestmark = pytest.mark.slow
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
 
 

@@ -38,7 +38,7 @@ def ray_folder():
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_server_that_is_killed_during_training_misses_nothing_and_no_password_is_written(
     tmp_path, server, ray_folder
 ):
