@@ -1,13 +1,18 @@
-"""The arguments that name a backbone, for jobs that take no recipe."""
+"""The arguments that name a backbone, for jobs that take no recipe.
+
+torch and MLflow are imported inside functions only: a command line is read before.
+"""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.runs import work_folder
-from pipeline.student.loading import Loaded, load_any
-from pipeline.tracking import resolve_uri
+
+if TYPE_CHECKING:
+    from pipeline.student.loading import Loaded
 
 
 def naming(parser: argparse.ArgumentParser, what: str) -> None:
@@ -20,10 +25,14 @@ def naming(parser: argparse.ArgumentParser, what: str) -> None:
 
 def load_named(options: argparse.Namespace) -> tuple[Loaded, int]:
     """The backbone that the arguments of :func:`naming` name, and the side of its input in pixels."""
+    from pipeline.student.loading import load_any
+
     loaded = load_any(options.model, weights=options.weights, tracking_uri=tracking_uri(options))
     return loaded, options.size or loaded.input_size or 224
 
 
 def tracking_uri(options: argparse.Namespace) -> str:
     """The MLflow store in which URIs are looked up."""
+    from pipeline.tracking import resolve_uri
+
     return resolve_uri(options.tracking_uri, work_folder(Config()), "--tracking-uri")

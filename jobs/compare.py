@@ -14,9 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import finish, table
-from pipeline.compare.job import compare
-from pipeline.compare.tables import render_text
+from jobs._cli import finish, later, table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,7 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--to", type=Path, default=Path("comparison"), help="folder that is written; default: comparison"
     )
     options = parser.parse_args(arguments)
-    finish(lambda: show(options))
+    finish(lambda: later("jobs.compare", "show")(options))
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit()
+
+from pipeline.compare.job import compare
+from pipeline.compare.tables import render_text
 
 
 def show(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -41,7 +47,3 @@ def show(options: argparse.Namespace) -> Mapping[str, Any]:
     rows = {"page": options.to / "comparison.html", "MLflow": f"{result.comparison.uri} run {result.run_id}"}
     print(f"\n{table(rows)}")
     return result.figures()
-
-
-if __name__ == "__main__":
-    main()

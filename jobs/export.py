@@ -17,16 +17,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._backbone import load_named, naming, tracking_uri
-from jobs._cli import finish, table
-from pipeline.downstream.saved import find_model
-from pipeline.errors import UserError
-from pipeline.shipping.cargo import Cargo, pack, pack_classifier
-from pipeline.shipping.folder import FORMATS, ROUNDS, ship
+from jobs._cli import finish, later, table
+from pipeline.shipping.formats import FORMATS, ROUNDS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, export, and print what was written as a table and one line of JSON."""
-    finish(lambda: export(parser().parse_args(arguments)))
+    options = parser().parse_args(arguments)
+    finish(lambda: later("jobs.export", "export")(options))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +37,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the latency measurement; default: {ROUNDS}")
     parser.add_argument("--to", type=Path, default=Path("exported"), help="folder that is written; default: exported")
     return parser
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit()
+
+from pipeline.downstream.saved import find_model
+from pipeline.errors import UserError
+from pipeline.shipping.cargo import Cargo, pack, pack_classifier
+from pipeline.shipping.folder import ship
 
 
 def export(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -74,7 +82,3 @@ def _shown(entry: Mapping[str, Any]) -> str:
         return parity
     timed = f", {entry['latency']['of_eager']:.2f} of its time" if "latency" in entry else ""
     return f"differs from eager by {parity['relative_error']:.1e} of the largest output{timed}"
-
-
-if __name__ == "__main__":
-    main()

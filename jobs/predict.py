@@ -16,20 +16,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._backbone import naming, tracking_uri
-from jobs._cli import finish, table
-from pipeline.downstream.task import DOWNSTREAM
-from pipeline.errors import UserError
-from pipeline.predict import Predictor, load_predictor
-from pipeline.predict.features import writer_of
-from pipeline.predict.files import write_predictions
-from pipeline.predict.images import find_images
+from jobs._cli import finish, later, table
 
-TASKS = ("features", *DOWNSTREAM)
+TASKS = ("features", "classify", "segment", "detect")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, predict, and print what was written and one line of JSON."""
-    finish(lambda: predict(parser().parse_args(arguments)))
+    options = parser().parse_args(arguments)
+    finish(lambda: later("jobs.predict", "predict")(options))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +39,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward; default: 32")
     parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU where there is one")
     return parser
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit()
+
+from pipeline.errors import UserError
+from pipeline.predict import Predictor, load_predictor
+from pipeline.predict.features import writer_of
+from pipeline.predict.files import write_predictions
+from pipeline.predict.images import find_images
 
 
 def predict(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -88,7 +94,3 @@ def left_out(predictor: Predictor) -> dict[str, Any]:
     for reason in (unreadable := predictor.unreadable or {}).values():
         print(f"left out: {reason}", file=sys.stderr)
     return {"ok": False, "unreadable": [*map(str, unreadable)]} if unreadable else {}
-
-
-if __name__ == "__main__":
-    main()

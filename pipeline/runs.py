@@ -78,12 +78,22 @@ class RunState:
     gpu_hours: float = 0.0
 
     def save(self) -> None:
-        """Write run.json as a whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write run.json as a whole.
+
+        Raises:
+            UserError: where it cannot be written.
+        """
+        file = self.folder / "run.json"
         temporary = self.folder / f".run-{os.getpid()}.json"  # the same job may be started twice at once
         known = {field: getattr(self, field) for field in SAVED}
-        temporary.write_text(json.dumps(known, indent=2), encoding="utf-8")
-        os.replace(temporary, self.folder / "run.json")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(known, indent=2), encoding="utf-8")
+            os.replace(temporary, file)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {file}: {error.strerror}; once it can be written, the same command goes on from here"
+            ) from error
 
 
 def open_run(config: Config, job: str, reads: Collection[str] = ()) -> RunState:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
+from pipeline.errors import UserError
 from pipeline.runs import cache_store, open_run, work_folder
 
 
@@ -116,3 +118,12 @@ def test_run_json_is_replaced_as_a_whole(configure, monkeypatch):
     known = json.loads((state.folder / "run.json").read_text())
     assert (known["mlflow"], known["finished"]) == ({"job": "abc"}, False)
     assert open_run(configure(), "distill").resumed
+
+
+def test_a_run_json_that_cannot_be_written_is_named(configure, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"cannot write .*/run\.json: No space left on device; once it can be"):
+        open_run(configure(), "distill").save()

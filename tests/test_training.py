@@ -134,6 +134,14 @@ def _without_times(metrics):
     return {name: value for name, value in metrics.items() if name not in TIMES}
 
 
+def test_a_state_of_another_training_is_refused(whole):
+    state = whole[3].state
+    groups = state["optimizer"]["param_groups"]
+    for part, other in (("optimizer", {"state": {}, "param_groups": groups[1:]}), ("model", {}), ("ema", {})):
+        with pytest.raises(UserError, match=r"of step 8 is not of this training.*: remove the folder of the run, and"):
+            _train(TinyTask(), _config(), {**state, part: other})
+
+
 def test_a_finished_run_does_nothing_more(whole):
     assert _train(TinyTask(), _config(checkpoint_steps=4), whole[-1].state) == []
 
@@ -506,6 +514,7 @@ def test_on_ray_two_workers_and_then_one_train_as_one_on_all_batches(ray_runs):
         torch.testing.assert_close(ray_runs.state[part], whole[part], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_on_ray_what_one_worker_refuses_ends_the_training_after_one_more_start(tmp_path):
     payload = {"folder": str(tmp_path), "refused_by": 1, **PLAIN}

@@ -16,7 +16,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -28,17 +28,14 @@ from pipeline.errors import UserError
 from pipeline.evaluate.timing import Timing, interleave
 from pipeline.shipping.card import hub_card, model_card
 from pipeline.shipping.cargo import Cargo, pack, preprocessing
+from pipeline.shipping.formats import ROUNDS, Format
 from pipeline.shipping.graphs import INPUT, export_coreml, export_onnx, export_torch
 from pipeline.shipping.hub import is_ours, load_hub, write_hub
 from pipeline.student.loading import load_any
 from pipeline.student.model import save_encoder
 
-Format = Literal["safetensors", "torch_export", "onnx", "hf", "coreml"]
-FORMATS: tuple[Format, ...] = ("safetensors", "torch_export", "onnx", "hf", "coreml")
 TOLERANCE = 1e-4
 """Largest difference from eager that is allowed, relative to the largest output."""
-ROUNDS = 15
-"""Rounds in which latencies are measured, each format once a round."""
 
 Outputs = Tensor | Sequence[Tensor]
 Run = Callable[[Tensor], Outputs]

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import TrainConfig
+from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.training.checkpoint import Position, Snapshot
 from pipeline.training.meter import DivergedError, Meter, starved
@@ -41,7 +42,7 @@ def train(
     Raises:
         DivergedError: where the loss is not finite, naming the first such batch and the file that holds the states.
         StoppedError: after `worker.notice` gave `STOP`, and everything was committed.
-        UserError: where `train.best_metric` is not among what is evaluated.
+        UserError: where `train.best_metric` is not among what is evaluated, or `state` is of another training.
     """
     keep_freed_memory()
     loop = _Loop(task, config, worker, commit, others)
@@ -81,7 +82,15 @@ class _Loop:
             print(f"learning rate {config.lr_rule}", flush=True)
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.stepper.restore(state)
+        try:
+            self.stepper.restore(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"the checkpoint of step {state['position']['step']} is not of this training, as where an older version of "
+                f"the code wrote it ({reason}): remove the folder of the run, and the same command trains anew from the "
+                "cache, which is kept"
+            ) from error
         self.position = Position(**state["position"])
         self.evaluations = [(step, metrics) for step, metrics in state["evaluations"]]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import distill, evaluate, export, precompute
+from jobs import distill, evaluate, export, precompute, predict
 from pipeline.config import iter_fields
+from pipeline.downstream.task import DOWNSTREAM
 from tests.fakes import SMALL_JOB, write_photos
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -61,6 +62,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_computed(tmp
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_pretrained_weights_that_no_hub_gives_stop_the_job_first(tmp_path, refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -104,17 +106,26 @@ except SystemExit as end:
     print(end.code, [name for name in ("torch", "mlflow", "ray") if name in sys.modules], file=sys.stderr)"""
 
 
-@pytest.mark.parametrize("script", ["distill", "finetune", "precompute", "benchmark", "evaluate"])
-def test_help_and_a_mistyped_field_wait_for_no_torch(script):
-    first = ["knn"] if script == "evaluate" else []
-    for arguments, code in (["--help"], 0), ([*first, "train.epohcs=3"], 2):
+MISTYPED = {
+    **{script: ["train.epohcs=3"] for script in ("distill", "finetune", "precompute", "benchmark")},
+    "evaluate": ["knn", "train.epohcs=3"],
+    "export": ["student", "--format", "tflite"],
+    "predict": ["student", "photos", "--task", "detekt"],
+    "compare": ["--experimnt", "regla-distill"],
+}
+
+
+@pytest.mark.parametrize("script", MISTYPED)
+def test_help_and_what_is_mistyped_wait_for_no_torch(script):
+    for arguments, code in (["--help"], 0), (MISTYPED[script], 2):
         text = HELP.format(arguments=arguments, script=f"jobs/{script}.py")
         done = subprocess.run([sys.executable, "-c", text], cwd=REPOSITORY, capture_output=True, text=True, check=True)
         assert done.stderr.splitlines()[-1] == f"{code} []"
 
 
-def test_every_evaluation_is_known_before_it_is_imported():
+def test_every_evaluation_and_task_is_known_before_it_is_imported():
     assert tuple(evaluate.EVALUATIONS) == evaluate.NAMES
+    assert tuple(DOWNSTREAM) == predict.TASKS[1:]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, job):
