@@ -18,6 +18,9 @@ step in memory after all three teachers, with random weights, on the same device
 own size beforehand; `--online-images` of them are measured and the time is scaled to the batch. `--ray` runs the same
 epochs of steps in memory in this process and under Ray Train, in turns. Prints a table and one line of JSON.
 
+`operators_over_student` is counted: operators that compute something, forward to average, of a step in memory over those of
+the student. On a GPU each is a kernel or more that is launched, and launching is what a small student waits for.
+
 Beside the time by the clock stands the processor time of the whole process (`cpu_time`, on a CPU): where other programs
 share the cores, as on the machine of docs/results.md, that is the figure to go by.
 """
@@ -45,6 +48,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.made_up_cache import jpegs, write_dataset
 from pipeline.cache.codec import Codec
@@ -120,6 +124,17 @@ class StudentStep(DistillStep):
         return summary.float().square().mean() + tokens.float().square().mean(), {}
 
 
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something: views of tensors do not."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Of one operator."""
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
 class Bench:
     """One cache, and a step of each kind."""
 
@@ -175,7 +190,15 @@ class Bench:
                 row.append(f"{milliseconds:>10.1f}{over:>15.3f}")
             print("  ".join(row), flush=True)
         clock, processor = (self._ratios(rounds, kind) for kind in (0, 1))
+        student, distilled = map(self._operators, ("student", "cached"))
+        print(f"operators of a step: {student} of the student alone, {distilled} with heads and losses")
+        clock["operators_over_student"] = round(distilled / student, 3)
         return {**clock, "cpu_time": processor} if self.device.type == "cpu" else clock
+
+    def _operators(self, name: str) -> int:
+        with Operators() as operators:
+            self.steppers[name]([self.batch], WARM_UP + self.options.steps, Stopwatch(self.device))
+        return operators.count
 
     def _ratios(self, rounds: Sequence[dict[str, Times]], kind: int) -> dict[str, float]:
         def ratio(way: str, base: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.cache.codec import TokenCodec
 from pipeline.cache.extract import CachedTeacher, teacher_labels
 from pipeline.config import LossConfig
-from pipeline.distill.balance import drop_coefficients, teacher_weights
+from pipeline.distill.balance import KINDS, drop_coefficients, teacher_weights
 from pipeline.distill.grid import GridRule, turns
 from pipeline.distill.loss import RELATIONS, vector_loss
 from pipeline.distill.memory import SummaryQueue
@@ -120,20 +121,11 @@ class TeacherTarget(nn.Module):
         # Of an index without dimensions, `self.turns[...]` reads the number, for which the processor waits for the device.
         return self.turns.index_select(0, (step % len(self.turns)).view(1)).squeeze(0)
 
-    def total(self, parts: Mapping[str, Tensor], weights: Tensor) -> Tensor:
-        """The weighted sum of the parts.
-
-        Args:
-            parts: of `losses`, [B] each, or scalars.
-            weights: [2], of summary and patches.
-        """
-        total = weights[1] * parts["patches"]
-        if "summary" in parts:
-            total = total + weights[0] * parts["summary"]
-        for name, weight in self.relations.items():
-            if name in parts:
-                total = total + weights[0] * weight * parts[name]
-        return total
+    def shares(self) -> dict[str, list[float]]:
+        """By part of `losses`, how often the teacher's weights of summary and patches enter its share of the total."""
+        related = {name: [weight, 0.0] for name, weight in self.relations.items() if self.queue is not None}
+        own = {kind: [float(kind == column) for column in KINDS] for kind in self.heads}
+        return {**own, **related}
 
 
 class Distiller(nn.Module):
@@ -148,6 +140,7 @@ class Distiller(nn.Module):
     """
 
     weights: Tensor
+    shares: Tensor
 
     def __init__(
         self,
@@ -168,6 +161,20 @@ class Distiller(nn.Module):
             for teacher in teachers
         )
         self.register_buffer("weights", teacher_weights(teachers), persistent=False)
+        self.parts, shares = self._table()
+        self.register_buffer("shares", shares, persistent=False)
+
+    def _table(self) -> tuple[list[str], Tensor]:
+        """All parts of the loss, those of training alone last, and how the weights [T, 2] enter the total of each: [P, T, 2]."""
+        rows = []
+        for number, target in enumerate(self.targets):
+            assert isinstance(target, TeacherTarget)
+            for part, share in target.shares().items():
+                table = torch.zeros_like(self.weights)
+                table[number] = torch.tensor(share)
+                rows.append((part in RELATIONS, f"{self.labels[target.teacher.id]}/{part}", table))
+        rows.sort(key=itemgetter(0))
+        return [name for _, name, _ in rows], torch.stack([table for *_, table in rows])
 
     def forward(
         self,
@@ -192,21 +199,23 @@ class Distiller(nn.Module):
         """
         output = self.student(pixels)
         weights = self.weights if weights is None else weights
-        parts: dict[str, Tensor] = {}
-        totals = []
-        for row, target in enumerate(self.targets):
+        found: dict[str, Tensor] = {}
+        for target in self.targets:
             assert isinstance(target, TeacherTarget)
             losses = target.losses(output, features[target.teacher.id], step)
-            means = {kind: loss.mean() for kind, loss in losses.items()}
-            parts |= {f"{self.labels[target.teacher.id]}/{kind}": mean.detach() for kind, mean in means.items()}
-            totals.append(target.total(means if draws is None else losses, weights[row]))
+            found |= {f"{self.labels[target.teacher.id]}/{part}": loss for part, loss in losses.items()}
+        # All parts at once: what is done to each by itself are small kernels, as many as there are parts.
+        stacked = torch.stack([found[name] for name in self.parts if name in found], dim=1)
+        means = stacked.mean(dim=0)
+        parts = dict(zip(self.parts, means.detach().unbind(), strict=False))
+        shares = (self.shares[: len(found)] * weights).sum(dim=-1)
         if draws is None:
-            return torch.stack(totals).sum(), parts
-        stacked = torch.stack(totals, dim=1)
-        factors = drop_coefficients(stacked, weights.sum(dim=1), draws, self.loss.drop)
+            return (means * shares.sum(dim=1)).sum(), parts
+        totals = (stacked.unsqueeze(-1) * shares).sum(dim=1)
+        factors = drop_coefficients(totals, weights.sum(dim=1), draws, self.loss.drop)
         kept = (factors > 0).float().mean(dim=0)
         parts |= {f"{label}/kept": share for label, share in zip(self.labels.values(), kept, strict=True)}
-        return (factors * stacked).sum(dim=1).mean(), parts
+        return (factors * totals).sum(dim=1).mean(), parts
 
 
 def _at(patches: Tensor, places: Tensor | None) -> Tensor:

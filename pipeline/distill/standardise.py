@@ -47,11 +47,23 @@ class MeanStd(Standardiser):
 
     mean: Tensor
     std: Tensor
+    factors: Tensor
+    shift: Tensor
 
     def __init__(self, mean: np.ndarray, std: np.ndarray) -> None:
         super().__init__()
         self.register_buffer("mean", torch.from_numpy(mean).float())
         self.register_buffer("std", torch.from_numpy(std).float())
+        # Worked out beforehand: in a step they would be eight small kernels of every teacher and token type.
+        self.register_buffer("factors", torch.empty_like(self.std), persistent=False)
+        self.register_buffer("shift", torch.empty_like(self.mean), persistent=False)
+        self._prepare()
+        self.register_load_state_dict_post_hook(lambda module, _: module._prepare())
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        self.factors.copy_(torch.where(self.std > 1e-6 * self.std.max(), 1 / self.std, 0.0))
+        self.shift.copy_(-self.mean * self.factors)
 
     @classmethod
     def of(cls, moments: Moments) -> MeanStd:
@@ -60,15 +72,11 @@ class MeanStd(Standardiser):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        factors = self._factors()
-        return torch.addcmul(-self.mean * factors, features, factors)  # one pass over the features
+        return torch.addcmul(self.shift, features, self.factors)  # one pass over the features
 
     def turn(self, deviations: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return deviations * self._factors()
-
-    def _factors(self) -> Tensor:
-        return torch.where(self.std > 1e-6 * self.std.max(), 1 / self.std, 0.0)
+        return deviations * self.factors
 
     def undo(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

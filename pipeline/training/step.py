@@ -53,7 +53,7 @@ class Stepper:
             module.compile()
         self.wrapped = worker.wrap(module)
         groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=not_decayed(module))
-        self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=True)
         self.dtype = arithmetic(config, device)
         self.half = self.dtype == torch.float16
         # On a GPU even where nothing is scaled: it skips a step that is not finite without waiting for the device.

@@ -56,6 +56,17 @@ def test_a_loss_and_its_gradient(name, pair):
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
 
 
+def test_a_vector_without_direction_is_at_a_right_angle_to_all(pair):
+    p, t = (x.copy() for x in pair)
+    p[0], t[1] = 0, 0
+    values, gradient = _run(LOSSES["cosine"], p, t)
+    _, expected_gradient = _cosine_and_gradient(p[2:], t[2:])
+    assert (values[:2] == 1).all()
+    assert np.isfinite(gradient).all()
+    assert not gradient[1].any()
+    np.testing.assert_allclose(gradient[2:], expected_gradient, atol=1e-6)
+
+
 def test_terms_are_weighted_and_averaged_over_the_tokens_of_an_image(pair):
     terms = {"cosine": 0.9, "smooth_l1": 0.1, "relation": 5.0}
     values, gradient = _run(lambda p, t: vector_loss(terms, p, t), *pair)

@@ -24,6 +24,14 @@ def test_mean_std_gives_zero_mean_and_unit_variance_and_silences_dead_channels(f
     assert not out[:, 3].any()
 
 
+def test_statistics_that_are_loaded_are_those_that_are_used(features):
+    given, other = torch.tensor(features, dtype=torch.float32), Moments.of(torch.tensor(features) * 3 + 1)
+    standardiser, expected = MeanStd.of(Moments.of(given)), MeanStd.of(other)
+    standardiser.load_state_dict(expected.state_dict())
+    assert torch.equal(standardiser(given), expected(given))
+    assert sorted(expected.state_dict()) == ["mean", "std"]
+
+
 def test_phi_s_rotates_and_scales_to_unit_variance_of_every_channel(features):
     part = PhiS.of(Moments.of(torch.tensor(features)))
     out = Rotation(part)(torch.tensor(features, dtype=torch.float32)).numpy()
