@@ -74,6 +74,18 @@ def start_nodes(nodes: list[Node], *cpus: int) -> None:
     nodes.append(head)
     wait_until(lambda: _listens(head.address))
     nodes += [Node(count, head.address) for count in cpus[1:]]
+    wait_until(
+        lambda: _alive(head.address) == len(cpus)
+    )  # a job would give up after a minute, which a busy machine takes
+
+
+def _alive(address: str) -> int:
+    """Nodes that the head at this address counts as alive."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    known = GcsClient(address=address).get_all_node_info(timeout=60)
+    return sum(node.state == GcsNodeInfo.ALIVE for node in known.values())
 
 
 def start_job(arguments: Sequence[str], address: str, log: Path) -> Any:

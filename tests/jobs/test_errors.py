@@ -8,9 +8,12 @@ import pytest
 import yaml
 
 from jobs import distill, evaluate, export, precompute, predict
-from pipeline.config import iter_fields
+from jobs._cli import DEFAULT_RECIPE
+from pipeline.cache.build import plan_cache
+from pipeline.config import iter_fields, load_config
 from pipeline.downstream.task import DOWNSTREAM
-from tests.fakes import SMALL_JOB, write_photos
+from pipeline.runs import cache_store
+from tests.fakes import SMALL_JOB, fill_in_process, write_photos
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 HOG = ["teachers=[hog]", "teachers.0.input_size=32"]
@@ -72,11 +75,11 @@ def test_pretrained_weights_that_no_hub_gives_stop_the_job_first(tmp_path, refus
     assert not list((tmp_path / "work/cache").rglob("*.parquet"))
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_a_cache_made_for_other_data_is_refused(tmp_path, refused, job):
+def test_a_cache_made_for_other_data_is_refused(tmp_path, refused):
     write_photos(tmp_path / "photos", 24)
-    arguments = [*HOG, f"work={tmp_path}/work", f"data.train={tmp_path}/photos", "data.name=mine"]
-    job(precompute.main, *arguments)
+    arguments = [*HOG, f"work={tmp_path}/work", f"data.train={tmp_path}/photos", "data.val=none", "data.name=mine"]
+    config = load_config(DEFAULT_RECIPE, arguments)
+    fill_in_process(plan_cache(config, cache_store(config)))
     cached = sorted((tmp_path / "work/cache").rglob("*.parquet"))
     (tmp_path / "photos/class0/photo000.jpg").unlink()
     line = refused(precompute.main, *arguments)
@@ -137,8 +140,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, job):
 
 
 def test_every_recipe_is_valid():
-    from pipeline.config import load_config
-
     recipes = sorted((REPOSITORY / "recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
