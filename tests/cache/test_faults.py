@@ -58,6 +58,7 @@ def _keys_read(plan):
     return sorted(key for batch in reader.batches(0) for key in batch.keys)
 
 
+@pytest.mark.slow
 def test_killed_at_every_single_write_the_next_start_does_the_rest(tmp_path, plan, undisturbed):
     step = 2  # before its first file has its name; every second step is such a moment
     while _ended(_start(plan, step)) == KILLED:

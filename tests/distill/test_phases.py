@@ -167,6 +167,7 @@ def test_the_student_and_known_heads_are_taken_over_and_statistics_are_those_of_
             assert torch.equal(value, fresh_state[name])
 
 
+@pytest.mark.slow
 def test_a_kill_in_either_phase_costs_nothing_that_was_committed(planned, tmp_path, monkeypatch):
     phases = planned("loss={summary: {cosine: 1, relation: 1}, drop: 0.5}", "train.checkpoint_steps=5")
     whole, uninterrupted, _ = _run(phases, tmp_path / "whole", monkeypatch)
