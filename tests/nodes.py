@@ -74,9 +74,8 @@ def start_nodes(nodes: list[Node], *cpus: int) -> None:
     nodes.append(head)
     wait_until(lambda: _listens(head.address))
     nodes += [Node(count, head.address) for count in cpus[1:]]
-    wait_until(
-        lambda: _alive(head.address) == len(cpus)
-    )  # a job would give up after a minute, which a busy machine takes
+    # A job would give up after a minute, which nodes take on a busy machine.
+    wait_until(lambda: _alive(head.address) == len(cpus))
 
 
 def _alive(address: str) -> int:

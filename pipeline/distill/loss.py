@@ -129,8 +129,9 @@ def vector_loss(terms: Mapping[str, float], predicted: Tensor, target: Tensor) -
     losses = [(LOSSES[name](predicted, target), weight) for name, weight in terms.items() if name in LOSSES]
     if not losses:
         return predicted.new_zeros(len(predicted), dtype=torch.float32)
-    total = losses[0][0] * losses[0][1]
-    for loss, weight in losses[1:]:
+    (loss, weight), *others = losses
+    total = weight * loss
+    for loss, weight in others:
         total = torch.add(total, loss, alpha=weight)
     return total.flatten(1).mean(dim=1) if total.ndim > 1 else total
 

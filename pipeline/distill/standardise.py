@@ -60,7 +60,6 @@ class MeanStd(Standardiser):
         self._prepare()
         self.register_load_state_dict_post_hook(lambda module, _: module._prepare())
 
-    @torch.no_grad()
     def _prepare(self) -> None:
         self.factors.copy_(torch.where(self.std > 1e-6 * self.std.max(), 1 / self.std, 0.0))
         self.shift.copy_(-self.mean * self.factors)

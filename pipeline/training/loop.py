@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
@@ -84,6 +86,8 @@ class _Loop:
     def restore(self, state: dict[str, Any]) -> None:
         try:
             self.stepper.restore(state)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # RuntimeErrors too, and no fault of the checkpoint
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(
