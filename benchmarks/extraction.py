@@ -12,9 +12,10 @@ as in its actor: it reads images, renders, asks the teacher, encodes, takes stat
 and `ratio` is the median over the rounds of the rate of `Extract` over that of its slowest stage, `teacher_ratio` over that
 of the teacher. `cpu_ratio` is the first of processor time: what share of all work the slowest stage is. On a CPU, where the
 stages share the cores, no pipeline has a larger ratio when it has the machine to itself; where others share the machine too,
-`ratio` flatters the one with more threads, and `cpu_ratio` alone tells. `--actors` are processes that share the device, of
-which Ray starts as many as fit into the memory of a GPU. Weights are random unless `--weights` names a file;
-the projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
+`ratio` flatters the one with more threads, and `cpu_ratio` alone tells. `render_own_us` is what rendering an image takes of
+this process, beside what processes render for it: the thread that feeds a GPU waits for that. `--actors` are processes that
+share the device, of which Ray starts as many as fit into the memory of a GPU. Weights are random unless `--weights` names
+a file; the projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
 
 With `--memory` HOG is asked about many small images through Ray, and the resident memory of the driver and of the actor is
 drawn over time. Neither Ray nor MLflow is needed without `--memory`.
@@ -37,6 +38,11 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.allocator import keep_freed_memory
+
+if not sys.modules.get("torch"):  # before there are threads, whose part in it Ray's workers have by their environment
+    keep_freed_memory()
+
 import torch
 from torch import Tensor
 
@@ -46,8 +52,9 @@ from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, load_tokens, make_teacher
 from pipeline.cache.keys import teacher_id
 from pipeline.cache.spine import ROWS_SCHEMA
-from pipeline.cache.stats import Moments
+from pipeline.cache.stats import MomentSums
 from pipeline.config import TeacherConfig
+from pipeline.rendering import Renderer
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_extract.png"
 _actor: Extract
@@ -72,6 +79,8 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
     teacher = _cached(config, options)
     actor = partial(Extract, {"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
+    if options.processes:
+        actor = partial(_in_processes, actor)
     stages = Stages(dataset, teacher, actor(), Actors(options.actors, actor) if options.actors > 1 else None)
     alone = {"teacher": stages.forward, "render": stages.render, "encode": stages.encode}
     ways = {**alone, "extract": stages.extract}
@@ -90,6 +99,7 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     }
     if options.actors == 1:
         figures["cpu_ratio"] = ratio(slowest, 1)
+    figures["render_own_us"] = round(1e6 * median(found["render"][1] for found in rounds), 1)
     print(f"{teacher.spec.name}, {options.codec}, {options.device}, {options.precision}")
     print("\n".join(f"  {name:<10}{rate:>10,.1f} images/s" for name, rate in rates.items()))
     spent = ", ".join(f"{name} {1e6 * seconds:,.0f}" for name, seconds in stages.seconds.items())
@@ -102,6 +112,13 @@ def _cached(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher
     teacher.load()
     name = teacher_id(teacher.spec, options.codec, options.precision)
     return CachedTeacher(config, teacher.spec, name, options.codec, options.precision, teacher.weights_sha256)
+
+
+def _in_processes(make: Callable[[], Extract]) -> Extract:
+    extract = make()
+    extract.renderer.close()
+    extract.renderer = Renderer(extract.renderer.workers, processes=True)
+    return extract
 
 
 Extracted = tuple[int, Counter[str]]
@@ -177,11 +194,13 @@ class Stages:
 
     def encode(self) -> int:
         """Codec and statistics."""
-        for output in self.features:
-            for kind, tokens in self.tokens.items():
+        for kind, tokens in self.tokens.items():
+            sums = MomentSums()
+            for output in self.features:
                 features = getattr(output, kind)
                 tokens.encode(features)
-                Moments.of(features)
+                sums.add(features)
+            sums.moments()
         return sum(len(output.patches) for output in self.features)
 
     def extract(self) -> int:
@@ -238,6 +257,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard-size", type=int, help="images; without it, as many shards as are worked on at once")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU: for decoding, and for a teacher there")
+    parser.add_argument("--processes", action="store_true", help="render in processes on a CPU too, as beside a GPU")
     parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="watch memory instead")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.allocator import ENVIRONMENT
 from pipeline.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -90,9 +91,7 @@ def connect() -> Iterator[None]:
         yield
         return
     arguments = _embedded_arguments() if embedded else {}
-    if not is_submitted_job():
-        variables = {"PYTHONPATH": _import_path(), **(_NO_DASHBOARD if embedded else {})}
-        arguments["runtime_env"] = {"env_vars": variables}
+    arguments["runtime_env"] = {"env_vars": _workers_environment(embedded)}
     try:
         _probe(address)
         with _logging_as_it_was(), _on_loopback(embedded):
@@ -156,6 +155,14 @@ def _probe(address: str) -> None:
 
 def _import_path() -> str:
     return os.pathsep.join(filter(None, [str(REPOSITORY), os.getcwd(), os.environ.get("PYTHONPATH")]))
+
+
+def _workers_environment(embedded: bool) -> dict[str, str]:
+    """Variables of the workers, of which a user's own value wins."""
+    if is_submitted_job():  # with variables of its own, which Ray refuses to be told twice
+        return {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    ours = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    return {"PYTHONPATH": _import_path(), **ours, **(_NO_DASHBOARD if embedded else {})}
 
 
 def _embedded_arguments() -> dict[str, Any]:

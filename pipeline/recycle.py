@@ -86,6 +86,12 @@ class SharedArrayPool(ArrayPool):
         start, file, size = blocks[bisect(blocks, address, key=itemgetter(0)) - 1]
         return Place(os.getpid(), file, size, address - start, array.shape)
 
+    def places(self, array: np.ndarray) -> list[Place]:
+        """The places of the rows of such an array."""
+        pid, file, size, start, shape = self.place(array)
+        step = int(np.prod(shape[1:]))
+        return [Place(pid, file, size, start + row * step, shape[1:]) for row in range(len(array))]
+
 
 class Attached:
     """The arrays at places of another process; each of its files is mapped once."""

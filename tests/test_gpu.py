@@ -17,7 +17,7 @@ from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, make_
 from pipeline.cache.keys import teacher_id
 from pipeline.cache.placement import measure
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.stats import PIECE, Moments
+from pipeline.cache.stats import PIECE, Moments, MomentSums
 from pipeline.config import AugmentConfig, TeacherConfig, TrainConfig
 from pipeline.distill.augment import augment
 from pipeline.training import Worker, train
@@ -99,6 +99,14 @@ def test_statistics_are_those_of_a_cpu():
     assert here.count == there.count
     np.testing.assert_allclose(there.mean, here.mean, rtol=1e-12)
     np.testing.assert_allclose(there.scatter, here.scatter, rtol=1e-9, atol=1e-6)
+
+
+def test_summing_up_statistics_never_waits_for_the_device():
+    sums, features = MomentSums(), torch.randn(PIECE // 64 + 3, 64, 12, device=CUDA)
+    with _never_waiting():
+        sums.add(features)
+        sums.add(features)
+    assert sums.moments().count == 2 * features[..., 0].numel()
 
 
 def _teacher(model, codec="float32", precision="float32", **config):

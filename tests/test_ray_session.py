@@ -1,12 +1,13 @@
 import ipaddress
 import os
+import platform
 import socket
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.ray_session import connect, devices, is_submitted_job
+from pipeline.ray_session import _workers_environment, connect, devices, is_submitted_job
 from tests.nodes import descendants
 
 
@@ -57,6 +58,41 @@ def test_workers_import_this_checkout_and_see_what_the_session_set():
     import pipeline
 
     assert ray.get(look.remote()) == (pipeline.__path__[0], "0")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.usefixtures("ray_session")
+def test_memory_that_a_workers_thread_freed_is_still_there():
+    import ray
+
+    @ray.remote
+    class Worker:
+        def page_faults(self):
+            from resource import RUSAGE_THREAD, getrusage
+
+            import numpy as np
+
+            from pipeline.allocator import keep_freed_memory
+
+            keep_freed_memory()
+            faults = []
+            for _ in range(3):
+                before = getrusage(RUSAGE_THREAD).ru_minflt
+                np.full(256 << 20, 1, np.uint8)
+                faults.append(getrusage(RUSAGE_THREAD).ru_minflt - before)
+            return faults
+
+    first, *again = ray.get(Worker.options(max_concurrency=2).remote().page_faults.remote())
+    assert first > 100
+    assert max(again) < first / 10
+
+
+def test_a_submitted_jobs_own_variables_are_not_said_twice(monkeypatch):
+    monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "x")
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    assert _workers_environment(embedded=False) == {"MALLOC_ARENA_MAX": "1"}
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    assert _workers_environment(embedded=False) == {}
 
 
 @pytest.mark.parametrize("variable", ["RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_SUBMISSION_ID"])

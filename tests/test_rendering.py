@@ -26,8 +26,9 @@ def _files(count):
 
 def _render(renderer, files):
     pixels = renderer.empty(len(files) * len(VIEWS), 3, 24, 32)
+    rows = renderer.rows(pixels)
     work = [
-        (data, [Drawing(view, "bicubic", pixels[i * len(VIEWS) + j]) for j, view in enumerate(VIEWS)])
+        (data, [Drawing(view, "bicubic", rows[i * len(VIEWS) + j]) for j, view in enumerate(VIEWS)])
         for i, data in enumerate(files)
     ]
     pieces = range(0, len(work), AT_ONCE)

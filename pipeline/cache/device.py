@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pipeline.interpreter import launch_promptly
 from teachers.base import Teacher, TeacherOutput
 
 
@@ -26,6 +27,8 @@ class TeacherDevice:
     """
 
     def __init__(self, name: str) -> None:
+        if name == "cuda":
+            launch_promptly()
         self.name = name
         self.turn = threading.Lock()
         self.own = threading.local()

@@ -29,11 +29,12 @@ from pipeline.cache.dataset import Dataset
 from pipeline.cache.device import TeacherDevice
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
 from pipeline.cache.spine import rows_of_shard, views_of
-from pipeline.cache.stats import Moments
+from pipeline.cache.stats import MomentSums
 from pipeline.cache.store import taking_apart
 from pipeline.config import TeacherConfig
 from pipeline.errors import UserError
-from pipeline.rendering import AT_ONCE, Drawing, Pending, Renderer, Work
+from pipeline.recycle import Place
+from pipeline.rendering import Drawing, Pending, Renderer, Work, at_once
 from pipeline.views import View
 from teachers.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
 from teachers.registry import create_teacher
@@ -259,11 +260,11 @@ class Extract:
         specs = {name: self.teachers[name].spec for name in names}
         stack = _Batches(self.renderer, specs, rows.num_rows, self.batch_size)
         views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
-        given = 0
+        given, piece = 0, at_once(self.batch_size)
         try:
             for number in range(-(-rows.num_rows // self.batch_size)):
                 while given < images.num_rows and given * count < (number + 1 + AHEAD) * self.batch_size:
-                    part = images["image"][given : given + AT_ONCE]
+                    part = images["image"][given : given + piece]
                     stack.render(part, views[given * count : (given + len(part)) * count], given * count)
                     given += len(part)
                 yield stack.pop(number)
@@ -345,17 +346,15 @@ class _Batches:
     def __init__(self, renderer: Renderer, specs: Mapping[str, TeacherSpec], rows: int, size: int) -> None:
         self.renderer, self.specs, self.rows, self.size = renderer, specs, rows, size
         self.pixels: dict[int, dict[str, np.ndarray]] = {}
+        self.places: dict[int, dict[str, Sequence[np.ndarray | Place]]] = {}
         self.pending: dict[int, list[Pending]] = {}
 
     def render(self, images: pa.ChunkedArray, views: Sequence[View], first: int) -> None:
         """Hand over images, whose views are the rows from `first` on."""
         count = len(views) // len(images)
         work: Work = [
-            (
-                data.as_py(),
-                [drawing for row in range(i, i + count) for drawing in self._drawings(views[row], first + row)],
-            )
-            for i, data in zip(range(0, len(views), count), images, strict=True)
+            (data, [drawing for row in range(i, i + count) for drawing in self._drawings(views[row], first + row)])
+            for i, data in zip(range(0, len(views), count), images.to_pylist(), strict=True)
         ]
         pending = self.renderer.submit(work)
         for number in range(first // self.size, (first + len(views) - 1) // self.size + 1):
@@ -368,14 +367,14 @@ class _Batches:
             self.pixels[number] = {
                 name: self.renderer.empty(self.size, 3, *spec.input_size) for name, spec in self.specs.items()
             }
-        return [
-            Drawing(view, spec.interpolation, self.pixels[number][name][place]) for name, spec in self.specs.items()
-        ]
+            self.places[number] = {name: self.renderer.rows(pixels) for name, pixels in self.pixels[number].items()}
+        places = self.places[number]
+        return [Drawing(view, spec.interpolation, places[name][place]) for name, spec in self.specs.items()]
 
     def pop(self, number: int) -> dict[str, Tensor]:
         """A batch, when it is done."""
         self.renderer.finish(self.pending[number])
-        del self.pending[number]
+        del self.pending[number], self.places[number]
         count = min(self.size, self.rows - number * self.size)
         return {name: torch.from_numpy(pixels)[:count] for name, pixels in self.pixels.pop(number).items()}
 
@@ -392,7 +391,7 @@ class ShardBuilder:
         self.projection_name = projection_name
         self.tokens = teacher.tokens(projection)
         self.encoded: dict[str, list[np.ndarray]] = {kind: [] for kind in teacher.shapes}
-        self.moments: dict[str, Moments] = {}
+        self.sums = {kind: MomentSums() for kind in teacher.shapes}
         self.seconds = 0.0
         self.fidelity: dict[str, dict[str, float]] = {}
 
@@ -411,8 +410,7 @@ class ShardBuilder:
             except ValueError as error:
                 raise TeacherError(f"teacher {self.teacher.spec.name} gave {kind} {error}") from error
             self.encoded[kind].append(rows)
-            moments = Moments.of(features)
-            self.moments[kind] = self.moments[kind].merge(moments) if kind in self.moments else moments
+            self.sums[kind].add(features)
             if kind not in self.fidelity:
                 self.fidelity[kind] = tokens.fidelity(features[:JUDGED], rows[:JUDGED])
 
@@ -431,7 +429,7 @@ class ShardBuilder:
         return folder.commit(
             shard,
             table.replace_schema_metadata(self._metadata()),
-            self.moments,
+            {kind: sums.moments() for kind, sums in self.sums.items() if sums.count},
             facts,
             projection=self.projection_name,
             compression="zstd" if Codec.parse(self.teacher.codec).zstd else "none",

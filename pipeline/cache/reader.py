@@ -30,6 +30,7 @@ from pipeline.cache.spine import ROWS_SCHEMA, check_rows, views_of
 from pipeline.cache.store import taking_apart
 from pipeline.errors import UserError
 from pipeline.prefetch import map_ahead
+from pipeline.recycle import Place
 from pipeline.rendering import Drawing, Renderer, decoders
 from pipeline.views import View
 from teachers.base import Interpolation
@@ -338,18 +339,19 @@ class CacheReader:
 
     def _pixels(self, draft: _Draft) -> Tensor:
         pixels = self.renderer.empty(self.batch_size, 3, self.image_size, self.image_size)
+        rows = self.renderer.rows(pixels)
         # Adjacent views of one image are decoded once.
         starts = [i for i, key in enumerate(draft.keys) if i == 0 or key != draft.keys[i - 1]]
         runs = [
-            (draft.images[first].as_py(), [self._drawing(draft, pixels, place) for place in range(first, last)])
+            (draft.images[first].as_py(), [self._drawing(draft, place, rows[place]) for place in range(first, last)])
             for first, last in pairwise([*starts, self.batch_size])
         ]
         self.renderer.render(runs)
         return torch.from_numpy(pixels)
 
-    def _drawing(self, draft: _Draft, pixels: np.ndarray, place: int) -> Drawing:
+    def _drawing(self, draft: _Draft, place: int, pixels: np.ndarray | Place) -> Drawing:
         left, top, right, bottom, flip = draft.geometry[place].tolist()
-        return Drawing(View((left, top, right, bottom), bool(flip)), STUDENT_INTERPOLATION, pixels[place])
+        return Drawing(View((left, top, right, bottom), bool(flip)), STUDENT_INTERPOLATION, pixels)
 
 
 def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -366,8 +368,9 @@ def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int |
         def drawn(unit: _Unit) -> tuple[pa.Table, Tensor]:
             table = dataset.images.read_group(records[unit.shard], unit.group)
             pixels = renderer.empty(unit.rows, 3, image_size, image_size)
-            drawings = [[Drawing(v, STUDENT_INTERPOLATION, p)] for v, p in zip(views_of(table), pixels, strict=True)]
-            renderer.render([(data.as_py(), views) for data, views in zip(table["image"], drawings, strict=True)])
+            places = renderer.rows(pixels)
+            drawings = [[Drawing(v, STUDENT_INTERPOLATION, p)] for v, p in zip(views_of(table), places, strict=True)]
+            renderer.render(list(zip(table["image"].to_pylist(), drawings, strict=True)))
             return table, torch.from_numpy(pixels)
 
         for table, images in map_ahead(pool, drawn, _spaced(_units(records), limit), GROUPS_AHEAD):

@@ -1,7 +1,8 @@
-"""Mean and covariance of features: accumulated in float64 shard by shard, and merged.
+"""Mean and covariance of features: summed up in float64 batch by batch of a shard, and merged over the shards.
 
 The merge is the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
-Sample Variances" (1979), section 2, with the outer product in place of the square.
+Sample Variances" (1979), section 2, with the outer product in place of the square. The sums are of data that are shifted by
+about their mean: the same authors' "Algorithms for Computing the Sample Variance" (1983).
 
 torch is imported where features are summed up alone: indexing a source, which runs on every CPU of a cluster, needs none.
 """
@@ -35,12 +36,9 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> Moments:
         """Moments over all but the last dimension of features [..., D]."""
-        import torch
-
-        flat = features.reshape(-1, features.shape[-1])
-        mean = flat.mean(dim=0, dtype=torch.float64)
-        scatter = sum(_scatter(part - mean) for part in flat.split(PIECE))  # in float64, as the mean is
-        return cls(len(flat), mean.cpu().numpy(), torch.as_tensor(scatter).cpu().numpy())
+        sums = MomentSums()
+        sums.add(features)
+        return sums.moments()
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of vectors together."""
@@ -61,10 +59,48 @@ class Moments:
         return np.sqrt(np.diagonal(self.scatter) / self.count)
 
 
-def _scatter(deviations: Tensor) -> Tensor | np.ndarray:
-    # numpy sees that the product is symmetric and computes half of it; torch does not.
-    rows = deviations if deviations.is_cuda else deviations.numpy()
-    return rows.T @ rows
+class MomentSums:
+    """Moments in the making. They stay on the device of the features, where adding a batch waits for nothing."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.waiting: list[Tensor] = []
+        self.sums: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def add(self, features: Tensor) -> None:
+        """Add vectors [..., D], on the device of the first ones; they must not change."""
+        flat = features.reshape(-1, features.shape[-1])
+        self.waiting.append(flat)
+        self.count += len(flat)
+        # Taking a product to the sum costs as much as some D vectors do: a batch of summaries has far fewer.
+        if sum(map(len, self.waiting)) >= 4 * flat.shape[1]:
+            self._sum_up()
+
+    def moments(self) -> Moments:
+        """Those of all vectors that were added."""
+        origin, total, scatter = self._sum_up()
+        shift = total / self.count
+        scatter = scatter.addr(shift, shift, alpha=-self.count)
+        return Moments(self.count, (origin + shift).cpu().numpy(), scatter.cpu().numpy())
+
+    def _sum_up(self) -> tuple[Tensor, Tensor, Tensor]:
+        """An origin [D], and sums of the deviations from it and of their outer products."""
+        import torch
+
+        if self.sums is None:
+            origin = torch.cat(self.waiting).mean(dim=0, dtype=torch.float64)
+            self.sums = origin, torch.zeros_like(origin), torch.zeros_like(origin.outer(origin))
+        origin, total, scatter = self.sums
+        for part in torch.cat(self.waiting).split(PIECE) if self.waiting else ():
+            deviations = part - origin  # in float64, as the mean is
+            total += deviations.sum(dim=0)
+            if deviations.is_cuda:
+                scatter.addmm_(deviations.T, deviations)
+            else:  # numpy sees that the product is symmetric and computes half of it; torch does not
+                rows, sums = deviations.numpy(), scatter.numpy()
+                sums += rows.T @ rows
+        self.waiting.clear()
+        return self.sums
 
 
 def merge_all(parts: Iterable[Mapping[str, Moments]]) -> Mapping[str, Moments]:
@@ -82,7 +118,7 @@ def dump_moments(moments: Mapping[str, Moments]) -> bytes:
     """
     arrays: dict[str, object] = {}
     for kind, part in moments.items():
-        triangle = part.scatter[np.triu_indices(len(part.mean))]
+        triangle = part.scatter[_upper(len(part.mean))]
         arrays |= {f"{kind}_count": part.count, f"{kind}_mean": part.mean, f"{kind}_scatter": triangle}
     return dump_arrays(arrays)
 
@@ -105,5 +141,10 @@ def load_moments(data: bytes) -> dict[str, Moments]:
 def _symmetric(triangle: np.ndarray) -> np.ndarray:
     size = (int(np.sqrt(8 * len(triangle) + 1)) - 1) // 2
     matrix = np.zeros((size, size))
-    matrix[np.triu_indices(size)] = triangle
+    matrix[_upper(size)] = triangle
     return matrix + np.triu(matrix, 1).T
+
+
+def _upper(size: int) -> np.ndarray:
+    """Where the upper triangle of a matrix is; as a mask, which takes a seventh of the time of indices."""
+    return np.triu(np.ones((size, size), dtype=bool))

@@ -12,6 +12,7 @@ import torch
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
+from pipeline.interpreter import launch_promptly
 from pipeline.progress import Progress
 from pipeline.training.checkpoint import Position, Snapshot
 from pipeline.training.meter import DivergedError, Meter, starved
@@ -47,6 +48,8 @@ def train(
         UserError: where `train.best_metric` is not among what is evaluated, or `state` is of another training.
     """
     keep_freed_memory()
+    if worker.device.type == "cuda":
+        launch_promptly()
     loop = _Loop(task, config, worker, commit, others)
     if state is None:
         loop.evaluate()

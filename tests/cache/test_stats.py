@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from pipeline.cache.stats import Moments, dump_moments, load_moments, merge_all
+from pipeline.cache.stats import Moments, MomentSums, dump_moments, load_moments, merge_all
 
 
 def test_merged_moments_equal_those_of_all_rows_at_once():
@@ -12,6 +12,18 @@ def test_merged_moments_equal_those_of_all_rows_at_once():
     assert merged.count == 18 * 7
     np.testing.assert_allclose(merged.mean, rows.mean(axis=0), rtol=1e-13)
     np.testing.assert_allclose(merged.std, rows.std(axis=0), rtol=1e-11)
+
+
+def test_sums_over_batches_are_the_moments_of_all_vectors_also_where_the_first_batch_lies_apart():
+    generator, sums = torch.Generator().manual_seed(0), MomentSums()
+    parts = [torch.randn(n, 7, 5, generator=generator) + far for n, far in ((1, 0), (4, 100), (13, 101))]
+    for part in parts:
+        sums.add(part)
+    rows = np.concatenate([part.reshape(-1, 5).double().numpy() for part in parts])
+    found, deviations = sums.moments(), rows - rows.mean(axis=0)
+    assert found.count == 18 * 7
+    np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(found.scatter, deviations.T @ deviations, rtol=1e-11)
 
 
 def test_merge_in_any_order_agrees_to_float64_accuracy():
