@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,24 @@ def hardware() -> Hardware:
     types = sorted(name.removeprefix("accelerator_type:") for name in there if name.startswith("accelerator_type:"))
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     return Hardware(nodes, int(there.get("CPU", 0)), int(there.get("GPU", 0)), tuple(types))
+
+
+def places(cpus: int) -> int:
+    """How many workers of so many CPUs, and of a GPU where there are any, the nodes that are up have room for."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = any(node.get("GPU") for node in nodes)
+    return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpus else inf)) for node in nodes)
+
+
+def cpus_each(workers: int, most: int) -> int:
+    """CPUs for each of so many workers, `most` at most, so that nodes have room for them and a CPU is left for Ray's tasks.
+
+    Ray would wait for ever for workers that want more than any node has.
+    """
+    there, fit = hardware().cpus, min(workers, places(1))
+    return next((cpus for cpus in range(most, 1, -1) if places(cpus) >= fit and fit * cpus < there), 1)
 
 
 @contextmanager

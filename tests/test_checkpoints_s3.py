@@ -9,7 +9,7 @@ from pyarrow import fs
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import UserError
 from pipeline.training import STATE_FILE, checkpoint_folder
-from pipeline.training.checkpoint import keep_best, open_folder
+from pipeline.training.checkpoint import best_beside, drop_beaten, open_folder
 from pipeline.training.ray_train import _shares
 from pipeline.training.stopping import StopFile
 
@@ -25,6 +25,9 @@ def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
     config = TrainConfig(workers=4, batch_size=8)
     assert _shares(config, folder) == 4
     assert _shares(TrainConfig(workers=2, batch_size=8), folder) == 4
+    filesystem, path = open_folder(folder)
+    filesystem.open_output_stream(f"{path}/shares").close()  # as of a job that was killed while it wrote
+    assert _shares(config, folder) == 4
 
     filesystem, path = pickle.loads(pickle.dumps(open_folder(folder)))  # noqa: S301  as it travels to workers
     assert path == "models/here/photos-distill-1a2b/train"
@@ -38,9 +41,9 @@ def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
 
     for number in (1, 2):
         checkpoint = f"{path}/checkpoint-000{number}-000000"
-        with filesystem.open_output_stream(f"{checkpoint}/{STATE_FILE}") as stream:
+        with filesystem.open_output_stream(f"{best_beside(checkpoint)}/{STATE_FILE}") as stream:
             torch.save({"number": number}, stream)
-        keep_best(filesystem, checkpoint)
+        drop_beaten(filesystem, checkpoint)
     best = filesystem.get_file_info(fs.FileSelector(f"{path}/best", recursive=True))
     assert [item.path.partition("/best/")[2] for item in best if item.type == fs.FileType.File] == [
         f"checkpoint-0002-000000/{STATE_FILE}"

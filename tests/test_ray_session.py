@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.ray_session import _workers_environment, connect, devices, is_submitted_job
+from pipeline.ray_session import _workers_environment, connect, cpus_each, devices, is_submitted_job
 from tests.nodes import descendants
 
 
@@ -85,6 +85,27 @@ def test_memory_that_a_workers_thread_freed_is_still_there():
     first, *again = ray.get(Worker.options(max_concurrency=2).remote().page_faults.remote())
     assert first > 100
     assert max(again) < first / 10
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "most", "expected"),
+    [
+        ([(4, 0)], 1, 2, 2),
+        ([(4, 0)], 2, 16, 1),
+        ([(8, 1)], 1, 16, 7),
+        ([(8, 1)] * 4, 1, 16, 8),  # no node has 16
+        ([(96, 8)] + [(16, 0)] * 4, 8, 16, 12),  # decoding nodes have no GPU
+        ([(3, 0)] * 3, 4, 16, 1),
+        ([(0, 0), (8, 1), (8, 1)], 8, 16, 7),  # more may come
+        ([], 2, 16, 1),
+    ],
+)
+def test_workers_ask_for_no_more_cpus_than_nodes_have(monkeypatch, nodes, workers, most, expected):
+    up = [{"Alive": True, "Resources": {name: n for name, n in (("CPU", c), ("GPU", g)) if n}} for c, g in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: [*up, {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}])
+    total = {"CPU": sum(cpus for cpus, _ in nodes), "GPU": sum(gpus for _, gpus in nodes)}
+    monkeypatch.setattr("ray.cluster_resources", lambda: total)
+    assert cpus_each(workers, most) == expected
 
 
 def test_a_submitted_jobs_own_variables_are_not_said_twice(monkeypatch):

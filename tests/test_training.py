@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from pyarrow import fs
 from timm.scheduler import StepLRScheduler
@@ -29,7 +30,7 @@ from pipeline.training import (
     train,
 )
 from pipeline.training.average import Average
-from pipeline.training.checkpoint import keep_best
+from pipeline.training.checkpoint import best_beside, drop_beaten
 from pipeline.training.meter import Stopwatch, starved
 from pipeline.training.ray_train import _shares
 from pipeline.training.step import Stepper, not_decayed
@@ -40,13 +41,16 @@ from tests.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_ti
 CHECKPOINTS = [
     "checkpoint-0000-000000",
     "checkpoint-0000-000004",
+    "checkpoint-0000-000006",
     "checkpoint-0001-000000",
     "checkpoint-0001-000002",
+    "checkpoint-0001-000006",
     "checkpoint-0002-000000",
     "checkpoint-0002-000004",
+    "checkpoint-0002-000006",
     "checkpoint-0003-000000",
 ]
-"""Of 3 epochs of 6 steps with a checkpoint every 4 steps and at epoch ends."""
+"""Of 3 epochs of 6 steps with a checkpoint every 4 steps, at the end of an epoch, and after its evaluation."""
 
 
 TIMES = ("images_per_second", "data_wait_share", "forward_share", "backward_share")
@@ -115,16 +119,18 @@ def whole():
 
 def test_checkpoints_are_committed_before_training_within_epochs_and_at_their_ends(whole):
     assert [snapshot.name for snapshot in whole] == CHECKPOINTS == sorted(CHECKPOINTS)
-    assert whole[3].state["position"] == {"epoch": 1, "batch": 2, "step": 8, "samples": 8 * BATCH}
+    assert whole[4].state["position"] == {"epoch": 1, "batch": 2, "step": 8, "samples": 8 * BATCH}
 
 
-@pytest.mark.parametrize("survived", range(1, 7))
+@pytest.mark.parametrize("survived", range(1, len(CHECKPOINTS)))
 def test_an_interrupted_run_ends_as_one_that_was_not(whole, survived):
     rest = _train(TinyTask(), _config(checkpoint_steps=4), whole[survived - 1].state)
     assert [snapshot.name for snapshot in rest] == [snapshot.name for snapshot in whole[survived:]]
     _assert_equal(rest[-1].state, whole[-1].state)
     assert rest[-1].state["evaluations"] == whole[-1].state["evaluations"]
-    both = _history(whole[:survived]) + _history(rest)
+    both = _history(whole[: survived - 1]) + _history(
+        rest
+    )  # the last interval is said again, as nobody may have heard it
     assert [(step, _without_times(metrics)) for step, metrics in both] == [
         (step, _without_times(metrics)) for step, metrics in _history(whole)
     ]
@@ -135,7 +141,7 @@ def _without_times(metrics):
 
 
 def test_a_state_of_another_training_is_refused(whole):
-    state = whole[3].state
+    state = whole[4].state
     groups = state["optimizer"]["param_groups"]
     for part, other in (("optimizer", {"state": {}, "param_groups": groups[1:]}), ("model", {}), ("ema", {})):
         with pytest.raises(UserError, match=r"of step 8 is not of this training.*: remove the folder of the run, and"):
@@ -143,7 +149,10 @@ def test_a_state_of_another_training_is_refused(whole):
 
 
 def test_a_finished_run_does_nothing_more(whole):
-    assert _train(TinyTask(), _config(checkpoint_steps=4), whole[-1].state) == []
+    task = TinyTask()
+    (left,) = _train(task, _config(checkpoint_steps=4), whole[-1].state)
+    assert task.judged == []
+    assert (left.state, left.history) == (None, whole[-1].history)  # which nobody may have lived to log
 
 
 def test_the_optimizer_is_part_of_a_checkpoint(whole):
@@ -187,8 +196,7 @@ def test_every_step_is_logged_once_with_what_it_cost(whole):
 
 def test_a_long_epoch_is_logged_in_fifty_means(monkeypatch):
     monkeypatch.setattr("tests.tiny_task.STEPS", 120)
-    (single,) = [s for s in _train(TinyTask(), _config(epochs=1)) if s.name == "checkpoint-0001-000000"]
-    points = [(step, metrics) for step, metrics in single.history if "loss" in metrics]
+    points = [(step, metrics) for step, metrics in _history(_train(TinyTask(), _config(epochs=1))) if "loss" in metrics]
     assert [step for step, _ in points] == list(range(2, 121, 2))
     monkeypatch.setattr("pipeline.training.meter.POINTS_PER_EPOCH", 120)
     fine = [metrics["loss"] for _, metrics in _history(_train(TinyTask(), _config(epochs=1))) if "loss" in metrics]
@@ -246,7 +254,7 @@ def test_evaluation_comes_before_training_and_after_each_epoch_on_the_averaged_w
     steps = [0, STEPS, 2 * STEPS, 3 * STEPS]
     assert [step for step, _ in snapshots[-1].state["evaluations"]] == steps
     assert [step for step, metrics in _history(snapshots) if "score" in metrics] == steps
-    for judged, snapshot in zip(task.judged, snapshots, strict=True):
+    for judged, snapshot in zip(task.judged, snapshots[::2], strict=True):
         assert all(torch.equal(judged[name], value) for name, value in snapshot.state["ema"].items())
     trained = snapshots[-1].state
     assert not torch.equal(trained["ema"]["out.weight"], trained["model"]["out.weight"])
@@ -256,11 +264,22 @@ def test_evaluation_comes_before_training_and_after_each_epoch_on_the_averaged_w
 def test_the_average_follows_weights_and_statistics_at_the_warmed_up_decay(name):
     snapshots = _train(TinyTask(), _config(epochs=1, checkpoint_steps=1, ema_decay=0.4))
     averaged = snapshots[0].state["model"][name]
-    for step, snapshot in enumerate(snapshots[1:], start=1):
+    for step, snapshot in enumerate(snapshots[1:-1], start=1):
         decay = min(0.4, (1 + step) / (10 + step))
         assert (decay == 0.4) == (step >= 5)
         averaged = decay * averaged + (1 - decay) * snapshot.state["model"][name]
         torch.testing.assert_close(snapshot.state["ema"][name], averaged)
+
+
+def test_norms_that_hold_an_activation_keep_it_where_workers_share_their_statistics(monkeypatch):
+    monkeypatch.setattr("pipeline.training.step.synchronised", lambda worker: True)
+    task, images = TinyTask(), torch.randn(2, 3, 32, 32)
+    task.module = timm.create_model("mobilenetv2_050", num_classes=4).eval()
+    before = task.module(images)
+    stepper = Stepper(task, _config(), Worker(), [1])
+    norms = [module for module in stepper.module.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert len(norms) == 52
+    torch.testing.assert_close(stepper.module(images), before)
 
 
 def test_without_decay_the_average_is_the_weights_bit_by_bit():
@@ -408,8 +427,8 @@ def test_other_ranks_neither_evaluate_nor_keep_state(monkeypatch):
     task, snapshots = TinyTask(rank=1, world=2), []
     train(task, _config(epochs=1), Worker(rank=1, world=2), None, snapshots.append)
     assert task.judged == []
-    assert [snapshot.state for snapshot in snapshots] == [None, None]
-    assert snapshots[-1].history[-1][1]["samples_seen"] == STEPS * BATCH * 2
+    assert [snapshot.state for snapshot in snapshots] == [None] * 3
+    assert snapshots[-2].history[-1][1]["samples_seen"] == STEPS * BATCH * 2
 
 
 def test_a_task_may_evaluate_on_every_rank_and_have_a_schedule_of_its_own(monkeypatch):
@@ -493,11 +512,14 @@ def test_on_ray_the_best_checkpoint_is_kept_beside_the_latest(ray_runs):
 
 def test_on_ray_every_step_is_committed_once_with_its_checkpoint(ray_runs):
     committed = [json.loads(line) for line in (ray_runs.folder / "committed").read_text().splitlines()]
-    assert [step for steps, _ in committed for step in steps] == list(range(1, 3 * STEPS + 1))
+    said = [step for steps, _ in committed for step in steps]
+    assert said == list(range(1, 5)) + list(
+        range(1, 3 * STEPS + 1)
+    )  # the second start says again what it finds committed
     assert [Path(checkpoint).name for _, checkpoint in committed] == CHECKPOINTS
     kept = [checkpoint for _, checkpoint in committed if Path(checkpoint).exists()]
     assert [Path(checkpoint).name for checkpoint in kept] == CHECKPOINTS[-2:]
-    assert [load_state(checkpoint)["position"]["step"] for checkpoint in kept] == [16, 18]
+    assert [load_state(checkpoint)["position"]["step"] for checkpoint in kept] == [18, 18]
 
 
 def test_on_ray_workers_of_unequal_shares_hold_equal_weights(ray_runs):
@@ -648,7 +670,7 @@ def test_float16_scales_the_loss_and_a_step_that_overflows_changes_nothing():
     snapshots = _train(task, _config(epochs=1, precision="float16", checkpoint_steps=1))
     assert task.module.dtypes == {torch.float16}
     scales = [snapshot.state["scaler"]["scale"] for snapshot in snapshots]
-    assert scales == [65536.0] * 3 + [32768.0] * 4
+    assert scales == [65536.0] * 3 + [32768.0] * 5
     before, after, later = (snapshots[step].state["model"]["out.weight"] for step in (2, 3, 4))
     assert torch.equal(before, after)
     assert not torch.equal(after, later)
@@ -699,7 +721,7 @@ def test_a_metric_of_the_raw_weights_may_be_the_best_from_the_start_on():
     first, *later = [metrics for _, metrics in snapshots[-1].state["evaluations"]]
     assert first["raw"] == first["score"] > 0
     assert {metrics["raw"] for metrics in later} == {0.0}
-    assert [snapshot.best for snapshot in snapshots] == [True, False, False, False]
+    assert [snapshot.best for snapshot in snapshots] == [True] + [False] * 6
 
 
 def test_a_best_metric_that_is_not_evaluated_is_refused_before_training():
@@ -711,10 +733,12 @@ def test_the_best_checkpoint_lies_beside_the_latest_alone(tmp_path):
     local = fs.LocalFileSystem()
     for number in (1, 2):
         checkpoint = tmp_path / f"checkpoint-000{number}-000000"
-        checkpoint.mkdir()
+        drop_beaten(local, str(checkpoint))  # nothing is there yet
+        copy = Path(best_beside(str(checkpoint)))
+        copy.mkdir(parents=True)
         state = {"model": {}, "ema": {}, "position": {"epoch": number}, "evaluations": []}
-        torch.save(state, checkpoint / STATE_FILE)
-        keep_best(local, str(checkpoint))
+        torch.save(state, copy / STATE_FILE)
+        drop_beaten(local, str(checkpoint))
     (best,) = (tmp_path / "best").iterdir()
     assert load_state(best)["position"] == {"epoch": 2}
 
@@ -749,23 +773,36 @@ def test_raw_weights_are_judged_beside_the_averaged_ones():
     assert task.module.training is False
 
 
+AFTER_NOTICES = ("0-000000", "0-000002", "0-000004", "0-000006", "1-000000", "1-000006", "2-000000")
+
+
 def test_a_notice_saves_once_and_training_goes_on(monkeypatch):
     monkeypatch.setattr("pipeline.training.loop.SECONDS_BETWEEN_NOTICES", 0.0)
     notices, snapshots = iter([None, "node a", "node a", "node b", *[None] * 99]), []
     train(TinyTask(), _config(epochs=2), Worker(notice=lambda: next(notices)), None, _keep(snapshots))
     names = [snapshot.name for snapshot in snapshots]
-    assert names == [f"checkpoint-000{at}" for at in ("0-000000", "0-000002", "0-000004", "1-000000", "2-000000")]
+    assert names == [f"checkpoint-000{at}" for at in AFTER_NOTICES]
 
 
 def test_after_the_notice_to_stop_a_second_start_ends_as_an_uninterrupted_run(whole, monkeypatch):
     monkeypatch.setattr("pipeline.training.loop.SECONDS_BETWEEN_NOTICES", 0.0)
-    notices, snapshots = iter([None] * 8 + [STOP]), []
+    notices, snapshots = iter([None] * 9 + [STOP]), []
     with pytest.raises(StoppedError, match="stopped at step 10 and goes on from there"):
         train(TinyTask(), _config(), Worker(notice=lambda: next(notices)), None, _keep(snapshots))
     assert snapshots[-1].name == "checkpoint-0001-000004"
     rest = _train(TinyTask(), _config(), snapshots[-1].state)
     _assert_equal(rest[-1].state, whole[-1].state)
-    assert [step for step, _ in _losses(snapshots + rest)] == list(range(1, 3 * STEPS + 1))
+    assert [step for step, _ in _losses(snapshots[:-1] + rest)] == list(range(1, 3 * STEPS + 1))
+
+
+def test_after_the_notice_to_stop_at_the_end_of_an_epoch_its_evaluation_waits_for_the_second_start(whole, monkeypatch):
+    monkeypatch.setattr("pipeline.training.loop.SECONDS_BETWEEN_NOTICES", 0.0)
+    notices, snapshots, task = iter([None] * 5 + [STOP]), [], TinyTask()
+    with pytest.raises(StoppedError, match="stopped at step 6 and goes on from there"):
+        train(task, _config(), Worker(notice=lambda: next(notices)), None, _keep(snapshots))
+    assert snapshots[-1].name == "checkpoint-0000-000006"
+    assert len(task.judged) == 1
+    assert _train(TinyTask(), _config(), snapshots[-1].state)[-1].state["evaluations"] == whole[-1].state["evaluations"]
 
 
 def test_the_first_sigterm_writes_the_file_that_stops_workers_and_the_second_is_as_ever(tmp_path, capsys):
@@ -796,7 +833,9 @@ def test_divergence_leaves_keys_and_states_in_a_file_that_the_error_names(whole)
         dumped[name] = _through_bytes(content)
         return f"there/{name}"
 
-    with pytest.raises(DivergedError, match=r"nan at step 4.*optimiser state are in there/diverged-step-00000004.pt$"):
+    with pytest.raises(
+        DivergedError, match=r"nan at step 4.*optimiser state of step 4, are in there/diverged-step-00000004.pt$"
+    ):
         train(TinyTask(poison={0: 3}), _config(), Worker(dump=dump), None, lambda _: None)
     (content,) = dumped.values()
     assert content["diverged"]["step"] == 4

@@ -44,6 +44,9 @@ STUDENT_INTERPOLATION: Interpolation = "bicubic"
 IO_THREADS = 2
 """Row groups that are read at once."""
 
+BATCHES_AHEAD = 2
+"""Batches that are decoded at the same time as the one that is waited for."""
+
 GROUPS_AHEAD = 4
 """Row groups that are rendered ahead where images are read without features."""
 
@@ -189,7 +192,7 @@ class CacheReader:
         self.teachers = {teacher.id: _TeacherShards(dataset, teacher) for teacher in teachers}
         self.units = _units(self.images.records, dataset.policy.rows_per_image)
         self.io = ThreadPoolExecutor(IO_THREADS)
-        self.assembler = ThreadPoolExecutor(1)
+        self.assembler = ThreadPoolExecutor(BATCHES_AHEAD + 1)
         self.renderer = Renderer(threads, processes)
         self.arrays = self.renderer.arrays
         if not self.steps(0):
@@ -220,7 +223,7 @@ class CacheReader:
         units = [self.units[i] for i in self._unit_order(epoch)[self.rank :: self.world]]
         refs, window_start = self._row_order(units, epoch)
         drafts = self._drafts(units, refs, window_start, range(start, self.steps(epoch)))
-        batches = map_ahead(self.assembler, self._finish, drafts, ahead=2)
+        batches = map_ahead(self.assembler, self._finish, drafts, BATCHES_AHEAD)
         for number, batch in enumerate(batches, start):
             yield replace(batch, place=(epoch, number))
 

@@ -66,9 +66,10 @@ def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
 def count_correct(near: Neighbours, labels: Tensor, ks: Sequence[int], temperature: float) -> dict[int, int]:
     """How many of M queries with these labels [M] the first k neighbours classify rightly, for every k.
 
-    A neighbour votes with weight exp(cosine / temperature).
+    A neighbour votes with weight exp(cosine / temperature), over that of the nearest: of a low temperature the powers are too
+    large for a float32.
     """
-    weights = (near.similarity / temperature).exp()
+    weights = ((near.similarity - near.similarity[:, :1]) / temperature).exp()
     classes = int(near.labels.max()) + 1
     correct = {}
     for k in ks:

@@ -17,6 +17,7 @@ from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.reader import NO_LABEL, read_summaries
 from pipeline.evaluate.knn import Neighbours, labelled, merge, nearest, vote
 from pipeline.prefetch import map_ahead
+from pipeline.ray_session import places
 
 BLOCK = 8192
 """Queries that travel at once."""
@@ -99,5 +100,5 @@ def _placement(shards: int) -> Placement:
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if gpus:
         return Placement(min(gpus, shards), 1, 1)
-    actors = min((cpus - 1) // 8, shards)
+    actors = min((cpus - 1) // 8, places(8), shards)
     return Placement(actors, 8) if actors > 1 else Placement(0)

@@ -1,13 +1,15 @@
 """What a checkpoint holds. Its directory has one file:
 
-    state.pt    model, EMA, optimiser, loss scale, position (epoch, batch, step), evaluations; loads with weights_only
+    state.pt    model, EMA, optimiser, loss scale, position (epoch, batch, step), evaluations, metrics of the steps since
+                the checkpoint before; loads with weights_only
 
-There is no random state in it: what a forward draws is a function of (seed, step, share), see `step.py`. Metrics of the
-steps since the last checkpoint are committed with it: a step that is repeated after a crash is logged once.
+There is no random state in it: what a forward draws is a function of (seed, step, share), see `step.py`. Metrics are
+committed with a checkpoint, and by who resumes from it once more, in case that nobody lived to log them: a step is logged once.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,6 +27,8 @@ from pipeline.errors import UserError, naming
 from pipeline.training.task import History
 
 STATE_FILE = "state.pt"
+
+log = logging.getLogger(__name__)
 
 
 def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
@@ -113,16 +117,18 @@ def _refusal(file: Path, reason: str) -> str:
     )
 
 
-def keep_best(filesystem: fs.FileSystem, path: str) -> None:
-    """Copy a checkpoint to ``best/`` beside it, and remove the one that was the best.
-
-    Ray Train's own retention knows the latest or the best, not both.
-    """
+def best_beside(path: str) -> str:
+    """Where the copy of a checkpoint lies that was the best when it was written."""
     source = PurePosixPath(path)
-    folder = source.parent / "best"
-    target = folder / source.name
-    filesystem.create_dir(str(target), recursive=True)
-    fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=filesystem)
-    for known in filesystem.get_file_info(fs.FileSelector(str(folder))):
-        if known.type == fs.FileType.Directory and known.base_name != source.name:
-            filesystem.delete_dir(known.path)
+    return str(source.parent / "best" / source.name)
+
+
+def drop_beaten(filesystem: fs.FileSystem, path: str) -> None:
+    """Remove the copies of those checkpoints that were the best before this one."""
+    best = PurePosixPath(best_beside(path))
+    try:
+        for known in filesystem.get_file_info(fs.FileSelector(str(best.parent), allow_not_found=True)):
+            if known.type == fs.FileType.Directory and known.base_name != best.name:
+                filesystem.delete_dir(known.path)
+    except OSError as error:
+        log.warning("an earlier best checkpoint stays in %s: %s", best.parent, " ".join(str(error).split())[:200])

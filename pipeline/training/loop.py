@@ -59,6 +59,7 @@ def train(
     try:
         while loop.position.epoch < config.epochs:
             loop.run_epoch()
+        loop.commit_left()
     except DivergedError as error:
         raise loop.dumped(error) from error
 
@@ -100,6 +101,7 @@ class _Loop:
             ) from error
         self.position = Position(**state["position"])
         self.evaluations = [(step, metrics) for step, metrics in state["evaluations"]]
+        self.history = list(state.get("history", []))
 
     def state(self) -> dict[str, Any]:
         return {**self.stepper.state(), "position": asdict(self.position), "evaluations": list(self.evaluations)}
@@ -107,8 +109,13 @@ class _Loop:
     def commit(self) -> None:
         history, self.history = self.history, []
         best, self.best = self.best, False
-        state = None if self.worker.rank else self.state()
+        state = None if self.worker.rank else {**self.state(), "history": history}
         self.on_commit(Snapshot(self.position.name, state, history, best))
+
+    def commit_left(self) -> None:
+        """Metrics of a checkpoint that was the last, where nobody lived to log them."""
+        if self.history:
+            self.on_commit(Snapshot(self.position.name, None, self.history))
 
     def evaluate(self) -> None:
         if self.worker.rank and not self.task.evaluates_everywhere:
@@ -158,9 +165,7 @@ class _Loop:
                     self._log(meter, steps)
                 if not self.worker.rank:
                     progress.update(1, **meter.postfix(self.all_steps - position.step))
-                if position.batch < steps:
-                    self._save_within_epoch(meter, steps)
-        self._log(meter, steps)
+                self._save_when_due(meter, steps)
         on_gpu = not self.worker.rank and self.worker.device.type == "cuda"
         if on_gpu and meter.latest and (reason := starved(meter.latest)):
             log.warning(reason)
@@ -183,10 +188,11 @@ class _Loop:
             }
             self.history.append((position.step, {**metrics, **where}))
 
-    def _save_within_epoch(self, meter: Meter, steps: int) -> None:
+    def _save_when_due(self, meter: Meter, steps: int) -> None:
+        """Also at the end of an epoch: its evaluation may take longer than a node that is taken away has left."""
         every, step = self.config.checkpoint_steps, self.position.step
         notice = self._notice(meter)
-        if notice or (every and step % every == 0):
+        if notice or self.position.batch == steps or (every and step % every == 0):
             self._log(meter, steps)
             self.commit()
         if notice == STOP:
@@ -207,5 +213,6 @@ class _Loop:
         """The error, with the file that holds what an inquiry needs."""
         content = {**self.state(), "diverged": {"step": error.step, "keys": error.keys, "message": str(error)}}
         file = None if self.worker.rank else self.worker.dump(f"diverged-step-{error.step:08d}.pt", content)
-        where = f"; keys, weights and optimiser state are in {file}" if file else ""
+        state = f"weights and optimiser state of step {self.position.step}"
+        where = f"; its keys, and {state}, are in {file}" if file else ""
         return DivergedError(f"{error}{where}", error.step, error.keys)

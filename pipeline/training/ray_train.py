@@ -25,7 +25,8 @@ from pyarrow import fs
 from pipeline import logs
 from pipeline.config import TrainConfig, check_shares
 from pipeline.errors import UserError
-from pipeline.training.checkpoint import STATE_FILE, Snapshot, copied, keep_best, load_state, open_folder
+from pipeline.ray_session import cpus_each
+from pipeline.training.checkpoint import STATE_FILE, Snapshot, best_beside, copied, drop_beaten, load_state, open_folder
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.stopping import STOP_FILE, StopFile, on_sigterm
@@ -93,6 +94,8 @@ def fit(
     if result.return_value is not None:
         kind, message = result.return_value
         raise _ENDINGS[kind](message)
+    if stop.exists():  # after the workers had looked for the last time
+        raise StoppedError("training was stopped at its end, and the job goes on from there when it is started again")
     checkpoint: Checkpoint = result.checkpoint
     return checkpoint
 
@@ -103,7 +106,8 @@ def _shares(config: TrainConfig, folder: str) -> int:
     file = f"{path}/shares"
     if filesystem.get_file_info(file).type == fs.FileType.File:
         with filesystem.open_input_stream(file) as stream:
-            return int(stream.read())
+            if content := stream.read():  # empty where the disk was full, or the job was killed
+                return int(content)
     shares = count_shares(config)
     filesystem.create_dir(path, recursive=True)
     with filesystem.open_output_stream(file) as stream:
@@ -132,10 +136,9 @@ def _gpus() -> int:
 
 
 def _scaling(config: TrainConfig, shares: int) -> Any:
-    import ray
     import ray.train
 
-    cpus, gpus = int(ray.cluster_resources().get("CPU", 1)), _gpus()
+    gpus = _gpus()
     wanted = config.workers or gpus or 1
     workers: Any  # an int, or least and most, which Ray's annotations lack
     if isinstance(wanted, tuple):
@@ -143,8 +146,8 @@ def _scaling(config: TrainConfig, shares: int) -> Any:
         workers = (min(wanted[0], most), most)
     else:
         workers = most = min(wanted, shares)
-    # One CPU is left for Ray's own tasks; a worker decodes images on the rest.
-    each = max(1, min(16 if gpus else os.cpu_count() or 1, (cpus - 1) // most))
+    # A worker decodes images on its CPUs.
+    each = cpus_each(most, 16 if gpus else os.cpu_count() or 1)
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": each})
 
 
@@ -155,7 +158,7 @@ def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, 
     class Commit(UserCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             if metrics[0]["best"] and checkpoint:
-                keep_best(checkpoint.filesystem, checkpoint.path)
+                drop_beaten(checkpoint.filesystem, checkpoint.path)
             on_commit(metrics[0]["history"], checkpoint and checkpoint.path)
 
     filesystem, path = open_folder(folder)
@@ -272,14 +275,18 @@ class _Reporter:
             checkpoint_dir_name=snapshot.name,
             checkpoint_upload_mode=mode,
             delete_local_checkpoint_after_upload=False,
-            checkpoint_upload_fn=partial(self._write, copied(snapshot.state)),
+            checkpoint_upload_fn=partial(self._write, copied(snapshot.state), snapshot.best),
         )
 
-    def _write(self, state: dict[str, Any], checkpoint: Any, _: str) -> Checkpoint:
+    def _write(self, state: dict[str, Any], best: bool, checkpoint: Any, _: str) -> Checkpoint:
+        # Ray Train's own retention knows the latest or the best, not both. The copy comes first: who finds the checkpoint
+        # registered, after a crash, does not evaluate again whether it is the best.
+        paths = [best_beside(checkpoint.path), checkpoint.path] if best else [checkpoint.path]
         try:
-            checkpoint.filesystem.create_dir(checkpoint.path, recursive=True)
-            with checkpoint.filesystem.open_output_stream(f"{checkpoint.path}/{STATE_FILE}") as stream:
-                torch.save(state, stream)
+            for path in paths:
+                checkpoint.filesystem.create_dir(path, recursive=True)
+                with checkpoint.filesystem.open_output_stream(f"{path}/{STATE_FILE}") as stream:
+                    torch.save(state, stream)
         finally:
             self.written.release()
         return checkpoint

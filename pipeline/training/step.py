@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -33,6 +34,11 @@ NEVER = 2**31 - 1
 """Steps between growths of the scale of the loss where it is not to grow."""
 
 
+def synchronised(worker: Worker) -> bool:
+    """Whether BatchNorm takes its statistics over the batches of all workers; torch has that for GPUs alone."""
+    return worker.world > 1 and worker.device.type == "cuda"
+
+
 class Stepper:
     """Module, averaged module, optimiser and schedule of a run.
 
@@ -45,8 +51,8 @@ class Stepper:
         self.task, self.config, self.worker = task, config, worker
         device = worker.device
         module = task.module.to(device).to(memory_format=torch.channels_last)
-        if worker.world > 1 and device.type == "cuda":
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        if synchronised(worker):
+            module = convert_sync_batchnorm(module)  # timm's: torch's drops the activations within timm's norms
         self.module: nn.Module = module
         self.average = Average(module, config.ema_decay)
         if config.compile:

@@ -40,6 +40,13 @@ def test_accuracy_equals_an_independent_computation(clouds):
     assert knn_accuracy(*clouds) == pytest.approx(expected)
 
 
+def test_votes_of_a_low_temperature_do_not_overflow():
+    """exp(0.95 / 0.01) is more than a float32 holds."""
+    bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.11]]), dim=1)
+    found = knn_accuracies(bank, torch.tensor([1, 0, 0]), bank[:1], torch.tensor([1]), [1, 3], 0.001)
+    assert found == {1: 100.0, 3: 100.0}
+
+
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 def test_every_k_at_once_equals_scikit_learn_with_the_same_weighting(clouds, temperature):
     bank, labels, queries, expected = (part.numpy() for part in clouds)
