@@ -139,6 +139,23 @@ def devices() -> tuple[float, str]:
     return gpus, f"{gpus:g} x {' or '.join(kinds) or 'GPU'}"
 
 
+def usable_devices() -> str:
+    """What a session on this machine computes on, in words.
+
+    Raises:
+        UserError: where that is GPUs that torch cannot use.
+    """
+    import torch
+
+    gpus, kind = devices()
+    if gpus and not torch.cuda.is_available():
+        raise UserError(
+            f"there are {kind}, which torch {torch.__version__} cannot use: is the driver too old for CUDA {torch.version.cuda}? "
+            "Renew it, or set CUDA_VISIBLE_DEVICES= (nothing) to compute on the CPU"
+        )
+    return kind
+
+
 @contextmanager
 def _logging_as_it_was() -> Iterator[None]:
     """Ray's LoggingConfig is meant for its workers, and changes the driver's root logger too."""

@@ -5,9 +5,10 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.errors import UserError
-from pipeline.ray_session import _workers_environment, connect, cpus_each, devices, is_submitted_job
+from pipeline.ray_session import _workers_environment, connect, cpus_each, devices, is_submitted_job, usable_devices
 from tests.nodes import descendants
 
 
@@ -43,6 +44,15 @@ def test_within_an_open_session_that_one_is_used_and_stays():
 def test_devices_are_the_gpus_of_the_session(monkeypatch, resources, expected):
     monkeypatch.setattr("ray.cluster_resources", lambda: resources)
     assert devices() == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+def test_gpus_that_torch_cannot_use_are_refused_at_the_start(monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    assert usable_devices() == "CPU"
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0, "accelerator_type:H100": 1.0})
+    with pytest.raises(UserError, match=r"2 x H100, which torch .* cannot use: .*or set CUDA_VISIBLE_DEVICES= "):
+        usable_devices()
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -32,7 +32,7 @@ from pipeline.training import (
 from pipeline.training.average import Average
 from pipeline.training.checkpoint import best_beside, drop_beaten
 from pipeline.training.meter import Stopwatch, starved
-from pipeline.training.ray_train import _shares
+from pipeline.training.ray_train import _out_of_memory, _shares
 from pipeline.training.step import Stepper, not_decayed
 from pipeline.training.stopping import StopFile, on_sigterm
 from pipeline.training.upload import tensors_of, to_device
@@ -722,6 +722,12 @@ def test_a_metric_of_the_raw_weights_may_be_the_best_from_the_start_on():
     assert first["raw"] == first["score"] > 0
     assert {metrics["raw"] for metrics in later} == {0.0}
     assert [snapshot.best for snapshot in snapshots] == [True] + [False] * 6
+
+
+@pytest.mark.parametrize(("micro", "images"), [(None, 64), (16, 16)])
+def test_a_gpu_of_too_little_memory_is_told_how_many_images_were_too_many(micro, images):
+    config = _config(batch_size=256, micro_batch=micro).model_dump()
+    assert f"for {images} images at once: set train.micro_batch" in _out_of_memory({"config": config, "shares": 4})
 
 
 def test_a_best_metric_that_is_not_evaluated_is_refused_before_training():

@@ -199,6 +199,11 @@ class Extract:
             images = self._extract(dataset, shard, missing, stages) if missing else 0
         except (UserError, TeacherError) as error:
             return {**row, "images": 0, "computed": 0, "stages": "{}", "error": str(error)}
+        except torch.OutOfMemoryError:
+            told = f"the GPU has too little memory for {self.batch_size} images at once: lower cache.batch_size"
+            if any(cached.precision == "float32" for cached in self.cached.values()):
+                told += ", or set cache.precision=bfloat16"
+            return {**row, "images": 0, "computed": 0, "stages": "{}", "error": f"{told}; finished shards are kept"}
         return {**row, "images": images, "computed": len(missing), "stages": json.dumps(stages), "error": ""}
 
     def shard(self, dataset: Dataset, shard: int) -> tuple[pa.Table, pa.Table]:

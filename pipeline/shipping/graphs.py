@@ -103,7 +103,9 @@ def export_coreml(model: nn.Module, path: Path | str, example: Tensor, outputs: 
     try:
         import coremltools as ct
     except ImportError:
-        raise UserError("Core ML export needs coremltools: pip install 'regla-distill[coreml]'") from None
+        raise UserError(
+            "Core ML export needs coremltools: `make env` installs it where Python and system have a wheel of it"
+        ) from None
     program = torch.export.export(model, (example,)).run_decompositions({})
     package = ct.convert(
         program,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder, create_backbone, described_encoder, load_encoder
@@ -23,7 +24,7 @@ class Loaded(NamedTuple):
     Attributes:
         encoder: [B, 3, H, W] float32 RGB in [0, 1] -> [B, C].
         name: readable.
-        input_size: side in pixels that an exported student was trained at, else None.
+        input_size: side in pixels that its weights were trained at, where they are known.
         args: what timm builds it with beside the name.
         provenance: what is known of its origin, JSON-ready: teachers, data, training, metrics, or the weights.
         folder: of an exported student, else None.
@@ -77,8 +78,8 @@ def load_any(
     if (folder := named_folder(student)).is_dir():
         return _from_folder(folder, args or {})
     if student.startswith("timm/") or timm.is_model(student):
-        encoder, known = _from_timm(student, weights, args or {}), {"weights": weights}
-        return Loaded(encoder, student.removeprefix("timm/"), None, args or {}, known)
+        encoder, size = _from_timm(student, weights, args or {})
+        return Loaded(encoder, student.removeprefix("timm/"), size, args or {}, {"weights": weights})
     near = difflib.get_close_matches(student, timm.list_models(), n=3)
     raise UserError(
         f"{student}: neither an exported student folder, nor an MLflow URI (models:/m-...), nor a name that timm knows"
@@ -108,19 +109,23 @@ def _rebuilt(encoder: Encoder, described: Mapping[str, Any], folder: Path) -> En
     return rebuilt.eval()
 
 
-def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> Encoder:
+def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> tuple[Encoder, int | None]:
+    """The network, and the side in pixels of what its weights were trained at."""
     try:
         source = parse_weights(weights, name, "pretrained")
-        if source.kind == "hub":
-            return Encoder(from_hub(name, lambda: create_backbone(name, {**args, "pretrained": True}))).eval()
         if source.kind == "random":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(source.seed)
-                return Encoder(create_backbone(name, args)).eval()
-        backbone = create_backbone(name, args)
-        heads: Any = backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
-        ignored = [f"{head}." for head in ([heads] if isinstance(heads, str) else heads)]
-        backbone.load_state_dict(check_keys(read_checkpoint(source.value, name), backbone.state_dict(), name, ignored))
+                return Encoder(create_backbone(name, args)).eval(), None
+        backbone = create_backbone(name, args)  # refuses name and args before a hub is asked
+        known: Mapping[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
+        if source.kind == "hub":
+            backbone = from_hub(name, lambda: _pretrained(name, args))
+        else:
+            heads = known.get("classifier") or ()
+            ignored = [f"{head}." for head in ([heads] if isinstance(heads, str) else heads)]
+            state = check_keys(read_checkpoint(source.value, name), backbone.state_dict(), name, ignored)
+            backbone.load_state_dict(state)
     except WeightsNotFoundError as error:
         raise UserError(
             f"{name}: weights={weights}: neither a file nor in the hub's cache, and no hub gives them; "
@@ -128,4 +133,9 @@ def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> Encoder:
         ) from error
     except TeacherError as error:
         raise UserError(str(error).removeprefix("teacher ")) from error
-    return Encoder(backbone).eval()
+    return Encoder(backbone).eval(), known["input_size"][-1]
+
+
+def _pretrained(name: str, args: Mapping[str, Any]) -> nn.Module:
+    model: nn.Module = timm.create_model(name.removeprefix("timm/"), pretrained=True, **{"num_classes": 0, **args})
+    return model

@@ -24,6 +24,10 @@ TAPS = (16, 32)
 """Strides that are fused unless the configuration says."""
 
 
+_TIMM_OPTIONS = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Arguments of timm.create_model that make it read other files or a hub."""
+
+
 class StudentOutput(NamedTuple):
     """Summary [B, C] (average pool of the last map) and tokens [B, D, h, w] at stride 16 (or the finest at most that)."""
 
@@ -43,9 +47,14 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Modu
         raise UserError(
             f"student.name: timm has no model {model_name}" + (f"; did you mean {', '.join(near)}?" if near else "")
         )
+    if refused := _TIMM_OPTIONS & (args or {}).keys():
+        raise UserError(
+            f"student.args may not hold {', '.join(sorted(refused))}: a student starts from random weights, and what makes "
+            "timm read files would be forgotten, or asked for again, where the student is loaded"
+        )
     try:
         model: nn.Module = timm.create_model(model_name, pretrained=False, **{"num_classes": 0, **(args or {})})
-    except (TypeError, ValueError, AssertionError, KeyError) as error:
+    except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
         raise UserError(f"student.args: {model_name} refuses {dict(args or {})}: {error}") from error
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"student.name: {model_name} gives no intermediate features (timm's forward_intermediates)")
@@ -136,10 +145,6 @@ def level_of(strides: Sequence[int], stride: int) -> int:
     return within[-1]
 
 
-_TIMM_OPTIONS = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
-"""Arguments of timm.create_model that make it read other files or a hub."""
-
-
 def save_encoder(encoder: Encoder, model: str, args: Mapping[str, Any], input_size: int, folder: Path) -> None:
     """Write the backbone as safetensors, and beside it what :func:`load_encoder` and timm need.
 
@@ -179,12 +184,9 @@ def described_encoder(described: Mapping[str, Any]) -> Encoder:
     """The encoder of a description's ``model`` and ``args``, without its weights.
 
     Raises:
-        ValueError: where the arguments would make timm read other files.
+        UserError: as :func:`create_backbone`.
     """
-    model, args = described["model"], described["args"]
-    if refused := _TIMM_OPTIONS & args.keys():
-        raise ValueError(f"args may not hold {', '.join(sorted(refused))}")
-    return Encoder(create_backbone(model, args))
+    return Encoder(create_backbone(described["model"], described["args"]))
 
 
 def load_weights(module: nn.Module, file: Path) -> None:

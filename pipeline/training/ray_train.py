@@ -189,13 +189,22 @@ def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
         return "diverged", str(error)
     except StoppedError as error:
         return "stopped", str(error)
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
+        told = _out_of_memory(loop) if isinstance(error, torch.OutOfMemoryError) else str(error)
         if ray.train.get_context().get_world_size() == 1:
-            return "refused", str(error)
+            return "refused", told
         # The others wait for this one: it fails, and all that are started again find the reason.
-        refused.write(str(error))
+        refused.write(told)
         raise
     return None
+
+
+def _out_of_memory(loop: dict[str, Any]) -> str:
+    images = loop["config"]["micro_batch"] or loop["config"]["batch_size"] // loop["shares"]
+    return (
+        f"the GPU has too little memory for {images} images at once: set train.micro_batch to less, lower train.batch_size, or "
+        "train on more GPUs; what was saved is kept"
+    )
 
 
 def _train(loop: dict[str, Any]) -> None:

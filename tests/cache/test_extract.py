@@ -54,6 +54,20 @@ def test_recomputed_shards_are_byte_identical(filled):
     assert {s: r.sha256 for s, r in folder.records().items()} == {s: r.sha256 for s, r in before.items()}
 
 
+def test_a_gpu_of_too_little_memory_is_said_in_a_line_with_the_remedy(filled, monkeypatch):
+    extract = Extract({"train": filled.train}, [], "cpu", 1, 64)
+
+    def overflow(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(extract, "teachers", {teacher.id: None for teacher in filled.plan.teachers})
+    monkeypatch.setattr(type(filled.train.teacher(filled.plan.teachers[0].id)), "record", lambda *_: None)
+    monkeypatch.setattr(extract, "_extract", overflow)
+    answer = extract({"split": "train", "shard": 0})
+    assert answer["error"].startswith("the GPU has too little memory for 64 images at once: lower cache.batch_size")
+    assert answer["computed"] == 0
+
+
 def test_features_that_are_not_finite_stop_the_shard_and_name_the_teacher(tmp_path, photo_config):
     config = photo_config("teachers=[{model: 'tests.fakes:colours', args: {poison: 1}}]")
     plan = plan_cache(config, Store.at(tmp_path / "cache"))

@@ -213,9 +213,9 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path, mor
         return snapshots
 
     whole = run(None)
-    assert whole[4].state["position"] == {"epoch": 1, "batch": 3, "step": 12, "samples": 12 * 16}
-    rest = run(whole[4].state)
-    assert len(rest) == len(whole) - 5
+    assert whole[5].state["position"] == {"epoch": 1, "batch": 3, "step": 12, "samples": 12 * 16}
+    rest = run(whole[5].state)
+    assert len(rest) == len(whole) - 6
     for part in ("model", "ema"):
         assert all(torch.equal(value, rest[-1].state[part][name]) for name, value in whole[-1].state[part].items())
     assert rest[-1].state["evaluations"] == whole[-1].state["evaluations"]

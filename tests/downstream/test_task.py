@@ -158,7 +158,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(name, make_job):
         return snapshots
 
     whole = finish(None, "whole")
-    assert len(whole) == 5
+    assert len(whole) == 7
     resumed = finish(whole[1], "resumed")[-1]
     for part in ("model", "ema"):
         assert all(torch.equal(value, resumed[part][key]) for key, value in whole[-1][part].items())

@@ -96,3 +96,19 @@ def test_a_file_of_another_architecture_and_an_unreachable_hub_are_named(tmp_pat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(UserError, match="no hub gives them; name a checkpoint file, or `random`"):
         load_any("timm/mobilenetv2_100", weights="pretrained")
+
+
+def test_weights_of_the_hub_are_asked_for_with_what_the_user_gave(monkeypatch):
+    asked, create = [], timm.create_model
+
+    def stub(name, pretrained=False, **args):
+        asked.append((name, pretrained, args))
+        return create(name, pretrained=False, **args)
+
+    monkeypatch.setattr("timm.create_model", stub)
+    loaded = load_any("timm/resnet10t", args={"drop_path_rate": 0.1})
+    assert asked[-1] == ("resnet10t", True, {"num_classes": 0, "drop_path_rate": 0.1})
+    assert loaded.input_size == 176
+    assert load_any("timm/resnet10t", weights="random").input_size is None
+    with pytest.raises(UserError, match=r"resnet10t refuses {'colour': 'red'}"):
+        load_any("timm/resnet10t", args={"colour": "red"})

@@ -107,12 +107,19 @@ def test_a_name_that_is_near_to_none_is_just_named():
         ("regla_t", {"dims": 3}),
         ("timm/mobilenetv4_conv_small", {"depth": 3}),
         ("timm/mobilenetv4_conv_small", {"act_layer": "nope"}),
-        ("timm/mobilenetv4_conv_small", {"pretrained": True}),
     ],
 )
 def test_arguments_that_the_model_refuses_are_shown(name, args):
     with pytest.raises(UserError, match=rf"student\.args: {name.removeprefix('timm/')} refuses .*{next(iter(args))}"):
         create_backbone(name, args)
+
+
+@pytest.mark.parametrize("args", [{"pretrained": True}, {"pretrained_cfg_overlay": {"file": "no.safetensors"}}])
+def test_arguments_that_make_timm_read_files_are_refused(args):
+    with pytest.raises(
+        UserError, match=rf"student\.args may not hold {next(iter(args))}: a student starts from random"
+    ):
+        create_backbone("regla_t", args)
 
 
 def test_a_model_without_intermediate_features_is_refused():
