@@ -245,5 +245,7 @@ def collect_garbage(config: Config, options: argparse.Namespace) -> dict[str, An
     print(f"{store.uri}\n{_first(rows) if rows else '  no garbage'}", flush=True)
     if not items or not confirm(f"remove {len(items)} files, {size(total)} ({counts})?", options.yes):
         return {"files": 0, "bytes": 0}
+    still = {item.path for item in find_garbage(store)}  # a job may have listed some of it meanwhile
+    items = [item for item in items if item.path in still]
     remove_garbage(items)
-    return {"files": len(items), "bytes": total}
+    return {"files": len(items), "bytes": sum(item.bytes for item in items)}

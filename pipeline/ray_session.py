@@ -45,7 +45,11 @@ def is_submitted_job() -> bool:
 
 def is_cluster() -> bool:
     """Whether jobs run on a cluster that RAY_ADDRESS names, and not in a session of their own."""
-    return os.environ.get("RAY_ADDRESS", "local") != "local"
+    return _address() != "local"
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS") or "local"
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def connect() -> Iterator[None]:
     Raises:
         UserError: where the cluster cannot be reached.
     """
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = _address()
     embedded = address == "local"
     for name, value in {**_ENVIRONMENT, **(_EMBEDDED if embedded else {})}.items():
         os.environ.setdefault(name, value)

@@ -151,7 +151,7 @@ def read_label_map(path: str | Path) -> np.ndarray:
 def image_size(data: bytes | str) -> tuple[int, int]:
     """(width, height) in pixels of an image that `decode_image` takes, or of its file, upright, without its pixels."""
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else (image.width, image.height)
 
 

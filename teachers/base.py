@@ -35,9 +35,9 @@ class TeacherOutput(NamedTuple):
     summary: Tensor | None
     patches: Tensor
 
-    def cpu(self) -> TeacherOutput:
-        """The same in host memory."""
-        return TeacherOutput(None if self.summary is None else self.summary.cpu(), self.patches.cpu())
+    def to(self, device: str) -> TeacherOutput:
+        """The same in the memory of a device."""
+        return TeacherOutput(None if self.summary is None else self.summary.to(device), self.patches.to(device))
 
 
 @dataclass(frozen=True)

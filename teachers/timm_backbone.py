@@ -34,6 +34,9 @@ from teachers.weights import WeightSource, check_keys, fitting, from_hub, parse_
 
 PREPROCESSING = ("mean", "std", "interpolation")
 
+LOADING = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Arguments of timm.create_model that make it read files or a hub, as `weights` alone may."""
+
 KeyFilter = Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor]]
 """Turns the keys of a published file into timm's, given the model."""
 
@@ -91,8 +94,11 @@ class TimmTeacher(Teacher):
             licence=published.get("license") or "unknown",
         )
 
-    @staticmethod
-    def _model_args(args: Mapping[str, Any], published: Mapping[str, Any], size: int) -> dict[str, Any]:
+    def _model_args(self, args: Mapping[str, Any], published: Mapping[str, Any], size: int) -> dict[str, Any]:
+        if refused := LOADING & args.keys():
+            raise TeacherError(
+                f"teacher {self.name}: args may not hold {', '.join(sorted(refused))}; weights says what it loads"
+            )
         passed = {key: value for key, value in args.items() if key not in PREPROCESSING}
         if published.get("fixed_input_size") and size != published["input_size"][-1]:
             passed.setdefault("img_size", size)

@@ -115,11 +115,12 @@ def from_hub(teacher: str, fetch: Callable[[], T]) -> T:
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
     """Look in the local cache alone where the hub does not answer: its client would retry for most of a minute."""
-    host = urlsplit(constants.ENDPOINT).hostname or ""
+    hub = urlsplit(constants.ENDPOINT)
+    place = hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)
     before = constants.HF_HUB_OFFLINE
     if not urllib.request.getproxies():
         try:
-            socket.create_connection((host, 443), timeout=3).close()
+            socket.create_connection(place, timeout=3).close()
         except OSError:
             constants.HF_HUB_OFFLINE = True
     try:

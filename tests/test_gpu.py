@@ -17,6 +17,7 @@ from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, make_
 from pipeline.cache.keys import teacher_id
 from pipeline.cache.placement import measure
 from pipeline.cache.reader import CacheReader
+from pipeline.cache.shards import ROW_GROUP_SIZE
 from pipeline.cache.stats import PIECE, Moments, MomentSums
 from pipeline.config import AugmentConfig, TeacherConfig, TrainConfig
 from pipeline.distill.augment import augment
@@ -129,6 +130,17 @@ def _stored(dataset, teacher):
             columns[kind].append(tokens[kind].decode(torch.from_numpy(rows.copy())))
         folder.unlist(record.shard)
     return {kind: torch.cat(parts) for kind, parts in columns.items()}
+
+
+def test_the_sample_of_a_projection_joins_the_rest_of_its_shard(tmp_path):
+    count = 5 * ROW_GROUP_SIZE  # of which the sample is four row groups
+    dataset = write_dataset(str(tmp_path), count, jpegs(72), count)
+    teacher = _teacher("dinov2/vits14", "pca8-int8", input_size=56)
+    answer = Extract({"train": dataset}, [teacher], "cuda", 4, 64)({"split": "train", "shard": 0})
+    assert (answer["computed"], answer["error"]) == (1, "")
+    folder = dataset.teacher(teacher.id)
+    (moments,) = folder.moments(folder.records().values())
+    assert {kind: part.count for kind, part in moments.items()} == {"summary": count, "patches": 16 * count}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

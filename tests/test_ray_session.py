@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.ray_session import _workers_environment, connect, cpus_each, devices, is_submitted_job, usable_devices
+from pipeline.ray_session import (
+    _workers_environment,
+    connect,
+    cpus_each,
+    devices,
+    is_cluster,
+    is_submitted_job,
+    usable_devices,
+)
 from tests.nodes import descendants
 
 
@@ -124,6 +132,13 @@ def test_a_submitted_jobs_own_variables_are_not_said_twice(monkeypatch):
     assert _workers_environment(embedded=False) == {"MALLOC_ARENA_MAX": "1"}
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     assert _workers_environment(embedded=False) == {}
+
+
+@pytest.mark.parametrize(("address", "expected"), [(None, False), ("", False), ("local", False), ("auto", True)])
+def test_a_cluster_is_what_an_address_names(monkeypatch, address, expected):
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert is_cluster() == expected
 
 
 @pytest.mark.parametrize("variable", ["RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_SUBMISSION_ID"])

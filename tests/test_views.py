@@ -7,7 +7,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from pipeline import views
 from pipeline.rendering import render
-from pipeline.views import FULL, View, decode_image, decode_pixels
+from pipeline.views import FULL, View, decode_image, decode_pixels, image_size
 from teachers.base import Interpolation
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -173,3 +173,13 @@ def test_real_photographs_decode_and_their_truncations_do_not() -> None:
         assert render(image, View((0.1, 0.1, 0.9, 0.9)), (224, 224), "bicubic").shape == (3, 224, 224)
         with pytest.raises(ValueError, match="truncated"):
             decode_image(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(6, (50, 70)), (9, (70, 50))])
+def test_the_size_is_turned_by_an_orientation_that_turns(orientation, size):
+    """Pillow turns by the numbers 5 to 8 alone, and cameras write others."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(Image.new("RGB", (70, 50)), "JPEG", exif=exif)
+    assert image_size(data) == size
+    assert decode_pixels(data).shape[:2] == size[::-1]

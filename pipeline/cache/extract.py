@@ -193,9 +193,9 @@ class Extract:
 
     def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
         dataset, shard = self.datasets[row["split"]], int(row["shard"])
-        missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
         stages = Stages()
         try:
+            missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
             images = self._extract(dataset, shard, missing, stages) if missing else 0
         except (UserError, TeacherError) as error:
             return {**row, "images": 0, "computed": 0, "stages": "{}", "error": str(error)}
@@ -227,7 +227,7 @@ class Extract:
             asked = [name for name, outputs in kept.items() if outputs is None]
             for name, outputs in kept.items():
                 for output in outputs or ():
-                    writers[name].add(output, 0.0)
+                    writers[name].add(output.to(self.device.name), 0.0)
             part = _part(dataset, images, rows, groups)
             for pixels in stages.each("render", self.rendered(*part, asked)) if asked else ():
                 for name, batch in pixels.items():
@@ -299,7 +299,7 @@ class Extract:
             assert record is not None
             images = dataset.images.read(record)
             part = _part(dataset, images, rows_of_shard(dataset, shard, images), range(group, group + 1))
-            outputs = [self.encode(name, batch[name])[0].cpu() for batch in self.rendered(*part, [name])]
+            outputs = [self.encode(name, batch[name])[0].to("cpu") for batch in self.rendered(*part, [name])]
             patches += [output.patches for output in outputs]
             self.sampled[dataset.view.uri, name, shard, group] = outputs
         features = torch.cat(patches).float()

@@ -68,13 +68,15 @@ class MomentSums:
         self.sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, features: Tensor) -> None:
-        """Add vectors [..., D], on the device of the first ones; they must not change."""
+        """Add vectors [..., D], on the device of the first ones."""
         flat = features.reshape(-1, features.shape[-1])
         self.waiting.append(flat)
         self.count += len(flat)
         # Taking a product to the sum costs as much as some D vectors do: a batch of summaries has far fewer.
         if sum(map(len, self.waiting)) >= 4 * flat.shape[1]:
             self._sum_up()
+        else:  # what waits must not hold the tensor that it is a part of, nor memory that another stream gave
+            self.waiting[-1] = flat.clone()
 
     def moments(self) -> Moments:
         """Those of all vectors that were added."""

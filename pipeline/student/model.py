@@ -16,16 +16,13 @@ from torch import Tensor, nn
 import pipeline.student.regla  # noqa: F401  registers regla_* with timm
 from pipeline.errors import UserError
 from pipeline.student.neck import FuseNeck
+from teachers.timm_backbone import LOADING
 
 TOKEN_STRIDE = 16
 """Pixels of a side of a token."""
 
 TAPS = (16, 32)
 """Strides that are fused unless the configuration says."""
-
-
-_TIMM_OPTIONS = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
-"""Arguments of timm.create_model that make it read other files or a hub."""
 
 
 class StudentOutput(NamedTuple):
@@ -47,7 +44,7 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Modu
         raise UserError(
             f"student.name: timm has no model {model_name}" + (f"; did you mean {', '.join(near)}?" if near else "")
         )
-    if refused := _TIMM_OPTIONS & (args or {}).keys():
+    if refused := LOADING & (args or {}).keys():
         raise UserError(
             f"student.args may not hold {', '.join(sorted(refused))}: a student starts from random weights, and what makes "
             "timm read files would be forgotten, or asked for again, where the student is loaded"

@@ -26,6 +26,14 @@ def test_sums_over_batches_are_the_moments_of_all_vectors_also_where_the_first_b
     np.testing.assert_allclose(found.scatter, deviations.T @ deviations, rtol=1e-11)
 
 
+def test_vectors_that_wait_do_not_hold_the_tensor_that_they_are_a_part_of():
+    sums, tokens = MomentSums(), torch.randn(2, 257, 384)
+    sums.add(tokens[:, 0])
+    (waiting,) = sums.waiting
+    assert waiting.untyped_storage().nbytes() == 2 * 384 * 4
+    assert sums.moments().count == 2
+
+
 def test_merge_in_any_order_agrees_to_float64_accuracy():
     parts = [{"patches": Moments.of(torch.randn(9, 4) * 10**power)} for power in range(4)]
     forward, backward = (merge_all(order)["patches"] for order in (parts, parts[::-1]))

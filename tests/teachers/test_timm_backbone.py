@@ -181,6 +181,7 @@ def test_a_replaced_preprocessing_is_what_the_network_sees():
         ({"mean": [0.5]}, r"args\.mean must be three numbers, not \[0\.5\]"),
         ({"std": 0.5}, r"args\.std must be three numbers, not 0\.5"),
         ({"interpolation": "nearest"}, r"args\.interpolation must be bicubic or bilinear, not 'nearest'"),
+        ({"pretrained": True}, r"args may not hold pretrained; weights says what it loads"),
         ({"nope": 1}, r"teacher timm/resnet18: args \{'nope': 1\}: .*'nope'"),
     ],
 )

@@ -375,17 +375,26 @@ def test_the_hub_is_asked_only_when_the_weights_are_loaded(hub):
     assert not hub.exists()
 
 
-def test_a_hub_that_answers_is_not_held_to_be_offline(monkeypatch):
+@pytest.mark.parametrize(
+    ("endpoint", "asked_for"),
+    [
+        (constants.ENDPOINT, (constants.ENDPOINT.removeprefix("https://"), 443)),
+        ("http://mirror:8080", ("mirror", 8080)),
+        ("http://mirror/hub", ("mirror", 80)),
+    ],
+)
+def test_a_hub_that_answers_is_not_held_to_be_offline(monkeypatch, endpoint, asked_for):
     class Connection:
         def close(self):
             pass
 
     asked = []
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(urllib.request, "getproxies", dict)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "create_connection", lambda address, timeout: asked.append(address) or Connection())
     assert from_hub("test", lambda: constants.HF_HUB_OFFLINE) is False
-    assert asked == [("huggingface.co", 443)]
+    assert asked == [asked_for]
 
 
 def test_behind_a_proxy_the_client_decides(monkeypatch):
