@@ -76,11 +76,16 @@ def hardware() -> Hardware:
     return Hardware(nodes, int(there.get("CPU", 0)), int(there.get("GPU", 0)), tuple(types))
 
 
-def places(cpus: int) -> int:
-    """How many workers of so many CPUs, and of a GPU where there are any, the nodes that are up have room for."""
+def nodes_up() -> list[dict[str, float]]:
+    """Resources of every node that is up."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def places(cpus: int) -> int:
+    """How many workers of so many CPUs, and of a GPU where there are any, the nodes that are up have room for."""
+    nodes = nodes_up()
     gpus = any(node.get("GPU") for node in nodes)
     return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpus else inf)) for node in nodes)
 

@@ -197,14 +197,17 @@ class Extract:
         try:
             missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
             images = self._extract(dataset, shard, missing, stages) if missing else 0
-        except (UserError, TeacherError) as error:
-            return {**row, "images": 0, "computed": 0, "stages": "{}", "error": str(error)}
-        except torch.OutOfMemoryError:
-            told = f"the GPU has too little memory for {self.batch_size} images at once: lower cache.batch_size"
-            if any(cached.precision == "float32" for cached in self.cached.values()):
-                told += ", or set cache.precision=bfloat16"
-            return {**row, "images": 0, "computed": 0, "stages": "{}", "error": f"{told}; finished shards are kept"}
+        except (UserError, TeacherError, torch.OutOfMemoryError) as error:
+            told = self._out_of_memory() if isinstance(error, torch.OutOfMemoryError) else str(error)
+            return {**row, "images": 0, "computed": 0, "stages": "{}", "error": told}
         return {**row, "images": images, "computed": len(missing), "stages": json.dumps(stages), "error": ""}
+
+    def _out_of_memory(self) -> str:
+        wide = any(cached.precision == "float32" for cached in self.cached.values())
+        return (
+            f"the GPU has too little memory for {self.batch_size} images at once: lower cache.batch_size"
+            f"{', or set cache.precision=bfloat16' if wide else ''}; finished shards are kept"
+        )
 
     def shard(self, dataset: Dataset, shard: int) -> tuple[pa.Table, pa.Table]:
         """The images of a shard, and its rows.

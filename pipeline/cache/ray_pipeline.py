@@ -16,7 +16,7 @@ from pipeline.cache.ingest import Ingest
 from pipeline.cache.placement import Measured, measure_on_gpu, place
 from pipeline.cache.verify import Verify
 from pipeline.errors import UserError
-from pipeline.ray_session import is_cluster
+from pipeline.ray_session import is_cluster, nodes_up
 
 WORTH_MEASURING = 16
 """Shards from which on it pays to load the teachers once more, to measure them."""
@@ -33,9 +33,7 @@ def gpus() -> int:
 
 def _room() -> int:
     """CPUs beside a GPU, or where there are none CPUs, of the node that has the fewest; 1 where no node is up yet."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_up()
     if gpus():
         return min((int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU")), default=1)
     fewest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)

@@ -96,7 +96,9 @@ def _searching(train: Dataset, teacher: CachedTeacher, k: int, placement: Placem
 def _placement(shards: int) -> Placement:
     import ray
 
-    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    if not ray.is_initialized():
+        return Placement(0)
+    resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if gpus:
         return Placement(min(gpus, shards), 1, 1)
