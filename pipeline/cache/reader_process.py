@@ -123,7 +123,10 @@ class ReaderProcess:
 
     def _received(self, said: Said) -> Batch:
         number, keys, labels, place, places = said
-        arrays = {name: self.attached.array(where).view() for name, where in places.items()}
+        try:
+            arrays = {name: self.attached.array(where).view() for name, where in places.items()}
+        except OSError as error:  # it said so, and was killed before its memory was reached
+            raise self._killed() from error
         loan = _Loan(number, len(arrays), self.gone)
         for array in arrays.values():
             weakref.finalize(array, loan.end).atexit = False

@@ -100,6 +100,18 @@ def test_a_killed_process_is_said_and_another_one_started(readers):
     assert kept is None
 
 
+def test_a_process_killed_between_its_word_and_its_memory_is_said(readers, monkeypatch):
+    _, there = readers
+    batches = there.batches(0)
+    next(batches)
+    assert there.pipe.poll(60)
+    os.kill(there.process.pid, signal.SIGKILL)
+    there.process.join()
+    monkeypatch.setattr(there, "_tell", lambda *_: None)  # the kernel closes the pipe a moment after the memory's files
+    with pytest.raises(RuntimeError, match="has ended with -9; if memory ran out"):
+        list(batches)
+
+
 def _started_with(mark):
     """Processes whose environment has this, and so their parents' had."""
     found = []
