@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.made_up_cache import jpegs, write_dataset
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.spine import rows_of_shard
+from pipeline.cache.spine import read_spine
 from pipeline.views import ViewPolicy
 
 PER_STEP = (1, 2, 4)
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as folder:
         dataset = write_dataset(folder, options.count, files or jpegs(options.side), 256)
         dataset = replace(dataset, policy=ViewPolicy(crops=max(PER_STEP)))
-        for record in dataset.images.records().values():
-            rows_of_shard(dataset, record.shard, dataset.images.read(record))
+        for shard in range(dataset.shards):
+            read_spine(dataset, shard)
         rates: dict[int, list[float]] = {views: [] for views in PER_STEP}
         for epoch in range(options.rounds):
             for views, measured in rates.items():

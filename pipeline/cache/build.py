@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -201,13 +201,16 @@ def _recorded_digest(folder: Store) -> str:
         ) from error
 
 
-def ingest_missing(splits: Sequence[SplitPlan]) -> int:
+def ingest_missing(splits: Sequence[SplitPlan], known: Mapping[tuple[str, int], Set[str]] | None = None) -> int:
     """Commit the shards of `images` that are not there; gives the number of images that went through `Ingest`.
+
+    Args:
+        known: as of `Ingest`.
 
     Raises:
         UserError: where the source or the cache cannot be used.
     """
-    ingest = Ingest({split.split: (split.dataset, split.source) for split in splits})
+    ingest = Ingest({split.split: (split.dataset, split.source) for split in splits}, known or {})
     rows = [{"split": split.split, "shard": shard} for split in splits for shard in split.missing_images()]
     total = _images(splits, rows)
     with Progress(total, "img", "index") as progress:

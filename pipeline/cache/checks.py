@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -185,6 +185,14 @@ def check_rows_shard(dataset: Dataset, opened: Shard, images: pa.Table | None) -
         _check_keys(opened, due, keys_of(rows))
     _check_geometry(opened, rows)
     return rows
+
+
+def check_made_of(opened: Shard, files: Mapping[str, str]) -> None:
+    """What was made of images or crops was made of these files; records of an older version do not tell."""
+    for part, file in files.items():
+        made_of = opened.record.facts.get(part, file)
+        if made_of != file:
+            raise opened.broken(f"was made of other {part} ({made_of}) than the present ones")
 
 
 def _check_geometry(opened: Shard, rows: pa.Table) -> None:

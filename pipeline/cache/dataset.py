@@ -154,6 +154,12 @@ def write_index(dataset: Dataset, index: pa.Table) -> None:
     dataset.store.put("index.parquet", sink.getvalue())
 
 
+def thaw_stats(folder: ShardFolder) -> None:
+    """Forget the statistics of a teacher's shards, which are merged when all are there."""
+    for name in ("stats.npz", "phi_s.npz"):
+        folder.store.delete(name)
+
+
 def _scatter(index: pa.Table) -> pa.Table:
     """Order samples by the hash of their id: every shard and row group is then a random sample of the classes.
 

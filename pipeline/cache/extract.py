@@ -28,7 +28,7 @@ from pipeline.cache.codec import Codec, Projection, TokenCodec, dump_projection,
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.device import TeacherDevice
 from pipeline.cache.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
-from pipeline.cache.spine import rows_of_shard, views_of
+from pipeline.cache.spine import Spine, read_spine, views_of
 from pipeline.cache.stats import MomentSums
 from pipeline.cache.store import taking_apart
 from pipeline.config import TeacherConfig
@@ -209,29 +209,17 @@ class Extract:
             f"{', or set cache.precision=bfloat16' if wide else ''}; finished shards are kept"
         )
 
-    def shard(self, dataset: Dataset, shard: int) -> tuple[pa.Table, pa.Table]:
-        """The images of a shard, and its rows.
-
-        Raises:
-            UserError: where it is not there.
-        """
-        record = dataset.images.record(shard)
-        if record is None:
-            raise UserError(f"{dataset.images.store.uri} lacks shard {shard}: run the job again")
-        images = dataset.images.read(record)
-        return images, rows_of_shard(dataset, shard, images)
-
     def _extract(self, dataset: Dataset, shard: int, names: list[str], stages: Stages) -> int:
         with stages.part("read"):
-            images, rows = self.shard(dataset, shard)
+            spine = read_spine(dataset, shard)
         writers = {name: ShardBuilder(self.cached[name], *self._codec(dataset, name)) for name in names}
-        for groups in self._stretches(dataset, shard, len(images)):
+        for groups in self._stretches(dataset, shard, len(spine.images)):
             kept = {name: self.sampled.pop((dataset.view.uri, name, shard, groups[0]), None) for name in names}
             asked = [name for name, outputs in kept.items() if outputs is None]
             for name, outputs in kept.items():
                 for output in outputs or ():
                     writers[name].add(output.to(self.device.name), 0.0)
-            part = _part(dataset, images, rows, groups)
+            part = _part(dataset, spine, groups)
             for pixels in stages.each("render", self.rendered(*part, asked)) if asked else ():
                 for name, batch in pixels.items():
                     output, seconds = self.encode(name, batch)
@@ -240,8 +228,8 @@ class Extract:
                         writers[name].add(output, seconds)
         for name, writer in writers.items():
             with stages.part("write"):
-                writer.commit(dataset.teacher(name), shard, rows, self.device.name)
-        return rows.num_rows
+                writer.commit(dataset.teacher(name), shard, spine, self.device.name)
+        return spine.rows.num_rows
 
     def _stretches(self, dataset: Dataset, shard: int, images: int) -> Iterator[range]:
         """The row groups of a shard, those together that no projection was fitted on: their batches are full ones."""
@@ -298,10 +286,7 @@ class Extract:
         cached = self.cached[name]
         patches = []
         for shard, group in dataset.sample_groups(_sample_size(cached)):
-            record = dataset.images.record(shard)
-            assert record is not None
-            images = dataset.images.read(record)
-            part = _part(dataset, images, rows_of_shard(dataset, shard, images), range(group, group + 1))
+            part = _part(dataset, read_spine(dataset, shard), range(group, group + 1))
             outputs = [self.encode(name, batch[name])[0].to("cpu") for batch in self.rendered(*part, [name])]
             patches += [output.patches for output in outputs]
             self.sampled[dataset.view.uri, name, shard, group] = outputs
@@ -336,10 +321,10 @@ def _sample_size(teacher: CachedTeacher) -> int:
     return max(256, -(-16 * channels // (height * width)))
 
 
-def _part(dataset: Dataset, images: pa.Table, rows: pa.Table, groups: range) -> tuple[pa.Table, pa.Table]:
+def _part(dataset: Dataset, spine: Spine, groups: range) -> tuple[pa.Table, pa.Table]:
     """The images and the rows of these row groups of a shard."""
     first, count, views = groups.start * ROW_GROUP_SIZE, len(groups) * ROW_GROUP_SIZE, dataset.policy.rows_per_image
-    return images.slice(first, count), rows.slice(first * views, count * views)
+    return spine.images.slice(first, count), spine.rows.slice(first * views, count * views)
 
 
 class _Batches:
@@ -422,9 +407,9 @@ class ShardBuilder:
             if kind not in self.fidelity:
                 self.fidelity[kind] = tokens.fidelity(features[:JUDGED], rows[:JUDGED])
 
-    def commit(self, folder: ShardFolder, shard: int, rows: pa.Table, device: str) -> ShardRecord:
-        """Write the shard, whose rows these are."""
-        table = rows.select(["sample_id", "view"])
+    def commit(self, folder: ShardFolder, shard: int, spine: Spine, device: str) -> ShardRecord:
+        """Write the shard, which was made of this spine."""
+        table = spine.rows.select(["sample_id", "view"])
         for kind, parts in self.encoded.items():
             column = self._column(kind, parts)
             table = table.append_column(pa.field(kind, column.type, nullable=False), column)
@@ -433,6 +418,7 @@ class ShardBuilder:
             "device_seconds": round(self.seconds, 3),
             "fidelity": self.fidelity,
             "torch": torch.__version__,
+            **spine.files,
         }
         return folder.commit(
             shard,

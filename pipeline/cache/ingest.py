@@ -6,8 +6,8 @@ An image that cannot be decoded never enters the spine: it is quarantined with i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ import simplejpeg
 from pipeline import logs
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ShardRecord
-from pipeline.cache.spine import ROWS_SCHEMA, row
+from pipeline.cache.spine import ROWS_SCHEMA, enlist_images, row
 from pipeline.errors import UserError
 from pipeline.sources.base import Source
 from pipeline.views import FULL, decode_image, decode_plain
@@ -31,9 +31,11 @@ class Ingest:
 
     Attributes:
         splits: dataset and source by split (``train``, ``val``).
+        known: by split and shard, the ids that were quarantined before; a shard that comes back with more is refused.
     """
 
     splits: Mapping[str, tuple[Dataset, Source]]
+    known: Mapping[tuple[str, int], Set[str]] = field(default_factory=dict)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Ingest `row["shard"]` of `row["split"]`.
@@ -45,13 +47,13 @@ class Ingest:
         try:
             with logs.about_shard(row, "index"):
                 if dataset.images.record(shard) is None:
-                    _commit(dataset, source, shard)
+                    _commit(dataset, source, shard, self.known.get((row["split"], shard)))
         except UserError as error:
             return {**row, "images": 0, "error": str(error)}
         return {**row, "images": dataset.shard_rows(shard), "error": ""}
 
 
-def _commit(dataset: Dataset, source: Source, shard: int) -> None:
+def _commit(dataset: Dataset, source: Source, shard: int, known: Set[str] | None) -> None:
     started = time.perf_counter()
     index = dataset.shard_index(shard)
     rows: list[dict[str, Any]] = []
@@ -63,8 +65,18 @@ def _commit(dataset: Dataset, source: Source, shard: int) -> None:
             bad.append({"sample_id": sample_id, "reason": reason})
         else:
             rows.append({**row(sample_id, 0, FULL), "label": label, "image": data})
-    table = pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA)
-    dataset.images.commit(shard, table, facts={"bad": bad, "seconds": round(time.perf_counter() - started, 3)})
+    if known is not None:
+        _refuse_loss(dataset, shard, [sample for sample in bad if sample["sample_id"] not in known])
+    facts = {"bad": bad, "seconds": round(time.perf_counter() - started, 3)}
+    enlist_images(dataset, dataset.images.write(shard, pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA), facts=facts))
+
+
+def _refuse_loss(dataset: Dataset, shard: int, lost: Sequence[dict[str, str]]) -> None:
+    if lost:
+        raise UserError(
+            f"shard {shard} of {dataset.images.store.uri} is broken, and {dataset.location} does not give "
+            f"{len(lost)} of its images any more, first {lost[0]['sample_id']} ({lost[0]['reason']}): restore them"
+        )
 
 
 def _unreadable(data: bytes | Exception) -> str:

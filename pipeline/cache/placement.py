@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, ShardBuilder
+from pipeline.cache.spine import read_spine
 from pipeline.errors import UserError
 from teachers.base import TeacherError
 
@@ -129,7 +130,7 @@ def measure(
     import torch
 
     extract = Extract(datasets, teachers, device, 1, batch_size)
-    images, views = extract.shard(datasets[row["split"]], int(row["shard"]))
+    images, views, _ = read_spine(datasets[row["split"]], int(row["shard"]))
     few = images.slice(0, min(batch_size, images.num_rows))
     some = views.slice(0, few.num_rows * max(1, views.num_rows // max(1, images.num_rows)))
     for _ in range(2):  # the first round warms up, here as below

@@ -9,13 +9,11 @@ from dataclasses import replace
 from pipeline.cache.audit import Verification, verify_cache
 from pipeline.cache.build import CachePlan, SplitPlan, build_cache, freeze_stats, ingest_missing
 from pipeline.cache.checks import BrokenError, Finding, check_statistics
-from pipeline.cache.dataset import Dataset, write_index
+from pipeline.cache.dataset import Dataset, thaw_stats, write_index
 from pipeline.cache.extract import CachedTeacher
 from pipeline.cache.shards import ShardFolder
-from pipeline.cache.spine import rows_of_shard
-from pipeline.cache.store import Store
+from pipeline.cache.spine import read_spine
 from pipeline.config import Config
-from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -58,86 +56,33 @@ def _concerned(plan: CachePlan, found: Verification) -> Iterator[tuple[str, int]
 def _mend_images(split: SplitPlan, found: Iterable[Finding]) -> None:
     """Bring back index, images and crops, which need no teacher."""
     dataset = split.dataset
-    broken = {part: {item.shard for item in found if item.part == part} for part in ("index", "images", "rows")}
-    if broken["index"]:
+    if any(item.part == "index" for item in found):
         write_index(dataset, split.index)
-    images = sorted(shard for shard in broken["images"] if shard is not None)
-    before = dataset.images.listed()
-    names = {shard: _take_out_shard(dataset.images, shard) for shard in images}
-    ingest_missing([split])
+    images = _shards(found, "images")
+    bad = {shard: record.facts["bad"] for shard, record in dataset.images.listed().items() if "bad" in record.facts}
+    known = {(split.split, shard): {sample["sample_id"] for sample in bad[shard]} for shard in images & bad.keys()}
     for shard in images:
-        record = dataset.images.record(shard)
-        assert record is not None
-        known = before[shard].facts["bad"] if shard in before else record.facts["bad"]
-        if lost := [sample for sample in record.facts["bad"] if sample not in known]:
-            dataset.images.unlist(shard)
-            raise UserError(
-                f"shard {shard} of {dataset.images.store.uri} is broken, and {dataset.location} does not give "
-                f"{len(lost)} of its images any more, first {lost[0]['sample_id']} ({lost[0]['reason']}): restore them"
-            )
-        if record.file not in names[shard]:
-            folders = [ShardFolder(view.sub("rows")) for view in _views(dataset)]
-            folders += [ShardFolder(folder) for view in _views(dataset) for folder in _teachers(view)]
-            _take_out_dependents(dataset, shard, "images", folders)
+        dataset.images.unlist(shard)
+    ingest_missing([split], known)
+    for shard in _shards(found, "rows"):
+        dataset.rows.unlist(shard)
     if dataset.policy.crops:
         for shard in range(dataset.shards):
-            if shard in broken["rows"] or dataset.rows.record(shard) is None:
-                _redraw(dataset, shard)
+            if dataset.rows.record(shard) is None:
+                read_spine(dataset, shard)
 
 
-def _redraw(dataset: Dataset, shard: int) -> None:
-    record = dataset.images.record(shard)
-    assert record is not None
-    names = _take_out_shard(dataset.rows, shard)
-    rows_of_shard(dataset, shard, dataset.images.read(record))
-    drawn = dataset.rows.record(shard)
-    assert drawn is not None
-    if drawn.file not in names:
-        _take_out_dependents(dataset, shard, "crops", [ShardFolder(folder) for folder in _teachers(dataset.view)])
-
-
-def _take_out_shard(folder: ShardFolder, shard: int) -> set[str]:
-    """Un-list a shard; gives the names that its Parquet file had, which tell its content."""
-    record = folder.listed().get(shard)
-    names = {name for name in folder.store.files() if name.startswith(f"shard-{shard:05d}-")}
-    folder.unlist(shard)
-    return names | ({record.file} if record else set())
-
-
-def _take_out_dependents(dataset: Dataset, shard: int, what: str, folders: Iterable[ShardFolder]) -> None:
-    log.warning(
-        "%s: the %s of shard %d came back with other bytes than they had (changed images, or another version of "
-        "pyarrow): all that was computed of them is computed again",
-        dataset.id,
-        what,
-        shard,
-    )
-    for folder in folders:
-        folder.unlist(shard)
-
-
-def _views(dataset: Dataset) -> list[Store]:
-    views = dataset.store.sub("views")
-    return [views.sub(name) for name in views.folders()]
-
-
-def _teachers(view: Store) -> list[Store]:
-    teachers = view.sub("teachers")
-    return [teachers.sub(name) for name in teachers.folders()]
+def _shards(found: Iterable[Finding], part: str) -> set[int]:
+    return {item.shard for item in found if item.part == part and item.shard is not None}
 
 
 def _take_out(folder: ShardFolder, item: Finding) -> None:
     if item.shard is not None:
         folder.unlist(item.shard)
     elif item.file.endswith(("/stats.npz", "/phi_s.npz")):
-        _thaw(folder)
+        thaw_stats(folder)
     else:
         folder.store.delete(item.file.rpartition("/")[2])
-
-
-def _thaw(folder: ShardFolder) -> None:
-    for name in ("stats.npz", "phi_s.npz"):
-        folder.store.delete(name)
 
 
 def _refreeze(dataset: Dataset, teacher: CachedTeacher) -> None:
@@ -147,5 +92,5 @@ def _refreeze(dataset: Dataset, teacher: CachedTeacher) -> None:
         check_statistics(folder, teacher)
     except BrokenError as broken:
         log.warning("%s/%s: taken from the repaired shards again", folder.store.uri, broken)
-        _thaw(folder)
+        thaw_stats(folder)
         freeze_stats(dataset, teacher)

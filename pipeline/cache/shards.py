@@ -54,7 +54,8 @@ class ShardRecord:
         rows, bytes, sha256: of that file.
         moments: name of the statistics file, or "".
         projection: name of the projection that the rows were encoded with, or "".
-        facts: timings in seconds, quarantined samples, fidelity, library versions.
+        facts: timings in seconds, quarantined samples, fidelity, library versions; of crops and features, the files that
+            they were made of.
     """
 
     shard: int
@@ -83,14 +84,28 @@ class ShardFolder:
         projection: str = "",
         compression: str = "none",
     ) -> ShardRecord:
-        """Write a shard, its statistics, and then the record that lists it.
+        """Write a shard, its statistics, and then the record that lists it; arguments and errors of `write`."""
+        record = self.write(shard, table, moments, facts, projection, compression)
+        self.enlist(record)
+        return record
+
+    def write(
+        self,
+        shard: int,
+        table: pa.Table,
+        moments: dict[str, Moments] | None = None,
+        facts: dict[str, Any] | None = None,
+        projection: str = "",
+        compression: str = "none",
+    ) -> ShardRecord:
+        """Write the files of a shard, and give the record that is to list it.
 
         Args:
             projection: name of the projection that its rows were encoded with.
             compression: of Parquet. Features and JPEGs hardly compress: without it a read is a copy.
 
         Raises:
-            UserError: where the destination refuses the write; nothing is listed then.
+            UserError: where the destination refuses the write.
         """
         data = _parquet_bytes(table, self.row_group_size, compression)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -99,11 +114,13 @@ class ShardFolder:
         if moments:
             self.store.put(f"{stem}.npz", dump_moments(moments))
         statistics = f"{stem}.npz" if moments else ""
-        record = ShardRecord(
+        return ShardRecord(
             shard, f"{stem}.parquet", table.num_rows, data.size, sha256, statistics, projection, facts or {}
         )
-        self.store.put(record_name(shard), json.dumps(asdict(record), sort_keys=True).encode())
-        return record
+
+    def enlist(self, record: ShardRecord) -> None:
+        """List a shard whose files are there."""
+        self.store.put(record_name(record.shard), json.dumps(asdict(record), sort_keys=True).encode())
 
     def records(self) -> dict[int, ShardRecord]:
         """Records of the complete shards by number, in order.
@@ -125,9 +142,10 @@ class ShardFolder:
         """Every record by the shard's number, in order, whether or not its file is there; unreadable ones are left out."""
         numbers = [int(match[1]) for name in self.store.files() if (match := RECORD.fullmatch(name))]
         with ThreadPoolExecutor(16) as pool:
-            return {record.shard: record for record in pool.map(self._listed, sorted(numbers)) if record is not None}
+            return {record.shard: record for record in pool.map(self.listing, sorted(numbers)) if record is not None}
 
-    def _listed(self, shard: int) -> ShardRecord | None:
+    def listing(self, shard: int) -> ShardRecord | None:
+        """The record of one shard, whether or not its file is there; None where there is none, or none that can be read."""
         try:
             return self.read_record(shard)
         except FileNotFoundError:
@@ -155,7 +173,7 @@ class ShardFolder:
 
     def unlist(self, shard: int) -> None:
         """Take a shard out of the folder: first what lists it, then its files; those of another shard are left."""
-        record = self._listed(shard)
+        record = self.listing(shard)
         self.store.delete(record_name(shard))
         for name in (record.file, record.moments) if record else ():
             if name.startswith(f"shard-{shard:05d}-"):
@@ -163,7 +181,7 @@ class ShardFolder:
 
     def record(self, shard: int) -> ShardRecord | None:
         """The record of one shard, or None where it is not complete."""
-        record = self._listed(shard)
+        record = self.listing(shard)
         if record is None:
             return None
         projection = self.projection if record.projection else ""

@@ -3,13 +3,22 @@
 Of the view ``full`` they are columns of the `images` shards. Crops have row shards of their own, which refer to the
 images by their id: an image's bytes are stored once, however many views it has. A row group of crops belongs to the row
 group of the same number of `images`.
+
+What is made of images tells their file in its record, and the file's name their content. Before images are listed that
+are others than there were, what was made of those is taken out of the list: it never stands beside pixels not its own.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
 import pyarrow as pa
 
-from pipeline.cache.dataset import Dataset
+from pipeline.cache.dataset import Dataset, thaw_stats
+from pipeline.cache.shards import ShardFolder, ShardRecord
+from pipeline.cache.store import Store
 from pipeline.errors import UserError
 from pipeline.views import View, image_size
 
@@ -27,6 +36,23 @@ ROWS_SCHEMA = pa.schema(
 """Key (sample_id, view), the view's box as fractions of the image, its mirroring."""
 
 
+log = logging.getLogger(__name__)
+
+
+class Spine(NamedTuple):
+    """What a teacher is asked about a shard.
+
+    Attributes:
+        images: the shard of `images`.
+        rows: views of them, in the order of the teacher's rows.
+        files: that both came from: of ``images``, and of crops of ``rows``.
+    """
+
+    images: pa.Table
+    rows: pa.Table
+    files: dict[str, str]
+
+
 def row(sample_id: str, number: int, view: View) -> dict[str, object]:
     """One row of `ROWS_SCHEMA`."""
     left, top, right, bottom = view.box
@@ -40,18 +66,58 @@ def views_of(rows: pa.Table) -> list[View]:
     return [View((left, top, right, bottom), flip) for left, top, right, bottom, flip in zip(*columns, strict=True)]
 
 
-def rows_of_shard(dataset: Dataset, shard: int, images: pa.Table) -> pa.Table:
-    """The view's rows of a shard; crops are drawn and committed where they are not there yet."""
-    if not dataset.policy.crops:
-        return images.select(ROWS_SCHEMA.names)
-    record = dataset.rows.record(shard)
+def read_spine(dataset: Dataset, shard: int) -> Spine:
+    """Images and rows of a shard; crops are drawn and committed where they are not there yet.
+
+    Raises:
+        UserError: where the images are not there, or the crops are not theirs.
+    """
+    record = dataset.images.record(shard)
     if record is None:
-        dataset.rows.commit(shard, _draw(dataset, images))
-        record = dataset.rows.record(shard)
-        assert record is not None
-    rows = dataset.rows.read(record)
+        raise UserError(f"{dataset.images.store.uri} lacks shard {shard}: run the job again")
+    images, files = dataset.images.read(record), {"images": record.file}
+    if not dataset.policy.crops:
+        return Spine(images, images.select(ROWS_SCHEMA.names), files)
+    drawn = dataset.rows.record(shard) or _commit_rows(dataset, shard, images, files)
+    rows = dataset.rows.read(drawn)
     check_rows(dataset, shard, rows, images)
-    return rows
+    return Spine(images, rows, {**files, "rows": drawn.file})
+
+
+def _commit_rows(dataset: Dataset, shard: int, images: pa.Table, files: dict[str, str]) -> ShardRecord:
+    record = dataset.rows.write(shard, _draw(dataset, images), facts=files)
+    _take_out_foreign("rows", record, [ShardFolder(folder) for folder in _teachers(dataset.view)])
+    dataset.rows.enlist(record)
+    return record
+
+
+def enlist_images(dataset: Dataset, record: ShardRecord) -> None:
+    """List a shard of images that is written."""
+    views = [dataset.store.sub("views").sub(name) for name in dataset.store.sub("views").folders()]
+    folders = [folder for view in views for folder in (view.sub("rows"), *_teachers(view))]
+    _take_out_foreign("images", record, [ShardFolder(folder) for folder in folders])
+    dataset.images.enlist(record)
+
+
+def _teachers(view: Store) -> Iterator[Store]:
+    teachers = view.sub("teachers")
+    return (teachers.sub(name) for name in teachers.folders())
+
+
+def _take_out_foreign(part: str, record: ShardRecord, folders: Iterable[ShardFolder]) -> None:
+    """Un-list what was made of another file of ``images`` or ``rows`` than this record's."""
+    for folder in folders:
+        made = folder.listing(record.shard)
+        if made is not None and made.facts.get(part) != record.file:
+            log.warning(
+                "%s: shard %d was made of other %s than there are now (changed images, or another version of pyarrow): it "
+                "will be computed again",
+                folder.store.uri,
+                record.shard,
+                part,
+            )
+            folder.unlist(record.shard)
+            thaw_stats(folder)
 
 
 def check_rows(dataset: Dataset, shard: int, rows: pa.Table, images: pa.Table) -> None:

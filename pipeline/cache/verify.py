@@ -22,6 +22,7 @@ from pipeline.cache.checks import (
     Shard,
     check_features,
     check_images,
+    check_made_of,
     check_projection,
     check_rows_shard,
     check_values,
@@ -90,6 +91,7 @@ class _ShardCheck:
         self.dataset = verify.datasets[split]
         self.findings: list[Finding] = []
         self.files = self.recomputed = 0
+        self.spine: dict[str, str] = {}  # sound files of images and crops
 
     def run(self) -> None:
         images = self._images()
@@ -105,10 +107,13 @@ class _ShardCheck:
         try:
             self.files += 1
             index = None if self.dataset.id in self.verify.unindexed else self.dataset.shard_index(self.shard)
-            return check_images(open_shard(folder, self.shard), index)
+            opened = open_shard(folder, self.shard)
+            images = check_images(opened, index)
         except BrokenError as broken:
             self.findings.append(finding(self.dataset, "images", folder.store, self.shard, broken))
             return None
+        self.spine["images"] = opened.record.file
+        return images
 
     def _rows(self, images: pa.Table | None) -> pa.Table | None:
         """The keys that every teacher is to hold, if they can be told."""
@@ -117,10 +122,14 @@ class _ShardCheck:
         folder = self.dataset.rows
         try:
             self.files += 1
-            return check_rows_shard(self.dataset, open_shard(folder, self.shard), images)
+            opened = open_shard(folder, self.shard)
+            rows = check_rows_shard(self.dataset, opened, images)
+            check_made_of(opened, self.spine)
         except BrokenError as broken:
             self.findings.append(finding(self.dataset, "rows", folder.store, self.shard, broken))
             return None
+        self.spine["rows"] = opened.record.file
+        return rows
 
     def _teacher(self, teacher: CachedTeacher, rows: pa.Table | None) -> Shard | None:
         """The shard, if it is healthy as far as its own files tell."""
@@ -129,6 +138,7 @@ class _ShardCheck:
             self.files += 1
             opened = open_shard(folder, self.shard)
             check_features(teacher, opened, rows)
+            check_made_of(opened, self.spine)
             tokens = self._tokens(teacher)
             if tokens is None:
                 return None

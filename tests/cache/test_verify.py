@@ -406,25 +406,86 @@ def own_photos(cache_of, originals, tmp_path):
     return cache_of(photos=tmp_path / "photos")
 
 
-def test_images_that_come_back_with_other_bytes_take_their_features_with_them(own_photos, tmp_path, caplog):
-    filled = own_photos
+def _change_photo(filled, tmp_path):
+    """Other pixels under the same name, in as many bytes, in a photo of shard 1; gives the shard's record."""
     folder = filled.train.images
     record = folder.read_record(1)
-    name = folder.read(record)["sample_id"][3].as_py()
-    source = Path(filled.train.location, name)
+    source = Path(filled.train.location, folder.read(record)["sample_id"][3].as_py())
     size = source.stat().st_size
     write_photos(tmp_path / "other", 1, seed=9)
     data = (tmp_path / "other/class0/photo000.jpg").read_bytes()
     source.write_bytes(data[:size] if len(data) > size else data + bytes(size - len(data)))
+    return record
+
+
+def test_images_that_come_back_with_other_bytes_take_their_features_with_them(own_photos, tmp_path, caplog):
+    filled = own_photos
+    folder = filled.train.images
+    record = _change_photo(filled, tmp_path)
     _flip_byte(_path(folder, record.file))
     digests = {t.id: filled.train.teacher(t.id).read_record(1).sha256 for t in filled.plan.teachers}
     found = verify_cache(filled.plan, filled.config)
     assert len(found.findings) == 1
     assert repair_cache(filled.plan, filled.config, found).findings == []
-    assert "came back with other bytes" in caplog.text
+    assert "was made of other images than there are now" in caplog.text
     assert hashlib.sha256(_path(folder, folder.read_record(1).file).read_bytes()).hexdigest() != record.sha256
     for teacher, digest in digests.items():
         assert filled.train.teacher(teacher).read_record(1).sha256 != digest
+
+
+def test_a_job_computes_again_what_was_made_of_images_that_came_back_as_others(own_photos, tmp_path):
+    filled = own_photos
+    record = _change_photo(filled, tmp_path)
+    _path(filled.train.images, record.file).unlink()
+    teachers = [filled.train.teacher(teacher.id) for teacher in filled.plan.teachers]
+    before = [(folder.read_record(0), folder.read_record(1)) for folder in teachers]
+    _, report = build_cache(filled.plan, filled.config)
+    assert (report.images_ingested, report.shards_computed) == (50, 2)
+    for folder, (kept, changed) in zip(teachers, before, strict=True):
+        assert folder.read_record(0) == kept
+        assert folder.read_record(1).sha256 != changed.sha256
+    assert verify_cache(filled.plan, filled.config).findings == []
+
+
+def test_a_repair_that_is_killed_before_it_lists_images_leaves_no_features_of_the_old_ones(
+    own_photos, tmp_path, monkeypatch
+):
+    filled = own_photos
+    folder = filled.train.images
+    record = _change_photo(filled, tmp_path)
+    _flip_byte(_path(folder, record.file))
+    found = verify_cache(filled.plan, filled.config)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.cache.shards.ShardFolder.enlist", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            repair_cache(filled.plan, filled.config, found)
+    assert folder.record(1) is None
+    build_cache(filled.plan, filled.config)
+    assert folder.record(1).sha256 != record.sha256
+    assert verify_cache(filled.plan, filled.config).findings == []
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_features_of_images_that_were_replaced_meanwhile_are_found(own_photos, tmp_path):
+    filled = own_photos
+    folder = _teacher(filled)
+    old = folder.read_record(1)
+    features = _path(folder, old.file).read_bytes()
+    moments = _path(folder, old.moments).read_bytes()
+    images = _change_photo(filled, tmp_path)
+    filled.train.images.unlist(1)
+    build_cache(filled.plan, filled.config)
+    for name, data in ((old.file, features), (old.moments, moments)):  # as an actor would that read the images before
+        folder.store.put(name, data)
+    folder.enlist(old)
+    found = verify_cache(filled.plan, filled.config)
+    problems = [item.problem for item in found.findings if item.file.endswith(old.file)]
+    assert problems == [f"was made of other images ({images.file}) than the present ones"]
+    assert repair_cache(filled.plan, filled.config, found).findings == []
+    assert folder.read_record(1).sha256 != old.sha256
 
 
 def test_images_whose_source_is_gone_are_not_replaced_by_less(own_photos):
@@ -438,6 +499,7 @@ def test_images_whose_source_is_gone_are_not_replaced_by_less(own_photos):
     with pytest.raises(UserError, match=f"does not give 1 of its images any more, first {name}"):
         repair_cache(filled.plan, filled.config, found)
     assert folder.record(1) is None
+    assert all(filled.train.teacher(teacher.id).record(1) for teacher in filled.plan.teachers)
 
 
 def test_broken_crops_are_drawn_again_and_are_the_same(projected):
