@@ -58,7 +58,7 @@ from pipeline.cache.garbage import find_garbage, remove_garbage
 from pipeline.cache.inventory import Entry, delete_entry, find_entry, take_inventory
 from pipeline.cache.repair import repair_cache
 from pipeline.config import Config
-from pipeline.ray_session import Hardware, connect, hardware, is_cluster
+from pipeline.ray_session import Hardware, computing_on, connect, hardware, is_cluster
 from pipeline.runs import cache_store
 from pipeline.shared import check_shared
 
@@ -150,6 +150,7 @@ def verify(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         check_begun(plan)
     found, left = [], 0
     with connect():
+        print(computing_on(), flush=True)
         check_shared(config)
         for phase, plan in planned:
             found.append(verify_cache(plan, phase))

@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.errors import naming
 from pipeline.notes import run_note, run_title
 from pipeline.outputs import outputs_store, publish
-from pipeline.ray_session import connect, devices, hardware, is_cluster, usable_devices
+from pipeline.ray_session import computing_on, connect, devices
 from pipeline.runs import RunState, open_run, work_folder
 from pipeline.shared import check_shared
 from pipeline.sources import SAMPLES
@@ -94,7 +94,7 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
     _check_writable({"work": str(work_folder(config)), "train.checkpoints": config.train.checkpoints})
     uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
     with connect():
-        print(f"cluster: {hardware()}" if is_cluster() else f"computing on {usable_devices()}", flush=True)
+        print(computing_on(), flush=True)
         check_shared(config)
         run, state = _start(config, uri, name, reads)
         with _ended(run), _metered(run, state), logs.about(run=state.folder.name):

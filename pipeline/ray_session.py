@@ -148,6 +148,15 @@ def devices() -> tuple[float, str]:
     return gpus, f"{gpus:g} x {' or '.join(kinds) or 'GPU'}"
 
 
+def computing_on() -> str:
+    """What the session computes on, as a line to print.
+
+    Raises:
+        UserError: as `usable_devices`.
+    """
+    return f"cluster: {hardware()}" if is_cluster() else f"computing on {usable_devices()}"
+
+
 def usable_devices() -> str:
     """What a session on this machine computes on, in words.
 

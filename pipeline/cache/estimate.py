@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cache.build import CachePlan, SplitPlan
-from pipeline.cache.extract import CachedTeacher, projection_of, teacher_labels
+from pipeline.cache.extract import CachedTeacher, out_of_memory, projection_of, teacher_labels
 from pipeline.cache.keys import teacher_id
 from pipeline.cache.ray_pipeline import gpus
 from pipeline.config import Config
@@ -135,7 +135,20 @@ def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[flo
 
 
 def probe_teacher(cached: CachedTeacher, batch_size: int) -> Probe | None:
-    """Time two batches of random pixels on this machine's device; the first one warms it up."""
+    """Time two batches of random pixels on this machine's device; the first one warms it up.
+
+    Raises:
+        UserError: where the GPU's memory does not suffice.
+        TeacherError: where the teacher cannot be made as asked.
+    """
+    try:
+        return _probe(cached, batch_size)
+    except torch.OutOfMemoryError:
+        reason = f"teacher {cached.spec.name}: {out_of_memory([cached], batch_size)}"
+    raise UserError(reason)  # without the traceback, whose frames hold the GPU's memory
+
+
+def _probe(cached: CachedTeacher, batch_size: int) -> Probe | None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.empty_cache()

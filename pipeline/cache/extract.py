@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +49,9 @@ JUDGED = 32
 
 AHEAD = 2
 """Batches that are rendered ahead of the device."""
+
+MENDABLE = (UserError, TeacherError, torch.OutOfMemoryError)
+"""Failures of which a user can mend the cause."""
 
 OWN_TEACHERS = {"student": "pipeline.student.teacher:student"}
 """Short names of teachers that are made of this package, which `teachers` knows nothing of."""
@@ -118,6 +121,15 @@ def make_teacher(config: TeacherConfig) -> Teacher:
     """
     options = config.model_dump(include={"weights", "input_size", "pool", "args"})
     return create_teacher(OWN_TEACHERS.get(config.model, config.model), **options)
+
+
+def out_of_memory(teachers: Iterable[CachedTeacher], batch_size: int) -> str:
+    """What to say where a GPU's memory does not suffice for these teachers."""
+    wide = any(teacher.precision == "float32" for teacher in teachers)
+    return (
+        f"the GPU has too little memory for {batch_size} images at once: lower cache.batch_size"
+        f"{', or set cache.precision=bfloat16' if wide else ''}"
+    )
 
 
 class Stages(dict[str, float]):
@@ -197,17 +209,15 @@ class Extract:
         try:
             missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
             images = self._extract(dataset, shard, missing, stages) if missing else 0
-        except (UserError, TeacherError, torch.OutOfMemoryError) as error:
-            told = self._out_of_memory() if isinstance(error, torch.OutOfMemoryError) else str(error)
-            return {**row, "images": 0, "computed": 0, "stages": "{}", "error": told}
+        except MENDABLE as error:
+            return {**row, "images": 0, "computed": 0, "stages": "{}", "error": self.told(error)}
         return {**row, "images": images, "computed": len(missing), "stages": json.dumps(stages), "error": ""}
 
-    def _out_of_memory(self) -> str:
-        wide = any(cached.precision == "float32" for cached in self.cached.values())
-        return (
-            f"the GPU has too little memory for {self.batch_size} images at once: lower cache.batch_size"
-            f"{', or set cache.precision=bfloat16' if wide else ''}; finished shards are kept"
-        )
+    def told(self, error: Exception) -> str:
+        """What to say of a `MENDABLE` failure."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return f"{out_of_memory(self.cached.values(), self.batch_size)}; finished shards are kept"
+        return str(error)
 
     def _extract(self, dataset: Dataset, shard: int, names: list[str], stages: Stages) -> int:
         with stages.part("read"):

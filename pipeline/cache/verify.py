@@ -32,11 +32,10 @@ from pipeline.cache.checks import (
 )
 from pipeline.cache.codec import TokenCodec
 from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher, Extract
+from pipeline.cache.extract import MENDABLE, CachedTeacher, Extract
 from pipeline.cache.shards import ROW_GROUP_SIZE
 from pipeline.cache.spine import ROWS_SCHEMA
-from pipeline.errors import UserError
-from teachers.base import TeacherError, TeacherOutput
+from teachers.base import TeacherOutput
 
 
 class Verify:
@@ -77,8 +76,8 @@ class Verify:
         try:
             with logs.about_shard(row, "verify"):
                 work.run()
-        except (UserError, TeacherError) as failure:
-            error = str(failure)
+        except MENDABLE as failure:
+            error = self.extract.told(failure)
         findings = json.dumps([asdict(found) for found in work.findings])
         return {**row, "findings": findings, "files": work.files, "recomputed": work.recomputed, "error": error}
 

@@ -69,6 +69,15 @@ def test_what_is_deleted_is_gone_and_nothing_else(cache, filled):
     assert _files(cache) == {name for name in before - gone if not name.startswith(filled.val.id)}
 
 
+def test_a_probe_that_a_gpu_has_no_memory_for_says_what_to_lower(filled, monkeypatch):
+    def overflow(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("pipeline.cache.estimate._seconds", overflow)
+    with pytest.raises(UserError, match=r"teacher colours8: the GPU has too little memory for 512 images .*=bfloat16$"):
+        probe_teacher(filled.plan.teachers[0], 512)
+
+
 def test_only_what_is_listed_can_be_deleted(cache, filled):
     for address in ("", "/", "..", "full", f"{filled.train.id}/full", f"{filled.train.id}/.."):
         with pytest.raises(UserError, match="--list prints the addresses"):

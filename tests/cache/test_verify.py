@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.cache.arrays import dump_arrays, load_arrays
 from pipeline.cache.audit import check_begun, verify_cache
@@ -513,6 +514,15 @@ def test_broken_crops_are_drawn_again_and_are_the_same(projected):
     assert folder.read_record(0).sha256 == record.sha256
     changed = {name for name, state in _state(projected).items() if state != before[name]}
     assert all("/rows/shard-00000" in name for name in changed)
+
+
+def test_a_gpu_of_too_little_memory_is_said_in_a_line(filled, monkeypatch):
+    def overflow(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("pipeline.cache.device.TeacherDevice.encode", overflow)
+    with pytest.raises(UserError, match=r"^the GPU has too little memory for 32 images at once"):
+        verify_cache(filled.plan, filled.config)
 
 
 def test_statistics_made_of_wrong_shards_are_taken_again(filled):
