@@ -141,7 +141,17 @@ def _advancing(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _image_or_label(member: tarfile.TarInfo) -> re.Match[str] | None:
-    return _KEY.fullmatch(member.name) if member.isreg() else None
+    match = _KEY.fullmatch(member.name) if member.isreg() else None
+    if match and not match[0].isascii():
+        _refuse_other_encodings(match[0])
+    return match
+
+
+def _refuse_other_encodings(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name of member {os.fsencode(name)!r} is not valid UTF-8") from error
 
 
 def _refuse_missing_end(tar: tarfile.TarFile) -> None:

@@ -76,6 +76,18 @@ def test_an_image_that_would_be_lost_for_a_dot_in_its_name_is_named(tmp_path: Pa
         source.index()
 
 
+def test_a_member_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "x.tar"
+    with tarfile.open(file, "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        member = tarfile.TarInfo("caf\xe9/a.jpg")
+        member.size = len(encode(0))
+        tar.addfile(member, io.BytesIO(encode(0)))
+    with pytest.raises(
+        UserError, match=r"x\.tar: the name of member b'caf\\xe9/a.jpg' is not valid UTF-8; correct or remove"
+    ):
+        open_source(str(file), split="train").index()
+
+
 def test_a_truncated_tar_is_named_wherever_it_is_cut(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", {f"{n}.jpg": encode(n) for n in range(3)})
     data = whole.read_bytes()
