@@ -53,7 +53,7 @@ define NEWLINE
 
 endef
 
-# A job on the cluster whose dashboard is at 127.0.0.1:8265: make submit JOB="jobs/distill.py recipes/photos.yaml ..."
+# A job on the cluster whose dashboard is at 127.0.0.1:8265: make submit JOB="jobs/distill.py recipes/own_images.yaml ..."
 submit: env
 	$(BIN)/python jobs/submit.py $(subst $(NEWLINE), ,$(JOB))
 

@@ -37,7 +37,7 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
-        f"weights {spec.weights[:20]}; {teacher.codec}: {_stored(plan, teacher)}; "
+        f"weights {spec.weights[:20]}; {teacher.precision}, kept as {teacher.codec}: {_stored(plan, teacher)}; "
         f"{teacher.id}: {shards - missing} of {shards} shards there"
     )
 

@@ -1,6 +1,6 @@
 """Submit a job to a Ray cluster from this checkout, after a look at what would be uploaded.
 
-python jobs/submit.py jobs/distill.py recipes/photos.yaml work=/mnt/regla/work
+python jobs/submit.py jobs/distill.py recipes/own_images.yaml work=/mnt/regla/work
 
 The cluster is that of RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265 (`ray dashboard cluster.yaml` forwards it). What
 .gitignore and .rayignore name stays at home. The job's log is printed as it comes, and its exit code is given: 130 where it

@@ -55,7 +55,8 @@ def quick_teachers():
 
 def test_there_are_the_recipes_that_the_readme_promises():
     names = {path.stem for path in RECIPES}
-    assert names >= {"quickstart", "photos", "imagenet100", "cifar", *(f"imagenet_regla_{size}" for size in "tsml")}
+    sizes = {f"imagenet_regla_{size}" for size in "tsml"}
+    assert names >= {"quickstart", "photos", "own_images", "imagenet100", "cifar", *sizes}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
