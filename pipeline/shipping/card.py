@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.shipping.hub import MAPS
+
 
 def model_card(described: dict[str, Any]) -> str:
     """The model card of an exported folder, from its export.json."""
@@ -129,7 +131,8 @@ def _block(described: dict[str, Any], form: str) -> list[str]:
         return [f"`{described['formats'][form]['file']}` is for this project: `load_predictor(folder)`.", ""]
     else:
         lead = []
-    return [*lead, "```python", *code[form], "```", ""] if form in code else []
+    tail = [f"Maps, finest first, for a detector or a segmenter: `{MAPS}`.", ""] if form == "hf" else []
+    return [*lead, "```python", *code[form], "```", "", *tail] if form in code else []
 
 
 def _tail(described: dict[str, Any]) -> list[str]:

@@ -24,7 +24,9 @@ from pipeline.student.layers import NormLinear
 from pipeline.student.model import create_backbone
 
 OWN_CODE = "regla.py"
-_POOLED = "model.forward_intermediates(images, intermediates_only=True)[-1].mean((2, 3))"
+MAPS = "model.forward_intermediates(images, intermediates_only=True)"
+"""The maps of a model's stages, in Python."""
+_POOLED = f"{MAPS}[-1].mean((2, 3))"
 
 
 def write_hub(cargo: Cargo, folder: Path) -> str:

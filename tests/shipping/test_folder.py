@@ -98,7 +98,9 @@ def test_the_four_lines_of_the_card_run_where_this_project_is_not(shipped):
     assert [len(snippet.splitlines()) for snippet in (torch_export, onnx, timm_)] == [4, 4, 4]
     check = "assert features.shape[1:] == (256,); print('loaded')"
     clean = "import importlib.util; assert importlib.util.find_spec('pipeline') is None"
-    code = [clean, torch_export, check, onnx, check, "import os; os.chdir('hf')", timm_, check]
+    (maps,) = re.findall(r"`(model\.forward_intermediates.*?)`", (shipped.folder / "hf/README.md").read_text())
+    pyramid = f"assert [m.shape[-1] for m in {maps}] == [16, 8, 4, 2]"
+    code = [clean, torch_export, check, onnx, check, "import os; os.chdir('hf')", timm_, check, pyramid]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ended = subprocess.run(
         [sys.executable, "-s", "-c", "\n".join(code)],
