@@ -73,9 +73,11 @@ def start_nodes(nodes: list[Node], *cpus: int) -> None:
     head = Node(cpus[0])
     nodes.append(head)
     wait_until(lambda: _listens(head.address))
-    nodes += [Node(count, head.address) for count in cpus[1:]]
-    # A job would give up after a minute, which nodes take on a busy machine.
-    wait_until(lambda: _alive(head.address) == len(cpus))
+    for count in cpus[1:]:
+        nodes.append(Node(count, head.address))
+        # A job would give up after a minute, which nodes take on a busy machine; and of two that start at once on one
+        # machine Ray may give both the same socket.
+        wait_until(lambda: _alive(head.address) == len(nodes))
 
 
 def _alive(address: str) -> int:
