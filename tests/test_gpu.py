@@ -10,17 +10,20 @@ import pytest
 import torch
 
 from benchmarks.made_up_cache import jpegs, write_dataset
-from benchmarks.train_step import DistillStep, make_distiller, train_config, write_features
+from benchmarks.train_step import DistillStep, make_distiller, make_student, train_config, write_features
 from benchmarks.train_step import _parse as step_options
 from pipeline.cache.codec import Codec, fit_projection
 from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, make_teacher
 from pipeline.cache.keys import teacher_id
+from pipeline.cache.phi_s import PhiS
 from pipeline.cache.placement import measure
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.shards import ROW_GROUP_SIZE
 from pipeline.cache.stats import PIECE, Moments, MomentSums
-from pipeline.config import AugmentConfig, TeacherConfig, TrainConfig
+from pipeline.config import AugmentConfig, LossConfig, TeacherConfig, TrainConfig
 from pipeline.distill.augment import augment
+from pipeline.distill.distiller import Distiller
+from pipeline.distill.standardise import MeanStd, Rotation
 from pipeline.training import Worker, train
 from pipeline.training.meter import Stopwatch
 from pipeline.training.step import Stepper
@@ -133,7 +136,7 @@ def _stored(dataset, teacher):
 
 
 def test_the_sample_of_a_projection_joins_the_rest_of_its_shard(tmp_path):
-    count = 5 * ROW_GROUP_SIZE  # of which the sample is four row groups
+    count = 8 * ROW_GROUP_SIZE  # of which the sample is six row groups
     dataset = write_dataset(str(tmp_path), count, jpegs(72), count)
     teacher = _teacher("dinov2/vits14", "pca8-int8", input_size=56)
     answer = Extract({"train": dataset}, [teacher], "cuda", 4, 64)({"split": "train", "shard": 0})
@@ -197,6 +200,38 @@ def test_losses_of_steps_are_those_of_a_cpu(cached, precision, bound):
     here = _losses(options, teachers, batches, torch.device("cpu"), "float32")
     there = _losses(options, teachers, batches, CUDA, precision)
     torch.testing.assert_close(there, here, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("standardise", [MeanStd.of, lambda moments: Rotation(PhiS.of(moments))])
+@pytest.mark.parametrize(
+    ("codec", "loss"), [("float16", {"summary": {"relation": 1.0}}), ("pca8-int8-zstd", {"max_patches": 8})]
+)
+def test_the_loss_of_a_batch_is_that_of_a_cpu(codec, loss, standardise):
+    teacher = _teacher("dinov2/vits14", codec, input_size=56)
+    drawn = {kind: torch.randn(64, *shape) * 3 + 1 for kind, shape in teacher.shapes.items()}
+    tokens = teacher.tokens(fit_projection(Codec.parse(codec), drawn["patches"]))
+    standardisers = {kind: standardise(Moments.of(values)) for kind, values in drawn.items()}
+    here = Distiller(
+        make_student("regla_t"),
+        [teacher],
+        {teacher.id: standardisers},
+        {teacher.id: tokens},
+        64,
+        32,
+        LossConfig(**loss),
+    )
+    there = copy.deepcopy(here).to(CUDA)
+    pixels = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)
+    stored = {kind: torch.from_numpy(tokens[kind].encode(values)) for kind, values in drawn.items()}
+    with torch.no_grad():
+        for step in torch.arange(3):
+            expected, parts = here(pixels, {teacher.id: stored}, step=step)
+            moved = {kind: rows.to(CUDA) for kind, rows in stored.items()}
+            found, found_parts = there(pixels.to(CUDA), {teacher.id: moved}, step=step.to(CUDA))
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=0)
+            assert {name: part.item() for name, part in found_parts.items()} == pytest.approx(
+                {name: part.item() for name, part in parts.items()}, rel=1e-3, abs=1e-5
+            )
 
 
 class _Augmented(DistillStep):

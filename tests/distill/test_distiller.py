@@ -1,11 +1,13 @@
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.cache.codec import Codec, fit_projection
 from pipeline.cache.extract import CachedTeacher
@@ -73,6 +75,28 @@ def _distiller(*teachers, stats=None, **loss):
 def _batch(teachers, count=4):
     pixels = torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8)
     return pixels, {teacher.id: _stored(teacher, _features(teacher, count)) for teacher in teachers}
+
+
+class _OneDevice(TorchDispatchMode):
+    """Refuses operations between devices, numbers apart."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        assert len({tensor.device for tensor in tensors}) < 2, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", [{}, {"max_patches": 4}, {"summary": {"cosine": 1.0, "relation": 1.0}}])
+def test_forward_and_backward_need_nothing_of_another_device(monkeypatch, loss):
+    """`meta` stands for a GPU; tests/pretended_gpu.py has values, and no backward."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which `meta` does not know
+    teachers = [_teacher("a"), _teacher("b", grid=(2, 2), summary=None)]
+    distiller, (pixels, stored) = _distiller(*teachers, **loss).to("meta"), _batch(teachers)
+    moved = {name: {kind: rows.to("meta") for kind, rows in kinds.items()} for name, kinds in stored.items()}
+    with _OneDevice():
+        total, _ = distiller(pixels.to("meta"), moved, step=torch.tensor(0, device="meta"))
+        total.backward()
+    assert all(weight.grad.is_meta for weight in distiller.parameters())
 
 
 def test_a_fixed_batch_is_learnt():
