@@ -481,11 +481,13 @@ def ray_runs(ray_session, tmp_path_factory):
     return SimpleNamespace(folder=folder, error=str(diverged.value), state=start("resumed", 1))
 
 
+@pytest.mark.slow
 def test_on_ray_a_loss_that_is_not_finite_stops_all_workers_at_once_naming_its_batch(ray_runs):
     assert "nan at step 6; the batch holds e0-b5-r1-0" in ray_runs.error
     assert [lines(ray_runs.folder / "diverged", "made", share) for share in range(SHARES)] == [["made"]] * SHARES
 
 
+@pytest.mark.slow
 def test_on_ray_a_second_start_goes_on_from_the_last_checkpoint(ray_runs):
     whole = [f"{epoch}/{number}" for epoch in range(3) for number in range(STEPS)]
     resumed = ray_runs.folder / "resumed"
@@ -494,6 +496,7 @@ def test_on_ray_a_second_start_goes_on_from_the_last_checkpoint(ray_runs):
     assert ray_runs.state["position"] == {"epoch": 3, "batch": 0, "step": 3 * STEPS, "samples": samples}
 
 
+@pytest.mark.slow
 def test_on_ray_divergence_leaves_keys_and_states_beside_the_checkpoints(ray_runs):
     file = ray_runs.folder / "train" / "diverged-step-00000006.pt"
     assert str(file) in ray_runs.error
@@ -502,6 +505,7 @@ def test_on_ray_divergence_leaves_keys_and_states_beside_the_checkpoints(ray_run
     assert all(torch.isfinite(value).all() for value in content["model"].values())
 
 
+@pytest.mark.slow
 def test_on_ray_the_best_checkpoint_is_kept_beside_the_latest(ray_runs):
     evaluations = ray_runs.state["evaluations"]
     best = max(range(len(evaluations)), key=lambda number: evaluations[number][1]["score"])
@@ -510,6 +514,7 @@ def test_on_ray_the_best_checkpoint_is_kept_beside_the_latest(ray_runs):
     assert load_state(kept)["position"]["step"] == evaluations[best][0]
 
 
+@pytest.mark.slow
 def test_on_ray_every_step_is_committed_once_with_its_checkpoint(ray_runs):
     committed = [json.loads(line) for line in (ray_runs.folder / "committed").read_text().splitlines()]
     said = [step for steps, _ in committed for step in steps]
@@ -522,6 +527,7 @@ def test_on_ray_every_step_is_committed_once_with_its_checkpoint(ray_runs):
     assert [load_state(checkpoint)["position"]["step"] for checkpoint in kept] == [18, 18]
 
 
+@pytest.mark.slow
 def test_on_ray_workers_of_unequal_shares_hold_equal_weights(ray_runs):
     # Rank 0 writes them down twice a step, for its two shares; so does rank 1, whose share is cut in two.
     first, second = (lines(ray_runs.folder / "diverged", "weights", rank) for rank in (0, 1))
@@ -530,6 +536,7 @@ def test_on_ray_workers_of_unequal_shares_hold_equal_weights(ray_runs):
     assert len(set(first)) == STEPS
 
 
+@pytest.mark.slow
 def test_on_ray_two_workers_and_then_one_train_as_one_on_all_batches(ray_runs):
     whole = _train(WholeBatches(world=SHARES, **PLAIN), _config())[-1].state
     for part in ("model", "ema"):

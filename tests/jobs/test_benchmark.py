@@ -49,6 +49,7 @@ def test_measures_every_model_form_and_size(tmp_path, capsys):
     assert run.data.metrics["regla_t/fused/float32/1x32/ratio"] == 1
 
 
+@pytest.mark.slow
 def test_onnx_runtime_and_a_model_with_arguments(tmp_path):
     short = "regla_t {depths: [1, 1, 1, 1]}"
     models = f"benchmark.models={json.dumps(['regla_t', short])}"

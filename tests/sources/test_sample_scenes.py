@@ -91,6 +91,7 @@ def knn_accuracy(bank: np.ndarray, queries: np.ndarray, labels: tuple[np.ndarray
     return float((votes.argmax(1) == labels[1]).mean())
 
 
+@pytest.mark.slow
 def test_shape_tells_the_class_and_colour_does_not() -> None:
     start = time.process_time()
     scenes = [
