@@ -16,7 +16,7 @@ import simplejpeg
 from pipeline import logs
 from pipeline.cache.dataset import Dataset
 from pipeline.cache.shards import ShardRecord
-from pipeline.cache.spine import ROWS_SCHEMA, enlist_images, row
+from pipeline.cache.spine import ROWS_SCHEMA, commit_images, row
 from pipeline.errors import UserError
 from pipeline.sources.base import Source
 from pipeline.views import FULL, decode_image, decode_plain
@@ -68,7 +68,7 @@ def _commit(dataset: Dataset, source: Source, shard: int, known: Set[str] | None
     if known is not None:
         _refuse_loss(dataset, shard, [sample for sample in bad if sample["sample_id"] not in known])
     facts = {"bad": bad, "seconds": round(time.perf_counter() - started, 3)}
-    enlist_images(dataset, dataset.images.write(shard, pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA), facts=facts))
+    commit_images(dataset, shard, pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA), facts)
 
 
 def _refuse_loss(dataset: Dataset, shard: int, lost: Sequence[dict[str, str]]) -> None:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,29 +83,17 @@ class ShardFolder:
         facts: dict[str, Any] | None = None,
         projection: str = "",
         compression: str = "none",
+        before_listing: Callable[[ShardRecord], None] = lambda _: None,
     ) -> ShardRecord:
-        """Write a shard, its statistics, and then the record that lists it; arguments and errors of `write`."""
-        record = self.write(shard, table, moments, facts, projection, compression)
-        self.enlist(record)
-        return record
-
-    def write(
-        self,
-        shard: int,
-        table: pa.Table,
-        moments: dict[str, Moments] | None = None,
-        facts: dict[str, Any] | None = None,
-        projection: str = "",
-        compression: str = "none",
-    ) -> ShardRecord:
-        """Write the files of a shard, and give the record that is to list it.
+        """Write a shard, its statistics, and then the record that lists it.
 
         Args:
             projection: name of the projection that its rows were encoded with.
             compression: of Parquet. Features and JPEGs hardly compress: without it a read is a copy.
+            before_listing: called with the record when the files are there and it is not.
 
         Raises:
-            UserError: where the destination refuses the write.
+            UserError: where the destination refuses the write; nothing is listed then.
         """
         data = _parquet_bytes(table, self.row_group_size, compression)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -114,13 +102,12 @@ class ShardFolder:
         if moments:
             self.store.put(f"{stem}.npz", dump_moments(moments))
         statistics = f"{stem}.npz" if moments else ""
-        return ShardRecord(
+        record = ShardRecord(
             shard, f"{stem}.parquet", table.num_rows, data.size, sha256, statistics, projection, facts or {}
         )
-
-    def enlist(self, record: ShardRecord) -> None:
-        """List a shard whose files are there."""
-        self.store.put(record_name(record.shard), json.dumps(asdict(record), sort_keys=True).encode())
+        before_listing(record)
+        self.store.put(record_name(shard), json.dumps(asdict(record), sort_keys=True).encode())
+        return record
 
     def records(self) -> dict[int, ShardRecord]:
         """Records of the complete shards by number, in order.

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -85,18 +86,17 @@ def read_spine(dataset: Dataset, shard: int) -> Spine:
 
 
 def _commit_rows(dataset: Dataset, shard: int, images: pa.Table, files: dict[str, str]) -> ShardRecord:
-    record = dataset.rows.write(shard, _draw(dataset, images), facts=files)
-    _take_out_foreign("rows", record, [ShardFolder(folder) for folder in _teachers(dataset.view)])
-    dataset.rows.enlist(record)
-    return record
+    teachers = [ShardFolder(folder) for folder in _teachers(dataset.view)]
+    take_out = partial(_take_out_foreign, "rows", teachers)
+    return dataset.rows.commit(shard, _draw(dataset, images), facts=files, before_listing=take_out)
 
 
-def enlist_images(dataset: Dataset, record: ShardRecord) -> None:
-    """List a shard of images that is written."""
+def commit_images(dataset: Dataset, shard: int, images: pa.Table, facts: dict[str, Any]) -> None:
+    """Commit a shard of images."""
     views = [dataset.store.sub("views").sub(name) for name in dataset.store.sub("views").folders()]
-    folders = [folder for view in views for folder in (view.sub("rows"), *_teachers(view))]
-    _take_out_foreign("images", record, [ShardFolder(folder) for folder in folders])
-    dataset.images.enlist(record)
+    folders = [ShardFolder(folder) for view in views for folder in (view.sub("rows"), *_teachers(view))]
+    take_out = partial(_take_out_foreign, "images", folders)
+    dataset.images.commit(shard, images, facts=facts, before_listing=take_out)
 
 
 def _teachers(view: Store) -> Iterator[Store]:
@@ -104,7 +104,7 @@ def _teachers(view: Store) -> Iterator[Store]:
     return (teachers.sub(name) for name in teachers.folders())
 
 
-def _take_out_foreign(part: str, record: ShardRecord, folders: Iterable[ShardFolder]) -> None:
+def _take_out_foreign(part: str, folders: Iterable[ShardFolder], record: ShardRecord) -> None:
     """Un-list what was made of another file of ``images`` or ``rows`` than this record's."""
     for folder in folders:
         made = folder.listing(record.shard)

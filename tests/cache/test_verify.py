@@ -457,7 +457,7 @@ def test_a_repair_that_is_killed_before_it_lists_images_leaves_no_features_of_th
     _flip_byte(_path(folder, record.file))
     found = verify_cache(filled.plan, filled.config)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache.shards.ShardFolder.enlist", _killed)
+        patch.setattr("pipeline.cache.shards.asdict", _killed)  # of the record, when all else is done
         with pytest.raises(KeyboardInterrupt):
             repair_cache(filled.plan, filled.config, found)
     assert folder.record(1) is None
@@ -481,7 +481,7 @@ def test_features_of_images_that_were_replaced_meanwhile_are_found(own_photos, t
     build_cache(filled.plan, filled.config)
     for name, data in ((old.file, features), (old.moments, moments)):  # as an actor would that read the images before
         folder.store.put(name, data)
-    folder.enlist(old)
+    folder.store.put("shard-00001.json", json.dumps(asdict(old)).encode())
     found = verify_cache(filled.plan, filled.config)
     problems = [item.problem for item in found.findings if item.file.endswith(old.file)]
     assert problems == [f"was made of other images ({images.file}) than the present ones"]
