@@ -54,7 +54,7 @@ def test_a_failure_to_record_hours_does_not_hide_what_ended_the_job(config, monk
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_job_on_a_cluster_says_what_the_cluster_has(tmp_path, config, monkeypatch, capsys):
-    monkeypatch.setattr(job_module, "is_cluster", lambda: True)
+    monkeypatch.setattr("pipeline.ray_session.is_cluster", lambda: True)
     with open_job(config(), "distill") as job:
         pass
     assert capsys.readouterr().out.startswith("cluster: 1 nodes, ")
