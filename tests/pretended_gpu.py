@@ -1,8 +1,9 @@
 """A pretended GPU, as a plugin of pytest: `pytest -p tests.pretended_gpu tests/test_gpu.py` where there is none.
 
 Tensors say that they are of `cuda`, compute on the CPU, and refuse the company of the CPU's own, as those of a GPU do. So
-a tensor that was left behind is found. There is one stream, no time and no memory; a backward pass is beyond it, for
-which autograd asks CUDA's driver. It changes torch for good, hence a process of its own.
+a tensor that was left behind is found, and with `torch.cuda.set_sync_debug_mode` what would wait for the device. There is
+one stream, no time and no memory; a backward pass is beyond it, for which autograd asks CUDA's driver. It changes torch
+for good, hence a process of its own.
 """
 
 import threading
@@ -18,6 +19,11 @@ CUDA = torch.device("cuda", 0)
 MEMORY = 1 << 33
 COPIES = ("_to_copy", "copy_")
 INDEXING = ("index", "index_put_", "_unsafe_index")
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+"""Operations whose outcome the CPU needs to go on."""
+
+forbidden = False
+"""Whether waiting is."""
 
 
 class OnGpu(Tensor):
@@ -56,9 +62,10 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         for tensor in tensors[:1] if name in INDEXING else tensors:  # indices may be the CPU's, and so may numbers
             assert isinstance(tensor, OnGpu) or not tensor.dim(), f"{name}: {tuple(tensor.shape)} is left on the CPU"
     asked = kwargs.get("device")
-    goes_there = bool(there) if asked is None else torch.device(asked).type == "cuda"
+    goes_there = bool(there) if asked is None else _is_there(asked)
     if name == "copy_":
         goes_there = isinstance(args[0], OnGpu)
+    assert not (forbidden and _waits(name, args, kwargs)), f"{name} waits for the device"
     here = {
         key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items() if key != "pin_memory"
     }
@@ -71,6 +78,21 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known[id(value)] if id(value) in known else OnGpu(value) if goes_there else value
 
     return tree_map(placed, found)
+
+
+def _waits(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    if name in COPIES:
+        target = args[0] if name == "copy_" else kwargs.get("device") or args[0]
+        crosses = _is_there(target) != _is_there(args[1] if name == "copy_" else args[0])
+        return crosses and not (kwargs.get("non_blocking") or args[2:3] == (True,))
+    if name in INDEXING and _is_there(args[0]):
+        indices = [index for index in tree_leaves(args[1]) if index is not None]
+        return any(index.dtype == torch.bool or not _is_there(index) for index in indices)
+    return name in WAITING and _is_there(args[0])
+
+
+def _is_there(place: Any) -> bool:
+    return isinstance(place, OnGpu) if isinstance(place, Tensor) else torch.device(place).type == "cuda"
 
 
 def _values(value: Any) -> Any:
@@ -90,13 +112,17 @@ class _Stream:
         return 1.0
 
 
+def _forbid(mode: str) -> None:
+    global forbidden
+    forbidden = mode == "error"
+
+
 def _pretend() -> None:
     torch._C._ensureCUDADeviceGuardSet()  # as torch's own fake tensors do, where there is no driver
     answers: dict[str, Any] = {
         "_lazy_init": None,
         "is_available": True,
         "synchronize": None,
-        "set_sync_debug_mode": None,
         "empty_cache": None,
         "reset_peak_memory_stats": None,
         "get_device_name": "pretended GPU",
@@ -108,6 +134,7 @@ def _pretend() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    torch.cuda.set_sync_debug_mode = _forbid
     torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[assignment, misc]
     made = torch.tensor
 
