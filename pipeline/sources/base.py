@@ -1,5 +1,6 @@
 """What every image source gives: an index of samples, and the encoded bytes of any of its rows."""
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
@@ -71,6 +72,15 @@ class Source(Protocol):
 
         A sample that cannot be read is given as its exception, so that the others still arrive.
         """
+
+
+def foreign_name(name: str) -> bytes | None:
+    """The bytes of a file's name that is not valid UTF-8, or None: an index can hold no such name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name)
+    return None
 
 
 def oversize(size: int) -> ValueError | None:

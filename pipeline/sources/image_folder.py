@@ -10,7 +10,7 @@ from typing import ClassVar
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.sources.base import IMAGE_EXTENSIONS, finish_index, oversize
+from pipeline.sources.base import IMAGE_EXTENSIONS, finish_index, foreign_name, oversize
 from pipeline.sources.locations import readable_name, refuse_several_splits
 
 
@@ -128,10 +128,6 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def _checked(path: str) -> str:
-    if path.isascii():
-        return path
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{os.fsencode(path)!r}: the file name is not valid UTF-8; rename the file") from error
+    if name := foreign_name(path):
+        raise UserError(f"{name!r}: the file name is not valid UTF-8; rename the file")
     return path

@@ -12,7 +12,7 @@ from typing import BinaryIO, ClassVar
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.sources.base import IMAGE_EXTENSIONS, Extent, by_file, finish_index, oversize
+from pipeline.sources.base import IMAGE_EXTENSIONS, Extent, by_file, finish_index, foreign_name, oversize
 from pipeline.sources.locations import readable_name
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")
@@ -142,16 +142,9 @@ def _advancing(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def _image_or_label(member: tarfile.TarInfo) -> re.Match[str] | None:
     match = _KEY.fullmatch(member.name) if member.isreg() else None
-    if match and not match[0].isascii():
-        _refuse_other_encodings(match[0])
+    if match and (name := foreign_name(match[0])):
+        raise ValueError(f"the name of member {name!r} is not valid UTF-8")
     return match
-
-
-def _refuse_other_encodings(name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the name of member {os.fsencode(name)!r} is not valid UTF-8") from error
 
 
 def _refuse_missing_end(tar: tarfile.TarFile) -> None:
