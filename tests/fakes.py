@@ -127,6 +127,11 @@ def fill_in_process(plan: Any, batch_size: int = 16) -> int:
     return computed
 
 
+def out_of_memory(*_: Any) -> None:
+    """What a GPU does whose memory does not suffice."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def without_ray(monkeypatch: Any) -> None:
     """Hand shards to the classes of the actors and tasks in this process."""
     from pipeline.cache import audit, build

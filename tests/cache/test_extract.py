@@ -8,7 +8,7 @@ import torch
 from pipeline.cache.build import plan_cache
 from pipeline.cache.extract import Extract, teacher_labels
 from pipeline.cache.store import Store
-from tests.fakes import fill_in_process, images_seen, without_ray
+from tests.fakes import fill_in_process, images_seen, out_of_memory, without_ray
 
 
 def test_teacher_shards_hold_the_keys_of_the_images_in_their_order(filled):
@@ -57,12 +57,9 @@ def test_recomputed_shards_are_byte_identical(filled):
 def test_a_gpu_of_too_little_memory_is_said_in_a_line_with_the_remedy(filled, monkeypatch):
     extract = Extract({"train": filled.train}, [], "cpu", 1, 64)
 
-    def overflow(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     monkeypatch.setattr(extract, "teachers", {teacher.id: None for teacher in filled.plan.teachers})
     monkeypatch.setattr(type(filled.train.teacher(filled.plan.teachers[0].id)), "record", lambda *_: None)
-    monkeypatch.setattr(extract, "_extract", overflow)
+    monkeypatch.setattr(extract, "_extract", out_of_memory)
     answer = extract({"split": "train", "shard": 0})
     assert answer["error"].startswith("the GPU has too little memory for 64 images at once: lower cache.batch_size")
     assert answer["computed"] == 0

@@ -17,7 +17,7 @@ from pipeline.cache.keys import teacher_id
 from pipeline.cache.store import Store
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from tests.fakes import fill_in_process
+from tests.fakes import fill_in_process, out_of_memory
 
 
 @pytest.fixture
@@ -70,10 +70,7 @@ def test_what_is_deleted_is_gone_and_nothing_else(cache, filled):
 
 
 def test_a_probe_that_a_gpu_has_no_memory_for_says_what_to_lower(filled, monkeypatch):
-    def overflow(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("pipeline.cache.estimate._seconds", overflow)
+    monkeypatch.setattr("pipeline.cache.estimate._seconds", out_of_memory)
     with pytest.raises(UserError, match=r"teacher colours8: the GPU has too little memory for 512 images .*=bfloat16$"):
         probe_teacher(filled.plan.teachers[0], 512)
 

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from pipeline.cache.arrays import dump_arrays, load_arrays
 from pipeline.cache.audit import check_begun, verify_cache
@@ -22,7 +21,7 @@ from pipeline.cache.store import Store
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from tests.conftest import TEACHERS
-from tests.fakes import without_ray, write_photos
+from tests.fakes import out_of_memory, without_ray, write_photos
 
 PROJECTED = ["cache.codec=pca8-int8", "views.crops=2", "teachers.1.args.dim=24"]
 
@@ -517,10 +516,7 @@ def test_broken_crops_are_drawn_again_and_are_the_same(projected):
 
 
 def test_a_gpu_of_too_little_memory_is_said_in_a_line(filled, monkeypatch):
-    def overflow(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("pipeline.cache.device.TeacherDevice.encode", overflow)
+    monkeypatch.setattr("pipeline.cache.device.TeacherDevice.encode", out_of_memory)
     with pytest.raises(UserError, match=r"^the GPU has too little memory for 32 images at once"):
         verify_cache(filled.plan, filled.config)
 
