@@ -129,10 +129,8 @@ def _labels_alone(config: Config) -> nn.Module:
     from pipeline.downstream.task import FinetuneJob, FinetuneTask
 
     class Unjudged(FinetuneTask):
-        def evaluate(self, module: nn.Module) -> dict[str, float]:
+        def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
             return {}
-
-        evaluate_raw = evaluate
 
     mild = {"augment": None, "min_area": 0.5, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
     config = changed(classify=mild)(with_absolute_paths(config))
@@ -147,8 +145,8 @@ def _labels_alone(config: Config) -> nn.Module:
 def _judge(encoder: nn.Module, train: Dataset, val: Dataset, config: Config) -> dict[str, float]:
     """kNN and the best linear probe in percent, with all training images as the bank."""
     settings, size = config.evaluate, config.student.input_size
-    (bank, labels), (queries, expected) = (
-        embed(encoder.eval(), split, size, config.knn.batch_size) for split in (train, val)
+    ([bank], labels), ([queries], expected) = (
+        embed([encoder.eval()], split, size, config.knn.batch_size) for split in (train, val)
     )
     knn = knn_accuracies(bank, labels, queries, expected, [config.knn.k], config.knn.temperature)[config.knn.k]
     heads = LinearHeads(bank.mean(0), bank.std(0), int(labels.max()) + 1, settings.lrs, config.seed)

@@ -110,7 +110,7 @@ class DistillStep(Task):
         """None."""
         return iter(())
 
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
+    def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
         """Nothing."""
         return {}
 
@@ -324,7 +324,7 @@ class EpochTask(DistillStep):
         self.began.append((time.perf_counter(), time.process_time()))
         return super().loss(module, batch, device)
 
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
+    def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
         """Writes the times down."""
         Path(self.file).write_text(json.dumps(self.began), encoding="utf-8")
         return {}

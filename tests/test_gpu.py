@@ -268,8 +268,8 @@ def test_batches_come_to_the_device_in_order_and_whole(cached):
 
 class _OnGPU(TinyTask):
     @torch.no_grad()
-    def evaluate(self, module):
-        return {"score": float(module(torch.ones(2, 3, 8, 8, device=CUDA)).abs().mean())}
+    def evaluate(self, averaged, raw):
+        return {"score": float(averaged(torch.ones(2, 3, 8, 8, device=CUDA)).abs().mean())}
 
 
 def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one():

@@ -416,36 +416,32 @@ def test_gradients_are_clipped_and_their_norm_before_it_is_logged():
 )
 def test_precision_is_that_of_the_forward_and_weights_stay_float32(precision, dtype):
     task = TinyTask()
-    task.evaluate = lambda module: {}
+    task.evaluate = lambda averaged, raw: {}
     state = _train(task, _config(epochs=1, precision=precision))[-1].state
     assert task.module.dtypes == {dtype}
     assert all(value.dtype == torch.float32 for value in state["model"].values() if value.is_floating_point())
 
 
-def test_other_ranks_neither_evaluate_nor_keep_state(monkeypatch):
+def test_other_ranks_evaluate_the_weights_of_the_first_and_keep_neither_metrics_nor_state(monkeypatch):
     monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.mul_(2))  # as if rank 0 had the same
+    monkeypatch.setattr("torch.distributed.broadcast", lambda values, source: values.fill_(source))  # and all zeros
     task, snapshots = TinyTask(rank=1, world=2), []
     train(task, _config(epochs=1), Worker(rank=1, world=2), None, snapshots.append)
-    assert task.judged == []
+    assert len(task.judged) == 2
+    assert not any(value.any() for judged in task.judged for value in judged.values())
+    assert not any(value.any() for value in task.module.state_dict().values())
+    assert (task.worker.rank, task.worker.world) == (1, 2)
     assert [snapshot.state for snapshot in snapshots] == [None] * 3
+    assert "score" not in {name for _, metrics in _history(snapshots) for name in metrics}
     assert snapshots[-2].history[-1][1]["samples_seen"] == STEPS * BATCH * 2
 
 
-def test_a_task_may_evaluate_on_every_rank_and_have_a_schedule_of_its_own(monkeypatch):
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.mul_(2))
-
-    class Everywhere(TinyTask):
-        evaluates_everywhere = True
-
+def test_a_task_may_have_a_schedule_of_its_own():
+    class Scheduled(TinyTask):
         def schedule(self, optimizer, config):
             return StepLRScheduler(optimizer, decay_t=3, decay_rate=0.1, t_in_epochs=False)
 
-    task, snapshots = Everywhere(rank=1, world=2), []
-    train(task, _config(epochs=1), Worker(rank=1, world=2), None, snapshots.append)
-    assert len(task.judged) == 2
-    assert (task.worker.rank, task.worker.world) == (1, 2)
-    assert "score" not in {name for _, metrics in _history(snapshots) for name in metrics}
-    rates = [metrics["learning_rate"] for _, metrics in _losses(snapshots)]
+    rates = [metrics["learning_rate"] for _, metrics in _losses(_train(Scheduled(), _config(epochs=1)))]
     assert rates == pytest.approx([0.05] * 3 + [0.005] * 3)
 
 
@@ -710,7 +706,7 @@ def test_the_learning_rate_is_scaled_linearly_from_the_batch_that_it_is_for(caps
 def test_a_snapshot_knows_whether_it_is_the_best(best, expected):
     scores = iter([2.0, 3.0, 1.0, 4.0])
     task = TinyTask()
-    task.evaluate = lambda module: {"score": next(scores)}
+    task.evaluate = lambda averaged, raw: {"score": next(scores)}
     snapshots = _train(task, _config(best_metric="score", best_is=best, checkpoint_steps=4))
     ends = [snapshot for snapshot in snapshots if snapshot.state["position"]["batch"] == 0]
     assert [number for number, snapshot in enumerate(ends) if snapshot.best] == expected
@@ -719,15 +715,11 @@ def test_a_snapshot_knows_whether_it_is_the_best(best, expected):
 
 def test_a_metric_of_the_raw_weights_may_be_the_best_from_the_start_on():
     class Both(TinyTask):
-        same_at_first = {"raw": "score"}  # noqa: RUF012
-
-        def evaluate_raw(self, module):
-            return {"raw": 0.0}
+        def evaluate(self, averaged, raw):
+            return {"raw": 1.0 if raw is None else 0.0}
 
     snapshots = _train(Both(), _config(best_metric="raw"))
-    first, *later = [metrics for _, metrics in snapshots[-1].state["evaluations"]]
-    assert first["raw"] == first["score"] > 0
-    assert {metrics["raw"] for metrics in later} == {0.0}
+    assert [metrics["raw"] for _, metrics in snapshots[-1].state["evaluations"]] == [1, 0, 0, 0]
     assert [snapshot.best for snapshot in snapshots] == [True] + [False] * 6
 
 
@@ -771,10 +763,10 @@ def test_raw_weights_are_judged_beside_the_averaged_ones():
     class Both(TinyTask):
         watched: tuple = ()
 
-        def evaluate_raw(self, module):
-            assert module is self.module
-            assert not module.training
-            return {"raw": 1.0}
+        def evaluate(self, averaged, raw):
+            assert raw is (self.module if self.judged else None)
+            assert not (raw or averaged).training
+            return {**super().evaluate(averaged, raw), **({"raw": 1.0} if raw else {})}
 
         def watch(self, module, evaluations):
             self.watched = (*self.watched, [step for step, _ in evaluations])

@@ -109,10 +109,10 @@ class TinyTask(Task):
         return loss, {"half": loss.detach() / 2}
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        self.judged.append({name: value.clone() for name, value in module.state_dict().items()})
-        assert not module.training
-        return {"score": float(module(torch.ones(2, 3, 8, 8)).abs().mean())}
+    def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
+        self.judged.append({name: value.clone() for name, value in averaged.state_dict().items()})
+        assert not averaged.training
+        return {"score": float(averaged(torch.ones(2, 3, 8, 8)).abs().mean())}
 
     def _write(self, what: str, line: str) -> None:
         if self.folder:

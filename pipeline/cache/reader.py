@@ -357,10 +357,12 @@ class CacheReader:
         return Drawing(View((left, top, right, bottom), bool(flip)), STUDENT_INTERPOLATION, pixels)
 
 
-def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+def scan_images(
+    dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
     """Images and labels without features, in stored order: all of them, or about `limit` in evenly spaced row groups.
 
-    Row groups are rendered ahead of their use.
+    Row groups are rendered ahead of their use. Of `world` ranks each takes every `world`-th, from `rank` on.
     """
     records = _complete(dataset, dataset.images, "images")
     with (
@@ -376,7 +378,7 @@ def scan_images(dataset: Dataset, image_size: int, batch_size: int, limit: int |
             renderer.render(list(zip(table["image"].to_pylist(), drawings, strict=True)))
             return table, torch.from_numpy(pixels)
 
-        for table, images in map_ahead(pool, drawn, _spaced(_units(records), limit), GROUPS_AHEAD):
+        for table, images in map_ahead(pool, drawn, _spaced(_units(records), limit)[rank::world], GROUPS_AHEAD):
             for first in range(0, len(images), batch_size):
                 part = table.slice(first, batch_size)
                 labels = torch.from_numpy(_labels(part).copy())

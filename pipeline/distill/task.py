@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from pipeline.distill.standardise import make_standardisers
 from pipeline.distill.watch import Watch
 from pipeline.evaluate.knn import student_knn
 from pipeline.rendering import decoders
-from pipeline.student.model import Encoder, Student, create_backbone
+from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused
 from pipeline.training import History, Task
 
 
@@ -60,6 +60,7 @@ def build_distiller(job: DistillJob) -> Distiller:
     """Student, heads and frozen statistics, seeded."""
     config = job.config
     student = build_student(config)
+    freeze_unused(student, config.student.input_size)
     method = config.loss.standardise
     standardisers = {teacher.id: make_standardisers(job.train, teacher, method) for teacher in job.teachers}
     tokens = {teacher.id: load_tokens(job.train, teacher) for teacher in job.teachers}
@@ -103,7 +104,7 @@ class DistillTask(Task):
     """
 
     module: Distiller
-    same_at_first: ClassVar[Mapping[str, str]] = {"knn_raw": "knn"}
+    uses_all = True
 
     def __init__(
         self, job: DistillJob, rank: int = 0, world: int = 1, before: str | None = None, watch: Watch | None = None
@@ -160,23 +161,22 @@ class DistillTask(Task):
         progress = (epoch + number / self.steps(epoch)) / self.job.config.train.epochs
         return teacher_weights(self.job.teachers, progress).to(device, non_blocking=True)
 
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """kNN accuracy in percent of labelled held-out images, and how near the teachers the student comes on any."""
-        assert isinstance(module, Distiller)
-        metrics = {"knn": self._knn(module)} if self.job.val else {}
-        if self.held_out:
-            metrics |= nearness(module, self.held_out.batches(), self.held_out.tokens)
+    def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
+        """kNN accuracy in percent of labelled held-out images, of both weights from one pass over the images; and how near the
+        teachers the averaged ones come on any.
+        """
+        assert isinstance(averaged, Distiller)
+        metrics = self._knn([averaged.student.encoder, *([raw.student.encoder] if isinstance(raw, Distiller) else [])])
+        if not self.worker.rank and self.held_out:
+            metrics |= nearness(averaged, self.held_out.batches(), self.held_out.tokens)
         return metrics
 
-    def evaluate_raw(self, module: nn.Module) -> dict[str, float]:
-        """kNN accuracy in percent of the weights that are not averaged."""
-        assert isinstance(module, Distiller)
-        return {"knn_raw": self._knn(module)} if self.job.val else {}
-
-    def _knn(self, module: Distiller) -> float:
+    def _knn(self, encoders: Sequence[nn.Module]) -> dict[str, float]:
         job, config = self.job, self.job.config
-        assert job.val is not None
-        return student_knn(module.student.encoder, job.train, job.val, config.student.input_size, config.knn)
+        if job.val is None:
+            return {}
+        scores = student_knn(encoders, job.train, job.val, config.student.input_size, config.knn, self.worker)
+        return {"knn": scores[0], "knn_raw": scores[-1]}
 
     @cached_property
     def held_out(self) -> HeldOut | None:

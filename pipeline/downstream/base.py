@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.downstream.sampling import Draw
 from pipeline.student.model import Encoder
-from pipeline.training import TrainingBatch
+from pipeline.training import TrainingBatch, Worker
 
 Split = Literal["train", "val"]
 
@@ -37,18 +37,6 @@ class Examples(Protocol):
         Raises:
             UserError: naming the first file that is wrong, and how.
         """
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which of the ranks evaluates: it takes every `world`-th row from `rank` on."""
-
-    rank: int = 0
-    world: int = 1
-
-    def rows(self, count: int) -> range:
-        """This rank's rows."""
-        return range(self.rank, count, self.world)
 
 
 @dataclass(frozen=True)
@@ -117,11 +105,12 @@ class Downstream(ABC):
         """As :meth:`pipeline.training.Task.loss`."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, examples: Any, config: Config, part: Part) -> Report:
+    def evaluate(self, model: nn.Module, examples: Any, config: Config, worker: Worker) -> Report:
         """Evaluate on all ranks together; tables and pictures are filled on rank 0 alone.
 
         Args:
             model: in evaluation mode, on its device, with equal weights on every rank.
+            worker: this rank, which takes its `rows` of the examples.
         """
 
 

@@ -15,12 +15,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from torchvision.transforms import v2
 
 from pipeline.config import Config
-from pipeline.downstream.base import Downstream, Part, Report, Split, device_of, evenly
+from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
 from pipeline.downstream.images import LabelledImages, open_labelled
 from pipeline.downstream.pictures import caption
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder
+from pipeline.training import Worker
 
 
 class LabelledBatch(NamedTuple):
@@ -99,12 +100,12 @@ class Classification(Downstream):
         return F.cross_entropy(logits.float(), batch.targets.to(device, non_blocking=True)), {}
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, examples: LabelledImages, config: Config, part: Part) -> Report:
+    def evaluate(self, model: nn.Module, examples: LabelledImages, config: Config, worker: Worker) -> Report:
         """Top-1, top-5 and mean class accuracy in percent on centre crops."""
         device, count = device_of(model), len(examples.classes)
         confusion = MulticlassConfusionMatrix(count, validate_args=False).to(device)
         fifth = MulticlassAccuracy(count, top_k=min(5, count), average="micro", validate_args=False).to(device)
-        for rows, images in _held_out(examples, config, part.rows(len(examples))):
+        for rows, images in _held_out(examples, config, worker.rows(len(examples))):
             logits = model(images.to(device)).float()
             labels = torch.from_numpy(examples.labels[rows]).to(device)
             confusion.update(logits.argmax(1), labels)
@@ -112,7 +113,7 @@ class Classification(Downstream):
         matrix, top5 = confusion.compute().cpu(), 100 * float(fifth.compute())
         metrics, table = classification_metrics(matrix, examples.classes)
         metrics["top5"] = top5
-        pictures = {} if part.rank else _pictures(model, examples, config)
+        pictures = {} if worker.rank else _pictures(model, examples, config)
         return Report(metrics, table, matrix, pictures)
 
 

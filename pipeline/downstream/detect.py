@@ -15,13 +15,14 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from pipeline.config import Config
-from pipeline.downstream.base import Downstream, Part, Report, Split, device_of, evenly
+from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
 from pipeline.downstream.coco import CocoImages, Objects, SceneObjects, open_objects
 from pipeline.downstream.coco_eval import Kind, average_precision, coco_index
 from pipeline.downstream.mask_rcnn import build_detector
 from pipeline.downstream.pictures import enlarge, palette, scale_of
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.student.model import Encoder
+from pipeline.training import Worker
 
 SHOWN = 0.5
 """Least score of a detection that is drawn."""
@@ -86,22 +87,18 @@ class Detection(Downstream):
         return torch.stack([loss.float() for loss in losses.values()]).sum(), parts
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, examples: Examples, config: Config, part: Part) -> Report:
+    def evaluate(self, model: nn.Module, examples: Examples, config: Config, worker: Worker) -> Report:
         """Box and mask AP in [0, 1], as the COCO API prints them, on rank 0."""
         detector = cast(FasterRCNN, model)
         detector.transform.min_size = (config.detect.sizes[-1],)
         detector.transform.max_size = config.detect.max_size
         found: list[dict[str, Any]] = []
-        rows = part.rows(len(examples))
+        rows = worker.rows(len(examples))
         for row, (image, _) in zip(rows, prepare(examples.read, rows, config.finetune.data_workers), strict=True):
             found += detections(find_objects(detector, image), examples.image_id(row), examples.category_ids)
-        every: list[list[dict[str, Any]] | None] = [found]
-        if part.world > 1:
-            every = [None] * part.world
-            torch.distributed.all_gather_object(every, found)
-        if part.rank:
+        results = worker.together(found)
+        if worker.rank:
             return Report({})
-        results = [detection for each in every for detection in each or ()]
         masks = config.detect.masks and detector.roi_heads.has_mask()
         metrics, table = detection_metrics(examples, results, masks=masks)
         return Report(metrics, table, pictures=_pictures(detector, examples, config))

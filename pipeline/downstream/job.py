@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.downstream.backbone import Start, check_takes, find_start
-from pipeline.downstream.base import Examples, Part, Report
+from pipeline.downstream.base import Examples, Report
 from pipeline.downstream.images import refuse_other_classes
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.saved import SavedModel, find_model, finished_model
@@ -24,7 +24,7 @@ from pipeline.runs import work_folder
 from pipeline.sources import SAMPLES
 from pipeline.sources.locations import absolute
 from pipeline.tracking import Run, log_model_folder, resolve_uri
-from pipeline.training import History, checkpoint_folder, fit, load_state
+from pipeline.training import ALONE, History, checkpoint_folder, fit, load_state
 
 SOFT = "soft-teacher"
 """Folder of a run where workers find the teacher of soft targets."""
@@ -238,7 +238,7 @@ def open_held_out(config: Config, saved: SavedModel) -> Examples:
 def evaluate_model(config: Config, saved: SavedModel, val: Examples, run: Run, folder: Path) -> Report:
     """Evaluate a saved model on held-out images, and log metrics, tables and pictures."""
     model = saved.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    report = saved.kind.evaluate(model, val, config, Part())
+    report = saved.kind.evaluate(model, val, config, ALONE)
     write_report(report, folder / "evaluation", val.classes)
     log_lineage(None, val, run)
     run.log_metric_dict(report.metrics)

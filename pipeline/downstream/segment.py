@@ -13,12 +13,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from pipeline.config import Config
-from pipeline.downstream.base import Downstream, Part, Report, Split, device_of, evenly
+from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
 from pipeline.downstream.masks import IGNORE, MaskedImages, SceneMasks, open_masked
 from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.downstream.semantic_fpn import SemanticFPN
 from pipeline.student.model import Encoder
+from pipeline.training import Worker
 
 MOST_DOMINANT = 0.75
 """Largest share of one class in a training crop, where ten tries find such a crop: as in mmsegmentation's recipes."""
@@ -78,16 +79,16 @@ class Segmentation(Downstream):
         return total / (labels != IGNORE).sum().clamp(min=1), {}
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, examples: Examples, config: Config, part: Part) -> Report:
+    def evaluate(self, model: nn.Module, examples: Examples, config: Config, worker: Worker) -> Report:
         """mIoU, mAcc and aAcc in percent at the images' own sizes."""
         device = device_of(model)
         confusion = MulticlassConfusionMatrix(len(examples.classes), ignore_index=IGNORE, validate_args=False)
         confusion = confusion.to(device)
-        for image, labels in prepare(examples.read, part.rows(len(examples)), config.finetune.data_workers):
+        for image, labels in prepare(examples.read, worker.rows(len(examples)), config.finetune.data_workers):
             confusion.update(predict(model, image.to(device), config), labels[None].to(device).long())
         matrix = confusion.compute().cpu()
         metrics, table = segmentation_metrics(matrix, examples.classes)
-        pictures = {} if part.rank else _pictures(model, examples, config)
+        pictures = {} if worker.rank else _pictures(model, examples, config)
         return Report(metrics, table, matrix, pictures)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, TrainConfig
 from pipeline.downstream.backbone import load_start
-from pipeline.downstream.base import Downstream, Examples, Part
+from pipeline.downstream.base import Downstream, Examples
 from pipeline.downstream.classify import Classification
 from pipeline.downstream.detect import Detection
 from pipeline.downstream.pictures import write_report
@@ -61,13 +61,11 @@ class FinetuneTask(Task):
         soften: changes the targets of a batch on the training device, or None.
     """
 
-    evaluates_everywhere = True
-
     def __init__(
         self, job: FinetuneJob, rank: int = 0, world: int = 1, soften: Callable[[Any, torch.device], Any] | None = None
     ) -> None:
         self.soften = soften
-        self.job, self.kind, self.part = job, job.kind, Part(rank, world)
+        self.job, self.kind = job, job.kind
         config = job.config
         self.seed = config.seed
         train = self.kind.open(config, "train")
@@ -75,7 +73,7 @@ class FinetuneTask(Task):
         self.train: Examples = train
         self.val = self.kind.open(config, "val", train.classes)
         self.module = build_model(job, train.classes)
-        self.sampler = make_sampler(config, train, self.part)
+        self.sampler = make_sampler(config, train, rank, world)
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch."""
@@ -96,17 +94,12 @@ class FinetuneTask(Task):
         """The loss of the downstream task."""
         return self.kind.loss(module, self.soften(batch, device) if self.soften else batch, device)
 
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Metrics on held-out images, where there are any; tables and pictures go to `<run>/evaluation`."""
+    def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
+        """Of the averaged weights on held-out images, where there are any; tables and pictures go to `<run>/evaluation`."""
         if self.val is None:
             return {}
-        part = Part(self.worker.rank, self.worker.world)
-        if part.world > 1:
-            # Each rank averaged its own BatchNorm statistics: all judge rank 0's.
-            for value in module.state_dict().values():
-                torch.distributed.broadcast(value, 0)
-        report = self.kind.evaluate(module, self.val, self.job.config, part)
-        if part.rank == 0:
+        report = self.kind.evaluate(averaged, self.val, self.job.config, self.worker)
+        if self.worker.rank == 0:
             write_report(report, self.job.folder / "evaluation", self.val.classes)
         return report.metrics
 
@@ -116,17 +109,17 @@ def _batch(job: FinetuneJob, train: Examples, sampler: Sampler, number: int) -> 
     return job.kind.batch(train, job.config, draws)
 
 
-def make_sampler(config: Config, train: Examples, part: Part) -> Sampler:
+def make_sampler(config: Config, train: Examples, rank: int, world: int) -> Sampler:
     """The order of the run on one rank."""
     return Sampler(
         len(train),
-        config.train.batch_size // part.world * part.world,
+        config.train.batch_size // world * world,
         config.seed,
         whole_passes=not config.finetune.epoch_steps,
         block=train.block,
         window=config.train.shuffle_window,
-        rank=part.rank,
-        world=part.world,
+        rank=rank,
+        world=world,
     )
 
 

@@ -19,6 +19,7 @@ from pipeline.config import KnnConfig
 from pipeline.errors import UserError
 from pipeline.sources import SAMPLES
 from pipeline.sources.base import odd_class
+from pipeline.training import ALONE, Worker
 
 QUERY_CHUNK, BANK_CHUNK = 1024, 65_536
 """Queries and bank vectors that are compared at once."""
@@ -149,27 +150,42 @@ def check_splits(train: Dataset, val: Dataset) -> None:
 
 @torch.inference_mode()
 def embed(
-    encoder: nn.Module, dataset: Dataset, image_size: int, batch_size: int, limit: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Vectors [N, C] float32 and labels [N] of a dataset.
+    encoders: Sequence[nn.Module],
+    dataset: Dataset,
+    image_size: int,
+    batch_size: int,
+    limit: int | None = None,
+    worker: Worker = ALONE,
+) -> tuple[list[Tensor], Tensor]:
+    """Vectors [N, C] float32 of each encoder, and labels [N] of a dataset, from one pass over its images.
 
     Args:
-        encoder: [B, 3, H, W] float32 RGB in [0, 1] -> [B, C]; in evaluation mode.
+        encoders: [B, 3, H, W] float32 RGB in [0, 1] -> [B, C]; in evaluation mode, on one device.
         limit: about how many images, evenly spaced; None: all.
+        worker: with whose other ranks the images are shared; each gets the vectors of all.
     """
-    device = next(iter(encoder.state_dict().values())).device
-    features, labels = [], []
-    for batch in scan_images(dataset, image_size, batch_size, limit):
-        features.append(encoder(batch.images.to(device).float() / 255).float())
-        labels.append(batch.labels.to(device))
-    return torch.cat(features), torch.cat(labels)
+    device = next(iter(encoders[0].state_dict().values())).device
+    found = []
+    for batch in scan_images(dataset, image_size, batch_size, limit, worker.rank, worker.world):
+        images = batch.images.to(device).float() / 255
+        found.append((batch.labels, *(encoder(images).float().cpu() for encoder in encoders)))
+    labels, *features = (torch.cat(parts).to(device) for parts in zip(*worker.together(found), strict=True))
+    return features, labels
 
 
-def student_knn(encoder: nn.Module, train: Dataset, val: Dataset, image_size: int, config: KnnConfig) -> float:
-    """kNN accuracy in percent of an encoder on held-out images, with (a subset of) the training images as the bank."""
-    bank = embed(encoder, train, image_size, config.batch_size, config.bank)
-    queries = embed(encoder, val, image_size, config.batch_size)
-    return knn_accuracy(*bank, *queries, config.k, config.temperature)
+def student_knn(
+    encoders: Sequence[nn.Module],
+    train: Dataset,
+    val: Dataset,
+    image_size: int,
+    config: KnnConfig,
+    worker: Worker = ALONE,
+) -> list[float]:
+    """kNN accuracy in percent of each encoder on held-out images, with (a subset of) the training images as the bank."""
+    banks, known = embed(encoders, train, image_size, config.batch_size, config.bank, worker)
+    queries, labels = embed(encoders, val, image_size, config.batch_size, worker=worker)
+    pairs = zip(banks, queries, strict=True)
+    return [knn_accuracy(bank, known, wanted, labels, config.k, config.temperature) for bank, wanted in pairs]
 
 
 def teacher_knn(teacher: CachedTeacher, train: Dataset, val: Dataset, config: KnnConfig) -> float:

@@ -136,6 +136,16 @@ class Student(nn.Module):
         return StudentOutput(maps[-1].mean(dim=(2, 3)), self.neck(maps[: len(self.levels)]))
 
 
+def freeze_unused(student: Student, image_size: int) -> None:
+    """Train nothing that neither summary nor tokens depend on, like the norm of a classifier that is not there."""
+    weights, training = [weight for weight in student.parameters() if weight.requires_grad], student.training
+    output = student.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+    gradients = torch.autograd.grad(output.summary.sum() + output.tokens.sum(), weights, allow_unused=True)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.requires_grad_(gradient is not None)
+    student.train(training)
+
+
 def level_of(strides: Sequence[int], stride: int) -> int:
     """The deepest level of at most this stride, or else of the finest that there is."""
     within = [level for level, own in enumerate(strides) if own <= max(stride, strides[0])]

@@ -18,9 +18,10 @@ from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.ray_train import count_shares, fit
 from pipeline.training.task import History, Task, TrainingBatch, check_best_metric, split_batch
-from pipeline.training.worker import STOP, StoppedError, Worker
+from pipeline.training.worker import ALONE, STOP, StoppedError, Worker
 
 __all__ = [
+    "ALONE",
     "STATE_FILE",
     "STOP",
     "DivergedError",

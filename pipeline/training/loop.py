@@ -118,12 +118,11 @@ class _Loop:
             self.on_commit(Snapshot(self.position.name, None, self.history))
 
     def evaluate(self) -> None:
-        if self.worker.rank and not self.task.evaluates_everywhere:
-            return
         averaged, step = self.stepper.average.module, self.position.step
-        metrics = self.task.evaluate(averaged)
-        raw = self.task.evaluate_raw(self.stepper.module.eval()) if step else self._same_at_first(metrics)
-        metrics = {**metrics, **raw}
+        raw = self.stepper.module.eval() if step else None
+        for module in (averaged, raw) if raw else (averaged,):
+            self.worker.agree(module)
+        metrics = self.task.evaluate(averaged, raw)
         if self.worker.rank:
             return
         self.best = self._is_best(metrics)
@@ -135,9 +134,6 @@ class _Loop:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in chief.items())
             print(f"evaluated at step {step}  {shown}", flush=True)
         self.task.watch(averaged, self.evaluations)
-
-    def _same_at_first(self, metrics: dict[str, float]) -> dict[str, float]:
-        return {raw: metrics[name] for raw, name in self.task.same_at_first.items() if name in metrics}
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         name = self.config.best_metric

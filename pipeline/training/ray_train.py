@@ -229,8 +229,13 @@ def _make_worker(shares: int) -> Worker:
     from ray.train.torch import get_device, prepare_model
 
     context = ray.train.get_context()
-    # A timm backbone keeps layers for a classifier that is not there; without this DDP refuses the second step.
-    wrap = partial(prepare_model, parallel_strategy_kwargs={"find_unused_parameters": True})
+
+    def wrap(module: torch.nn.Module, uses_all: bool) -> torch.nn.Module:
+        wrapped: torch.nn.Module = prepare_model(
+            module, parallel_strategy_kwargs={"find_unused_parameters": not uses_all}
+        )
+        return wrapped
+
     alone = Worker(context.get_world_rank(), context.get_world_size(), get_device())
     stop = StopFile(*_place(STOP_FILE))
 

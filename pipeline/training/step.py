@@ -57,7 +57,7 @@ class Stepper:
         self.average = Average(module, config.ema_decay)
         if config.compile:
             module.compile()
-        self.wrapped = worker.wrap(module)
+        self.wrapped = worker.wrap(module, task.uses_all)
         groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=not_decayed(module))
         self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=True)
         self.dtype = arithmetic(config, device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
-from pipeline.training.worker import Worker
+from pipeline.training.worker import ALONE, Worker
 
 History = list[tuple[int, dict[str, float]]]
 """(step, metrics) in order."""
@@ -35,17 +35,15 @@ class Task(ABC):
         module: whose forward gives the loss of a batch; on the CPU until the engine moves it.
         seed: of what a forward draws (dropout and the like): torch's generators are seeded with (seed, step, share)
             before it, so that a resumed run draws what it would have drawn.
-        evaluates_everywhere: whether every rank is called to evaluate, and not rank 0 alone; rank 0's metrics count.
-        same_at_first: metrics of `evaluate_raw` by name, and those of `evaluate` that they equal before the first step, when
-            there is nothing to average yet.
+        uses_all: whether every loss depends on all parameters that are trained: workers then wait for each other's gradients
+            without looking, in each step, for those that will not come.
         worker: this process among the workers, set by the engine; there may be fewer of them than shares.
     """
 
     module: nn.Module
     seed: int = 0
-    evaluates_everywhere: ClassVar[bool] = False
-    same_at_first: ClassVar[Mapping[str, str]] = {}
-    worker: Worker = Worker()
+    uses_all: ClassVar[bool] = False
+    worker: Worker = ALONE
 
     @abstractmethod
     def steps(self, epoch: int) -> int:
@@ -63,15 +61,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Metrics of a module on held-out data; called on rank 0 with the EMA weights, on the training device."""
+    def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
+        """Metrics on held-out data, which all ranks may compute together (`worker`); those that rank 0 gives count.
 
-    def evaluate_raw(self, module: nn.Module) -> dict[str, float]:
-        """Metrics of the weights that are not averaged, named unlike those of :meth:`evaluate`; by default none.
-
-        Called after the first step; before it, see `same_at_first`.
+        Args:
+            averaged, raw: the module with the EMA weights and with those of the last step, in evaluation mode, on the training
+                device, with equal weights on every rank; before the first step there is nothing to average, and no `raw`.
         """
-        return {}
 
     def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
         """A learning rate by step of the task's own; None: linear warm-up, then a cosine."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Item = TypeVar("Item")
 
 STOP = "stop"
 """The notice after which training saves and ends; any other is followed by saving alone."""
@@ -35,7 +37,7 @@ class Worker:
     Attributes:
         rank, world: of this process.
         device: where it computes.
-        wrap: makes a module compute with those of the other workers.
+        wrap: makes a module compute with those of the other workers; told whether each loss depends on all its parameters.
         shares: of the global batch, at least `world`; 0: one each.
         notice: why training should save now, `STOP` why it should end, or None; called on all ranks alike.
         dump: writes a file of this name with this content beside the checkpoints, and returns where it lies.
@@ -44,7 +46,7 @@ class Worker:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    wrap: Callable[[nn.Module, bool], nn.Module] = lambda module, _: module
     shares: int = 0
     notice: Callable[[], str | None] = lambda: None
     dump: Callable[[str, dict[str, Any]], str | None] = _nothing
@@ -74,6 +76,10 @@ class Worker:
         own = len(self.own_shares)
         return [forwards // own + (number < forwards % own) for number in range(own)]
 
+    def rows(self, count: int) -> range:
+        """Of `count` rows that all ranks evaluate between them, this one's: every `world`-th."""
+        return range(self.rank, count, self.world)
+
     def total(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all ranks."""
         if self.world > 1:
@@ -87,7 +93,22 @@ class Worker:
 
     def earliest(self, found: tuple[int, str, list[str]] | None) -> tuple[int, str, list[str]]:
         """What was found at the lowest step on any rank, on all of them; one at least has found something."""
-        every: list[tuple[int, str, list[str]] | None] = [found] * self.world
+        return min(item for item in self.together([found]) if item)
+
+    def together(self, items: list[Item]) -> list[Item]:
+        """The items of all ranks, on all of them, in the order of the ranks; tensors among them are on the CPU."""
+        if self.world == 1:
+            return items
+        every: list[list[Item]] = [[]] * self.world
+        torch.distributed.all_gather_object(every, items)
+        return [item for some in every for item in some]
+
+    def agree(self, module: nn.Module) -> None:
+        """Give all ranks rank 0's parameters and buffers: without SyncBN each has BatchNorm statistics of its own."""
         if self.world > 1:
-            torch.distributed.all_gather_object(every, found)
-        return min(item for item in every if item)
+            for value in module.state_dict().values():
+                torch.distributed.broadcast(value, 0)
+
+
+ALONE = Worker()
+"""The only one, on the CPU."""

@@ -194,6 +194,16 @@ def test_scan_gives_images_and_labels_in_stored_order(filled):
     assert [int(label) for label in batches[0].labels] == [int(key[5]) for key in batches[0].keys]
 
 
+@pytest.mark.parametrize("limit", [None, 64])
+def test_ranks_scan_every_row_group_between_them(filled, limit):
+    whole = [key for batch in scan_images(filled.train, 16, 50, limit) for key in batch.keys]
+    parts = [
+        [key for batch in scan_images(filled.train, 16, 50, limit, rank, 2) for key in batch.keys] for rank in (0, 1)
+    ]
+    assert sorted(parts[0] + parts[1]) == sorted(whole)
+    assert bool(parts[1]) == (limit is None)  # one row group leaves nothing for the second
+
+
 def test_summaries_line_up_with_the_scanned_images(filled):
     teacher = filled.plan.teachers[0]
     for limit in (None, 64):

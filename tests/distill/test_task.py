@@ -139,24 +139,25 @@ def test_evaluation_is_knn_of_the_given_weights_and_nearness_to_the_teachers(job
     judge, scores = tasks[0], []
     for task in tasks:
         module = task.module.eval()
-        expected = student_knn(module.student.encoder, judge.job.train, judge.job.val, 32, judge.job.config.knn)
-        metrics = judge.evaluate(module)
-        assert metrics["knn"] == expected == judge.evaluate_raw(module)["knn_raw"]
-        assert metrics == {"knn": expected, **nearness(module, judge.held_out.batches(), judge.held_out.tokens)}
-        scores.append(expected)
-    assert scores[0] != scores[1]
+        [expected] = student_knn([module.student.encoder], judge.job.train, judge.job.val, 32, judge.job.config.knn)
+        near = nearness(module, judge.held_out.batches(), judge.held_out.tokens)
+        assert judge.evaluate(module, None) == {"knn": expected, "knn_raw": expected, **near}
+        scores.append((expected, near))
+    (first, near), (second, _) = scores
+    assert first != second
+    averaged, raw = (task.module for task in tasks)
+    assert judge.evaluate(averaged, raw) == {"knn": first, "knn_raw": second, **near}
 
 
 def test_without_held_out_images_there_is_nothing_to_evaluate(job):
     task = DistillTask(dataclasses.replace(job(), val=None, held_out=None))
-    assert task.evaluate(task.module) == task.evaluate_raw(task.module) == {}
+    assert task.evaluate(task.module, task.module) == {}
 
 
 def test_held_out_images_without_labels_are_compared_with_the_teachers_alone(job):
     task = DistillTask(dataclasses.replace(job(), val=None))
-    metrics = task.evaluate(task.module.eval())
+    metrics = task.evaluate(task.module.eval(), task.module)
     assert {name.split("/")[0] for name in metrics} == {"val_cosine", "val_loss"}
-    assert task.evaluate_raw(task.module) == {}
 
 
 def test_there_is_no_knn_where_labels_are_missing(job, monkeypatch, caplog):

@@ -115,5 +115,5 @@ def test_without_labels_or_held_out_images_there_are_figures_too(job, tmp_path):
     for number, changes in enumerate(({"val": None}, {"val": None, "held_out": None})):
         task = DistillTask(dataclasses.replace(job, **changes), watch=Watch(str(tmp_path / str(number))))
         module = task.module.eval()
-        task.watch(module, [(0, task.evaluate(module))])
+        task.watch(module, [(0, task.evaluate(module, None))])
         assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == ["curves.png", "features.png"]

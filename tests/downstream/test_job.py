@@ -6,11 +6,11 @@ import pytest
 
 from jobs import evaluate
 from pipeline.config import load_config
-from pipeline.downstream.base import Part
 from pipeline.downstream.job import as_saved, open_held_out, open_model, plan_finetune
 from pipeline.downstream.saved import finished_model
 from pipeline.downstream.task import FinetuneTask
 from pipeline.errors import UserError
+from pipeline.training import ALONE
 from tests.downstream.conftest import SMALL
 from tests.downstream.drawings import locations
 
@@ -58,7 +58,7 @@ def test_a_detector_without_masks_is_evaluated_on_boxes(save, drawings, given):
     saved = open_model(config, "detect")
     config = as_saved(config, saved, [item.partition("=")[0] for item in given])
     assert (config.detect.masks, config.detect.sizes) == (bool(given), [48])
-    metrics = saved.kind.evaluate(saved.model, open_held_out(config, saved), config, Part()).metrics
+    metrics = saved.kind.evaluate(saved.model, open_held_out(config, saved), config, ALONE).metrics
     assert {name.partition("/")[0] for name in metrics} == {"box"}
 
 

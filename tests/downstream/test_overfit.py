@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from pipeline.downstream.base import Part
 from pipeline.downstream.saved import finished_model, load_model
 from pipeline.downstream.task import FinetuneTask
-from pipeline.training import Worker, train
+from pipeline.training import ALONE, train
 
 OVERFIT = ["train.batch_size=8", "train.warmup_epochs=2", "train.ema_decay=0", "train.weight_decay=0"]
 PLAIN = ["classify.augment=null", "classify.min_area=1", "classify.mixup=0", "classify.cutmix=0", "classify.erase=0"]
@@ -18,7 +17,7 @@ CASES = {
 
 
 class _Unjudged(FinetuneTask):
-    def evaluate(self, module):
+    def evaluate(self, averaged, raw):
         return {}
 
 
@@ -28,11 +27,11 @@ def test_eight_images_are_learned_by_heart(name, make_job, tmp_path):
     job = make_job(name, *OVERFIT, *overrides)
     task = _Unjudged(job)
     snapshots = []
-    train(task, job.config.train, Worker(), None, snapshots.append)
+    train(task, job.config.train, ALONE, None, snapshots.append)
     task.module.load_state_dict(snapshots[-1].state["ema"])
     finished_model(task.module, job, task.train.classes).save(tmp_path / "model")
     saved = load_model(tmp_path / "model")
-    report = saved.kind.evaluate(saved.model, task.val, job.config, Part())
+    report = saved.kind.evaluate(saved.model, task.val, job.config, ALONE)
     assert {metric: report.metrics[metric] >= least for metric, least in expected.items()} == dict.fromkeys(
         expected, True
     ), report.metrics

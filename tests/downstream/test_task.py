@@ -13,7 +13,6 @@ from torchvision import tv_tensors
 
 from pipeline.config import load_config
 from pipeline.downstream.backbone import FrozenEncoder, find_start, load_start
-from pipeline.downstream.base import Part
 from pipeline.downstream.classify import training_transform
 from pipeline.downstream.sampling import Sampler, prepare, seeded
 from pipeline.downstream.saved import load_model
@@ -219,7 +218,7 @@ def test_anchors_and_proposals_stay_in_float32_under_autocast(make_job):
 def test_evaluation_writes_tables_and_pictures(make_job):
     job = make_job("segment")
     task = FinetuneTask(job)
-    metrics = task.evaluate(task.module.eval())
+    metrics = task.evaluate(task.module.eval(), None)
     assert set(metrics) == {"miou", "macc", "aacc"}
     written = {str(path.relative_to(job.folder)) for path in (job.folder / "evaluation").rglob("*.*")}
     pictures = {"evaluation/pictures/00-drawing0.png", "evaluation/pictures/01-drawing4.png"}
@@ -227,7 +226,7 @@ def test_evaluation_writes_tables_and_pictures(make_job):
 
 
 def test_two_ranks_evaluate_all_images_between_them():
-    assert sorted([*Part(0, 2).rows(7), *Part(1, 2).rows(7)]) == list(range(7))
+    assert sorted([*Worker(0, 2).rows(7), *Worker(1, 2).rows(7)]) == list(range(7))
 
 
 def test_windows_cover_the_image_and_agree_with_the_whole_on_a_pointwise_model():

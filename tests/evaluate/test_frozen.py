@@ -1,6 +1,8 @@
 """The features of a frozen backbone through the cache are those that it gives directly."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from pipeline.evaluate.job import compute_features, plan_frozen
 from pipeline.evaluate.knn import embed, student_knn
 from pipeline.evaluate.knn_search import Placement, search_knn
 from pipeline.student.loading import load_any
+from pipeline.training import Worker
 from teachers.base import TeacherError, TeacherOptions
 from tests.fakes import without_ray
 
@@ -40,11 +43,36 @@ def test_vectors_in_the_cache_are_those_of_the_encoder(computed):
     config, plan = computed("views.crops=2")
     for dataset in (plan.train, plan.val):
         features, labels = read_summaries(dataset, plan.encoder)
-        expected, expected_labels = embed(encoder_of(), dataset, 32, 64)
+        [expected], expected_labels = embed([encoder_of()], dataset, 32, 64)
         assert torch.allclose(features, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(labels, expected_labels)
     found = search_knn(plan.train, plan.val, plan.encoder, [5, 20], 0.07, Placement(0))
-    assert found[20] == student_knn(encoder_of(), plan.train, plan.val, 32, config.knn)
+    assert [found[20]] == student_knn([encoder_of()], plan.train, plan.val, 32, config.knn)
+
+
+@pytest.mark.parametrize("limit", [None, 64])
+def test_ranks_embed_a_part_each_and_have_the_vectors_of_all(computed, monkeypatch, limit):
+    _, plan = computed()
+    encoders = [encoder_of(seed) for seed in (3, 4)]
+    whole, labels = embed(encoders, plan.train, 32, 64, limit)
+    met, said = threading.Barrier(2), []
+
+    def meet(every, items):
+        said.append(items)
+        met.wait()
+        every[:] = said
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", meet)
+    with ThreadPoolExecutor() as ranks:
+        (found, found_labels), (same, _) = ranks.map(
+            lambda rank: embed(encoders, plan.train, 32, 64, limit, Worker(rank, 2)), range(2)
+        )
+    assert all(map(torch.equal, found, same))
+    assert not torch.allclose(*whole)
+    for vectors, expected in zip([*found, found_labels], [*whole, labels], strict=True):
+        assert torch.allclose(
+            torch.sort(vectors.double().flatten()).values, torch.sort(expected.double().flatten()).values
+        )
 
 
 @pytest.mark.usefixtures("ray_session")

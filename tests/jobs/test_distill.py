@@ -192,6 +192,7 @@ def test_a_second_student_runs_no_teacher(first, job):
         *first.arguments,
         *first.teachers,
         "train.epochs=1",
+        "train.workers=2",  # that wait for the gradients of all layers that are trained
         "student.name=timm/mobilenetv4_conv_small_035",
     )
     assert "0 shards computed" in text
@@ -208,3 +209,12 @@ def test_an_added_teacher_is_computed_alone(first, job):
     assert third["shards_computed"] == 4
     assert images_seen(first.folder / "one") == seen
     assert images_seen(first.folder / "two") == 192
+
+
+@pytest.mark.slow
+def test_two_workers_judge_as_one_does(first, job):
+    text, figures = job(
+        distill.main, *first.arguments, *first.teachers, "name=shared", "train.workers=2", "train.epochs=1"
+    )
+    assert "0 shards computed" in text
+    assert figures["knn_before"] == first.figures["knn_before"]

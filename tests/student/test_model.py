@@ -11,7 +11,7 @@ from pipeline.distill.job import export_student
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError
 from pipeline.student.heads import distillation_head
-from pipeline.student.model import Encoder, Student, create_backbone, load_encoder
+from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused, load_encoder
 from pipeline.student.neck import FuseNeck
 
 TINY_VIT = ("timm/test_vit", {"img_size": 32, "patch_size": 16})
@@ -36,12 +36,17 @@ def _pixels(count=2, size=32):
 def test_any_backbone_is_a_summary_and_a_grid_of_tokens(name, args, dim, size, grid):
     encoder = Encoder(create_backbone(name, args))
     student = Student(encoder, token_dim=12)
+    freeze_unused(student, size)
+    assert student.training
     output = student(_pixels(size=size))
     assert encoder.dim == dim
     assert output.summary.shape == (2, dim)
     assert output.tokens.shape == (2, 12, *grid)
     (output.summary.sum() + output.tokens.square().sum()).backward()
     assert all(parameter.grad is not None for parameter in student.neck.parameters())
+    idle = {key for key, parameter in student.named_parameters() if parameter.grad is None}
+    assert idle == {key for key, parameter in student.named_parameters() if not parameter.requires_grad}
+    assert bool(idle) == {"regla_t": False, "timm/test_vit": True}.get(name, bool(idle))
 
 
 def test_tokens_come_from_stride_16_and_the_summary_from_the_last_map():
