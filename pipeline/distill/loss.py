@@ -85,6 +85,33 @@ SAME = 0.9999
 """Cosine from which two of a teacher's summaries are of one view of an image, stored alike."""
 
 
+class _Relation(Function):
+    """:func:`relation`, with a backward in half of the kernels that autograd would launch."""
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, target: Tensor, past: Tensor, known: Tensor, temperature: float) -> Tensor:
+        vectors = torch.cat([predicted, target])
+        norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12)
+        units = vectors.div_(norms)
+        cosines = (units @ past.T).unflatten(0, (2, len(target)))
+        left_out = cosines[1].ge(SAME).logical_or_(~known)
+        student, teacher = cosines.div_(temperature).masked_fill_(left_out, -1e4).log_softmax(dim=-1)
+        likeness = teacher.exp()
+        ctx.temperature = temperature
+        ctx.save_for_backward(units[: len(target)], norms[: len(target)], past, likeness, student)
+        return (likeness * (teacher - student)).sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """To the logits, the difference of both likenesses; to a vector, what is across its direction."""
+        unit, norm, past, likeness, student = ctx.saved_tensors
+        scale = gradient.unsqueeze(-1) / (norm * ctx.temperature)
+        towards = (student.exp() - likeness) @ past * scale
+        along = (towards * unit).sum(dim=-1, keepdim=True)
+        return torch.addcmul(towards, along, unit, value=-1), None, None, None, None
+
+
 @_in_float32
 def relation(predicted: Tensor, target: Tensor, past: Tensor, known: Tensor, temperature: float) -> Tensor:
     """KL divergence from the student's likeness to past summaries to the teacher's, in nats.
@@ -103,10 +130,8 @@ def relation(predicted: Tensor, target: Tensor, past: Tensor, known: Tensor, tem
     Returns:
         [B] float32.
     """
-    cosines = [F.normalize(vectors, dim=-1) @ past.float().T for vectors in (predicted, target)]
-    left_out = ~known | (cosines[1] >= SAME)
-    student, teacher = ((values / temperature).masked_fill(left_out, -1e4) for values in cosines)
-    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(dim=-1)
+    divergences: Tensor = _Relation.apply(predicted, target, past.float(), known, temperature)
+    return divergences
 
 
 LOSSES: dict[str, VectorLoss] = {"cosine": cosine, "smooth_l1": smooth_l1, "mse": mse}
