@@ -74,6 +74,8 @@ ARMS: dict[str, Arm] = {
     "all": lambda config: config,
     "drop": changed(loss={"drop": 0.5}),
     "phi_s": changed(loss={"standardise": "phi_s"}),
+    "no-relation": changed(loss={"summary": {"cosine": 1.0}}),
+    "relation-0.5": changed(loss={"summary": {"cosine": 1.0, "relation": 0.5}}),
     "crops-1": crops(1),
     "crops-2": crops(2),
     "int8": changed(cache={"codec": "int8"}),
@@ -84,6 +86,7 @@ ARMS: dict[str, Arm] = {
     "patches-all": changed(loss={"max_patches": None}),
     "heads-256": changed(student={"head_dim": 256}),
     "heads-1024": changed(student={"head_dim": 1024}),
+    **{name: changed(student={"name": name}) for name in ("regla_s", "regla_m", "regla_l")},
 }
 
 
