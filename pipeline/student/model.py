@@ -136,6 +136,7 @@ class Student(nn.Module):
         return StudentOutput(maps[-1].mean(dim=(2, 3)), self.neck(maps[: len(self.levels)]))
 
 
+@torch.enable_grad()
 def freeze_unused(student: Student, image_size: int) -> None:
     """Train nothing that neither summary nor tokens depend on, like the norm of a classifier that is not there."""
     weights, training = [weight for weight in student.parameters() if weight.requires_grad], student.training
