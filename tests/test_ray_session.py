@@ -162,22 +162,17 @@ def test_all_servers_of_an_embedded_session_listen_on_loopback_alone():
     import ray
 
     assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
-    own = {os.getpid(), *descendants(os.getpid())}
-    listening = [address for pid in own for address in _listening(pid)]
+    listening = _listening({os.getpid(), *descendants(os.getpid())})
     assert len(listening) > 3
     assert all(address.is_loopback for address in listening), listening
 
 
-def _listening(pid):
-    """Addresses on which a process accepts connections."""
-    try:
-        files = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
-    except OSError:
-        return []  # it has ended
-    sockets = {name[8:-1] for name in files if name.startswith("socket:[")}
+def _listening(pids):
+    """Addresses on which these processes of this network namespace accept connections."""
+    sockets = {inode for pid in pids for inode in _sockets(pid)}
     found = []
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]
             if state == "0A" and inode in sockets:
                 words = bytes.fromhex(local.partition(":")[0])
@@ -185,3 +180,12 @@ def _listening(pid):
                 address = ipaddress.ip_address(data)
                 found.append(getattr(address, "ipv4_mapped", None) or address)
     return found
+
+
+def _sockets(pid):
+    """Inodes of a process's sockets."""
+    try:
+        files = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return []  # it has ended
+    return [name[8:-1] for name in files if name.startswith("socket:[")]
