@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class TinyNet(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(4) if batch_norm else nn.GroupNorm(2, 4)
         self.drop = nn.Dropout(dropout)
         self.out = nn.Linear(4, 2)
+        self.past: Tensor
+        self.register_buffer("past", torch.zeros(2))
         self.unused = nn.Linear(2, 2)  # as in timm's backbones, whose last layers serve their classifier alone
         self.dtypes: set[torch.dtype] = set()
 
@@ -107,6 +109,11 @@ class TinyTask(Task):
         self._write("weights", _parameter_digest(self.module))
         loss = F.mse_loss(module(batch.pixels).float(), batch.target)
         return loss, {"half": loss.detach() / 2}
+
+    def after_step(self, batches: Sequence[TinyBatch]) -> None:
+        """A sum to which every image contributes by its place in the global batch."""
+        targets = self.worker.of_all_shares([batch.target for batch in batches])
+        self.module.past.mul_(0.5).add_(torch.arange(1.0, 1 + len(targets)) @ targets)
 
     @torch.no_grad()
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:

@@ -114,8 +114,12 @@ class TeacherTarget(nn.Module):
             past = self.queue.past()
             for name in self.relations:
                 parts[name] = RELATIONS[name](predicted["summary"], target["summary"], *past, self.loss.temperature)
-            self.queue.push(target["summary"])
         return parts
+
+    def remember(self, rows: Tensor) -> None:
+        """Take into the queue what the teacher said in a step: summaries [B, row_bytes] uint8 as stored, on the device."""
+        assert self.queue is not None
+        self.queue.push(self._target("summary", rows, None, None))
 
     def _turn(self, step: Tensor) -> Tensor:
         # Of an index without dimensions, `self.turns[...]` reads the number, for which the processor waits for the device.
@@ -175,6 +179,10 @@ class Distiller(nn.Module):
                 rows.append((part in RELATIONS, f"{self.labels[target.teacher.id]}/{part}", table))
         rows.sort(key=itemgetter(0))
         return [name for _, name, _ in rows], torch.stack([table for *_, table in rows])
+
+    def remembering(self) -> list[TeacherTarget]:
+        """The targets that have a queue."""
+        return [target for target in self.targets if isinstance(target, TeacherTarget) and target.queue is not None]
 
     def forward(
         self,

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 class SummaryQueue(nn.Module):
     """The latest `size` summaries, as unit vectors; part of the state, so that a resumed run goes on alike.
 
-    With several workers it is the queue of the first one, which DDP hands to all with its other buffers.
-
     Args:
         size: summaries that are kept.
         dim: channels of a summary.
@@ -26,8 +24,8 @@ class SummaryQueue(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
     def past(self) -> tuple[Tensor, Tensor]:
-        """The summaries [Q, D], and which places are filled [Q]; a copy, that later pushes leave as it is."""
-        return self.rows.clone(), torch.arange(len(self.rows), device=self.rows.device) < self.count
+        """The summaries [Q, D], and which places are filled [Q]; a push changes them in place."""
+        return self.rows, torch.arange(len(self.rows), device=self.rows.device) < self.count
 
     @torch.no_grad()
     def push(self, summaries: Tensor) -> None:

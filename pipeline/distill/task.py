@@ -145,6 +145,12 @@ class DistillTask(Task):
         result: tuple[Tensor, dict[str, Tensor]] = module(images, batch.features, weights, draws, step)
         return result
 
+    def after_step(self, batches: Sequence[Batch]) -> None:
+        """Remember the summaries of the global batch, on all ranks alike, where a loss compares with past ones."""
+        for target in self.module.remembering():
+            own = [batch.features[target.teacher.id]["summary"] for batch in batches]
+            target.remember(self.worker.of_all_shares(own))
+
     def _draws(self, count: int, device: torch.device) -> Tensor | None:
         if not self.job.config.loss.drop:
             return None

@@ -29,6 +29,7 @@ from pipeline.ray_session import cpus_each
 from pipeline.training.checkpoint import STATE_FILE, Snapshot, best_beside, copied, drop_beaten, load_state, open_folder
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
+from pipeline.training.step import synchronised
 from pipeline.training.stopping import STOP_FILE, StopFile, on_sigterm
 from pipeline.training.task import History, Task
 from pipeline.training.worker import STOP, StoppedError, Worker
@@ -231,9 +232,9 @@ def _make_worker(shares: int) -> Worker:
     context = ray.train.get_context()
 
     def wrap(module: torch.nn.Module, uses_all: bool) -> torch.nn.Module:
-        wrapped: torch.nn.Module = prepare_model(
-            module, parallel_strategy_kwargs={"find_unused_parameters": not uses_all}
-        )
+        # With SyncBN all ranks come to the same buffers by themselves.
+        options = {"find_unused_parameters": not uses_all, "broadcast_buffers": not synchronised(alone)}
+        wrapped: torch.nn.Module = prepare_model(module, parallel_strategy_kwargs=options)
         return wrapped
 
     alone = Worker(context.get_world_rank(), context.get_world_size(), get_device())

@@ -120,6 +120,7 @@ class Stepper:
             # Where the scaler skips a step, on the device, this takes in the weights from before once more.
             self.average.update(step + 1)
         self.scaler.update()
+        self.task.after_step(batches)
         return {**parts, "grad_norm": norm.detach()}
 
     def _accumulate(self, batches: Sequence[TrainingBatch], step: int, clock: Stopwatch) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
@@ -58,6 +58,13 @@ class Task(ABC):
         """Total loss of a batch on the device, and its parts by name, detached; called under autocast.
 
         Both are means over the images of the batch: that is how the engine weighs pieces of a larger one.
+        """
+
+    def after_step(self, batches: Sequence[Any]) -> None:  # noqa: B027  optional
+        """What is kept of a step for those that follow, on every rank once it is done; by default nothing.
+
+        Args:
+            batches: of the own shares, on the device.
         """
 
     @abstractmethod

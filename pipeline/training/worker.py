@@ -9,7 +9,7 @@ epoch sees every image that it would have seen, once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -86,6 +86,19 @@ class Worker:
             values = values.to(self.device)
             torch.distributed.all_reduce(values)
         return values.cpu()
+
+    def of_all_shares(self, own: Sequence[Tensor]) -> Tensor:
+        """[shares * B, ...] on every rank: tensors [B, ...] of all shares of the global batch, in their order.
+
+        Args:
+            own: those of the own shares, of equal shapes on every rank, on the device.
+        """
+        if self.world == 1:
+            return torch.cat(list(own))
+        every = own[0].new_zeros(self.all_shares, *own[0].shape)
+        every[self.rank :: self.world] = torch.stack(list(own))
+        torch.distributed.all_reduce(every)
+        return every.flatten(0, 1)
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, so that all of them stop together."""

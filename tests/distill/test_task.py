@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline.cache import reader
 from pipeline.cache.build import teacher_stats
@@ -189,6 +190,27 @@ def test_a_step_is_known_by_its_number_over_all_epochs(job):
     for place in [*((0, number) for number in range(steps)), (1, 0), (1, 1)]:
         task.loss(task.module.train(), dataclasses.replace(batch, place=place), torch.device("cpu"))
     assert [int(turn) for turn in seen] == list(range(steps + 2))
+
+
+@pytest.mark.parametrize("micro_batch", [8, 3])
+def test_all_shares_and_pieces_of_a_step_are_compared_with_the_steps_before(job, micro_batch):
+    changes = ["train.epochs=1", f"train.micro_batch={micro_batch}", "loss={summary: {relation: 1}, queue: 64}"]
+    given = job(*changes)
+    tasks = [DistillTask(given, share, 2) for share in (0, 1)]
+    target, *_ = tasks[0].module.remembering()
+    shares = [list(task.batches(0, 0)) for task in tasks]
+    rows = [batch.features[target.teacher.id]["summary"] for step in zip(*shares, strict=True) for batch in step]
+    summaries = F.normalize(torch.cat([target._target("summary", each, None, None) for each in rows]), dim=-1)
+    known = []
+    past = target.queue.past
+    target.queue.past = lambda: known.append(int(past()[1].sum())) or past()
+    train(tasks[0], given.config.train, Worker(shares=2), None, lambda snapshot: None, tasks[1:])
+    each = -(-8 // micro_batch) * 2
+    assert known == [min(16 * step, 64) for step in range(len(shares[0])) for _ in range(each)]
+    assert int(target.queue.count) == len(summaries)
+    kept, filled = target.queue.past()
+    assert filled.all()
+    torch.testing.assert_close(kept, summaries[-64:].roll(len(summaries) % 64, 0))
 
 
 def _scheduled(given):
