@@ -74,6 +74,8 @@ ARMS: dict[str, Arm] = {
     "all": lambda config: config,
     "drop": changed(loss={"drop": 0.5}),
     "phi_s": changed(loss={"standardise": "phi_s"}),
+    "phi_s-mse": changed(loss={"standardise": "phi_s", "patches": {"mse": 1.0}}),
+    "augment": changed(augment={"jitter": 0.8, "grey": 0.2}),
     "no-relation": changed(loss={"summary": {"cosine": 1.0}}),
     "relation-0.5": changed(loss={"summary": {"cosine": 1.0, "relation": 0.5}}),
     "crops-1": crops(1),

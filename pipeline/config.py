@@ -134,6 +134,11 @@ class StudentConfig(Section):
     """The network that learns."""
 
     name: str = Field("regla_t", description="regla_t, regla_s, regla_m, regla_l, regla_xl, or timm/<name>")
+    weights: str = Field(
+        "random",
+        description="that it starts from: random (by seed), pretrained (timm's), a checkpoint file, or an exported student: its "
+        "folder, address or MLflow URI",
+    )
     input_size: int = Field(256, ge=16, description="side of the student's input in pixels")
     args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
     token_dim: int = Field(256, ge=1, description="channels of the tokens that the neck fuses for the patch heads")
@@ -322,7 +327,7 @@ class FinetuneConfig(Section):
     student: str | None = Field(
         None,
         description="exported student folder, MLflow model URI, or timm name (`timm/<name>.<tag>`: with the hub's weights); "
-        "none: student.name from scratch",
+        "none: student.name with student.weights",
     )
     frozen: bool = Field(False, description="whether the backbone stays as it is and the head alone learns")
     schedule: Literal["cosine", "poly", "multistep"] = Field(

@@ -91,6 +91,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
     strides = ", ".join(map(str, student.tapped))
     rows = {
         "student": f"{config.student.name} at {config.student.input_size} px, tokens of strides {strides}",
+        **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
         "training": f"{config.train.epochs} epochs of {steps_per_epoch(phase)} steps of {config.train.batch_size} images",
         "learning rate": config.train.lr_rule,
         "kNN": f"of {config.knn.k} neighbours" if _labelled(phase.plan) else "none, for want of labels",
@@ -132,7 +133,7 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
         UserError: where the data is too small for the batch or the splits do not fit together.
         DivergedError: where the loss is not finite.
     """
-    ending, before = Ending(), None
+    ending, before = _begin(phases[0], folder)
     teachers: dict[str, float] = {}
     jobs = []
     for number, phase in enumerate(phases, 1):
@@ -150,6 +151,16 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
             ending.save(file)
         ending, before = Ending.load(file), file
     return _finish(jobs, run, folder, ending, teachers)
+
+
+def _begin(first: Phase, folder: Path) -> tuple[Ending, Path | None]:
+    """Where a run starts, and the file that tells its workers."""
+    if first.start is None:
+        return Ending(), None
+    file, student = folder / "start.pt", first.config.student
+    if not file.exists():
+        Ending.before(build_student(first.config), first.start, student.weights).save(file)
+    return Ending.load(file), file
 
 
 def _train(job: DistillJob, run: Run, folder: str, begun: Ending, before: Path | None, watch: Watch) -> Ending:
@@ -179,11 +190,13 @@ def _finish(
         save_heads(distiller, job.config.student.head_dim, student)
     before, after = ending.knn or (None, None)
     run.log_metric_dict(_size(encoder, job.config.student.input_size))
-    origin = provenance(jobs, run.run_id, ending.samples, {"knn": after, **teachers})
+    origin = provenance(jobs, run.run_id, ending.samples, {"knn": after, **teachers}, ending.origin)
     (student / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
     uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
     held_out = job.val.id if job.val else ""
-    return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student, held_out, lineage(jobs))
+    return DistillResult(
+        before, after, teachers, ending.steps, ending.samples, uri, student, held_out, lineage(jobs, ending.origin)
+    )
 
 
 def _size(encoder: Encoder, input_size: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
     train/                     the only phase
     train/phase-<n>/           one of several
     train/phase-<n>.pt         what it ended with; where it is there, the phase is over
+    start.pt                   what the first one goes on from, where `student.weights` names something
 
 A phase starts both the student and its average from the averaged weights of the last one, with a fresh optimiser and
 schedule. Heads go on for teachers of the same name and width; statistics are those of the phase's own cache.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ from pipeline.cache.store import Store
 from pipeline.config import Config
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.evaluate.knn import check_splits
+from pipeline.runs import work_folder
+from pipeline.student.loading import Loaded, load_weights
+from pipeline.student.model import Student
+from pipeline.tracking import resolve_uri
+
+STUDENT = "student."
+"""What the names of the student's weights begin with among those of a distiller."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +41,37 @@ class Phase:
     Attributes:
         config: the recipe with the changes of the phase.
         plan: of its cache.
+        start: the backbone that the first one starts from; None: random weights, or those of the phase before.
     """
 
     config: Config
     plan: CachePlan
+    start: Loaded | None = None
 
 
 def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
     """The phases of a recipe, one where it names none.
 
     Raises:
-        UserError, TeacherError: as :func:`~pipeline.cache.build.plan_cache`; and where the splits differ in their classes.
+        UserError, TeacherError: as :func:`~pipeline.cache.build.plan_cache`; where the splits differ in their classes, and
+            where `student.weights` cannot be had.
     """
-    phases = tuple(Phase(phase, plan_cache(phase, store)) for phase in config.phase_configs())
+    start = _find_start(config)
+    first, *others = (Phase(phase, plan_cache(phase, store)) for phase in config.phase_configs())
+    phases = replace(first, start=start), *others
     for phase in phases:
         train, val = phase.plan.split("train"), phase.plan.split("val")
         if train is not None and val is not None:
             check_splits(train.dataset, val.dataset)
     return phases
+
+
+def _find_start(config: Config) -> Loaded | None:
+    student = config.student
+    if student.weights == "random":
+        return None
+    tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
+    return load_weights(student.name, student.weights, student.args, tracking_uri)
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,7 @@ class Ending:
         teachers: labels, in the order of the distiller's targets.
         weights: averaged, of the distiller.
         evaluations: of all phases.
+        origin: what is known of the weights that the run started from, JSON-ready; None: they were random.
     """
 
     epochs: int = 0
@@ -72,6 +94,19 @@ class Ending:
     teachers: tuple[str, ...] = ()
     weights: dict[str, Tensor] | None = None
     evaluations: tuple[tuple[int, dict[str, float]], ...] = ()
+    origin: dict[str, Any] | None = None
+
+    @classmethod
+    def before(cls, student: Student, start: Loaded, weights: str) -> Ending:
+        """What the first phase goes on from.
+
+        Args:
+            student: takes on the weights of `start`.
+            weights: how the configuration names them.
+        """
+        student.encoder.load_state_dict(start.encoder.state_dict())
+        state = {f"{STUDENT}{name}": value for name, value in student.state_dict().items()}
+        return cls(weights=state, origin={**start.provenance, "weights": weights})
 
     def then(self, state: dict[str, Any], epochs: int, teachers: Sequence[str]) -> Ending:
         """With a phase that went on from here, and whose last checkpoint holds this state."""
@@ -87,6 +122,7 @@ class Ending:
             tuple(teachers),
             state["ema"],
             (*self.evaluations, *self.shift(state["evaluations"])),
+            self.origin,
         )
 
     def shift(self, history: Sequence[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
@@ -114,9 +150,8 @@ def go_on(distiller: Distiller, ending: Ending) -> None:
     """Bring the weights that a phase ended with into the distiller of the next one."""
     if ending.weights is None:
         return
-    student = "student."
     distiller.student.load_state_dict(
-        {name.removeprefix(student): value for name, value in ending.weights.items() if name.startswith(student)}
+        {name.removeprefix(STUDENT): value for name, value in ending.weights.items() if name.startswith(STUDENT)}
     )
     for target in distiller.targets:
         assert isinstance(target, TeacherTarget)

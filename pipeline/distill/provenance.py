@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.cache.dataset import Dataset
-from pipeline.distill.task import DistillJob
-from teachers.base import TeacherSpec
+if TYPE_CHECKING:
+    from pipeline.cache.dataset import Dataset
+    from pipeline.distill.task import DistillJob
+    from teachers.base import TeacherSpec
 
 
 def provenance(
-    phases: Sequence[DistillJob], run_id: str, samples: int, knn: Mapping[str, float | None]
+    phases: Sequence[DistillJob],
+    run_id: str,
+    samples: int,
+    knn: Mapping[str, float | None],
+    start: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run, teachers with their licences, data, budget and accuracy, JSON-ready.
 
@@ -20,6 +25,7 @@ def provenance(
         run_id: of MLflow.
         samples: seen in all of them.
         knn: in percent, ``knn`` of the student, the others by the teachers' labels.
+        start: what is known of the weights that the student started from; None: they were random.
     """
     # One that was asked at two sizes is one origin.
     specs = {(t.spec.name, t.spec.weights): t.spec for job in phases for t in job.teachers}
@@ -30,6 +36,7 @@ def provenance(
         "data": [_data(dataset) for dataset in datasets.values()],
         "training": {"epochs": sum(job.config.train.epochs for job in phases), "samples_seen": samples},
         "knn": dict(knn),
+        **({"start": dict(start)} if start else {}),
     }
 
 
@@ -47,9 +54,17 @@ def _data(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def lineage(phases: Sequence[DistillJob]) -> dict[str, str]:
-    """Tags of a registered student: teachers, their licences, and the addresses of what was read in the cache."""
+def all_teachers(origin: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The teachers of a provenance, those of the student that was fine-tuned, and of whatever it started from."""
+    before = [all_teachers(origin[part]) for part in ("student", "start") if part in origin]
+    found = [*origin.get("teachers", []), *(teacher for some in before for teacher in some)]
+    return [teacher for number, teacher in enumerate(found) if teacher not in found[:number]]
+
+
+def lineage(phases: Sequence[DistillJob], start: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Tags of a registered student: teachers, their licences and those of the start's, and what was read in the cache."""
     teachers = {t.spec.name: t.spec for job in phases for t in job.teachers}
+    licences = {spec.licence for spec in teachers.values()} | {t["licence"] for t in all_teachers(start or {})}
     read = dict.fromkeys(
         f"{dataset.id}/{dataset.policy.id}/{t.id}"
         for job in phases
@@ -60,6 +75,7 @@ def lineage(phases: Sequence[DistillJob]) -> dict[str, str]:
     return {
         "student": phases[-1].config.student.name,
         "teachers": ", ".join(teachers),
-        "licences": ", ".join(sorted({spec.licence for spec in teachers.values()})),
+        "licences": ", ".join(sorted(licences)),
+        **({"start": start["weights"]} if start else {}),
         "cache": "\n".join(read),
     }

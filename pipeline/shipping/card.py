@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.distill.provenance import all_teachers
 from pipeline.shipping.hub import MAPS
 
 
@@ -34,7 +35,7 @@ def model_card(described: dict[str, Any]) -> str:
 def hub_card(described: dict[str, Any]) -> str:
     """The model card of the folder for the hub: front matter, then what timm's users need."""
     classifies = bool(described["classes"])
-    licences = sorted({teacher["licence"].lower() for teacher in _teachers(described["provenance"])})
+    licences = sorted({teacher["licence"].lower() for teacher in all_teachers(described["provenance"])})
     front: dict[str, Any] = {
         "library_name": "timm",
         "pipeline_tag": "image-classification" if classifies else "image-feature-extraction",
@@ -139,11 +140,6 @@ def _tail(described: dict[str, Any]) -> list[str]:
     return ["## Origin", "", *_origin(described["provenance"]), ""]
 
 
-def _teachers(origin: dict[str, Any]) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = origin.get("teachers") or origin.get("student", {}).get("teachers", [])
-    return found
-
-
 def _origin(origin: dict[str, Any]) -> list[str]:
     if "training" not in origin:
         return [f"Weights: {origin.get('weights') or origin.get('model_uri') or 'unknown'}."]
@@ -160,14 +156,19 @@ def _origin(origin: dict[str, Any]) -> list[str]:
         if "teachers" not in origin:
             return [*lines, f"It started from weights: {origin.get('weights') or 'unknown'}."]
     scores = ", ".join(f"{name} {score:.1f} %" for name, score in origin["knn"].items() if score is not None)
+    start = origin.get("start")
     return [
         *lines,
         "Distilled from these teachers, whose licences apply:",
         "",
         "| teacher | architecture | weights | licence |",
         "|---|---|---|---|",
-        *(f"| {t['name']} | {t['architecture']} | {t['weights'][:32]} | {t['licence']} |" for t in origin["teachers"]),
+        *(
+            f"| {t['name']} | {t['architecture']} | {t['weights'][:32]} | {t['licence']} |"
+            for t in all_teachers(origin)
+        ),
         "",
+        *([f"It started from weights: `{start['weights']}`.", ""] if start else []),
         f"Images: {_budget(origin)}.",
         "",
         f"kNN on held-out images (k = 20): {scores or 'not measured: no labels'}.",

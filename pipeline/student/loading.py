@@ -87,6 +87,30 @@ def load_any(
     )
 
 
+def load_weights(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str = "") -> Loaded:
+    """The backbone that `student.name` and `student.args` make, with the weights that `student.weights` names.
+
+    Args:
+        weights: an exported student as `load_any` takes it, or else what `load_any` takes as weights.
+
+    Raises:
+        UserError: where they cannot be had, or are of another network.
+    """
+    try:
+        exported = is_model_uri(weights) or named_folder(weights).is_dir()
+        loaded = load_any(weights if exported else name, weights=weights, args=args, tracking_uri=tracking_uri)
+    except UserError as error:
+        raise UserError(f"student.weights={weights}: {error}") from error
+    if loaded.name.removeprefix("timm/") != name.removeprefix("timm/"):
+        raise UserError(f"student.weights: {weights} is of {loaded.name}; set student.name={loaded.name}")
+    built, asked = ({"num_classes": 0, **some} for some in (loaded.args, args))
+    if built != asked:
+        raise UserError(
+            f"student.weights: {weights} was built otherwise; set student.args={json.dumps(dict(loaded.args))}"
+        )
+    return loaded
+
+
 def _from_folder(folder: Path, args: Mapping[str, Any]) -> Loaded:
     encoder = load_encoder(folder)
     described = json.loads((folder / "student.json").read_text(encoding="utf-8"))

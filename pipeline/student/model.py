@@ -46,8 +46,8 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Modu
         )
     if refused := LOADING & (args or {}).keys():
         raise UserError(
-            f"student.args may not hold {', '.join(sorted(refused))}: a student starts from random weights, and what makes "
-            "timm read files would be forgotten, or asked for again, where the student is loaded"
+            f"student.args may not hold {', '.join(sorted(refused))}: what makes timm read files "
+            "would be forgotten, or asked for again, where the student is loaded; name them by student.weights"
         )
     try:
         model: nn.Module = timm.create_model(model_name, pretrained=False, **{"num_classes": 0, **(args or {})})

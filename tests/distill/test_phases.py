@@ -11,6 +11,7 @@ from pipeline.cache.store import Store
 from pipeline.distill import job as module
 from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import Ending, go_on, plan_phases
+from pipeline.distill.provenance import all_teachers
 from pipeline.distill.task import build_distiller
 from pipeline.errors import UserError
 from pipeline.student.model import load_encoder
@@ -165,6 +166,45 @@ def test_the_student_and_known_heads_are_taken_over_and_statistics_are_those_of_
             assert torch.equal(value, ending.weights[name.replace("targets.1", "targets.0")])
         else:
             assert torch.equal(value, fresh_state[name])
+
+
+@pytest.mark.parametrize("more", ["phases=[]", "seed=3"], ids=["one phase", "two phases"])
+def test_a_student_starts_from_one_that_was_distilled_before(planned, tmp_path, monkeypatch, more):
+    earlier, _, _ = _run(planned("phases=[]"), tmp_path / "earlier", monkeypatch)
+    known = json.loads((earlier.student / "provenance.json").read_text())
+    known["teachers"][0]["licence"] = "non-commercial"
+    (earlier.student / "provenance.json").write_text(json.dumps(known))
+    phases = planned(f"student.weights={earlier.student}", more)
+    assert [phase.start is None for phase in phases] == [False, True][: len(phases)]
+    assert training_plan(phases[0])["start"] == f"weights of {earlier.student}"
+    monkeypatch.setattr(module, "fit", InProcess(stop_after=1))
+    with pytest.raises(KilledError):
+        distill(phases, Logged(), tmp_path / "run")
+    start = Ending.load(tmp_path / "run/start.pt")
+    encoder = load_encoder(earlier.student)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, start.weights[f"student.encoder.{name}"])
+    result, logged, _ = _run(phases, tmp_path / "run", monkeypatch)
+    assert logged.points("knn")[0] == (0, earlier.knn_after)
+    assert result.knn_before == earlier.knn_after
+    origin = json.loads((result.student / "provenance.json").read_text())
+    assert origin["start"] == known | {"weights": str(earlier.student)}
+    assert result.lineage["start"] == str(earlier.student)
+    assert result.lineage["licences"] == ", ".join(sorted(["non-commercial", *earlier.lineage["licences"].split(", ")]))
+
+
+def test_weights_that_are_nowhere_are_refused_with_the_plan(unfilled):
+    with pytest.raises(
+        UserError, match=r"student\.weights=nowhere: timm/test_resnet: weights=nowhere: neither a file nor"
+    ):
+        unfilled("student.weights=nowhere")
+
+
+def test_teachers_and_licences_are_those_of_all_that_a_student_started_from():
+    first = {"teachers": [{"name": "a", "licence": "non-commercial"}, {"name": "b", "licence": "MIT"}]}
+    second = {"teachers": [{"name": "b", "licence": "MIT"}], "start": first}
+    tuned = {"student": {"teachers": [{"name": "c", "licence": "BSD"}], "start": second}}
+    assert [teacher["name"] for teacher in all_teachers(tuned)] == ["c", "b", "a"]
 
 
 @pytest.mark.slow

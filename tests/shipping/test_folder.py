@@ -18,6 +18,7 @@ from pipeline.downstream.saved import SavedModel, find_model
 from pipeline.downstream.task import DOWNSTREAM
 from pipeline.errors import UserError
 from pipeline.shipping import folder as shipping
+from pipeline.shipping.card import hub_card
 from pipeline.shipping.cargo import pack, pack_classifier
 from pipeline.shipping.folder import ship
 from pipeline.student.loading import Loaded, load_any
@@ -127,6 +128,19 @@ def test_the_description_and_the_card_say_where_it_comes_from(shipped):
     for expected in ("| sam | timm/samvit | hub:sa1b | apache-2.0 |", "7 of `photos`", "knn 61.5 %", "MLflow run 0123"):
         assert expected in card
         assert expected in (shipped.folder / "hf/README.md").read_text()
+
+
+def test_the_card_of_a_student_that_went_on_from_another_has_the_teachers_and_licences_of_both(shipped):
+    start = {"teachers": [{"name": "dinov3", "architecture": "x", "weights": "y", "licence": "dinov3-licence"}]}
+    origin = ORIGIN | {"start": {"weights": "models:/first/1", **start}}
+    card = hub_card(shipped.described | {"provenance": origin})
+    for expected in (
+        "| dinov3 | x | y | dinov3-licence |",
+        "| sam |",
+        "started from weights: `models:/first/1`",
+        "license: other",
+    ):
+        assert expected in card
 
 
 def test_graphs_are_timed_beside_eager(shipped):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from timm.layers import DropPath
 
 from pipeline.errors import UserError
-from pipeline.student.loading import load_any
+from pipeline.student.loading import load_any, load_weights
 from pipeline.student.model import Encoder, create_backbone
 
 NAME = "mobilenetv4_conv_small_035"
@@ -43,6 +43,43 @@ def test_arguments_join_those_that_an_exported_student_was_built_with(exported):
     assert max(drops) == pytest.approx(0.5, abs=0.1)
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(loaded.encoder(images), encoder(images))
+
+
+def test_a_student_starts_from_an_exported_one_or_from_a_file_of_its_network(exported):
+    folder, encoder = exported
+    images = torch.rand(2, 3, 64, 64)
+    for weights in (folder, folder / "student.safetensors"):
+        for name in (NAME, f"timm/{NAME}"):
+            assert torch.equal(load_weights(name, str(weights), {}).encoder(images), encoder(images))
+    assert load_weights(NAME, str(folder), {"drop_path_rate": 0.5}).args["drop_path_rate"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [
+        ("regla_t", "FOLDER", rf"student\.weights: FOLDER is of {NAME}; set student\.name={NAME}$"),
+        (
+            "regla_t",
+            "FOLDER/student.safetensors",
+            r"student\.weights=FOLDER/student\.safetensors: regla_t: weights: the file lacks stages",
+        ),
+        (NAME, "nothing", rf"student\.weights=nothing: {NAME}: weights=nothing: neither a file nor"),
+        (NAME, "models:/nothing/1", r"student\.weights=models:/nothing/1: "),
+    ],
+)
+def test_weights_of_another_network_are_refused(exported, tmp_path, name, weights, expected):
+    folder, uri = str(exported[0]), f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(UserError, match=expected.replace("FOLDER", folder)):
+        load_weights(name, weights.replace("FOLDER", folder), {}, uri)
+
+
+def test_arguments_that_an_exported_student_was_built_with_are_asked_for(exported):
+    folder, _ = exported
+    described = json.loads((folder / "student.json").read_text()) | {"args": {"drop_path_rate": 0.1}}
+    (folder / "student.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r'student was built otherwise; set student\.args=\{"drop_path_rate": 0\.1\}$'):
+        load_weights(NAME, str(folder), {})
+    load_weights(NAME, str(folder), {"drop_path_rate": 0.1})
 
 
 @pytest.mark.parametrize(
