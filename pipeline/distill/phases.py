@@ -28,7 +28,6 @@ from pipeline.evaluate.knn import check_splits
 from pipeline.runs import work_folder
 from pipeline.student.loading import Loaded, load_weights
 from pipeline.student.model import Student
-from pipeline.tracking import resolve_uri
 
 STUDENT = "student."
 """What the names of the student's weights begin with among those of a distiller."""
@@ -70,6 +69,8 @@ def _find_start(config: Config) -> Loaded | None:
     student = config.student
     if student.weights == "random":
         return None
+    from pipeline.tracking import resolve_uri  # MLflow, which not every machine that trains has
+
     tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
     return load_weights(student.name, student.weights, student.args, tracking_uri)
 
