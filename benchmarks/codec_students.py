@@ -82,7 +82,9 @@ def train_unjudged(task: Task, config: TrainConfig) -> nn.Module:
 
 
 def make_task(config: Config, plan: CachePlan) -> JudgedAtTheEnd:
-    """Distillation from a complete cache."""
+    """Distillation from a complete cache, from random weights."""
+    if config.student.weights != "random":
+        raise SystemExit("student.weights: students are compared from random weights")
     datasets = {split.split: split.dataset for split in plan.splits}
     return JudgedAtTheEnd(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
 

@@ -136,8 +136,9 @@ class StudentConfig(Section):
     name: str = Field("regla_t", description="regla_t, regla_s, regla_m, regla_l, regla_xl, or timm/<name>")
     weights: str = Field(
         "random",
-        description="that it starts from: random (by seed), pretrained (timm's), a checkpoint file, or an exported student: its "
-        "folder, address or MLflow URI",
+        min_length=1,
+        description="that a distillation starts from: random (by seed), pretrained (timm's), a checkpoint file, or an exported "
+        "student: its folder, address or MLflow URI",
     )
     input_size: int = Field(256, ge=16, description="side of the student's input in pixels")
     args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
@@ -327,7 +328,7 @@ class FinetuneConfig(Section):
     student: str | None = Field(
         None,
         description="exported student folder, MLflow model URI, or timm name (`timm/<name>.<tag>`: with the hub's weights); "
-        "none: student.name with student.weights",
+        "none: student.name from scratch",
     )
     frozen: bool = Field(False, description="whether the backbone stays as it is and the head alone learns")
     schedule: Literal["cosine", "poly", "multistep"] = Field(

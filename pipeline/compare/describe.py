@@ -25,6 +25,7 @@ UNREAD = {
 """Sections that a job does not go by."""
 STUDENT_OF_DISTILLATION = (
     "student.name",
+    "student.weights",
     "student.token_dim",
     "student.taps",
     "student.head_dim",

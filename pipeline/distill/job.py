@@ -20,7 +20,7 @@ from pipeline.distill.distiller import token_grid
 from pipeline.distill.grid import GridRule
 from pipeline.distill.kept_heads import save_heads
 from pipeline.distill.loss import check_losses
-from pipeline.distill.phases import Ending, Phase
+from pipeline.distill.phases import Ending, Phase, start_file
 from pipeline.distill.provenance import lineage, provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.distill.watch import Watch
@@ -155,12 +155,10 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
 
 def _begin(first: Phase, folder: Path) -> tuple[Ending, Path | None]:
     """Where a run starts, and the file that tells its workers."""
-    if first.start is None:
-        return Ending(), None
-    file, student = folder / "start.pt", first.config.student
-    if not file.exists():
-        Ending.before(build_student(first.config), first.start, student.weights).save(file)
-    return Ending.load(file), file
+    file = start_file(folder)
+    if first.start and not file.exists():
+        Ending.before(build_student(first.config), first.start, first.config.student.weights).save(file)
+    return (Ending.load(file), file) if file.exists() else (Ending(), None)
 
 
 def _train(job: DistillJob, run: Run, folder: str, begun: Ending, before: Path | None, watch: Watch) -> Ending:

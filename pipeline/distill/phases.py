@@ -25,8 +25,8 @@ from pipeline.cache.store import Store
 from pipeline.config import Config
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.evaluate.knn import check_splits
-from pipeline.runs import work_folder
-from pipeline.student.loading import Loaded, load_weights
+from pipeline.runs import open_run, work_folder
+from pipeline.student.loading import Loaded, is_model_uri, load_initial
 from pipeline.student.model import Student
 
 STUDENT = "student."
@@ -40,7 +40,8 @@ class Phase:
     Attributes:
         config: the recipe with the changes of the phase.
         plan: of its cache.
-        start: the backbone that the first one starts from; None: random weights, or those of the phase before.
+        start: the backbone that the first one starts from; None: random weights, those of the phase before, or those that an
+            interrupted run has already taken in.
     """
 
     config: Config
@@ -67,12 +68,19 @@ def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
 
 def _find_start(config: Config) -> Loaded | None:
     student = config.student
-    if student.weights == "random":
+    if student.weights == "random" or start_file(open_run(config, "distill").folder).exists():
         return None
-    from pipeline.tracking import resolve_uri  # MLflow, which not every machine that trains has
+    tracking_uri = ""
+    if is_model_uri(student.weights):  # what is no model needs no MLflow
+        from pipeline.tracking import resolve_uri
 
-    tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
-    return load_weights(student.name, student.weights, student.args, tracking_uri)
+        tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
+    return load_initial(student.name, student.weights, student.args, tracking_uri)
+
+
+def start_file(folder: Path) -> Path:
+    """What the first phase of a run goes on from, where `student.weights` names something."""
+    return folder / "start.pt"
 
 
 @dataclass(frozen=True)
@@ -103,11 +111,12 @@ class Ending:
 
         Args:
             student: takes on the weights of `start`.
-            weights: how the configuration names them.
+            weights: how `student.weights` names them.
         """
         student.encoder.load_state_dict(start.encoder.state_dict())
         state = {f"{STUDENT}{name}": value for name, value in student.state_dict().items()}
-        return cls(weights=state, origin={**start.provenance, "weights": weights})
+        known = start.provenance or {"weights": weights, "licence": "unknown"}
+        return cls(weights=state, origin={"named": weights, **known})
 
     def then(self, state: dict[str, Any], epochs: int, teachers: Sequence[str]) -> Ending:
         """With a phase that went on from here, and whose last checkpoint holds this state."""

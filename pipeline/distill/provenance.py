@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,16 +55,30 @@ def _data(dataset: Dataset) -> dict[str, Any]:
 
 
 def all_teachers(origin: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The teachers of a provenance, those of the student that was fine-tuned, and of whatever it started from."""
-    before = [all_teachers(origin[part]) for part in ("student", "start") if part in origin]
-    found = [*origin.get("teachers", []), *(teacher for some in before for teacher in some)]
+    """The teachers of a provenance, of the student that was fine-tuned, and of whatever that started from."""
+    found = [teacher for part in _parts(origin) for teacher in part.get("teachers", [])]
     return [teacher for number, teacher in enumerate(found) if teacher not in found[:number]]
 
 
+def all_licences(origin: Mapping[str, Any]) -> list[str]:
+    """The licences of these teachers and of the weights that were started from, sorted."""
+    own = [part["licence"] for part in _parts(origin) if "licence" in part]
+    return sorted({*own, *(teacher["licence"] for teacher in all_teachers(origin))})
+
+
+def _parts(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield origin
+    for before in ("student", "start"):
+        if before in origin:
+            yield from _parts(origin[before])
+
+
 def lineage(phases: Sequence[DistillJob], start: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Tags of a registered student: teachers, their licences and those of the start's, and what was read in the cache."""
-    teachers = {t.spec.name: t.spec for job in phases for t in job.teachers}
-    licences = {spec.licence for spec in teachers.values()} | {t["licence"] for t in all_teachers(start or {})}
+    """Tags of a registered student: teachers and licences, also those of the start, and what was read in the cache."""
+    origin = {
+        "teachers": [_teacher(t.spec) for job in phases for t in job.teachers],
+        **({"start": start} if start else {}),
+    }
     read = dict.fromkeys(
         f"{dataset.id}/{dataset.policy.id}/{t.id}"
         for job in phases
@@ -74,8 +88,8 @@ def lineage(phases: Sequence[DistillJob], start: Mapping[str, Any] | None = None
     )
     return {
         "student": phases[-1].config.student.name,
-        "teachers": ", ".join(teachers),
-        "licences": ", ".join(sorted(licences)),
-        **({"start": start["weights"]} if start else {}),
+        "teachers": ", ".join(dict.fromkeys(teacher["name"] for teacher in all_teachers(origin))),
+        "licences": ", ".join(all_licences(origin)),
+        **({"start": start["named"]} if start else {}),
         "cache": "\n".join(read),
     }

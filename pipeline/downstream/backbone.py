@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.student.loading import load_any, load_weights
+from pipeline.student.loading import load_any
 from pipeline.student.model import Encoder, load_encoder, save_encoder
 
 PYRAMID = (4, 8, 16, 32)
@@ -54,13 +54,13 @@ def find_start(config: Config, tracking_uri: str = "") -> Start:
     """What `finetune.student` names: an exported student, a model in MLflow, a timm model, or none, from scratch.
 
     Raises:
-        UserError: where it is none of these, or its weights cannot be had.
+        UserError: where it is none of these, its weights cannot be had, or `student.weights` is given in its place.
     """
-    student = config.student
-    if config.finetune.student is None and student.weights != "random":
-        loaded = load_weights(student.name, student.weights, student.args, tracking_uri)
-        return Start(loaded.encoder, loaded.name, dict(loaded.args), loaded.provenance)
-    name = config.finetune.student or student.name
+    if (weights := config.student.weights) != "random":
+        raise UserError(
+            f"student.weights is what a distillation starts from: set finetune.student={weights} in its place"
+        )
+    name = config.finetune.student or config.student.name
     tagged = "." in name.rpartition("/")[2]  # a tag names weights of the hub
     weights = "pretrained" if tagged else f"random:{config.seed}"
     try:

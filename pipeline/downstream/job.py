@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Config
-from pipeline.distill.provenance import all_teachers
+from pipeline.distill.provenance import all_licences, all_teachers
 from pipeline.downstream.backbone import Start, check_takes, find_start
 from pipeline.downstream.base import Examples, Report
 from pipeline.downstream.images import refuse_other_classes
@@ -174,11 +174,11 @@ def with_absolute_paths(config: Config) -> Config:
 
 def lineage(origin: Mapping[str, Any], student: str) -> dict[str, str]:
     """Tags of a registered model: the student it started from, whose teachers taught that, and the images."""
-    teachers = all_teachers({"student": origin["student"]})
+    before = {"student": origin["student"]}
     images = ", ".join(f"{data['images']} of {data['location']}" for data in origin["data"])
     known = {
-        "teachers": ", ".join(teacher["name"] for teacher in teachers),
-        "licences": ", ".join(sorted({teacher["licence"] for teacher in teachers})),
+        "teachers": ", ".join(dict.fromkeys(teacher["name"] for teacher in all_teachers(before))),
+        "licences": ", ".join(all_licences(before)),
         "distilled_in": str(origin["student"].get("run_id", "")),
     }
     return {"student": student, "images": images, **{name: value for name, value in known.items() if value}}

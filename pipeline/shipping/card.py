@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.distill.provenance import all_teachers
+from pipeline.distill.provenance import all_licences, all_teachers
 from pipeline.shipping.hub import MAPS
 
 
@@ -35,7 +35,7 @@ def model_card(described: dict[str, Any]) -> str:
 def hub_card(described: dict[str, Any]) -> str:
     """The model card of the folder for the hub: front matter, then what timm's users need."""
     classifies = bool(described["classes"])
-    licences = sorted({teacher["licence"].lower() for teacher in all_teachers(described["provenance"])})
+    licences = sorted({licence.lower() for licence in all_licences(described["provenance"])})
     front: dict[str, Any] = {
         "library_name": "timm",
         "pipeline_tag": "image-classification" if classifies else "image-feature-extraction",
@@ -168,13 +168,19 @@ def _origin(origin: dict[str, Any]) -> list[str]:
             for t in all_teachers(origin)
         ),
         "",
-        *([f"It started from weights: `{start['weights']}`.", ""] if start else []),
+        *([_start(start), ""] if start else []),
         f"Images: {_budget(origin)}.",
         "",
         f"kNN on held-out images (k = 20): {scores or 'not measured: no labels'}.",
         "",
         "It knows what its teachers know of images like these; nothing was measured on others.",
     ]
+
+
+def _start(start: dict[str, Any]) -> str:
+    if "training" in start:
+        return f"It went on from the student `{start['named']}`, distilled on {_budget(start)}."
+    return f"It started from the weights `{start['weights']}`, licence {start['licence']}."
 
 
 def _budget(origin: dict[str, Any]) -> str:

@@ -87,28 +87,46 @@ def load_any(
     )
 
 
-def load_weights(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str = "") -> Loaded:
+def load_initial(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str = "") -> Loaded:
     """The backbone that `student.name` and `student.args` make, with the weights that `student.weights` names.
 
     Args:
-        weights: an exported student as `load_any` takes it, or else what `load_any` takes as weights.
+        weights: `pretrained`, a checkpoint file, or an exported student: its folder, its address, or its URI in MLflow.
+        tracking_uri: of the MLflow store.
+
+    Returns:
+        Of timm's weights and of a file, ``provenance`` holds their identity and licence.
 
     Raises:
         UserError: where they cannot be had, or are of another network.
     """
+    create_backbone(name, args)  # its name and arguments are refused before anything is fetched
+    if weights.partition(":")[0] == "random":
+        raise UserError(f"student.weights={weights}: random weights are those of `seed`; set student.weights=random")
     try:
-        exported = is_model_uri(weights) or named_folder(weights).is_dir()
-        loaded = load_any(weights if exported else name, weights=weights, args=args, tracking_uri=tracking_uri)
+        loaded = _find_initial(name, weights, args, tracking_uri)
     except UserError as error:
         raise UserError(f"student.weights={weights}: {error}") from error
     if loaded.name.removeprefix("timm/") != name.removeprefix("timm/"):
         raise UserError(f"student.weights: {weights} is of {loaded.name}; set student.name={loaded.name}")
     built, asked = ({"num_classes": 0, **some} for some in (loaded.args, args))
     if built != asked:
-        raise UserError(
-            f"student.weights: {weights} was built otherwise; set student.args={json.dumps(dict(loaded.args))}"
-        )
+        needed = {key: value for key, value in loaded.args.items() if (key, value) != ("num_classes", 0)}
+        raise UserError(f"student.weights: {weights} was built otherwise; set student.args={json.dumps(needed)}")
     return loaded
+
+
+def _find_initial(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str) -> Loaded:
+    if is_model_uri(weights):
+        return load_any(weights, args=args, tracking_uri=tracking_uri)
+    if (folder := named_folder(weights)).is_dir():
+        return _from_folder(folder, args)
+    encoder, size = _from_timm(name, weights, args)
+    known: Mapping[str, Any] = encoder.backbone.pretrained_cfg  # type: ignore[assignment]
+    published = weights == "pretrained"
+    identity = parse_weights(weights, name, f"{known.get('architecture')}.{known.get('tag')}").identity
+    origin = {"weights": identity, "licence": (known.get("license") if published else None) or "unknown"}
+    return Loaded(encoder, name, size, args, origin)
 
 
 def _from_folder(folder: Path, args: Mapping[str, Any]) -> Loaded:

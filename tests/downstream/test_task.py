@@ -184,15 +184,11 @@ def test_training_starts_from_the_exported_student(make_job, tmp_path):
         assert torch.equal(value, student.encoder.backbone.state_dict()[key])
 
 
-def test_without_a_student_training_starts_from_the_weights_of_the_configuration(make_job, tmp_path):
-    job = make_job("classify", "seed=5")
-    earlier = find_start(job.config)
-    save_encoder(earlier.encoder, earlier.model, earlier.args, 64, tmp_path / "student")
-    section = job.config.student.model_copy(update={"weights": f"{tmp_path}/student"})
-    start = find_start(job.config.model_copy(update={"student": section, "seed": 6}))
-    assert start.model == earlier.model
-    for key, value in start.encoder.state_dict().items():
-        assert torch.equal(value, earlier.encoder.state_dict()[key])
+def test_the_start_of_a_distillation_is_not_that_of_a_fine_tuning():
+    with pytest.raises(
+        UserError, match=r"student\.weights is what a distillation .*: set finetune\.student=models:/x/1 in"
+    ):
+        find_start(load_config(None, ["student.weights=models:/x/1"]))
 
 
 @pytest.mark.parametrize(

@@ -130,17 +130,23 @@ def test_the_description_and_the_card_say_where_it_comes_from(shipped):
         assert expected in (shipped.folder / "hf/README.md").read_text()
 
 
-def test_the_card_of_a_student_that_went_on_from_another_has_the_teachers_and_licences_of_both(shipped):
-    start = {"teachers": [{"name": "dinov3", "architecture": "x", "weights": "y", "licence": "dinov3-licence"}]}
-    origin = ORIGIN | {"start": {"weights": "models:/first/1", **start}}
-    card = hub_card(shipped.described | {"provenance": origin})
-    for expected in (
-        "| dinov3 | x | y | dinov3-licence |",
-        "| sam |",
-        "started from weights: `models:/first/1`",
-        "license: other",
-    ):
-        assert expected in card
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (ORIGIN | {"run_id": "89ab"}, ["went on from the student `first`, distilled on 7 of `photos`", "run 89ab"]),
+        (
+            {"weights": "hub:x.y", "licence": "cc-by-nc-4.0"},
+            ["started from the weights `hub:x.y`, licence cc-by-nc-4.0"],
+        ),
+    ],
+)
+def test_the_card_says_what_a_student_started_from_with_its_teachers_and_licences(shipped, start, expected):
+    earlier = {"name": "dinov3", "architecture": "x", "weights": "y", "licence": "dinov3-licence"}
+    start = start | {"named": "first", **({"teachers": [earlier]} if "teachers" in start else {})}
+    card = hub_card(shipped.described | {"provenance": ORIGIN | {"start": start}})
+    for words in (*expected, "| sam |", "license: other"):
+        assert words in card
+    assert ("| dinov3 | x | y | dinov3-licence |" in card) == ("teachers" in start)
 
 
 def test_graphs_are_timed_beside_eager(shipped):

@@ -1,5 +1,6 @@
 """Every way to name a backbone, and what is said where it is none."""
 
+import hashlib
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from timm.layers import DropPath
 
 from pipeline.errors import UserError
-from pipeline.student.loading import load_any, load_weights
+from pipeline.student.loading import load_any, load_initial
 from pipeline.student.model import Encoder, create_backbone
 
 NAME = "mobilenetv4_conv_small_035"
@@ -50,8 +51,32 @@ def test_a_student_starts_from_an_exported_one_or_from_a_file_of_its_network(exp
     images = torch.rand(2, 3, 64, 64)
     for weights in (folder, folder / "student.safetensors"):
         for name in (NAME, f"timm/{NAME}"):
-            assert torch.equal(load_weights(name, str(weights), {}).encoder(images), encoder(images))
-    assert load_weights(NAME, str(folder), {"drop_path_rate": 0.5}).args["drop_path_rate"] == 0.5
+            assert torch.equal(load_initial(name, str(weights), {}).encoder(images), encoder(images))
+    assert load_initial(NAME, str(folder), {"drop_path_rate": 0.5}).args["drop_path_rate"] == 0.5
+
+
+def test_a_file_is_taken_where_a_folder_has_the_networks_name_too(exported, tmp_path, monkeypatch):
+    folder, _ = exported
+    other = Encoder(create_backbone(NAME)).eval()
+    save_file(other.backbone.state_dict(), tmp_path / "other.safetensors")
+    folder.rename(tmp_path / NAME)
+    monkeypatch.chdir(tmp_path)
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(load_initial(NAME, "other.safetensors", {}).encoder(images), other(images))
+
+
+@pytest.mark.parametrize("name", [NAME, "regla_t"])
+def test_weights_of_a_file_are_known_by_their_digest_and_nobody_knows_their_licence(name, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file(create_backbone(name).state_dict(), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert load_initial(name, str(file), {}).provenance == {"weights": f"file:{digest}", "licence": "unknown"}
+
+
+def test_weights_of_the_hub_are_known_by_their_tag_and_licence(monkeypatch):
+    monkeypatch.setattr("pipeline.student.loading._pretrained", lambda name, args: create_backbone(name, args))
+    found = load_initial("timm/convnextv2_atto", "pretrained", {}).provenance
+    assert found == {"weights": "hub:convnextv2_atto.fcmae_ft_in1k", "licence": "cc-by-nc-4.0"}
 
 
 @pytest.mark.parametrize(
@@ -65,21 +90,27 @@ def test_a_student_starts_from_an_exported_one_or_from_a_file_of_its_network(exp
         ),
         (NAME, "nothing", rf"student\.weights=nothing: {NAME}: weights=nothing: neither a file nor"),
         (NAME, "models:/nothing/1", r"student\.weights=models:/nothing/1: "),
+        (
+            NAME,
+            "random:3",
+            r"student\.weights=random:3: random weights are those of `seed`; set student\.weights=random$",
+        ),
+        ("regla_mm", "FOLDER", r"student\.name: timm has no model regla_mm; did you mean"),
     ],
 )
 def test_weights_of_another_network_are_refused(exported, tmp_path, name, weights, expected):
     folder, uri = str(exported[0]), f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(UserError, match=expected.replace("FOLDER", folder)):
-        load_weights(name, weights.replace("FOLDER", folder), {}, uri)
+        load_initial(name, weights.replace("FOLDER", folder), {}, uri)
 
 
 def test_arguments_that_an_exported_student_was_built_with_are_asked_for(exported):
     folder, _ = exported
-    described = json.loads((folder / "student.json").read_text()) | {"args": {"drop_path_rate": 0.1}}
+    described = json.loads((folder / "student.json").read_text()) | {"args": {"num_classes": 0, "drop_path_rate": 0.1}}
     (folder / "student.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match=r'student was built otherwise; set student\.args=\{"drop_path_rate": 0\.1\}$'):
-        load_weights(NAME, str(folder), {})
-    load_weights(NAME, str(folder), {"drop_path_rate": 0.1})
+        load_initial(NAME, str(folder), {})
+    load_initial(NAME, str(folder), {"drop_path_rate": 0.1})
 
 
 @pytest.mark.parametrize(
