@@ -30,7 +30,7 @@ def run_note(config: Config, job: str) -> list[str]:
     """Paragraphs of Markdown: what the job does, with what, on which images."""
     lines = [f"**{run_title(config, job)}**", f"Images: `{config.data.train}`, held out: `{config.val or 'none'}`."]
     if job in ("distill", "precompute"):
-        if config.student.weights != "random":
+        if job == "distill" and config.student.weights != "random":
             lines.append(f"The student starts from the weights `{config.student.weights}`.")
         rows = [f"| {teacher.model} | {teacher.weights} | {teacher.weight} |" for teacher in config.teachers]
         lines.append("\n".join(["| teacher | weights | in the loss |", "|---|---|---|", *rows]))

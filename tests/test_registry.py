@@ -175,6 +175,9 @@ def test_the_name_of_a_run_says_what_it_is_about():
     )
     assert run_title(config, "knn") == "photos-knn work/runs/a/student seed0"
     assert run_title(config, "evaluate-detect") == "photos-evaluate-detect work/runs/a/model seed0"
+    on = load_config(None, ["student.weights=models:/a/1"])
+    assert "The student starts from the weights `models:/a/1`." in run_note(on, "distill")
+    assert not any("weights `models" in line for line in run_note(on, "precompute"))
     note = "\n\n".join(run_note(load_config(None, ["data.train=photos/train", "teachers=[hog]"]), "distill"))
     assert "Images: `photos/train`, held out: `none`." in note
     assert "| hog | pretrained | 1.0 |" in note
