@@ -115,8 +115,9 @@ class Ending:
         """
         student.encoder.load_state_dict(start.encoder.state_dict())
         state = {f"{STUDENT}{name}": value for name, value in student.state_dict().items()}
-        known = start.provenance or {"weights": weights, "licence": "unknown"}
-        return cls(weights=state, origin={"named": weights, **known})
+        # Of what was not distilled here nobody but its maker knows under which licence it may be used.
+        unknown = {} if "teachers" in start.provenance else {"weights": weights, "licence": "unknown"}
+        return cls(weights=state, origin={"named": weights, **unknown, **start.provenance})
 
     def then(self, state: dict[str, Any], epochs: int, teachers: Sequence[str]) -> Ending:
         """With a phase that went on from here, and whose last checkpoint holds this state."""

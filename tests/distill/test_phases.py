@@ -13,9 +13,10 @@ from pipeline.distill import job as module
 from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import Ending, go_on, plan_phases
 from pipeline.distill.provenance import all_teachers
-from pipeline.distill.task import build_distiller
+from pipeline.distill.task import build_distiller, build_student
 from pipeline.errors import UserError
 from pipeline.runs import open_run
+from pipeline.student.loading import Loaded
 from pipeline.student.model import load_encoder
 from pipeline.training import STATE_FILE, Worker, load_state, train
 from tests.fakes import fill_in_process, write_photos
@@ -194,6 +195,21 @@ def test_a_student_starts_from_one_that_was_distilled_before(planned, tmp_path, 
     assert origin["start"] == known | {"named": str(earlier.student)}
     assert result.lineage["start"] == str(earlier.student)
     assert result.lineage["licences"] == ", ".join(sorted(["non-commercial", *earlier.lineage["licences"].split(", ")]))
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, {"weights": "w", "licence": "unknown"}),
+        ({"weights": "random"}, {"weights": "random", "licence": "unknown"}),
+        ({"weights": "hub:x.y", "licence": "MIT"}, {"weights": "hub:x.y", "licence": "MIT"}),
+        ({"teachers": [], "run_id": "0"}, {"teachers": [], "run_id": "0"}),
+    ],
+)
+def test_a_licence_that_nobody_told_is_unknown(photo_config, known, expected):
+    student = build_student(photo_config(*STUDENT))
+    start = Loaded(student.encoder, "test_resnet", None, {}, known)
+    assert Ending.before(student, start, "w").origin == {"named": "w", **expected}
 
 
 def test_weights_that_are_nowhere_are_refused_with_the_plan(unfilled):
