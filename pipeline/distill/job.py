@@ -192,9 +192,8 @@ def _finish(
     (student / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
     uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
     held_out = job.val.id if job.val else ""
-    return DistillResult(
-        before, after, teachers, ending.steps, ending.samples, uri, student, held_out, lineage(jobs, ending.origin)
-    )
+    tags = lineage(jobs, origin)
+    return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student, held_out, tags)
 
 
 def _size(encoder: Encoder, input_size: int) -> dict[str, float]:

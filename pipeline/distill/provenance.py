@@ -73,12 +73,10 @@ def _parts(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _parts(origin[before])
 
 
-def lineage(phases: Sequence[DistillJob], start: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Tags of a registered student: teachers and licences, also those of the start, and what was read in the cache."""
-    origin = {
-        "teachers": [_teacher(t.spec) for job in phases for t in job.teachers],
-        **({"start": start} if start else {}),
-    }
+def lineage(phases: Sequence[DistillJob], origin: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of a registered student of this provenance: teachers and licences, also those of its start, and what was read in
+    the cache.
+    """
     read = dict.fromkeys(
         f"{dataset.id}/{dataset.policy.id}/{t.id}"
         for job in phases
@@ -90,6 +88,6 @@ def lineage(phases: Sequence[DistillJob], start: Mapping[str, Any] | None = None
         "student": phases[-1].config.student.name,
         "teachers": ", ".join(dict.fromkeys(teacher["name"] for teacher in all_teachers(origin))),
         "licences": ", ".join(all_licences(origin)),
-        **({"start": start["named"]} if start else {}),
+        **({"start": origin["start"]["named"]} if "start" in origin else {}),
         "cache": "\n".join(read),
     }

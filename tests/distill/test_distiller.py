@@ -303,11 +303,12 @@ def test_relation_compares_with_the_targets_of_the_steps_before():
     assert "targets.0.queue.rows" in distiller.state_dict()
 
 
-def test_evaluation_has_no_relation():
+def test_evaluation_has_no_relation_and_leaves_the_queue_alone():
     teacher = _teacher("a")
     distiller = _distiller(teacher, summary={"cosine": 1, "relation": 3}).eval()
     _, parts = distiller(*_batch([teacher]))
     assert sorted(parts) == ["a/patches", "a/summary"]
+    assert int(distiller.targets[0].queue.count) == 0
 
 
 def test_phi_s_gives_the_same_targets_whether_features_are_projected_or_not():
