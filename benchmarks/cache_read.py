@@ -42,12 +42,12 @@ import torch
 
 from benchmarks.made_up_cache import jpegs, write_dataset, write_teacher
 from benchmarks.memory import growth, report, watch
-from pipeline.cache.codec import TokenCodec
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher
-from pipeline.cache.reader import Batch, CacheReader
-from pipeline.cache.shards import ShardFolder
-from pipeline.cache.store import Store
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.codec import TokenCodec
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.shards import ShardFolder
+from pipeline.cache.read.reader import Batch, CacheReader
+from pipeline.storage.store import Store
 
 TEACHERS = {"dinov2-s": (384, 384, 16), "clip-b16": (512, 768, 14), "sam-b": (None, 256, 16)}
 """Channels of the summary and of a patch, side of the grid."""

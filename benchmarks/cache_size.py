@@ -23,12 +23,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.cache.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
-from pipeline.cache.extract import make_teacher
+from pipeline.cache.layout.cached_teacher import make_teacher
+from pipeline.cache.layout.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
 from pipeline.config import Config, TeacherConfig, load_config
-from pipeline.rendering import render
+from pipeline.imaging.decode import decode_image
+from pipeline.imaging.geometry import FULL
+from pipeline.imaging.rendering import render
 from pipeline.sources import SceneSettings, open_source
-from pipeline.views import FULL, decode_image
 from teachers.base import Teacher
 
 CODECS = ("float32", "float16", "bfloat16", "int8", "int8-zstd")

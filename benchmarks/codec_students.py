@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch import nn
 
 from benchmarks.kept import kept
-from pipeline.cache.build import CachePlan, build_cache, plan_cache
+from pipeline.cache.fill.build import CachePlan, build_cache, plan_cache
 from pipeline.config import Config, TrainConfig, load_config
 from pipeline.distill.task import DistillJob, DistillTask
-from pipeline.ray_session import connect
-from pipeline.runs import cache_store
+from pipeline.runs.folder import cache_store
+from pipeline.runtime.ray_session import connect
 from pipeline.training import Snapshot, Task, Worker, train
 
 

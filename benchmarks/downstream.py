@@ -58,7 +58,7 @@ def starts(student: Path, others: Sequence[str]) -> dict[str, list[str]]:
 def _run(items: Sequence[str], start: str, overrides: Sequence[str], seed: int, results: Path) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
         from jobs.finetune import main as finetune
-        from pipeline.ray_session import connect
+        from pipeline.runtime.ray_session import connect
 
         recipe, *others = items
         config = load_config(recipe, [*others, *overrides, f"seed={seed}", f"name={start}-{seed}"])

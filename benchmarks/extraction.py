@@ -38,7 +38,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.allocator import keep_freed_memory
+from pipeline.runtime.allocator import keep_freed_memory
 
 if not sys.modules.get("torch"):  # before there are threads, whose part in it Ray's workers have by their environment
     keep_freed_memory()
@@ -48,13 +48,14 @@ from torch import Tensor
 
 from benchmarks.made_up_cache import jpegs, write_dataset
 from benchmarks.memory import growth, report, watch
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, load_tokens, make_teacher
-from pipeline.cache.keys import teacher_id
-from pipeline.cache.spine import ROWS_SCHEMA
-from pipeline.cache.stats import MomentSums
+from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
+from pipeline.cache.layout.cached_teacher import CachedTeacher, load_tokens, make_teacher
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.keys import teacher_id
+from pipeline.cache.layout.stats import MomentSums
+from pipeline.cache.layout.view_rows import ROWS_SCHEMA
 from pipeline.config import TeacherConfig
-from pipeline.rendering import Renderer
+from pipeline.imaging.rendering import Renderer
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_extract.png"
 _actor: Extract
@@ -232,8 +233,8 @@ def _timed(run: Callable[[], int]) -> tuple[float, float]:
 
 
 def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
-    from pipeline.cache.ray_pipeline import extract_shards
-    from pipeline.ray_session import connect
+    from pipeline.cache.fill.ray_pipeline import extract_shards
+    from pipeline.runtime.ray_session import connect
 
     dataset = write_dataset(folder, options.images or 50000, jpegs(48), 512)
     teacher = _cached(TeacherConfig(model="hog", input_size=options.side), options)

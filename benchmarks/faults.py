@@ -41,14 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pyarrow import fs
 
 from jobs._cli import DEFAULT_RECIPE, grid
-from pipeline.cache.build import plan_cache
-from pipeline.cache.store import Store
+from pipeline.cache.fill.build import plan_cache
 from pipeline.config import TrainConfig, load_config
-from tests.cache.s3_endpoint import S3Endpoint
+from pipeline.storage.store import Store
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process, images_seen
 from tests.faults import FORK, content
 from tests.nodes import RAY, Node, cluster, descendants, kill, running, start_job, start_nodes
-from tests.tiny_task import STEPS, lines, make_tiny_task
+from tests.storage.s3_endpoint import S3Endpoint
+from tests.training.tiny_task import STEPS, lines, make_tiny_task
 
 IMAGES, WORKERS, CPUS = 192, 2, (2, 3, 3)
 PATIENCE_S = 600.0
@@ -209,7 +209,7 @@ def _train(address: str, folder: str, config: TrainConfig) -> None:
     with Path(folder, "log").open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from pipeline.ray_session import connect
+    from pipeline.runtime.ray_session import connect
     from pipeline.training import StoppedError, fit
 
     def commit(history: list[tuple[int, dict[str, float]]], checkpoint: str | None) -> None:

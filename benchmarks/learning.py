@@ -26,9 +26,9 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from pipeline.evaluate.models import create_model
+from pipeline.benchmark.models import create_model
+from pipeline.imaging.decode import decode_image
 from pipeline.sources import open_source
-from pipeline.views import decode_image
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 SHIFT = 0.125  # largest translation in training, as a share of the side: 4 of 32 pixels

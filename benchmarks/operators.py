@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import onnxruntime
 import torch
 
-from pipeline.evaluate.folding import inference_form
-from pipeline.evaluate.models import create_model
-from pipeline.shipping.graphs import INPUT, export_onnx
+from pipeline.benchmark.models import create_model
+from pipeline.export.graphs import INPUT, export_onnx
+from pipeline.student.folding import inference_form
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -37,10 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pipeline.student.regla  # noqa: F401  registers the students with timm
 from jobs._cli import grid
-from pipeline.cache.codec import Codec, fit_projection
-from pipeline.cache.reader import STUDENT_INTERPOLATION
-from pipeline.rendering import render
-from pipeline.views import FULL, decode_pixels
+from pipeline.cache.layout.codec import Codec, fit_projection
+from pipeline.cache.read.reader import STUDENT_INTERPOLATION
+from pipeline.imaging.decode import decode_pixels
+from pipeline.imaging.geometry import FULL
+from pipeline.imaging.rendering import render
 
 GPUS = (8, 16, 32, 64, 128, 256)
 TEACHERS = {

@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.memory import growth, report, watch
 from jobs import distill, precompute
 from jobs._cli import DEFAULT_RECIPE
-from pipeline.cache.build import plan_cache
-from pipeline.cache.store import Store
+from pipeline.cache.fill.build import plan_cache
 from pipeline.config import load_config
-from pipeline.ray_session import connect
+from pipeline.runtime.ray_session import connect
+from pipeline.storage.store import Store
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process
 from tests.faults import content
 from tests.nodes import Node, cluster, descendants, kill, running

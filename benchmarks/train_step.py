@@ -51,21 +51,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.made_up_cache import jpegs, write_dataset
-from pipeline.cache.codec import Codec
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher, make_teacher
-from pipeline.cache.reader import Batch, CacheReader
-from pipeline.cache.reader_process import ReaderProcess
+from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
+from pipeline.cache.layout.codec import Codec
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.read.reader import Batch, CacheReader
+from pipeline.cache.read.reader_process import ReaderProcess
 from pipeline.config import CacheConfig, LossConfig, TeacherConfig, TrainConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd
-from pipeline.rendering import render
+from pipeline.imaging.decode import decode_image
+from pipeline.imaging.geometry import FULL
+from pipeline.imaging.rendering import render
 from pipeline.student.model import Encoder, Student, create_backbone
 from pipeline.training import Task, Worker, fit, train
 from pipeline.training.meter import Stopwatch
 from pipeline.training.step import Stepper
 from pipeline.training.upload import to_device, upload_ahead
-from pipeline.views import FULL, decode_image
 from teachers.base import Teacher
 
 TEACHERS = ("dinov2/vits14", "clip/ViT-B-16", "sam/vit_b")
@@ -341,7 +342,7 @@ def make_epoch_task(payload: dict[str, Any], rank: int, world: int) -> EpochTask
 
 def ray_over_bare(options: argparse.Namespace, folder: str) -> dict[str, float]:
     """Median time between the beginnings of two steps, under Ray Train over that in this process."""
-    from pipeline.ray_session import connect
+    from pipeline.runtime.ray_session import connect
 
     images = jpegs(options.image_size)
     dataset = write_dataset(f"{folder}/ray-cache", max(64, options.batch_size), images, 64)

@@ -22,10 +22,10 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.made_up_cache import jpegs, write_dataset
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.reader import CacheReader
-from pipeline.cache.spine import read_spine
-from pipeline.views import ViewPolicy
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.view_rows import read_spine
+from pipeline.cache.read.reader import CacheReader
+from pipeline.imaging.geometry import ViewPolicy
 
 PER_STEP = (1, 2, 4)
 

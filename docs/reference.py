@@ -22,9 +22,9 @@ API: dict[str, tuple[str, ...]] = {
     "pipeline.student.model": ("create_backbone", "Encoder", "load_encoder"),
     "pipeline.distill.kept_heads": ("load_heads", "StudentWithHeads"),
     "pipeline.downstream.saved": ("load_model", "SavedModel"),
-    "pipeline.cache.reader": ("CacheReader",),
-    "pipeline.shipping.cargo": ("pack", "pack_classifier"),
-    "pipeline.shipping.folder": ("ship",),
+    "pipeline.cache.read.reader": ("CacheReader",),
+    "pipeline.export.bundle": ("pack", "pack_classifier"),
+    "pipeline.export.folder": ("ship",),
     "pipeline.config": ("load_config",),
     "teachers.base": ("Teacher", "TeacherSpec", "TeacherOutput", "TeacherOptions"),
 }

@@ -9,7 +9,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
-from pipeline.runs import work_folder
+from pipeline.runs.folder import work_folder
 
 if TYPE_CHECKING:
     from pipeline.student.loading import Loaded

@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline import logs
 from pipeline.config import Config, describe_fields, load_config
 from pipeline.errors import UserError
+from pipeline.runtime import logs
 from teachers.errors import TeacherError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

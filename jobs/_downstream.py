@@ -13,7 +13,7 @@ from pipeline.downstream.coco_eval import NUMBERS, evaluate_files
 from pipeline.downstream.job import as_saved, evaluate_model, open_held_out, open_model
 from pipeline.downstream.task import DOWNSTREAM
 from pipeline.errors import UserError
-from pipeline.job import open_job
+from pipeline.runs.session import open_job
 
 
 def evaluate_saved(task: str, config: Config, dry_run: bool, given: Collection[str] = ()) -> dict[str, Any]:

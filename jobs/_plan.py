@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import pyarrow.compute as pc
 
 from jobs._cli import grid, size, table
-from pipeline.cache.build import CachePlan
-from pipeline.cache.codec import Codec
-from pipeline.cache.estimate import TeacherEstimate, missing_bytes
-from pipeline.cache.extract import CachedTeacher, projection_of, teacher_labels
+from pipeline.cache.fill.build import CachePlan
+from pipeline.cache.fill.estimate import TeacherEstimate, missing_bytes
+from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
+from pipeline.cache.layout.codec import Codec
 from pipeline.config import Config
-from pipeline.ray_session import Hardware
-from pipeline.runs import work_folder
+from pipeline.runs.folder import work_folder
+from pipeline.runtime.ray_session import Hardware
 
 
 def cache_plan(plan: CachePlan, config: Config) -> str:

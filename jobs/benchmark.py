@@ -20,10 +20,10 @@ if __name__ == "__main__":
     run(later("jobs.benchmark"), __doc__)
     sys.exit()
 
+from pipeline.benchmark.benchmark import benchmark, check, frame, render
+from pipeline.benchmark.figures import accuracy_figure, latency_figure
 from pipeline.config import Config
-from pipeline.evaluate.benchmark import benchmark, check, frame, render
-from pipeline.evaluate.figures import accuracy_figure, latency_figure
-from pipeline.runs import work_folder
+from pipeline.runs.folder import work_folder
 
 
 def main(config: Config, dry_run: bool) -> dict[str, Any]:

@@ -22,14 +22,14 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import cache_plan
-from pipeline.cache.build import BuildReport
-from pipeline.cache.estimate import check_space
-from pipeline.cache.job import cache_bytes, precompute
+from pipeline.cache.fill.build import BuildReport
+from pipeline.cache.fill.estimate import check_space
+from pipeline.cache.fill.job import cache_bytes, precompute
 from pipeline.config import Config
 from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import Phase, plan_phases
-from pipeline.job import Job, open_job
-from pipeline.runs import cache_store
+from pipeline.runs.folder import cache_store
+from pipeline.runs.session import Job, open_job
 
 
 def main(config: Config, dry_run: bool) -> dict[str, Any]:

@@ -50,12 +50,12 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._downstream import DOWNSTREAM_EVALUATIONS
-from pipeline.cache.estimate import check_space
+from pipeline.cache.fill.estimate import check_space
 from pipeline.config import Config
 from pipeline.downstream.task import DOWNSTREAM
 from pipeline.evaluate import job as evaluation
 from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
-from pipeline.job import open_job
+from pipeline.runs.session import open_job
 from pipeline.tracking import Run
 
 Measure = Callable[[FrozenPlan, Config, Run, Path], dict[str, float]]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._backbone import load_named, naming, tracking_uri
 from jobs._cli import finish, later, table
-from pipeline.shipping.formats import FORMATS, ROUNDS
+from pipeline.export.formats import FORMATS, ROUNDS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,8 +45,8 @@ if __name__ == "__main__":
 
 from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
-from pipeline.shipping.cargo import Cargo, pack, pack_classifier
-from pipeline.shipping.folder import ship
+from pipeline.export.bundle import Cargo, pack, pack_classifier
+from pipeline.export.folder import ship
 
 
 def export(options: argparse.Namespace) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 from pipeline.config import Config
 from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
 from pipeline.downstream.task import DOWNSTREAM
-from pipeline.job import open_job
+from pipeline.runs.session import open_job
 
 
 def main(config: Config, dry_run: bool) -> dict[str, Any]:

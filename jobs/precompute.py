@@ -50,17 +50,17 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import cache_plan, cost_plan, read_rate
-from pipeline.cache.audit import Verification, check_begun, verify_cache
-from pipeline.cache.build import CachePlan, plan_cache
-from pipeline.cache.checks import Finding
-from pipeline.cache.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
-from pipeline.cache.garbage import find_garbage, remove_garbage
-from pipeline.cache.inventory import Entry, delete_entry, find_entry, take_inventory
-from pipeline.cache.repair import repair_cache
+from pipeline.cache.fill.build import CachePlan, plan_cache
+from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
+from pipeline.cache.maintain.audit import Verification, check_begun, verify_cache
+from pipeline.cache.maintain.checks import Finding
+from pipeline.cache.maintain.garbage import find_garbage, remove_garbage
+from pipeline.cache.maintain.inventory import Entry, delete_entry, find_entry, take_inventory
+from pipeline.cache.maintain.repair import repair_cache
 from pipeline.config import Config
-from pipeline.ray_session import Hardware, computing_on, connect, hardware, is_cluster
-from pipeline.runs import cache_store
-from pipeline.shared import check_shared
+from pipeline.runs.folder import cache_store
+from pipeline.runs.shared_paths import check_shared
+from pipeline.runtime.ray_session import Hardware, computing_on, connect, hardware, is_cluster
 
 SHOWN = 50
 """Lines of a table of findings or garbage; the rest is counted."""
@@ -73,8 +73,8 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
         return {"dry_run": True}
     check_space(*(plan for _, plan in planned))
     # MLflow takes seconds to import, which the other modes need not wait for.
-    from pipeline.cache.job import cache_bytes, precompute
-    from pipeline.job import open_job
+    from pipeline.cache.fill.job import cache_bytes, precompute
+    from pipeline.runs.session import open_job
 
     reports = []
     with open_job(config, "precompute") as job:

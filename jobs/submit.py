@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.errors import UserError
-from pipeline.ray_session import REPOSITORY
+from pipeline.runtime.ray_session import REPOSITORY
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -25,7 +25,7 @@ TEACHERS = "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}, {model: 't
 @pytest.fixture(scope="session")
 def ray_session():
     """The session that jobs open for themselves, opened once."""
-    from pipeline.ray_session import connect
+    from pipeline.runtime.ray_session import connect
 
     with connect():
         yield
@@ -52,8 +52,8 @@ def bucket(monkeypatch):
     """An S3 endpoint on loopback that this process uses, with the bucket `models`."""
     from pyarrow import fs
 
-    from pipeline.cache import remote
-    from tests.cache.s3_endpoint import S3Endpoint
+    from pipeline.storage import remote
+    from tests.storage.s3_endpoint import S3Endpoint
 
     server = S3Endpoint()
     for name, value in server.environment.items():
@@ -92,8 +92,8 @@ def photo_config(tmp_path):
 @pytest.fixture
 def filled(tmp_path, photo_config):
     """A complete cache: `plan`, `config`, and the `train` and `val` datasets."""
-    from pipeline.cache.build import plan_cache
-    from pipeline.cache.store import Store
+    from pipeline.cache.fill.build import plan_cache
+    from pipeline.storage.store import Store
     from tests.fakes import fill_in_process
 
     config = photo_config()

@@ -107,10 +107,10 @@ def truncate(photo: Path) -> None:
 
 def fill_in_process(plan: Any, batch_size: int = 16) -> int:
     """Fill a planned cache without Ray, shard by shard; returns the teacher shards computed."""
-    from pipeline.cache.build import freeze_stats
-    from pipeline.cache.dataset import create_dataset
-    from pipeline.cache.extract import Extract
-    from pipeline.cache.ingest import Ingest
+    from pipeline.cache.fill.build import freeze_stats
+    from pipeline.cache.fill.extract import Extract
+    from pipeline.cache.fill.ingest import Ingest
+    from pipeline.cache.layout.dataset import create_dataset
 
     ingest = Ingest({split.split: (split.dataset, split.source) for split in plan.splits})
     extract = Extract({split.split: split.dataset for split in plan.splits}, plan.teachers, "cpu", 2, batch_size)
@@ -134,9 +134,10 @@ def out_of_memory(*_: Any) -> None:
 
 def without_ray(monkeypatch: Any) -> None:
     """Hand shards to the classes of the actors and tasks in this process."""
-    from pipeline.cache import audit, build
-    from pipeline.cache.extract import Extract
-    from pipeline.cache.verify import Verify
+    from pipeline.cache.fill import build
+    from pipeline.cache.fill.extract import Extract
+    from pipeline.cache.maintain import audit
+    from pipeline.cache.maintain.verify import Verify
 
     def actor(make: Any) -> Any:
         return lambda rows, arguments, batch_size: map(make(*arguments, "cpu", 2, batch_size), rows) if rows else ()

@@ -14,13 +14,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.cache.build import CachePlan
+from pipeline.cache.fill.build import CachePlan
 from teachers.base import Teacher, TeacherOptions
 from tests.fakes import ColourGrid, fill_in_process
 
 FORK = multiprocessing.get_context("forkserver")
 """Its server imports torch once, so that a process that is to be killed starts in milliseconds."""
-FORK.set_forkserver_preload(["pandas", "PIL.JpegImagePlugin", "pipeline.cache.reader", "tests.faults"])
+FORK.set_forkserver_preload(["pandas", "PIL.JpegImagePlugin", "pipeline.cache.read.reader", "tests.faults"])
 
 
 def content(cache: Path) -> dict[str, str]:

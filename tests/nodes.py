@@ -19,7 +19,7 @@ from jobs import precompute
 from jobs._cli import run
 from tests.faults import FORK
 
-FORK.set_forkserver_preload(["pandas", "PIL.JpegImagePlugin", "pipeline.cache.reader", "ray.data", "tests.nodes"])
+FORK.set_forkserver_preload(["pandas", "PIL.JpegImagePlugin", "pipeline.cache.read.reader", "ray.data", "tests.nodes"])
 
 RAY = Path(sys.executable).parent / "ray"
 PATIENCE = 400.0

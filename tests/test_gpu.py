@@ -12,14 +12,15 @@ import torch
 from benchmarks.made_up_cache import jpegs, write_dataset
 from benchmarks.train_step import DistillStep, make_distiller, make_student, train_config, write_features
 from benchmarks.train_step import _parse as step_options
-from pipeline.cache.codec import Codec, fit_projection
-from pipeline.cache.extract import SHARDS_AT_ONCE, CachedTeacher, Extract, make_teacher
-from pipeline.cache.keys import teacher_id
-from pipeline.cache.phi_s import PhiS
-from pipeline.cache.placement import measure
-from pipeline.cache.reader import CacheReader
-from pipeline.cache.shards import ROW_GROUP_SIZE
-from pipeline.cache.stats import PIECE, Moments, MomentSums
+from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
+from pipeline.cache.fill.placement import measure
+from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
+from pipeline.cache.layout.codec import Codec, fit_projection
+from pipeline.cache.layout.keys import teacher_id
+from pipeline.cache.layout.phi_s import PhiS
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE
+from pipeline.cache.layout.stats import PIECE, Moments, MomentSums
+from pipeline.cache.read.reader import CacheReader
 from pipeline.config import AugmentConfig, LossConfig, TeacherConfig, TrainConfig
 from pipeline.distill.augment import augment
 from pipeline.distill.distiller import Distiller
@@ -28,7 +29,7 @@ from pipeline.training import Worker, train
 from pipeline.training.meter import Stopwatch
 from pipeline.training.step import Stepper
 from pipeline.training.upload import tensors_of, upload_ahead
-from tests.tiny_task import TinyTask
+from tests.training.tiny_task import TinyTask
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 CUDA = torch.device("cuda")

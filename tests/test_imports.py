@@ -14,7 +14,7 @@ ABSENT = "import sys; sys.modules |= dict.fromkeys(('ray', 'mlflow')); "
     "modules",
     [
         "teachers.clip, teachers.dinov2, teachers.hog, teachers.registry, teachers.sam",
-        "pipeline.cache.codec, pipeline.cache.extract, pipeline.cache.reader_process, pipeline.student.loading",
+        "pipeline.cache.layout.codec, pipeline.cache.fill.extract, pipeline.cache.read.reader_process, pipeline.student.loading",
         "pipeline.distill.task, pipeline.distill.kept_heads, pipeline.distill.phases, pipeline.training",
         "benchmarks.cache_read, benchmarks.cache_size, benchmarks.extraction, benchmarks.train_step, jobs.benchmark",
     ],

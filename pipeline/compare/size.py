@@ -7,7 +7,7 @@ from functools import cache
 
 from pipeline.compare.describe import input_size, timm_student
 from pipeline.errors import UserError
-from pipeline.evaluate.cost import inference_cost
+from pipeline.student.cost import inference_cost
 from pipeline.student.model import Encoder, create_backbone
 from pipeline.tracking import LoggedRun
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.extract import CachedTeacher
+from pipeline.cache.layout.cached_teacher import CachedTeacher
 
 KINDS = ("summary", "patches")
 """Token types, in the order of the columns of :func:`teacher_weights`."""

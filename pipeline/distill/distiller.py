@@ -8,8 +8,8 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from pipeline.cache.codec import TokenCodec
-from pipeline.cache.extract import CachedTeacher, teacher_labels
+from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
+from pipeline.cache.layout.codec import TokenCodec
 from pipeline.config import LossConfig
 from pipeline.distill.balance import KINDS, drop_coefficients, teacher_weights
 from pipeline.distill.grid import GridRule, turns

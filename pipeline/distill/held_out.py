@@ -9,13 +9,13 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
-from pipeline.cache.codec import TokenCodec
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher, load_tokens
-from pipeline.cache.reader import Batch, CacheReader
+from pipeline.cache.layout.cached_teacher import CachedTeacher, load_tokens
+from pipeline.cache.layout.codec import TokenCodec
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.distill.loss import vector_loss
-from pipeline.rendering import decoders
+from pipeline.imaging.rendering import decoders
 
 MOST_IMAGES = 4096
 """Held-out images that are compared after an epoch, at most."""

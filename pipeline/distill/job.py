@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cache.build import CachePlan
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import teacher_labels
-from pipeline.cache.reader import check_per_step, has_labels
+from pipeline.cache.fill.build import CachePlan
+from pipeline.cache.layout.cached_teacher import teacher_labels
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.read.reader import check_per_step, has_labels
 from pipeline.config import Config
 from pipeline.distill.distiller import token_grid
 from pipeline.distill.grid import GridRule
@@ -25,8 +25,8 @@ from pipeline.distill.provenance import lineage, provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.distill.watch import Watch
 from pipeline.errors import UserError
-from pipeline.evaluate.cost import inference_cost
 from pipeline.evaluate.knn import teacher_knn
+from pipeline.student.cost import inference_cost
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking import Run, log_student
 from pipeline.training import STATE_FILE, History, check_best_metric, checkpoint_folder, count_shares, fit, load_state

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.cache.phi_s import PhiS
+from pipeline.cache.layout.phi_s import PhiS
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.distill.standardise import MeanStd, Rotation, Standardiser
 from pipeline.errors import UserError

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cache.build import CachePlan, plan_cache
-from pipeline.cache.store import Store
+from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.config import Config
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.evaluate.knn import check_splits
-from pipeline.runs import open_run, work_folder
+from pipeline.runs.folder import open_run, work_folder
+from pipeline.storage.store import Store
 from pipeline.student.loading import Loaded, is_model_uri, load_initial
 from pipeline.student.model import Student
 
@@ -53,7 +53,7 @@ def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
     """The phases of a recipe, one where it names none.
 
     Raises:
-        UserError, TeacherError: as :func:`~pipeline.cache.build.plan_cache`; where the splits differ in their classes, and
+        UserError, TeacherError: as :func:`~pipeline.cache.fill.build.plan_cache`; where the splits differ in their classes, and
             where `student.weights` cannot be had.
     """
     start = _find_start(config)

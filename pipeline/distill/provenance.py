@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.cache.dataset import Dataset
+    from pipeline.cache.layout.dataset import Dataset
     from pipeline.distill.task import DistillJob
     from teachers.base import TeacherSpec
 

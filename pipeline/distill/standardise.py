@@ -1,7 +1,7 @@
 """Frozen standardisation of a teacher's features: statistics of the cache, never of a batch.
 
 ``mean_std`` divides every channel by its own standard deviation; ``phi_s`` rotates and divides all by one scale
-(`pipeline/cache/phi_s.py`). Either can be undone, which heads that are kept beside a student need.
+(`pipeline/cache/layout/phi_s.py`). Either can be undone, which heads that are kept beside a student need.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.cache.codec import Projection, TokenCodec
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher
-from pipeline.cache.phi_s import PhiS, load_phi_s
-from pipeline.cache.stats import Moments, load_moments
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.codec import Projection, TokenCodec
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.phi_s import PhiS, load_phi_s
+from pipeline.cache.layout.stats import Moments, load_moments
 
 
 class Standardiser(nn.Module):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher, load_tokens
-from pipeline.cache.reader import Batch, CacheReader
-from pipeline.cache.reader_process import ReaderProcess
+from pipeline.cache.layout.cached_teacher import CachedTeacher, load_tokens
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.read.reader import Batch, CacheReader
+from pipeline.cache.read.reader_process import ReaderProcess
 from pipeline.config import Config
 from pipeline.distill.augment import augment
 from pipeline.distill.balance import is_scheduled, teacher_weights
@@ -24,7 +24,7 @@ from pipeline.distill.phases import Ending, go_on
 from pipeline.distill.standardise import make_standardisers
 from pipeline.distill.watch import Watch
 from pipeline.evaluate.knn import student_knn
-from pipeline.rendering import decoders
+from pipeline.imaging.rendering import decoders
 from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused
 from pipeline.training import History, Task
 

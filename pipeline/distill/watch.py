@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.cache.codec import TokenCodec
-from pipeline.cache.reader import Batch
+from pipeline.cache.layout.codec import TokenCodec
+from pipeline.cache.read.reader import Batch
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.training import History
 

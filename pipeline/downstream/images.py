@@ -13,10 +13,10 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.downstream.base import Split
 from pipeline.errors import UserError
+from pipeline.imaging.decode import decode_image
 from pipeline.sources import SAMPLES, SampleScenes, SceneSettings, Source, open_source
 from pipeline.sources.base import IMAGE_EXTENSIONS, odd_class
 from pipeline.sources.image_folder import images_below
-from pipeline.views import decode_image
 
 PARQUET_BLOCK = 128
 """Rows of a Parquet file that stay together in the shuffle: a row group is read whole for any one of them."""

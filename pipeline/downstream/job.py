@@ -21,7 +21,7 @@ from pipeline.downstream.saved import SavedModel, find_model, finished_model
 from pipeline.downstream.soft import find_soft_teacher, load_soft_targets
 from pipeline.downstream.task import DOWNSTREAM, FinetuneJob, FinetuneTask, build_model, epoch_steps
 from pipeline.errors import UserError
-from pipeline.runs import work_folder
+from pipeline.runs.folder import work_folder
 from pipeline.sources import SAMPLES
 from pipeline.sources.locations import absolute
 from pipeline.tracking import Run, log_model_folder, resolve_uri

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pipeline.cache.keys import readable
+from pipeline.cache.layout.keys import readable
 from pipeline.downstream.base import Report
 
 matplotlib.use("Agg")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.cache.extract import CachedTeacher
-from pipeline.cache.keys import teacher_id
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.keys import teacher_id
 from pipeline.config import TeacherConfig
 from pipeline.errors import UserError
 from pipeline.student.loading import load_any

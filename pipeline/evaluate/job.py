@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.build import CachePlan, SplitPlan, build_cache, plan_cache, teacher_stats
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher
-from pipeline.cache.reader import NO_LABEL, PatchGroups, read_summaries
+from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_cache, teacher_stats
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.read.reader import NO_LABEL, PatchGroups, read_summaries
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluate.confusion import SegmentationScores
@@ -21,11 +21,11 @@ from pipeline.evaluate.knn import check_splits
 from pipeline.evaluate.knn_search import search_knn
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
 from pipeline.evaluate.segmentation import confusions, pixel_batches, steps_of
-from pipeline.runs import cache_store, work_folder
+from pipeline.imaging.geometry import WHOLE
+from pipeline.runs.folder import cache_store, work_folder
 from pipeline.sources.label_maps import LabelMaps, open_label_maps
 from pipeline.student.loading import load_any
 from pipeline.tracking import Run, resolve_uri
-from pipeline.views import WHOLE
 
 MAPS_AT_ONCE = 16
 """Most images of a step of the segmentation probe: each brings `PIXELS` samples."""

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher
-from pipeline.cache.reader import NO_LABEL, read_summaries, scan_images
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.read.reader import NO_LABEL, read_summaries, scan_images
 from pipeline.config import KnnConfig
 from pipeline.errors import UserError
 from pipeline.sources import SAMPLES

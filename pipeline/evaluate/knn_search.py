@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pipeline.cache.dataset import Dataset
-from pipeline.cache.extract import CachedTeacher
-from pipeline.cache.reader import NO_LABEL, read_summaries
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.read.reader import NO_LABEL, read_summaries
 from pipeline.evaluate.knn import Neighbours, labelled, merge, nearest, vote
-from pipeline.prefetch import map_ahead
-from pipeline.ray_session import places
+from pipeline.runtime.prefetch import map_ahead
+from pipeline.runtime.ray_session import places
 
 BLOCK = 8192
 """Queries that travel at once."""

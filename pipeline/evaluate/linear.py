@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pipeline.progress import Progress
+from pipeline.runtime.progress import Progress
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 """Of an epoch, by its number: features [B, D] float32 and labels [B] int64."""

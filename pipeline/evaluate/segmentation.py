@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.cache.reader import PatchGroups
+from pipeline.cache.read.reader import PatchGroups
 from pipeline.evaluate.confusion import confusion
 from pipeline.evaluate.linear import Batches, LinearHeads
-from pipeline.prefetch import map_ahead
-from pipeline.progress import Progress
+from pipeline.runtime.prefetch import map_ahead
+from pipeline.runtime.progress import Progress
 from pipeline.sources.label_maps import LabelMaps
 
 PIXELS = 1024

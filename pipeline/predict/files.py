@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.cache.keys import readable
+from pipeline.cache.layout.keys import readable
 from pipeline.downstream.coco import Objects as Drawn
 from pipeline.downstream.detect import SHOWN, detections, draw_objects
 from pipeline.downstream.pictures import caption, palette

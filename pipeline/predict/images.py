@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 from pipeline.downstream.images import image_files
 from pipeline.errors import UserError
-from pipeline.prefetch import map_ahead
-from pipeline.views import decode_image, to_rgb
+from pipeline.imaging.decode import decode_image, to_rgb
+from pipeline.runtime.prefetch import map_ahead
 
 Images = str | Path | np.ndarray | Image.Image | Sequence[Any]
 """An image file, a folder of them, an RGB array uint8 [H, W, 3], a PIL image, or a list of these."""

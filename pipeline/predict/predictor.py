@@ -20,11 +20,11 @@ from pipeline.downstream.detect import find_objects
 from pipeline.downstream.saved import SavedModel, find_model
 from pipeline.downstream.segment import predict as predict_labels
 from pipeline.errors import UserError
+from pipeline.imaging.geometry import FULL
+from pipeline.imaging.rendering import render
 from pipeline.predict.images import Images, decoded, list_images
-from pipeline.rendering import render
 from pipeline.student.loading import load_any
 from pipeline.student.model import Encoder
-from pipeline.views import FULL
 
 
 @dataclass(frozen=True)

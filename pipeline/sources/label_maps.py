@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.imaging.decode import image_size, read_label_map
 from pipeline.sources.base import Source
 from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.sample_scenes import SEGMENTATION_CLASSES, SampleScenes
-from pipeline.views import image_size, read_label_map
 
 IGNORE = -1
 """Label of a pixel that has none."""

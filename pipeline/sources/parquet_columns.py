@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import UserError
-from pipeline.views import FORMATS
+from pipeline.imaging.decode import FORMATS
 
 Layout = Literal["struct", "encoded", "planes", "nested"]
 """`struct` {bytes, path} (Hugging Face), `encoded` bytes, `planes` flat (3, n, n) uint8, `nested` n x n x 3 lists."""

@@ -51,7 +51,7 @@ def named_folder(name: str) -> Path:
     """
     if "://" not in name:
         return Path(name).expanduser()
-    from pipeline.outputs import fetch
+    from pipeline.storage.fetch import fetch
 
     return fetch(name)
 

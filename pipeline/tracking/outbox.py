@@ -21,8 +21,8 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
-from pipeline.cache.store import Store
 from pipeline.errors import UserError
+from pipeline.storage.store import Store
 
 WAIT_S = 10.0
 """Longest time that a call waits for a server that answered so far; for one that does not, no call waits."""

@@ -22,9 +22,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.cache.store import Store
 from pipeline.errors import UserError
-from pipeline.metrics import export_training
+from pipeline.runtime.metrics import export_training
+from pipeline.storage.store import Store
 from pipeline.tracking.letters import Desk, Point
 from pipeline.tracking.outbox import PATIENCE_S, Outbox, Sender, in_a_line, is_refusal, patiently, unreachable
 

@@ -20,10 +20,10 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
-from pipeline.cache.remote import resolve
-from pipeline.cache.store import Store
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError, naming
+from pipeline.storage.remote import resolve
+from pipeline.storage.store import Store
 from pipeline.training.task import History
 
 STATE_FILE = "state.pt"

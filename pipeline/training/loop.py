@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from pipeline.allocator import keep_freed_memory
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
-from pipeline.interpreter import launch_promptly
-from pipeline.progress import Progress
+from pipeline.runtime.allocator import keep_freed_memory
+from pipeline.runtime.interpreter import launch_promptly
+from pipeline.runtime.progress import Progress
 from pipeline.training.checkpoint import Position, Snapshot
 from pipeline.training.meter import DivergedError, Meter, starved
 from pipeline.training.step import Stepper

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.progress import duration
+from pipeline.runtime.progress import duration
 from pipeline.training.task import TrainingBatch
 from pipeline.training.worker import Worker
 

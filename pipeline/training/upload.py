@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.prefetch import map_ahead
+from pipeline.runtime.prefetch import map_ahead
 from pipeline.training.task import map_parts
 
 Batch = TypeVar("Batch")

@@ -9,8 +9,8 @@ from pipeline.distill.job import export_student, make_job
 from pipeline.distill.kept_heads import load_heads, save_heads
 from pipeline.distill.task import build_distiller, build_reader
 from pipeline.errors import UserError
-from pipeline.shipping.cargo import pack
-from pipeline.shipping.folder import ship
+from pipeline.export.bundle import pack
+from pipeline.export.folder import ship
 from pipeline.student.loading import load_any
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "student.taps=[8,16,32]"]

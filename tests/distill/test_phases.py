@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cache.store import Store
 from pipeline.distill import job as module
 from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import Ending, go_on, plan_phases
 from pipeline.distill.provenance import all_teachers
 from pipeline.distill.task import build_distiller, build_student
 from pipeline.errors import UserError
-from pipeline.runs import open_run
+from pipeline.runs.folder import open_run
+from pipeline.storage.store import Store
 from pipeline.student.loading import Loaded
 from pipeline.student.model import load_encoder
 from pipeline.training import STATE_FILE, Worker, load_state, train

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from pipeline.cache.build import build_cache, plan_cache
-from pipeline.cache.store import Store
+from pipeline.cache.fill.build import build_cache, plan_cache
 from pipeline.distill.job import export_student, make_job
 from pipeline.distill.task import DistillTask, build_student
-from pipeline.rendering import render
+from pipeline.imaging.decode import decode_image
+from pipeline.imaging.geometry import FULL
+from pipeline.imaging.rendering import render
+from pipeline.storage.store import Store
 from pipeline.student.model import load_encoder
 from pipeline.training import Worker, train
-from pipeline.views import FULL, decode_image
 from teachers.base import digest_state
 from tests.fakes import without_ray
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.build import teacher_stats
-from pipeline.cache.codec import Codec, TokenCodec, fit_projection
-from pipeline.cache.phi_s import PhiS
-from pipeline.cache.stats import Moments
+from pipeline.cache.fill.build import teacher_stats
+from pipeline.cache.layout.codec import Codec, TokenCodec, fit_projection
+from pipeline.cache.layout.phi_s import PhiS
+from pipeline.cache.layout.stats import Moments
 from pipeline.distill.standardise import MeanStd, Rotation, make_standardisers
 
 

@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.cache import reader
-from pipeline.cache.build import teacher_stats
-from pipeline.cache.reader import NO_LABEL
+from pipeline.cache.fill.build import teacher_stats
+from pipeline.cache.read import reader
+from pipeline.cache.read.reader import NO_LABEL
 from pipeline.distill.held_out import nearness
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, make_distill_task
 from pipeline.evaluate.knn import student_knn
-from pipeline.rendering import render
+from pipeline.imaging.decode import decode_image
+from pipeline.imaging.geometry import FULL
+from pipeline.imaging.rendering import render
 from pipeline.training import Worker, load_state, train
-from pipeline.views import FULL, decode_image
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32"]
 

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.cache.build import plan_cache
-from pipeline.cache.extract import load_tokens
-from pipeline.cache.store import Store
+from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.layout.cached_teacher import load_tokens
 from pipeline.distill.held_out import HeldOut, nearness
 from pipeline.distill.job import make_job
 from pipeline.distill.loss import vector_loss
 from pipeline.distill.task import DistillTask, make_distill_task
 from pipeline.distill.watch import Watch, colours
+from pipeline.storage.store import Store
 from pipeline.training import Worker, train
 from tests.fakes import fill_in_process
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pipeline.cache.extract import make_teacher
+from pipeline.cache.layout.cached_teacher import make_teacher
 from pipeline.config import TeacherConfig
 from tests.docs.commands import PAGES, REPOSITORY
 

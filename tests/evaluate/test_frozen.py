@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pipeline.cache.reader import PatchGroups, read_summaries, scan_images
+from pipeline.cache.read.reader import PatchGroups, read_summaries, scan_images
 from pipeline.errors import UserError
 from pipeline.evaluate.frozen import FrozenTeacher, cached_encoder, map_levels
 from pipeline.evaluate.job import compute_features, plan_frozen

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.imaging.decode import decode_image
 from pipeline.sources import open_source, parquet_images
 from pipeline.sources.locations import below
-from pipeline.views import decode_image
 from tests.sources.noise_images import encode
 
 

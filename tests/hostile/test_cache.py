@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache.build import freeze_stats, plan_cache, teacher_stats
-from pipeline.cache.dataset import read_meta
-from pipeline.cache.extract import projection_of
-from pipeline.cache.reader import CacheReader, read_summaries, scan_images
-from pipeline.cache.shards import ShardFolder
-from pipeline.cache.store import Store
+from pipeline.cache.fill.build import freeze_stats, plan_cache, teacher_stats
+from pipeline.cache.layout.cached_teacher import projection_of
+from pipeline.cache.layout.dataset import read_meta
+from pipeline.cache.layout.shards import ShardFolder
+from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from pipeline.runs import open_run
+from pipeline.runs.folder import open_run
+from pipeline.storage.store import Store
 
 NOT_JSON = [b"", b"{", b"null", b"[]", b"3", b'"text"', b"\xff\xfe\x00", b"[" * 100_000, b"\x80\x04."]
 

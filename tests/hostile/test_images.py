@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cache.dataset import create_dataset, plan_dataset
-from pipeline.cache.ingest import Ingest
-from pipeline.cache.store import Store
+from pipeline.cache.fill.ingest import Ingest
+from pipeline.cache.layout.dataset import create_dataset, plan_dataset
 from pipeline.errors import UserError
+from pipeline.imaging.geometry import WHOLE
 from pipeline.sources import open_source
 from pipeline.sources.base import MAX_BYTES
-from pipeline.views import WHOLE
+from pipeline.storage.store import Store
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF"}
 MAGIC = {

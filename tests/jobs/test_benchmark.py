@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from jobs import benchmark
+from pipeline.benchmark import benchmark as measuring
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from pipeline.evaluate import benchmark as measuring
-from pipeline.evaluate.cost import cost
+from pipeline.student.cost import cost
 
 MODELS = ["regla_t", "mobilenetv3_small_050"]
 

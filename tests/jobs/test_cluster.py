@@ -8,7 +8,7 @@ import pytest
 from benchmarks.faults import PLAIN, TRAINING, WORKERS, Bench, inject
 from pipeline.training import Worker, train
 from tests.nodes import cluster
-from tests.tiny_task import STEPS, WholeBatches
+from tests.training.tiny_task import STEPS, WholeBatches
 
 
 def _alone():

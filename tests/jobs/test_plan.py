@@ -3,9 +3,9 @@
 import pytest
 
 from jobs._plan import cost_plan
-from pipeline.cache import estimate
-from pipeline.cache.estimate import Probe, estimate_cache
-from pipeline.ray_session import Hardware
+from pipeline.cache.fill import estimate
+from pipeline.cache.fill.estimate import Probe, estimate_cache
+from pipeline.runtime.ray_session import Hardware
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from jobs import distill, precompute
-from pipeline.cache.build import build_cache, plan_cache
-from pipeline.cache.store import Store
+from pipeline.cache.fill.build import build_cache, plan_cache
 from pipeline.config import load_config
-from pipeline.runs import cache_store
+from pipeline.runs.folder import cache_store
+from pipeline.storage.store import Store
 from tests.fakes import SMALL_JOB, colours_entry, without_ray
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

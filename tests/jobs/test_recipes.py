@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jobs import distill, precompute
-from pipeline.cache import build
+from pipeline.cache.fill import build
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from tests.fakes import write_photos

@@ -12,7 +12,7 @@ from ray._private.runtime_env.packaging import create_package
 
 from jobs import submit
 from pipeline.errors import UserError
-from pipeline.ray_session import REPOSITORY
+from pipeline.runtime.ray_session import REPOSITORY
 
 
 @pytest.fixture

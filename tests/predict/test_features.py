@@ -9,10 +9,11 @@ from PIL import Image
 
 from jobs import export, predict
 from pipeline.errors import UserError
+from pipeline.imaging.decode import decode_image
+from pipeline.imaging.geometry import FULL
+from pipeline.imaging.rendering import render
 from pipeline.predict import images, load_predictor
-from pipeline.rendering import render
 from pipeline.student.loading import load_any
-from pipeline.views import FULL, decode_image
 from tests.fakes import write_photos
 
 NAME = "timm/mobilenetv4_conv_small_035"

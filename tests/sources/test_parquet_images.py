@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.imaging.decode import decode_image
 from pipeline.sources import ParquetImages, open_source
-from pipeline.views import decode_image
 from tests.sources.noise_images import encode
 
 STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.cache.extract import make_teacher
+from pipeline.cache.layout.cached_teacher import make_teacher
 from pipeline.config import TeacherConfig, load_config
 from pipeline.distill.job import export_student
 from pipeline.distill.task import build_student

@@ -8,8 +8,8 @@ import time
 import pytest
 from mlflow.exceptions import MlflowException
 
-from pipeline.cache.store import Store
 from pipeline.errors import UserError
+from pipeline.storage.store import Store
 from pipeline.tracking import outbox
 from pipeline.tracking.outbox import Outbox, Sender, patiently
 

@@ -1,0 +1,1 @@
+"""Parameters, MACs, memory and latency of networks side by side."""

@@ -1,0 +1,145 @@
+"""Networks side by side: what they cost by counting, and how long they take, all interleaved in one run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pipeline.benchmark.models import create_model, parse
+from pipeline.benchmark.runtime import runner
+from pipeline.config import BenchmarkConfig
+from pipeline.errors import UserError
+from pipeline.runtime.timing import Timing, interleave
+from pipeline.student.cost import Cost, cost
+from pipeline.student.folding import inference_form
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model in one form at one size: what was set, what was counted, what was timed.
+
+    The cost is that of the inference form on one image, except for ``eager``, where it is the model's as trained. The
+    ratio of the timing refers to the reference model in the same form.
+    """
+
+    model: str
+    form: str
+    device: str
+    precision: str
+    threads: int
+    batch: int
+    size: int
+    cost: Cost
+    timing: Timing
+
+
+def benchmark(config: BenchmarkConfig) -> list[Row]:
+    """Measure every model in every form at every size, batch size and precision.
+
+    All models and forms of one size, batch size and precision are interleaved, so that drift falls on all alike.
+
+    Raises:
+        UserError: an unknown model, one that does not take a size, no GPU where one is asked for, or ONNX Runtime on
+            anything but the CPU in float32.
+    """
+    check(config)
+    torch.set_num_threads(config.threads)
+    models = {text: create_model(text) for text in config.models}
+    counted = {
+        (name, form, size): counts
+        for size in config.sizes
+        for name, model in models.items()
+        for form, counts in _costs(name, model, config, size)
+    }
+    rows: list[Row] = []
+    groups = [(s, b, p) for s in config.sizes for b in config.batch_sizes for p in config.precisions]
+    for size, batch, precision in tqdm(groups, desc="benchmark", unit="group", disable=len(groups) == 1):
+        images = torch.randn(batch, 3, size, size, device=config.device)
+        calls = {
+            (name, form): runner(model.to(config.device), form, images, precision, config.threads)
+            for name, model in models.items()
+            for form in config.forms
+        }
+        timings = interleave(calls, lambda key: (config.reference, key[1]), config.rounds)
+        for (name, form), timing in timings.items():
+            counts = counted[name, form, size]
+            rows.append(Row(name, form, config.device, precision, config.threads, batch, size, counts, timing))
+    return rows
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """The rows as a flat table, fastest first within a size, batch, precision and form.
+
+    Its columns are the fields of :class:`Row` and :class:`~pipeline.student.cost.Cost`, then ``milliseconds`` of one
+    forward pass, ``images_per_second``, and ``ratio``, with the quartiles over the rounds under ``_q1`` and ``_q3``.
+    """
+    keys = ["size", "batch", "precision", "form", "milliseconds"]
+    return pd.DataFrame([_flat(row) for row in rows]).sort_values(keys, ignore_index=True)
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    timing = row.timing
+    return {
+        **{name: value for name, value in vars(row).items() if name not in ("cost", "timing")},
+        **dataclasses.asdict(row.cost),
+        "milliseconds": timing.median * 1e3,
+        "milliseconds_q1": timing.quartiles[0] * 1e3,
+        "milliseconds_q3": timing.quartiles[1] * 1e3,
+        "images_per_second": row.batch / timing.median,
+        "ratio": timing.ratio,
+        "ratio_q1": timing.ratio_quartiles[0],
+        "ratio_q3": timing.ratio_quartiles[1],
+    }
+
+
+def render(table: pd.DataFrame) -> str:
+    """The table for people: millions and gigas, medians with quartiles."""
+    shown = table[["model", "form", "device", "precision", "threads", "size", "batch"]].assign(
+        params=table.parameters.map(lambda n: f"{n / 1e6:.2f} M"),
+        GMACs=table.macs.map(lambda n: f"{n / 1e9:.3f}"),
+        activations=table.activations.map(lambda n: f"{n / 1e6:.1f} M"),
+        peak=table.peak_bytes.map(lambda n: f"{n / 2**20:.0f} MiB"),
+        ms=_spread(table, "milliseconds", ".1f"),
+        ratio=_spread(table, "ratio", ".2f"),
+    )
+    return shown.to_string(index=False)
+
+
+def _spread(table: pd.DataFrame, column: str, form: str) -> list[str]:
+    values = zip(table[column], table[f"{column}_q1"], table[f"{column}_q3"], strict=True)
+    return [f"{median:{form}} [{low:{form}} {high:{form}}]" for median, low, high in values]
+
+
+def check(config: BenchmarkConfig) -> None:
+    """Refuse what cannot be measured, before anything is.
+
+    Raises:
+        UserError: see :func:`benchmark`.
+    """
+    if config.reference not in config.models:
+        raise UserError(f"benchmark.reference: {config.reference} is not in benchmark.models")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("benchmark.device: there is no GPU that torch can use; set benchmark.device=cpu")
+    if "onnx" in config.forms and (config.device != "cpu" or set(config.precisions) != {"float32"}):
+        raise UserError("benchmark.forms: onnx is measured in float32 on the CPU; leave it out or change the others")
+    for text in config.models:
+        parse(text)
+
+
+def _costs(name: str, model: nn.Module, config: BenchmarkConfig, size: int) -> Iterator[tuple[str, Cost]]:
+    images = torch.zeros(1, 3, size, size)
+    try:
+        as_trained = cost(model, images)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"benchmark.models: {name} does not take {size} px images: {error}") from None
+    folded = cost(inference_form(copy.deepcopy(model), images), images)
+    for form in config.forms:
+        yield form, as_trained if form == "eager" else folded

@@ -1,0 +1,71 @@
+"""One network, ready to run in one of the ways that it is shipped in."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.export.graphs import INPUT, export_onnx
+from pipeline.student.folding import inference_form
+
+Form = Literal["eager", "fused", "compiled", "onnx"]
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def runner(model: nn.Module, form: Form, images: Tensor, precision: Precision, threads: int) -> Callable[[], object]:
+    """Return a call that runs ``model`` once on ``images`` and returns when the work is done.
+
+    Args:
+        model: in eval mode and float32, on the device of ``images``; it is left as it is.
+        form: ``eager`` as trained, ``fused`` in its inference form, ``compiled`` that form under ``torch.compile``,
+            ``onnx`` that form in ONNX Runtime.
+        images: (B, C, H, W) float32.
+        precision: of weights and images.
+        threads: CPU threads; torch's own are set by the caller, since they hold for the whole process.
+
+    Raises:
+        UserError: ONNX Runtime with another precision or device than float32 on the CPU.
+    """
+    model = copy.deepcopy(model)
+    if form != "eager":
+        model = inference_form(model, images[:1])
+    if form == "onnx":
+        return _onnx_runner(model, images, precision, threads)
+    model, images = model.to(DTYPES[precision]), images.to(DTYPES[precision])
+    if form == "compiled":
+        # On a GPU the launches of a small network take longer than its work: a CUDA graph has one.
+        mode = "reduce-overhead" if images.is_cuda else None
+        model = torch.compile(model, fullgraph=True, mode=mode)  # type: ignore[assignment]
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+
+    return run
+
+
+def _onnx_runner(model: nn.Module, images: Tensor, precision: Precision, threads: int) -> Callable[[], object]:
+    if images.device.type != "cpu" or precision != "float32":
+        raise UserError("benchmark.forms: onnx is measured in float32 on the CPU")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Threads of one session must not spin while another one is measured.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_onnx(model, Path(folder) / "model.onnx", images, dynamic=())
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    feed = {INPUT: images.numpy()}
+    return lambda: session.run(None, feed)

@@ -1,0 +1,1 @@
+"""Computing what the cache lacks."""

@@ -1,0 +1,270 @@
+"""What filling the cache will take, before it starts: bytes, device hours, price, and the read rate of a training on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pyarrow.compute as pc
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.cache.fill.build import CachePlan, SplitPlan
+from pipeline.cache.fill.extract import out_of_memory
+from pipeline.cache.fill.ray_pipeline import gpus
+from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
+from pipeline.cache.layout.keys import teacher_id
+from pipeline.config import Config
+from pipeline.errors import UserError, naming
+from pipeline.runtime.logs import errors_alone
+from teachers.base import Teacher, TeacherError, WeightsNotFoundError
+
+ALTERNATIVES = ("float32", "float16", "int8", "pca-int8-zstd")
+"""Codecs that a plan compares with the chosen one."""
+
+GPU_MACS_PER_SECOND = {"float32": 4e12, "bfloat16": 62e12}
+"""Multiply-accumulates that a GPU is assumed to do where there is none to measure: 40 % of the peak of an A100 (19.5 and
+312 TFLOP/s in NVIDIA's data sheet), by `cache.precision`."""
+
+CPU_PROBE_MACS = 50e9
+"""Multiply-accumulates of a batch of the probe on a CPU, about: seconds, whatever the teacher."""
+
+KEY_BYTES = 128
+"""Allowed for the keys of a row and its share of Parquet's own structures."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How fast a teacher is here.
+
+    Attributes:
+        device: name of the GPU, or ``cpu``.
+        views_per_second: of the second of two batches, with the copy of its features to the host.
+        macs: multiply-accumulates of one view.
+        trained: whether the weights were at hand; random ones take as long.
+        memory: bytes of the GPU at the peak, without CUDA's own; 0 on a CPU.
+    """
+
+    device: str
+    views_per_second: float
+    macs: int
+    trained: bool
+    memory: int = 0
+
+
+Ask = Callable[[CachedTeacher, int], Probe | None]
+"""Probes a teacher with batches of so many images."""
+
+
+@dataclass(frozen=True)
+class TeacherEstimate:
+    """What one teacher will take.
+
+    Attributes:
+        label: its name.
+        codec: the chosen one.
+        view_bytes: of one view by codec, the chosen one and `ALTERNATIVES`.
+        exact: codecs of which that is measured on shards or known; of the others it is at most that.
+        total_bytes: of all views in the chosen codec.
+        shards, missing: in all splits.
+        probe: None where the teacher cannot be made without its weights.
+        hours: that this machine's device will take for what is missing, or None.
+        gpu_hours: measured where the device is a GPU, else counted (`GPU_MACS_PER_SECOND`); `hours`, where there is
+            nothing to count; or None.
+    """
+
+    label: str
+    codec: str
+    view_bytes: dict[str, float]
+    exact: frozenset[str]
+    total_bytes: float
+    shards: int
+    missing: int
+    probe: Probe | None
+    hours: float | None
+    gpu_hours: float | None
+
+
+def estimate_cache(plan: CachePlan, config: Config, ask: Ask | None = None) -> list[TeacherEstimate]:
+    """Probe every teacher and estimate what it will take.
+
+    Args:
+        ask: probes a teacher elsewhere; None: on this machine.
+    """
+    labels, ask = teacher_labels(plan.teachers), ask or probe_teacher
+    return [_estimate(plan, t, labels[t.id], ask(t, config.cache.batch_size)) for t in plan.teachers]
+
+
+def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe | None) -> TeacherEstimate:
+    sizes = {codec: view_bytes(plan, teacher, codec) for codec in (teacher.codec, *ALTERNATIVES)}
+    missing = {split.split: split.missing(teacher) for split in plan.splits}
+    views = sum(_views(split, missing[split.split]) for split in plan.splits)
+    every = sum(_views(split, range(split.dataset.shards)) for split in plan.splits)
+    hours = gpu_hours = None
+    if probe is not None:
+        hours = views / probe.views_per_second / 3600
+        counted = views * probe.macs / GPU_MACS_PER_SECOND[teacher.precision] / 3600
+        gpu_hours = counted if probe.device == "cpu" and probe.macs else hours
+    return TeacherEstimate(
+        label=label,
+        codec=teacher.codec,
+        view_bytes={codec: size for codec, (size, _) in sizes.items()},
+        exact=frozenset(codec for codec, (_, exact) in sizes.items() if exact),
+        total_bytes=every * sizes[teacher.codec][0],
+        shards=sum(split.dataset.shards for split in plan.splits),
+        missing=sum(map(len, missing.values())),
+        probe=probe,
+        hours=hours,
+        gpu_hours=gpu_hours,
+    )
+
+
+def _views(split: SplitPlan, shards: range | list[int]) -> int:
+    return sum(map(split.dataset.shard_rows, shards)) * split.dataset.policy.rows_per_image
+
+
+def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
+    """Bytes of one view in a codec, and whether that is exact, or only a bound: measured on shards where there are any."""
+    other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision))
+    folders = [split.dataset.teacher(other.id) for split in plan.splits]
+    records = [record for folder in folders for record in folder.records().values() if record.rows]
+    if records:
+        return sum(record.bytes for record in records) / sum(record.rows for record in records), True
+    return float(other.row_bytes()), codec in ("float32", "float16", "bfloat16", "int8")
+
+
+def probe_teacher(cached: CachedTeacher, batch_size: int) -> Probe | None:
+    """Time two batches of random pixels on this machine's device; the first one warms it up.
+
+    Raises:
+        UserError: where the GPU's memory does not suffice.
+        TeacherError: where the teacher cannot be made as asked.
+    """
+    try:
+        return _probe(cached, batch_size)
+    except torch.OutOfMemoryError:
+        reason = f"teacher {cached.spec.name}: {out_of_memory([cached], batch_size)}"
+    raise UserError(reason)  # without the traceback, whose frames hold the GPU's memory
+
+
+def _probe(cached: CachedTeacher, batch_size: int) -> Probe | None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    loaded = _load(cached, device)
+    if loaded is None:
+        return None
+    teacher, trained = loaded
+    pixels = torch.randint(0, 256, (batch_size, 3, *cached.spec.input_size), dtype=torch.uint8)
+    macs = count_macs(teacher, pixels[:1])
+    if device == "cpu":
+        pixels = pixels[: max(1, int(CPU_PROBE_MACS / max(1, macs)))]
+    seconds = [_seconds(teacher, pixels) for _ in range(2)][-1]
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    memory = torch.cuda.max_memory_reserved() if device == "cuda" else 0
+    return Probe(name, len(pixels) / seconds, macs, trained, memory)
+
+
+def probe_on_cluster(teacher: CachedTeacher, batch_size: int) -> Probe | None:
+    """Probe a teacher on one of the cluster's GPUs, or here where it has none; waits until a GPU is free."""
+    import ray
+
+    if not gpus():
+        return probe_teacher(teacher, batch_size)
+    probe: Probe | None = ray.get(ray.remote(num_gpus=1)(probe_teacher).remote(teacher, batch_size))
+    return probe
+
+
+def count_macs(teacher: Teacher, pixels: torch.Tensor) -> int:
+    """Multiply-accumulates of one forward."""
+    # The fused kernels of attention are unknown to the counter; the plain form consists of matrix products.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            teacher.encode(pixels)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return int(counter.get_total_flops() // 2)
+
+
+def _seconds(teacher: Teacher, pixels: torch.Tensor) -> float:
+    started = time.perf_counter()
+    teacher.encode(pixels).patches.cpu()
+    return time.perf_counter() - started
+
+
+def _load(cached: CachedTeacher, device: str) -> tuple[Teacher, bool] | None:
+    """The teacher and whether its weights are its own: where they are not at hand, random ones are as fast."""
+    untrained = replace(cached, config=cached.config.model_copy(update={"weights": "random"}))
+    for attempt, trained in ((cached, True), (untrained, False)):
+        try:
+            teacher = attempt.create()
+            # No warning that random weights know nothing: here they are only timed.
+            with errors_alone("teachers"):
+                teacher.load(device, getattr(torch, cached.precision))
+            return teacher, trained
+        except WeightsNotFoundError:
+            continue
+        except TeacherError:
+            if trained:
+                raise
+    return None
+
+
+def missing_bytes(*plans: CachePlan) -> int:
+    """Bytes that filling the cache for these plans may add, at most; what two of them need counts once.
+
+    Images count with the sizes that their index tells; generated scenes have none there, and are small.
+    """
+    splits = {split.dataset.store.uri: split for plan in plans for split in plan.splits}
+    parts = {
+        split.dataset.teacher(teacher.id).store.uri: (split, teacher)
+        for plan in plans
+        for split in plan.splits
+        for teacher in plan.teachers
+    }
+    return sum(map(_missing_image_bytes, splits.values())) + sum(
+        _missing_teacher_bytes(*part) for part in parts.values()
+    )
+
+
+def _missing_image_bytes(split: SplitPlan) -> int:
+    dataset, total = split.dataset, 0
+    for shard in split.missing_images():
+        part = split.index.slice(shard * dataset.shard_size, dataset.shard_rows(shard))
+        total += pc.sum(part["size"]).as_py() + part.num_rows * KEY_BYTES
+    return int(total)
+
+
+def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:
+    missing = split.missing(teacher)
+    row = teacher.row_bytes(projection_of(split.dataset.teacher(teacher.id))) + KEY_BYTES
+    return _views(split, missing) * row + len(missing) * _moments_bytes(teacher)
+
+
+def _moments_bytes(teacher: CachedTeacher) -> int:
+    """Of a shard's statistics: float64 mean and upper triangle by token type."""
+    channels = [shape[-1] for shape in teacher.shapes.values()]
+    return sum(8 * (size * (size + 1) // 2 + size) for size in channels)
+
+
+def check_space(*plans: CachePlan) -> None:
+    """Refuse to start what cannot fit, or cannot be written.
+
+    Raises:
+        UserError: where what is missing may take more than is free at a local destination, or that refuses a write.
+    """
+    store = plans[0].store
+    free, need = store.free_bytes(), missing_bytes(*plans)
+    if free is not None and need > free:
+        raise UserError(
+            f"{store.uri}: what the cache lacks takes up to {need / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free: "
+            "free some, set cache.uri to another place, or choose a smaller cache.codec (jobs/precompute.py --plan compares)"
+        )
+    if need:
+        with naming("cache.uri"):
+            store.check_writable()

@@ -1,0 +1,83 @@
+"""Precompute under an MLflow run: fill the cache and record what it holds and where it came from."""
+
+from __future__ import annotations
+
+import logging
+
+from pipeline.cache.fill.build import BuildReport, CachePlan, build_cache, teacher_fidelity
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.config import Config
+from pipeline.tracking import Run
+
+log = logging.getLogger(__name__)
+
+
+def precompute(config: Config, plan: CachePlan, run: Run) -> tuple[CachePlan, BuildReport]:
+    """Compute what is missing and log it to `run`.
+
+    A start that finds everything there leaves what an earlier one of the run has logged of its work.
+
+    Returns:
+        The plan with the teachers' weight digests, and what was done.
+    """
+    log_lineage(plan, run)
+    plan, report = build_cache(plan, config)
+    log_quarantine(report, run)
+    for split in plan.splits:
+        for teacher in plan.teachers:
+            folder = split.dataset.teacher(teacher.id)
+            records = folder.records().values()
+            manifest = "\n".join(f"{r.shard}\t{r.file}\t{r.rows}\t{r.bytes}\t{r.sha256}" for r in records)
+            run.log_text(f"shard\tfile\trows\tbytes\tsha256\n{manifest}\n", f"manifests/{split.split}/{teacher.id}.tsv")
+            run.log_text(folder.store.get("teacher.json").decode(), f"teachers/{teacher.id}.json")
+            run.log_dict(teacher_fidelity(split.dataset, teacher), f"fidelity/{split.split}/{teacher.id}.json")
+    quarantined = sum(len(bad) for bad in report.quarantined.values())
+    run.log_metric_dict({"quarantined": quarantined, "cache_bytes": float(cache_bytes(plan))})
+    if report.images_ingested or report.shards_computed:
+        log_work(report, run)
+    return plan, report
+
+
+def log_work(report: BuildReport, run: Run) -> None:
+    """What was computed, and how fast."""
+    run.log_metric_dict(
+        {
+            "shards_computed": report.shards_computed,
+            "images_ingested": report.images_ingested,
+            "images_extracted": report.images_extracted,
+            "images_per_second": report.images_extracted / report.seconds,
+            "seconds": report.seconds,
+        }
+    )
+
+
+def log_lineage(plan: CachePlan, run: Run) -> None:
+    """Datasets and teachers by their content-addressed ids; untrained teachers are said aloud."""
+    for split in plan.splits:
+        dataset = split.dataset
+        run.log_dataset(dataset.id, dataset.location, dataset.fingerprint, split.split)
+    run.set_tags({f"teacher.{number}": teacher.id for number, teacher in enumerate(plan.teachers)})
+    untrained = [teacher.spec.name for teacher in plan.teachers if is_untrained(teacher)]
+    if untrained:
+        run.set_tags({"untrained_teachers": ", ".join(untrained)})
+
+
+def is_untrained(teacher: CachedTeacher) -> bool:
+    """Whether the teacher's weights are random."""
+    return teacher.spec.weights.startswith("random")
+
+
+def log_quarantine(report: BuildReport, run: Run) -> None:
+    """Name every image that was left out, in the log and as an artifact."""
+    for split, bad in report.quarantined.items():
+        for sample in bad:
+            log.warning("quarantined %s image %s: %s", split, sample["sample_id"], sample["reason"])
+    if any(report.quarantined.values()):
+        run.log_dict(dict(report.quarantined), "quarantine.json")
+
+
+def cache_bytes(*plans: CachePlan) -> int:
+    """Bytes of the teacher shards that these plans use."""
+    folders = [split.dataset.teacher(t.id) for plan in plans for split in plan.splits for t in plan.teachers]
+    every = {folder.store.uri: folder for folder in folders}.values()
+    return sum(record.bytes for folder in every for record in folder.records().values())

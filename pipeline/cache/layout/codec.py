@@ -1,0 +1,298 @@
+"""How features are stored: encoded by the writer on its device, decoded on the training device in one call per batch.
+
+A codec is named ``[pca[<k>]-]<scalar>[-zstd]``:
+
+``scalar``   ``float32``, ``float16``, ``bfloat16``, or ``int8`` with one float16 scale a token (its largest
+             magnitude / 127, rounded up)
+``pca<k>``   patches are first projected on their first k principal components; ``pca`` alone keeps as many as
+             bring the mean cosine of a token to `TARGET_COSINE`, and projects only where that pays
+``zstd``     the Parquet column is compressed, and values lie channel by channel: neighbouring tokens are alike in a
+             channel, and features after a ReLU are zero in most channels, so that a quarter is saved
+
+A row is an image's features of one token type as bytes, which Parquet keeps as ``fixed_size_binary`` (six times cheaper
+to read than list columns). Imports neither Ray nor MLflow.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from pipeline.cache.layout.arrays import dump_arrays, load_arrays
+from pipeline.errors import UserError
+
+TARGET_COSINE = 0.99
+"""Mean cosine between a token and what is kept of it, from which ``pca`` chooses its components."""
+
+MARGIN = 0.002
+"""What images beyond the sample may lose of that cosine."""
+
+WORTH = 0.9
+"""``pca`` projects if the rows then take at most this share of what they take as they are."""
+
+COMPONENT_STEP = 8
+"""``pca`` chooses a multiple of this many components, so that rows stay aligned."""
+
+_GRAMMAR = re.compile(
+    r"(?P<pca>pca(?P<components>[1-9]\d*)?-)?(?P<scalar>float32|float16|bfloat16|int8)(?P<zstd>-zstd)?"
+)
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A codec's name, taken apart.
+
+    Attributes:
+        scalar: number format of a stored value.
+        pca: whether patches are projected first.
+        components: how many are kept; None where that is found out from the features.
+        zstd: whether Parquet compresses the columns.
+    """
+
+    scalar: str
+    pca: bool = False
+    components: int | None = None
+    zstd: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Codec:
+        """The codec of this name.
+
+        Raises:
+            UserError: where there is no such codec.
+        """
+        match = _GRAMMAR.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"unknown codec {name}; there are float32, float16, bfloat16 and int8, each after pca- or pca<k>- and "
+                f"before -zstd if wanted, as in pca128-int8-zstd"
+            )
+        components = match["components"]
+        return cls(match["scalar"], bool(match["pca"]), int(components) if components else None, bool(match["zstd"]))
+
+    def tokens(self, shapes: Mapping[str, tuple[int, ...]], fitted: Projection | None) -> dict[str, TokenCodec]:
+        """The codec of every token type (``summary``, ``patches``); only patches are projected.
+
+        Args:
+            shapes: of one image's features by token type.
+            fitted: of the patches, None where nothing is projected.
+        """
+        return {
+            kind: TokenCodec(self.scalar, shape, fitted if kind == "patches" else None, self.zstd)
+            for kind, shape in shapes.items()
+        }
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Principal components of patches.
+
+    Attributes:
+        mean: [D] float32.
+        basis: [k, D] float32, orthonormal rows, by falling variance.
+    """
+
+    mean: Tensor
+    basis: Tensor
+
+
+def dump_projection(projection: Projection | None) -> bytes:
+    """A projection, or the decision that there is none, as the bytes of an .npz file."""
+    return dump_arrays({"mean": projection.mean.numpy(), "basis": projection.basis.numpy()} if projection else {})
+
+
+def load_projection(data: bytes) -> Projection | None:
+    """The inverse of :func:`dump_projection`."""
+    arrays = load_arrays(data)
+    return Projection(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["basis"])) if arrays else None
+
+
+class TokenCodec(nn.Module):
+    """Encodes and decodes one token type. Its buffers move to the device with `to`.
+
+    Args:
+        scalar: number format of a stored value.
+        shape: of one image's features, (D,) or (h, w, D).
+        projection: or None.
+        by_channel: whether the values of a row lie channel by channel, in place of token by token.
+    """
+
+    mean: Tensor | None
+    basis: Tensor | None
+
+    def __init__(
+        self, scalar: str, shape: tuple[int, ...], projection: Projection | None = None, by_channel: bool = False
+    ) -> None:
+        super().__init__()
+        self.scalar, self.shape, self.by_channel = scalar, tuple(shape), by_channel
+        self.register_buffer("mean", projection.mean if projection else None, persistent=False)
+        self.register_buffer("basis", projection.basis if projection else None, persistent=False)
+        self.width = len(projection.basis) if projection else self.shape[-1]
+        self.tokens = math.prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return self.tokens * (self.width * _BYTES[self.scalar] + (2 if self.scalar == "int8" else 0))
+
+    def encode(self, features: Tensor) -> np.ndarray:
+        """Encode features.
+
+        Args:
+            features: [N, *shape] float32 on any device.
+
+        Returns:
+            [N, row_bytes] uint8 on the host. ``int8``: the float16 scales of all tokens, then the values.
+
+        Raises:
+            ValueError: for features that are not finite, or too large for the codec.
+        """
+        values = self._project(features).reshape(len(features), self.tokens, self.width)
+        if self.scalar == "int8":
+            scales = _half_rounded_up(values.abs().amax(dim=-1) / 127)
+            levels = values / scales.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+            parts = [scales, self._ordered(levels.round().to(torch.int8))]
+        else:
+            parts = [self._ordered(values.to(_DTYPES[self.scalar]))]
+        if not torch.isfinite(parts[0]).all():  # the scales of int8 are not finite where a value is not
+            raise ValueError(self._refusal(features.abs().max().item()))
+        rows: np.ndarray = torch.cat([part.view(torch.uint8) for part in parts], dim=1).cpu().numpy()
+        return rows
+
+    def _refusal(self, largest: float) -> str:
+        if not math.isfinite(largest):
+            return "features that are not finite (NaN or infinity)"
+        return f"features up to {largest:.3g}, too large for the codec {self.scalar}"
+
+    def decode(self, rows: Tensor, places: Tensor | None = None) -> Tensor:
+        """Decode stored rows in one call, on the device that they and this module are on.
+
+        Args:
+            rows: [N, row_bytes] uint8.
+            places: [K] int64, numbers of the tokens that are wanted, row by row of the grid; None: all.
+
+        Returns:
+            [N, *shape] float32, or [N, K, D] where places are given.
+        """
+        if self.scalar == "int8":
+            scales = rows[:, : 2 * self.tokens].contiguous().view(torch.float16).unsqueeze(-1)
+            levels = self._by_token(rows[:, 2 * self.tokens :].view(torch.int8))
+            # int8 times float32 in one operation is half as fast on a CPU.
+            values = _at(levels, places).float().mul_(_at(scales, places).float())
+        else:
+            values = _at(self._by_token(rows.contiguous().view(_DTYPES[self.scalar])), places).float()
+        kept = values.shape[1]
+        if self.basis is not None and self.mean is not None:
+            values = torch.addmm(self.mean, values.flatten(0, 1), self.basis)
+        return values.reshape(len(rows), *(self.shape if places is None else (kept, self.shape[-1])))
+
+    def _ordered(self, values: Tensor) -> Tensor:
+        """[N, tokens, width] to [N, tokens * width] as it lies in a row."""
+        return (values.transpose(1, 2) if self.by_channel else values).flatten(1)
+
+    def _by_token(self, values: Tensor) -> Tensor:
+        """The inverse of :meth:`_ordered` from flat rows, a view."""
+        if self.by_channel:
+            return values.unflatten(1, (self.width, self.tokens)).transpose(1, 2)
+        return values.unflatten(1, (self.tokens, self.width))
+
+    def fidelity(self, features: Tensor, rows: np.ndarray) -> dict[str, float]:
+        """How well `rows` keep `features` [N, *shape]: see :func:`fidelity`."""
+        kept = self.decode(torch.from_numpy(rows).to(features.device))
+        return fidelity(features, kept)
+
+    def _project(self, features: Tensor) -> Tensor:
+        if self.basis is None or self.mean is None:
+            return features.float()
+        return torch.addmm(-self.mean @ self.basis.T, features.float().flatten(0, -2), self.basis.T)
+
+
+def fidelity(features: Tensor, kept: Tensor) -> dict[str, float]:
+    """Likeness of two sets of tokens [..., D].
+
+    Returns:
+        ``cosine``: mean over the tokens that are not all zero; ``cosine_p1``: its 1st percentile; ``relative_error``:
+        norm of the difference over that of the features, zero tokens included.
+    """
+    features, kept = features.float().flatten(0, -2), kept.flatten(0, -2)
+    directed = features.norm(dim=-1) > 0  # the zero vector has no direction to keep
+    cosine = nn.functional.cosine_similarity(features[directed], kept[directed], dim=-1).cpu().numpy()
+    cosine = cosine if len(cosine) else np.ones(1)
+    error = ((kept - features).norm() / features.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+    return {
+        "cosine": float(cosine.mean()),
+        "cosine_p1": float(np.percentile(cosine, 1)),
+        "relative_error": error,
+    }
+
+
+def fit_projection(codec: Codec, patches: Tensor) -> Projection | None:
+    """Principal components of patches, by the eigenvectors of their covariance in float64.
+
+    Where the codec leaves their number open, one half of the images is fitted and the smallest number is kept with which
+    the other half comes back with a mean cosine of `TARGET_COSINE` and a `MARGIN`. None, where that would not make the
+    rows smaller: features after a ReLU are sparse, which zstd makes more of than a projection does.
+
+    Args:
+        patches: [N, h, w, D] float32 of a sample of images.
+
+    Raises:
+        UserError: for more components than channels.
+    """
+    if codec.components is not None:
+        if codec.components > patches.shape[-1]:
+            raise UserError(f"codec pca{codec.components}: the patches have {patches.shape[-1]} channels, not more")
+        return _principal(patches, codec.components)
+    full = _principal(patches[::2], patches.shape[-1])
+    held_out = patches[1::2] if len(patches) > 1 else patches
+    few, enough = 0, -(-len(full.basis) // COMPONENT_STEP)
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        tokens, rows = _encoded(codec, held_out, _first(full, middle * COMPONENT_STEP))
+        reached = tokens.fidelity(held_out, rows)["cosine"] >= TARGET_COSINE + MARGIN
+        few, enough = (few, middle) if reached else (middle, enough)
+    chosen = _first(full, enough * COMPONENT_STEP)
+    projected, plain = (_stored_bytes(codec, _encoded(codec, held_out, basis)[1]) for basis in (chosen, None))
+    return _principal(patches, len(chosen.basis)) if projected <= WORTH * plain else None
+
+
+def _first(projection: Projection, components: int) -> Projection:
+    return Projection(projection.mean, projection.basis[:components])
+
+
+def _encoded(codec: Codec, patches: Tensor, projection: Projection | None) -> tuple[TokenCodec, np.ndarray]:
+    tokens = TokenCodec(codec.scalar, tuple(patches.shape[1:]), projection, codec.zstd)
+    return tokens, tokens.encode(patches)
+
+
+def _stored_bytes(codec: Codec, rows: np.ndarray) -> int:
+    return pa.compress(rows.tobytes(), "zstd").size if codec.zstd else rows.nbytes
+
+
+def _principal(patches: Tensor, components: int) -> Projection:
+    tokens = patches.flatten(0, -2).double().cpu()
+    mean = tokens.mean(dim=0)
+    centred = tokens - mean
+    # eigh lists the smallest eigenvalue first.
+    vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :components]
+    return Projection(mean.float(), vectors.T.float().contiguous())
+
+
+def _at(values: Tensor, places: Tensor | None) -> Tensor:
+    return values if places is None else values.index_select(1, places)
+
+
+def _half_rounded_up(values: Tensor) -> Tensor:
+    """The least float16 that is not below each value >= 0, so that no quotient by it leaves the range."""
+    nearest = values.half()
+    following = (nearest.view(torch.int16) + 1).view(torch.float16)  # nextafter has no float16 on CUDA
+    return torch.where(nearest.float() < values, following, nearest)

@@ -1,0 +1,1 @@
+"""Verifying, repairing and tidying up what the cache holds."""

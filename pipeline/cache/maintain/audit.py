@@ -1,0 +1,165 @@
+"""Verify the cache of a plan as a whole; `pipeline/cache/maintain/repair.py` mends what is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pipeline.cache.fill.build import CachePlan
+from pipeline.cache.fill.ray_pipeline import verify_shards
+from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder
+from pipeline.cache.maintain.checks import (
+    BrokenError,
+    Finding,
+    check_description,
+    check_index,
+    check_projection,
+    check_statistics,
+    finding,
+)
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.runtime.progress import Progress
+from teachers.base import WeightsNotFoundError
+
+SAMPLE_GROUPS = 8
+"""Row groups of a dataset, spread evenly over it, that every teacher is asked about again: 512 images."""
+
+
+@dataclass
+class Verification:
+    """What verifying found.
+
+    Attributes:
+        findings: what is wrong; nothing, where all is well.
+        files: Parquet files of shards that were read.
+        recomputed: rows times teachers that were computed again and compared.
+        skipped: by label, why a teacher could not be asked again; its files were checked all the same.
+        unable: ids of the teachers that cannot be computed here: without weights, or with others than the cache's.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    files: int = 0
+    recomputed: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    unable: set[str] = field(default_factory=set)
+
+
+def verify_cache(plan: CachePlan, config: Config, only: set[tuple[str, int]] | None = None) -> Verification:
+    """Check every file of the plan's datasets and teachers, and compute a sample of rows again.
+
+    Args:
+        only: (split, shard) of the shards to look at; None: all. What belongs to all shards is checked in any case.
+
+    Raises:
+        UserError, TeacherError: where the cache cannot be used, or a teacher cannot be made as asked.
+    """
+    check_begun(plan)
+    found = Verification()
+    computed = _computed(plan, found)
+    for split in plan.splits:
+        found.findings += _check_folders(split.dataset, plan.teachers)
+    shards = [(split.split, shard) for split in plan.splits for shard in range(split.dataset.shards)]
+    rows = [{"split": split, "shard": shard} for split, shard in shards if only is None or (split, shard) in only]
+    datasets = {split.split: split.dataset for split in plan.splits}
+    sampled = {
+        (split.split, shard): groups for split in plan.splits for shard, groups in _sample(split.dataset).items()
+    }
+    unindexed = {item.dataset for item in found.findings if item.part == "index"}
+    arguments = (datasets, plan.teachers, computed, sampled, unindexed)
+    total = sum(datasets[str(row["split"])].shard_rows(int(str(row["shard"]))) for row in rows)
+    with Progress(total, "img", "verify") as progress:
+        for row in verify_shards(rows, arguments, config.cache.batch_size):
+            if row["error"]:
+                raise UserError(row["error"])
+            found.findings += [Finding(**item) for item in json.loads(row["findings"])]
+            found.files += row["files"]
+            found.recomputed += row["recomputed"]
+            progress.update(datasets[row["split"]].shard_rows(row["shard"]))
+    found.findings.sort(key=lambda item: (item.dataset, item.part, -1 if item.shard is None else item.shard, item.file))
+    return found
+
+
+def check_begun(plan: CachePlan) -> None:
+    """Refuse to verify what is not there at all.
+
+    Raises:
+        UserError: naming the dataset of which nothing is cached.
+    """
+    for split in plan.splits:
+        if not split.dataset.store.exists("dataset.json"):
+            raise UserError(
+                f"{split.dataset.store.uri} holds nothing yet: run jobs/precompute.py with this recipe first"
+            )
+
+
+def _computed(plan: CachePlan, found: Verification) -> list[CachedTeacher]:
+    """The teachers that can be asked again, with the digest of their weights."""
+    labels = teacher_labels(plan.teachers)
+    able = []
+    for cached in plan.teachers:
+        teacher = cached.create()
+        try:
+            teacher.load()
+        except WeightsNotFoundError as error:
+            found.skipped[labels[cached.id]] = str(error)
+            found.unable.add(cached.id)
+            continue
+        others = list(_other_weights(plan, cached, teacher.weights_sha256))
+        if others:
+            found.findings += others
+            found.unable.add(cached.id)
+        else:
+            able.append(replace(cached, weights_sha256=teacher.weights_sha256))
+    return able
+
+
+def _other_weights(plan: CachePlan, cached: CachedTeacher, present: str) -> Iterator[Finding]:
+    for split in plan.splits:
+        folder = split.dataset.teacher(cached.id)
+        try:
+            recorded = check_description(folder, cached)
+        except BrokenError:
+            continue  # found by _check_folders
+        if recorded != present:
+            problem = (
+                f"tells of other weights (SHA-256 {recorded[:12]}) than the present ones ({present[:12]}): name their file "
+                f"in weights, or --delete {split.dataset.id}/{split.dataset.policy.id}/{cached.id}"
+            )
+            yield finding(split.dataset, cached.id, folder.store, None, BrokenError("teacher.json", problem))
+
+
+def _check_folders(dataset: Dataset, teachers: Iterable[CachedTeacher]) -> Iterator[Finding]:
+    """Check what belongs to all shards."""
+    try:
+        check_index(dataset)
+    except BrokenError as broken:
+        yield finding(dataset, "index", dataset.store, None, broken)
+    for teacher in teachers:
+        folder = dataset.teacher(teacher.id)
+        listed = len(folder.listed())
+        checks: list[Callable[[ShardFolder, CachedTeacher], object]] = [check_description, check_projection]
+        if listed == dataset.shards:
+            checks.append(check_statistics)
+        for check in checks if listed else ():
+            try:
+                check(folder, teacher)
+            except BrokenError as broken:
+                if not broken.file.startswith("shard-"):  # those are found with their shard
+                    yield finding(dataset, teacher.id, folder.store, None, broken)
+
+
+def _sample(dataset: Dataset) -> dict[int, list[int]]:
+    """By shard, the row groups that are computed again."""
+    records = dataset.images.listed().values()
+    groups = [(record.shard, group) for record in records for group in range(-(-record.rows // ROW_GROUP_SIZE))]
+    sampled: dict[int, list[int]] = {}
+    for number in np.linspace(0, len(groups) - 1, min(len(groups), SAMPLE_GROUPS)).round().astype(int):
+        shard, group = groups[number]
+        sampled.setdefault(shard, []).append(group)
+    return sampled

@@ -1,0 +1,115 @@
+"""Files of a cache that nothing refers to: of writers that were killed, and of shards that were computed again.
+
+Only names that the cache itself gives are ever taken for garbage, and only once they are old: a running job writes a
+shard's files moments before the record that lists them (`FILE_AGE_S`), and a teacher's description possibly hours before
+its first shard (`FOLDER_AGE_S`). A training that began before shards were repaired may still read the replaced files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.cache.layout.shards import RECORD, ShardFolder
+from pipeline.storage.store import Store
+
+FILE_AGE_S = 3600.0
+"""Age in seconds from which on a file that no record names is garbage."""
+
+FOLDER_AGE_S = 24 * 3600.0
+"""Age in seconds of its newest file from which on a folder without any record is garbage."""
+
+_SHARD_FILE = re.compile(r"shard-(\d{5,})-[0-9a-f]{8}\.(parquet|npz)")
+_PROJECTION = re.compile(r"projection-[0-9a-f]{8}\.npz")
+_OURS = re.compile(
+    r"(teacher|view|shard-\d{5,})\.json|index\.parquet|(stats|phi_s)\.npz|"
+    rf"{_PROJECTION.pattern}|{_SHARD_FILE.pattern}"
+)
+_DATASET = re.compile(r".+-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A file to be removed, and why."""
+
+    store: Store
+    name: str
+    bytes: int
+    why: str
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+        return f"{self.store.uri}/{self.name}"
+
+
+def find_garbage(cache: Store) -> list[Garbage]:
+    """All garbage of a cache; removes nothing."""
+    return [item for name in cache.folders() if _DATASET.fullmatch(name) for item in _dataset(cache.sub(name))]
+
+
+def remove_garbage(items: Iterable[Garbage]) -> None:
+    """Remove these files, and the folders that are empty then."""
+    folders = []
+    for item in items:
+        item.store.delete(item.name)
+        folders.append(item.store)
+    for folder in folders:
+        if not folder.files() and not folder.folders():
+            folder.delete_folder()
+
+
+def _dataset(store: Store) -> Iterator[Garbage]:
+    below = list(_below(store))
+    for folder in below:
+        yield from _leftovers(folder)
+    if not store.exists("dataset.json"):
+        yield from _all_if_old(below, "it belongs to no dataset")
+        return
+    views = store.sub("views")
+    for view in map(views.sub, views.folders()):
+        for part in ("images", "rows"):
+            yield from _unnamed(view.sub(part))
+        teachers = view.sub("teachers")
+        for teacher in map(teachers.sub, teachers.folders()):
+            yield from _teacher(teacher)
+
+
+def _below(store: Store) -> Iterator[Store]:
+    yield store
+    for name in store.folders():
+        yield from _below(store.sub(name))
+
+
+def _teacher(store: Store) -> Iterator[Garbage]:
+    if any(RECORD.fullmatch(name) for name in store.files()):
+        yield from _unnamed(store)
+    else:
+        yield from _all_if_old([store], "its folder has no shard")
+
+
+def _unnamed(store: Store) -> Iterator[Garbage]:
+    folder = ShardFolder(store)
+    listed = folder.listed()
+    # What belongs to a record that cannot be read is a matter for --verify.
+    doubtful = {int(match[1]) for name in store.files() if (match := RECORD.fullmatch(name))} - set(listed)
+    named = {name for record in listed.values() for name in (record.file, record.moments, record.projection)}
+    for name, size in store.files(FILE_AGE_S).items():
+        match = _SHARD_FILE.fullmatch(name)
+        unnamed = match and int(match[1]) not in doubtful
+        if (unnamed or (_PROJECTION.fullmatch(name) and name != folder.projection)) and name not in named:
+            yield Garbage(store, name, size, "no record names it")
+
+
+def _leftovers(store: Store) -> Iterator[Garbage]:
+    for name, size in store.leftovers().items():
+        yield Garbage(store, name, size, "of a writer that was killed")
+
+
+def _all_if_old(folders: Sequence[Store], why: str) -> Iterator[Garbage]:
+    if all(folder.files().keys() == folder.files(FOLDER_AGE_S).keys() for folder in folders):
+        for folder in folders:
+            yield from (
+                Garbage(folder, name, size, why) for name, size in folder.files().items() if _OURS.fullmatch(name)
+            )

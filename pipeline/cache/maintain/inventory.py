@@ -1,0 +1,114 @@
+"""What a cache holds, read from the cache alone: no source, no teacher and no recipe is needed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from pipeline.cache.layout.dataset import read_meta
+from pipeline.cache.layout.shards import ShardFolder
+from pipeline.errors import UserError
+from pipeline.imaging.geometry import WHOLE
+from pipeline.storage.store import Store
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something in a cache that has an address: a dataset, the crops of one, or a teacher's features.
+
+    Attributes:
+        address: ``<dataset>``, ``<dataset>/<view>`` or ``<dataset>/<view>/<teacher>``.
+        folder: path below the cache.
+        what: in words.
+        shards, of: complete ones, and how many there will be.
+        bytes: of all files below the folder.
+        fidelity: mean cosine between a patch and what is kept of it; None for what is not features.
+        licence: of a teacher's weights, or "".
+    """
+
+    address: str
+    folder: str
+    what: str
+    shards: int
+    of: int
+    bytes: int
+    fidelity: float | None = None
+    licence: str = ""
+
+
+def take_inventory(cache: Store) -> list[Entry]:
+    """Everything in a cache: each dataset, then its crops and teachers."""
+    return [entry for name in cache.folders() for entry in _dataset(cache.sub(name), name)]
+
+
+def find_entry(cache: Store, address: str) -> Entry:
+    """What has this address.
+
+    Raises:
+        UserError: where nothing has, naming the nearest that there is.
+    """
+    entries = {entry.address: entry for entry in take_inventory(cache)}
+    if address in entries:
+        return entries[address]
+    near = difflib.get_close_matches(address, entries, n=1, cutoff=0.3)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"--delete: {cache.uri} holds no {address}; {hint}--list prints the addresses")
+
+
+def bytes_below(store: Store) -> int:
+    """Bytes of all files below a folder."""
+    return sum(store.files().values()) + sum(bytes_below(store.sub(name)) for name in store.folders())
+
+
+def _dataset(store: Store, name: str) -> Iterator[Entry]:
+    if not store.exists("dataset.json"):
+        return
+    try:
+        meta = read_meta(store)
+    except UserError:
+        yield Entry(name, name, "of another version of the cache, or damaged", 0, 0, bytes_below(store))
+        return
+    shards = -(-meta["count"] // meta["shard_size"])
+    done = len(ShardFolder(store.sub(f"views/{WHOLE.id}/images")).records())
+    what = f"{meta['count']} images of {meta['location']}"
+    yield Entry(name, name, what, done, shards, bytes_below(store))
+    for view in store.sub("views").folders():
+        yield from _view(store.sub(f"views/{view}"), f"{name}/{view}", f"{name}/views/{view}", shards)
+
+
+def _view(store: Store, address: str, folder: str, shards: int) -> Iterator[Entry]:
+    if not address.endswith(f"/{WHOLE.id}"):
+        done = len(ShardFolder(store.sub("rows")).records())
+        yield Entry(address, folder, "crops", done, shards, bytes_below(store))
+    for teacher in store.sub("teachers").folders():
+        below = f"teachers/{teacher}"
+        yield _teacher(store.sub(below), f"{address}/{teacher}", f"{folder}/{below}", shards)
+
+
+def _teacher(store: Store, address: str, folder: str, shards: int) -> Entry:
+    records = ShardFolder(store).records().values()
+    described = _description(store)
+    kept = [record.facts["fidelity"]["patches"]["cosine"] for record in records if record.rows]
+    what = f"{described.get('name', '?')} {described.get('weights', '?')[:20]}, {described.get('codec', '?')}"
+    licence = described.get("licence", "unknown")
+    size = bytes_below(store)
+    return Entry(address, folder, what, len(records), shards, size, fmean(kept) if kept else None, licence)
+
+
+def _description(store: Store) -> dict[str, Any]:
+    try:
+        described = json.loads(store.get("teacher.json"))
+    except (FileNotFoundError, ValueError):
+        return {}  # --verify says so
+    return described if isinstance(described, dict) else {}
+
+
+def delete_entry(cache: Store, entry: Entry) -> None:
+    """Delete all files of an entry. Of a dataset, the file that makes it one goes first: it is whole or it is not there."""
+    folder = cache.sub(entry.folder)
+    folder.delete("dataset.json")
+    folder.delete_folder()

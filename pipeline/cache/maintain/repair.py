@@ -1,0 +1,96 @@
+"""Repair a cache: take out just what verifying found broken, bring that back, and verify it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, freeze_stats, ingest_missing
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.dataset import Dataset, thaw_stats, write_index
+from pipeline.cache.layout.shards import ShardFolder
+from pipeline.cache.layout.view_rows import read_spine
+from pipeline.cache.maintain.audit import Verification, verify_cache
+from pipeline.cache.maintain.checks import BrokenError, Finding, check_statistics
+from pipeline.config import Config
+
+log = logging.getLogger(__name__)
+
+
+def repair_cache(plan: CachePlan, config: Config, found: Verification) -> Verification:
+    """Bring back what is broken, and verify the shards concerned.
+
+    A teacher that cannot be computed here (`Verification.unable`) keeps what it has, broken as it is.
+
+    Returns:
+        What is wrong still.
+
+    Raises:
+        UserError: where the source does not give the images of a broken shard any more.
+        TeacherError: as `pipeline.cache.fill.build.build_cache`.
+    """
+    for split in plan.splits:
+        mine = [item for item in found.findings if item.dataset == split.dataset.id and item.part not in found.unable]
+        _mend_images(split, mine)
+        for item in mine:
+            if item.part not in ("index", "images", "rows"):
+                _take_out(split.dataset.teacher(item.part), item)
+    able = replace(plan, teachers=tuple(teacher for teacher in plan.teachers if teacher.id not in found.unable))
+    able, _ = build_cache(able, config)
+    for split in able.splits:
+        for teacher in able.teachers:
+            _refreeze(split.dataset, teacher)
+    return verify_cache(plan, config, set(_concerned(plan, found)))
+
+
+def _concerned(plan: CachePlan, found: Verification) -> Iterator[tuple[str, int]]:
+    """(split, shard) of every finding; a file that belongs to all shards concerns them all."""
+    splits = {split.dataset.id: split for split in plan.splits}
+    for item in found.findings:
+        split = splits[item.dataset]
+        shards = range(split.dataset.shards) if item.shard is None else [item.shard]
+        yield from ((split.split, shard) for shard in shards)
+
+
+def _mend_images(split: SplitPlan, found: Iterable[Finding]) -> None:
+    """Bring back index, images and crops, which need no teacher."""
+    dataset = split.dataset
+    if any(item.part == "index" for item in found):
+        write_index(dataset, split.index)
+    images = _shards(found, "images")
+    bad = {shard: record.facts["bad"] for shard, record in dataset.images.listed().items() if "bad" in record.facts}
+    known = {(split.split, shard): {sample["sample_id"] for sample in bad[shard]} for shard in images & bad.keys()}
+    for shard in images:
+        dataset.images.unlist(shard)
+    ingest_missing([split], known)
+    for shard in _shards(found, "rows"):
+        dataset.rows.unlist(shard)
+    if dataset.policy.crops:
+        for shard in range(dataset.shards):
+            if dataset.rows.record(shard) is None:
+                read_spine(dataset, shard)
+
+
+def _shards(found: Iterable[Finding], part: str) -> set[int]:
+    return {item.shard for item in found if item.part == part and item.shard is not None}
+
+
+def _take_out(folder: ShardFolder, item: Finding) -> None:
+    if item.shard is not None:
+        folder.unlist(item.shard)
+    elif item.file.endswith(("/stats.npz", "/phi_s.npz")):
+        thaw_stats(folder)
+    else:
+        folder.store.delete(item.file.rpartition("/")[2])
+
+
+def _refreeze(dataset: Dataset, teacher: CachedTeacher) -> None:
+    """Shards that were wrong may have entered the frozen statistics."""
+    folder = dataset.teacher(teacher.id)
+    try:
+        check_statistics(folder, teacher)
+    except BrokenError as broken:
+        log.warning("%s/%s: taken from the repaired shards again", folder.store.uri, broken)
+        thaw_stats(folder)
+        freeze_stats(dataset, teacher)

@@ -1,0 +1,1 @@
+"""What training reads from the cache."""

@@ -1,0 +1,1 @@
+"""Students and fine-tuned models as files for other runtimes."""

@@ -1,0 +1,154 @@
+"""What an export starts from: a backbone, a student with the heads of its teachers, or a fine-tuned classifier."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.distill.kept_heads import StudentWithHeads, load_heads
+from pipeline.downstream.saved import SavedModel
+from pipeline.errors import UserError
+from pipeline.export.graphs import OUTPUT
+from pipeline.student.folding import inference_form
+from pipeline.student.loading import Loaded
+from pipeline.student.model import Encoder
+
+FEATURES = "average of the last feature map"
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """A model to export.
+
+    Attributes:
+        name: readable.
+        timm_name, args: what timm builds the backbone from.
+        model: [B, 3, H, W] float32 RGB in [0, 1] -> a tensor, or a tuple of several; in evaluation mode, on the CPU.
+        outputs: what each of them means, by name.
+        size: side of the input in pixels that it is meant for.
+        crop_share: of a resized image's side in the centre crop; None: the whole image is resized to a square.
+        classes: of the logits, else none.
+        provenance: of its origin, JSON-ready.
+        heads: the heads that are kept, else None.
+        saved: the fine-tuned model that it is, else None.
+    """
+
+    name: str
+    timm_name: str
+    args: Mapping[str, Any]
+    model: nn.Module
+    outputs: Mapping[str, str]
+    size: int
+    crop_share: float | None = None
+    classes: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    heads: StudentWithHeads | None = None
+    saved: SavedModel | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        """The backbone with its normalisation."""
+        return _encoder(self.model)
+
+    def fused(self) -> nn.Module:
+        """A copy whose backbone is in its inference form: branches merged, BatchNorm folded."""
+        whole = copy.deepcopy(self.model)
+        encoder = _encoder(whole)
+        encoder.backbone = inference_form(encoder.backbone, torch.rand(1, 3, self.size, self.size))
+        return whole.eval()
+
+
+def _encoder(model: nn.Module) -> Encoder:
+    return next(module for module in model.modules() if isinstance(module, Encoder))
+
+
+class _Heads(nn.Module):
+    """The summary, then for every teacher what its heads say."""
+
+    def __init__(self, whole: StudentWithHeads) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        output = self.whole.student.describe(images)
+        answers = self.whole.answers(output)
+        return output.summary, *(tensor for kinds in answers.values() for tensor in kinds.values())
+
+
+def pack(loaded: Loaded, size: int, *, heads: bool = False) -> Cargo:
+    """A backbone.
+
+    Args:
+        size: side of the input in pixels.
+        heads: keep neck and heads too, so that it says what its teachers would.
+
+    Raises:
+        UserError: where it is no student or timm model, or has no heads.
+    """
+    encoder = loaded.encoder
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"{loaded.name}: is a graph already; only students and timm models are exported")
+    name = loaded.name.removeprefix("timm/")
+    bare = Cargo(name, name, loaded.args, encoder, {OUTPUT: FEATURES}, size, provenance=loaded.provenance)
+    if not heads:
+        return bare
+    if loaded.folder is None:
+        raise UserError(f"--heads: {loaded.name} is no distilled student, and has none")
+    whole = load_heads(loaded.folder)
+    outputs = {OUTPUT: FEATURES}
+    for label, kinds in zip(whole.labels, whole.heads, strict=True):
+        assert isinstance(kinds, nn.ModuleDict)
+        outputs |= {f"{label}.{kind}": f"what {label} would say: {_KINDS[kind]}" for kind in kinds}
+    return replace(bare, model=_Heads(whole).eval(), outputs=outputs, heads=whole)
+
+
+_KINDS = {"summary": "its vector of the image", "patches": "its grid of patches, on the student's own grid"}
+
+
+def pack_classifier(saved: SavedModel, size: int | None = None) -> Cargo:
+    """A fine-tuned classifier.
+
+    Args:
+        size: side of the input in pixels; None: as it was trained.
+
+    Raises:
+        UserError: where it is fine-tuned for something else.
+    """
+    if saved.kind.name != "classify":
+        raise UserError(
+            f"a model that was fine-tuned for {saved.kind.name} is not exported: only backbones and classifiers are; "
+            "jobs/predict.py runs it"
+        )
+    return Cargo(
+        f"{saved.backbone['model']} classifier",
+        str(saved.backbone["model"]),
+        saved.backbone["args"],
+        saved.model,
+        {"logits": "a score for each class; softmax gives probabilities"},
+        size or saved.config.student.input_size,
+        saved.config.classify.crop_share,
+        saved.classes,
+        saved.provenance,
+        saved=saved,
+    )
+
+
+def preprocessing(cargo: Cargo) -> dict[str, Any]:
+    """How an image becomes the input, in words and in timm's terms."""
+    size, share = cargo.size, cargo.crop_share
+    how = "to a square, whatever the sides" if share is None else f"centre crop of {share:g} of the short side"
+    return {
+        "resize": [size, size],
+        "interpolation": "bicubic, antialiased",
+        "how": how,
+        "crop_pct": 1.0 if share is None else share,
+        "crop_mode": "squash" if share is None else "center",
+        "normalisation": "in the graph",
+        "mean": cargo.encoder.mean.flatten().tolist(),
+        "std": cargo.encoder.std.flatten().tolist(),
+    }

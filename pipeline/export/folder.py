@@ -1,0 +1,217 @@
+"""A model as a folder that others can use: in the formats asked for, held against eager, described, with a model card.
+
+    student.safetensors, student.json   weights as trained, for this project (model.* for a classifier)
+    student.pt2                         torch.export; student.onnx: ONNX; student.mlpackage: Core ML
+    hf                                  the layout of the Hugging Face hub, for timm
+    export.json                         input, output, preprocessing, classes, parity and latency beside eager, origin
+    README.md                           the same for people
+
+The graphs hold the normalisation and are in their inference form (branches merged, BatchNorm folded).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from pipeline.distill import kept_heads
+from pipeline.downstream.saved import load_model
+from pipeline.errors import UserError
+from pipeline.export.bundle import Cargo, pack, preprocessing
+from pipeline.export.card import hub_card, model_card
+from pipeline.export.formats import ROUNDS, Format
+from pipeline.export.graphs import INPUT, export_coreml, export_onnx, export_torch
+from pipeline.export.hub import is_ours, load_hub, write_hub
+from pipeline.runtime.timing import Timing, interleave
+from pipeline.student.loading import load_any
+from pipeline.student.model import save_encoder
+
+TOLERANCE = 1e-4
+"""Largest difference from eager that is allowed, relative to the largest output."""
+
+Outputs = Tensor | Sequence[Tensor]
+Run = Callable[[Tensor], Outputs]
+
+
+class Written(NamedTuple):
+    """A file or folder of one format, what runs it where this machine can, and what is to be said of it beside."""
+
+    path: Path
+    run: Run | None
+    said: dict[str, Any] = {}  # noqa: RUF012  a NamedTuple's default, never changed
+
+
+def ship(cargo: Cargo, formats: Sequence[Format], folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Write a model in these formats into a folder.
+
+    Args:
+        rounds: of the measurement of latency.
+
+    Returns:
+        What export.json says.
+
+    Raises:
+        UserError: where it cannot be exported, or a file does not give what eager gives.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    size, backbone = cargo.size, cargo.encoder.backbone
+    # Height and width stay open from 33 pixels on (see export_torch), where the network takes them at all.
+    fixed = size < 33 or bool(backbone.pretrained_cfg.get("fixed_input_size", False))  # type: ignore[union-attr, operator]
+    fixed = fixed or cargo.heads is not None  # the neck brings maps of several sizes to one grid
+    dynamic = (0,) if fixed else (0, 2, 3)
+    fused = cargo.fused() if {"torch_export", "onnx", "coreml"} & set(formats) else cargo.model
+    written = {form: _WRITERS[form](cargo, fused, folder, dynamic) for form in formats}
+    checks = [(1, size, size), (3, size, size) if fixed else (3, size + 32, size + 64)]
+    parity = {form: _parity(cargo.model, result.run, checks, form) for form, result in written.items()}
+    latency = _latency(cargo, {form: result.run for form, result in written.items() if form in GRAPHS}, rounds)
+    described = _describe(cargo, fixed) | {
+        "formats": {
+            form: {
+                "file": result.path.name,
+                "parity": parity[form],
+                **({"latency": latency[form]} if form in latency else {}),
+                **result.said,
+            }
+            for form, result in written.items()
+        },
+        "latency": latency.get("eager"),
+    }
+    (folder / "export.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(described), encoding="utf-8")
+    if "hf" in written:
+        (written["hf"].path / "README.md").write_text(hub_card(described), encoding="utf-8")
+    return described
+
+
+def _describe(cargo: Cargo, fixed: bool) -> dict[str, Any]:
+    sides = [cargo.size, cargo.size] if fixed else ["height", "width"]
+    with torch.no_grad():
+        shapes = [list(output.shape[1:]) for output in _several(cargo.model(torch.rand(1, 3, cargo.size, cargo.size)))]
+    return {
+        "model": cargo.name,
+        "input": {
+            "name": INPUT,
+            "shape": ["batch", 3, *sides],
+            "dtype": "float32",
+            "range": [0, 1],
+            "channels": "RGB",
+        },
+        "outputs": [
+            {"name": name, "shape": ["batch", *shape], "meaning": meaning}
+            for (name, meaning), shape in zip(cargo.outputs.items(), shapes, strict=True)
+        ],
+        "preprocessing": preprocessing(cargo),
+        "classes": list(cargo.classes),
+        "own_code": is_ours(cargo),
+        "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
+        "provenance": dict(cargo.provenance),
+    }
+
+
+def _safetensors(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+    if cargo.saved is not None:
+        cargo.saved.save(folder)
+        return Written(folder / "model.safetensors", load_model(folder).model)
+    save_encoder(cargo.encoder, cargo.timm_name, cargo.args, cargo.size, folder)
+    if cargo.provenance:
+        (folder / "provenance.json").write_text(json.dumps(dict(cargo.provenance), indent=2), encoding="utf-8")
+    if cargo.heads is not None:
+        kept_heads.write_heads(cargo.heads, folder)
+    reloaded = pack(load_any(str(folder)), cargo.size, heads=cargo.heads is not None)
+    return Written(folder / "student.safetensors", reloaded.model)
+
+
+def _torch_export(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+    path = export_torch(fused, folder / "student.pt2", _example(cargo.size, dynamic), dynamic)
+    return Written(path, torch.export.load(path).module())
+
+
+def _onnx(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+    import onnxruntime
+
+    example = _example(cargo.size, dynamic)
+    path = export_onnx(fused, folder / "student.onnx", example, dynamic, list(cargo.outputs))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads must not spin while another format is measured.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Written(path, lambda images: [torch.from_numpy(o) for o in session.run(None, {INPUT: images.numpy()})])
+
+
+def _hf(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+    if cargo.heads is not None:
+        raise UserError("--heads: the hf layout has no place for them; leave one of the two out")
+    shutil.rmtree(folder / "hf", ignore_errors=True)  # timm takes any weights that lie there
+    expression = write_hub(cargo, folder / "hf")
+    return Written(folder / "hf", load_hub(folder / "hf", cargo, expression), {"call": expression})
+
+
+def _coreml(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+    example = torch.rand(1, 3, cargo.size, cargo.size)
+    return Written(export_coreml(fused, folder / "student.mlpackage", example, list(cargo.outputs)), None)
+
+
+_WRITERS: dict[Format, Callable[[Cargo, nn.Module, Path, Sequence[int]], Written]] = {
+    "safetensors": _safetensors,
+    "torch_export": _torch_export,
+    "onnx": _onnx,
+    "hf": _hf,
+    "coreml": _coreml,
+}
+GRAPHS = ("torch_export", "onnx")
+"""Formats that run otherwise than eager does, and can be timed here."""
+
+
+def _several(outputs: Outputs) -> Sequence[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else outputs
+
+
+def _example(size: int, dynamic: Sequence[int]) -> Tensor:
+    return torch.rand(2, 3, size, size + 32 if 3 in dynamic else size)
+
+
+@torch.no_grad()
+def _parity(
+    eager: nn.Module, run: Run | None, shapes: Sequence[tuple[int, int, int]], form: str
+) -> dict[str, Any] | str:
+    """Largest difference from eager over random images of these (batch, height, width), relative to each largest output."""
+    if run is None:
+        return "not run: Core ML needs macOS"
+    worst = 0.0
+    for batch, height, width in shapes:
+        images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+        for found, expected in zip(_several(run(images)), _several(eager(images)), strict=True):
+            worst = max(worst, ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item())
+    if not worst <= TOLERANCE:
+        raise UserError(f"{form}: differs from eager by {worst:.1e} of the largest output, more than {TOLERANCE:g}")
+    return {"relative_error": worst, "tolerance": TOLERANCE, "shapes": [[b, 3, h, w] for b, h, w in shapes]}
+
+
+@torch.inference_mode()
+def _latency(cargo: Cargo, runs: Mapping[Format, Run | None], rounds: int) -> dict[str, Any]:
+    """Time of one image, interleaved with eager: by format, and of eager itself under its own name."""
+    image = torch.rand(1, 3, cargo.size, cargo.size)
+    every: dict[str, Run] = {"eager": cargo.model, **{form: run for form, run in runs.items() if run}}
+    if len(every) == 1:
+        return {}
+    calls = {name: lambda run=run: run(image) for name, run in every.items()}
+    timings = interleave(calls, lambda _: "eager", rounds)
+    return {name: _shown(timing, cargo.size, rounds) for name, timing in timings.items()}
+
+
+def _shown(timing: Timing, size: int, rounds: int) -> dict[str, Any]:
+    return {
+        "milliseconds": round(1e3 * timing.median, 3),
+        "quartiles": [round(1e3 * value, 3) for value in timing.quartiles],
+        "of_eager": round(timing.ratio, 3),
+        "measured": f"CPU, {torch.get_num_threads()} threads, one image of {size} px, median of {rounds} rounds",
+    }

@@ -1,0 +1,122 @@
+"""A student in the formats of other runtimes: torch.export, ONNX and Core ML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.runtime.logs import errors_alone
+
+OPSET = 18
+INPUT, OUTPUT = "image", "output"
+
+
+def export_onnx(
+    model: nn.Module,
+    path: Path | str,
+    example: Tensor,
+    dynamic: Sequence[int] = (0, 2, 3),
+    outputs: Sequence[str] = (OUTPUT,),
+) -> Path:
+    """Write ``model`` as one ONNX file (opset 18, weights inside).
+
+    Args:
+        model: in eval mode, best in its inference form; one image tensor in, one tensor or a tuple of them out.
+        path: of the file.
+        example: images (B, C, H, W) as the model takes them; B >= 2 and H different from W keep the exporter from
+            taking two open sides for one.
+        dynamic: sides that are left open; with none, the file takes the shape of ``example`` alone, which lets a
+            runtime fold more of it.
+        outputs: their names.
+
+    Returns:
+        ``path``. The input is named ``image``.
+
+    Raises:
+        UserError: the model is in training mode.
+    """
+    _check_eval(model)
+    # The exporter warns of operators of packages that are not installed.
+    with torch.no_grad(), errors_alone("torch.onnx"):
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=(dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC),) if dynamic else None,
+            input_names=[INPUT],
+            output_names=list(outputs),
+            verbose=False,
+        )
+        assert program is not None
+        program.save(path, external_data=False)
+    return Path(path)
+
+
+def export_torch(model: nn.Module, path: Path | str, example: Tensor, dynamic: Sequence[int] = (0, 2, 3)) -> Path:
+    """Write ``model`` as a program of torch.export (``.pt2``), which torch loads without its code.
+
+    Args:
+        model: in eval mode, best in its inference form; one image tensor in, one tensor or a tuple of them out.
+        path: of the file.
+        example: images (B, C, H, W) as the model takes them, as for :func:`export_onnx`.
+        dynamic: sides that are left open, height and width from 33 pixels on.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UserError: the model is in training mode.
+    """
+    _check_eval(model)
+    # A side of one cell at stride 32 would be taken for a constant.
+    least = {0: ("batch", 1), 2: ("height", 33), 3: ("width", 33)}
+    shapes = {side: torch.export.Dim(name, min=low) for side, (name, low) in least.items() if side in dynamic}
+    with torch.no_grad():
+        program = torch.export.export(model, (example,), dynamic_shapes=(shapes,) if shapes else None)
+        torch.export.save(program, path)
+    return Path(path)
+
+
+def export_coreml(model: nn.Module, path: Path | str, example: Tensor, outputs: Sequence[str] = (OUTPUT,)) -> Path:
+    """Write ``model`` as a Core ML package (ML program, float16, iOS 17 and later) for the shape of ``example``.
+
+    Phones plan their neural engine for a fixed shape, so nothing is left open.
+
+    Args:
+        model: in eval mode, best in its inference form.
+        path: of the folder, ending in ``.mlpackage``.
+        example: images (B, C, H, W) as the model takes them.
+        outputs: their names.
+
+    Returns:
+        ``path``. The input is named ``image``.
+
+    Raises:
+        UserError: ``coremltools`` is not installed, or the model is in training mode.
+    """
+    _check_eval(model)
+    try:
+        import coremltools as ct
+    except ImportError:
+        raise UserError(
+            "Core ML export needs coremltools: `make env` installs it where Python and system have a wheel of it"
+        ) from None
+    program = torch.export.export(model, (example,)).run_decompositions({})
+    package = ct.convert(
+        program,
+        inputs=[ct.TensorType(name=INPUT, shape=tuple(example.shape))],
+        outputs=[ct.TensorType(name=name) for name in outputs],
+        minimum_deployment_target=ct.target.iOS17,
+    )
+    package.save(str(path))
+    return Path(path)
+
+
+def _check_eval(model: nn.Module) -> None:
+    if model.training:
+        raise UserError("an exported model infers: call eval() first")

@@ -1,0 +1,126 @@
+"""A folder in the Hugging Face hub's layout for timm, which loads it without this project.
+
+config.json, model.safetensors    as timm writes them
+regla.py                          the network, where timm does not have it: `import regla` registers it
+README.md                         the model card, with the hub's front matter
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.export.bundle import Cargo, preprocessing
+from pipeline.student import layers, regla
+from pipeline.student.layers import NormLinear
+from pipeline.student.model import create_backbone
+
+OWN_CODE = "regla.py"
+MAPS = "model.forward_intermediates(images, intermediates_only=True)"
+"""The maps of a model's stages, in Python."""
+_POOLED = f"{MAPS}[-1].mean((2, 3))"
+
+
+def write_hub(cargo: Cargo, folder: Path) -> str:
+    """Write everything but the card.
+
+    Returns:
+        The expression that gives the output of `images`, normalised, in Python: `model(images)` where timm's own head
+        does what the export does.
+
+    Raises:
+        UserError: where timm's form of the network has no place for the head.
+    """
+    model = _with_classifier(cargo) if cargo.classes else cargo.encoder.backbone
+    args = {**cargo.args, "num_classes": len(cargo.classes)}
+    steps = preprocessing(cargo)
+    config = {
+        "input_size": [3, *steps["resize"]],
+        "interpolation": "bicubic",
+        **{name: steps[name] for name in ("mean", "std", "crop_pct", "crop_mode")},
+    }
+    named: dict[str, Any] = {"label_names": list(cargo.classes)} if cargo.classes else {}
+    save_for_hf(model, str(folder), {"pretrained_cfg": config, **named}, args, safe_serialization=True)
+    if is_ours(cargo):
+        (folder / OWN_CODE).write_text(one_file(), encoding="utf-8")
+    return "model(images)" if cargo.classes or _pools(model, cargo.size) else _POOLED
+
+
+def load_hub(folder: Path, cargo: Cargo, expression: str) -> Callable[[Tensor], Tensor]:
+    """What timm makes of the folder, as a function of images in [0, 1]."""
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    encoder = cargo.encoder
+
+    def run(images: Tensor) -> Tensor:
+        images = (images - encoder.mean) / encoder.std
+        if expression == _POOLED:
+            maps: Tensor = model.forward_intermediates(images, intermediates_only=True)[-1]
+            return maps.mean((2, 3))
+        output: Tensor = model(images)
+        return output
+
+    return run
+
+
+def is_ours(cargo: Cargo) -> bool:
+    """Whether the network is one that plain timm does not have."""
+    return cargo.timm_name in regla.SIZES
+
+
+def one_file() -> str:
+    """ReGLA and its bricks as one module that imports nothing but torch and timm."""
+    bricks, network = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in (layers, regla))
+    network = re.sub(r"^from pipeline\.student\.layers import .*\n", "", network, flags=re.MULTILINE)
+    return f'"""ReGLA for timm: `import regla` registers {", ".join(regla.SIZES)}."""\n\n{bricks}\n\n{network}'
+
+
+@torch.no_grad()
+def _pools(model: nn.Module, size: int) -> bool:
+    """Whether the network's own head averages the last map and does nothing else."""
+    images = torch.rand(1, 3, size, size)
+    maps: list[Tensor] = model.forward_intermediates(images, intermediates_only=True)  # type: ignore[operator]
+    pooled = maps[-1].mean((2, 3))
+    output: Tensor = model(images)
+    return output.shape == pooled.shape and torch.allclose(output, pooled, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def _with_classifier(cargo: Cargo) -> nn.Module:
+    """timm's network with our norm and linear layer in the place of its classifier."""
+    assert cargo.saved is not None
+    norm, head = cargo.saved.model.norm, cargo.saved.model.head
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert isinstance(head, nn.Linear)
+    encoder, images = cargo.encoder, torch.rand(2, 3, cargo.size, cargo.size)
+    model = create_backbone(cargo.timm_name, {**cargo.args, "num_classes": len(cargo.classes)}).eval()
+    model.load_state_dict(encoder.backbone.state_dict(), strict=False)
+    own: Any = model.get_classifier()  # type: ignore[operator]
+    if isinstance(own, regla.Classifier):
+        own.main.bn.load_state_dict(norm.state_dict())
+        own.main.linear.load_state_dict(head.state_dict())
+    elif isinstance(own, nn.Linear) and own.in_features == head.in_features:
+        both = NormLinear(head.in_features, head.out_features)
+        both.bn, both.linear = norm, head
+        weight, bias = both.folded()
+        own.weight.copy_(weight)
+        own.bias.copy_(bias)
+    # A norm or an attention pool before timm's classifier, say, is not ours.
+    if not _agree(model((images - encoder.mean) / encoder.std), cargo.model(images)):
+        raise UserError(
+            f"hf: timm's {cargo.timm_name} has other layers between its last map and its classes than this classifier; "
+            "leave hf out: --format safetensors torch_export onnx"
+        )
+    return model
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by rounding alone."""
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())

@@ -1,0 +1,89 @@
+"""Geometry that teachers and student share: decode once, cut a view from the original pixels, resize once."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of an image.
+
+    `box` is (left, top, right, bottom) as fractions of the upright image in [0, 1]; `flip` mirrors left and right after
+    the cut.
+
+    Raises:
+        ValueError: the box is empty or leaves the image.
+    """
+
+    box: tuple[float, float, float, float]
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        left, top, right, bottom = self.box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(f"view box {self.box} is not left < right, top < bottom within [0, 1]")
+
+
+FULL = View((0.0, 0.0, 1.0, 1.0))
+
+_ATTEMPTS = 10
+"""Crops tried for one that fits into the image, as torchvision's RandomResizedCrop does, before its whole is taken."""
+
+
+@dataclass(frozen=True)
+class ViewPolicy:
+    """Which views of every image are cached.
+
+    Attributes:
+        crops: views of an image, random resized crops; 0: one view, the whole image, and the rest is of no effect.
+        min_area: smallest share of the image's area.
+        max_ratio: largest ratio of a crop's sides.
+        flip: probability that a crop is mirrored.
+        seed: of the draw, with the sample's id.
+    """
+
+    crops: int = 0
+    min_area: float = 0.35
+    max_ratio: float = 4 / 3
+    flip: float = 0.5
+    seed: int = 0
+
+    @property
+    def rows_per_image(self) -> int:
+        """Views of one image."""
+        return self.crops or 1
+
+    @property
+    def id(self) -> str:
+        """``full``, or ``crops<n>-`` and a short hash of everything that decides the crops."""
+        if not self.crops:
+            return "full"
+        return f"crops{self.crops}-{hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]}"
+
+    def views(self, sample_id: str, width: int, height: int) -> list[View]:
+        """The views of an upright image of this size in pixels; box values are exact in float32."""
+        if not self.crops:
+            return [FULL]
+        digest = hashlib.blake2b(f"{self.seed} {sample_id}".encode(), digest_size=8).digest()
+        rng = np.random.default_rng(int.from_bytes(digest, "little"))
+        return [self._crop(rng, width, height) for _ in range(self.crops)]
+
+    def _crop(self, rng: np.random.Generator, width: int, height: int) -> View:
+        for _ in range(_ATTEMPTS):
+            area = rng.uniform(self.min_area, 1)
+            ratio = math.exp(rng.uniform(-math.log(self.max_ratio), math.log(self.max_ratio)))
+            wide, high = math.sqrt(area * ratio * height / width), math.sqrt(area / ratio * width / height)
+            left, top = rng.uniform(0, 1), rng.uniform(0, 1)
+            if wide <= 1 and high <= 1:
+                left, top = left * (1 - wide), top * (1 - high)
+                edges = np.array([left, top, min(left + wide, 1), min(top + high, 1)], np.float32).tolist()
+                return View((edges[0], edges[1], edges[2], edges[3]), bool(rng.random() < self.flip))
+        return View(FULL.box, bool(rng.random() < self.flip))
+
+
+WHOLE = ViewPolicy()
+"""One view of every image: `FULL`."""

@@ -1,0 +1,1 @@
+"""A job under MLflow, its run folder, and what it leaves behind."""

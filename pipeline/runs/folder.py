@@ -1,0 +1,122 @@
+"""The work folder and the state of a run: what makes a second start of the same command go on with the first.
+
+    <work>/cache/                      the feature cache, unless cache.uri names another place
+    <work>/runs/<name>-<hash>[-<n>]/   one run: run.json, checkpoints, the exported student
+    <work>/mlflow.db, <work>/mlartifacts/
+
+A run is known by the hash of its resolved configuration. An unfinished one is resumed, under the same MLflow run; a
+finished one is never touched: the same command starts another, with the next number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache.layout.keys import readable
+from pipeline.config import Config
+from pipeline.errors import UserError, naming
+from pipeline.runtime.ray_session import is_submitted_job
+from pipeline.storage.store import Store
+
+
+def work_folder(config: Config) -> Path:
+    """The absolute work folder.
+
+    A submitted job runs in a copy of the working directory that Ray deletes, so that its default is the home folder.
+
+    Raises:
+        UserError: where `work` is the address of an object store.
+    """
+    if config.work and "://" in config.work:
+        raise UserError(
+            f"work={config.work}: runs and MLflow's SQLite file need a folder, on a cluster one of a shared file system; an "
+            "object store may hold the cache (cache.uri), checkpoints (train.checkpoints) and results (outputs)"
+        )
+    if config.work:
+        return Path(config.work).expanduser().resolve()
+    return Path.home() / "regla-distill" if is_submitted_job() else Path("work").resolve()
+
+
+def cache_store(config: Config) -> Store:
+    """The folder or object store of the cache.
+
+    Raises:
+        UserError: where the object store cannot be used.
+    """
+    with naming("cache.uri"):
+        store = Store.at(config.cache.uri or work_folder(config) / "cache")
+        store.check()
+    return store
+
+
+SAVED = ("mlflow", "finished", "hours", "gpu_hours")
+"""Fields of a run's state that its folder keeps."""
+
+
+@dataclass
+class RunState:
+    """State of one run, kept in its folder.
+
+    Attributes:
+        folder: of the run.
+        mlflow: MLflow run ids by role (``job``, ``precompute``, ``distill``).
+        finished: whether everything was done.
+        resumed: whether this process found the run unfinished.
+        hours, gpu_hours: that its starts have taken.
+    """
+
+    folder: Path
+    mlflow: dict[str, str] = field(default_factory=dict)
+    finished: bool = False
+    resumed: bool = False
+    hours: float = 0.0
+    gpu_hours: float = 0.0
+
+    def save(self) -> None:
+        """Write run.json as a whole.
+
+        Raises:
+            UserError: where it cannot be written.
+        """
+        file = self.folder / "run.json"
+        temporary = self.folder / f".run-{os.getpid()}.json"  # the same job may be started twice at once
+        known = {field: getattr(self, field) for field in SAVED}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(known, indent=2), encoding="utf-8")
+            os.replace(temporary, file)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {file}: {error.strerror}; once it can be written, the same command goes on from here"
+            ) from error
+
+
+def open_run(config: Config, job: str, reads: Collection[str] = ()) -> RunState:
+    """The unfinished run of this job and configuration, or a new one; `reads` as in :meth:`Config.fingerprint`."""
+    runs = work_folder(config) / "runs"
+    stem = f"{readable(config.name)}-{job}-{config.fingerprint(reads)[:8]}"
+    number = 1
+    while True:
+        folder = runs / (stem if number == 1 else f"{stem}-{number}")
+        if not (folder / "run.json").exists():
+            return RunState(folder)
+        known = _read_state(folder / "run.json")
+        if not known["finished"]:
+            return RunState(folder, **known, resumed=True)
+        number += 1
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known |= {name: float(known.get(name, 0.0)) for name in ("hours", "gpu_hours")}
+        if not isinstance(known["finished"], bool) or not all(isinstance(i, str) for i in known["mlflow"].values()):
+            raise ValueError("fields are of another type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, and the run starts anew") from error
+    return {field: known[field] for field in SAVED}

@@ -1,0 +1,42 @@
+"""What a run leaves behind, copied to a folder or an object store, and fetched from there by its address.
+
+<outputs>/<run>/student/ or model/, figures/, evaluation/
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.errors import UserError, naming
+from pipeline.storage.store import Store
+
+PARTS = ("student", "model", "figures", "evaluation")
+"""Folders of a run that are its results; checkpoints and state are not."""
+
+
+def outputs_store(outputs: str) -> Store:
+    """The place of all runs' results.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
+    with naming("outputs"):
+        store = Store.at(outputs)
+        store.check_writable()
+    return store
+
+
+def publish(run: Path, store: Store) -> str:
+    """Copy the results of a run's folder, replacing those of an earlier start; gives their address.
+
+    Raises:
+        UserError: where the store refuses them; they stay in the run's folder.
+    """
+    place = store.sub(run.name)
+    files = [file for part in PARTS for file in sorted((run / part).rglob("*")) if file.is_file()]
+    try:
+        for file in files:
+            place.put(file.relative_to(run).as_posix(), file.read_bytes())
+    except UserError as error:
+        raise UserError(f"outputs: {error}; the results are in {run}") from error
+    return place.uri

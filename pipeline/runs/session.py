@@ -1,0 +1,166 @@
+"""One job from start to end: its run folder, its MLflow run, its Ray session, and their end whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeline.cache.layout.keys import readable
+from pipeline.config import Config
+from pipeline.errors import naming
+from pipeline.runs.descriptions import run_note, run_title
+from pipeline.runs.folder import RunState, open_run, work_folder
+from pipeline.runs.results import outputs_store, publish
+from pipeline.runs.shared_paths import check_shared
+from pipeline.runtime import logs
+from pipeline.runtime.ray_session import computing_on, connect, devices
+from pipeline.sources import SAMPLES
+from pipeline.storage.store import Store
+from pipeline.tracking import Candidate, Run, describe, model_link, register, resolve_uri, start_job
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A running job.
+
+    Attributes:
+        config: the whole tree.
+        name: of the job.
+        state: its run folder and what is known of it.
+        run: the parent MLflow run.
+        tracking_uri: where that is.
+    """
+
+    config: Config
+    name: str
+    state: RunState
+    run: Run
+    tracking_uri: str
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Run]:
+        """A nested MLflow run; the one of an interrupted start is continued."""
+        run = self.run.child(name, run_id=self.state.mlflow.get(name))
+        self.state.mlflow[name] = run.run_id
+        self.state.save()
+        with _ended(run), logs.about(stage=name):
+            yield run
+
+    def register(
+        self, kind: str, model_uri: str, *, metric: str, score: float | None, held_out: str, lineage: Mapping[str, str]
+    ) -> str | None:
+        """Put a model into MLflow's registry as `<recipe>-<kind>`, and say so in the run's description.
+
+        Generated scenes, which the seed decides, are one held-out set, as in `jobs/compare.py`.
+
+        Args:
+            kind: `student`, or the task that it was fine-tuned for.
+            model_uri, metric, score, held_out, lineage: as in :class:`pipeline.tracking.Candidate`.
+
+        Returns:
+            Its URI in the registry; None where there is no registry, which the log says.
+        """
+        filled = {f"manifests{key.removeprefix('precompute')}": f"runs:/{run}/manifests" for key, run in self._filled()}
+        name = f"{readable(self.config.name)}-{kind}"
+        held_out = SAMPLES if self.config.val == SAMPLES else held_out
+        registered = register(
+            self.run, Candidate(name, model_uri, metric, score, held_out, {**lineage, **filled, "run": self.run.run_id})
+        )
+        told = "nothing was measured" if score is None else f"{metric} {score:.4g}"
+        where = f"[{registered}]({model_link(registered)})" if registered else f"`{model_uri}`"
+        describe(self.run, [*run_note(self.config, self.name), f"Result: {told}, {where}."])
+        return registered
+
+    def _filled(self) -> list[tuple[str, str]]:
+        return [(key, run) for key, run in self.state.mlflow.items() if key.startswith("precompute")]
+
+
+@contextmanager
+def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator[Job]:
+    """Connect to Ray; resume the unfinished run of this job and configuration, or start one; end both.
+
+    Args:
+        reads: sections that the job goes by and others do not, as in :meth:`Config.fingerprint`.
+
+    Raises:
+        UserError: where MLflow, Ray or a place that is written cannot be used, or a node does not see the job's files.
+    """
+    outputs = outputs_store(config.outputs) if config.outputs else None
+    _check_writable({"work": str(work_folder(config)), "train.checkpoints": config.train.checkpoints})
+    uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
+    with connect():
+        print(computing_on(), flush=True)
+        check_shared(config)
+        run, state = _start(config, uri, name, reads)
+        with _ended(run), _metered(run, state), logs.about(run=state.folder.name):
+            yield Job(config, name, state, run, uri)
+            if outputs:
+                run.set_tags({"outputs": publish(state.folder, outputs)})
+        # Not before everything is sent: a second start sends what is left.
+        state.finished = True
+        state.save()
+
+
+def _check_writable(places: Mapping[str, str | None]) -> None:
+    """Refuse a place, by its field, before anything is computed for it."""
+    for field, place in places.items():
+        if place:
+            with naming(field):
+                Store.at(place).check_writable()
+
+
+def _start(config: Config, uri: str, name: str, reads: Collection[str]) -> tuple[Run, RunState]:
+    state = open_run(config, name, reads)
+    run = start_job(
+        uri,
+        experiment=config.tracking.experiment,
+        name=run_title(config, name),
+        config=config.model_dump(mode="json"),
+        tags={"job": name},
+        work=work_folder(config),
+        folder=state.folder,
+        run_id=state.mlflow.get("job"),
+    )
+    describe(run, run_note(config, name))
+    state.mlflow["job"] = run.run_id
+    state.save()
+    return run, state
+
+
+@contextmanager
+def _metered(run: Run, state: RunState) -> Iterator[None]:
+    """Hours, and GPU hours where there are GPUs, of all starts of a run; one that is killed outright tells nothing."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        try:
+            _add_hours(run, state, (time.monotonic() - started) / 3600)
+        except Exception as error:  # noqa: BLE001  it must not take the place of what ended the job
+            log.warning("the hours of this start are not recorded: %s", " ".join(str(error).split())[:200])
+
+
+def _add_hours(run: Run, state: RunState, hours: float) -> None:
+    gpus, kind = devices()
+    state.hours, state.gpu_hours = state.hours + hours, state.gpu_hours + hours * gpus
+    state.save()
+    run.set_tags({"device": kind})
+    run.log_metric_dict({"hours": state.hours, **({"gpu_hours": state.gpu_hours} if state.gpu_hours else {})})
+
+
+@contextmanager
+def _ended(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        run.finish("KILLED")
+        raise
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    run.finish()

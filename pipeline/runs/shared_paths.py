@@ -1,0 +1,123 @@
+"""Whether all nodes of a cluster see the files of a job: asked once, before anything expensive."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.runs.folder import cache_store, work_folder
+from pipeline.sources import SAMPLES
+from pipeline.sources.locations import absolute, expand
+from pipeline.storage.store import Store
+
+PATIENCE_S = 60.0
+"""Seconds that the other nodes have to answer."""
+
+log = logging.getLogger(__name__)
+
+
+def check_shared(config: Config) -> None:
+    """Refuse paths that another node does not see; on one node there is nothing to ask.
+
+    Folders that are written must be the same everywhere: a marker is put into them, which the others look for. Of what
+    is only read, a copy under the same path will do. Nodes that join later are not asked.
+
+    Raises:
+        UserError: naming the field, the path, the node, and the remedy.
+    """
+    nodes = _other_nodes()
+    if not nodes:
+        return
+    with ExitStack() as markers:
+        fields = {str(markers.enter_context(_marked(folder))): field for field, folder in _written(config).items()}
+        fields |= {path: field for field, path in _read(config).items()}
+        for address, missing in _ask(nodes, list(fields)).items():
+            for path in missing:
+                raise UserError(_refusal(fields[path], path, address))
+
+
+def _refusal(field: str, path: str, address: str) -> str:
+    if field in ("work", "cache.uri", "train.checkpoints"):
+        store = "" if field == "work" else ", or an object store (s3://..., gs://...)"
+        return (
+            f"{field}: {Path(path).parent} is not the same folder on node {address} of the cluster; "
+            f"name one on a shared file system{store}"
+        )
+    return f"{field}: node {address} of the cluster has no {path}; put it on a shared file system, or copy it to every node"
+
+
+def _written(config: Config) -> dict[str, Path]:
+    places = {"cache.uri": cache_store(config)}
+    if config.train.checkpoints:
+        places["train.checkpoints"] = Store.at(config.train.checkpoints)
+    return {
+        "work": work_folder(config),
+        **{field: Path(place.uri) for field, place in places.items() if place.is_local},
+    }
+
+
+def _read(config: Config) -> dict[str, str]:
+    sources = {"data.train": config.data.train, "data.val": config.val}
+    read = {field: expand(absolute(place))[0] for field, place in sources.items() if place and place != SAMPLES}
+    for number, teacher in enumerate(config.teachers):
+        file = Path(teacher.weights).expanduser().resolve()
+        if file.is_file():
+            read[f"teachers.{number}.weights"] = str(file)
+    return read
+
+
+@contextmanager
+def _marked(folder: Path) -> Iterator[Path]:
+    """A new file in a folder, whose name nobody has looked up before: network file systems remember what was not there."""
+    marker = folder / f".seen-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        yield marker
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+def _other_nodes() -> dict[str, str]:
+    """Address by id of the living nodes beside this process's own."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    return {
+        node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != own
+    }
+
+
+def _ask(nodes: Mapping[str, str], paths: Sequence[str]) -> dict[str, list[str]]:
+    """By address of the nodes that answer, the paths that are not there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def missing() -> list[str]:  # nested, so that it travels by value: other nodes may lack this checkout
+        return [path for path in paths if not os.path.exists(path)]
+
+    pinned = {
+        missing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): address
+        for node, address in nodes.items()
+    }
+    answered, silent = ray.wait(list(pinned), num_returns=len(pinned), timeout=PATIENCE_S)
+    answers = {}
+    for reference in answered:
+        try:
+            answers[pinned[reference]] = ray.get(reference)
+        except ray.exceptions.RayError:
+            silent.append(reference)
+    if silent:
+        addresses = ", ".join(pinned[reference] for reference in silent)
+        log.warning("nodes did not say whether they see the work folder: %s", addresses)
+    return answers

@@ -1,0 +1,1 @@
+"""What every job runs on: the Ray session, logs, metrics, progress, threads."""

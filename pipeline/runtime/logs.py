@@ -1,0 +1,133 @@
+"""Logs that say of which run, stage and shard they are: plain lines, or JSON lines where REGLA_LOG=json.
+
+    {"time": "2026-11-24T12:00:00.000+00:00", "level": "warning", "message": "cannot read ...", "logger": "pipeline.storage...",
+     "run": "photos-distill-41b70301", "stage": "extract", "shard": "train/12"}
+
+The fields travel with the work: a row of a Ray Data pipeline and the payload of a training worker carry those of the job.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any
+
+_current: ContextVar[Mapping[str, str]] = ContextVar("fields of log records", default=MappingProxyType({}))
+
+
+def json_lines() -> bool:
+    """Whether logs and progress are JSON lines: the environment variable REGLA_LOG is ``json``."""
+    return os.environ.get("REGLA_LOG") == "json"
+
+
+def fields() -> dict[str, str]:
+    """What the records of this thread say of themselves."""
+    return dict(_current.get())
+
+
+@contextmanager
+def about(**known: str) -> Iterator[None]:
+    """Within, records say this too: ``run``, ``stage``, ``shard``."""
+    token = _current.set({**_current.get(), **known})
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def enter(**known: str) -> None:
+    """From here on, records of this process's thread say this too."""
+    _current.set({**_current.get(), **known})
+
+
+@contextmanager
+def errors_alone(name: str) -> Iterator[None]:
+    """Within, the logger of this name tells nothing but errors."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def about_shard(row: Mapping[str, Any], stage: str) -> Iterator[None]:
+    """Within, records are those of a row (``split``, ``shard``, and ``log``, which :func:`carried` gave) in a stage."""
+    _configure_where_ray_runs_it()
+    known = json.loads(row.get("log", "{}"))
+    with about(**{**known, "stage": stage, "shard": f"{row['split']}/{row['shard']}"}):
+        yield
+
+
+def carried() -> dict[str, str]:
+    """What a row carries so that its records elsewhere say what those here do."""
+    return {"log": json.dumps(fields())}
+
+
+def configure() -> None:
+    """Write records of this process to stderr; where a handler is there already, nothing changes."""
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(_handler())
+        root.setLevel(logging.WARNING)
+    if json_lines():
+        logging.getLogger("pipeline").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+def _handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if json_lines() else Plain())
+    return handler
+
+
+def configure_worker() -> None:
+    """Write records of our own in a Ray worker: its root logger is Ray's."""
+    logger = logging.getLogger("pipeline")
+    if logger.propagate:
+        logger.addHandler(_handler())
+        logger.setLevel(logging.INFO if json_lines() else logging.WARNING)
+        logger.propagate = False
+
+
+def _configure_where_ray_runs_it() -> None:
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
+        configure_worker()
+
+
+class Plain(logging.Formatter):
+    """``WARNING: message [stage shard]``; the run goes without saying on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record, for people."""
+        where = " ".join(value for name in ("stage", "shard") if (value := _current.get().get(name)))
+        text = f"{record.levelname}: {record.getMessage()}{f' [{where}]' if where else ''}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; `extra={"figures": {...}}` of a record goes into it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record, for machines."""
+        content = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            "logger": record.name,
+            **_current.get(),
+            **getattr(record, "figures", {}),
+        }
+        if record.exc_info:
+            content["exception"] = self.formatException(record.exc_info)
+        return json.dumps(content, default=str)

@@ -1,0 +1,85 @@
+"""Progress with rate and time left: a bar on a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.runtime import logs
+
+log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Counts work done.
+
+    Args:
+        total: units of work in all.
+        unit: what is counted (``img``, ``step``).
+        label: what is going on.
+        initial: units that were done before.
+        clock: seconds; given by tests.
+    """
+
+    def __init__(
+        self, total: int, unit: str, label: str, initial: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total, self.unit, self.label = total, unit, label
+        self.initial = self.done = initial
+        self.clock = clock
+        self.started = self.printed = clock()
+        self.postfix: dict[str, Any] = {}
+        shown = sys.stderr.isatty() and total > initial
+        self.bar = tqdm(total=total, initial=initial, unit=unit, desc=label, leave=True) if shown else None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.done > self.initial:
+            self._print()
+
+    def update(self, count: int = 1, **postfix: Any) -> None:
+        """Add work done; `postfix` is shown beside it."""
+        self.done += count
+        self.postfix = postfix or self.postfix
+        if self.bar is not None:
+            self.bar.set_postfix(self.postfix, refresh=False)
+            self.bar.update(count)
+        elif self.clock() - self.printed >= SECONDS_BETWEEN_LINES and self.done < self.total:
+            self._print()
+
+    def _print(self) -> None:
+        self.printed = self.clock()
+        if logs.json_lines():
+            log.info(self.line(), extra={"figures": {"done": self.done, "total": self.total, "unit": self.unit}})
+        else:
+            print(self.line(), flush=True)
+
+    def line(self) -> str:
+        """One line: label, count, rate, time left or taken, and the postfix."""
+        elapsed = max(self.clock() - self.started, 1e-9)
+        rate = (self.done - self.initial) / elapsed
+        left = (self.total - self.done) / rate if rate else float("inf")
+        when = f"{duration(elapsed)} in all" if self.done >= self.total else f"{duration(left)} left"
+        extra = "".join(f"  {name} {value}" for name, value in self.postfix.items())
+        return f"{self.label}  {self.done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  {when}{extra}"
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any; `?` for infinity."""
+    if seconds == float("inf"):
+        return "?"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -1,0 +1,1 @@
+"""Folders, local or in an object store, by URI."""

@@ -1,0 +1,264 @@
+"""A folder, local or in an object store, in which a file appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pipeline.errors import UserError
+from pipeline.storage.remote import RetriedFile, attempt, check_address, resolve
+
+LEFTOVER_AGE_S = 3600.0
+"""Age in seconds from which on a temporary file is taken for that of a writer that was killed."""
+
+_TRIAL = "write-trial"
+"""File that is written to a place, and deleted, before anything is computed for it."""
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Store:
+    """Reads and atomically writes the files below `uri`. Picklable: it travels to Ray workers.
+
+    On object stores every operation is tried again where its failure may mend (`pipeline.storage.remote.attempt`). Any
+    operation raises UserError where the store cannot be reached or refuses; a missing file is a FileNotFoundError.
+
+    Attributes:
+        uri: an absolute local path, or ``s3://bucket/folder``, ``gs://bucket/folder``, or the address of any other store
+            that fsspec knows. It is taken literally: nothing in it is percent-encoded.
+    """
+
+    uri: str
+
+    @classmethod
+    def at(cls, location: str | Path) -> Store:
+        """The store at a local path (made absolute) or a URI.
+
+        Raises:
+            UserError: where there are credentials or options in the URI.
+        """
+        text = str(location)
+        if text.startswith("file://"):
+            text = url2pathname(urlsplit(text).path)
+        if "://" not in text:
+            return cls(str(Path(text).expanduser().resolve()))
+        check_address(text)
+        return cls(text.rstrip("/"))
+
+    def sub(self, folder: str) -> Store:
+        """The store of a folder below this one."""
+        return Store(f"{self.uri}/{folder}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files lie on this machine's file system."""
+        return "://" not in self.uri
+
+    def check(self) -> None:
+        """Find out early whether an object store can be used.
+
+        Raises:
+            UserError: where there is no driver, no endpoint, no such bucket or no permission to list it.
+        """
+        if self._list() or not self.uri.startswith("s3://"):
+            return
+        bucket = "/".join(self.uri.split("/")[:3])
+        if Store(bucket)._info("").type == fs.FileType.NotFound:
+            raise UserError(f"{bucket} does not exist: create the bucket, or correct its name")
+
+    def check_writable(self) -> None:
+        """Find out early whether files can be written and deleted here; makes a local folder that is not there.
+
+        Raises:
+            UserError: as `check`, or where the place refuses a write.
+        """
+        self.check()
+        try:
+            self.put(_TRIAL, b"")
+            self.delete(_TRIAL)
+        except UserError as error:
+            raise UserError(f"{error}; name a place that can be written") from error
+
+    def free_bytes(self) -> int | None:
+        """Free space in bytes where a local folder is, or would be; None for object stores."""
+        if not self.is_local:
+            return None
+        folder = Path(self.uri)
+        return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+    def put(self, path: str, data: bytes | pa.Buffer) -> None:
+        """Write a file so that a reader sees all of it or none of it, even after a crash or a power cut.
+
+        Raises:
+            UserError: where the destination is full, read-only or otherwise refuses the write.
+        """
+        try:
+            if self.is_local:
+                self._run("write", path, lambda _, target: _write_local(Path(target), data))
+            else:
+                self._run("write", path, lambda system, target: _upload(system, target, data))
+        except FileNotFoundError as error:
+            raise UserError(f"cannot write {self.uri}/{path}: no such bucket or folder") from error
+
+    def get(self, path: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            FileNotFoundError: where there is none.
+        """
+        return self._run("read", path, _download)
+
+    def open(self, path: str) -> pa.NativeFile:
+        """A file for random access.
+
+        Raises:
+            FileNotFoundError: where there is none.
+        """
+        if self.is_local:
+            # Not mapped into memory: what a failing disk or a file cut short would raise here, kills the process there.
+            return self._run("read", path, lambda _, target: pa.OSFile(target))
+        file = self._run("read", path, lambda system, target: system.open_input_file(target))
+        return pa.PythonFile(RetriedFile(file, f"{self.uri}/{path}"), mode="r")
+
+    def exists(self, path: str) -> bool:
+        """Whether a file is there."""
+        return self._info(path).type == fs.FileType.File
+
+    def size(self, path: str) -> int | None:
+        """Size of a file in bytes, or None where there is none."""
+        size: int | None = self._info(path).size
+        return size
+
+    def files(self, age: float = 0.0) -> dict[str, int]:
+        """Name and size in bytes of the files directly in this folder; empty where there is no folder.
+
+        Temporary files of local writers are not among them.
+
+        Args:
+            age: seconds since they were written, at least.
+        """
+        files = [info for info in self._list() if _is_file(info) and not _is_temporary(info)]
+        latest = time.time() - age
+        return {info.base_name: info.size for info in files if not age or info.mtime.timestamp() <= latest}
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted."""
+        return sorted(info.base_name for info in self._list() if info.type == fs.FileType.Directory)
+
+    def leftovers(self) -> dict[str, int]:
+        """Name and size in bytes of the temporary files that killed writers left directly in this folder."""
+        latest = time.time() - LEFTOVER_AGE_S
+        old = (info for info in self._list() if _is_temporary(info) and info.mtime.timestamp() < latest)
+        return {info.base_name: info.size for info in old if _is_file(info)}
+
+    def delete(self, path: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self._run("delete", path, lambda system, target: system.delete_file(target))
+
+    def delete_folder(self) -> None:
+        """Delete everything below this store's uri; nothing there is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self._run("delete", "", _delete_folder)
+
+    def _list(self) -> list[fs.FileInfo]:
+        return self._run(
+            "list", "", lambda system, root: system.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        )
+
+    def _info(self, path: str) -> fs.FileInfo:
+        return self._run("read", path, lambda system, target: system.get_file_info(target))
+
+    def _run(self, doing: str, path: str, call: Callable[[fs.FileSystem, str], Result]) -> Result:
+        """Call with the file system and the full path of a file, or of this folder."""
+        suffix = f"/{path}" if path else ""
+        if self.is_local:
+            try:
+                return call(fs.LocalFileSystem(), self.uri + suffix)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise UserError(f"cannot {doing} {self.uri}{suffix}: {error.strerror or error}") from error
+
+        def connected() -> Result:
+            system, root = resolve(self.uri)
+            return call(system, root + suffix)
+
+        return attempt(doing, self.uri + suffix, connected)
+
+
+@contextlib.contextmanager
+def taking_apart(uri: str) -> Iterator[None]:
+    """While a file of the cache is taken apart: what is broken in it becomes one line that names it.
+
+    Raises:
+        UserError: where it is gone or damaged.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{uri} is damaged ({reason}): run jobs/precompute.py with this recipe and --verify --repair"
+        ) from error
+
+
+def _is_file(info: fs.FileInfo) -> bool:
+    return bool(info.type == fs.FileType.File)
+
+
+def _is_temporary(info: fs.FileInfo) -> bool:
+    return _TEMPORARY.fullmatch(info.base_name) is not None
+
+
+def _write_local(target: Path, data: bytes | pa.Buffer) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _upload(system: fs.FileSystem, target: str, data: bytes | pa.Buffer) -> None:
+    # An object appears when its upload completes, so there is nothing to rename. All of it goes in one write: a stream
+    # that is closed, or let go of, completes its object with what was written until then.
+    with system.open_output_stream(target) as stream:
+        stream.write(data)
+
+
+def _download(system: fs.FileSystem, target: str) -> bytes:
+    with system.open_input_file(target) as file:
+        size = file.size()
+        data: bytes = file.read(size)  # without a size it would come in requests of 256 KiB
+    if len(data) != size:
+        raise OSError(f"{len(data)} of {size} bytes came")
+    return data
+
+
+def _delete_folder(system: fs.FileSystem, root: str) -> None:
+    # A bucket itself stays: making one is not ours either.
+    delete = system.delete_dir if "/" in root.strip("/") else system.delete_dir_contents
+    delete(root)

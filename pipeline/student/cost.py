@@ -1,0 +1,102 @@
+"""What a network costs by counting: parameters, multiply-accumulates, activations, memory."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from pipeline.student.folding import inference_form
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one forward pass.
+
+    Attributes:
+        parameters: of the model.
+        macs: multiply-accumulates of convolutions, linear layers and matrix products, attention's included.
+        activations: elements of the outputs of the same operators, as fvcore and the RegNet paper (arXiv 2003.13678)
+            count them.
+        peak_bytes: largest sum of bytes of all tensors alive at once: weights, buffers, input and intermediate maps; the
+            scratch memory of a kernel is not seen.
+    """
+
+    parameters: int
+    macs: int
+    activations: int
+    peak_bytes: int
+
+
+@torch.no_grad()
+def cost(model: nn.Module, images: Tensor) -> Cost:
+    """Count the cost of one forward pass of ``model``, in the mode and form it is in, on ``images`` (B, C, H, W)."""
+    # The fused attention kernel of the CPU is unknown to the counter; the plain form consists of matrix products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops, _Activations() as activations:
+        model(images)
+    with _Memory(chain(model.parameters(), model.buffers(), [images])) as memory:
+        model(images)
+    return Cost(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=flops.get_total_flops() // 2,
+        activations=activations.elements,
+        peak_bytes=memory.peak,
+    )
+
+
+def inference_cost(model: nn.Module, input_size: int) -> Cost:
+    """Cost of the inference form of ``model``, which is left as it is, on one image of this side in pixels."""
+    model, images = copy.deepcopy(model).cpu().eval(), torch.zeros(1, 3, input_size, input_size)
+    return cost(inference_form(model, images), images)
+
+
+class _Activations(TorchDispatchMode):
+    """Sums the output elements of the operators whose multiplications torch counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry and isinstance(out, Tensor):
+            self.elements += out.numel()
+        return out
+
+
+class _Memory(TorchDispatchMode):
+    """Follows the storages that are alive, from those of ``tensors`` on; views share one."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        for tensor in tensors:
+            self._add(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known.add(storage)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.alive -= size

@@ -1,0 +1,247 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.extract import Extract
+from pipeline.cache.layout.cached_teacher import teacher_labels
+from pipeline.storage.store import Store
+from tests.fakes import fill_in_process, images_seen, out_of_memory, without_ray
+
+
+def test_teacher_shards_hold_the_keys_of_the_images_in_their_order(filled):
+    for split in filled.plan.splits:
+        images = split.dataset.images
+        for teacher in filled.plan.teachers:
+            folder = split.dataset.teacher(teacher.id)
+            for shard, record in folder.records().items():
+                keys = images.read(images.records()[shard], ["sample_id", "view"])
+                assert folder.read(record, ["sample_id", "view"]).equals(keys)
+
+
+def test_files_say_what_they_hold_in_standard_types(filled):
+    teacher = filled.plan.teachers[0]
+    folder = filled.train.teacher(teacher.id)
+    table = pq.read_table(Path(folder.store.uri, folder.records()[0].file))
+    assert table.schema.metadata[b"teacher"].decode() == teacher.id
+    assert table.schema.metadata[b"patches.shape"] == b"[4, 4, 8]"
+    assert str(table.schema.field("patches").type) == f"fixed_size_binary[{4 * 4 * 8 * 2}]"
+    assert str(table.schema.field("sample_id").type) == "string"
+
+
+def test_what_is_there_is_not_computed_again(tmp_path, photo_config):
+    log = tmp_path / "calls"
+    config = photo_config("teachers=[{model: 'tests.fakes:colours'}]", f"teachers.0.args={{log: {log}}}")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    assert fill_in_process(plan) == 3
+    assert images_seen(log) == 190
+    assert fill_in_process(plan) == 0
+    assert images_seen(log) == 190
+    folder = plan.split("train").dataset.teacher(plan.teachers[0].id)
+    Path(folder.store.uri, "shard-00001.json").unlink()
+    assert fill_in_process(plan) == 1
+    assert images_seen(log) == 190 + 50
+
+
+def test_recomputed_shards_are_byte_identical(filled):
+    folder = filled.train.teacher(filled.plan.teachers[0].id)
+    before = folder.records()
+    for record in before.values():
+        Path(folder.store.uri, record.file).unlink()
+    assert fill_in_process(filled.plan) == 2
+    assert {s: r.sha256 for s, r in folder.records().items()} == {s: r.sha256 for s, r in before.items()}
+
+
+def test_a_gpu_of_too_little_memory_is_said_in_a_line_with_the_remedy(filled, monkeypatch):
+    extract = Extract({"train": filled.train}, [], "cpu", 1, 64)
+
+    monkeypatch.setattr(extract, "teachers", {teacher.id: None for teacher in filled.plan.teachers})
+    monkeypatch.setattr(type(filled.train.teacher(filled.plan.teachers[0].id)), "record", lambda *_: None)
+    monkeypatch.setattr(extract, "_extract", out_of_memory)
+    answer = extract({"split": "train", "shard": 0})
+    assert answer["error"].startswith("the GPU has too little memory for 64 images at once: lower cache.batch_size")
+    assert answer["computed"] == 0
+
+
+def test_features_that_are_not_finite_stop_the_shard_and_name_the_teacher(tmp_path, photo_config):
+    config = photo_config("teachers=[{model: 'tests.fakes:colours', args: {poison: 1}}]")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    with pytest.raises(AssertionError, match="teacher colours8 gave summary features that are not finite"):
+        fill_in_process(plan)
+    assert not plan.split("train").dataset.teacher(plan.teachers[0].id).records()
+
+
+def test_other_weights_than_planned_are_refused(filled):
+    from dataclasses import replace
+
+    from teachers.base import TeacherError
+
+    teacher = replace(filled.plan.teachers[0], weights_sha256="0" * 64)
+    with pytest.raises(TeacherError, match="other weights than the one that planned the job"):
+        Extract({"train": filled.train}, [teacher], "cpu", 1, 8)
+
+
+def test_statistics_equal_those_of_the_stored_features(filled):
+    from pipeline.cache.fill.build import teacher_stats
+
+    teacher = filled.plan.teachers[0]
+    folder = filled.train.teacher(teacher.id)
+    stored = []
+    for record in folder.records().values():
+        rows = folder.read(record)["patches"].to_pylist()
+        raw = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
+        stored.append(teacher.tokens()["patches"].decode(raw))
+    flat = torch.cat(stored).reshape(-1, 8).double()
+    moments = teacher_stats(filled.train, teacher)["patches"]
+    assert moments.count == len(flat)
+    torch.testing.assert_close(torch.from_numpy(moments.mean), flat.mean(0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(moments.std), flat.std(0, correction=0), atol=1e-3, rtol=1e-3)
+
+
+def test_labels_are_names_unless_two_teachers_share_one(filled):
+    one, two = filled.plan.teachers
+    assert teacher_labels([one, two]) == {one.id: "colours8", two.id: "colours4"}
+    from dataclasses import replace
+
+    twin = replace(two, spec=replace(two.spec, name="colours8"))
+    assert teacher_labels([one, twin]) == {one.id: one.id, twin.id: twin.id}
+
+
+@pytest.fixture
+def projected(tmp_path, photo_config):
+    """A complete cache in the default codec, of features that lie in three dimensions of 24."""
+    config = photo_config("cache.codec=pca-int8-zstd", "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}]")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    assert fill_in_process(plan) == 3
+    return plan
+
+
+def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(projected):
+    from pipeline.cache.fill.build import teacher_fidelity
+    from pipeline.cache.layout.cached_teacher import load_tokens, projection_of
+
+    teacher = projected.teachers[0]
+    for split in projected.splits:
+        folder = split.dataset.teacher(teacher.id)
+        projection = projection_of(folder)
+        assert projection.basis.shape == (8, 24)
+        tokens = load_tokens(split.dataset, teacher)
+        assert tokens["patches"].row_bytes == 16 * (8 + 2)
+        schema = pq.read_schema(Path(folder.store.uri, folder.records()[0].file))
+        assert str(schema.field("patches").type) == f"fixed_size_binary[{16 * 10}]"
+        assert schema.metadata[b"projection"].decode() == folder.projection
+        fidelity = teacher_fidelity(split.dataset, teacher)
+        assert 0.99 < fidelity["patches"]["cosine_p1"] <= fidelity["patches"]["cosine"] <= 1.0001
+        assert fidelity["summary"]["cosine"] > 0.999
+
+
+@pytest.mark.parametrize("crops", [0, 2])
+def test_fitting_a_projection_asks_no_teacher_twice_and_changes_no_value(tmp_path, photo_config, monkeypatch, crops):
+    monkeypatch.setattr("pipeline.cache.fill.extract._sample_size", lambda teacher: 64)
+    log = tmp_path / "calls"
+    config = photo_config(
+        "cache.codec=pca-int8-zstd",
+        f"views.crops={crops}",
+        f"teachers=[{{model: 'tests.fakes:colours', args: {{dim: 24, log: '{log}'}}}}]",
+    )
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    fill_in_process(plan)
+    assert images_seen(log) == 150 * max(1, crops) + 40
+
+    train, teacher = plan.split("train").dataset, plan.teachers[0]
+    folder = train.teacher(teacher.id)
+    first = {shard: (folder.read(record), [*folder.moments([record])]) for shard, record in folder.records().items()}
+    for shard in first:
+        folder.unlist(shard)
+    fill_in_process(plan)  # the projection is there: nothing is sampled
+    for shard, record in folder.records().items():
+        table, (moments,) = first[shard]
+        assert folder.read(record).equals(table)
+        for kind, again in next(folder.moments([record])).items():
+            assert again.count == moments[kind].count
+            np.testing.assert_allclose(again.mean, moments[kind].mean, atol=1e-6)
+
+
+def test_shards_of_another_projection_do_not_count(projected):
+    train = projected.split("train")
+    teacher = projected.teachers[0]
+    folder = train.dataset.teacher(teacher.id)
+    first = folder.projection
+    Path(folder.store.uri, "projection-00000000.npz").write_bytes(folder.store.get(first))
+    assert folder.projection == "projection-00000000.npz"
+    assert not folder.records()
+    assert folder.record(0) is None
+    assert train.missing(teacher) == [0, 1]
+    assert fill_in_process(projected) == 2
+    assert {record.projection for record in folder.records().values()} == {folder.projection}
+
+
+def test_shards_of_another_projection_are_computed_again_by_the_same_job(projected, monkeypatch):
+    from pipeline.cache.fill import build
+
+    folders = [split.dataset.teacher(projected.teachers[0].id) for split in projected.splits]
+    for folder in folders:
+        for shard in folder.records():
+            folder.unlist(shard)
+    without_ray(monkeypatch)
+    extract, passes = build.extract_shards, []
+
+    def two_actors(rows, *arguments):
+        """The first pass ends with another actor's projection, fitted in the same moment."""
+        yield from extract(rows, *arguments)
+        passes.append(len(rows))
+        if len(passes) == 1:
+            store = folders[0].store
+            Path(store.uri, "projection-00000000.npz").write_bytes(store.get(folders[0].projection))
+
+    monkeypatch.setattr(build, "extract_shards", two_actors)
+    build._extract(projected, 16, build.BuildReport())
+    assert passes == [3, 2]
+    assert [len(folder.records()) for folder in folders] == [2, 1]
+
+
+def test_a_codec_per_teacher_gives_folders_of_their_own(tmp_path, photo_config):
+    teachers = "{model: 'tests.fakes:colours', args: {dim: 8}, codec: %s}"
+    one, two = (
+        plan_cache(photo_config(f"teachers=[{teachers % codec}]"), Store.at(tmp_path / "cache"))
+        for codec in ("int8", "int8-zstd")
+    )
+    assert one.teachers[0].id != two.teachers[0].id
+    assert fill_in_process(one) == 3
+    assert fill_in_process(two) == 3
+    files = [
+        pq.ParquetFile(Path(folder.store.uri, folder.records()[0].file)).metadata.row_group(0).column(3).compression
+        for folder in (plan.split("train").dataset.teacher(plan.teachers[0].id) for plan in (one, two))
+    ]
+    assert files == ["UNCOMPRESSED", "ZSTD"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cache.codec=int4", r"cache.codec: unknown codec int4; there are float32"),
+        ("teachers.0.codec=int4", r"teachers.0.codec: unknown codec int4"),
+        ("teachers.0.codec=pca64-int8", r"teachers.0.codec: pca64-int8 keeps more components than the 8 channels"),
+    ],
+)
+def test_a_codec_that_cannot_be_is_refused_by_the_plan(tmp_path, photo_config, override, message):
+    from pipeline.errors import UserError
+
+    with pytest.raises(UserError, match=message):
+        plan_cache(photo_config(override), Store.at(tmp_path / "cache"))
+
+
+def test_phi_s_is_frozen_with_the_statistics(filled):
+    import numpy as np
+
+    from pipeline.cache.fill.build import teacher_stats
+    from pipeline.cache.layout.phi_s import load_phi_s
+
+    teacher = filled.plan.teachers[0]
+    moments = teacher_stats(filled.train, teacher)
+    for kind, phi in load_phi_s(filled.train.teacher(teacher.id).store.get("phi_s.npz")).items():
+        rotated = phi.rotation @ moments[kind].covariance @ phi.rotation.T / phi.scale**2
+        np.testing.assert_allclose(np.diagonal(rotated), np.ones(8), rtol=1e-3)

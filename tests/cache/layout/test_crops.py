@@ -1,0 +1,186 @@
+"""Crops: the student is handed the very pixels that the teacher saw, and nothing else can be mirrored."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.cache.fill.build import plan_cache, teacher_stats
+from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images
+from pipeline.errors import UserError
+from pipeline.imaging.geometry import WHOLE, ViewPolicy
+from pipeline.storage.store import Store
+from tests.fakes import fill_in_process
+
+POLICY = ViewPolicy(crops=2, min_area=0.3, seed=3)
+
+
+@pytest.fixture
+def cropped(tmp_path, photo_config):
+    """A complete cache of two crops of each image, stored as float32, with one teacher at the student's size."""
+    crops = ["views.crops=2", "views.min_area=0.3", "seed=3", "cache.codec=float32"]
+    config = photo_config(*crops, "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}]")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    assert fill_in_process(plan) == 3
+    return SimpleNamespace(plan=plan, config=config, train=plan.split("train").dataset, val=plan.split("val").dataset)
+
+
+def _reader(cropped, **changes):
+    settings = {"image_size": 32, "batch_size": 32, "window": 128, **changes}
+    return CacheReader(cropped.train, cropped.plan.teachers, **settings)
+
+
+def test_replay_gives_the_stored_features_of_256_rows(cropped, monkeypatch):
+    """The teacher, asked again about the pixels that the reader hands out, says what is stored."""
+    from pipeline.imaging import rendering as module
+    from pipeline.imaging.rendering import render
+
+    # The student's own interpolation is bicubic; rendered as this teacher's input, the pixels are to be equal.
+    monkeypatch.setattr(module, "render", lambda image, view, size, _: render(image, view, size, "bilinear"))
+    teacher = cropped.plan.teachers[0]
+    source = teacher.create()
+    source.load()
+    tokens, rows = teacher.tokens(), 0
+    for batch in _reader(cropped).batches(0):
+        expected = source.encode(batch.images)
+        for kind in ("summary", "patches"):
+            stored = tokens[kind].decode(batch.features[teacher.id][kind])
+            torch.testing.assert_close(stored, getattr(expected, kind), rtol=1e-5, atol=1e-5)
+        rows += len(batch.keys)
+    assert rows >= 256
+
+
+def test_every_view_of_every_image_comes_once_an_epoch(cropped):
+    keys = [key for batch in _reader(cropped, batch_size=10).batches(0) for key in batch.keys]
+    assert len(keys) == 300
+    assert all(keys.count(key) == 2 for key in set(keys))
+
+
+def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(cropped, monkeypatch):
+    from pipeline.imaging import rendering as module
+
+    apart: dict[str, list[torch.Tensor]] = {}
+    for batch in _reader(cropped, batch_size=10).batches(0):
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            apart.setdefault(key, []).append(image.clone())
+    decoded = []
+    decode = module.decode_pixels
+    monkeypatch.setattr(module, "decode_pixels", lambda data: decoded.append(data) or decode(data))
+    batches = list(_reader(cropped, per_step=2, batch_size=30).batches(0))
+    assert len(decoded) == len(set(decoded)) == 150
+    keys = [key for batch in batches for key in batch.keys]
+    assert keys[::2] == keys[1::2]
+    assert len(keys) == 300
+    assert len(set(keys)) == 150
+    assert sorted(keys[::2]) != keys[::2]
+    for batch in batches:
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            assert sum(torch.equal(image, other) for other in apart[key]) == 1
+        for pair in batch.images.split(2):
+            assert not torch.equal(*pair)
+    orders = [[b.images[0].sum() for b in _reader(cropped, per_step=2, batch_size=30).batches(e)] for e in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_features_stay_with_their_view_when_views_lie_together(cropped, monkeypatch):
+    from pipeline.imaging import rendering as module
+    from pipeline.imaging.rendering import render
+
+    monkeypatch.setattr(module, "render", lambda image, view, size, _: render(image, view, size, "bilinear"))
+    teacher = cropped.plan.teachers[0]
+    source, tokens = teacher.create(), teacher.tokens()
+    source.load()
+    for batch in _reader(cropped, per_step=2).batches(1):
+        stored = tokens["patches"].decode(batch.features[teacher.id]["patches"])
+        torch.testing.assert_close(stored, source.encode(batch.images).patches, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"per_step": 3}, {"per_step": 2, "batch_size": 15}])
+def test_views_in_a_step_that_do_not_divide_are_refused(cropped, settings):
+    with pytest.raises(
+        UserError, match=r"views\.per_step=\d must divide the 2 views .*views\.crops.* and the \d+ images"
+    ):
+        _reader(cropped, **settings)
+
+
+def test_labels_belong_to_the_images(cropped):
+    for batch in _reader(cropped).batches(0):
+        assert batch.labels.tolist() == [int(key[5]) for key in batch.keys]
+
+
+def test_geometry_is_stored_row_by_row_and_some_rows_are_mirrored(cropped):
+    rows = pa.concat_tables(cropped.train.rows.read(r) for r in cropped.train.rows.records().values())
+    assert rows.num_rows == 300
+    area = (rows["right"].to_numpy() - rows["left"].to_numpy()) * (rows["bottom"].to_numpy() - rows["top"].to_numpy())
+    assert area.min() > 0.29
+    assert area.max() <= 1
+    assert len(np.unique(area)) > 290
+    assert 90 < np.sum(rows["flip"].to_numpy(zero_copy_only=False)) < 210
+    assert rows["view"].to_pylist() == [0, 1] * 150
+
+
+def test_images_are_stored_once_and_held_out_images_stay_whole(cropped):
+    assert sum(record.rows for record in cropped.train.images.records().values()) == 150
+    assert cropped.val.policy == WHOLE
+    assert not Path(cropped.val.store.uri, "views", POLICY.id).exists()
+
+
+def test_another_policy_is_another_view_of_the_same_images(cropped, photo_config, tmp_path):
+    config = photo_config("views.crops=1", "seed=3", "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}]")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    train = plan.split("train")
+    assert train.dataset.view.uri != cropped.train.view.uri
+    assert not train.missing_images()
+    assert train.missing(plan.teachers[0]) == [0, 1]
+
+
+def test_a_row_group_of_crops_belongs_to_one_of_images(cropped):
+    import pyarrow.parquet as pq
+
+    teacher = cropped.train.teacher(cropped.plan.teachers[0].id)
+    files = [(folder, folder.records()[0]) for folder in (cropped.train.images, cropped.train.rows, teacher)]
+    counts = [
+        [pq.ParquetFile(folder.store.open(record.file)).metadata.row_group(g).num_rows for g in (0, 1)]
+        for folder, record in files
+    ]
+    assert counts == [[64, 36], [128, 72], [128, 72]]
+
+
+def test_statistics_and_summaries_are_those_of_the_views(cropped):
+    teacher = cropped.plan.teachers[0]
+    assert teacher_stats(cropped.train, teacher)["summary"].count == 300
+    summaries, labels = read_summaries(cropped.train, teacher)
+    assert summaries.shape == (150, 8)
+    scanned = torch.cat([batch.labels for batch in scan_images(cropped.train, 32, 64)])
+    assert torch.equal(labels, scanned)
+
+
+def test_rows_of_other_images_are_refused(cropped):
+    rows = cropped.train.rows
+    table = rows.read(rows.records()[1])
+    names = table["sample_id"].to_pylist()
+    swapped = table.set_column(0, table.schema.field(0), pa.array([names[-1], *names[1:]]))
+    rows.commit(1, swapped)
+    with pytest.raises(UserError, match=r"shard 1 of .* does not hold the views of its images"):
+        list(_reader(cropped).batches(0))
+
+
+def test_a_policy_draws_the_same_crops_again_and_others_for_other_samples_and_seeds():
+    views = POLICY.views("a.jpg", 640, 480)
+    assert views == POLICY.views("a.jpg", 640, 480)
+    assert views[0] != views[1]
+    assert views != POLICY.views("b.jpg", 640, 480)
+    assert views != ViewPolicy(crops=2, min_area=0.3, seed=4).views("a.jpg", 640, 480)
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (33, 500), (4000, 10), (1, 1)])
+def test_crops_of_any_image_keep_area_and_sides_within_bounds(width, height):
+    policy = ViewPolicy(crops=200, min_area=0.3)
+    for view in policy.views("x", width, height):
+        left, top, right, bottom = view.box
+        wide, high = (right - left) * width, (bottom - top) * height
+        assert wide * high >= 0.3 * width * height * (1 - 1e-5)
+        assert view.box == (0, 0, 1, 1) or max(wide / high, high / wide) <= 4 / 3 * (1 + 1e-4)

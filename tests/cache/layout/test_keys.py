@@ -1,0 +1,66 @@
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+
+from pipeline.cache.layout.keys import dataset_id, digest, index_fingerprint, readable, teacher_id
+from tests.fakes import ColourGrid
+
+SPEC = ColourGrid(8, "", 0, 0).spec
+
+
+def test_same_inputs_give_the_same_teacher_id_and_an_alias_changes_nothing():
+    alias = replace(SPEC, name="another name", licence="another licence")
+    assert teacher_id(SPEC, "float16", "float32") == teacher_id(alias, "float16", "float32")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "random:1"},
+        {"input_size": (64, 64)},
+        {"mean": (0.1, 0.5, 0.5)},
+        {"interpolation": "bicubic"},
+        {"pool": 2},
+        {"grid": (2, 2)},
+        {"model_args": {"depth": 2}},
+        {"architecture": "tests/other"},
+    ],
+)
+def test_whatever_decides_the_numbers_changes_the_teacher_id(change):
+    assert teacher_id(replace(SPEC, **change), "float16", "float32") != teacher_id(SPEC, "float16", "float32")
+
+
+def test_codec_and_precision_change_the_teacher_id():
+    ids = {
+        teacher_id(SPEC, "float16", "float32"),
+        teacher_id(SPEC, "float16", "bfloat16"),
+        teacher_id(SPEC, "x", "float32"),
+    }
+    assert len(ids) == 3
+
+
+def test_digest_ignores_the_order_of_keys():
+    assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
+
+
+def _index(**columns):
+    base = {"sample_id": ["a", "b"], "size": [10, 20], "label": [0, None]}
+    return pa.table({**base, **columns})
+
+
+def test_fingerprint_depends_on_ids_sizes_and_labels():
+    prints = [
+        index_fingerprint(_index()),
+        index_fingerprint(_index(sample_id=["a", "c"])),
+        index_fingerprint(_index(size=[10, 21])),
+        index_fingerprint(_index(label=[0, 1])),
+    ]
+    assert len(set(prints)) == 4
+    assert prints[0] == index_fingerprint(_index())
+
+
+def test_names_are_safe_as_folders():
+    assert readable("my data/träin:1") == "my-data-tr-in-1"
+    assert readable("../..") == "unnamed"
+    assert dataset_id("a b", "0123456789abcdef") == "a-b-01234567"

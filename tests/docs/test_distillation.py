@@ -1,0 +1,40 @@
+"""What docs/distillation.md shows is what the configuration takes, and the loss of docs/howto/own-loss.md is one."""
+
+import __future__
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import load_config
+from pipeline.distill import loss
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEXT = (DOCS / "distillation.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_loads_and_names_losses_that_there_are(example, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(example)
+    for phase in load_config(tmp_path / "recipe.yaml").phase_configs():
+        loss.check_losses(phase.loss)
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 8
+
+
+def test_the_loss_of_the_how_to_is_one_like_the_others(monkeypatch):
+    text = (DOCS / "howto/own-loss.md").read_text(encoding="utf-8")
+    names = dict(vars(loss))
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(code, "own-loss.md", "exec", flags=__future__.annotations.compiler_flag), names)
+    monkeypatch.setattr(loss, "LOSSES", names["LOSSES"])
+    loss.check_losses(load_config(None, ["loss.patches={cosine: 0.9, log_cosh: 0.1}"]).loss)
+    predicted, target = torch.randn(2, 3, 4, 4, 8, dtype=torch.float64).bfloat16()
+    error = predicted.float() - target.float()
+    found = loss.vector_loss({"log_cosh": 2.0}, predicted, target)
+    torch.testing.assert_close(found, 2 * error.cosh().log().mean(dim=(1, 2, 3)))

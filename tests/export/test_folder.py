@@ -1,0 +1,237 @@
+"""An exported folder gives what eager gives, in every format, at two sizes, and without this project."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import onnxruntime
+import pytest
+import timm
+import torch
+import yaml
+
+from pipeline.config import load_config
+from pipeline.downstream.saved import SavedModel, find_model
+from pipeline.downstream.task import DOWNSTREAM
+from pipeline.errors import UserError
+from pipeline.export import folder as shipping
+from pipeline.export.bundle import pack, pack_classifier
+from pipeline.export.card import hub_card
+from pipeline.export.folder import ship
+from pipeline.student.loading import Loaded, load_any
+
+SHAPES = [(1, 64, 64), (3, 97, 130)]
+SHALLOW = {"depths": (1, 1, 1, 1)}
+SMALL = "timm/mobilenetv4_conv_small_035"
+ORIGIN = {
+    "run_id": "0123",
+    "teachers": [{"name": "sam", "architecture": "timm/samvit", "weights": "hub:sa1b", "licence": "apache-2.0"}],
+    "data": [{"location": "photos", "fingerprint": "f" * 64, "view": "full", "images": 7, "classes": 3}],
+    "training": {"epochs": 2, "samples_seen": 14},
+    "knn": {"knn": 61.5, "sam": None},
+}
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory, live):
+    """A short ReGLA-T in every format that is checked here: its folder, description and eager form."""
+    folder = tmp_path_factory.mktemp("shipped")
+    loaded = load_any("regla_t", weights="random", args=SHALLOW)._replace(provenance=ORIGIN)
+    live(loaded.encoder)
+    described = ship(pack(loaded, 64), ["safetensors", "torch_export", "onnx", "hf"], folder, rounds=1)
+    return SimpleNamespace(folder=folder, described=described, eager=loaded.encoder)
+
+
+def by_timm(folder, encoder):
+    """What plain timm makes of a hub folder, on images in [0, 1]."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return lambda images: model((images - encoder.mean) / encoder.std)
+
+
+@pytest.fixture(params=["safetensors", "torch_export", "onnx", "hf"])
+def reloaded(request, shipped):
+    """An exported file, loaded as its users do."""
+    if request.param == "safetensors":
+        return load_any(str(shipped.folder)).encoder
+    if request.param == "torch_export":
+        return torch.export.load(shipped.folder / "student.pt2").module()
+    if request.param == "hf":
+        return by_timm(shipped.folder / "hf", shipped.eager)
+    session = onnxruntime.InferenceSession(shipped.folder / "student.onnx", providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+
+
+@torch.no_grad()
+def test_every_format_gives_what_eager_gives_at_two_sizes(shipped, reloaded):
+    for batch, height, width in SHAPES:
+        images = torch.rand(batch, 3, height, width)
+        expected = shipped.eager(images)
+        assert (reloaded(images) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["regla_s", "regla_m", "regla_l", "regla_xl"])
+def test_every_size_reloads_with_plain_timm(name, tmp_path, live):
+    loaded = load_any(name, weights="random", args=SHALLOW)
+    live(loaded.encoder)
+    described = ship(pack(loaded, 64), ["safetensors", "hf"], tmp_path)
+    assert {form: entry["parity"]["relative_error"] < 1e-4 for form, entry in described["formats"].items()} == {
+        "safetensors": True,
+        "hf": True,
+    }
+    images = torch.rand(2, 3, 64, 96)
+    expected = loaded.encoder(images)
+    assert (by_timm(tmp_path / "hf", loaded.encoder)(images) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def snippets(card):
+    """The Python blocks of a model card."""
+    return re.findall(r"```python\n(.*?)```", card.read_text(), flags=re.DOTALL)
+
+
+def test_the_four_lines_of_the_card_run_where_this_project_is_not(shipped):
+    """Clean: a process of its own in the exported folder, no PYTHONPATH, no user packages, and no `pipeline` to be found."""
+    torch_export, onnx, timm_ = snippets(shipped.folder / "README.md")
+    assert snippets(shipped.folder / "hf/README.md") == [timm_]
+    assert [len(snippet.splitlines()) for snippet in (torch_export, onnx, timm_)] == [4, 4, 4]
+    check = "assert features.shape[1:] == (256,); print('loaded')"
+    clean = "import importlib.util; assert importlib.util.find_spec('pipeline') is None"
+    (maps,) = re.findall(r"`(model\.forward_intermediates.*?)`", (shipped.folder / "hf/README.md").read_text())
+    pyramid = f"assert [m.shape[-1] for m in {maps}] == [16, 8, 4, 2]"
+    code = [clean, torch_export, check, onnx, check, "import os; os.chdir('hf')", timm_, check, pyramid]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(
+        [sys.executable, "-s", "-c", "\n".join(code)],
+        cwd=shipped.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.stdout == "loaded\nloaded\nloaded\n", ended.stderr
+
+
+def test_the_description_and_the_card_say_where_it_comes_from(shipped):
+    written = json.loads((shipped.folder / "export.json").read_text())
+    assert written == shipped.described
+    assert written["input"]["shape"] == ["batch", 3, "height", "width"]
+    assert [output["shape"] for output in written["outputs"]] == [["batch", 256]]
+    assert written["formats"].keys() == {"safetensors", "torch_export", "onnx", "hf"}
+    for entry in written["formats"].values():
+        assert (shipped.folder / entry["file"]).exists()
+        assert entry["parity"]["relative_error"] <= 1e-4
+        assert entry["parity"]["shapes"] == [[1, 3, 64, 64], [3, 3, 96, 128]]
+    card = (shipped.folder / "README.md").read_text()
+    for expected in ("| sam | timm/samvit | hub:sa1b | apache-2.0 |", "7 of `photos`", "knn 61.5 %", "MLflow run 0123"):
+        assert expected in card
+        assert expected in (shipped.folder / "hf/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (ORIGIN | {"run_id": "89ab"}, ["went on from the student `first`, distilled on 7 of `photos`", "run 89ab"]),
+        (
+            {"weights": "hub:x.y", "licence": "cc-by-nc-4.0"},
+            ["started from the weights `hub:x.y`, licence cc-by-nc-4.0"],
+        ),
+    ],
+)
+def test_the_card_says_what_a_student_started_from_with_its_teachers_and_licences(shipped, start, expected):
+    earlier = {"name": "dinov3", "architecture": "x", "weights": "y", "licence": "dinov3-licence"}
+    start = start | {"named": "first", **({"teachers": [earlier]} if "teachers" in start else {})}
+    card = hub_card(shipped.described | {"provenance": ORIGIN | {"start": start}})
+    for words in (*expected, "| sam |", "license: other"):
+        assert words in card
+    assert ("| dinov3 | x | y | dinov3-licence |" in card) == ("teachers" in start)
+
+
+def test_graphs_are_timed_beside_eager(shipped):
+    formats = shipped.described["formats"]
+    assert shipped.described["latency"]["of_eager"] == 1
+    for form in ("torch_export", "onnx"):
+        assert formats[form]["latency"]["milliseconds"] > 0
+        assert "one image of 64 px, median of 1 rounds" in formats[form]["latency"]["measured"]
+    assert "latency" not in formats["hf"]
+
+
+def test_the_hub_folder_has_the_hubs_front_matter_and_timms_preprocessing(shipped):
+    _, front, _ = (shipped.folder / "hf/README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "timm",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["timm", "image-feature-extraction", "distillation"],
+        "license": "apache-2.0",
+    }
+    model = timm.create_model(f"local-dir:{shipped.folder}/hf", pretrained=True)
+    data = timm.data.resolve_model_data_config(model)
+    assert (data["input_size"], data["crop_mode"], data["crop_pct"]) == ((3, 64, 64), "squash", 1.0)
+    assert data["mean"] == pytest.approx((0.485, 0.456, 0.406))
+
+
+@torch.no_grad()
+def test_a_timm_student_whose_head_does_more_says_how_its_features_are_had(tmp_path):
+    loaded = load_any(SMALL, weights="random")
+    ship(pack(loaded, 64), ["hf"], tmp_path)
+    (snippet,) = snippets(tmp_path / "hf/README.md")
+    assert "forward_intermediates" in snippet
+    assert "regla" not in snippet
+    assert not (tmp_path / "hf/regla.py").exists()
+    names: dict = {}
+    exec(snippet.replace("local-dir:.", f"local-dir:{tmp_path}/hf"), names)
+    expected = loaded.encoder(torch.zeros(1, 3, 64, 64))
+    torch.testing.assert_close(names["features"], expected, rtol=1e-4, atol=1e-5)
+
+
+def classifier(name, live, args):
+    encoder = load_any(name, weights="random", args=args).encoder
+    kind, classes = DOWNSTREAM["classify"], ("ant", "bee", "cow")
+    config = load_config(None, ["student.input_size=64", "classify.crop_share=0.9"])
+    model = live(kind.build(encoder, classes, config))
+    return SavedModel(kind, model, classes, {"model": name.removeprefix("timm/"), "args": args}, config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "args"), [("regla_t", SHALLOW), ("timm/test_resnet", {})])
+def test_a_fine_tuned_classifier_keeps_its_classes_and_its_way_with_images(name, args, tmp_path, live):
+    saved = classifier(name, live, args)
+    described = ship(pack_classifier(saved), ["safetensors", "hf"], tmp_path)
+    assert described["classes"] == ["ant", "bee", "cow"]
+    assert described["outputs"][0]["shape"] == ["batch", 3]
+    images = torch.rand(2, 3, 64, 64)
+    expected = saved.model(images)
+    again = find_model(str(tmp_path), "")
+    assert again.classes == saved.classes
+    torch.testing.assert_close(again.model(images), expected)
+    torch.testing.assert_close(by_timm(tmp_path / "hf", saved.encoder)(images), expected, rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["label_names"], config["num_classes"]) == (["ant", "bee", "cow"], 3)
+    assert (config["pretrained_cfg"]["crop_pct"], config["pretrained_cfg"]["crop_mode"]) == (0.9, "center")
+    assert "Classes, by number: ant, bee, cow." in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [(SMALL, {}), ("timm/test_convnext", {}), ("timm/test_vit", {"img_size": 64})]
+)
+def test_a_classifier_that_timm_has_no_place_for_is_named(name, args, tmp_path, live):
+    expected = rf"hf: timm's {name} has other layers between its last map .*: --format safetensors torch_export onnx"
+    with pytest.raises(UserError, match=expected.replace("timm/", "")):
+        ship(pack_classifier(classifier(name, live, args)), ["hf"], tmp_path)
+
+
+def test_what_differs_from_eager_is_not_shipped(tmp_path, monkeypatch):
+    loaded = load_any(SMALL, weights="random")
+    monkeypatch.setitem(
+        shipping._WRITERS, "onnx", lambda *_: shipping.Written(tmp_path, lambda images: loaded.encoder(images) * 1.01)
+    )
+    with pytest.raises(UserError, match=r"onnx: differs from eager by 1.0e-02"):
+        ship(pack(loaded, 64), ["onnx"], tmp_path)
+    assert not (tmp_path / "export.json").exists()
+
+
+def test_a_graph_from_elsewhere_is_not_exported_again():
+    with pytest.raises(UserError, match="m-1: is a graph already"):
+        pack(Loaded(torch.nn.Flatten(), "m-1", None, {}, {}), 64)

@@ -1,0 +1,16 @@
+import sys
+
+import pytest
+
+from pipeline.cache.fill.device import TeacherDevice
+from pipeline.runtime.interpreter import TURN
+
+
+@pytest.mark.parametrize(("device", "turn"), [("cpu", 0.005), ("cuda", TURN)])
+def test_a_thread_that_feeds_a_gpu_soon_gets_its_turn(device, turn):
+    before = sys.getswitchinterval()
+    try:
+        TeacherDevice(device)
+        assert sys.getswitchinterval() == pytest.approx(turn)
+    finally:
+        sys.setswitchinterval(before)
