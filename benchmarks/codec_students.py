@@ -30,7 +30,10 @@ from pipeline.config import Config, TrainConfig, load_config
 from pipeline.distill.task import DistillJob, DistillTask
 from pipeline.runs.folder import cache_store
 from pipeline.runtime.ray_session import connect
-from pipeline.training import Snapshot, Task, Worker, train
+from pipeline.training.checkpoint import Snapshot
+from pipeline.training.loop import train
+from pipeline.training.task import Task
+from pipeline.training.worker import Worker
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

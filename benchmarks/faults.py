@@ -210,7 +210,8 @@ def _train(address: str, folder: str, config: TrainConfig) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     from pipeline.runtime.ray_session import connect
-    from pipeline.training import StoppedError, fit
+    from pipeline.training.ray_train import fit
+    from pipeline.training.worker import StoppedError
 
     def commit(history: list[tuple[int, dict[str, float]]], checkpoint: str | None) -> None:
         with Path(folder, "committed").open("a") as file:

@@ -63,10 +63,13 @@ from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render
 from pipeline.student.model import Encoder, Student, create_backbone
-from pipeline.training import Task, Worker, fit, train
+from pipeline.training.loop import train
 from pipeline.training.meter import Stopwatch
+from pipeline.training.ray_train import fit
 from pipeline.training.step import Stepper
+from pipeline.training.task import Task
 from pipeline.training.upload import to_device, upload_ahead
+from pipeline.training.worker import Worker
 from teachers.base import Teacher
 
 TEACHERS = ("dinov2/vits14", "clip/ViT-B-16", "sam/vit_b")

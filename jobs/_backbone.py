@@ -33,6 +33,6 @@ def load_named(options: argparse.Namespace) -> tuple[Loaded, int]:
 
 def tracking_uri(options: argparse.Namespace) -> str:
     """The MLflow store in which URIs are looked up."""
-    from pipeline.tracking import resolve_uri
+    from pipeline.tracking.address import resolve_uri
 
     return resolve_uri(options.tracking_uri, work_folder(Config()), "--tracking-uri")

@@ -58,7 +58,8 @@ def track(config: Config, figures: dict[str, dict[str, float]], files: list[Path
     """Log the figures and files as one MLflow run; benchmarks also run on machines that have no MLflow."""
     if find_spec("mlflow") is None:
         return "not logged: mlflow is not installed here"
-    from pipeline.tracking import resolve_uri, start_job
+    from pipeline.tracking.address import resolve_uri
+    from pipeline.tracking.run import start_job
 
     work = work_folder(config)
     uri = resolve_uri(config.tracking.uri, work)

@@ -56,7 +56,7 @@ from pipeline.downstream.task import DOWNSTREAM
 from pipeline.evaluate import job as evaluation
 from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
 from pipeline.runs.session import open_job
-from pipeline.tracking import Run
+from pipeline.tracking.run import Run
 
 Measure = Callable[[FrozenPlan, Config, Run, Path], dict[str, float]]
 

@@ -46,10 +46,10 @@ if __name__ == "__main__":
     sys.exit()
 
 from pipeline.errors import UserError
-from pipeline.predict import Predictor, load_predictor
 from pipeline.predict.features import writer_of
 from pipeline.predict.files import write_predictions
 from pipeline.predict.images import find_images
+from pipeline.predict.predictor import Predictor, load_predictor
 
 
 def predict(options: argparse.Namespace) -> Mapping[str, Any]:

@@ -25,10 +25,11 @@ from pipeline.config import AugmentConfig, LossConfig, TeacherConfig, TrainConfi
 from pipeline.distill.augment import augment
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd, Rotation
-from pipeline.training import Worker, train
+from pipeline.training.loop import train
 from pipeline.training.meter import Stopwatch
 from pipeline.training.step import Stepper
 from pipeline.training.upload import tensors_of, upload_ahead
+from pipeline.training.worker import Worker
 from tests.training.tiny_task import TinyTask
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

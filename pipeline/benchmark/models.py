@@ -8,7 +8,7 @@ import timm
 import yaml
 from torch import nn
 
-import pipeline.student  # noqa: F401  registers ReGLA
+import pipeline.student.regla  # noqa: F401  registers ReGLA
 from pipeline.errors import UserError
 
 

@@ -10,7 +10,7 @@ from pipeline.compare.describe import configuration, describe, given, held_by, s
 from pipeline.compare.latency import Latencies, find_latencies
 from pipeline.compare.size import counted_size
 from pipeline.errors import UserError
-from pipeline.tracking import Experiment, LoggedRun
+from pipeline.tracking.reading import Experiment, LoggedRun
 
 NO_ROWS = ("compare", "precompute", "benchmark")
 """Jobs without a student of their own."""

@@ -9,7 +9,7 @@ from pipeline.compare.collect import Collection, Entry, collect
 from pipeline.compare.group import Group, Summary, changes, group
 from pipeline.compare.judge import Difference, differences, fronts, statement
 from pipeline.compare.measures import ACCURACIES, COSTS, MEASURES, TEXTS, Measure
-from pipeline.tracking import Experiment
+from pipeline.tracking.reading import Experiment
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from pipeline.tracking import LoggedRun
+from pipeline.tracking.reading import LoggedRun
 
 NONE = ("", "None")
 """How MLflow holds what was not given."""

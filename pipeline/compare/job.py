@@ -9,7 +9,9 @@ from typing import Any
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.write import write
 from pipeline.errors import UserError
-from pipeline.tracking import read_experiment, resolve_uri, start_job
+from pipeline.tracking.address import resolve_uri
+from pipeline.tracking.reading import read_experiment
+from pipeline.tracking.run import start_job
 
 FOLDER = "comparison"
 """Of the artifacts."""

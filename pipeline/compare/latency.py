@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.tracking import LoggedRun
+from pipeline.tracking.reading import LoggedRun
 
 METRIC = re.compile(r"(?P<model>.+)/(?P<form>\w+)/(?P<precision>\w+)/(?P<batch>\d+)x(?P<size>\d+)/ms")
 FORMS = ("eager", "compiled", "onnx", "fused")

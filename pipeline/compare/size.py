@@ -9,7 +9,7 @@ from pipeline.compare.describe import input_size, timm_student
 from pipeline.errors import UserError
 from pipeline.student.cost import inference_cost
 from pipeline.student.model import Encoder, create_backbone
-from pipeline.tracking import LoggedRun
+from pipeline.tracking.reading import LoggedRun
 
 
 def counted_size(run: LoggedRun) -> dict[str, float]:

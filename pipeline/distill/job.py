@@ -28,8 +28,11 @@ from pipeline.errors import UserError
 from pipeline.evaluate.knn import teacher_knn
 from pipeline.student.cost import inference_cost
 from pipeline.student.model import Encoder, save_encoder
-from pipeline.tracking import Run, log_student
-from pipeline.training import STATE_FILE, History, check_best_metric, checkpoint_folder, count_shares, fit, load_state
+from pipeline.tracking.models import log_student
+from pipeline.tracking.run import Run
+from pipeline.training.checkpoint import STATE_FILE, checkpoint_folder, load_state
+from pipeline.training.ray_train import count_shares, fit
+from pipeline.training.task import History, check_best_metric
 
 log = logging.getLogger(__name__)
 

@@ -72,7 +72,7 @@ def _find_start(config: Config) -> Loaded | None:
         return None
     tracking_uri = ""
     if is_model_uri(student.weights):  # what is no model needs no MLflow
-        from pipeline.tracking import resolve_uri
+        from pipeline.tracking.address import resolve_uri
 
         tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
     return load_initial(student.name, student.weights, student.args, tracking_uri)

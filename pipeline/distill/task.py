@@ -26,7 +26,7 @@ from pipeline.distill.watch import Watch
 from pipeline.evaluate.knn import student_knn
 from pipeline.imaging.rendering import decoders
 from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused
-from pipeline.training import History, Task
+from pipeline.training.task import History, Task
 
 
 @dataclass(frozen=True)

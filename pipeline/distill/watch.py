@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.cache.layout.codec import TokenCodec
 from pipeline.cache.read.reader import Batch
 from pipeline.distill.distiller import Distiller, TeacherTarget
-from pipeline.training import History
+from pipeline.training.task import History
 
 IMAGES = 6
 """Images whose features are shown; the same after every epoch."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.downstream.sampling import Draw
 from pipeline.student.model import Encoder
-from pipeline.training import TrainingBatch, Worker
+from pipeline.training.task import TrainingBatch
+from pipeline.training.worker import Worker
 
 Split = Literal["train", "val"]
 
@@ -102,7 +103,7 @@ class Downstream(ABC):
 
     @abstractmethod
     def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :meth:`pipeline.training.Task.loss`."""
+        """As :meth:`pipeline.training.task.Task.loss`."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, examples: Any, config: Config, worker: Worker) -> Report:

@@ -21,7 +21,7 @@ from pipeline.downstream.pictures import caption
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder
-from pipeline.training import Worker
+from pipeline.training.worker import Worker
 
 
 class LabelledBatch(NamedTuple):

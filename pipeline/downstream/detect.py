@@ -22,7 +22,7 @@ from pipeline.downstream.mask_rcnn import build_detector
 from pipeline.downstream.pictures import enlarge, palette, scale_of
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.student.model import Encoder
-from pipeline.training import Worker
+from pipeline.training.worker import Worker
 
 SHOWN = 0.5
 """Least score of a detection that is drawn."""

@@ -24,8 +24,13 @@ from pipeline.errors import UserError
 from pipeline.runs.folder import work_folder
 from pipeline.sources import SAMPLES
 from pipeline.sources.locations import absolute
-from pipeline.tracking import Run, log_model_folder, resolve_uri
-from pipeline.training import ALONE, History, checkpoint_folder, fit, load_state
+from pipeline.tracking.address import resolve_uri
+from pipeline.tracking.models import log_model_folder
+from pipeline.tracking.run import Run
+from pipeline.training.checkpoint import checkpoint_folder, load_state
+from pipeline.training.ray_train import fit
+from pipeline.training.task import History
+from pipeline.training.worker import ALONE
 
 SOFT = "soft-teacher"
 """Folder of a run where workers find the teacher of soft targets."""

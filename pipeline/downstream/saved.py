@@ -103,7 +103,7 @@ def find_model(name: str, tracking_uri: str) -> SavedModel | None:
         UserError: where the URI cannot be resolved, or the model is damaged.
     """
     if is_model_uri(name):
-        from pipeline.tracking import download_model
+        from pipeline.tracking.models import download_model
 
         folder = download_model(name, tracking_uri)
     else:

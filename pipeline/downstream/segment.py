@@ -19,7 +19,7 @@ from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.downstream.semantic_fpn import SemanticFPN
 from pipeline.student.model import Encoder
-from pipeline.training import Worker
+from pipeline.training.worker import Worker
 
 MOST_DOMINANT = 0.75
 """Largest share of one class in a training crop, where ten tries find such a crop: as in mmsegmentation's recipes."""

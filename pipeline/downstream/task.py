@@ -22,7 +22,7 @@ from pipeline.downstream.sampling import Draw, Sampler, prepare, seeded
 from pipeline.downstream.schedule import make_schedule
 from pipeline.downstream.segment import Segmentation
 from pipeline.errors import UserError
-from pipeline.training import Task, TrainingBatch
+from pipeline.training.task import Task, TrainingBatch
 
 DOWNSTREAM: dict[str, Downstream] = {kind.name: kind for kind in (Classification(), Segmentation(), Detection())}
 

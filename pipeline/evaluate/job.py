@@ -25,7 +25,8 @@ from pipeline.imaging.geometry import WHOLE
 from pipeline.runs.folder import cache_store, work_folder
 from pipeline.sources.label_maps import LabelMaps, open_label_maps
 from pipeline.student.loading import load_any
-from pipeline.tracking import Run, resolve_uri
+from pipeline.tracking.address import resolve_uri
+from pipeline.tracking.run import Run
 
 MAPS_AT_ONCE = 16
 """Most images of a step of the segmentation probe: each brings `PIXELS` samples."""

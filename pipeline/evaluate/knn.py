@@ -19,7 +19,7 @@ from pipeline.config import KnnConfig
 from pipeline.errors import UserError
 from pipeline.sources import SAMPLES
 from pipeline.sources.base import odd_class
-from pipeline.training import ALONE, Worker
+from pipeline.training.worker import ALONE, Worker
 
 QUERY_CHUNK, BANK_CHUNK = 1024, 65_536
 """Queries and bank vectors that are compared at once."""

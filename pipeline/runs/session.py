@@ -19,7 +19,9 @@ from pipeline.runtime import logs
 from pipeline.runtime.ray_session import computing_on, connect, devices
 from pipeline.sources import SAMPLES
 from pipeline.storage.store import Store
-from pipeline.tracking import Candidate, Run, describe, model_link, register, resolve_uri, start_job
+from pipeline.tracking.address import resolve_uri
+from pipeline.tracking.registry import Candidate, describe, model_link, register
+from pipeline.tracking.run import Run, start_job
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class Job:
 
         Args:
             kind: `student`, or the task that it was fine-tuned for.
-            model_uri, metric, score, held_out, lineage: as in :class:`pipeline.tracking.Candidate`.
+            model_uri, metric, score, held_out, lineage: as in :class:`pipeline.tracking.registry.Candidate`.
 
         Returns:
             Its URI in the registry; None where there is no registry, which the log says.

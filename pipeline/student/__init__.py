@@ -1,3 +1,1 @@
-"""The student: importing this package registers regla_t, regla_s, regla_m, regla_l and regla_xl with timm."""
-
-from pipeline.student import regla as regla
+"""The student: ReGLA or any timm backbone, its neck and its heads."""

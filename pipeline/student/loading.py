@@ -72,7 +72,7 @@ def load_any(
         UserError: where it is none of these, or its weights cannot be had, or do not fit what `args` make of it.
     """
     if is_model_uri(student):
-        from pipeline.tracking import download_student
+        from pipeline.tracking.models import download_student
 
         return _from_folder(download_student(student, tracking_uri), args or {})
     if (folder := named_folder(student)).is_dir():

@@ -9,7 +9,7 @@ iFormer (arXiv 2501.15369), and are not the paper's.
     stem /4 -> ELRF x L1 -> down /8 -> ELRF x L2 -> down /16 -> RGMA x L3 -> down /32 -> RGMA x L4 -> pool -> classifier
 
 Four stages, ELRF blocks in the first two and RGMA blocks in the last two [paper]. No position table and no fixed input
-size: any height and width >= 1. ``import pipeline.student`` registers the sizes, after which
+size: any height and width >= 1. ``import pipeline.student.regla`` registers the sizes, after which
 ``timm.create_model("regla_m", features_only=True)`` and the like work.
 """
 

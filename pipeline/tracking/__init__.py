@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 # Read when MLflow is imported: no telemetry, and a server that does not answer is an error soon.
@@ -16,29 +15,3 @@ for _name, _value in {
     "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "true",
 }.items():
     os.environ.setdefault(_name, _value)
-
-from pipeline.tracking.address import resolve_uri
-from pipeline.tracking.models import download_model, download_student, log_model_folder, log_student
-from pipeline.tracking.reading import Experiment, LoggedRun, read_experiment
-from pipeline.tracking.registry import Candidate, describe, model_link, register
-from pipeline.tracking.run import Run, start_job
-
-__all__ = [
-    "Candidate",
-    "Experiment",
-    "LoggedRun",
-    "Run",
-    "describe",
-    "download_model",
-    "download_student",
-    "log_model_folder",
-    "log_student",
-    "model_link",
-    "read_experiment",
-    "register",
-    "resolve_uri",
-    "start_job",
-]
-
-for _logger in ("mlflow", "alembic"):
-    logging.getLogger(_logger).setLevel(logging.ERROR)

@@ -34,6 +34,9 @@ PARAM_LENGTH = 6000
 NOTE = "mlflow.note.content"
 """Tag of what the interface shows as the description, in Markdown."""
 
+for _logger in ("mlflow", "alembic"):
+    logging.getLogger(_logger).setLevel(logging.ERROR)  # after the import, which sets the level
+
 log = logging.getLogger(__name__)
 
 

@@ -12,31 +12,3 @@
     stopping.py    how a run is told to save and to end
     ray_train.py   `fit`; Ray is imported inside its functions only, so that the loop runs on machines without it
 """
-
-from pipeline.training.checkpoint import STATE_FILE, Position, Snapshot, checkpoint_folder, load_state
-from pipeline.training.loop import train
-from pipeline.training.meter import DivergedError
-from pipeline.training.ray_train import count_shares, fit
-from pipeline.training.task import History, Task, TrainingBatch, check_best_metric, split_batch
-from pipeline.training.worker import ALONE, STOP, StoppedError, Worker
-
-__all__ = [
-    "ALONE",
-    "STATE_FILE",
-    "STOP",
-    "DivergedError",
-    "History",
-    "Position",
-    "Snapshot",
-    "StoppedError",
-    "Task",
-    "TrainingBatch",
-    "Worker",
-    "check_best_metric",
-    "checkpoint_folder",
-    "count_shares",
-    "fit",
-    "load_state",
-    "split_batch",
-    "train",
-]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.compare.comparison import Comparison
-from pipeline.tracking import read_experiment
+from pipeline.tracking.reading import read_experiment
 from tests.compare.experiments import HOSTILE, STUDENTS, TEACHERS, Store
 
 

@@ -2,7 +2,7 @@
 
 from pipeline.compare.collect import Entry
 from pipeline.config import load_config
-from pipeline.tracking import Run, start_job
+from pipeline.tracking.run import Run, start_job
 
 CIFAR = {"train": ("photos/train.parquet", "cifar-11112222"), "val": ("photos/test.parquet", "cifar-val-33334444")}
 HOSTILE = '=2+5</script><img src=x onerror="document.title=1">|`*'

@@ -2,7 +2,7 @@ import pytest
 
 from pipeline.compare.collect import collect
 from pipeline.errors import UserError
-from pipeline.tracking import Experiment
+from pipeline.tracking.reading import Experiment
 from tests.compare.experiments import CIFAR
 
 

@@ -1,5 +1,5 @@
 from pipeline.compare.latency import find_latencies
-from pipeline.tracking import LoggedRun
+from pipeline.tracking.reading import LoggedRun
 
 STUDENTS = {"regla_t": {"64 px"}, "regla_s": {"64 px"}}
 

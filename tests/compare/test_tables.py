@@ -2,7 +2,7 @@ import csv
 
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.tables import render_markdown, render_text, write_curves_csv, write_groups_csv, write_runs_csv
-from pipeline.tracking import read_experiment
+from pipeline.tracking.reading import read_experiment
 from tests.compare.experiments import HOSTILE
 
 

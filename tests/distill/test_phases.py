@@ -18,7 +18,9 @@ from pipeline.runs.folder import open_run
 from pipeline.storage.store import Store
 from pipeline.student.loading import Loaded
 from pipeline.student.model import load_encoder
-from pipeline.training import STATE_FILE, Worker, load_state, train
+from pipeline.training.checkpoint import STATE_FILE, load_state
+from pipeline.training.loop import train
+from pipeline.training.worker import Worker
 from tests.fakes import fill_in_process, write_photos
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "train.precision=float32"]

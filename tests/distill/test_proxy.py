@@ -11,7 +11,8 @@ from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render
 from pipeline.storage.store import Store
 from pipeline.student.model import load_encoder
-from pipeline.training import Worker, train
+from pipeline.training.loop import train
+from pipeline.training.worker import Worker
 from teachers.base import digest_state
 from tests.fakes import without_ray
 

@@ -18,7 +18,9 @@ from pipeline.evaluate.knn import student_knn
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render
-from pipeline.training import Worker, load_state, train
+from pipeline.training.checkpoint import load_state
+from pipeline.training.loop import train
+from pipeline.training.worker import Worker
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32"]
 

@@ -14,7 +14,8 @@ from pipeline.distill.loss import vector_loss
 from pipeline.distill.task import DistillTask, make_distill_task
 from pipeline.distill.watch import Watch, colours
 from pipeline.storage.store import Store
-from pipeline.training import Worker, train
+from pipeline.training.loop import train
+from pipeline.training.worker import Worker
 from tests.fakes import fill_in_process
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "train.epochs=1"]

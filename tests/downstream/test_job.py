@@ -10,7 +10,7 @@ from pipeline.downstream.job import as_saved, open_held_out, open_model, plan_fi
 from pipeline.downstream.saved import finished_model
 from pipeline.downstream.task import FinetuneTask
 from pipeline.errors import UserError
-from pipeline.training import ALONE
+from pipeline.training.worker import ALONE
 from tests.downstream.conftest import SMALL
 from tests.downstream.drawings import locations
 

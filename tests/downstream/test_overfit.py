@@ -5,7 +5,8 @@ import torch
 
 from pipeline.downstream.saved import finished_model, load_model
 from pipeline.downstream.task import FinetuneTask
-from pipeline.training import ALONE, train
+from pipeline.training.loop import train
+from pipeline.training.worker import ALONE
 
 OVERFIT = ["train.batch_size=8", "train.warmup_epochs=2", "train.ema_decay=0", "train.weight_decay=0"]
 PLAIN = ["classify.augment=null", "classify.min_area=1", "classify.mixup=0", "classify.cutmix=0", "classify.erase=0"]

@@ -22,7 +22,8 @@ from pipeline.downstream.segment import training_transform as training_colours
 from pipeline.downstream.task import FinetuneTask, epoch_steps
 from pipeline.errors import UserError
 from pipeline.student.model import save_encoder
-from pipeline.training import Worker, train
+from pipeline.training.loop import train
+from pipeline.training.worker import Worker
 
 
 def rows(sampler, *numbers):

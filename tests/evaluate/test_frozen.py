@@ -14,7 +14,7 @@ from pipeline.evaluate.job import compute_features, plan_frozen
 from pipeline.evaluate.knn import embed, student_knn
 from pipeline.evaluate.knn_search import Placement, search_knn
 from pipeline.student.loading import load_any
-from pipeline.training import Worker
+from pipeline.training.worker import Worker
 from teachers.base import TeacherError, TeacherOptions
 from tests.fakes import without_ray
 

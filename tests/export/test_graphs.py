@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-import pipeline.student  # noqa: F401
+import pipeline.student.regla  # noqa: F401
 from pipeline.errors import UserError
 from pipeline.export.graphs import OPSET, export_coreml, export_onnx
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.student.model import create_backbone, load_encoder
-from pipeline.training import STATE_FILE, load_state
+from pipeline.training.checkpoint import STATE_FILE, load_state
 from teachers.base import TeacherError
 from teachers.weights import check_keys, read_checkpoint
 

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from benchmarks.faults import PLAIN, TRAINING, WORKERS, Bench, inject
-from pipeline.training import Worker, train
+from pipeline.training.loop import train
+from pipeline.training.worker import Worker
 from tests.nodes import cluster
 from tests.training.tiny_task import STEPS, WholeBatches
 

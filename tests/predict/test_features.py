@@ -12,7 +12,8 @@ from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render
-from pipeline.predict import images, load_predictor
+from pipeline.predict import images
+from pipeline.predict.predictor import load_predictor
 from pipeline.student.loading import load_any
 from tests.fakes import write_photos
 

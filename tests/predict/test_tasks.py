@@ -18,8 +18,8 @@ from pipeline.downstream.segment import predict as predict_labels
 from pipeline.downstream.task import DOWNSTREAM
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image, read_label_map
-from pipeline.predict import load_predictor
 from pipeline.predict.images import find_images
+from pipeline.predict.predictor import load_predictor
 from pipeline.student.loading import load_any
 from tests.downstream.conftest import SMALL
 from tests.fakes import write_photos

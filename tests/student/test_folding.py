@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-import pipeline.student  # noqa: F401
+import pipeline.student.regla  # noqa: F401
 from pipeline.student.folding import inference_form
 
 NORMS = nn.BatchNorm1d | nn.BatchNorm2d

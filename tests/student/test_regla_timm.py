@@ -7,7 +7,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-import pipeline.student  # noqa: F401  registers the models
+import pipeline.student.regla  # noqa: F401  registers the models
 from pipeline.student.regla import SIZES
 
 

@@ -14,8 +14,9 @@ from pipeline.config import load_config
 from pipeline.runs.descriptions import run_note, run_title
 from pipeline.runs.folder import RunState
 from pipeline.runs.session import Job
-from pipeline.tracking import Candidate, describe, download_model, model_link, register, start_job
-from pipeline.tracking.models import log_model_folder, run_of
+from pipeline.tracking.models import download_model, log_model_folder, run_of
+from pipeline.tracking.registry import Candidate, describe, model_link, register
+from pipeline.tracking.run import start_job
 
 LINEAGE = {
     "teachers": "hog, sam",

@@ -24,7 +24,9 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder, create_backbone, load_encoder
-from pipeline.tracking import download_student, log_student, resolve_uri, start_job
+from pipeline.tracking.address import resolve_uri
+from pipeline.tracking.models import download_student, log_student
+from pipeline.tracking.run import start_job
 
 CONFIG = {
     "name": "tiny",

@@ -8,8 +8,7 @@ from pyarrow import fs
 
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import UserError
-from pipeline.training import STATE_FILE, checkpoint_folder
-from pipeline.training.checkpoint import best_beside, drop_beaten, open_folder
+from pipeline.training.checkpoint import STATE_FILE, best_beside, checkpoint_folder, drop_beaten, open_folder
 from pipeline.training.ray_train import _shares
 from pipeline.training.stopping import StopFile
 

@@ -18,24 +18,16 @@ from pipeline.cache.read.reader import Batch
 from pipeline.config import TrainConfig, load_config
 from pipeline.downstream.detect import ObjectsBatch
 from pipeline.errors import UserError
-from pipeline.training import (
-    STATE_FILE,
-    STOP,
-    DivergedError,
-    StoppedError,
-    Worker,
-    fit,
-    load_state,
-    split_batch,
-    train,
-)
 from pipeline.training.average import Average
-from pipeline.training.checkpoint import best_beside, drop_beaten
-from pipeline.training.meter import Stopwatch, starved
-from pipeline.training.ray_train import _out_of_memory, _shares
+from pipeline.training.checkpoint import STATE_FILE, best_beside, drop_beaten, load_state
+from pipeline.training.loop import train
+from pipeline.training.meter import DivergedError, Stopwatch, starved
+from pipeline.training.ray_train import _out_of_memory, _shares, fit
 from pipeline.training.step import Stepper, not_decayed
 from pipeline.training.stopping import StopFile, on_sigterm
+from pipeline.training.task import split_batch
 from pipeline.training.upload import tensors_of, to_device
+from pipeline.training.worker import STOP, StoppedError, Worker
 from tests.training.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_tiny_task
 
 CHECKPOINTS = [

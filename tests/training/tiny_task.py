@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.training import Task
+from pipeline.training.task import Task
 from teachers.base import digest_state
 
 STEPS, BATCH = 6, 4

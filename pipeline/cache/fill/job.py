@@ -7,7 +7,7 @@ import logging
 from pipeline.cache.fill.build import BuildReport, CachePlan, build_cache, teacher_fidelity
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.config import Config
-from pipeline.tracking import Run
+from pipeline.tracking.run import Run
 
 log = logging.getLogger(__name__)
 

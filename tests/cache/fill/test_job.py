@@ -3,7 +3,7 @@
 from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.fill.job import precompute
 from pipeline.storage.store import Store
-from pipeline.tracking import start_job
+from pipeline.tracking.run import start_job
 from tests.fakes import without_ray
 
 
