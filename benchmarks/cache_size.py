@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
 from pipeline.cache.layout.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
-from pipeline.config import Config, TeacherConfig, load_config
+from pipeline.config.load import Config, load_config
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render

@@ -26,11 +26,12 @@ from torch import nn
 
 from benchmarks.kept import kept
 from pipeline.cache.fill.build import CachePlan, build_cache, plan_cache
-from pipeline.config import Config, TrainConfig, load_config
+from pipeline.config.load import Config, load_config
 from pipeline.distill.task import DistillJob, DistillTask
 from pipeline.runs.folder import cache_store
 from pipeline.runtime.ray_session import connect
 from pipeline.training.checkpoint import Snapshot
+from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.task import Task
 from pipeline.training.worker import Worker

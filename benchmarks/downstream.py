@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.kept import kept
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,13 +48,13 @@ from torch import Tensor
 
 from benchmarks.made_up_cache import jpegs, write_dataset
 from benchmarks.memory import growth, report, watch
+from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_tokens, make_teacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.cache.layout.stats import MomentSums
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA
-from pipeline.config import TeacherConfig
 from pipeline.imaging.rendering import Renderer
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_extract.png"

@@ -42,8 +42,9 @@ from pyarrow import fs
 
 from jobs._cli import DEFAULT_RECIPE, grid
 from pipeline.cache.fill.build import plan_cache
-from pipeline.config import TrainConfig, load_config
+from pipeline.config.load import load_config
 from pipeline.storage.store import Store
+from pipeline.training.config import TrainConfig
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process, images_seen
 from tests.faults import FORK, content
 from tests.nodes import RAY, Node, cluster, descendants, kill, running, start_job, start_nodes

@@ -30,7 +30,7 @@ from benchmarks.codec_students import make_task, plan_of, train_unjudged
 from benchmarks.kept import kept
 from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.config import Config, load_config
+from pipeline.config.load import Config, load_config
 from pipeline.evaluate.knn import embed, knn_accuracies
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
 

@@ -33,7 +33,7 @@ from benchmarks.memory import growth, report, watch
 from jobs import distill, precompute
 from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.runtime.ray_session import connect
 from pipeline.storage.store import Store
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process

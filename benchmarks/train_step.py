@@ -51,18 +51,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.made_up_cache import jpegs, write_dataset
+from pipeline.cache.config import CacheConfig, TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
-from pipeline.config import CacheConfig, LossConfig, TeacherConfig, TrainConfig
+from pipeline.distill.config import LossConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render
 from pipeline.student.model import Encoder, Student, create_backbone
+from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.meter import Stopwatch
 from pipeline.training.ray_train import fit

@@ -13,7 +13,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from pipeline.config import Config, iter_fields
+from pipeline.config.load import Config, iter_fields
 
 JOBS = sorted(file.stem for file in REPOSITORY.glob("jobs/[!_]*.py"))
 API: dict[str, tuple[str, ...]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.runs.folder import work_folder
 
 if TYPE_CHECKING:

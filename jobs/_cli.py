@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, describe_fields, load_config
+from pipeline.config.load import Config, describe_fields, load_config
 from pipeline.errors import UserError
 from pipeline.runtime import logs
 from teachers.errors import TeacherError

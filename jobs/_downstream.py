@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs._cli import grid, table
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.coco_eval import NUMBERS, evaluate_files
 from pipeline.downstream.job import as_saved, evaluate_model, open_held_out, open_model
 from pipeline.downstream.task import DOWNSTREAM

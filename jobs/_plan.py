@@ -11,7 +11,7 @@ from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.fill.estimate import TeacherEstimate, missing_bytes
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
 from pipeline.cache.layout.codec import Codec
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.runs.folder import work_folder
 from pipeline.runtime.ray_session import Hardware
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from pipeline.benchmark.benchmark import benchmark, check, frame, render
 from pipeline.benchmark.figures import accuracy_figure, latency_figure
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.runs.folder import work_folder
 
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     run(later("jobs.finetune"), __doc__, recipe=RECIPES / "classify.yaml")
     sys.exit()
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
 from pipeline.downstream.task import DOWNSTREAM
 from pipeline.runs.session import open_job

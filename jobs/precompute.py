@@ -57,7 +57,7 @@ from pipeline.cache.maintain.checks import Finding
 from pipeline.cache.maintain.garbage import find_garbage, remove_garbage
 from pipeline.cache.maintain.inventory import Entry, delete_entry, find_entry, take_inventory
 from pipeline.cache.maintain.repair import repair_cache
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.runs.folder import cache_store
 from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime.ray_session import Hardware, computing_on, connect, hardware, is_cluster

@@ -69,7 +69,7 @@ def bucket(monkeypatch):
 @pytest.fixture
 def photo_config(tmp_path):
     """A configuration for 150 training and 40 held-out photos in shards of 100; more overrides may be given."""
-    from pipeline.config import load_config
+    from pipeline.config.load import load_config
     from tests.fakes import write_photos
 
     write_photos(tmp_path / "photos/train", 150)

@@ -13,7 +13,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLUSTER = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())

@@ -12,6 +12,7 @@ import torch
 from benchmarks.made_up_cache import jpegs, write_dataset
 from benchmarks.train_step import DistillStep, make_distiller, make_student, train_config, write_features
 from benchmarks.train_step import _parse as step_options
+from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
 from pipeline.cache.fill.placement import measure
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
@@ -21,10 +22,11 @@ from pipeline.cache.layout.phi_s import PhiS
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE
 from pipeline.cache.layout.stats import PIECE, Moments, MomentSums
 from pipeline.cache.read.reader import CacheReader
-from pipeline.config import AugmentConfig, LossConfig, TeacherConfig, TrainConfig
 from pipeline.distill.augment import augment
+from pipeline.distill.config import AugmentConfig, LossConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd, Rotation
+from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.meter import Stopwatch
 from pipeline.training.step import Stepper

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from pipeline.benchmark.config import BenchmarkConfig
 from pipeline.benchmark.models import create_model, parse
 from pipeline.benchmark.runtime import runner
-from pipeline.config import BenchmarkConfig
 from pipeline.errors import UserError
 from pipeline.runtime.timing import Timing, interleave
 from pipeline.student.cost import Cost, cost

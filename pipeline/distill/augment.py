@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config import AugmentConfig
+from pipeline.distill.config import AugmentConfig
 
 BLUR_SIGMA = (0.1, 2.0)
 """Range of the blur's standard deviation in pixels, as in DINO (Caron et al. 2021) and its successors."""

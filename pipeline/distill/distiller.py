@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.codec import TokenCodec
-from pipeline.config import LossConfig
 from pipeline.distill.balance import KINDS, drop_coefficients, teacher_weights
+from pipeline.distill.config import LossConfig
 from pipeline.distill.grid import GridRule, turns
 from pipeline.distill.loss import RELATIONS, vector_loss
 from pipeline.distill.memory import SummaryQueue

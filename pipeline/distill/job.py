@@ -15,7 +15,7 @@ from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import check_per_step, has_labels
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.distill.distiller import token_grid
 from pipeline.distill.grid import GridRule
 from pipeline.distill.kept_heads import save_heads

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pipeline.config import LossConfig
+from pipeline.distill.config import LossConfig
 from pipeline.errors import UserError
 
 VectorLoss = Callable[[Tensor, Tensor], Tensor]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.fill.build import CachePlan, plan_cache
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.evaluate.knn import check_splits
 from pipeline.runs.folder import open_run, work_folder

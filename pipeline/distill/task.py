@@ -15,7 +15,7 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher, load_tokens
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.distill.augment import augment
 from pipeline.distill.balance import is_scheduled, teacher_weights
 from pipeline.distill.distiller import Distiller

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.errors import UserError
 from pipeline.student.loading import load_any
 from pipeline.student.model import Encoder, load_encoder, save_encoder

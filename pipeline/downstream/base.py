@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.sampling import Draw
 from pipeline.student.model import Encoder
 from pipeline.training.task import TrainingBatch

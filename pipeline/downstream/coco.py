@@ -12,7 +12,7 @@ import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.base import Split
 from pipeline.downstream.coco_eval import read_annotations
 from pipeline.downstream.images import decode, open_scenes

@@ -14,7 +14,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
 from pipeline.downstream.coco import CocoImages, Objects, SceneObjects, open_objects
 from pipeline.downstream.coco_eval import Kind, average_precision, coco_index

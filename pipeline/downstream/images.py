@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.base import Split
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image

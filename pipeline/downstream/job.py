@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.distill.provenance import all_licences, all_teachers
 from pipeline.downstream.backbone import Start, check_takes, find_start
 from pipeline.downstream.base import Examples, Report

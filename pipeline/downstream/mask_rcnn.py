@@ -13,8 +13,8 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from pipeline.config import DetectConfig
 from pipeline.downstream.backbone import pyramid_levels
+from pipeline.downstream.config import DetectConfig
 from pipeline.student.model import Encoder
 
 HIDDEN = 4

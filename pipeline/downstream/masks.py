@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.base import Split
 from pipeline.downstream.images import decode, image_files, open_scenes
 from pipeline.errors import UserError

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream
 from pipeline.downstream.task import DOWNSTREAM, FinetuneJob
 from pipeline.errors import UserError

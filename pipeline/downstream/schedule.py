@@ -9,7 +9,8 @@ import torch
 from timm.scheduler import MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
-from pipeline.config import FinetuneConfig, TrainConfig
+from pipeline.downstream.config import FinetuneConfig
+from pipeline.training.config import TrainConfig
 
 POLY_POWER = 0.9
 """Of DeepLab (Chen et al. 2018, section 3.1), and of Semantic FPN in mmsegmentation."""

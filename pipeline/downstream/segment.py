@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
 from pipeline.downstream.masks import IGNORE, MaskedImages, SceneMasks, open_masked
 from pipeline.downstream.pictures import enlarge, palette

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.backbone import check_takes
 from pipeline.downstream.classify import LabelledBatch
 from pipeline.downstream.saved import SavedModel, find_model, load_model

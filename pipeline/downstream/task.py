@@ -12,7 +12,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from pipeline.config import Config, TrainConfig
+from pipeline.config.load import Config
 from pipeline.downstream.backbone import load_start
 from pipeline.downstream.base import Downstream, Examples
 from pipeline.downstream.classify import Classification
@@ -22,6 +22,7 @@ from pipeline.downstream.sampling import Draw, Sampler, prepare, seeded
 from pipeline.downstream.schedule import make_schedule
 from pipeline.downstream.segment import Segmentation
 from pipeline.errors import UserError
+from pipeline.training.config import TrainConfig
 from pipeline.training.task import Task, TrainingBatch
 
 DOWNSTREAM: dict[str, Downstream] = {kind.name: kind for kind in (Classification(), Segmentation(), Detection())}

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.keys import teacher_id
-from pipeline.config import TeacherConfig
 from pipeline.errors import UserError
 from pipeline.student.loading import load_any
 from pipeline.student.model import Encoder

@@ -13,7 +13,7 @@ from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_ca
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import NO_LABEL, PatchGroups, read_summaries
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.errors import UserError
 from pipeline.evaluate.confusion import SegmentationScores
 from pipeline.evaluate.frozen import cached_encoder

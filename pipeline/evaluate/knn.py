@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import NO_LABEL, read_summaries, scan_images
-from pipeline.config import KnnConfig
 from pipeline.errors import UserError
+from pipeline.evaluate.config import KnnConfig
 from pipeline.sources import SAMPLES
 from pipeline.sources.base import odd_class
 from pipeline.training.worker import ALONE, Worker

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.classify import held_out_transform
 from pipeline.downstream.detect import find_objects
 from pipeline.downstream.saved import SavedModel, find_model

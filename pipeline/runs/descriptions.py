@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 
 _BACKBONES = ("finetune", "knn", "linear", "seg-probe")
 

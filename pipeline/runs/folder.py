@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.layout.keys import readable
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.errors import UserError, naming
 from pipeline.runtime.ray_session import is_submitted_job
 from pipeline.storage.store import Store

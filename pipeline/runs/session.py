@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.cache.layout.keys import readable
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.errors import naming
 from pipeline.runs.descriptions import run_note, run_title
 from pipeline.runs.folder import RunState, open_run, work_folder

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.errors import UserError
 from pipeline.runs.folder import cache_store, work_folder
 from pipeline.sources import SAMPLES

@@ -20,10 +20,10 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
-from pipeline.config import TrainConfig
 from pipeline.errors import UserError, naming
 from pipeline.storage.remote import resolve
 from pipeline.storage.store import Store
+from pipeline.training.config import TrainConfig
 from pipeline.training.task import History
 
 STATE_FILE = "state.pt"

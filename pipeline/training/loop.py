@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.runtime.allocator import keep_freed_memory
 from pipeline.runtime.interpreter import launch_promptly
 from pipeline.runtime.progress import Progress
 from pipeline.training.checkpoint import Position, Snapshot
+from pipeline.training.config import TrainConfig
 from pipeline.training.meter import DivergedError, Meter, starved
 from pipeline.training.step import Stepper
 from pipeline.training.task import History, Task, check_best_metric

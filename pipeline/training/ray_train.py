@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyarrow import fs
 
-from pipeline.config import TrainConfig, check_shares
 from pipeline.errors import UserError
 from pipeline.runtime import logs
 from pipeline.runtime.ray_session import cpus_each
 from pipeline.training.checkpoint import STATE_FILE, Snapshot, best_beside, copied, drop_beaten, load_state, open_folder
+from pipeline.training.config import TrainConfig, check_shares
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.step import synchronised

@@ -24,8 +24,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config import TrainConfig
 from pipeline.training.average import Average
+from pipeline.training.config import TrainConfig
 from pipeline.training.meter import Stopwatch
 from pipeline.training.task import Task, TrainingBatch
 from pipeline.training.worker import Worker

@@ -12,8 +12,8 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from pipeline.config import TrainConfig
 from pipeline.errors import UserError
+from pipeline.training.config import TrainConfig
 from pipeline.training.worker import ALONE, Worker
 
 History = list[tuple[int, dict[str, float]]]

@@ -1,7 +1,7 @@
 """A real MLflow store with an experiment as the jobs log it, but for the training: every figure is made up."""
 
 from pipeline.compare.collect import Entry
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.tracking.run import Run, start_job
 
 CIFAR = {"train": ("photos/train.parquet", "cifar-11112222"), "val": ("photos/test.parquet", "cifar-val-33334444")}

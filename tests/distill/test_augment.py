@@ -6,8 +6,8 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
 
-from pipeline.config import AugmentConfig
 from pipeline.distill.augment import BLUR_SIDE, Draws, apply_draws, augment
+from pipeline.distill.config import AugmentConfig
 
 ALL = AugmentConfig(jitter=0.8, grey=0.2, blur=0.5)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import TeacherConfig
+from pipeline.cache.config import TeacherConfig
 from pipeline.distill.balance import drop_coefficients, is_scheduled, teacher_weights, weight_at
 from pipeline.distill.memory import SummaryQueue
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import Codec, fit_projection
 from pipeline.cache.layout.phi_s import PhiS
 from pipeline.cache.layout.stats import Moments
-from pipeline.config import LossConfig, TeacherConfig
+from pipeline.distill.config import LossConfig
 from pipeline.distill.distiller import Distiller, token_grid
 from pipeline.distill.grid import GridRule
 from pipeline.distill.loss import relation, vector_loss

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import LossConfig
+from pipeline.distill.config import LossConfig
 from pipeline.distill.loss import LOSSES, RELATIONS, check_losses, relation, vector_loss
 from pipeline.errors import UserError
 

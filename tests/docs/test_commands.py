@@ -15,7 +15,7 @@ import pytest
 from click import Context, UsageError
 
 from jobs._cli import _configure
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from tests.docs.commands import REPOSITORY, Command, collect, parse
 from tests.fakes import SMALL_JOB, write_photos

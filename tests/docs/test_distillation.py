@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.distill import loss
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

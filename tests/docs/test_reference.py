@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
-from pipeline.config import TeacherConfig
 from tests.docs.commands import PAGES, REPOSITORY
 
 

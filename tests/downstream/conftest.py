@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.downstream.backbone import find_start
 from pipeline.downstream.task import FinetuneJob
 from tests.downstream.drawings import SIDE, locations, write_set

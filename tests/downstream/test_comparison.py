@@ -1,7 +1,7 @@
 """The starts that benchmarks/downstream.py compares."""
 
 from benchmarks.downstream import starts
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.downstream.backbone import find_start
 from pipeline.student.loading import load_any
 from pipeline.student.model import save_encoder

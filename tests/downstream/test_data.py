@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.downstream.coco import CocoImages
 from pipeline.downstream.images import LabelledImages, open_labelled
 from pipeline.downstream.masks import IGNORE, MaskedImages, open_masked, read_classes

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jobs import evaluate
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.downstream.job import as_saved, open_held_out, open_model, plan_finetune
 from pipeline.downstream.saved import finished_model
 from pipeline.downstream.task import FinetuneTask

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.downstream.job import SOFT, make_finetune_task, plan_finetune
 from pipeline.downstream.saved import finished_model
 from pipeline.downstream.soft import find_soft_teacher, load_soft_targets

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torchvision import tv_tensors
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.downstream.backbone import FrozenEncoder, find_start, load_start
 from pipeline.downstream.classify import training_transform
 from pipeline.downstream.sampling import Sampler, prepare, seeded

@@ -13,7 +13,7 @@ import timm
 import torch
 import yaml
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.downstream.saved import SavedModel, find_model
 from pipeline.downstream.task import DOWNSTREAM
 from pipeline.errors import UserError

@@ -15,7 +15,7 @@ from pipeline.cache.layout.cached_teacher import projection_of
 from pipeline.cache.layout.dataset import read_meta
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.runs.folder import open_run
 from pipeline.storage.store import Store

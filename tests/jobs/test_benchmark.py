@@ -9,7 +9,7 @@ import torch
 
 from jobs import benchmark
 from pipeline.benchmark import benchmark as measuring
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.student.cost import cost
 

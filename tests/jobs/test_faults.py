@@ -12,7 +12,7 @@ import pytest
 from jobs import precompute
 from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.storage.store import Store
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process
 from tests.faults import content, listed

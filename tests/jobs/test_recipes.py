@@ -8,7 +8,7 @@ import yaml
 
 from jobs import distill, precompute
 from pipeline.cache.fill import build
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from tests.fakes import write_photos
 

@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from jobs import predict
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.downstream.classify import held_out_transform
 from pipeline.downstream.pictures import palette
 from pipeline.downstream.saved import SavedModel

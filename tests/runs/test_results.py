@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
 from pipeline.runs.results import outputs_store, publish

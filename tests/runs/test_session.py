@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.runs import session as job_module
 from pipeline.runs.folder import RunState

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.distill.job import export_student
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
-from pipeline.config import TeacherConfig, load_config
+from pipeline.config.load import load_config
 from pipeline.distill.job import export_student
 from pipeline.distill.task import build_student
 from teachers.base import TeacherError, WeightsNotFoundError

@@ -10,7 +10,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.runs.descriptions import run_note, run_title
 from pipeline.runs.folder import RunState
 from pipeline.runs.session import Job

@@ -6,9 +6,10 @@ import pytest
 import torch
 from pyarrow import fs
 
-from pipeline.config import TrainConfig, load_config
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.training.checkpoint import STATE_FILE, best_beside, checkpoint_folder, drop_beaten, open_folder
+from pipeline.training.config import TrainConfig
 from pipeline.training.ray_train import _shares
 from pipeline.training.stopping import StopFile
 

@@ -15,11 +15,12 @@ from timm.scheduler import StepLRScheduler
 from torch import nn
 
 from pipeline.cache.read.reader import Batch
-from pipeline.config import TrainConfig, load_config
+from pipeline.config.load import load_config
 from pipeline.downstream.detect import ObjectsBatch
 from pipeline.errors import UserError
 from pipeline.training.average import Average
 from pipeline.training.checkpoint import STATE_FILE, best_beside, drop_beaten, load_state
+from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError, Stopwatch, starved
 from pipeline.training.ray_train import _out_of_memory, _shares, fit

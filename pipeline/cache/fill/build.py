@@ -26,7 +26,7 @@ from pipeline.cache.layout.dataset import Dataset, create_dataset, plan_dataset
 from pipeline.cache.layout.keys import teacher_id, teacher_identity
 from pipeline.cache.layout.phi_s import PhiS, dump_phi_s
 from pipeline.cache.layout.stats import Moments, dump_moments, load_moments, merge_all
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.errors import UserError, naming
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.runtime.metrics import export

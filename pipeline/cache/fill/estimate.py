@@ -16,7 +16,7 @@ from pipeline.cache.fill.extract import out_of_memory
 from pipeline.cache.fill.ray_pipeline import gpus
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
 from pipeline.cache.layout.keys import teacher_id
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.errors import UserError, naming
 from pipeline.runtime.logs import errors_alone
 from teachers.base import Teacher, TeacherError, WeightsNotFoundError

@@ -6,7 +6,7 @@ import logging
 
 from pipeline.cache.fill.build import BuildReport, CachePlan, build_cache, teacher_fidelity
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.tracking.run import Run
 
 log = logging.getLogger(__name__)

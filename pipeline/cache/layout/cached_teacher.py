@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.codec import Codec, Projection, TokenCodec, load_projection
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ShardFolder
-from pipeline.config import TeacherConfig
 from pipeline.storage.store import taking_apart
 from teachers.base import Teacher, TeacherSpec
 from teachers.registry import create_teacher

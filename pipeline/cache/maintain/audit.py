@@ -22,7 +22,7 @@ from pipeline.cache.maintain.checks import (
     check_statistics,
     finding,
 )
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.errors import UserError
 from pipeline.runtime.progress import Progress
 from teachers.base import WeightsNotFoundError

@@ -13,7 +13,7 @@ from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.layout.view_rows import read_spine
 from pipeline.cache.maintain.audit import Verification, verify_cache
 from pipeline.cache.maintain.checks import BrokenError, Finding, check_statistics
-from pipeline.config import Config
+from pipeline.config.load import Config
 
 log = logging.getLogger(__name__)
 

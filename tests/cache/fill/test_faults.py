@@ -12,7 +12,7 @@ from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.fill.ingest import Ingest
 from pipeline.cache.layout.dataset import create_dataset
 from pipeline.cache.read.reader import CacheReader
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, write_photos
 from tests.faults import FORK, content, fill_and_die, listed

@@ -21,7 +21,7 @@ CODECS = ("float16", "pca2-int8-zstd")
 @pytest.fixture(scope="module", params=CODECS)
 def cache(request, tmp_path_factory):
     """Folder of a teacher that gives 4 x 4 x 8 patches, and its patches by sample id as this repository decodes them."""
-    from pipeline.config import load_config
+    from pipeline.config.load import load_config
     from tests.fakes import write_photos
 
     root = tmp_path_factory.mktemp("open")

@@ -21,7 +21,7 @@ from pipeline.cache.layout.dataset import create_dataset
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.cache.maintain.garbage import FILE_AGE_S, FOLDER_AGE_S, find_garbage, remove_garbage
 from pipeline.cache.maintain.inventory import delete_entry, find_entry, take_inventory
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, out_of_memory

@@ -17,7 +17,7 @@ from pipeline.cache.fill.build import build_cache, plan_cache
 from pipeline.cache.layout.arrays import dump_arrays, load_arrays
 from pipeline.cache.maintain.audit import check_begun, verify_cache
 from pipeline.cache.maintain.repair import repair_cache
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
 from tests.conftest import TEACHERS

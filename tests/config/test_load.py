@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.config import Config, describe_fields, iter_fields, load_config
+from pipeline.config.load import Config, describe_fields, iter_fields, load_config
 from pipeline.errors import UserError
 
 

@@ -1,0 +1,50 @@
+"""How a student is distilled: losses and augmentation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+)
+
+from pipeline.config.tree import Section, Share
+
+
+class LossConfig(Section):
+    """How the student's predictions are compared with the teachers' features: see pipeline/distill/loss.py."""
+
+    standardise: Literal["mean_std", "phi_s"] = Field(
+        "mean_std", description="targets: by each channel's deviation, or rotated to one scale (PHI-S)"
+    )
+    patches: dict[str, NonNegativeFloat] = Field(
+        {"cosine": 0.9, "smooth_l1": 0.1},
+        min_length=1,
+        description="weight of each loss of a patch: cosine, smooth_l1, mse",
+    )
+    summary: dict[str, NonNegativeFloat] = Field(
+        {"cosine": 1.0},
+        min_length=1,
+        description="weight of each loss of a summary: the same, and relation (to a queue of past ones)",
+    )
+    max_patches: int | None = Field(
+        64, ge=1, description="most patches of an image that are compared in a step, others in the next; none: all"
+    )
+    queue: int = Field(4096, ge=1, description="past summaries of each teacher that relation compares with")
+    temperature: float = Field(0.07, gt=0, description="temperature of relation's softmax")
+    drop: Share = Field(
+        0.0, description="teacher dropping: of an image the worst is kept, each other dropped with this"
+    )
+
+
+class AugmentConfig(Section):
+    """Photometric augmentation of the student's images; the teachers saw the clean view."""
+
+    jitter: Share = Field(0.0, description="probability that an image's colours are jittered; 0.8 is usual")
+    brightness: float = Field(0.4, ge=0, description="largest relative change of brightness")
+    contrast: float = Field(0.4, ge=0, description="largest relative change of contrast")
+    saturation: float = Field(0.2, ge=0, description="largest relative change of saturation")
+    hue: float = Field(0.1, ge=0, le=0.5, description="largest turn of the hue, as a share of the circle")
+    grey: Share = Field(0.0, description="probability that an image loses its colour; 0.2 is usual")
+    blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")

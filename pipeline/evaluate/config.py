@@ -1,0 +1,51 @@
+"""kNN and frozen-feature evaluations."""
+
+from __future__ import annotations
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from pipeline.config.tree import Section
+
+
+class KnnConfig(Section):
+    """Weighted k-nearest-neighbour classification of the held-out images."""
+
+    k: int = Field(20, ge=1, description="neighbours that vote")
+    temperature: float = Field(0.07, gt=0, description="temperature of the votes")
+    bank: int = Field(50_000, ge=1, description="training images in the bank, at most; evenly spaced")
+    batch_size: int = Field(256, ge=1, description="images per student forward")
+
+
+class EvaluateConfig(Section):
+    """What `jobs/evaluate.py` evaluates."""
+
+    student: str | None = Field(
+        None,
+        description="exported student folder, MLflow model URI (models:/m-...), or timm name (regla_m, timm/<name>)",
+    )
+    weights: str = Field(
+        "pretrained", description="of a timm name: pretrained, random[:seed], or a checkpoint file; student.args apply"
+    )
+    input_size: int | None = Field(
+        None,
+        ge=16,
+        description="side of the input in pixels; none: as the student was exported, else student.input_size",
+    )
+    ks: list[PositiveInt] = Field([10, 20, 100, 200], min_length=1, description="neighbours that vote in `knn`")
+    lrs: list[PositiveFloat] = Field(
+        [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
+        min_length=1,
+        description="learning rates of the linear classifiers, all trained in one pass; the best on data.val is reported",
+    )
+    epochs: int = Field(30, ge=1, description="passes over the training features in `linear` and `seg-probe`")
+    batch_size: int = Field(256, ge=1, description="images per step in `linear`; `seg-probe` takes 16 of them at most")
+    grid: int | None = Field(
+        None, ge=1, description="side of the grid of features in `seg-probe`; none: of the student's stride-16 map"
+    )
+    model: str | None = Field(None, description="fine-tuned model: MLflow model URI or the folder that finetune wrote")
+    annotations: str | None = Field(None, description="COCO JSON that evaluate.results are held against")
+    results: str | None = Field(None, description="detections in COCO's results format")

@@ -1,0 +1,33 @@
+"""Where images come from."""
+
+from __future__ import annotations
+
+from pydantic import (
+    Field,
+)
+
+from pipeline.config.tree import Section
+
+
+class SamplesConfig(Section):
+    """The generated sample scenes, used where `data.train` is `samples`."""
+
+    train: int = Field(1000, ge=1, description="number of generated training scenes")
+    val: int = Field(300, ge=0, description="number of generated held-out scenes")
+    size: int = Field(96, ge=32, description="side of a generated scene in pixels")
+
+
+class DataConfig(Section):
+    """Where images come from."""
+
+    train: str = Field(
+        "samples", description="images to distil on: class folder, tar shards, Parquet, or `samples` (generated)"
+    )
+    val: str | None = Field(None, description="held-out images for kNN, in the same forms; none: no kNN")
+    name: str | None = Field(None, description="readable name of the data in the cache; none: from the path")
+    image_column: str | None = Field(None, description="Parquet column that holds the images; none: found by type")
+    label_column: str | None = Field(None, description="Parquet column that holds the labels; none: label, fine_label")
+    max_bad: float = Field(
+        0.05, ge=0, le=1, description="share of unreadable images that is quarantined before the job stops"
+    )
+    samples: SamplesConfig = SamplesConfig()

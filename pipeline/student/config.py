@@ -1,0 +1,33 @@
+"""The student."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+)
+
+from pipeline.config.tree import Section
+
+
+class StudentConfig(Section):
+    """The network that learns."""
+
+    name: str = Field("regla_t", description="regla_t, regla_s, regla_m, regla_l, regla_xl, or timm/<name>")
+    weights: str = Field(
+        "random",
+        min_length=1,
+        description="that a distillation starts from: random (by seed), pretrained (timm's), a checkpoint file, or an exported "
+        "student: its folder, address or MLflow URI",
+    )
+    input_size: int = Field(256, ge=16, description="side of the student's input in pixels")
+    args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
+    token_dim: int = Field(256, ge=1, description="channels of the tokens that the neck fuses for the patch heads")
+    taps: list[Literal[4, 8, 16, 32]] = Field(
+        [16, 32],
+        min_length=1,
+        description="strides of the pyramid that the neck fuses into tokens of stride 16; 16 is always among them",
+    )
+    head_dim: int = Field(1024, ge=1, description="hidden channels of the distillation heads")
+    keep_heads: bool = Field(False, description="export neck and heads too, beside the student")

@@ -1,0 +1,99 @@
+"""The training run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.config.tree import Section
+
+
+class TrainConfig(Section):
+    """The training run."""
+
+    epochs: int = Field(30, ge=1, description="passes over the training images")
+    batch_size: int = Field(256, ge=2, description="images per step over all workers, however many there are")
+    micro_batch: int | None = Field(
+        None, ge=1, description="most images per forward of a worker, gradients are accumulated; none: all at once"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW at train.lr_batch_size")
+    lr_batch_size: int | None = Field(
+        None, ge=1, description="batch size that train.lr is for, scaled linearly to train.batch_size; none: as it is"
+    )
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    warmup_epochs: float = Field(1.5, ge=0, description="epochs of linear warm-up")
+    weight_decay: float = Field(
+        0.05, ge=0, description="AdamW weight decay; none on norms, biases and what the network exempts"
+    )
+    clip_grad: float = Field(1.0, gt=0, description="largest L2 norm of the gradient")
+    ema_decay: float = Field(
+        0.9998,
+        ge=0,
+        lt=1,
+        description="decay of the averaged student that is evaluated and kept; (1 + steps) / (10 + steps) while that is less",
+    )
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = Field(
+        0, description="training workers, or [least, most] as the cluster has them; 0: one per GPU, one without GPUs"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="arithmetic of the student; auto: bfloat16 or float16 where the device is fast in it"
+    )
+    compile: bool = Field(False, description="whether torch.compile compiles the student and the loss")
+    shuffle_window: int = Field(1024, ge=1, description="images shuffled together after the shuffle of row groups")
+    checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: at epoch ends")
+    keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints that are kept")
+    checkpoints: str | None = Field(
+        None, description="folder or s3://, gs:// address of the checkpoints; none: in the run's folder below `work`"
+    )
+    best_metric: str | None = Field(
+        None, description="evaluated metric (knn, ...) whose best checkpoint is kept as well; none: the latest alone"
+    )
+    best_is: Literal["highest", "lowest"] = Field("highest", description="which value of train.best_metric is best")
+
+    @field_validator("workers")
+    @classmethod
+    def _least_before_most(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"[least, most] must not be {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _equal_shares(self) -> TrainConfig:
+        check_shares(self.batch_size, self.most_workers or 1)
+        return self
+
+    @property
+    def most_workers(self) -> int:
+        """Most workers that are asked for; 0: as many as there are GPUs."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate at `batch_size`: scaled linearly from `lr_batch_size` (Goyal et al. 2017, section 2.1)."""
+        return self.lr * self.batch_size / (self.lr_batch_size or self.batch_size)
+
+    @property
+    def lr_rule(self) -> str:
+        """How `peak_lr` came about, in words."""
+        peak = f"{self.peak_lr:.3g} at {self.batch_size} images a step"
+        scaled = f", scaled linearly from {self.lr:.3g} at {self.lr_batch_size}"
+        return peak + (scaled if self.lr_batch_size else ", as given")
+
+
+def check_shares(batch_size: int, shares: int) -> None:
+    """Refuse a global batch that is not shared equally.
+
+    Raises:
+        ValueError: naming the nearest batch sizes that are.
+    """
+    if batch_size % shares or batch_size < shares:
+        below = batch_size // shares * shares
+        near = " or ".join(str(size) for size in (below, below + shares) if size)
+        raise ValueError(f"train.batch_size={batch_size} cannot be shared equally by {shares} workers; {near} can")
