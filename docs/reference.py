@@ -25,7 +25,7 @@ API: dict[str, tuple[str, ...]] = {
     "pipeline.cache.read.reader": ("CacheReader",),
     "pipeline.export.bundle": ("pack", "pack_classifier"),
     "pipeline.export.folder": ("ship",),
-    "pipeline.config": ("load_config",),
+    "pipeline.config.load": ("load_config",),
     "teachers.base": ("Teacher", "TeacherSpec", "TeacherOutput", "TeacherOptions"),
 }
 """What users call in Python, by module."""
