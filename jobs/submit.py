@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import one_line
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.errors import UserError
@@ -108,7 +110,7 @@ def _answering(problem: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{problem} ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"{problem} ({one_line(error)})") from error
 
 
 async def _print_log(client: JobSubmissionClient, job: str) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from teachers.errors import one_line as one_line
+
 
 class UserError(Exception):
     """What was asked cannot be done as asked; the message is one line that names it (file, field, flag) and the remedy."""

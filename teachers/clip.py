@@ -17,6 +17,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state, pool_grid
+from teachers.errors import one_line
 from teachers.variants import check_multiple, choose, pooled
 from teachers.weights import check_keys, fitting, from_hub, parse_weights, read_checkpoint, seeded
 
@@ -74,7 +75,7 @@ class CLIP(Teacher):
         try:
             tower: nn.Module = _build_vision_tower(self.config["embed_dim"], self.vision, self._quick_gelu)
         except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)
             raise TeacherError(f"teacher clip/{self.model_name}: args {self.vision}: {reason}") from error
         return tower.eval().requires_grad_(False)
 
@@ -84,7 +85,7 @@ class CLIP(Teacher):
             try:
                 summary, patches = self._features(self._create(), torch.empty(1, 3, size, size))
             except (RuntimeError, AssertionError, AttributeError) as error:
-                reason = " ".join(str(error).split())[:160]
+                reason = one_line(error)
                 raise TeacherError(f"teacher {name}: its tower gives no patches at {size} px ({reason})") from error
         return summary.shape[-1], patches.shape[-1], (patches.shape[1], patches.shape[2])
 

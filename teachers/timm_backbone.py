@@ -29,6 +29,7 @@ from teachers.base import (
     digest_state,
     pool_grid,
 )
+from teachers.errors import one_line
 from teachers.variants import check_multiple, pooled
 from teachers.weights import WeightSource, check_keys, fitting, from_hub, parse_weights, read_checkpoint, seeded
 
@@ -108,9 +109,7 @@ class TimmTeacher(Teacher):
         try:
             model: nn.Module = timm.create_model(self.model_name, **{**self.model_args, **changes})
         except (TypeError, ValueError, AssertionError, KeyError) as error:
-            raise TeacherError(
-                f"teacher {self.name}: args {self.model_args}: {' '.join(str(error).split())}"
-            ) from error
+            raise TeacherError(f"teacher {self.name}: args {self.model_args}: {one_line(error)}") from error
         return model.eval().requires_grad_(False)
 
     def _probe(self, size: int) -> tuple[int, int, tuple[int, int]]:
@@ -121,7 +120,7 @@ class TimmTeacher(Teacher):
             try:
                 summary, patches = self._features(model, torch.empty(1, 3, size, size))
             except (RuntimeError, AssertionError, ValueError) as error:
-                reason = " ".join(str(error).split())[:160]
+                reason = one_line(error)
                 raise TeacherError(f"teacher {self.name}: input_size {size} does not suit it ({reason})") from error
         return summary.shape[-1], patches.shape[-1], (patches.shape[1], patches.shape[2])
 

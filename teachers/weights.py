@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from teachers.base import TeacherError, WeightsNotFoundError
+from teachers.errors import one_line
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def from_hub(teacher: str, fetch: Callable[[], T]) -> T:
     except TeacherError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise WeightsNotFoundError(
             f"teacher {teacher}: its pretrained weights are neither in the local hub cache ({constants.HF_HUB_CACHE}) nor "
             f"can they be downloaded ({reason}); put its file on this machine and set teachers.<i>.weights=<path of the file>, "
@@ -141,7 +142,7 @@ def read_checkpoint(path: str | Path, teacher: str) -> dict[str, Tensor]:
     try:
         loaded: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise TeacherError(
             f"teacher {teacher}: weights: {path} is no readable checkpoint ({reason}); it must be safetensors, "
             "a PyTorch file that holds tensors alone, or a TorchScript archive"
@@ -194,7 +195,7 @@ def fitting(path: str | Path, teacher: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, KeyError, ValueError, IndexError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise TeacherError(
             f"teacher {teacher}: weights: {path} cannot be fitted to this architecture ({reason})"
         ) from error

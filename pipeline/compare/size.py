@@ -6,7 +6,7 @@ import logging
 from functools import cache
 
 from pipeline.compare.describe import input_size, timm_student
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.student.cost import inference_cost
 from pipeline.student.model import Encoder, create_backbone
 from pipeline.tracking.reading import LoggedRun
@@ -23,6 +23,6 @@ def _size(name: str, side: int) -> dict[str, float]:
     try:
         counted = inference_cost(Encoder(create_backbone(name)), side)
     except (UserError, RuntimeError, AssertionError) as error:
-        logging.getLogger(__name__).warning("the size of %s is not known: %s", name, " ".join(str(error).split())[:200])
+        logging.getLogger(__name__).warning("the size of %s is not known: %s", name, one_line(error))
         return {}
     return {"parameters": counted.parameters, "macs": counted.macs}

@@ -34,7 +34,7 @@ from pipeline.cache.config import CacheConfig, PlanConfig, TeacherConfig, ViewsC
 from pipeline.config.tree import Section
 from pipeline.distill.config import AugmentConfig, LossConfig
 from pipeline.downstream.config import ClassifyConfig, DetectConfig, FinetuneConfig, SegmentConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.evaluate.config import EvaluateConfig, KnnConfig
 from pipeline.sources.config import DataConfig
 from pipeline.student.config import StudentConfig
@@ -161,7 +161,7 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"recipe {path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} must be a mapping of fields, such as `train: {{epochs: 5}}`")
     whole: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def _parse(override: str, text: str) -> Any:
     try:
         return _meant(yaml.safe_load(text))
     except (yaml.YAMLError, RecursionError) as error:
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        reason = getattr(error, "problem", None) or one_line(error)
         raise UserError(
             f"override '{override}' is not valid YAML ({reason}); one with spaces or brackets is quoted for the shell"
         ) from None

@@ -16,7 +16,7 @@ from pipeline.distill.grid import GridRule, turns
 from pipeline.distill.loss import RELATIONS, vector_loss
 from pipeline.distill.memory import SummaryQueue
 from pipeline.distill.standardise import Standardiser
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.student.heads import distillation_head
 from pipeline.student.model import Student, StudentOutput
 
@@ -244,7 +244,7 @@ def token_grid(student: Student, image_size: int) -> tuple[int, int]:
     try:
         height, width = student(pixels).tokens.shape[-2:]
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"student.input_size: the student takes no {image_size} x {image_size} images: {reason}"
         ) from error

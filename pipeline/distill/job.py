@@ -24,7 +24,7 @@ from pipeline.distill.phases import Ending, Phase, start_file
 from pipeline.distill.provenance import lineage, provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.distill.watch import Watch
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.evaluate.knn import teacher_knn
 from pipeline.student.cost import inference_cost
 from pipeline.student.model import Encoder, save_encoder
@@ -204,7 +204,7 @@ def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
     try:
         counted = inference_cost(encoder, input_size)
     except (RuntimeError, AssertionError) as error:
-        log.warning("parameters and MACs are not logged: %s", " ".join(str(error).split())[:200])
+        log.warning("parameters and MACs are not logged: %s", one_line(error))
         return {}
     return {"parameters": counted.parameters, "macs": counted.macs}
 

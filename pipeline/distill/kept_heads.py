@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline.cache.layout.phi_s import PhiS
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.distill.standardise import MeanStd, Rotation, Standardiser
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.student.heads import distillation_head
 from pipeline.student.model import Student, StudentOutput, load_encoder
 
@@ -122,7 +122,7 @@ def load_heads(folder: Path) -> StudentWithHeads:
             raise ValueError(f"{odd[0]} is on one side alone")
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{folder} holds no heads that fit its student ({' '.join(str(error).split())}): set student.keep_heads=true "
+            f"{folder} holds no heads that fit its student ({one_line(error)}): set student.keep_heads=true "
             "in the distillation that exports it"
         ) from error
     return whole.eval()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.load import Config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.student.loading import load_any
 from pipeline.student.model import Encoder, load_encoder, save_encoder
 
@@ -91,7 +91,7 @@ def check_takes(model: nn.Module, size: tuple[int, int], whose: str) -> None:
         with torch.no_grad():
             model(torch.zeros(1, 3, height, width))
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise UserError(
             f"{whose} takes no {height} x {width} images ({reason}): change student.input_size, or name another"
         ) from error

@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream
 from pipeline.downstream.task import DOWNSTREAM, FinetuneJob
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.student.loading import is_model_uri, named_folder
 from pipeline.student.model import Encoder, described_encoder, load_weights
 
@@ -92,7 +92,7 @@ def load_model(folder: Path) -> SavedModel:
         origin = folder / "provenance.json"
         known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
     except Exception as error:  # as in `load_encoder`
-        raise UserError(f"{folder} is not a fine-tuned model: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder} is not a fine-tuned model: {one_line(error)}") from error
     return SavedModel(kind, model.eval(), classes, described["backbone"], config, known)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.keys import teacher_id
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.student.loading import load_any
 from pipeline.student.model import Encoder
 from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state
@@ -42,7 +42,7 @@ class FrozenTeacher(Teacher):
             with torch.no_grad():
                 _, height, width, channels = self._features(torch.zeros(2, 3, size, size)).shape
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)
             raise TeacherError(f"{args['student']} does not take images of {size} px ({reason})") from error
         self.weights_sha256 = digest_state(self.encoder)
         self.spec = TeacherSpec(

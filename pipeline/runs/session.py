@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.cache.layout.keys import readable
 from pipeline.config.load import Config
-from pipeline.errors import naming
+from pipeline.errors import naming, one_line
 from pipeline.runs.descriptions import run_note, run_title
 from pipeline.runs.folder import RunState, open_run, work_folder
 from pipeline.runs.results import outputs_store, publish
@@ -144,7 +144,7 @@ def _metered(run: Run, state: RunState) -> Iterator[None]:
         try:
             _add_hours(run, state, (time.monotonic() - started) / 3600)
         except Exception as error:  # noqa: BLE001  it must not take the place of what ended the job
-            log.warning("the hours of this start are not recorded: %s", " ".join(str(error).split())[:200])
+            log.warning("the hours of this start are not recorded: %s", one_line(error))
 
 
 def _add_hours(run: Run, state: RunState, hours: float) -> None:

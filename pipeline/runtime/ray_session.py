@@ -12,7 +12,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.runtime.allocator import ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ def connect() -> Iterator[None]:
         with _logging_as_it_was(), _on_loopback(embedded):
             ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
-        reason = " ".join(f"{error}: {error.__cause__}".split() if error.__cause__ else str(error).split())[:300]
+        reason = one_line(f"{error}: {error.__cause__}" if error.__cause__ else error)
         raise UserError(
             f"RAY_ADDRESS={address} cannot be reached ({reason}); start it, or unset RAY_ADDRESS"
         ) from error

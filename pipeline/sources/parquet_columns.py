@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.imaging.decode import FORMATS
 
 Layout = Literal["struct", "encoded", "planes", "nested"]
@@ -51,7 +51,7 @@ def readable(path: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise UserError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
 
 

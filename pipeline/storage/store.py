@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.storage.remote import RetriedFile, attempt, check_address, resolve
 
 LEFTOVER_AGE_S = 3600.0
@@ -214,7 +214,7 @@ def taking_apart(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise UserError(
             f"{uri} is damaged ({reason}): run jobs/precompute.py with this recipe and --verify --repair"
         ) from error

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.student.model import Encoder, create_backbone, described_encoder, load_encoder
 from teachers.base import TeacherError, WeightsNotFoundError
 from teachers.weights import check_keys, from_hub, parse_weights, read_checkpoint
@@ -146,7 +146,7 @@ def _rebuilt(encoder: Encoder, described: Mapping[str, Any], folder: Path) -> En
         rebuilt = described_encoder(described)
         rebuilt.load_state_dict(encoder.state_dict())
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"student.args: the weights of {folder} do not fit {described['args']}: {reason}") from error
     return rebuilt.eval()
 

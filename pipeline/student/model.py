@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pipeline.student.regla  # noqa: F401  registers regla_* with timm
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.student.neck import FuseNeck
 from teachers.timm_backbone import LOADING
 
@@ -184,7 +184,7 @@ def load_encoder(folder: Path) -> Encoder:
         encoder = described_encoder(described)
         load_weights(encoder.backbone, folder / "student.safetensors")
     except Exception as error:  # each of timm's constructors has its own kinds for arguments that it was not made for
-        raise UserError(f"{folder} is not an exported student: {' '.join(str(error).split())}") from error
+        raise UserError(f"{folder} is not an exported student: {one_line(error)}") from error
     return encoder.eval()
 
 

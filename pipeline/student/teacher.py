@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.student.model import TAPS, Encoder, create_backbone, level_of, load_encoder
 from teachers.base import (
     Teacher,
@@ -81,7 +81,7 @@ class StudentTeacher(Teacher):
         except UserError as error:
             raise TeacherError(f"teacher student: {self.folder}: {error}") from error
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)
             raise TeacherError(
                 f"teacher student/{described['model']}: input_size {size} does not suit it ({reason})"
             ) from error
@@ -119,7 +119,7 @@ def _description(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsNotFoundError(
             f"teacher student: weights: {folder} is not the folder of an exported student, which holds student.json and "
-            f"student.safetensors ({' '.join(str(error).split())})"
+            f"student.safetensors ({one_line(error)})"
         ) from error
 
 

@@ -17,7 +17,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.tracking.outbox import patiently
 from pipeline.tracking.run import Run
 
@@ -94,7 +94,7 @@ def download_student(model_uri: str, tracking_uri: str) -> Path:
             (folder / name).stat()  # some stores give nothing for what is not there
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"{model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}; models are read "
+            f"{model_uri} cannot be loaded from {tracking_uri}: {one_line(error)}; models are read "
             f"from {STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
         ) from error
     return folder
@@ -166,9 +166,7 @@ def download_model(model_uri: str, tracking_uri: str) -> Path:
         place = _place(MlflowClient(tracking_uri), model_uri)
         return Path(mlflow.artifacts.download_artifacts(place, tracking_uri=tracking_uri))
     except (MlflowException, OSError) as error:
-        raise UserError(
-            f"{model_uri} cannot be loaded from {tracking_uri}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise UserError(f"{model_uri} cannot be loaded from {tracking_uri}: {one_line(error)}") from error
 
 
 def _place(client: MlflowClient, model_uri: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.storage.store import Store
 
 WAIT_S = 10.0
@@ -151,7 +151,7 @@ class Sender:
         except Exception as error:
             if not is_refusal(error):
                 raise
-            log.warning("MLflow at %s does not take %s: %s", self.address, kind, in_a_line(error))
+            log.warning("MLflow at %s does not take %s: %s", self.address, kind, one_line(error))
         self.outbox.store.delete(name)
 
     def _failed(self, error: Exception) -> None:
@@ -159,10 +159,10 @@ class Sender:
             log.warning(
                 "MLflow at %s cannot be told (%s); what is logged waits in %s and is sent when it answers",
                 self.address,
-                in_a_line(error),
+                one_line(error),
                 self.outbox.store.uri,
             )
-        self.problem = in_a_line(error)
+        self.problem = one_line(error)
 
     def _recovered(self) -> None:
         if self.problem:
@@ -184,8 +184,8 @@ def patiently(address: str, call: Callable[[], Any]) -> Any:
             if is_refusal(error):
                 raise
             if time.monotonic() > deadline:
-                raise unreachable(address, in_a_line(error)) from error
-            log.warning("MLflow at %s does not answer (%s); waiting for it", address, in_a_line(error))
+                raise unreachable(address, one_line(error)) from error
+            log.warning("MLflow at %s does not answer (%s); waiting for it", address, one_line(error))
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -205,8 +205,3 @@ def is_refusal(error: Exception) -> bool:
     if isinstance(error, HTTPError):
         return error.response is not None and error.response.status_code in (400, 404, 413)
     return isinstance(error, FileNotFoundError | TypeError | ValueError | KeyError | AttributeError)
-
-
-def in_a_line(error: Exception) -> str:
-    """An error in one short line."""
-    return " ".join(str(error).split())[:200]

@@ -14,7 +14,7 @@ from mlflow.entities import Run as Logged
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.tracking.run import probing
 
 PAGE = 1000
@@ -97,7 +97,7 @@ def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
         chosen = _search(client, found.experiment_id, only) if only else runs
     except MlflowException as error:
         raise UserError(
-            f"--filter: MLflow does not understand {only!r} ({' '.join(str(error).split())[:200]}); it takes, for "
+            f"--filter: MLflow does not understand {only!r} ({one_line(error)}); it takes, for "
             "instance, \"params.student.name = 'regla_s' and metrics.knn_after > 20\""
         ) from error
     ordered = sorted((_logged(run) for run in runs), key=lambda run: run.started)

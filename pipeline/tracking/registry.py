@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from pipeline.errors import one_line
 from pipeline.tracking.models import run_of
 from pipeline.tracking.run import NOTE, Run, run_link
 
@@ -62,7 +63,7 @@ def register(run: Run, candidate: Candidate) -> str | None:
             "the model is logged as %s but not registered as %s: %s",
             candidate.model_uri,
             candidate.name,
-            _in_short(error),
+            one_line(error),
         )
         return None
     registered = f"models:/{candidate.name}/{version.version}"
@@ -70,12 +71,8 @@ def register(run: Run, candidate: Candidate) -> str | None:
         _mark_best(run.client, candidate, registered)
         _show_best(run)
     except (MlflowException, OSError) as error:
-        log.warning("the model is registered as %s, but the best one was not marked: %s", registered, _in_short(error))
+        log.warning("the model is registered as %s, but the best one was not marked: %s", registered, one_line(error))
     return registered
-
-
-def _in_short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _create(run: Run, candidate: Candidate) -> ModelVersion:

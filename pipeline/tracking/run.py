@@ -22,11 +22,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.runtime.metrics import export_training
 from pipeline.storage.store import Store
 from pipeline.tracking.letters import Desk, Point
-from pipeline.tracking.outbox import PATIENCE_S, Outbox, Sender, in_a_line, is_refusal, patiently, unreachable
+from pipeline.tracking.outbox import PATIENCE_S, Outbox, Sender, is_refusal, patiently, unreachable
 
 PARAM_LENGTH = 6000
 """Longest value of a parameter; the whole configuration is an artifact anyway."""
@@ -224,7 +224,7 @@ def probing(uri: str, field: str = "tracking.uri") -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise UserError(
-            f"MLflow at {uri} cannot be used ({in_a_line(error)}); start that server, or name another in {field}"
+            f"MLflow at {uri} cannot be used ({one_line(error)}); start that server, or name another in {field}"
         ) from error
     finally:
         os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}

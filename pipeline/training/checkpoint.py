@@ -20,7 +20,7 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, naming, one_line
 from pipeline.storage.remote import resolve
 from pipeline.storage.store import Store
 from pipeline.training.config import TrainConfig
@@ -104,7 +104,7 @@ def load_state(directory: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise UserError(_refusal(file, " ".join(str(error).split())[:160])) from error
+        raise UserError(_refusal(file, one_line(error))) from error
     if not isinstance(state, dict) or not {"model", "ema", "position", "evaluations"} <= state.keys():
         raise UserError(_refusal(file, "it holds no state of a training"))
     return state
@@ -131,4 +131,4 @@ def drop_beaten(filesystem: fs.FileSystem, path: str) -> None:
             if known.type == fs.FileType.Directory and known.base_name != best.name:
                 filesystem.delete_dir(known.path)
     except OSError as error:
-        log.warning("an earlier best checkpoint stays in %s: %s", best.parent, " ".join(str(error).split())[:200])
+        log.warning("an earlier best checkpoint stays in %s: %s", best.parent, one_line(error))

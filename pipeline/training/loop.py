@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.runtime.allocator import keep_freed_memory
 from pipeline.runtime.interpreter import launch_promptly
 from pipeline.runtime.progress import Progress
@@ -93,7 +93,7 @@ class _Loop:
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # RuntimeErrors too, and no fault of the checkpoint
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)
             raise UserError(
                 f"the checkpoint of step {state['position']['step']} is not of this training, as where an older version of "
                 f"the code wrote it ({reason}): remove the folder of the run, and the same command trains anew from the "

@@ -27,6 +27,7 @@ from pipeline.cache.layout.phi_s import PhiS, load_phi_s
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, fixed_width, keys_of, record_name
 from pipeline.cache.layout.stats import Moments, load_moments, merge_all
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA, views_of
+from pipeline.errors import one_line
 from pipeline.storage.store import Store
 
 TOLERANCE = {"float32": 0.05, "bfloat16": 0.15}
@@ -106,7 +107,7 @@ class Shard:
         try:
             return read()
         except (pa.ArrowException, OSError) as error:
-            raise self.broken(f"cannot be read as Parquet: {' '.join(str(error).split())}") from error
+            raise self.broken(f"cannot be read as Parquet: {one_line(error)}") from error
 
     def fact(self, *path: str) -> Any:
         """What its record tells under this path of keys."""
@@ -139,7 +140,7 @@ def open_shard(folder: ShardFolder, shard: int) -> Shard:
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
-        raise BrokenError(record.file, f"is no Parquet file: {' '.join(str(error).split())}") from error
+        raise BrokenError(record.file, f"is no Parquet file: {one_line(error)}") from error
     opened = Shard(record, file)
     _check_layout(opened, folder.row_group_size)
     return opened
@@ -308,7 +309,7 @@ def check_index(dataset: Dataset) -> None:
         index = pq.ParquetFile(pa.BufferReader(_get(dataset.store, name)))
         fingerprint, groups = index_fingerprint(index.read()), index.num_row_groups
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise BrokenError(name, f"is no Parquet file: {' '.join(str(error).split())}") from error
+        raise BrokenError(name, f"is no Parquet file: {one_line(error)}") from error
     if fingerprint != dataset.fingerprint:
         raise BrokenError(name, f"has fingerprint {fingerprint[:12]}, the dataset is {dataset.fingerprint[:12]}")
     if groups != dataset.shards:
