@@ -10,7 +10,7 @@ its files are read in turn by
   as many threads as pyarrow likes; every byte is copied out of the page cache into Arrow's memory;
 - the reader: `CacheReader.batches` with the join by key, the shuffle and the gathering into batches of torch tensors,
   without decoding JPEGs, which any loader has to do and which costs more than all the rest;
-- the same with `TokenCodec.decode` to float32, which in training is done on the device;
+- the same with `FeatureCodec.decode` to float32, which in training is done on the device;
 - the same with JPEGs decoded and resized.
 
 Rounds are interleaved, and each figure is the median over the rounds of the ratio within one, so that other work on the
@@ -43,7 +43,7 @@ import torch
 from benchmarks.made_up_cache import jpegs, write_dataset, write_teacher
 from benchmarks.memory import growth, report, watch
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.codec import TokenCodec
+from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.read.reader import Batch, CacheReader
@@ -79,12 +79,12 @@ def _speed(codec: str, options: argparse.Namespace) -> dict[str, float]:
         dataset = write_dataset(folder, options.images or 2048, jpegs(256), SHARD_SIZE)
         teachers = [write_teacher(dataset, name, *shape, codec) for name, shape in TEACHERS.items()]
         plain, full = (_reader(kind, dataset, teachers, options, 224) for kind in (Undecoded, CacheReader))
-        tokens = {teacher.id: teacher.tokens() for teacher in teachers}
+        codecs = {teacher.id: teacher.codecs() for teacher in teachers}
         ways: dict[str, Callable[[int], Iterator[int]]] = {
             "bare": lambda epoch: _bare_scan(dataset, teachers),
             "ratio": lambda epoch: (len(batch.keys) for batch in plain.batches(epoch)),
-            "float32": lambda epoch: (_decoded(batch, tokens) for batch in plain.batches(epoch)),
-            "jpeg": lambda epoch: (_decoded(batch, tokens) for batch in full.batches(epoch)),
+            "float32": lambda epoch: (_decoded(batch, codecs) for batch in plain.batches(epoch)),
+            "jpeg": lambda epoch: (_decoded(batch, codecs) for batch in full.batches(epoch)),
         }
         rates = [{way: _rate(run(epoch)) for way, run in ways.items()} for epoch in range(options.rounds + 1)][1:]
         read = _bytes_read(lambda: _reader(Undecoded, dataset, teachers, options, 224).batches(0)) / _bytes_stored(
@@ -126,10 +126,10 @@ def _bare_scan(dataset: Dataset, teachers: Sequence[CachedTeacher]) -> Iterator[
             yield tables[0].num_rows
 
 
-def _decoded(batch: Batch, tokens: dict[str, dict[str, TokenCodec]]) -> int:
+def _decoded(batch: Batch, codecs: dict[str, dict[str, FeatureCodec]]) -> int:
     for teacher, kinds in batch.features.items():
         for kind, rows in kinds.items():
-            tokens[teacher][kind].decode(rows)
+            codecs[teacher][kind].decode(rows)
     return len(batch.keys)
 
 
@@ -179,8 +179,8 @@ def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
     teacher = write_teacher(dataset, "dinov2-s", *TEACHERS["dinov2-s"], "int8")
     with watch("reader") as curves:
         reader = _reader(CacheReader, dataset, [teacher], options, 64)
-        tokens = {teacher.id: teacher.tokens()}
-        images = sum(_decoded(batch, tokens) for epoch in range(options.epochs) for batch in reader.batches(epoch))
+        codecs = {teacher.id: teacher.codecs()}
+        images = sum(_decoded(batch, codecs) for epoch in range(options.epochs) for batch in reader.batches(epoch))
     means = report(
         curves, options.figure, f"Reading {images:,} images, {teacher.row_bytes() / 1024:.0f} KiB of features each"
     )

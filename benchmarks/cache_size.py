@@ -112,8 +112,8 @@ def _measure(
 
 def _judge(codec: Codec, projection: Projection | None, features: dict[str, Tensor]) -> dict[str, float]:
     """Bytes an image over all token types, and the fidelity of the patches."""
-    tokens = codec.tokens({kind: tuple(values.shape[1:]) for kind, values in features.items()}, projection)
-    encoded = {kind: tokens[kind].encode(values) for kind, values in features.items()}
+    codecs = codec.build({kind: tuple(values.shape[1:]) for kind, values in features.items()}, projection)
+    encoded = {kind: codecs[kind].encode(values) for kind, values in features.items()}
     columns = {
         kind: pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
         for kind, rows in encoded.items()
@@ -121,7 +121,7 @@ def _judge(codec: Codec, projection: Projection | None, features: dict[str, Tens
     sink = pa.BufferOutputStream()
     compression = "zstd" if codec.zstd else "none"
     pq.write_table(pa.table(columns), sink, compression=compression, use_dictionary=False, write_statistics=False)
-    kept = tokens["patches"].decode(torch.from_numpy(encoded["patches"]))
+    kept = codecs["patches"].decode(torch.from_numpy(encoded["patches"]))
     return {"bytes": sink.getvalue().size / len(kept), **fidelity(features["patches"], kept)}
 
 

@@ -50,7 +50,7 @@ from benchmarks.made_up_cache import jpegs, write_dataset
 from benchmarks.memory import growth, report, watch
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
-from pipeline.cache.layout.cached_teacher import CachedTeacher, load_tokens, make_teacher
+from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs, make_teacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.cache.layout.stats import MomentSums
@@ -179,7 +179,7 @@ class Stages:
         if self.device == "cuda":
             self.pixels = [pixels.pin_memory() for pixels in self.pixels]
         self.features = [self.teacher.encode(pixels) for pixels in self.pixels]
-        self.tokens = {kind: tokens.to(self.device) for kind, tokens in load_tokens(dataset, teacher).items()}
+        self.codecs = {kind: codec.to(self.device) for kind, codec in load_codecs(dataset, teacher).items()}
 
     def forward(self) -> int:
         """The teacher over rendered batches; returns how many images those are, as all of these do."""
@@ -195,11 +195,11 @@ class Stages:
 
     def encode(self) -> int:
         """Codec and statistics."""
-        for kind, tokens in self.tokens.items():
+        for kind, codec in self.codecs.items():
             sums = MomentSums()
             for output in self.features:
                 features = getattr(output, kind)
-                tokens.encode(features)
+                codec.encode(features)
                 sums.add(features)
             sums.moments()
         return sum(len(output.patches) for output in self.features)

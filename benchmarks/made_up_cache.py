@@ -59,7 +59,7 @@ def write_teacher(
     rng = np.random.default_rng(patches)
     for record in dataset.images.records().values():
         table = dataset.images.read(record, ["sample_id", "view"])
-        for kind, width in {kind: tokens.row_bytes for kind, tokens in teacher.tokens().items()}.items():
+        for kind, width in {kind: codec.row_bytes for kind, codec in teacher.codecs().items()}.items():
             rows = rng.integers(0, 256, (len(table), width), dtype=np.uint8)
             column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
             table = table.append_column(pa.field(kind, column.type, nullable=False), column)

@@ -120,9 +120,9 @@ def measure(photos: list[bytes], student: str, side: int) -> Costs:
         features = torch.randn(16, cells, cells, channels // 2) @ basis + 0.1 * torch.randn(16, cells, cells, channels)
         codec = Codec.parse(CODEC)
         projection = fit_projection(codec, features.reshape(-1, cells, cells, channels))
-        tokens = codec.tokens({"patches": (cells, cells, channels)}, projection)["patches"]
-        encode += core_seconds(partial(tokens.encode, features)) / len(features)
-        size += tokens.row_bytes
+        feature_codec = codec.build({"patches": (cells, cells, channels)}, projection)["patches"]
+        encode += core_seconds(partial(feature_codec.encode, features)) / len(features)
+        size += feature_codec.row_bytes
     network = timm.create_model(student, num_classes=0).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, side, side))

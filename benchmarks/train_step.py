@@ -274,10 +274,10 @@ def make_distiller(options: argparse.Namespace, teachers: Sequence[CachedTeacher
         teacher.id: {kind: MeanStd(np.zeros(shape[-1]), np.ones(shape[-1])) for kind, shape in teacher.shapes.items()}
         for teacher in teachers
     }
-    tokens = {teacher.id: teacher.tokens() for teacher in teachers}
+    codecs = {teacher.id: teacher.codecs() for teacher in teachers}
     student = make_student(options.student)
     loss = LossConfig(max_patches=options.max_patches)
-    return Distiller(student, teachers, standardisers, tokens, options.image_size, options.head_dim, loss)
+    return Distiller(student, teachers, standardisers, codecs, options.image_size, options.head_dim, loss)
 
 
 def write_features(dataset: Dataset, model: str, codec: str) -> CachedTeacher:
@@ -288,8 +288,8 @@ def write_features(dataset: Dataset, model: str, codec: str) -> CachedTeacher:
     generator = torch.Generator().manual_seed(0)
     compression = "zstd" if Codec.parse(codec).zstd else "none"
     drawn = {
-        kind: tokens.encode(torch.randn(16, *tokens.shape, generator=generator))
-        for kind, tokens in teacher.tokens().items()
+        kind: codec.encode(torch.randn(16, *codec.shape, generator=generator))
+        for kind, codec in teacher.codecs().items()
     }
     for record in dataset.images.records().values():
         table = dataset.images.read(record, ["sample_id", "view"])

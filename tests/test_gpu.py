@@ -63,9 +63,7 @@ def test_codecs_store_and_read_the_same_as_on_a_cpu(name):
     features = torch.randn(64, 5, 7, 24) * torch.logspace(-1, 1, 24)
     codec = Codec.parse(name)
     fitted = fit_projection(codec, features) if codec.pca else None
-    here, there = (
-        codec.tokens({"patches": features.shape[1:]}, fitted)["patches"].to(where) for where in ("cpu", CUDA)
-    )
+    here, there = (codec.build({"patches": features.shape[1:]}, fitted)["patches"].to(where) for where in ("cpu", CUDA))
     rows = torch.from_numpy(here.encode(features))
     torch.testing.assert_close(there.decode(rows.to(CUDA)).cpu(), here.decode(rows), rtol=1e-5, atol=1e-4)
     stored = torch.from_numpy(there.encode(features.to(CUDA)))
@@ -128,13 +126,13 @@ def _teacher(model, codec="float32", precision="float32", **config):
 
 def _stored(dataset, teacher):
     folder = dataset.teacher(teacher.id)
-    tokens = teacher.tokens()
-    columns = {kind: [] for kind in tokens}
+    codecs = teacher.codecs()
+    columns = {kind: [] for kind in codecs}
     for record in folder.records().values():
         table = folder.read(record)
         for kind in columns:
             rows = np.frombuffer(b"".join(table[kind].to_pylist()), np.uint8).reshape(len(table), -1)
-            columns[kind].append(tokens[kind].decode(torch.from_numpy(rows.copy())))
+            columns[kind].append(codecs[kind].decode(torch.from_numpy(rows.copy())))
         folder.unlist(record.shard)
     return {kind: torch.cat(parts) for kind, parts in columns.items()}
 
@@ -213,20 +211,20 @@ def test_losses_of_steps_are_those_of_a_cpu(cached, precision, bound):
 def test_the_loss_of_a_batch_is_that_of_a_cpu(codec, loss, standardise):
     teacher = _teacher("dinov2/vits14", codec, input_size=56)
     drawn = {kind: torch.randn(64, *shape) * 3 + 1 for kind, shape in teacher.shapes.items()}
-    tokens = teacher.tokens(fit_projection(Codec.parse(codec), drawn["patches"]))
+    codecs = teacher.codecs(fit_projection(Codec.parse(codec), drawn["patches"]))
     standardisers = {kind: standardise(Moments.of(values)) for kind, values in drawn.items()}
     here = Distiller(
         make_student("regla_t"),
         [teacher],
         {teacher.id: standardisers},
-        {teacher.id: tokens},
+        {teacher.id: codecs},
         64,
         32,
         LossConfig(**loss),
     )
     there = copy.deepcopy(here).to(CUDA)
     pixels = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)
-    stored = {kind: torch.from_numpy(tokens[kind].encode(values)) for kind, values in drawn.items()}
+    stored = {kind: torch.from_numpy(codecs[kind].encode(values)) for kind, values in drawn.items()}
     with torch.no_grad():
         for step in torch.arange(3):
             expected, parts = here(pixels, {teacher.id: stored}, step=step)

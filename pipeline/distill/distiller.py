@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
-from pipeline.cache.layout.codec import TokenCodec
+from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.distill.balance import KINDS, drop_coefficients, teacher_weights
 from pipeline.distill.config import LossConfig
 from pipeline.distill.grid import GridRule, turns
@@ -30,7 +30,7 @@ class TeacherTarget(nn.Module):
         self,
         teacher: CachedTeacher,
         standardisers: Mapping[str, Standardiser],
-        tokens: Mapping[str, TokenCodec],
+        codecs: Mapping[str, FeatureCodec],
         student: Student,
         grid: tuple[int, int],
         hidden: int,
@@ -41,8 +41,8 @@ class TeacherTarget(nn.Module):
         self.rule = GridRule(grid, teacher.spec.grid)
         self.register_buffer("turns", turns(self.rule.grid, loss.max_patches), persistent=False)
         self.standardisers = nn.ModuleDict({kind: standardisers[kind] for kind in teacher.shapes})
-        folded = {kind: standardisers[kind].fold(tokens[kind]) for kind in teacher.shapes}
-        self.tokens = nn.ModuleDict({kind: decoder or tokens[kind] for kind, decoder in folded.items()})
+        folded = {kind: standardisers[kind].fold(codecs[kind]) for kind in teacher.shapes}
+        self.codecs = nn.ModuleDict({kind: decoder or codecs[kind] for kind, decoder in folded.items()})
         self.folded = {kind for kind, decoder in folded.items() if decoder}
         dims = {"summary": student.encoder.dim, "patches": student.token_dim}
         self.heads = nn.ModuleDict(
@@ -71,32 +71,32 @@ class TeacherTarget(nn.Module):
     def targets(
         self,
         raw: Mapping[str, Tensor],
-        tokens: Mapping[str, TokenCodec] | None = None,
+        codecs: Mapping[str, FeatureCodec] | None = None,
         places: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Standardised features on the same grids, by token type, in the shapes of `predict`.
 
         Args:
             raw: by token type, [B, row_bytes] uint8 as stored, on the student's device.
-            tokens: decoders of the dataset that `raw` is of, whose projections are its own; None: the training images'.
+            codecs: decoders of the dataset that `raw` is of, whose projections are its own; None: the training images'.
             places: as in `predict`; what is not wanted is not decoded, unless patches are averaged.
         """
         averaged = self.rule.grid != self.rule.teacher
         wanted = {"patches": None if averaged else places}
         # Autocast would take the projections to bfloat16; stored features are worth more than that.
         with torch.autocast(raw["patches"].device.type, enabled=False):
-            target = {kind: self._target(kind, raw[kind], tokens, wanted.get(kind)) for kind in self.heads}
+            target = {kind: self._target(kind, raw[kind], codecs, wanted.get(kind)) for kind in self.heads}
         if averaged:
             target["patches"] = _at(self.rule.align_teacher(target["patches"]), places)
         return target
 
     def _target(
-        self, kind: str, rows: Tensor, tokens: Mapping[str, TokenCodec] | None, places: Tensor | None
+        self, kind: str, rows: Tensor, codecs: Mapping[str, FeatureCodec] | None, places: Tensor | None
     ) -> Tensor:
-        decoder = self.tokens[kind] if tokens is None else tokens[kind].to(rows.device)
-        assert isinstance(decoder, TokenCodec)
+        decoder = self.codecs[kind] if codecs is None else codecs[kind].to(rows.device)
+        assert isinstance(decoder, FeatureCodec)
         features = decoder.decode(rows, places)
-        return features if tokens is None and kind in self.folded else self.standardisers[kind](features)
+        return features if codecs is None and kind in self.folded else self.standardisers[kind](features)
 
     def losses(self, output: StudentOutput, raw: Mapping[str, Tensor], step: Tensor | None = None) -> dict[str, Tensor]:
         """[B] float32 by part: ``patches``, ``summary`` where there is one, and in training each relation asked for.
@@ -137,7 +137,7 @@ class Distiller(nn.Module):
 
     Args:
         student: backbone and neck.
-        teachers: with `standardisers` and `tokens` (decoders) by teacher id and token type.
+        teachers: with `standardisers` and `codecs` (decoders) by teacher id and token type.
         image_size: side of the student's input in pixels.
         hidden: channels of the heads' hidden layer.
         loss: what is compared, and how.
@@ -151,7 +151,7 @@ class Distiller(nn.Module):
         student: Student,
         teachers: Sequence[CachedTeacher],
         standardisers: Mapping[str, Mapping[str, Standardiser]],
-        tokens: Mapping[str, Mapping[str, TokenCodec]],
+        codecs: Mapping[str, Mapping[str, FeatureCodec]],
         image_size: int,
         hidden: int,
         loss: LossConfig,
@@ -161,7 +161,7 @@ class Distiller(nn.Module):
         self.labels = teacher_labels(teachers)
         grid = token_grid(student, image_size)
         self.targets = nn.ModuleList(
-            TeacherTarget(teacher, standardisers[teacher.id], tokens[teacher.id], student, grid, hidden, loss)
+            TeacherTarget(teacher, standardisers[teacher.id], codecs[teacher.id], student, grid, hidden, loss)
             for teacher in teachers
         )
         self.register_buffer("weights", teacher_weights(teachers), persistent=False)

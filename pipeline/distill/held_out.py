@@ -9,8 +9,8 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
-from pipeline.cache.layout.cached_teacher import CachedTeacher, load_tokens
-from pipeline.cache.layout.codec import TokenCodec
+from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
+from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.distill.distiller import Distiller, TeacherTarget
@@ -30,7 +30,7 @@ class HeldOut:
         batch_size: images per forward, at most.
 
     Attributes:
-        tokens: decoders by teacher id and token type; a projection is fitted on each dataset by itself.
+        codecs: decoders by teacher id and token type; a projection is fitted on each dataset by itself.
 
     Raises:
         UserError: where a teacher's shards are missing.
@@ -41,7 +41,7 @@ class HeldOut:
         # As near to all of the images as equal batches come.
         size = max(1, rows // -(-rows // batch_size))
         self.batch_size = size
-        self.tokens = {teacher.id: load_tokens(dataset, teacher) for teacher in teachers}
+        self.codecs = {teacher.id: load_codecs(dataset, teacher) for teacher in teachers}
         self.reader = CacheReader(
             dataset,
             teachers,
@@ -58,12 +58,12 @@ class HeldOut:
 
 @torch.inference_mode()
 def nearness(
-    module: Distiller, batches: Iterator[Batch], tokens: Mapping[str, Mapping[str, TokenCodec]]
+    module: Distiller, batches: Iterator[Batch], codecs: Mapping[str, Mapping[str, FeatureCodec]]
 ) -> dict[str, float]:
     """Mean cosine and loss of what the heads predict, per teacher and token type.
 
     Args:
-        tokens: decoders of the batches, by teacher id and token type.
+        codecs: decoders of the batches, by teacher id and token type.
 
     Returns:
         ``val_cosine/<teacher>/<token type>`` in [-1, 1], per patch token or summary, of standardised features; and
@@ -80,7 +80,7 @@ def nearness(
             terms = {"patches": target.loss.patches, "summary": target.loss.summary}
             predicted = target.predict(output)
             raw = {kind: rows.to(device) for kind, rows in batch.features[target.teacher.id].items()}
-            wanted = target.targets(raw, tokens[target.teacher.id])
+            wanted = target.targets(raw, codecs[target.teacher.id])
             for kind, values in predicted.items():
                 cosine = F.cosine_similarity(values.float(), wanted[kind].float(), dim=-1)
                 sums[f"val_cosine/{label}/{kind}"] += float(

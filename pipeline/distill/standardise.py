@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.codec import Projection, TokenCodec
+from pipeline.cache.layout.codec import FeatureCodec, Projection
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.phi_s import PhiS, load_phi_s
 from pipeline.cache.layout.stats import Moments, load_moments
@@ -30,12 +30,12 @@ class Standardiser(nn.Module):
         """The inverse of `forward`."""
         raise NotImplementedError
 
-    def fold(self, tokens: TokenCodec) -> TokenCodec | None:
+    def fold(self, codec: FeatureCodec) -> FeatureCodec | None:
         """A decoder of projected features whose matrix standardises them on the way; None where nothing is projected."""
-        if tokens.basis is None or tokens.mean is None:
+        if codec.basis is None or codec.mean is None:
             return None
-        projection = Projection(self(tokens.mean), self.turn(tokens.basis))
-        return TokenCodec(tokens.scalar, tokens.shape, projection, tokens.by_channel)
+        projection = Projection(self(codec.mean), self.turn(codec.basis))
+        return FeatureCodec(codec.scalar, codec.shape, projection, codec.by_channel)
 
 
 class MeanStd(Standardiser):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.cache.layout.cached_teacher import CachedTeacher, load_tokens
+from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
@@ -63,14 +63,14 @@ def build_distiller(job: DistillJob) -> Distiller:
     freeze_unused(student, config.student.input_size)
     method = config.loss.standardise
     standardisers = {teacher.id: make_standardisers(job.train, teacher, method) for teacher in job.teachers}
-    tokens = {teacher.id: load_tokens(job.train, teacher) for teacher in job.teachers}
+    codecs = {teacher.id: load_codecs(job.train, teacher) for teacher in job.teachers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Distiller(
             student,
             job.teachers,
             standardisers,
-            tokens,
+            codecs,
             config.student.input_size,
             config.student.head_dim,
             config.loss,
@@ -174,7 +174,7 @@ class DistillTask(Task):
         assert isinstance(averaged, Distiller)
         metrics = self._knn([averaged.student.encoder, *([raw.student.encoder] if isinstance(raw, Distiller) else [])])
         if not self.worker.rank and self.held_out:
-            metrics |= nearness(averaged, self.held_out.batches(), self.held_out.tokens)
+            metrics |= nearness(averaged, self.held_out.batches(), self.held_out.codecs)
         return metrics
 
     def _knn(self, encoders: Sequence[nn.Module]) -> dict[str, float]:
@@ -201,7 +201,7 @@ class DistillTask(Task):
         """Draw curves, and features as colours."""
         if self.watcher is not None:
             assert isinstance(module, Distiller)
-            self.watcher.draw(module, evaluations, self.shown, self.held_out.tokens if self.held_out else None)
+            self.watcher.draw(module, evaluations, self.shown, self.held_out.codecs if self.held_out else None)
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:

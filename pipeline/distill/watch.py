@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.cache.layout.codec import TokenCodec
+from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.read.reader import Batch
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.training.task import History
@@ -42,21 +42,21 @@ class Watch:
         module: Distiller,
         evaluations: History,
         batch: Batch,
-        tokens: Mapping[str, Mapping[str, TokenCodec]] | None,
+        codecs: Mapping[str, Mapping[str, FeatureCodec]] | None,
     ) -> None:
         """Both figures, in place of those of the last epoch.
 
         Args:
             evaluations: of this phase, the first before training.
             batch: with the features of the images to be shown.
-            tokens: decoders of these features by teacher id and token type; None: the training images'.
+            codecs: decoders of these features by teacher id and token type; None: the training images'.
         """
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         # A phase begins with the evaluation that the one before ended with.
         curve = [*self.earlier, *evaluations[bool(self.earlier) :]]
         curves_figure(curve, self.teacher_knn, folder / "curves.png")
-        features_figure(module, batch, tokens, folder / "features.png")
+        features_figure(module, batch, codecs, folder / "features.png")
 
 
 def curves_figure(
@@ -98,7 +98,7 @@ def curves_figure(
 
 @torch.inference_mode()
 def features_figure(
-    module: Distiller, batch: Batch, tokens: Mapping[str, Mapping[str, TokenCodec]] | None, path: Path
+    module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None, path: Path
 ) -> Path:
     """Images beside every teacher's patch features and what the student makes of them.
 
@@ -116,7 +116,7 @@ def features_figure(
         assert isinstance(target, TeacherTarget)
         raw = {kind: rows[:count].to(device) for kind, rows in batch.features[target.teacher.id].items()}
         label = module.labels[target.teacher.id]
-        wanted = target.targets(raw, tokens[target.teacher.id] if tokens else None)["patches"].float().cpu()
+        wanted = target.targets(raw, codecs[target.teacher.id] if codecs else None)["patches"].float().cpu()
         shown = colours(wanted, wanted, target.predict(output)["patches"].float().cpu())
         columns |= {label: shown[0], f"student of {label}": shown[1]}
     own = output.tokens.float().permute(0, 2, 3, 1).cpu()

@@ -205,7 +205,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def taking_apart(uri: str) -> Iterator[None]:
+def report_damage(uri: str) -> Iterator[None]:
     """While a file of the cache is taken apart: what is broken in it becomes one line that names it.
 
     Raises:

@@ -58,8 +58,8 @@ def _features(teacher, count):
 
 
 def _stored(teacher, features):
-    tokens = teacher.tokens()
-    return {kind: torch.from_numpy(tokens[kind].encode(values)) for kind, values in features.items()}
+    codecs = teacher.codecs()
+    return {kind: torch.from_numpy(codecs[kind].encode(values)) for kind, values in features.items()}
 
 
 def _stats(teacher):
@@ -70,8 +70,8 @@ def _distiller(*teachers, stats=None, **loss):
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
     stats = stats or {t.id: _stats(t) for t in teachers}
     standardisers = {name: {kind: MeanStd.of(part) for kind, part in parts.items()} for name, parts in stats.items()}
-    tokens = {t.id: t.tokens() for t in teachers}
-    return Distiller(student, teachers, standardisers, tokens, SIZE, 32, LossConfig(**loss))
+    codecs = {t.id: t.codecs() for t in teachers}
+    return Distiller(student, teachers, standardisers, codecs, SIZE, 32, LossConfig(**loss))
 
 
 def _batch(teachers, count=4):
@@ -320,10 +320,10 @@ def test_phi_s_gives_the_same_targets_whether_features_are_projected_or_not():
     targets = []
     for codec in ("float32", "pca6-float32"):  # all six channels: nothing is lost
         cached = dataclasses.replace(teacher, codec=codec)
-        tokens = cached.tokens(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
+        codecs = cached.codecs(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
         standardisers = {kind: Rotation(PhiS.of(part)) for kind, part in moments.items()}
-        one = Distiller(student, [cached], {cached.id: standardisers}, {cached.id: tokens}, SIZE, 32, LossConfig())
-        raw = {kind: torch.from_numpy(tokens[kind].encode(values)) for kind, values in features.items()}
+        one = Distiller(student, [cached], {cached.id: standardisers}, {cached.id: codecs}, SIZE, 32, LossConfig())
+        raw = {kind: torch.from_numpy(codecs[kind].encode(values)) for kind, values in features.items()}
         targets.append(one.targets[0].targets(raw))
     assert targets[0]["patches"].shape == (50, 4, 4, 6)
     for kind in ("summary", "patches"):
@@ -355,13 +355,13 @@ def test_a_step_on_a_part_of_the_patches_reads_no_number_of_the_device():
 def test_the_turns_of_a_batch_compare_every_patch_and_together_are_the_whole_loss(grid, codec):
     teacher = dataclasses.replace(_teacher("a", grid=grid), codec=codec)
     features = _features(teacher, 40)
-    tokens = teacher.tokens(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
+    codecs = teacher.codecs(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
     standardisers = {kind: MeanStd.of(Moments.of(values)) for kind, values in features.items()}
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
     places = math.prod(GridRule((4, 4), grid).grid)
     loss = LossConfig(max_patches=-(-places // 2))
-    distiller = Distiller(student, [teacher], {"a-id": standardisers}, {"a-id": tokens}, SIZE, 32, loss).eval()
-    raw = {kind: torch.from_numpy(tokens[kind].encode(values)) for kind, values in features.items()}
+    distiller = Distiller(student, [teacher], {"a-id": standardisers}, {"a-id": codecs}, SIZE, 32, loss).eval()
+    raw = {kind: torch.from_numpy(codecs[kind].encode(values)) for kind, values in features.items()}
     pixels = torch.randint(0, 256, (40, 3, SIZE, SIZE), dtype=torch.uint8)
     seen = []
     distiller.targets[0].heads["patches"].register_forward_hook(lambda _, given, __: seen.append(given[0].shape))

@@ -48,7 +48,7 @@ def test_a_student_learns_from_a_student_by_way_of_the_cache(proxy, tmp_path, mo
         pixels = torch.from_numpy(render(image, FULL, (32, 32), "bicubic"))[None]
         with torch.no_grad():
             expected = encoder(pixels / 255)
-        torch.testing.assert_close(teacher.tokens()["summary"].decode(stored[None]), expected, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(teacher.codecs()["summary"].decode(stored[None]), expected, rtol=1e-2, atol=1e-2)
     losses = []
     train(task, config.train, Worker(), None, lambda snapshot: losses.extend(snapshot.history))
     curve = [metrics["loss"] for _, metrics in losses if "loss" in metrics]

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.cache.fill.build import teacher_stats
-from pipeline.cache.layout.codec import Codec, TokenCodec, fit_projection
+from pipeline.cache.layout.codec import Codec, FeatureCodec, fit_projection
 from pipeline.cache.layout.phi_s import PhiS
 from pipeline.cache.layout.stats import Moments
 from pipeline.distill.standardise import MeanStd, Rotation, make_standardisers
@@ -62,12 +62,12 @@ def test_features_that_never_vary_become_nothing_and_come_back():
 def test_of_projected_features_the_decoder_standardises(features):
     patches = torch.tensor(features, dtype=torch.float32).view(24, 5, 5, 6)
     codec = Codec.parse("pca4-float32")
-    tokens = codec.tokens({"patches": (5, 5, 6)}, fit_projection(codec, patches))["patches"]
-    moments, rows = Moments.of(patches), torch.from_numpy(tokens.encode(patches))
+    feature_codec = codec.build({"patches": (5, 5, 6)}, fit_projection(codec, patches))["patches"]
+    moments, rows = Moments.of(patches), torch.from_numpy(feature_codec.encode(patches))
     for standardiser in (MeanStd.of(moments), Rotation(PhiS.of(moments))):
-        folded = standardiser.fold(tokens)
-        torch.testing.assert_close(folded.decode(rows), standardiser(tokens.decode(rows)), rtol=1e-4, atol=1e-4)
-        assert standardiser.fold(TokenCodec("float32", (5, 5, 6))) is None
+        folded = standardiser.fold(feature_codec)
+        torch.testing.assert_close(folded.decode(rows), standardiser(feature_codec.decode(rows)), rtol=1e-4, atol=1e-4)
+        assert standardiser.fold(FeatureCodec("float32", (5, 5, 6))) is None
 
 
 def test_they_come_frozen_from_the_cache(filled):

@@ -51,7 +51,7 @@ def test_batches_hold_the_features_of_their_images(job):
         for row in (0, 7, 15):
             for teacher, expected in _features(task.job, batch.keys[row]):
                 for kind in teacher.shapes:
-                    stored = teacher.tokens()[kind].decode(batch.features[teacher.id][kind][row : row + 1])
+                    stored = teacher.codecs()[kind].decode(batch.features[teacher.id][kind][row : row + 1])
                     torch.testing.assert_close(stored, getattr(expected, kind), rtol=1e-2, atol=1e-2)
 
 
@@ -144,7 +144,7 @@ def test_evaluation_is_knn_of_the_given_weights_and_nearness_to_the_teachers(job
     for task in tasks:
         module = task.module.eval()
         [expected] = student_knn([module.student.encoder], judge.job.train, judge.job.val, 32, judge.job.config.knn)
-        near = nearness(module, judge.held_out.batches(), judge.held_out.tokens)
+        near = nearness(module, judge.held_out.batches(), judge.held_out.codecs)
         assert judge.evaluate(module, None) == {"knn": expected, "knn_raw": expected, **near}
         scores.append((expected, near))
     (first, near), (second, _) = scores

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.cache.fill.build import plan_cache
-from pipeline.cache.layout.cached_teacher import load_tokens
+from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.distill.held_out import HeldOut, nearness
 from pipeline.distill.job import make_job
 from pipeline.distill.loss import vector_loss
@@ -49,14 +49,14 @@ def test_nearness_is_the_mean_over_images_of_cosine_and_loss(job):
     task = DistillTask(job)
     module = task.module.eval()
     batches = list(task.held_out.batches())
-    metrics = nearness(module, iter(batches), task.held_out.tokens)
+    metrics = nearness(module, iter(batches), task.held_out.codecs)
     images = torch.cat([batch.images for batch in batches])
     output = module.student(images)
     assert len(metrics) == 8
     for target, teacher in zip(module.targets, job.teachers, strict=True):
         label = module.labels[teacher.id]
         raw = {kind: torch.cat([batch.features[teacher.id][kind] for batch in batches]) for kind in teacher.shapes}
-        predicted, decoders = target.predict(output), load_tokens(job.held_out, teacher)
+        predicted, decoders = target.predict(output), load_codecs(job.held_out, teacher)
         for kind, values in predicted.items():
             wanted = target.standardisers[kind](decoders[kind].decode(raw[kind]))
             wanted = target.rule.align_teacher(wanted) if kind == "patches" else wanted
@@ -73,9 +73,9 @@ def test_perfect_heads_come_as_near_as_can_be(job):
     held_out = HeldOut(job.held_out, job.teachers, 32, 40)
     batch = next(held_out.batches())
     for target in module.targets:
-        raw, tokens = batch.features[target.teacher.id], held_out.tokens[target.teacher.id]
-        target.predict = lambda _, target=target, raw=raw, tokens=tokens: target.targets(raw, tokens)
-    metrics = nearness(module, iter([batch]), held_out.tokens)
+        raw, codecs = batch.features[target.teacher.id], held_out.codecs[target.teacher.id]
+        target.predict = lambda _, target=target, raw=raw, codecs=codecs: target.targets(raw, codecs)
+    metrics = nearness(module, iter([batch]), held_out.codecs)
     for name, value in metrics.items():
         assert value == pytest.approx(1.0 if name.startswith("val_cosine") else 0.0, abs=1e-5)
 

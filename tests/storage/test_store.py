@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.storage import remote
-from pipeline.storage.store import LEFTOVER_AGE_S, Store, taking_apart
+from pipeline.storage.store import LEFTOVER_AGE_S, Store, report_damage
 
 
 def test_put_then_get_list_and_size(tmp_path):
@@ -105,7 +105,7 @@ def test_a_file_that_is_cut_short_while_it_is_open_is_an_error(tmp_path):
     pq.write_table(pa.table({"a": range(10**5)}), tmp_path / "x.parquet")
     with pq.ParquetFile(Store.at(tmp_path).open("x.parquet")) as file:
         os.truncate(tmp_path / "x.parquet", 100)
-        with pytest.raises(UserError, match=r"x\.parquet is damaged \("), taking_apart(f"{tmp_path}/x.parquet"):
+        with pytest.raises(UserError, match=r"x\.parquet is damaged \("), report_damage(f"{tmp_path}/x.parquet"):
             file.read()
 
 

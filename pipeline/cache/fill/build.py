@@ -33,7 +33,7 @@ from pipeline.runtime.metrics import export
 from pipeline.runtime.progress import Progress
 from pipeline.sources import SceneSettings, open_source
 from pipeline.sources.base import Source
-from pipeline.storage.store import Store, taking_apart
+from pipeline.storage.store import Store, report_damage
 
 PASSES = 2
 """Over what is missing: of two actors that fitted a projection in the same moment only one's shards count."""
@@ -286,7 +286,7 @@ def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
 def teacher_stats(dataset: Dataset, teacher: CachedTeacher) -> dict[str, Moments]:
     """Frozen statistics of a teacher over a dataset, by token type."""
     store = dataset.teacher(teacher.id).store
-    with taking_apart(f"{store.uri}/stats.npz"):
+    with report_damage(f"{store.uri}/stats.npz"):
         return load_moments(store.get("stats.npz"))
 
 

@@ -27,7 +27,7 @@ from pipeline.cache.layout.codec import Codec, Projection, dump_projection, fit_
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
 from pipeline.cache.layout.stats import MomentSums
-from pipeline.cache.layout.view_rows import Spine, read_spine, views_of
+from pipeline.cache.layout.view_rows import ViewRows, read_view_rows, views_of
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import View
 from pipeline.imaging.rendering import Drawing, Pending, Renderer, Work, at_once
@@ -149,7 +149,7 @@ class Extract:
 
     def _extract(self, dataset: Dataset, shard: int, names: list[str], stages: Stages) -> int:
         with stages.part("read"):
-            spine = read_spine(dataset, shard)
+            spine = read_view_rows(dataset, shard)
         writers = {name: ShardBuilder(self.cached[name], *self._codec(dataset, name)) for name in names}
         for groups in self._stretches(dataset, shard, len(spine.images)):
             kept = {name: self.sampled.pop((dataset.view.uri, name, shard, groups[0]), None) for name in names}
@@ -224,7 +224,7 @@ class Extract:
         cached = self.cached[name]
         patches = []
         for shard, group in dataset.sample_groups(_sample_size(cached)):
-            part = _part(dataset, read_spine(dataset, shard), range(group, group + 1))
+            part = _part(dataset, read_view_rows(dataset, shard), range(group, group + 1))
             outputs = [self.encode(name, batch[name])[0].to("cpu") for batch in self.rendered(*part, [name])]
             patches += [output.patches for output in outputs]
             self.sampled[dataset.view.uri, name, shard, group] = outputs
@@ -245,7 +245,7 @@ def _sample_size(teacher: CachedTeacher) -> int:
     return max(256, -(-16 * channels // (height * width)))
 
 
-def _part(dataset: Dataset, spine: Spine, groups: range) -> tuple[pa.Table, pa.Table]:
+def _part(dataset: Dataset, spine: ViewRows, groups: range) -> tuple[pa.Table, pa.Table]:
     """The images and the rows of these row groups of a shard."""
     first, count, views = groups.start * ROW_GROUP_SIZE, len(groups) * ROW_GROUP_SIZE, dataset.policy.rows_per_image
     return spine.images.slice(first, count), spine.rows.slice(first * views, count * views)
@@ -306,7 +306,7 @@ class ShardBuilder:
     def __init__(self, teacher: CachedTeacher, projection_name: str, projection: Projection | None) -> None:
         self.teacher = teacher
         self.projection_name = projection_name
-        self.tokens = teacher.tokens(projection)
+        self.codecs = teacher.codecs(projection)
         self.encoded: dict[str, list[np.ndarray]] = {kind: [] for kind in teacher.shapes}
         self.sums = {kind: MomentSums() for kind in teacher.shapes}
         self.seconds = 0.0
@@ -321,17 +321,17 @@ class ShardBuilder:
         self.seconds += seconds
         for kind in self.encoded:
             features: Tensor = getattr(output, kind)
-            tokens = self.tokens[kind].to(features.device)
+            codec = self.codecs[kind].to(features.device)
             try:
-                rows = tokens.encode(features)
+                rows = codec.encode(features)
             except ValueError as error:
                 raise TeacherError(f"teacher {self.teacher.spec.name} gave {kind} {error}") from error
             self.encoded[kind].append(rows)
             self.sums[kind].add(features)
             if kind not in self.fidelity:
-                self.fidelity[kind] = tokens.fidelity(features[:JUDGED], rows[:JUDGED])
+                self.fidelity[kind] = codec.fidelity(features[:JUDGED], rows[:JUDGED])
 
-    def commit(self, folder: ShardFolder, shard: int, spine: Spine, device: str) -> ShardRecord:
+    def commit(self, folder: ShardFolder, shard: int, spine: ViewRows, device: str) -> ShardRecord:
         """Write the shard, which was made of this spine."""
         table = spine.rows.select(["sample_id", "view"])
         for kind, parts in self.encoded.items():
@@ -354,7 +354,7 @@ class ShardBuilder:
         )
 
     def _column(self, kind: str, parts: list[np.ndarray]) -> pa.FixedSizeBinaryArray:
-        width = self.tokens[kind].row_bytes
+        width = self.codecs[kind].row_bytes
         rows = np.concatenate(parts) if parts else np.empty((0, width), np.uint8)
         return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract, ShardBuilder
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.view_rows import read_spine
+from pipeline.cache.layout.view_rows import read_view_rows
 from pipeline.errors import UserError
 from teachers.base import TeacherError
 
@@ -131,7 +131,7 @@ def measure(
     import torch
 
     extract = Extract(datasets, teachers, device, 1, batch_size)
-    images, views, _ = read_spine(datasets[row["split"]], int(row["shard"]))
+    images, views, _ = read_view_rows(datasets[row["split"]], int(row["shard"]))
     few = images.slice(0, min(batch_size, images.num_rows))
     some = views.slice(0, few.num_rows * max(1, views.num_rows // max(1, images.num_rows)))
     for _ in range(2):  # the first round warms up, here as below

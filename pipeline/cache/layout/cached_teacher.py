@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.cache.config import TeacherConfig
-from pipeline.cache.layout.codec import Codec, Projection, TokenCodec, load_projection
+from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection, load_projection
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ShardFolder
-from pipeline.storage.store import taking_apart
+from pipeline.storage.store import report_damage
 from teachers.base import Teacher, TeacherSpec
 from teachers.registry import create_teacher
 
@@ -56,13 +56,13 @@ class CachedTeacher:
         summary = {} if self.summary_shape is None else {"summary": self.summary_shape}
         return {**summary, "patches": self.patches_shape}
 
-    def tokens(self, projection: Projection | None = None) -> dict[str, TokenCodec]:
+    def codecs(self, projection: Projection | None = None) -> dict[str, FeatureCodec]:
         """Encoder and decoder of every token type."""
-        return Codec.parse(self.codec).tokens(self.shapes, projection)
+        return Codec.parse(self.codec).build(self.shapes, projection)
 
     def row_bytes(self, projection: Projection | None = None) -> int:
         """Bytes that one view of an image takes in the cache; without the projection that is to be fitted, at most."""
-        return sum(tokens.row_bytes for tokens in self.tokens(projection).values())
+        return sum(codec.row_bytes for codec in self.codecs(projection).values())
 
 
 def teacher_labels(teachers: Sequence[CachedTeacher]) -> dict[str, str]:
@@ -88,10 +88,10 @@ def projection_of(folder: ShardFolder) -> Projection | None:
     name = folder.projection
     if not name:
         return None
-    with taking_apart(f"{folder.store.uri}/{name}"):
+    with report_damage(f"{folder.store.uri}/{name}"):
         return load_projection(folder.store.get(name))
 
 
-def load_tokens(dataset: Dataset, teacher: CachedTeacher) -> dict[str, TokenCodec]:
+def load_codecs(dataset: Dataset, teacher: CachedTeacher) -> dict[str, FeatureCodec]:
     """Decoders of a teacher's shards by token type."""
-    return teacher.tokens(projection_of(dataset.teacher(teacher.id)))
+    return teacher.codecs(projection_of(dataset.teacher(teacher.id)))

@@ -79,7 +79,7 @@ class Codec:
         components = match["components"]
         return cls(match["scalar"], bool(match["pca"]), int(components) if components else None, bool(match["zstd"]))
 
-    def tokens(self, shapes: Mapping[str, tuple[int, ...]], fitted: Projection | None) -> dict[str, TokenCodec]:
+    def build(self, shapes: Mapping[str, tuple[int, ...]], fitted: Projection | None) -> dict[str, FeatureCodec]:
         """The codec of every token type (``summary``, ``patches``); only patches are projected.
 
         Args:
@@ -87,7 +87,7 @@ class Codec:
             fitted: of the patches, None where nothing is projected.
         """
         return {
-            kind: TokenCodec(self.scalar, shape, fitted if kind == "patches" else None, self.zstd)
+            kind: FeatureCodec(self.scalar, shape, fitted if kind == "patches" else None, self.zstd)
             for kind, shape in shapes.items()
         }
 
@@ -116,7 +116,7 @@ def load_projection(data: bytes) -> Projection | None:
     return Projection(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["basis"])) if arrays else None
 
 
-class TokenCodec(nn.Module):
+class FeatureCodec(nn.Module):
     """Encodes and decodes one token type. Its buffers move to the device with `to`.
 
     Args:
@@ -137,12 +137,12 @@ class TokenCodec(nn.Module):
         self.register_buffer("mean", projection.mean if projection else None, persistent=False)
         self.register_buffer("basis", projection.basis if projection else None, persistent=False)
         self.width = len(projection.basis) if projection else self.shape[-1]
-        self.tokens = math.prod(self.shape[:-1])
+        self.num_tokens = math.prod(self.shape[:-1])
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        return self.tokens * (self.width * _BYTES[self.scalar] + (2 if self.scalar == "int8" else 0))
+        return self.num_tokens * (self.width * _BYTES[self.scalar] + (2 if self.scalar == "int8" else 0))
 
     def encode(self, features: Tensor) -> np.ndarray:
         """Encode features.
@@ -156,7 +156,7 @@ class TokenCodec(nn.Module):
         Raises:
             ValueError: for features that are not finite, or too large for the codec.
         """
-        values = self._project(features).reshape(len(features), self.tokens, self.width)
+        values = self._project(features).reshape(len(features), self.num_tokens, self.width)
         if self.scalar == "int8":
             scales = _half_rounded_up(values.abs().amax(dim=-1) / 127)
             levels = values / scales.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
@@ -184,8 +184,8 @@ class TokenCodec(nn.Module):
             [N, *shape] float32, or [N, K, D] where places are given.
         """
         if self.scalar == "int8":
-            scales = rows[:, : 2 * self.tokens].contiguous().view(torch.float16).unsqueeze(-1)
-            levels = self._by_token(rows[:, 2 * self.tokens :].view(torch.int8))
+            scales = rows[:, : 2 * self.num_tokens].contiguous().view(torch.float16).unsqueeze(-1)
+            levels = self._by_token(rows[:, 2 * self.num_tokens :].view(torch.int8))
             # int8 times float32 in one operation is half as fast on a CPU.
             values = _at(levels, places).float().mul_(_at(scales, places).float())
         else:
@@ -202,8 +202,8 @@ class TokenCodec(nn.Module):
     def _by_token(self, values: Tensor) -> Tensor:
         """The inverse of :meth:`_ordered` from flat rows, a view."""
         if self.by_channel:
-            return values.unflatten(1, (self.width, self.tokens)).transpose(1, 2)
-        return values.unflatten(1, (self.tokens, self.width))
+            return values.unflatten(1, (self.width, self.num_tokens)).transpose(1, 2)
+        return values.unflatten(1, (self.num_tokens, self.width))
 
     def fidelity(self, features: Tensor, rows: np.ndarray) -> dict[str, float]:
         """How well `rows` keep `features` [N, *shape]: see :func:`fidelity`."""
@@ -257,8 +257,8 @@ def fit_projection(codec: Codec, patches: Tensor) -> Projection | None:
     few, enough = 0, -(-len(full.basis) // COMPONENT_STEP)
     while enough - few > 1:
         middle = (few + enough) // 2
-        tokens, rows = _encoded(codec, held_out, _first(full, middle * COMPONENT_STEP))
-        reached = tokens.fidelity(held_out, rows)["cosine"] >= TARGET_COSINE + MARGIN
+        encoder, rows = _encoded(codec, held_out, _first(full, middle * COMPONENT_STEP))
+        reached = encoder.fidelity(held_out, rows)["cosine"] >= TARGET_COSINE + MARGIN
         few, enough = (few, middle) if reached else (middle, enough)
     chosen = _first(full, enough * COMPONENT_STEP)
     projected, plain = (_stored_bytes(codec, _encoded(codec, held_out, basis)[1]) for basis in (chosen, None))
@@ -269,9 +269,9 @@ def _first(projection: Projection, components: int) -> Projection:
     return Projection(projection.mean, projection.basis[:components])
 
 
-def _encoded(codec: Codec, patches: Tensor, projection: Projection | None) -> tuple[TokenCodec, np.ndarray]:
-    tokens = TokenCodec(codec.scalar, tuple(patches.shape[1:]), projection, codec.zstd)
-    return tokens, tokens.encode(patches)
+def _encoded(codec: Codec, patches: Tensor, projection: Projection | None) -> tuple[FeatureCodec, np.ndarray]:
+    encoder = FeatureCodec(codec.scalar, tuple(patches.shape[1:]), projection, codec.zstd)
+    return encoder, encoder.encode(patches)
 
 
 def _stored_bytes(codec: Codec, rows: np.ndarray) -> int:

@@ -30,7 +30,7 @@ from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import Source
-from pipeline.storage.store import Store, taking_apart
+from pipeline.storage.store import Store, report_damage
 
 SCATTER_BYTES = 1 << 30
 """A source that is only quick to read in its own order is still read in random order up to this size."""
@@ -74,7 +74,7 @@ class Dataset:
 
     def shard_index(self, shard: int) -> pa.Table:
         """The index rows of one shard (`pipeline.sources.base.INDEX_SCHEMA`)."""
-        with taking_apart(f"{self.store.uri}/index.parquet"):
+        with report_damage(f"{self.store.uri}/index.parquet"):
             return pq.ParquetFile(self.store.open("index.parquet")).read_row_group(shard)
 
     @property
@@ -154,7 +154,7 @@ def write_index(dataset: Dataset, index: pa.Table) -> None:
     dataset.store.put("index.parquet", sink.getvalue())
 
 
-def thaw_stats(folder: ShardFolder) -> None:
+def discard_stats(folder: ShardFolder) -> None:
     """Forget the statistics of a teacher's shards, which are merged when all are there."""
     for name in ("stats.npz", "phi_s.npz"):
         folder.store.delete(name)

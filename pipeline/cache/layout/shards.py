@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.layout.stats import Moments, dump_moments, load_moments
 from pipeline.runtime.prefetch import map_ahead
-from pipeline.storage.store import Store, taking_apart
+from pipeline.storage.store import Store, report_damage
 
 ROW_GROUP_SIZE = 64
 """Rows of a row group: what a training worker reads at once, and what is shuffled as a unit."""
@@ -192,14 +192,14 @@ class ShardFolder:
         Raises:
             UserError: where the file is gone or damaged.
         """
-        with taking_apart(f"{self.store.uri}/{record.file}"):
+        with report_damage(f"{self.store.uri}/{record.file}"):
             file = self.store.open(record.file)
             return selected(pq.read_table(file, columns=columns, page_checksum_verification=True), columns)
 
     def read_group(self, record: ShardRecord, group: int, columns: list[str] | None = None) -> pa.Table:
         """One row group of a shard; raises as `read` does."""
         with (
-            taking_apart(f"{self.store.uri}/{record.file}"),
+            report_damage(f"{self.store.uri}/{record.file}"),
             pq.ParquetFile(self.store.open(record.file), page_checksum_verification=True) as file,
         ):
             return selected(file.read_row_group(group, columns=columns, use_threads=False), columns)
@@ -210,7 +210,7 @@ class ShardFolder:
             yield from map_ahead(pool, self._moments, (record.moments for record in records), ahead=4)
 
     def _moments(self, name: str) -> dict[str, Moments]:
-        with taking_apart(f"{self.store.uri}/{name}"):
+        with report_damage(f"{self.store.uri}/{name}"):
             return load_moments(self.store.get(name))
 
 

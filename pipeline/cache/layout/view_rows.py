@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.cache.layout.dataset import Dataset, thaw_stats
+from pipeline.cache.layout.dataset import Dataset, discard_stats
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord
 from pipeline.errors import UserError
 from pipeline.imaging.decode import image_size
@@ -41,7 +41,7 @@ ROWS_SCHEMA = pa.schema(
 log = logging.getLogger(__name__)
 
 
-class Spine(NamedTuple):
+class ViewRows(NamedTuple):
     """What a teacher is asked about a shard.
 
     Attributes:
@@ -68,7 +68,7 @@ def views_of(rows: pa.Table) -> list[View]:
     return [View((left, top, right, bottom), flip) for left, top, right, bottom, flip in zip(*columns, strict=True)]
 
 
-def read_spine(dataset: Dataset, shard: int) -> Spine:
+def read_view_rows(dataset: Dataset, shard: int) -> ViewRows:
     """Images and rows of a shard; crops are drawn and committed where they are not there yet.
 
     Raises:
@@ -79,11 +79,11 @@ def read_spine(dataset: Dataset, shard: int) -> Spine:
         raise UserError(f"{dataset.images.store.uri} lacks shard {shard}: run the job again")
     images, files = dataset.images.read(record), {"images": record.file}
     if not dataset.policy.crops:
-        return Spine(images, images.select(ROWS_SCHEMA.names), files)
+        return ViewRows(images, images.select(ROWS_SCHEMA.names), files)
     drawn = dataset.rows.record(shard) or _commit_rows(dataset, shard, images, files)
     rows = dataset.rows.read(drawn)
     check_rows(dataset, shard, rows, images)
-    return Spine(images, rows, {**files, "rows": drawn.file})
+    return ViewRows(images, rows, {**files, "rows": drawn.file})
 
 
 def _commit_rows(dataset: Dataset, shard: int, images: pa.Table, files: dict[str, str]) -> ShardRecord:
@@ -118,7 +118,7 @@ def _take_out_foreign(part: str, folders: Iterable[ShardFolder], record: ShardRe
                 part,
             )
             folder.unlist(record.shard)
-            thaw_stats(folder)
+            discard_stats(folder)
 
 
 def check_rows(dataset: Dataset, shard: int, rows: pa.Table, images: pa.Table) -> None:

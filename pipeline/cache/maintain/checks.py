@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.cache.fill.ingest import IMAGES_SCHEMA
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.codec import Codec, Projection, TokenCodec, load_projection
+from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection, load_projection
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import index_fingerprint
 from pipeline.cache.layout.phi_s import PhiS, load_phi_s
@@ -188,7 +188,7 @@ def check_rows_shard(dataset: Dataset, opened: Shard, images: pa.Table | None) -
     return rows
 
 
-def check_made_of(opened: Shard, files: Mapping[str, str]) -> None:
+def check_derived_from(opened: Shard, files: Mapping[str, str]) -> None:
     """What was made of images or crops was made of these files; records of an older version do not tell."""
     for part, file in files.items():
         made_of = opened.record.facts.get(part, file)
@@ -205,9 +205,9 @@ def _check_geometry(opened: Shard, rows: pa.Table) -> None:
 
 def check_features(teacher: CachedTeacher, opened: Shard, rows: pa.Table | None) -> None:
     """Types and keys of a teacher's shard; the values are a matter of `check_values`."""
-    tokens = teacher.tokens(None)
+    codecs = teacher.codecs(None)
     if not Codec.parse(teacher.codec).pca:
-        widths = {kind: token.row_bytes for kind, token in tokens.items()}
+        widths = {kind: codec.row_bytes for kind, codec in codecs.items()}
         _check_schema(opened, features_schema(widths))
     metadata = opened.file.schema_arrow.metadata or {}
     due = {b"teacher": teacher.id, b"codec": teacher.codec, b"projection": opened.record.projection}
@@ -228,14 +228,14 @@ def features_schema(widths: dict[str, int]) -> pa.Schema:
     return pa.schema([*keys, *(pa.field(kind, pa.binary(width), nullable=False) for kind, width in widths.items())])
 
 
-def check_values(folder: ShardFolder, teacher: CachedTeacher, opened: Shard, tokens: dict[str, TokenCodec]) -> None:
+def check_values(folder: ShardFolder, teacher: CachedTeacher, opened: Shard, codecs: dict[str, FeatureCodec]) -> None:
     """Every stored value is finite, and all together have the statistics that were taken before they were encoded."""
-    _check_schema(opened, features_schema({kind: token.row_bytes for kind, token in tokens.items()}))
+    _check_schema(opened, features_schema({kind: codec.row_bytes for kind, codec in codecs.items()}))
     moments = check_moments(folder, opened.record, teacher)
-    sums = {kind: _Sums(token.shape[-1]) for kind, token in tokens.items()}
+    sums = {kind: _Sums(codec.shape[-1]) for kind, codec in codecs.items()}
     for table in opened.groups():
-        for kind, token in tokens.items():
-            values = decode(table[kind], token)
+        for kind, codec in codecs.items():
+            values = decode(table[kind], codec)
             finite = torch.isfinite(values).flatten(1).all(dim=1)
             if not finite.all():
                 row = int((~finite).nonzero()[0])
@@ -247,9 +247,9 @@ def check_values(folder: ShardFolder, teacher: CachedTeacher, opened: Shard, tok
             total.check(opened, kind, moments[kind], 2 * loss + TOLERANCE[teacher.precision])
 
 
-def decode(column: pa.ChunkedArray, token: TokenCodec) -> Tensor:
+def decode(column: pa.ChunkedArray, codec: FeatureCodec) -> Tensor:
     """A column of stored rows as features [N, *shape] float32."""
-    return token.decode(torch.from_numpy(fixed_width(column).copy()))
+    return codec.decode(torch.from_numpy(fixed_width(column).copy()))
 
 
 class _Sums:

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, freeze_stats, ingest_missing
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.dataset import Dataset, thaw_stats, write_index
+from pipeline.cache.layout.dataset import Dataset, discard_stats, write_index
 from pipeline.cache.layout.shards import ShardFolder
-from pipeline.cache.layout.view_rows import read_spine
+from pipeline.cache.layout.view_rows import read_view_rows
 from pipeline.cache.maintain.audit import Verification, verify_cache
 from pipeline.cache.maintain.checks import BrokenError, Finding, check_statistics
 from pipeline.config.load import Config
@@ -69,7 +69,7 @@ def _mend_images(split: SplitPlan, found: Iterable[Finding]) -> None:
     if dataset.policy.crops:
         for shard in range(dataset.shards):
             if dataset.rows.record(shard) is None:
-                read_spine(dataset, shard)
+                read_view_rows(dataset, shard)
 
 
 def _shards(found: Iterable[Finding], part: str) -> set[int]:
@@ -80,7 +80,7 @@ def _take_out(folder: ShardFolder, item: Finding) -> None:
     if item.shard is not None:
         folder.unlist(item.shard)
     elif item.file.endswith(("/stats.npz", "/phi_s.npz")):
-        thaw_stats(folder)
+        discard_stats(folder)
     else:
         folder.store.delete(item.file.rpartition("/")[2])
 
@@ -92,5 +92,5 @@ def _refreeze(dataset: Dataset, teacher: CachedTeacher) -> None:
         check_statistics(folder, teacher)
     except BrokenError as broken:
         log.warning("%s/%s: taken from the repaired shards again", folder.store.uri, broken)
-        thaw_stats(folder)
+        discard_stats(folder)
         freeze_stats(dataset, teacher)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.cache.fill.extract import MENDABLE, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.codec import TokenCodec
+from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA
@@ -25,9 +25,9 @@ from pipeline.cache.maintain.checks import (
     BrokenError,
     Finding,
     Shard,
+    check_derived_from,
     check_features,
     check_images,
-    check_made_of,
     check_projection,
     check_rows_shard,
     check_values,
@@ -124,7 +124,7 @@ class _ShardCheck:
             self.files += 1
             opened = open_shard(folder, self.shard)
             rows = check_rows_shard(self.dataset, opened, images)
-            check_made_of(opened, self.spine)
+            check_derived_from(opened, self.spine)
         except BrokenError as broken:
             self.findings.append(finding(self.dataset, "rows", folder.store, self.shard, broken))
             return None
@@ -138,22 +138,22 @@ class _ShardCheck:
             self.files += 1
             opened = open_shard(folder, self.shard)
             check_features(teacher, opened, rows)
-            check_made_of(opened, self.spine)
-            tokens = self._tokens(teacher)
-            if tokens is None:
+            check_derived_from(opened, self.spine)
+            codecs = self._codecs(teacher)
+            if codecs is None:
                 return None
             if opened.record.projection != folder.projection:
                 raise opened.broken(f"was encoded with another projection than {folder.projection}")
-            check_values(folder, teacher, opened, tokens)
+            check_values(folder, teacher, opened, codecs)
             return opened
         except BrokenError as broken:
             self.findings.append(finding(self.dataset, teacher.id, folder.store, self.shard, broken))
             return None
 
-    def _tokens(self, teacher: CachedTeacher) -> dict[str, TokenCodec] | None:
+    def _codecs(self, teacher: CachedTeacher) -> dict[str, FeatureCodec] | None:
         """Decoders, or None where the projection is broken: that is found once for the folder, not for every shard."""
         try:
-            return teacher.tokens(check_projection(self.dataset.teacher(teacher.id), teacher))
+            return teacher.codecs(check_projection(self.dataset.teacher(teacher.id), teacher))
         except BrokenError:
             return None
 
@@ -165,11 +165,11 @@ class _ShardCheck:
         outputs = list(self.verify.extract.features(shown, part, list(asked)))
         for name, opened in list(asked.items()):
             teacher = self.verify.extract.cached[name]
-            tokens = self._tokens(teacher)
-            assert tokens is not None
+            codecs = self._codecs(teacher)
+            assert codecs is not None
             self.recomputed += part.num_rows
             try:
-                compare(teacher, tokens, opened, group, [output[name] for output in outputs])
+                compare(teacher, codecs, opened, group, [output[name] for output in outputs])
             except BrokenError as broken:
                 del asked[name]
                 folder = self.dataset.teacher(name).store
@@ -177,7 +177,7 @@ class _ShardCheck:
 
 
 def compare(
-    teacher: CachedTeacher, tokens: dict[str, TokenCodec], opened: Shard, group: int, outputs: Sequence[TeacherOutput]
+    teacher: CachedTeacher, codecs: dict[str, FeatureCodec], opened: Shard, group: int, outputs: Sequence[TeacherOutput]
 ) -> None:
     """Compare a row group with what the teacher says of the same pixels now.
 
@@ -189,13 +189,13 @@ def compare(
         BrokenError: where a row differs by more.
     """
     stored = opened.read_group(group)
-    for kind, token in tokens.items():
+    for kind, codec in codecs.items():
         features: Tensor = torch.cat([getattr(output, kind) for output in outputs]).cpu()
         try:
-            kept = token.decode(torch.from_numpy(token.encode(features)))
+            kept = codec.decode(torch.from_numpy(codec.encode(features)))
         except ValueError as error:
             raise opened.broken(f"is of images of which the teacher now gives {kind} {error}") from error
-        loss = relative_errors(features, decode(stored[kind], token))
+        loss = relative_errors(features, decode(stored[kind], codec))
         bound = relative_errors(features, kept) + TOLERANCE[teacher.precision]
         if wrong := (loss > bound).nonzero().flatten().tolist():
             row = wrong[0]

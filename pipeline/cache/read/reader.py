@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.cache.layout.cached_teacher import CachedTeacher, load_tokens
+from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import (
     ROW_GROUP_SIZE,
@@ -40,7 +40,7 @@ from pipeline.imaging.geometry import View
 from pipeline.imaging.rendering import Drawing, Renderer, decoders
 from pipeline.imaging.shared_arrays import Place
 from pipeline.runtime.prefetch import map_ahead
-from pipeline.storage.store import taking_apart
+from pipeline.storage.store import report_damage
 from teachers.base import Interpolation
 
 NO_LABEL = -1
@@ -418,14 +418,14 @@ def read_summaries(
         records = {shard: record for shard, record in records.items() if shard in shards}
     stored, views = _TeacherShards(dataset, teacher), dataset.policy.rows_per_image
     kind = "summary" if teacher.summary_shape else "patches"
-    tokens = load_tokens(dataset, teacher)[kind]
+    codec = load_codecs(dataset, teacher)[kind]
     features, labels = [], []
     for unit in _spaced(_units(records), limit):
         images = dataset.images.read_group(records[unit.shard], unit.group, ["sample_id", "label"])
         table = stored.read(unit, ["sample_id", kind])
         if table["sample_id"].to_pylist()[::views] != images["sample_id"].to_pylist():
             raise stored.mismatch(unit, images["sample_id"].to_pylist(), table["sample_id"].to_pylist()[::views])
-        values = tokens.decode(torch.from_numpy(fixed_width(table[kind])[::views].copy()))
+        values = codec.decode(torch.from_numpy(fixed_width(table[kind])[::views].copy()))
         features.append(values if kind == "summary" else values.mean(dim=(1, 2)))
         labels.append(torch.from_numpy(_labels(images).copy()))
     return torch.cat(features), torch.cat(labels)
@@ -445,7 +445,7 @@ class PatchGroups:
     def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
         self._shards = _TeacherShards(dataset, teacher)
         self._units = _units(self._shards.records, dataset.policy.rows_per_image)
-        self._tokens = load_tokens(dataset, teacher)["patches"]
+        self._codec = load_codecs(dataset, teacher)["patches"]
 
     def __len__(self) -> int:
         return len(self._units)
@@ -458,7 +458,7 @@ class PatchGroups:
     def read(self, number: int) -> tuple[list[str], Tensor]:
         """The sample ids of a row group and their patches [n, h, w, D] float32."""
         table = self._shards.read(self._units[number], ["sample_id", "patches"])
-        patches = self._tokens.decode(torch.from_numpy(fixed_width(table["patches"]).copy()))
+        patches = self._codec.decode(torch.from_numpy(fixed_width(table["patches"]).copy()))
         return table["sample_id"].to_pylist(), patches
 
 
@@ -480,7 +480,7 @@ class _Shards:
         name = self.records[unit.shard].file
         how = {"metadata": self.footers.get(unit.shard), "page_checksum_verification": unit not in self.sound}
         with (
-            taking_apart(f"{self.folder.store.uri}/{name}"),
+            report_damage(f"{self.folder.store.uri}/{name}"),
             pq.ParquetFile(self.folder.store.open(name), **how) as opened,
         ):
             table = selected(opened.read_row_group(unit.group, columns=columns, use_threads=False), columns)
@@ -495,7 +495,7 @@ class _TeacherShards(_Shards):
     def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
         super().__init__(dataset, dataset.teacher(teacher.id), teacher.id)
         self.teacher = teacher
-        self.widths = {kind: tokens.row_bytes for kind, tokens in load_tokens(dataset, teacher).items()}
+        self.widths = {kind: codec.row_bytes for kind, codec in load_codecs(dataset, teacher).items()}
 
     def fill(self, unit: _Unit, rows: pa.Table, runs: list[_Run]) -> None:
         """Copy the features of a row group, which is that of the keys of `rows`, to their places."""

@@ -93,7 +93,7 @@ def test_statistics_equal_those_of_the_stored_features(filled):
     for record in folder.records().values():
         rows = folder.read(record)["patches"].to_pylist()
         raw = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
-        stored.append(teacher.tokens()["patches"].decode(raw))
+        stored.append(teacher.codecs()["patches"].decode(raw))
     flat = torch.cat(stored).reshape(-1, 8).double()
     moments = teacher_stats(filled.train, teacher)["patches"]
     assert moments.count == len(flat)
@@ -121,15 +121,15 @@ def projected(tmp_path, photo_config):
 
 def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(projected):
     from pipeline.cache.fill.build import teacher_fidelity
-    from pipeline.cache.layout.cached_teacher import load_tokens, projection_of
+    from pipeline.cache.layout.cached_teacher import load_codecs, projection_of
 
     teacher = projected.teachers[0]
     for split in projected.splits:
         folder = split.dataset.teacher(teacher.id)
         projection = projection_of(folder)
         assert projection.basis.shape == (8, 24)
-        tokens = load_tokens(split.dataset, teacher)
-        assert tokens["patches"].row_bytes == 16 * (8 + 2)
+        codecs = load_codecs(split.dataset, teacher)
+        assert codecs["patches"].row_bytes == 16 * (8 + 2)
         schema = pq.read_schema(Path(folder.store.uri, folder.records()[0].file))
         assert str(schema.field("patches").type) == f"fixed_size_binary[{16 * 10}]"
         assert schema.metadata[b"projection"].decode() == folder.projection

@@ -7,8 +7,8 @@ from pipeline.cache.layout.codec import (
     MARGIN,
     TARGET_COSINE,
     Codec,
+    FeatureCodec,
     Projection,
-    TokenCodec,
     dump_projection,
     fidelity,
     fit_projection,
@@ -54,12 +54,12 @@ def test_a_round_trip_keeps_values_to_the_precision_of_the_format(
     scalar, bytes_per_value, tolerance, shape, by_channel
 ):
     features = torch.randn(7, *shape, generator=torch.Generator().manual_seed(1)) * 10
-    tokens = TokenCodec(scalar, shape, by_channel=by_channel)
-    rows = tokens.encode(features)
+    feature_codec = FeatureCodec(scalar, shape, by_channel=by_channel)
+    rows = feature_codec.encode(features)
     scales = 2 * features[0, ..., 0].numel() if scalar == "int8" else 0
     assert rows.dtype == np.uint8
-    assert rows.shape == (7, tokens.row_bytes) == (7, features[0].numel() * bytes_per_value + scales)
-    decoded = tokens.decode(torch.from_numpy(rows))
+    assert rows.shape == (7, feature_codec.row_bytes) == (7, features[0].numel() * bytes_per_value + scales)
+    decoded = feature_codec.decode(torch.from_numpy(rows))
     assert decoded.dtype == torch.float32
     largest = features.abs().amax(dim=-1, keepdim=True)
     assert ((decoded - features).abs() <= tolerance * largest).all()
@@ -69,19 +69,23 @@ def test_a_round_trip_keeps_values_to_the_precision_of_the_format(
 def test_tokens_are_decoded_alone_as_they_are_among_all(codec):
     patches, places = low_rank(), torch.tensor([5, 0, 15, 5])
     parsed = Codec.parse(codec)
-    tokens = parsed.tokens({"patches": (4, 4, 48)}, fit_projection(parsed, patches) if parsed.pca else None)["patches"]
-    rows = torch.from_numpy(tokens.encode(patches))
-    torch.testing.assert_close(tokens.decode(rows, places), tokens.decode(rows).flatten(1, 2)[:, places])
+    feature_codec = parsed.build({"patches": (4, 4, 48)}, fit_projection(parsed, patches) if parsed.pca else None)[
+        "patches"
+    ]
+    rows = torch.from_numpy(feature_codec.encode(patches))
+    torch.testing.assert_close(feature_codec.decode(rows, places), feature_codec.decode(rows).flatten(1, 2)[:, places])
 
 
 def test_compressed_rows_hold_the_same_values_in_an_order_that_compresses():
     features = torch.randn(16, 7, 7, 64, generator=torch.Generator().manual_seed(3))
     features *= torch.rand(16, 1, 1, 64, generator=torch.Generator().manual_seed(4)) > 0.8
     plain, ordered = (
-        Codec.parse(name).tokens({"patches": (7, 7, 64)}, None)["patches"] for name in ("int8", "int8-zstd")
+        Codec.parse(name).build({"patches": (7, 7, 64)}, None)["patches"] for name in ("int8", "int8-zstd")
     )
-    rows = [tokens.encode(features) for tokens in (plain, ordered)]
-    decoded = [tokens.decode(torch.from_numpy(row)) for tokens, row in zip((plain, ordered), rows, strict=True)]
+    rows = [feature_codec.encode(features) for feature_codec in (plain, ordered)]
+    decoded = [
+        feature_codec.decode(torch.from_numpy(row)) for feature_codec, row in zip((plain, ordered), rows, strict=True)
+    ]
     assert torch.equal(*decoded)
     sizes = [pa.compress(row.tobytes(), "zstd").size for row in rows]
     assert sizes[1] < 0.9 * sizes[0]
@@ -89,8 +93,8 @@ def test_compressed_rows_hold_the_same_values_in_an_order_that_compresses():
 
 def test_int8_is_scaled_token_by_token():
     features = torch.stack([torch.linspace(-1e-3, 1e-3, 16), torch.linspace(-1e3, 1e3, 16), torch.zeros(16)])[None]
-    tokens = TokenCodec("int8", (3, 16))
-    decoded = tokens.decode(torch.from_numpy(tokens.encode(features)))
+    feature_codec = FeatureCodec("int8", (3, 16))
+    decoded = feature_codec.decode(torch.from_numpy(feature_codec.encode(features)))
     torch.testing.assert_close(decoded[0, :2], features[0, :2], rtol=0, atol=1e3)
     assert ((decoded - features).abs().amax(-1) <= features.abs().amax(-1) / 127).all()
     assert torch.equal(decoded[0, 2], torch.zeros(16))
@@ -98,16 +102,16 @@ def test_int8_is_scaled_token_by_token():
 
 def test_int8_takes_a_quarter_of_float32_and_keeps_a_cosine_of_999():
     features = torch.randn(32, 4, 4, 768)
-    tokens = TokenCodec("int8", (4, 4, 768))
-    assert TokenCodec("float32", (4, 4, 768)).row_bytes / tokens.row_bytes > 3.9
-    assert tokens.fidelity(features, tokens.encode(features))["cosine"] > 0.999
+    feature_codec = FeatureCodec("int8", (4, 4, 768))
+    assert FeatureCodec("float32", (4, 4, 768)).row_bytes / feature_codec.row_bytes > 3.9
+    assert feature_codec.fidelity(features, feature_codec.encode(features))["cosine"] > 0.999
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3, 1.0, 1e3, 2e6])
 def test_int8_never_overflows_whatever_the_scale(size):
     features = torch.randn(50, 4, 64, generator=torch.Generator().manual_seed(2)).clamp(-3, 3) * size
-    tokens = TokenCodec("int8", (4, 64))
-    decoded = tokens.decode(torch.from_numpy(tokens.encode(features)))
+    feature_codec = FeatureCodec("int8", (4, 64))
+    decoded = feature_codec.decode(torch.from_numpy(feature_codec.encode(features)))
     step = features.abs().amax(dim=-1, keepdim=True) / 127 * 1.001 + 6e-8
     assert ((decoded - features).abs() <= step / 2 * 1.001).all()
 
@@ -118,23 +122,25 @@ def test_features_that_are_not_finite_are_refused(scalar, value):
     features = torch.randn(2, 4)
     features[1, 2] = value
     with pytest.raises(ValueError, match="not finite"):
-        TokenCodec(scalar, (4,)).encode(features)
+        FeatureCodec(scalar, (4,)).encode(features)
 
 
 def test_features_beyond_half_precision_are_refused_with_their_size():
     with pytest.raises(ValueError, match=r"1e\+05, too large for the codec float16"):
-        TokenCodec("float16", (2,)).encode(torch.tensor([[1e5, 1.0]]))
+        FeatureCodec("float16", (2,)).encode(torch.tensor([[1e5, 1.0]]))
     with pytest.raises(ValueError, match=r"1e\+07, too large for the codec int8"):
-        TokenCodec("int8", (2,)).encode(torch.tensor([[1e7, 1.0]]))
+        FeatureCodec("int8", (2,)).encode(torch.tensor([[1e7, 1.0]]))
 
 
 def test_a_projection_is_orthonormal_and_finds_the_plane():
     patches = low_rank(noise=0)
     projection = fit_projection(Codec.parse("pca6-float32"), patches)
     torch.testing.assert_close(projection.basis @ projection.basis.T, torch.eye(6), atol=1e-6, rtol=0)
-    tokens = TokenCodec("float32", (4, 4, 48), projection)
-    torch.testing.assert_close(tokens.decode(torch.from_numpy(tokens.encode(patches))), patches, atol=1e-4, rtol=0)
-    assert tokens.row_bytes == 16 * 6 * 4
+    feature_codec = FeatureCodec("float32", (4, 4, 48), projection)
+    torch.testing.assert_close(
+        feature_codec.decode(torch.from_numpy(feature_codec.encode(patches))), patches, atol=1e-4, rtol=0
+    )
+    assert feature_codec.row_bytes == 16 * 6 * 4
 
 
 def test_the_fitted_number_of_components_is_the_smallest_that_reaches_the_target_on_other_images():
@@ -145,8 +151,8 @@ def test_the_fitted_number_of_components_is_the_smallest_that_reaches_the_target
 
     def cosine(components):
         kept = Projection(projection.mean, projection.basis[:components])
-        tokens = TokenCodec("int8", (4, 4, 48), kept)
-        return tokens.fidelity(fresh, tokens.encode(fresh))["cosine"]
+        feature_codec = FeatureCodec("int8", (4, 4, 48), kept)
+        return feature_codec.fidelity(fresh, feature_codec.encode(fresh))["cosine"]
 
     chosen = len(projection.basis)
     assert chosen % 8 == 0
@@ -167,9 +173,9 @@ def test_sparse_features_are_left_to_zstd():
 
 def test_only_patches_are_projected():
     codec = Codec.parse("pca6-int8")
-    tokens = codec.tokens({"summary": (48,), "patches": (4, 4, 48)}, fit_projection(codec, low_rank()))
-    assert tokens["summary"].row_bytes == 48 + 2
-    assert tokens["patches"].row_bytes == 16 * (6 + 2)
+    feature_codec = codec.build({"summary": (48,), "patches": (4, 4, 48)}, fit_projection(codec, low_rank()))
+    assert feature_codec["summary"].row_bytes == 48 + 2
+    assert feature_codec["patches"].row_bytes == 16 * (6 + 2)
 
 
 def test_more_components_than_channels_are_refused():

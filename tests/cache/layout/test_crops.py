@@ -43,11 +43,11 @@ def test_replay_gives_the_stored_features_of_256_rows(cropped, monkeypatch):
     teacher = cropped.plan.teachers[0]
     source = teacher.create()
     source.load()
-    tokens, rows = teacher.tokens(), 0
+    codecs, rows = teacher.codecs(), 0
     for batch in _reader(cropped).batches(0):
         expected = source.encode(batch.images)
         for kind in ("summary", "patches"):
-            stored = tokens[kind].decode(batch.features[teacher.id][kind])
+            stored = codecs[kind].decode(batch.features[teacher.id][kind])
             torch.testing.assert_close(stored, getattr(expected, kind), rtol=1e-5, atol=1e-5)
         rows += len(batch.keys)
     assert rows >= 256
@@ -91,10 +91,10 @@ def test_features_stay_with_their_view_when_views_lie_together(cropped, monkeypa
 
     monkeypatch.setattr(module, "render", lambda image, view, size, _: render(image, view, size, "bilinear"))
     teacher = cropped.plan.teachers[0]
-    source, tokens = teacher.create(), teacher.tokens()
+    source, codecs = teacher.create(), teacher.codecs()
     source.load()
     for batch in _reader(cropped, per_step=2).batches(1):
-        stored = tokens["patches"].decode(batch.features[teacher.id]["patches"])
+        stored = codecs["patches"].decode(batch.features[teacher.id]["patches"])
         torch.testing.assert_close(stored, source.encode(batch.images).patches, rtol=1e-5, atol=1e-5)
 
 

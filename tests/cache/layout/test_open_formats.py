@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.cache.fill.build import plan_cache
-from pipeline.cache.layout.cached_teacher import load_tokens
+from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process
 
@@ -32,11 +32,13 @@ def cache(request, tmp_path_factory):
     fill_in_process(plan)
     dataset, teacher = plan.splits[0].dataset, plan.teachers[0]
     folder = dataset.teacher(teacher.id)
-    tokens, known = load_tokens(dataset, teacher)["patches"], {}
+    feature_codec, known = load_codecs(dataset, teacher)["patches"], {}
     for record in folder.records().values():
         table = folder.read(record)
         rows = np.stack([np.frombuffer(row, np.uint8) for row in table["patches"].to_pylist()])
-        known |= dict(zip(table["sample_id"].to_pylist(), tokens.decode(torch.from_numpy(rows)).numpy(), strict=True))
+        known |= dict(
+            zip(table["sample_id"].to_pylist(), feature_codec.decode(torch.from_numpy(rows)).numpy(), strict=True)
+        )
     return folder.store.uri, known
 
 
@@ -60,9 +62,9 @@ def test_the_documented_decoder_knows_every_number_format(codec):
 
     names = {}
     exec(DECODE, names)
-    tokens = Codec.parse(codec).tokens({"patches": (2, 3, 8)}, None)["patches"]
-    rows = tokens.encode(torch.randn(5, 2, 3, 8))
-    assert np.array_equal(names["decode"](rows, (2, 3, 8), codec), tokens.decode(torch.from_numpy(rows)).numpy())
+    feature_codec = Codec.parse(codec).build({"patches": (2, 3, 8)}, None)["patches"]
+    rows = feature_codec.encode(torch.randn(5, 2, 3, 8))
+    assert np.array_equal(names["decode"](rows, (2, 3, 8), codec), feature_codec.decode(torch.from_numpy(rows)).numpy())
 
 
 def test_shards_hold_standard_types_alone(cache):

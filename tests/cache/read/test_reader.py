@@ -89,12 +89,12 @@ def test_features_belong_to_the_images_they_come_with(filled):
             rows = [Path(filled.config.data.train, key).read_bytes() for key in batch.keys]
             pixels = np.stack([render(decode_image(row), FULL, (32, 32), "bilinear") for row in rows])
             expected = source.encode(torch.from_numpy(pixels))
-            stored, tokens = batch.features[teacher.id], teacher.tokens()
+            stored, codecs = batch.features[teacher.id], teacher.codecs()
             torch.testing.assert_close(
-                tokens["patches"].decode(stored["patches"]), expected.patches, rtol=1e-2, atol=1e-2
+                codecs["patches"].decode(stored["patches"]), expected.patches, rtol=1e-2, atol=1e-2
             )
             torch.testing.assert_close(
-                tokens["summary"].decode(stored["summary"]),
+                codecs["summary"].decode(stored["summary"]),
                 expected.summary,
                 rtol=1e-2,
                 atol=1e-2,
