@@ -19,11 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import one_line
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.runtime.ray_session import REPOSITORY
 
 if TYPE_CHECKING:
