@@ -30,7 +30,8 @@ from pipeline.config.load import Config, load_config
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render
-from pipeline.sources import SceneSettings, open_source
+from pipeline.sources.open import open_source
+from pipeline.sources.sample_scenes import SceneSettings
 from teachers.base import Teacher
 
 CODECS = ("float32", "float16", "bfloat16", "int8", "int8-zstd")

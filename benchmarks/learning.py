@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pipeline.benchmark.models import create_model
 from pipeline.imaging.decode import decode_image
-from pipeline.sources import open_source
+from pipeline.sources.open import open_source
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 SHIFT = 0.125  # largest translation in training, as a share of the side: 4 of 32 pixels

@@ -18,8 +18,8 @@ from pipeline.downstream.coco_eval import read_annotations
 from pipeline.downstream.images import decode, open_scenes
 from pipeline.downstream.masks import check_rows, size_on_disk
 from pipeline.errors import UserError
-from pipeline.sources import SampleScenes
 from pipeline.sources.locations import absolute, below
+from pipeline.sources.sample_scenes import SampleScenes
 
 
 class Objects(NamedTuple):

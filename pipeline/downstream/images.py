@@ -14,9 +14,11 @@ from pipeline.config.load import Config
 from pipeline.downstream.base import Split
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image
-from pipeline.sources import SAMPLES, SampleScenes, SceneSettings, Source, open_source
-from pipeline.sources.base import IMAGE_EXTENSIONS, odd_class
+from pipeline.sources.base import IMAGE_EXTENSIONS, Source, odd_class
 from pipeline.sources.image_folder import images_below
+from pipeline.sources.locations import SAMPLES
+from pipeline.sources.open import open_source
+from pipeline.sources.sample_scenes import SampleScenes, SceneSettings
 
 PARQUET_BLOCK = 128
 """Rows of a Parquet file that stay together in the shuffle: a row group is read whole for any one of them."""
@@ -26,7 +28,7 @@ def open_split(config: Config, split: Split) -> Source | None:
     """The source of `data.train` or `data.val`; None where there are no held-out images.
 
     Raises:
-        UserError: as :func:`pipeline.sources.open_source` does.
+        UserError: as :func:`pipeline.sources.open.open_source` does.
     """
     data, samples = config.data, config.data.samples
     location = data.train if split == "train" else config.val

@@ -22,8 +22,7 @@ from pipeline.downstream.soft import find_soft_teacher, load_soft_targets
 from pipeline.downstream.task import DOWNSTREAM, FinetuneJob, FinetuneTask, build_model, epoch_steps
 from pipeline.errors import UserError
 from pipeline.runs.folder import work_folder
-from pipeline.sources import SAMPLES
-from pipeline.sources.locations import absolute
+from pipeline.sources.locations import SAMPLES, absolute
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import log_model_folder
 from pipeline.tracking.run import Run

@@ -18,9 +18,9 @@ from pipeline.downstream.images import decode, image_files, open_scenes
 from pipeline.errors import UserError
 from pipeline.imaging.decode import image_size, read_label_map
 from pipeline.runtime.progress import Progress
-from pipeline.sources import SampleScenes
 from pipeline.sources.label_maps import UNLABELLED, masks_beside
 from pipeline.sources.locations import absolute
+from pipeline.sources.sample_scenes import SampleScenes
 
 IGNORE = UNLABELLED
 """Label of pixels that count neither in the loss nor in the metrics."""

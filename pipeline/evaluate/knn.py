@@ -17,8 +17,8 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import NO_LABEL, read_summaries, scan_images
 from pipeline.errors import UserError
 from pipeline.evaluate.config import KnnConfig
-from pipeline.sources import SAMPLES
 from pipeline.sources.base import odd_class
+from pipeline.sources.locations import SAMPLES
 from pipeline.training.worker import ALONE, Worker
 
 QUERY_CHUNK, BANK_CHUNK = 1024, 65_536

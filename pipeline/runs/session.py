@@ -17,7 +17,7 @@ from pipeline.runs.results import outputs_store, publish
 from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime import logs
 from pipeline.runtime.ray_session import computing_on, connect, devices
-from pipeline.sources import SAMPLES
+from pipeline.sources.locations import SAMPLES
 from pipeline.storage.store import Store
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.registry import Candidate, describe, model_link, register

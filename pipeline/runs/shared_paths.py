@@ -12,8 +12,7 @@ from pathlib import Path
 from pipeline.config.load import Config
 from pipeline.errors import UserError
 from pipeline.runs.folder import cache_store, work_folder
-from pipeline.sources import SAMPLES
-from pipeline.sources.locations import absolute, expand
+from pipeline.sources.locations import SAMPLES, absolute, expand
 from pipeline.storage.store import Store
 
 PATIENCE_S = 60.0

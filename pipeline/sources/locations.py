@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator
 
 from pipeline.errors import UserError
 
+SAMPLES = "samples"
+"""Location of the generated sample scenes; a folder of that name is `./samples`."""
+
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:ing|id|idation)?\d*(?=$|[-_.])", re.IGNORECASE)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.sources.base import finish_index
+from pipeline.sources.locations import SAMPLES
 from pipeline.sources.painting import blend, surface
 from pipeline.sources.shapes import CLASSES, coverage
 
@@ -76,7 +77,7 @@ class SampleScenes:
     @property
     def location(self) -> str:
         """`samples`: there is no file."""
-        return "samples"
+        return SAMPLES
 
     @property
     def classes(self) -> tuple[str, ...]:

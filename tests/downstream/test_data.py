@@ -16,7 +16,7 @@ from pipeline.downstream.coco import CocoImages
 from pipeline.downstream.images import LabelledImages, open_labelled
 from pipeline.downstream.masks import IGNORE, MaskedImages, open_masked, read_classes
 from pipeline.errors import UserError
-from pipeline.sources import open_source
+from pipeline.sources.open import open_source
 from tests.downstream.drawings import CLASSES, SIDE, write_set
 from tests.fakes import write_photos
 

@@ -16,8 +16,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image
-from pipeline.sources import open_source, parquet_images
+from pipeline.sources import parquet_images
 from pipeline.sources.locations import below
+from pipeline.sources.open import open_source
 from tests.sources.noise_images import encode
 
 

@@ -16,8 +16,8 @@ from pipeline.cache.fill.ingest import Ingest
 from pipeline.cache.layout.dataset import create_dataset, plan_dataset
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE
-from pipeline.sources import open_source
 from pipeline.sources.base import MAX_BYTES
+from pipeline.sources.open import open_source
 from pipeline.storage.store import Store
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF"}

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import INDEX_SCHEMA, ImageFolder, open_source
+from pipeline.sources.base import INDEX_SCHEMA
+from pipeline.sources.image_folder import ImageFolder
+from pipeline.sources.open import open_source
 from tests.sources.noise_images import encode
 
 

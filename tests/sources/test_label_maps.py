@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.sources import SampleScenes, open_source
 from pipeline.sources.label_maps import IGNORE, open_label_maps
+from pipeline.sources.open import open_source
+from pipeline.sources.sample_scenes import SampleScenes
 
 VALUES = np.array([[0, 1, 150], [2, 2, 0]], np.uint8)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import open_source
+from pipeline.sources.open import open_source
 from tests.sources.noise_images import encode
 
 

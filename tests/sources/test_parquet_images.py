@@ -11,7 +11,8 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image
-from pipeline.sources import ParquetImages, open_source
+from pipeline.sources.open import open_source
+from pipeline.sources.parquet_images import ParquetImages
 from tests.sources.noise_images import encode
 
 STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})

@@ -9,8 +9,8 @@ from skimage.feature import hog
 
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image
-from pipeline.sources import SampleScenes, SceneSettings, open_source
-from pipeline.sources.sample_scenes import SEGMENTATION_CLASSES
+from pipeline.sources.open import open_source
+from pipeline.sources.sample_scenes import SEGMENTATION_CLASSES, SampleScenes, SceneSettings
 
 
 def test_open_source_gives_scenes_by_the_settings() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import TarShards, open_source
+from pipeline.sources.open import open_source
+from pipeline.sources.tar_shards import TarShards
 from tests.sources.noise_images import encode
 
 

@@ -31,8 +31,9 @@ from pipeline.errors import UserError, naming
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.runtime.metrics import export
 from pipeline.runtime.progress import Progress
-from pipeline.sources import SceneSettings, open_source
 from pipeline.sources.base import Source
+from pipeline.sources.open import open_source
+from pipeline.sources.sample_scenes import SceneSettings
 from pipeline.storage.store import Store, report_damage
 
 PASSES = 2

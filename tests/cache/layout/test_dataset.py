@@ -6,7 +6,7 @@ from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.layout.dataset import create_dataset, plan_dataset
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE
-from pipeline.sources import open_source
+from pipeline.sources.open import open_source
 from pipeline.storage.store import Store
 from tests.fakes import write_photos
 

@@ -1,0 +1,66 @@
+"""Open the images at a location: folders, tar shards, Parquet files, or generated sample scenes."""
+
+import os
+
+from pipeline.errors import UserError
+from pipeline.sources.base import IMAGE_EXTENSIONS, Source
+from pipeline.sources.image_folder import ImageFolder
+from pipeline.sources.locations import SAMPLES, absolute, expand, refuse_several_splits
+from pipeline.sources.parquet_images import ParquetImages
+from pipeline.sources.sample_scenes import SampleScenes, SceneSettings
+from pipeline.sources.tar_shards import TarShards
+
+
+def open_source(
+    location: str,
+    *,
+    split: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    samples: SceneSettings | None = None,
+) -> Source:
+    """Open the images at a location; its kind follows from what is there.
+
+    `samples` -> generated scenes of `split`, by the given settings. A folder of class folders or images ->
+    `ImageFolder`. Folder, file, glob or brace pattern of `.tar` or `.parquet` -> `TarShards` or `ParquetImages`. The
+    columns concern Parquet alone; None finds them.
+
+    Raises:
+        UserError: nothing there, a mix of kinds or splits, or no image column; one line with the remedy.
+    """
+    if location == SAMPLES:
+        settings = samples or SceneSettings()
+        return SampleScenes(split, settings.count, settings.size, settings.seed)
+    path = absolute(location)
+    files = _archives_in(path) if os.path.isdir(path) else expand(path)
+    if not files:
+        return ImageFolder.open(path)
+    kinds = {os.path.splitext(file)[1].lower() for file in files}
+    if kinds == {".tar"}:
+        return TarShards(path, files)
+    if kinds == {".parquet"}:
+        return ParquetImages.open(path, files, image_column, label_column)
+    raise UserError(
+        f"{path}: names {', '.join(sorted(kind or 'folders' for kind in kinds))}; "
+        "give a folder of images, or .tar files, or .parquet files"
+    )
+
+
+def _archives_in(folder: str) -> tuple[str, ...]:
+    """Tar or Parquet files directly in a folder; none where it holds images or class folders alone."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
+    found = {kind: [name for name in names if name.lower().endswith(kind)] for kind in (".tar", ".parquet")}
+    archives = [kind for kind, matches in found.items() if matches]
+    if not archives:
+        return ()
+    others = any(name.lower().endswith(IMAGE_EXTENSIONS) or os.path.isdir(os.path.join(folder, name)) for name in names)
+    kind = archives[0]
+    if others or len(archives) > 1:
+        raise UserError(
+            f"{folder}: holds {kind} files beside other data; name the files you mean, such as {folder}/*{kind}"
+        )
+    refuse_several_splits(folder, found[kind], extension=kind)
+    return tuple(os.path.join(folder, name) for name in found[kind])
