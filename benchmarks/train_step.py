@@ -66,11 +66,11 @@ from pipeline.imaging.rendering import render
 from pipeline.student.model import Encoder, Student, create_backbone
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
-from pipeline.training.meter import Stopwatch
+from pipeline.training.meter import StepTimer
 from pipeline.training.ray_train import fit
 from pipeline.training.step import Stepper
 from pipeline.training.task import Task
-from pipeline.training.upload import to_device, upload_ahead
+from pipeline.training.upload import prefetch_to_device, to_device
 from pipeline.training.worker import Worker
 from teachers.base import Teacher
 
@@ -203,7 +203,7 @@ class Bench:
 
     def _operators(self, name: str) -> int:
         with Operators() as operators:
-            self.steppers[name]([self.batch], WARM_UP + self.options.steps, Stopwatch(self.device))
+            self.steppers[name]([self.batch], WARM_UP + self.options.steps, StepTimer(self.device))
         return operators.count
 
     def _ratios(self, rounds: Sequence[dict[str, Times]], kind: int) -> dict[str, float]:
@@ -220,11 +220,11 @@ class Bench:
     def _read(self) -> Iterator[Batch]:
         while True:
             self.epoch += 1
-            yield from upload_ahead(self.reader.batches(self.epoch), self.device)
+            yield from prefetch_to_device(self.reader.batches(self.epoch), self.device)
 
     def _block(self, name: str, batches: Iterator[Batch]) -> Times:
         """Of a step."""
-        stepper, clock, started = self.steppers[name], Stopwatch(self.device), np.zeros(2)
+        stepper, clock, started = self.steppers[name], StepTimer(self.device), np.zeros(2)
         stepper.wrapped.train()
         for step in range(WARM_UP + self.options.steps):
             if step == WARM_UP:

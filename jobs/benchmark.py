@@ -59,13 +59,13 @@ def track(config: Config, figures: dict[str, dict[str, float]], files: list[Path
     if find_spec("mlflow") is None:
         return "not logged: mlflow is not installed here"
     from pipeline.tracking.address import resolve_uri
-    from pipeline.tracking.run import start_job
+    from pipeline.tracking.run import start_run
 
     work = work_folder(config)
     uri = resolve_uri(config.tracking.uri, work)
     tags, tree = {"job": "benchmark"}, config.model_dump(mode="json")
     name = f"{config.name}-benchmark"
-    job = start_job(uri, experiment=config.tracking.experiment, name=name, config=tree, tags=tags, work=work)
+    job = start_run(uri, experiment=config.tracking.experiment, name=name, config=tree, tags=tags, work=work)
     # MLflow allows no brackets or braces in a name, which the arguments of a model have.
     named = {re.sub(r"[^\w\-. :/]", "", key): values for key, values in figures.items()}
     job.log_metric_dict({f"{key}/{what}": value for key, values in named.items() for what, value in values.items()})

@@ -51,7 +51,7 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
         filled, reports = fill(job, phases)
         plans, computed = [phase.plan for phase in filled], sum(report.shards_computed for report in reports)
         print(f"{computed} shards computed in {sum(report.seconds for report in reports):.0f} s", flush=True)
-        with job.phase("distill") as tracked:
+        with job.child_run("distill") as tracked:
             result = distill(filled, tracked, job.state.folder)
         figures = {
             "knn_before": result.knn_before,
@@ -96,7 +96,7 @@ def fill(job: Job, phases: Sequence[Phase]) -> tuple[list[Phase], list[BuildRepo
     """Compute what the cache lacks of every phase, before the first one trains; gives the phases with their weights' digests."""
     filled, reports = [], []
     for number, phase in enumerate(phases, 1):
-        with job.phase("precompute" if number == 1 else f"precompute-{number}") as tracked:
+        with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
             plan, report = precompute(phase.config, phase.plan, tracked)
         filled.append(replace(phase, plan=plan))
         reports.append(report)

@@ -36,7 +36,7 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     with open_job(config, "finetune") as job:
         if job.state.resumed:
             print(f"resuming the unfinished run in {job.state.folder}", flush=True)
-        with job.phase("finetune") as tracked:
+        with job.child_run("finetune") as tracked:
             result = finetune(config, plan, tracked, job.state.folder)
         figures = {
             **{f"{name}_before": value for name, value in result.before.items()},

@@ -60,7 +60,7 @@ from pipeline.cache.maintain.repair import repair_cache
 from pipeline.config.load import Config
 from pipeline.runs.folder import cache_store
 from pipeline.runs.shared_paths import check_shared
-from pipeline.runtime.ray_session import Hardware, computing_on, connect, hardware, is_cluster
+from pipeline.runtime.ray_session import Hardware, connect, hardware, hardware_line, is_cluster
 
 SHOWN = 50
 """Lines of a table of findings or garbage; the rest is counted."""
@@ -79,7 +79,7 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     reports = []
     with open_job(config, "precompute") as job:
         for number, (phase, plan) in enumerate(planned, 1):
-            with job.phase("precompute" if number == 1 else f"precompute-{number}") as tracked:
+            with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
                 reports.append(precompute(phase, plan, tracked)[1])
     computed = sum(report.shards_computed for report in reports)
     quarantined = max(sum(len(bad) for bad in report.quarantined.values()) for report in reports)
@@ -150,7 +150,7 @@ def verify(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         check_begun(plan)
     found, left = [], 0
     with connect():
-        print(computing_on(), flush=True)
+        print(hardware_line(), flush=True)
         check_shared(config)
         for phase, plan in planned:
             found.append(verify_cache(plan, phase))

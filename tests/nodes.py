@@ -89,7 +89,7 @@ def _alive(address: str) -> int:
     return sum(node.state == GcsNodeInfo.ALIVE for node in known.values())
 
 
-def start_job(arguments: Sequence[str], address: str, log: Path) -> Any:
+def start_run(arguments: Sequence[str], address: str, log: Path) -> Any:
     """`jobs/precompute.py` with these arguments on the Ray at `address`, in a process whose output goes to `log`."""
     process = FORK.Process(target=_job, args=(list(arguments), address, log), daemon=True)
     process.start()

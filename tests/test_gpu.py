@@ -28,9 +28,9 @@ from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd, Rotation
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
-from pipeline.training.meter import Stopwatch
+from pipeline.training.meter import StepTimer
 from pipeline.training.step import Stepper
-from pipeline.training.upload import tensors_of, upload_ahead
+from pipeline.training.upload import list_tensors, prefetch_to_device
 from pipeline.training.worker import Worker
 from tests.training.tiny_task import TinyTask
 
@@ -191,8 +191,8 @@ def _losses(options, teachers, batches, device, precision):
     config = train_config(options).model_copy(update={"precision": precision})
     stepper = Stepper(DistillStep(make_distiller(options, teachers)), config, Worker(device=device), [100])
     stepper.wrapped.train()
-    steps = enumerate(upload_ahead(iter(batches), device))
-    return torch.tensor([float(stepper([batch], step, Stopwatch(device))["loss"]) for step, batch in steps])
+    steps = enumerate(prefetch_to_device(iter(batches), device))
+    return torch.tensor([float(stepper([batch], step, StepTimer(device))["loss"]) for step, batch in steps])
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 2e-3), ("bfloat16", 3e-2), ("float16", 2e-2)])
@@ -253,7 +253,7 @@ def test_a_step_never_waits_for_the_device(cached):
     options.max_patches = 8  # of 16: the step decides which
     stepper = Stepper(_Augmented(make_distiller(options, teachers)), train_config(options), Worker(device=CUDA), [100])
     stepper.wrapped.train()
-    batches, clock = list(upload_ahead(reader.batches(0), CUDA)), Stopwatch(CUDA)
+    batches, clock = list(prefetch_to_device(reader.batches(0), CUDA)), StepTimer(CUDA)
     stepper(batches[:1], 0, clock)  # what is made once may be waited for
     with _never_waiting():
         losses = [stepper([batch], step, clock)["loss"] for step, batch in enumerate(batches[1:], 1)]
@@ -262,11 +262,11 @@ def test_a_step_never_waits_for_the_device(cached):
 
 def test_batches_come_to_the_device_in_order_and_whole(cached):
     _, _, reader = cached
-    pairs = zip(reader.batches(0), upload_ahead(reader.batches(0), CUDA), strict=True)
+    pairs = zip(reader.batches(0), prefetch_to_device(reader.batches(0), CUDA), strict=True)
     for number, (here, there) in enumerate(pairs):
         assert there.keys == here.keys
         assert there.place == (0, number)
-        for a, b in zip(tensors_of(here), tensors_of(there), strict=True):
+        for a, b in zip(list_tensors(here), list_tensors(there), strict=True):
             assert b.is_cuda
             assert torch.equal(a, b.cpu())
     assert number == 3

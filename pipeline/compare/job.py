@@ -11,7 +11,7 @@ from pipeline.compare.write import write
 from pipeline.errors import UserError
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.reading import read_experiment
-from pipeline.tracking.run import start_job
+from pipeline.tracking.run import start_run
 
 FOLDER = "comparison"
 """Of the artifacts."""
@@ -62,7 +62,7 @@ def compare(experiment: str, only: str, uri: str | None, folder: Path) -> Result
     except OSError as error:
         raise UserError(f"--to: {folder} cannot be written ({error.strerror}); name another folder") from error
     settings = {"experiment": experiment, "filter": only}
-    run = start_job(store, experiment=experiment, name="compare", config=settings, tags={"job": "compare"}, work=work)
+    run = start_run(store, experiment=experiment, name="compare", config=settings, tags={"job": "compare"}, work=work)
     run.log_metric_dict({"runs": len(comparison.entries), "groups": len(comparison.groups)})
     for file in files:
         run.log_file(file, FOLDER)

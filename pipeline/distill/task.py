@@ -104,7 +104,7 @@ class DistillTask(Task):
     """
 
     module: Distiller
-    uses_all = True
+    uses_all_parameters = True
 
     def __init__(
         self, job: DistillJob, rank: int = 0, world: int = 1, before: str | None = None, watch: Watch | None = None
@@ -149,7 +149,7 @@ class DistillTask(Task):
         """Remember the summaries of the global batch, on all ranks alike, where a loss compares with past ones."""
         for target in self.module.remembering():
             own = [batch.features[target.teacher.id]["summary"] for batch in batches]
-            target.remember(self.worker.of_all_shares(own))
+            target.remember(self.worker.all_gather(own))
 
     def _draws(self, count: int, device: torch.device) -> Tensor | None:
         if not self.job.config.loss.drop:

@@ -105,7 +105,7 @@ class Classification(Downstream):
         device, count = device_of(model), len(examples.classes)
         confusion = MulticlassConfusionMatrix(count, validate_args=False).to(device)
         fifth = MulticlassAccuracy(count, top_k=min(5, count), average="micro", validate_args=False).to(device)
-        for rows, images in _held_out(examples, config, worker.rows(len(examples))):
+        for rows, images in _held_out(examples, config, worker.own_rows(len(examples))):
             logits = model(images.to(device)).float()
             labels = torch.from_numpy(examples.labels[rows]).to(device)
             confusion.update(logits.argmax(1), labels)

@@ -93,10 +93,10 @@ class Detection(Downstream):
         detector.transform.min_size = (config.detect.sizes[-1],)
         detector.transform.max_size = config.detect.max_size
         found: list[dict[str, Any]] = []
-        rows = worker.rows(len(examples))
+        rows = worker.own_rows(len(examples))
         for row, (image, _) in zip(rows, prepare(examples.read, rows, config.finetune.data_workers), strict=True):
             found += detections(find_objects(detector, image), examples.image_id(row), examples.category_ids)
-        results = worker.together(found)
+        results = worker.all_gather_objects(found)
         if worker.rank:
             return Report({})
         masks = config.detect.masks and detector.roi_heads.has_mask()

@@ -84,7 +84,7 @@ class Segmentation(Downstream):
         device = device_of(model)
         confusion = MulticlassConfusionMatrix(len(examples.classes), ignore_index=IGNORE, validate_args=False)
         confusion = confusion.to(device)
-        for image, labels in prepare(examples.read, worker.rows(len(examples)), config.finetune.data_workers):
+        for image, labels in prepare(examples.read, worker.own_rows(len(examples)), config.finetune.data_workers):
             confusion.update(predict(model, image.to(device), config), labels[None].to(device).long())
         matrix = confusion.compute().cpu()
         metrics, table = segmentation_metrics(matrix, examples.classes)

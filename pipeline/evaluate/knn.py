@@ -169,7 +169,7 @@ def embed(
     for batch in scan_images(dataset, image_size, batch_size, limit, worker.rank, worker.world):
         images = batch.images.to(device).float() / 255
         found.append((batch.labels, *(encoder(images).float().cpu() for encoder in encoders)))
-    labels, *features = (torch.cat(parts).to(device) for parts in zip(*worker.together(found), strict=True))
+    labels, *features = (torch.cat(parts).to(device) for parts in zip(*worker.all_gather_objects(found), strict=True))
     return features, labels
 
 

@@ -17,7 +17,7 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import NO_LABEL, read_summaries
 from pipeline.evaluate.knn import Neighbours, labelled, merge, nearest, vote
 from pipeline.runtime.prefetch import map_ahead
-from pipeline.runtime.ray_session import places
+from pipeline.runtime.ray_session import worker_slots
 
 BLOCK = 8192
 """Queries that travel at once."""
@@ -102,5 +102,5 @@ def _placement(shards: int) -> Placement:
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if gpus:
         return Placement(min(gpus, shards), 1, 1)
-    actors = min((cpus - 1) // 8, places(8), shards)
+    actors = min((cpus - 1) // 8, worker_slots(8), shards)
     return Placement(actors, 8) if actors > 1 else Placement(0)

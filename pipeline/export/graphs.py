@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.runtime.logs import errors_alone
+from pipeline.runtime.logs import only_errors
 
 OPSET = 18
 INPUT, OUTPUT = "image", "output"
@@ -41,7 +41,7 @@ def export_onnx(
     """
     _check_eval(model)
     # The exporter warns of operators of packages that are not installed.
-    with torch.no_grad(), errors_alone("torch.onnx"):
+    with torch.no_grad(), only_errors("torch.onnx"):
         program = torch.onnx.export(
             model,
             (example,),

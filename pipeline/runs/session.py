@@ -16,12 +16,12 @@ from pipeline.runs.folder import RunState, open_run, work_folder
 from pipeline.runs.results import outputs_store, publish
 from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime import logs
-from pipeline.runtime.ray_session import computing_on, connect, devices
+from pipeline.runtime.ray_session import connect, devices, hardware_line
 from pipeline.sources.locations import SAMPLES
 from pipeline.storage.store import Store
 from pipeline.tracking.address import resolve_uri
-from pipeline.tracking.registry import Candidate, describe, model_link, register
-from pipeline.tracking.run import Run, start_job
+from pipeline.tracking.registry import Registration, describe, model_link, register
+from pipeline.tracking.run import Run, start_run
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +45,12 @@ class Job:
     tracking_uri: str
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[Run]:
+    def child_run(self, name: str) -> Iterator[Run]:
         """A nested MLflow run; the one of an interrupted start is continued."""
         run = self.run.child(name, run_id=self.state.mlflow.get(name))
         self.state.mlflow[name] = run.run_id
         self.state.save()
-        with _ended(run), logs.about(stage=name):
+        with _ended(run), logs.context(stage=name):
             yield run
 
     def register(
@@ -62,7 +62,7 @@ class Job:
 
         Args:
             kind: `student`, or the task that it was fine-tuned for.
-            model_uri, metric, score, held_out, lineage: as in :class:`pipeline.tracking.registry.Candidate`.
+            model_uri, metric, score, held_out, lineage: as in :class:`pipeline.tracking.registry.Registration`.
 
         Returns:
             Its URI in the registry; None where there is no registry, which the log says.
@@ -71,7 +71,8 @@ class Job:
         name = f"{readable(self.config.name)}-{kind}"
         held_out = SAMPLES if self.config.val == SAMPLES else held_out
         registered = register(
-            self.run, Candidate(name, model_uri, metric, score, held_out, {**lineage, **filled, "run": self.run.run_id})
+            self.run,
+            Registration(name, model_uri, metric, score, held_out, {**lineage, **filled, "run": self.run.run_id}),
         )
         told = "nothing was measured" if score is None else f"{metric} {score:.4g}"
         where = f"[{registered}]({model_link(registered)})" if registered else f"`{model_uri}`"
@@ -96,10 +97,10 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
     _check_writable({"work": str(work_folder(config)), "train.checkpoints": config.train.checkpoints})
     uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
     with connect():
-        print(computing_on(), flush=True)
+        print(hardware_line(), flush=True)
         check_shared(config)
         run, state = _start(config, uri, name, reads)
-        with _ended(run), _metered(run, state), logs.about(run=state.folder.name):
+        with _ended(run), _metered(run, state), logs.context(run=state.folder.name):
             yield Job(config, name, state, run, uri)
             if outputs:
                 run.set_tags({"outputs": publish(state.folder, outputs)})
@@ -118,7 +119,7 @@ def _check_writable(places: Mapping[str, str | None]) -> None:
 
 def _start(config: Config, uri: str, name: str, reads: Collection[str]) -> tuple[Run, RunState]:
     state = open_run(config, name, reads)
-    run = start_job(
+    run = start_run(
         uri,
         experiment=config.tracking.experiment,
         name=run_title(config, name),

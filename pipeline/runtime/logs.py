@@ -33,7 +33,7 @@ def fields() -> dict[str, str]:
 
 
 @contextmanager
-def about(**known: str) -> Iterator[None]:
+def context(**known: str) -> Iterator[None]:
     """Within, records say this too: ``run``, ``stage``, ``shard``."""
     token = _current.set({**_current.get(), **known})
     try:
@@ -42,13 +42,13 @@ def about(**known: str) -> Iterator[None]:
         _current.reset(token)
 
 
-def enter(**known: str) -> None:
+def set_context(**known: str) -> None:
     """From here on, records of this process's thread say this too."""
     _current.set({**_current.get(), **known})
 
 
 @contextmanager
-def errors_alone(name: str) -> Iterator[None]:
+def only_errors(name: str) -> Iterator[None]:
     """Within, the logger of this name tells nothing but errors."""
     logger = logging.getLogger(name)
     level = logger.level
@@ -60,15 +60,15 @@ def errors_alone(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def about_shard(row: Mapping[str, Any], stage: str) -> Iterator[None]:
-    """Within, records are those of a row (``split``, ``shard``, and ``log``, which :func:`carried` gave) in a stage."""
+def shard_context(row: Mapping[str, Any], stage: str) -> Iterator[None]:
+    """Within, records are those of a row (``split``, ``shard``, and ``log``, which `row_context` gave) in a stage."""
     _configure_where_ray_runs_it()
     known = json.loads(row.get("log", "{}"))
-    with about(**{**known, "stage": stage, "shard": f"{row['split']}/{row['shard']}"}):
+    with context(**{**known, "stage": stage, "shard": f"{row['split']}/{row['shard']}"}):
         yield
 
 
-def carried() -> dict[str, str]:
+def row_context() -> dict[str, str]:
     """What a row carries so that its records elsewhere say what those here do."""
     return {"log": json.dumps(fields())}
 

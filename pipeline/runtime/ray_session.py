@@ -76,27 +76,27 @@ def hardware() -> Hardware:
     return Hardware(nodes, int(there.get("CPU", 0)), int(there.get("GPU", 0)), tuple(types))
 
 
-def nodes_up() -> list[dict[str, float]]:
+def alive_node_resources() -> list[dict[str, float]]:
     """Resources of every node that is up."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def places(cpus: int) -> int:
+def worker_slots(cpus: int) -> int:
     """How many workers of so many CPUs, and of a GPU where there are any, the nodes that are up have room for."""
-    nodes = nodes_up()
+    nodes = alive_node_resources()
     gpus = any(node.get("GPU") for node in nodes)
     return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpus else inf)) for node in nodes)
 
 
-def cpus_each(workers: int, most: int) -> int:
+def cpus_per_worker(workers: int, most: int) -> int:
     """CPUs for each of so many workers, `most` at most, so that nodes have room for them and a CPU is left for Ray's tasks.
 
     Ray would wait for ever for workers that want more than any node has.
     """
-    there, fit = hardware().cpus, min(workers, places(1))
-    return next((cpus for cpus in range(most, 1, -1) if places(cpus) >= fit and fit * cpus < there), 1)
+    there, fit = hardware().cpus, min(workers, worker_slots(1))
+    return next((cpus for cpus in range(most, 1, -1) if worker_slots(cpus) >= fit and fit * cpus < there), 1)
 
 
 @contextmanager
@@ -148,16 +148,16 @@ def devices() -> tuple[float, str]:
     return gpus, f"{gpus:g} x {' or '.join(kinds) or 'GPU'}"
 
 
-def computing_on() -> str:
+def hardware_line() -> str:
     """What the session computes on, as a line to print.
 
     Raises:
-        UserError: as `usable_devices`.
+        UserError: as `check_devices`.
     """
-    return f"cluster: {hardware()}" if is_cluster() else f"computing on {usable_devices()}"
+    return f"cluster: {hardware()}" if is_cluster() else f"computing on {check_devices()}"
 
 
-def usable_devices() -> str:
+def check_devices() -> str:
     """What a session on this machine computes on, in words.
 
     Raises:

@@ -18,8 +18,8 @@ from mlflow.types import Schema, TensorSpec
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, one_line
-from pipeline.tracking.outbox import patiently
 from pipeline.tracking.run import Run
+from pipeline.tracking.write_buffer import retry_until_reachable
 
 STUDENT_FOLDER = "student"
 STUDENT_FILES = ("student.safetensors", "student.json")
@@ -48,7 +48,7 @@ def log_student(
     Raises:
         UserError: where the server does not answer for minutes.
     """
-    run.settle()
+    run.flush()
     with torch.no_grad():
         output = model(example)
     signature = ModelSignature(
@@ -68,9 +68,9 @@ def log_student(
         serialization_format="pt2",
         tags=dict(tags),
     )
-    logged = patiently(run.uri, log)
+    logged = retry_until_reachable(run.uri, log)
     for key, value in metrics.items():
-        patiently(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
+        retry_until_reachable(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
     return str(logged.model_uri)
 
 
@@ -89,7 +89,7 @@ def download_student(model_uri: str, tracking_uri: str) -> Path:
     """
     client = MlflowClient(tracking_uri)
     try:
-        folder = Path(client.download_artifacts(run_of(client, model_uri), STUDENT_FOLDER, mkdtemp()))
+        folder = Path(client.download_artifacts(source_run_id(client, model_uri), STUDENT_FOLDER, mkdtemp()))
         for name in STUDENT_FILES:
             (folder / name).stat()  # some stores give nothing for what is not there
     except (MlflowException, OSError) as error:
@@ -100,7 +100,7 @@ def download_student(model_uri: str, tracking_uri: str) -> Path:
     return folder
 
 
-def run_of(client: MlflowClient, model_uri: str) -> str:
+def source_run_id(client: MlflowClient, model_uri: str) -> str:
     """The run that logged a model.
 
     Raises:
@@ -146,13 +146,13 @@ def log_model_folder(
     Raises:
         UserError: where the server does not answer for minutes.
     """
-    run.settle()
+    run.flush()
     create = partial(run.client.create_logged_model, run.experiment_id, name, run.run_id, dict(tags))
-    logged = patiently(run.uri, create)
-    patiently(run.uri, partial(run.client.log_model_artifacts, logged.model_id, str(folder)))
-    patiently(run.uri, partial(run.client.finalize_logged_model, logged.model_id, "READY"))
+    logged = retry_until_reachable(run.uri, create)
+    retry_until_reachable(run.uri, partial(run.client.log_model_artifacts, logged.model_id, str(folder)))
+    retry_until_reachable(run.uri, partial(run.client.finalize_logged_model, logged.model_id, "READY"))
     for key, value in metrics.items():
-        patiently(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
+        retry_until_reachable(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
     return f"models:/{logged.model_id}"
 
 

@@ -15,7 +15,7 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError, one_line
-from pipeline.tracking.run import probing
+from pipeline.tracking.run import connecting
 
 PAGE = 1000
 """Runs that one search gives."""
@@ -86,7 +86,7 @@ def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
         UserError: where the store cannot be reached, has no such experiment, or does not understand the filter.
     """
     _refuse_missing_file(uri)
-    with probing(uri, "--tracking-uri"):
+    with connecting(uri, "--tracking-uri"):
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage != "active":

@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import one_line
-from pipeline.tracking.models import run_of
+from pipeline.tracking.models import source_run_id
 from pipeline.tracking.run import NOTE, Run, run_link
 
 BEST, EXPERIMENT = "best", "experiment"
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Registration:
     """A model that is to be registered.
 
     Attributes:
@@ -44,7 +44,7 @@ class Candidate:
     lineage: Mapping[str, str] = field(default_factory=dict)
 
 
-def register(run: Run, candidate: Candidate) -> str | None:
+def register(run: Run, registration: Registration) -> str | None:
     """Register a model as the next version, and mark the best of those that were measured alike.
 
     A run that has registered its model, and is started again, keeps that version. A store without a registry, or one
@@ -57,71 +57,73 @@ def register(run: Run, candidate: Candidate) -> str | None:
         ``models:/<name>/<version>``, or None where it could not be registered.
     """
     try:
-        version = _create(run, candidate)
+        version = _create(run, registration)
     except (MlflowException, OSError) as error:
         log.warning(
             "the model is logged as %s but not registered as %s: %s",
-            candidate.model_uri,
-            candidate.name,
+            registration.model_uri,
+            registration.name,
             one_line(error),
         )
         return None
-    registered = f"models:/{candidate.name}/{version.version}"
+    registered = f"models:/{registration.name}/{version.version}"
     try:
-        _mark_best(run.client, candidate, registered)
+        _mark_best(run.client, registration, registered)
         _show_best(run)
     except (MlflowException, OSError) as error:
         log.warning("the model is registered as %s, but the best one was not marked: %s", registered, one_line(error))
     return registered
 
 
-def _create(run: Run, candidate: Candidate) -> ModelVersion:
-    client, trained_by = run.client, run_of(run.client, candidate.model_uri)
+def _create(run: Run, registration: Registration) -> ModelVersion:
+    client, trained_by = run.client, source_run_id(run.client, registration.model_uri)
     try:
-        client.create_registered_model(candidate.name, description=_MODEL_NOTE.format(**vars(candidate)))
+        client.create_registered_model(registration.name, description=_MODEL_NOTE.format(**vars(registration)))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    if registered := client.search_model_versions(f"name = '{candidate.name}' and run_id = '{trained_by}'"):
+    if registered := client.search_model_versions(f"name = '{registration.name}' and run_id = '{trained_by}'"):
         return registered[0]
-    score = {} if candidate.score is None else {"score": f"{candidate.score:.6g}", "held_out": candidate.held_out}
-    logged = candidate.model_uri.removeprefix("models:/")
+    score = (
+        {} if registration.score is None else {"score": f"{registration.score:.6g}", "held_out": registration.held_out}
+    )
+    logged = registration.model_uri.removeprefix("models:/")
     return client.create_model_version(
-        candidate.name,
-        candidate.model_uri,
+        registration.name,
+        registration.model_uri,
         trained_by,
-        tags={"metric": candidate.metric, EXPERIMENT: run.experiment_id, **score, **candidate.lineage},
-        description=_version_note(run, candidate),
+        tags={"metric": registration.metric, EXPERIMENT: run.experiment_id, **score, **registration.lineage},
+        description=_version_note(run, registration),
         model_id=logged if "/" not in logged else None,
     )
 
 
-def _mark_best(client: MlflowClient, candidate: Candidate, registered: str) -> None:
+def _mark_best(client: MlflowClient, registration: Registration, registered: str) -> None:
     """Among versions with the same metric on the same images, the alias goes to the best, the earlier one of equals.
 
     Where it is at a version that was measured otherwise, it stays there.
     """
-    if candidate.score is None:
+    if registration.score is None:
         return
-    measured = (candidate.metric, candidate.held_out)
-    marked = client.get_registered_model(candidate.name).aliases.get(BEST)
-    if marked is not None and _measured(client.get_model_version(candidate.name, str(marked))) != measured:
+    measured = (registration.metric, registration.held_out)
+    marked = client.get_registered_model(registration.name).aliases.get(BEST)
+    if marked is not None and _measured(client.get_model_version(registration.name, str(marked))) != measured:
         log.warning(
             "%s was measured on other images (%s) than the best one, version %s, which keeps the alias `%s` until it is "
             "deleted",
             registered,
-            candidate.held_out,
+            registration.held_out,
             marked,
             BEST,
         )
         return
     alike = [
         (float(version.tags["score"]), -int(version.version), version)
-        for version in client.search_model_versions(f"name = '{candidate.name}'")
+        for version in client.search_model_versions(f"name = '{registration.name}'")
         if "score" in version.tags and _measured(version) == measured
     ]
     best = max(alike, key=lambda entry: entry[:2])[2]
-    client.set_registered_model_alias(candidate.name, BEST, str(best.version))
+    client.set_registered_model_alias(registration.name, BEST, str(best.version))
 
 
 def _measured(version: ModelVersion) -> tuple[str | None, str | None]:
@@ -151,9 +153,9 @@ _MODEL_NOTE = """Newest: `models:/{name}/latest`. Best by `{metric}`: `models:/{
 same held-out images (tag `held_out`) as the first one that was marked."""
 
 
-def _version_note(run: Run, candidate: Candidate) -> str:
-    score = "nothing was measured" if candidate.score is None else f"{candidate.metric} {candidate.score:.4g}"
-    rows = [f"| {name} | {', '.join(value.splitlines())} |" for name, value in candidate.lineage.items()]
+def _version_note(run: Run, registration: Registration) -> str:
+    score = "nothing was measured" if registration.score is None else f"{registration.metric} {registration.score:.4g}"
+    rows = [f"| {name} | {', '.join(value.splitlines())} |" for name, value in registration.lineage.items()]
     table = ["| lineage | |", "|---|---|", *rows] if rows else []
     return "\n".join([f"From [the job's run]({run_link(run)}): {score}.", "", *table])
 

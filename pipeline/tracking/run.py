@@ -25,8 +25,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.metrics import export_training
 from pipeline.storage.store import Store
-from pipeline.tracking.letters import Desk, Point
-from pipeline.tracking.outbox import PATIENCE_S, Outbox, Sender, is_refusal, patiently, unreachable
+from pipeline.tracking.messages import MlflowWriter, Point
+from pipeline.tracking.write_buffer import (
+    PATIENCE_S,
+    Sender,
+    WriteBuffer,
+    is_permanent,
+    retry_until_reachable,
+    unreachable_error,
+)
 
 PARAM_LENGTH = 6000
 """Longest value of a parameter; the whole configuration is an artifact anyway."""
@@ -44,21 +51,21 @@ log = logging.getLogger(__name__)
 class Run:
     """One MLflow run. Picklable: what Ray Train's controller logs is sent by the process that opened the run.
 
-    What is logged is put into the outbox and sent from there; none of these methods fails for a server that is down.
+    What is logged is put into the buffer and sent from there; none of these methods fails for a server that is down.
 
     Attributes:
         uri: of the tracking store; "" in a process that the run travelled to, so that no address travels.
         experiment_id, run_id: as MLflow names them.
-        outbox: what is still to be sent.
+        buffer: what is still to be sent.
     """
 
     uri: str
     experiment_id: str
     run_id: str
-    outbox: Outbox
+    buffer: WriteBuffer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": "", "experiment_id": self.experiment_id, "run_id": self.run_id, "outbox": self.outbox}
+        return {"uri": "", "experiment_id": self.experiment_id, "run_id": self.run_id, "buffer": self.buffer}
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -67,7 +74,7 @@ class Run:
 
     @cached_property
     def _sender(self) -> Sender:
-        return Sender(self.outbox, Desk(self.client, self.run_id, self.outbox).send, self.uri)
+        return Sender(self.buffer, MlflowWriter(self.client, self.run_id, self.buffer).send, self.uri)
 
     def child(self, name: str, run_id: str | None = None) -> Run:
         """A nested run; the one of `run_id` is continued if it is still there.
@@ -76,10 +83,12 @@ class Run:
             UserError: where the server does not answer for minutes.
         """
         note = f"Part of [the job]({run_link(self)}), which says what it is."
-        tags, beside = {"mlflow.parentRunId": self.run_id, NOTE: note}, self.outbox.store.uri.rpartition("/")[0]
+        tags, beside = {"mlflow.parentRunId": self.run_id, NOTE: note}, self.buffer.store.uri.rpartition("/")[0]
         return cast(
             Run,
-            patiently(self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, Store(beside))),
+            retry_until_reachable(
+                self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, Store(beside))
+            ),
         )
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -139,31 +148,31 @@ class Run:
         """
         self._post("status", [status, int(time.time() * 1000)])
         done = status == "FINISHED"
-        sent = self._sender.settle(PATIENCE_S if done else None)
+        sent = self._sender.flush(PATIENCE_S if done else None)
         problem = self._sender.problem
         self._sender.close()
         del self.__dict__["_sender"]
         if done and not sent:
-            raise unreachable(self.uri, problem)
+            raise unreachable_error(self.uri, problem)
         if done:
-            self.outbox.store.delete_folder()
+            self.buffer.store.delete_folder()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until everything is sent.
 
         Raises:
             UserError: where the server does not answer for minutes.
         """
-        if not self._sender.settle(PATIENCE_S):
-            raise unreachable(self.uri, self._sender.problem)
+        if not self._sender.flush(PATIENCE_S):
+            raise unreachable_error(self.uri, self._sender.problem)
 
     def _post(self, kind: str, content: Any) -> None:
         try:
-            self.outbox.post(kind, content)
+            self.buffer.append(kind, content)
         except UserError as error:
             log.warning("%s is not logged: %s", kind, error)
         if self.uri:
-            self._sender.settle()
+            self._sender.flush()
 
 
 def _points(history: Iterable[tuple[int, Mapping[str, float]]]) -> list[Point]:
@@ -182,7 +191,7 @@ def run_link(run: Run) -> str:
     return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
-def start_job(
+def start_run(
     uri: str,
     *,
     experiment: str,
@@ -205,10 +214,10 @@ def start_job(
     Raises:
         UserError: where the store cannot be reached or opened.
     """
-    with probing(uri), _alone(uri):
+    with connecting(uri), _alone(uri):
         mlflow.set_tracking_uri(uri)
-        outboxes = Store.at((folder or work) / "unsent")
-        run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id, outboxes)
+        buffers = Store.at((folder or work) / "unsent")
+        run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id, buffers)
     run.set_tags({**tags, **_git_tags()})
     run.log_params(dict(_flatten(config)))
     run.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
@@ -216,7 +225,7 @@ def start_job(
 
 
 @contextmanager
-def probing(uri: str, field: str = "tracking.uri") -> Iterator[None]:
+def connecting(uri: str, field: str = "tracking.uri") -> Iterator[None]:
     """While a store is first asked: one that does not answer is an error soon, naming the field that it came from."""
     retries, timeout = os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
@@ -264,20 +273,20 @@ def _experiment(uri: str, name: str, work: Path) -> str:
         return str(known.experiment_id)
 
 
-def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id: str | None, outboxes: Store) -> Run:
+def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id: str | None, buffers: Store) -> Run:
     client = MlflowClient(uri)
     if run_id is not None:
         try:
             client.update_run(run_id, status="RUNNING")
-            outbox = Outbox(outboxes.sub(run_id))
-            outbox.drop("status")  # of a start whose end the server was not told
-            return Run(uri, experiment_id, run_id, outbox)
+            buffer = WriteBuffer(buffers.sub(run_id))
+            buffer.discard("status")  # of a start whose end the server was not told
+            return Run(uri, experiment_id, run_id, buffer)
         except MlflowException as error:
-            if not is_refusal(error):
+            if not is_permanent(error):
                 raise
             # It was deleted, or is in another store: start anew.
     created = client.create_run(experiment_id, tags=tags, run_name=name)
-    return Run(uri, experiment_id, created.info.run_id, Outbox(outboxes.sub(created.info.run_id)))
+    return Run(uri, experiment_id, created.info.run_id, WriteBuffer(buffers.sub(created.info.run_id)))
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

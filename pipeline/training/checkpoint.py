@@ -53,7 +53,7 @@ def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
 
 
 @dataclass
-class Position:
+class TrainingPosition:
     """Where training stands: `batch` is the next one of `epoch`, `step` counts optimiser steps, `samples` images seen."""
 
     epoch: int = 0
@@ -74,7 +74,7 @@ class Snapshot:
     Attributes:
         name: of the checkpoint directory, unique and ordered.
         state: everything that resuming needs, or None on ranks other than 0. Its tensors are those that are trained:
-            who writes them later takes :func:`copied`.
+            who writes them later takes :func:`copy_to_cpu`.
         history: metrics since the last checkpoint.
         best: whether the evaluation in it is the best yet by `train.best_metric`.
     """
@@ -85,13 +85,13 @@ class Snapshot:
     best: bool = False
 
 
-def copied(value: Any) -> Any:
+def copy_to_cpu(value: Any) -> Any:
     """A state whose tensors are copies on the CPU, as they are now."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {name: copied(item) for name, item in value.items()}
-    return [copied(item) for item in value] if isinstance(value, list) else value
+        return {name: copy_to_cpu(item) for name, item in value.items()}
+    return [copy_to_cpu(item) for item in value] if isinstance(value, list) else value
 
 
 def load_state(directory: str | Path) -> dict[str, Any]:
@@ -117,15 +117,15 @@ def _refusal(file: Path, reason: str) -> str:
     )
 
 
-def best_beside(path: str) -> str:
+def best_copy_path(path: str) -> str:
     """Where the copy of a checkpoint lies that was the best when it was written."""
     source = PurePosixPath(path)
     return str(source.parent / "best" / source.name)
 
 
-def drop_beaten(filesystem: fs.FileSystem, path: str) -> None:
+def delete_previous_best(filesystem: fs.FileSystem, path: str) -> None:
     """Remove the copies of those checkpoints that were the best before this one."""
-    best = PurePosixPath(best_beside(path))
+    best = PurePosixPath(best_copy_path(path))
     try:
         for known in filesystem.get_file_info(fs.FileSelector(str(best.parent), allow_not_found=True)):
             if known.type == fs.FileType.Directory and known.base_name != best.name:

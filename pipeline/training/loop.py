@@ -13,13 +13,13 @@ from pipeline.errors import UserError, one_line
 from pipeline.runtime.allocator import keep_freed_memory
 from pipeline.runtime.interpreter import launch_promptly
 from pipeline.runtime.progress import Progress
-from pipeline.training.checkpoint import Position, Snapshot
+from pipeline.training.checkpoint import Snapshot, TrainingPosition
 from pipeline.training.config import TrainConfig
 from pipeline.training.meter import DivergedError, Meter, starved
 from pipeline.training.step import Stepper
 from pipeline.training.task import History, Task, check_best_metric
-from pipeline.training.upload import upload_ahead
-from pipeline.training.worker import STOP, StoppedError, Worker
+from pipeline.training.upload import prefetch_to_device
+from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def train(
 
     Raises:
         DivergedError: where the loss is not finite, naming the first such batch and the file that holds the states.
-        StoppedError: after `worker.notice` gave `STOP`, and everything was committed.
+        StoppedError: after `worker.notice` gave `STOP_REQUESTED`, and everything was committed.
         UserError: where `train.best_metric` is not among what is evaluated, or `state` is of another training.
     """
     keep_freed_memory()
@@ -79,7 +79,7 @@ class _Loop:
         steps = [task.steps(epoch) for epoch in range(config.epochs)]
         self.all_steps = sum(steps)
         self.stepper = Stepper(task, config, worker, steps)
-        self.position = Position()
+        self.position = TrainingPosition()
         self.evaluations: History = []
         self.history: History = []
         self.best = False
@@ -99,7 +99,7 @@ class _Loop:
                 f"the code wrote it ({reason}): remove the folder of the run, and the same command trains anew from the "
                 "cache, which is kept"
             ) from error
-        self.position = Position(**state["position"])
+        self.position = TrainingPosition(**state["position"])
         self.evaluations = [(step, metrics) for step, metrics in state["evaluations"]]
         self.history = list(state.get("history", []))
 
@@ -121,7 +121,7 @@ class _Loop:
         averaged, step = self.stepper.average.module, self.position.step
         raw = self.stepper.module.eval() if step else None
         for module in (averaged, raw) if raw else (averaged,):
-            self.worker.agree(module)
+            self.worker.broadcast_state(module)
         metrics = self.task.evaluate(averaged, raw)
         if self.worker.rank:
             return
@@ -151,7 +151,7 @@ class _Loop:
         label = f"train epoch {position.epoch + 1}/{config.epochs}"
         with Progress(steps, "step", label, initial=position.batch) as progress:
             device = self.worker.device
-            streams = [upload_ahead(feed.batches(position.epoch, position.batch), device) for feed in self.feeds]
+            streams = [prefetch_to_device(feed.batches(position.epoch, position.batch), device) for feed in self.feeds]
             for _ in range(steps - position.batch):
                 with meter.clock.waiting():
                     batches = [next(stream) for stream in streams]
@@ -191,7 +191,7 @@ class _Loop:
         if notice or self.position.batch == steps or (every and step % every == 0):
             self._log(meter, steps)
             self.commit()
-        if notice == STOP:
+        if notice == STOP_REQUESTED:
             raise StoppedError(f"training was stopped at step {step} and goes on from there when it is started again")
 
     def _notice(self, meter: Meter) -> str | None:

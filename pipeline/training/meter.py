@@ -52,7 +52,7 @@ def starved(metrics: Mapping[str, float]) -> str:
     )
 
 
-class Stopwatch:
+class StepTimer:
     """Seconds by part of a step; on a GPU spans between events, which are read when everything before them is done anyway."""
 
     def __init__(self, device: torch.device) -> None:
@@ -101,7 +101,7 @@ class Meter:
     def __init__(self, worker: Worker, steps: int, finite_gradient: bool) -> None:
         self.worker, self.finite_gradient = worker, finite_gradient
         self.every = max(1, steps // POINTS_PER_EPOCH)
-        self.clock = Stopwatch(worker.device)
+        self.clock = StepTimer(worker.device)
         self.pending: list[tuple[list[str], dict[str, Tensor]]] = []
         self.images, self.started = 0, time.perf_counter()
         self.latest: dict[str, float] = {}
@@ -136,7 +136,7 @@ class Meter:
         times = self.clock.read()
         # Workers may have unequal shares: losses are weighted by images; times are means over the workers.
         own = torch.cat([values.double().mean(dim=0) * self.images, torch.tensor([*times.values(), seconds]).double()])
-        total = self.worker.total(torch.cat([own, torch.tensor([self.images]).double()]))
+        total = self.worker.all_reduce(torch.cat([own, torch.tensor([self.images]).double()]))
         images, seconds = int(total[-1]), float(total[-2]) / self.worker.world
         self.latest = dict(zip(names, (total / images).tolist(), strict=False))
         shares = (total[len(names) : -2] / self.worker.world / seconds).tolist()
@@ -161,7 +161,7 @@ class Meter:
         found = self._first(bad_loss, losses, step) if bad_loss.any() else None
         if not self.worker.any_rank(found is not None):
             found = self._first(bad, losses, step)
-        first, message, keys = self.worker.earliest(found)
+        first, message, keys = self.worker.earliest_failure(found)
         raise DivergedError(message, first, keys)
 
     def _first(self, bad: Tensor, losses: Tensor, done: int) -> tuple[int, str, list[str]]:

@@ -24,15 +24,23 @@ from pyarrow import fs
 
 from pipeline.errors import UserError
 from pipeline.runtime import logs
-from pipeline.runtime.ray_session import cpus_each
-from pipeline.training.checkpoint import STATE_FILE, Snapshot, best_beside, copied, drop_beaten, load_state, open_folder
+from pipeline.runtime.ray_session import cpus_per_worker
+from pipeline.training.checkpoint import (
+    STATE_FILE,
+    Snapshot,
+    best_copy_path,
+    copy_to_cpu,
+    delete_previous_best,
+    load_state,
+    open_folder,
+)
 from pipeline.training.config import TrainConfig, check_shares
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.step import synchronised
 from pipeline.training.stopping import STOP_FILE, StopFile, on_sigterm
 from pipeline.training.task import History, Task
-from pipeline.training.worker import STOP, StoppedError, Worker
+from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -148,7 +156,7 @@ def _scaling(config: TrainConfig, shares: int) -> Any:
     else:
         workers = most = min(wanted, shares)
     # A worker decodes images on its CPUs.
-    each = cpus_each(most, 16 if gpus else os.cpu_count() or 1)
+    each = cpus_per_worker(most, 16 if gpus else os.cpu_count() or 1)
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": each})
 
 
@@ -159,7 +167,7 @@ def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, 
     class Commit(UserCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             if metrics[0]["best"] and checkpoint:
-                drop_beaten(checkpoint.filesystem, checkpoint.path)
+                delete_previous_best(checkpoint.filesystem, checkpoint.path)
             on_commit(metrics[0]["history"], checkpoint and checkpoint.path)
 
     filesystem, path = open_folder(folder)
@@ -180,7 +188,7 @@ def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
 
     logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; below it Ray Train prints every report in full
     logs.configure_worker()
-    logs.enter(**{**loop["log"], "stage": "train"})
+    logs.set_context(**{**loop["log"], "stage": "train"})
     refused = StopFile(*_place(REFUSED_FILE))
     if refused.exists():
         return "refused", refused.read()
@@ -231,9 +239,9 @@ def _make_worker(shares: int) -> Worker:
 
     context = ray.train.get_context()
 
-    def wrap(module: torch.nn.Module, uses_all: bool) -> torch.nn.Module:
+    def wrap(module: torch.nn.Module, uses_all_parameters: bool) -> torch.nn.Module:
         # With SyncBN all ranks come to the same buffers by themselves.
-        options = {"find_unused_parameters": not uses_all, "broadcast_buffers": not synchronised(alone)}
+        options = {"find_unused_parameters": not uses_all_parameters, "broadcast_buffers": not synchronised(alone)}
         wrapped: torch.nn.Module = prepare_model(module, parallel_strategy_kwargs=options)
         return wrapped
 
@@ -242,7 +250,7 @@ def _make_worker(shares: int) -> Worker:
 
     def notice() -> str | None:
         if alone.any_rank(not alone.rank and stop.exists()):
-            return STOP
+            return STOP_REQUESTED
         preemption = ray.train.get_preemption_info()
         return str(preemption.preempted_node_ids) if preemption else None
 
@@ -265,7 +273,7 @@ def _dump(name: str, content: dict[str, Any]) -> str:
 
 
 class _Reporter:
-    """Commits snapshots while training goes on: copied to the CPU at once, written and registered on a thread.
+    """Commits snapshots while training goes on: copy_to_cpu to the CPU at once, written and registered on a thread.
 
     One copy waits to be written at most, so that memory stays bounded.
     """
@@ -290,13 +298,13 @@ class _Reporter:
             checkpoint_dir_name=snapshot.name,
             checkpoint_upload_mode=mode,
             delete_local_checkpoint_after_upload=False,
-            checkpoint_upload_fn=partial(self._write, copied(snapshot.state), snapshot.best),
+            checkpoint_upload_fn=partial(self._write, copy_to_cpu(snapshot.state), snapshot.best),
         )
 
     def _write(self, state: dict[str, Any], best: bool, checkpoint: Any, _: str) -> Checkpoint:
         # Ray Train's own retention knows the latest or the best, not both. The copy comes first: who finds the checkpoint
         # registered, after a crash, does not evaluate again whether it is the best.
-        paths = [best_beside(checkpoint.path), checkpoint.path] if best else [checkpoint.path]
+        paths = [best_copy_path(checkpoint.path), checkpoint.path] if best else [checkpoint.path]
         try:
             for path in paths:
                 checkpoint.filesystem.create_dir(path, recursive=True)

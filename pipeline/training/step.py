@@ -24,9 +24,9 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.training.average import Average
 from pipeline.training.config import TrainConfig
-from pipeline.training.meter import Stopwatch
+from pipeline.training.ema import ModelEma
+from pipeline.training.meter import StepTimer
 from pipeline.training.task import Task, TrainingBatch
 from pipeline.training.worker import Worker
 
@@ -54,10 +54,10 @@ class Stepper:
         if synchronised(worker):
             module = convert_sync_batchnorm(module)  # timm's: torch's drops the activations within timm's norms
         self.module: nn.Module = module
-        self.average = Average(module, config.ema_decay)
+        self.average = ModelEma(module, config.ema_decay)
         if config.compile:
             module.compile()
-        self.wrapped = worker.wrap(module, task.uses_all)
+        self.wrapped = worker.wrap(module, task.uses_all_parameters)
         groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=not_decayed(module))
         self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=True)
         self.dtype = arithmetic(config, device)
@@ -101,7 +101,7 @@ class Stepper:
         if state["scaler"]:  # written where nothing was scaled, as on a CPU
             self.scaler.load_state_dict(state["scaler"])
 
-    def __call__(self, batches: Sequence[TrainingBatch], step: int, clock: Stopwatch) -> dict[str, Tensor]:
+    def __call__(self, batches: Sequence[TrainingBatch], step: int, clock: StepTimer) -> dict[str, Tensor]:
         """Optimiser step number `step`, from 0 on.
 
         Args:
@@ -123,7 +123,7 @@ class Stepper:
         self.task.after_step(batches)
         return {**parts, "grad_norm": norm.detach()}
 
-    def _accumulate(self, batches: Sequence[TrainingBatch], step: int, clock: Stopwatch) -> dict[str, Tensor]:
+    def _accumulate(self, batches: Sequence[TrainingBatch], step: int, clock: StepTimer) -> dict[str, Tensor]:
         worker, images = self.worker, sum(len(batch.keys) for batch in batches)
         everywhere = images // len(batches) * worker.all_shares
         cuts = worker.pieces(len(batches[0].keys), self.config.micro_batch)
@@ -142,7 +142,7 @@ class Stepper:
                     sums[name] = sums.get(name, 0) + value.float() * (count / images)
         return sums
 
-    def _backward(self, piece: TrainingBatch, weight: float, synchronise: bool, clock: Stopwatch) -> dict[str, Tensor]:
+    def _backward(self, piece: TrainingBatch, weight: float, synchronise: bool, clock: StepTimer) -> dict[str, Tensor]:
         device = self.worker.device
         wrapped: Any = self.wrapped
         unsynchronised = not synchronise and isinstance(wrapped, DistributedDataParallel)

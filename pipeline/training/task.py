@@ -35,14 +35,14 @@ class Task(ABC):
         module: whose forward gives the loss of a batch; on the CPU until the engine moves it.
         seed: of what a forward draws (dropout and the like): torch's generators are seeded with (seed, step, share)
             before it, so that a resumed run draws what it would have drawn.
-        uses_all: whether every loss depends on all parameters that are trained: workers then wait for each other's gradients
-            without looking, in each step, for those that will not come.
+        uses_all_parameters: whether every loss depends on all trained parameters: DDP then waits for all gradients
+            without checking in every step for those that will not come.
         worker: this process among the workers, set by the engine; there may be fewer of them than shares.
     """
 
     module: nn.Module
     seed: int = 0
-    uses_all: ClassVar[bool] = False
+    uses_all_parameters: ClassVar[bool] = False
     worker: Worker = ALONE
 
     @abstractmethod

@@ -15,10 +15,10 @@ from pipeline.training.task import map_parts
 Batch = TypeVar("Batch")
 
 
-def upload_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches with all their tensors on `device`.
 
-    On a GPU they are copied one batch ahead, on a thread and a CUDA stream of their own: from memory that is not
+    On a GPU they are copy_to_cpu one batch ahead, on a thread and a CUDA stream of their own: from memory that is not
     page-locked, a copy on the stream of the training would wait for the step before, and the next step for the copy.
     """
     if device.type != "cuda":
@@ -34,7 +34,7 @@ def upload_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
 
     with ThreadPoolExecutor(1) as pool:
         for batch in map_ahead(pool, upload, batches, ahead=1):
-            for tensor in tensors_of(batch):
+            for tensor in list_tensors(batch):
                 tensor.record_stream(torch.cuda.current_stream(device))  # whose work is to end before it is used again
             yield batch
 
@@ -50,13 +50,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return map_parts(batch, moved)
 
 
-def tensors_of(batch: Any) -> list[Tensor]:
+def list_tensors(batch: Any) -> list[Tensor]:
     """All tensors that :func:`to_device` takes to a device."""
     found: list[Tensor] = []
 
     def note(part: Any) -> None:
         if isinstance(part, list):
-            found.extend(tensor for item in part for tensor in tensors_of(item))
+            found.extend(tensor for item in part for tensor in list_tensors(item))
         elif isinstance(part, Tensor):
             found.append(part)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 Item = TypeVar("Item")
 
-STOP = "stop"
+STOP_REQUESTED = "stop"
 """The notice after which training saves and ends; any other is followed by saving alone."""
 
 
@@ -39,7 +39,7 @@ class Worker:
         device: where it computes.
         wrap: makes a module compute with those of the other workers; told whether each loss depends on all its parameters.
         shares: of the global batch, at least `world`; 0: one each.
-        notice: why training should save now, `STOP` why it should end, or None; called on all ranks alike.
+        notice: why training should save now, `STOP_REQUESTED` why it should end, or None; called on all ranks alike.
         dump: writes a file of this name with this content beside the checkpoints, and returns where it lies.
     """
 
@@ -76,18 +76,18 @@ class Worker:
         own = len(self.own_shares)
         return [forwards // own + (number < forwards % own) for number in range(own)]
 
-    def rows(self, count: int) -> range:
+    def own_rows(self, count: int) -> range:
         """Of `count` rows that all ranks evaluate between them, this one's: every `world`-th."""
         return range(self.rank, count, self.world)
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all ranks."""
         if self.world > 1:
             values = values.to(self.device)
             torch.distributed.all_reduce(values)
         return values.cpu()
 
-    def of_all_shares(self, own: Sequence[Tensor]) -> Tensor:
+    def all_gather(self, own: Sequence[Tensor]) -> Tensor:
         """[shares * B, ...] on every rank: tensors [B, ...] of all shares of the global batch, in their order.
 
         Args:
@@ -102,13 +102,13 @@ class Worker:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, so that all of them stop together."""
-        return bool(self.total(torch.tensor(float(flag))))
+        return bool(self.all_reduce(torch.tensor(float(flag))))
 
-    def earliest(self, found: tuple[int, str, list[str]] | None) -> tuple[int, str, list[str]]:
+    def earliest_failure(self, found: tuple[int, str, list[str]] | None) -> tuple[int, str, list[str]]:
         """What was found at the lowest step on any rank, on all of them; one at least has found something."""
-        return min(item for item in self.together([found]) if item)
+        return min(item for item in self.all_gather_objects([found]) if item)
 
-    def together(self, items: list[Item]) -> list[Item]:
+    def all_gather_objects(self, items: list[Item]) -> list[Item]:
         """The items of all ranks, on all of them, in the order of the ranks; tensors among them are on the CPU."""
         if self.world == 1:
             return items
@@ -116,7 +116,7 @@ class Worker:
         torch.distributed.all_gather_object(every, items)
         return [item for some in every for item in some]
 
-    def agree(self, module: nn.Module) -> None:
+    def broadcast_state(self, module: nn.Module) -> None:
         """Give all ranks rank 0's parameters and buffers: without SyncBN each has BatchNorm statistics of its own."""
         if self.world > 1:
             for value in module.state_dict().values():

@@ -2,7 +2,7 @@
 
 from pipeline.compare.collect import Entry
 from pipeline.config.load import load_config
-from pipeline.tracking.run import Run, start_job
+from pipeline.tracking.run import Run, start_run
 
 CIFAR = {"train": ("photos/train.parquet", "cifar-11112222"), "val": ("photos/test.parquet", "cifar-val-33334444")}
 HOSTILE = '=2+5</script><img src=x onerror="document.title=1">|`*'
@@ -23,7 +23,7 @@ class Store:
     def start(self, job: str, *overrides: str, name: str = "run", **tags: str) -> Run:
         tree = load_config(None, [*overrides, "name=run"]).model_dump(mode="json")
         config = {key: value for key, value in tree.items() if key not in UNUSED} | {"name": name}
-        return start_job(
+        return start_run(
             self.uri,
             experiment=self.experiment,
             name=f"{name}-{job}",

@@ -132,7 +132,7 @@ def test_the_exit_code_tells_what_verifying_found(arguments, cached, start, monk
     without_ray(monkeypatch)
     monkeypatch.setattr(precompute, "connect", nullcontext)
     monkeypatch.setattr(precompute, "check_shared", lambda config: None)  # it would open a Ray session of its own
-    monkeypatch.setattr(precompute, "computing_on", lambda: "computing on CPU")
+    monkeypatch.setattr(precompute, "hardware_line", lambda: "computing on CPU")
     code, text, figures = start(*arguments, "--verify")
     assert (code, figures["ok"], figures["findings"]) == (0, True, 0)
     assert "all is well" in text

@@ -31,11 +31,11 @@ ROW = {"split": "train", "shard": 12}
 
 def test_a_json_line_names_run_stage_and_shard_wherever_the_row_went(written):
     lines = written("json")
-    with logs.about(run="photos-distill-41b70301", stage="precompute"):
-        row = {**ROW, **logs.carried()}
+    with logs.context(run="photos-distill-41b70301", stage="precompute"):
+        row = {**ROW, **logs.row_context()}
 
     def work():
-        with logs.about_shard(row, "extract"):
+        with logs.shard_context(row, "extract"):
             logging.getLogger("pipeline.storage.remote").warning("cannot read %s", "it")
 
     elsewhere = threading.Thread(target=work)
@@ -55,7 +55,7 @@ def test_a_json_line_names_run_stage_and_shard_wherever_the_row_went(written):
 
 def test_a_plain_line_is_for_people(written):
     lines = written("text")
-    with logs.about_shard(ROW, "index"):
+    with logs.shard_context(ROW, "index"):
         logging.getLogger("pipeline.x").warning("slow")
     logging.getLogger("pipeline.x").warning("slow")
     logging.getLogger("pipeline.x").info("chatter")
@@ -75,7 +75,7 @@ def test_an_exception_stays_one_json_line(written):
 
 def test_progress_is_a_json_line_with_its_figures(written, capsys):
     lines = written("json")
-    with Progress(10, "img", "index") as progress, logs.about(stage="index"):
+    with Progress(10, "img", "index") as progress, logs.context(stage="index"):
         progress.update(10)
     assert capsys.readouterr().out == ""
     with Progress(10, "img", "index") as progress:

@@ -10,12 +10,12 @@ import torch
 from pipeline.errors import UserError
 from pipeline.runtime.ray_session import (
     _workers_environment,
+    check_devices,
     connect,
-    cpus_each,
+    cpus_per_worker,
     devices,
     is_cluster,
     is_submitted_job,
-    usable_devices,
 )
 from tests.nodes import descendants
 
@@ -57,10 +57,10 @@ def test_devices_are_the_gpus_of_the_session(monkeypatch, resources, expected):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
 def test_gpus_that_torch_cannot_use_are_refused_at_the_start(monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
-    assert usable_devices() == "CPU"
+    assert check_devices() == "CPU"
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0, "accelerator_type:H100": 1.0})
     with pytest.raises(UserError, match=r"2 x H100, which torch .* cannot use: .*or set CUDA_VISIBLE_DEVICES= "):
-        usable_devices()
+        check_devices()
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -123,7 +123,7 @@ def test_workers_ask_for_no_more_cpus_than_nodes_have(monkeypatch, nodes, worker
     monkeypatch.setattr("ray.nodes", lambda: [*up, {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}])
     total = {"CPU": sum(cpus for cpus, _ in nodes), "GPU": sum(gpus for _, gpus in nodes)}
     monkeypatch.setattr("ray.cluster_resources", lambda: total)
-    assert cpus_each(workers, most) == expected
+    assert cpus_per_worker(workers, most) == expected
 
 
 def test_a_submitted_jobs_own_variables_are_not_said_twice(monkeypatch):

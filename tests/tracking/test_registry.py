@@ -14,9 +14,9 @@ from pipeline.config.load import load_config
 from pipeline.runs.descriptions import run_note, run_title
 from pipeline.runs.folder import RunState
 from pipeline.runs.session import Job
-from pipeline.tracking.models import download_model, log_model_folder, run_of
-from pipeline.tracking.registry import Candidate, describe, model_link, register
-from pipeline.tracking.run import start_job
+from pipeline.tracking.models import download_model, log_model_folder, source_run_id
+from pipeline.tracking.registry import Registration, describe, model_link, register
+from pipeline.tracking.run import start_run
 
 LINEAGE = {
     "teachers": "hog, sam",
@@ -30,7 +30,7 @@ LINEAGE = {
 def logged(tmp_path_factory):
     """A job's run, and the URI of a model that it logged; a store takes seconds to make."""
     work = tmp_path_factory.mktemp("work")
-    run = start_job(f"sqlite:///{work}/mlflow.db", experiment="e", name="r", config={"a": 1}, tags={}, work=work)
+    run = start_run(f"sqlite:///{work}/mlflow.db", experiment="e", name="r", config={"a": 1}, tags={}, work=work)
     (work / "model").mkdir()
     torch.save({}, work / "model/weights")
     return run, log_model_folder(run, work / "model", name="classify", metrics={"top1": 50}, tags={})
@@ -38,10 +38,10 @@ def logged(tmp_path_factory):
 
 @pytest.fixture
 def job(logged, request):
-    """The run, its client, and a candidate under a name of this test's own."""
+    """The run, its client, and a registration under a name of this test's own."""
     run, uri = logged
     name = request.node.name[:20]
-    return run, run.client, Candidate(name, uri, "top1", 50.0, "val-40-ab", LINEAGE)
+    return run, run.client, Registration(name, uri, "top1", 50.0, "val-40-ab", LINEAGE)
 
 
 @pytest.fixture
@@ -52,29 +52,29 @@ def another(logged, tmp_path):
 
 
 def test_a_model_becomes_the_first_version_with_its_lineage_and_a_link_to_its_run(job):
-    run, client, candidate = job
-    assert register(run, candidate) == f"models:/{candidate.name}/1"
-    version = client.get_model_version(candidate.name, "1")
+    run, client, registration = job
+    assert register(run, registration) == f"models:/{registration.name}/1"
+    version = client.get_model_version(registration.name, "1")
     measured = {"metric": "top1", "score": "50", "held_out": "val-40-ab", "experiment": run.experiment_id}
     assert version.tags == {**measured, **LINEAGE}
     assert version.run_id == run.run_id
     assert f"(#/experiments/{run.experiment_id}/runs/{run.run_id}): top1 50." in version.description
     assert "| licences | apache-2.0 |" in version.description
     assert "| cache | photos-1/full/hog-1, photos-1/full/sam-2 |" in version.description
-    assert f"{candidate.name}@best" in client.get_registered_model(candidate.name).description
+    assert f"{registration.name}@best" in client.get_registered_model(registration.name).description
 
 
 def test_a_run_that_is_started_again_keeps_its_version(job, tmp_path):
-    run, client, candidate = job
-    register(run, candidate)
+    run, client, registration = job
+    register(run, registration)
     (tmp_path / "weights").touch()
     again = log_model_folder(run, tmp_path, name="classify", metrics={}, tags={})
-    assert register(run, replace(candidate, model_uri=again)) == f"models:/{candidate.name}/1"
-    assert len(client.search_model_versions(f"name = '{candidate.name}'")) == 1
+    assert register(run, replace(registration, model_uri=again)) == f"models:/{registration.name}/1"
+    assert len(client.search_model_versions(f"name = '{registration.name}'")) == 1
 
 
 def test_the_alias_goes_to_the_best_of_those_that_were_measured_alike(job, another, caplog):
-    run, client, candidate = job
+    run, client, registration = job
     for score, held_out, expected in [
         (50, "val-40-ab", "1"),
         (60, "val-40-ab", "2"),
@@ -85,26 +85,26 @@ def test_the_alias_goes_to_the_best_of_those_that_were_measured_alike(job, anoth
         (61, "val-40-ab", "7"),
     ]:
         model = another()
-        register(run, replace(candidate, model_uri=model, score=score, held_out=held_out))
-        assert str(client.get_model_version_by_alias(candidate.name, "best").version) == expected
-    assert f"{candidate.name}/6 was measured on other images (val-80-cd) than the best one, version 2" in caplog.text
-    for uri in (f"models:/{candidate.name}@best", f"models:/{candidate.name}/latest"):
+        register(run, replace(registration, model_uri=model, score=score, held_out=held_out))
+        assert str(client.get_model_version_by_alias(registration.name, "best").version) == expected
+    assert f"{registration.name}/6 was measured on other images (val-80-cd) than the best one, version 2" in caplog.text
+    for uri in (f"models:/{registration.name}@best", f"models:/{registration.name}/latest"):
         assert (download_model(uri, run.uri) / "weights").is_file()
-        assert run_of(client, uri) == run_of(client, model)
+        assert source_run_id(client, uri) == source_run_id(client, model)
 
 
 def test_the_best_is_marked_anew_where_its_alias_was_deleted(job, another):
-    run, client, candidate = job
-    register(run, candidate)
-    client.delete_registered_model_alias(candidate.name, "best")
-    register(run, replace(candidate, model_uri=another(), score=20, held_out="val-80-cd"))
-    assert str(client.get_model_version_by_alias(candidate.name, "best").version) == "2"
+    run, client, registration = job
+    register(run, registration)
+    client.delete_registered_model_alias(registration.name, "best")
+    register(run, replace(registration, model_uri=another(), score=20, held_out="val-80-cd"))
+    assert str(client.get_model_version_by_alias(registration.name, "best").version) == "2"
 
 
 def test_generated_scenes_of_every_seed_are_one_held_out_set(job, another):
-    run, client, candidate = job
+    run, client, registration = job
     for seed, score, expected in ((0, 70.0, "1"), (1, 60.0, "1"), (2, 80.0, "3")):
-        config = load_config(None, [f"name={candidate.name}", f"seed={seed}"])
+        config = load_config(None, [f"name={registration.name}", f"seed={seed}"])
         started = Job(config, "distill", RunState(Path(), {}), run, run.uri)
         registered = started.register(
             "student", another(), metric="knn_after", score=score, held_out=f"scenes-{seed}", lineage={}
@@ -114,42 +114,42 @@ def test_generated_scenes_of_every_seed_are_one_held_out_set(job, another):
 
 
 def test_the_experiment_begins_with_links_to_the_best_and_keeps_what_else_was_written_there(job, another):
-    run, client, candidate = job
+    run, client, registration = job
     model = another()
     note = lambda: client.get_experiment(run.experiment_id).tags["mlflow.note.content"]  # noqa: E731
     written = note().partition("\n")[2] + "\nours"
     client.set_experiment_tag(run.experiment_id, "mlflow.note.content", written)
-    for uri, score, other in ((candidate.model_uri, 40, 30), (model, 50, 60)):
-        register(run, replace(candidate, model_uri=uri, score=score))
-        register(run, replace(candidate, model_uri=uri, name="other", score=other))
+    for uri, score, other in ((registration.model_uri, 40, 30), (model, 50, 60)):
+        register(run, replace(registration, model_uri=uri, score=score))
+        register(run, replace(registration, model_uri=uri, name="other", score=other))
         head, _, rest = note().partition("\n")
-        assert f"[{candidate.name} {1 if score == 40 else 2}](#/models/{candidate.name}/versions/" in head
+        assert f"[{registration.name} {1 if score == 40 else 2}](#/models/{registration.name}/versions/" in head
         assert f"(top1 {score})" in head
         assert f"(top1 {other})" in head
         assert rest.strip() == written.strip()
 
 
 def test_a_store_without_a_registry_is_said_aloud_and_stops_nothing(job, monkeypatch, caplog):
-    run, _, candidate = job
+    run, _, registration = job
 
     def refuse(*_, **__):
         raise MlflowException("no registry here")
 
     monkeypatch.setattr(MlflowClient, "create_registered_model", refuse)
     with caplog.at_level(logging.WARNING):
-        assert register(run, candidate) is None
-    assert f"not registered as {candidate.name}: no registry here" in caplog.text
+        assert register(run, registration) is None
+    assert f"not registered as {registration.name}: no registry here" in caplog.text
 
 
 def test_a_model_that_is_registered_is_said_to_be_so_though_the_best_cannot_be_marked(job, monkeypatch, caplog):
-    run, client, candidate = job
+    run, client, registration = job
 
     def refuse(*_, **__):
         raise MlflowException("no aliases here")
 
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", refuse)
     with caplog.at_level(logging.WARNING):
-        registered = register(run, replace(candidate, name="unmarked", score=1.0))
+        registered = register(run, replace(registration, name="unmarked", score=1.0))
     assert registered == "models:/unmarked/1"
     assert client.get_model_version("unmarked", "1").tags["score"] == "1"
     assert "registered as models:/unmarked/1, but the best one was not marked: no aliases here" in caplog.text
@@ -185,9 +185,9 @@ def test_the_name_of_a_run_says_what_it_is_about():
 
 
 def test_a_version_is_found_in_its_own_store_whatever_store_the_process_was_told_of(job, tmp_path, monkeypatch):
-    run, _, candidate = job
-    register(run, candidate)
+    run, _, registration = job
+    register(run, registration)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")
-    for name in (f"{candidate.name}@best", f"{candidate.name}/1", f"{candidate.name}/latest"):
+    for name in (f"{registration.name}@best", f"{registration.name}/1", f"{registration.name}/latest"):
         assert (download_model(f"models:/{name}", run.uri) / "weights").is_file()

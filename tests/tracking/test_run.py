@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.student.model import Encoder, create_backbone, load_encoder
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import download_student, log_student
-from pipeline.tracking.run import start_job
+from pipeline.tracking.run import start_run
 
 CONFIG = {
     "name": "tiny",
@@ -95,7 +95,7 @@ def uri(request, work):
 def start(uri, work):
     def start(**changes):
         arguments = {"experiment": "tests", "name": "tiny-distill", "config": CONFIG, "tags": {"job": "distill"}}
-        return start_job(uri, work=work, **{**arguments, **changes})
+        return start_run(uri, work=work, **{**arguments, **changes})
 
     return start
 
@@ -160,10 +160,10 @@ def test_a_resumed_job_goes_on_in_the_same_runs(start, client):
 def test_a_resumed_run_does_not_end_as_its_last_start_did(start, client):
     run = start()
     run.finish("FAILED")
-    run.outbox.post("metrics", [["loss", 2.0, 0, 1]])
-    run.outbox.post("status", ["FAILED", 1])  # as of a start whose server was down at its end
+    run.buffer.append("metrics", [["loss", 2.0, 0, 1]])
+    run.buffer.append("status", ["FAILED", 1])  # as of a start whose server was down at its end
     again = start(run_id=run.run_id)
-    again.settle()
+    again.flush()
     logged = client.get_run(run.run_id)
     assert (logged.info.status, logged.data.metrics) == ("RUNNING", {"loss": 2.0})
 
@@ -239,7 +239,7 @@ def test_a_run_travels_to_other_processes(start, client):
     travelled = pickle.loads(pickle.dumps(run))  # noqa: S301
     assert (travelled.run_id, travelled.uri) == (run.run_id, "")
     travelled.log_metric_dict({"after": 2.0})
-    run.settle()
+    run.flush()
     assert client.get_run(run.run_id).data.metrics == {"before": 1.0, "after": 2.0}
 
 
@@ -352,7 +352,7 @@ def test_artifacts_of_the_sqlite_store_are_beside_it(start, work):
 
 
 def _start_at(uri, work):
-    return start_job(uri, experiment="tests", name="a", config={"name": "a"}, tags={}, work=work)
+    return start_run(uri, experiment="tests", name="a", config={"name": "a"}, tags={}, work=work)
 
 
 def test_a_server_that_does_not_answer_is_named_soon(tmp_path):

@@ -8,7 +8,13 @@ from pyarrow import fs
 
 from pipeline.config.load import load_config
 from pipeline.errors import UserError
-from pipeline.training.checkpoint import STATE_FILE, best_beside, checkpoint_folder, drop_beaten, open_folder
+from pipeline.training.checkpoint import (
+    STATE_FILE,
+    best_copy_path,
+    checkpoint_folder,
+    delete_previous_best,
+    open_folder,
+)
 from pipeline.training.config import TrainConfig
 from pipeline.training.ray_train import _shares
 from pipeline.training.stopping import StopFile
@@ -41,9 +47,9 @@ def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
 
     for number in (1, 2):
         checkpoint = f"{path}/checkpoint-000{number}-000000"
-        with filesystem.open_output_stream(f"{best_beside(checkpoint)}/{STATE_FILE}") as stream:
+        with filesystem.open_output_stream(f"{best_copy_path(checkpoint)}/{STATE_FILE}") as stream:
             torch.save({"number": number}, stream)
-        drop_beaten(filesystem, checkpoint)
+        delete_previous_best(filesystem, checkpoint)
     best = filesystem.get_file_info(fs.FileSelector(f"{path}/best", recursive=True))
     assert [item.path.partition("/best/")[2] for item in best if item.type == fs.FileType.File] == [
         f"checkpoint-0002-000000/{STATE_FILE}"

@@ -18,17 +18,17 @@ from pipeline.cache.read.reader import Batch
 from pipeline.config.load import load_config
 from pipeline.downstream.detect import ObjectsBatch
 from pipeline.errors import UserError
-from pipeline.training.average import Average
-from pipeline.training.checkpoint import STATE_FILE, best_beside, drop_beaten, load_state
+from pipeline.training.checkpoint import STATE_FILE, best_copy_path, delete_previous_best, load_state
 from pipeline.training.config import TrainConfig
+from pipeline.training.ema import ModelEma
 from pipeline.training.loop import train
-from pipeline.training.meter import DivergedError, Stopwatch, starved
+from pipeline.training.meter import DivergedError, StepTimer, starved
 from pipeline.training.ray_train import _out_of_memory, _shares, fit
 from pipeline.training.step import Stepper, not_decayed
 from pipeline.training.stopping import StopFile, on_sigterm
 from pipeline.training.task import split_batch
-from pipeline.training.upload import tensors_of, to_device
-from pipeline.training.worker import STOP, StoppedError, Worker
+from pipeline.training.upload import list_tensors, to_device
+from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker
 from tests.training.tiny_task import BATCH, STEPS, TinyTask, WholeBatches, lines, make_tiny_task
 
 CHECKPOINTS = [
@@ -61,8 +61,8 @@ def test_all_tensors_of_a_batch_come_to_a_device_and_nothing_else_changes():
         there = to_device(batch, torch.device("meta"))
         assert type(there) is type(batch)
         assert there.keys == batch.keys
-        assert len(tensors_of(batch)) == len(tensors_of(there)) == count
-        for a, b in zip(tensors_of(batch), tensors_of(there), strict=True):
+        assert len(list_tensors(batch)) == len(list_tensors(there)) == count
+        for a, b in zip(list_tensors(batch), list_tensors(there), strict=True):
             assert b.is_meta
             assert a.shape == b.shape
     assert there.place == (1, 2)
@@ -289,7 +289,7 @@ def test_what_is_neither_weight_nor_statistics_is_that_of_the_module_also_after_
             self.register_buffer("queue", torch.zeros(4))
 
     module = Counting()
-    average = Average(module, 0.9)
+    average = ModelEma(module, 0.9)
     module.norm(torch.randn(5, 3))
     module.queue[1] = 7
     module.norm.weight.data += 1
@@ -626,7 +626,7 @@ def test_all_workers_run_equally_many_forwards_and_synchronise_the_last_also_wit
 
         monkeypatch.setattr(stepper, "_backward", backward)
         batches = [split_batch(task.batch(0, 0, 0), BATCH // images)[0] for task in tasks]
-        parts = stepper._accumulate(batches, 0, Stopwatch(worker.device))
+        parts = stepper._accumulate(batches, 0, StepTimer(worker.device))
         assert float(parts["loss"]) == pytest.approx(2)
         assert [synchronise for _, synchronise in seen] == [False] * (len(seen) - 1) + [True]
         counts.add(len(seen))
@@ -731,12 +731,12 @@ def test_the_best_checkpoint_lies_beside_the_latest_alone(tmp_path):
     local = fs.LocalFileSystem()
     for number in (1, 2):
         checkpoint = tmp_path / f"checkpoint-000{number}-000000"
-        drop_beaten(local, str(checkpoint))  # nothing is there yet
-        copy = Path(best_beside(str(checkpoint)))
+        delete_previous_best(local, str(checkpoint))  # nothing is there yet
+        copy = Path(best_copy_path(str(checkpoint)))
         copy.mkdir(parents=True)
         state = {"model": {}, "ema": {}, "position": {"epoch": number}, "evaluations": []}
         torch.save(state, copy / STATE_FILE)
-        drop_beaten(local, str(checkpoint))
+        delete_previous_best(local, str(checkpoint))
     (best,) = (tmp_path / "best").iterdir()
     assert load_state(best)["position"] == {"epoch": 2}
 
@@ -784,7 +784,7 @@ def test_a_notice_saves_once_and_training_goes_on(monkeypatch):
 
 def test_after_the_notice_to_stop_a_second_start_ends_as_an_uninterrupted_run(whole, monkeypatch):
     monkeypatch.setattr("pipeline.training.loop.SECONDS_BETWEEN_NOTICES", 0.0)
-    notices, snapshots = iter([None] * 9 + [STOP]), []
+    notices, snapshots = iter([None] * 9 + [STOP_REQUESTED]), []
     with pytest.raises(StoppedError, match="stopped at step 10 and goes on from there"):
         train(TinyTask(), _config(), Worker(notice=lambda: next(notices)), None, _keep(snapshots))
     assert snapshots[-1].name == "checkpoint-0001-000004"
@@ -795,7 +795,7 @@ def test_after_the_notice_to_stop_a_second_start_ends_as_an_uninterrupted_run(wh
 
 def test_after_the_notice_to_stop_at_the_end_of_an_epoch_its_evaluation_waits_for_the_second_start(whole, monkeypatch):
     monkeypatch.setattr("pipeline.training.loop.SECONDS_BETWEEN_NOTICES", 0.0)
-    notices, snapshots, task = iter([None] * 5 + [STOP]), [], TinyTask()
+    notices, snapshots, task = iter([None] * 5 + [STOP_REQUESTED]), [], TinyTask()
     with pytest.raises(StoppedError, match="stopped at step 6 and goes on from there"):
         train(task, _config(), Worker(notice=lambda: next(notices)), None, _keep(snapshots))
     assert snapshots[-1].name == "checkpoint-0000-000006"

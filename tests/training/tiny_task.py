@@ -112,7 +112,7 @@ class TinyTask(Task):
 
     def after_step(self, batches: Sequence[TinyBatch]) -> None:
         """A sum to which every image contributes by its place in the global batch."""
-        targets = self.worker.of_all_shares([batch.target for batch in batches])
+        targets = self.worker.all_gather([batch.target for batch in batches])
         self.module.past.mul_(0.5).add_(torch.arange(1.0, 1 + len(targets)) @ targets)
 
     @torch.no_grad()

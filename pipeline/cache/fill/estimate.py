@@ -18,7 +18,7 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, t
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.config.load import Config
 from pipeline.errors import UserError, naming
-from pipeline.runtime.logs import errors_alone
+from pipeline.runtime.logs import only_errors
 from teachers.base import Teacher, TeacherError, WeightsNotFoundError
 
 ALTERNATIVES = ("float32", "float16", "int8", "pca-int8-zstd")
@@ -204,7 +204,7 @@ def _load(cached: CachedTeacher, device: str) -> tuple[Teacher, bool] | None:
         try:
             teacher = attempt.create()
             # No warning that random weights know nothing: here they are only timed.
-            with errors_alone("teachers"):
+            with only_errors("teachers"):
                 teacher.load(device, getattr(torch, cached.precision))
             return teacher, trained
         except WeightsNotFoundError:

@@ -128,7 +128,7 @@ class Extract:
 
         A failure that the user can mend comes back as ``error``, so that it stays one clear line.
         """
-        with logs.about_shard(row, "extract"), self.device.beside():
+        with logs.shard_context(row, "extract"), self.device.beside():
             return self._answer(row)
 
     def _answer(self, row: dict[str, Any]) -> dict[str, Any]:

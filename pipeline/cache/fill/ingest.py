@@ -46,7 +46,7 @@ class Ingest:
         dataset, source = self.splits[row["split"]]
         shard = int(row["shard"])
         try:
-            with logs.about_shard(row, "index"):
+            with logs.shard_context(row, "index"):
                 if dataset.images.record(shard) is None:
                     _commit(dataset, source, shard, self.known.get((row["split"], shard)))
         except UserError as error:

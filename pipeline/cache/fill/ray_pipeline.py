@@ -16,7 +16,7 @@ from pipeline.cache.fill.placement import Measured, measure_on_gpu, place
 from pipeline.cache.maintain.verify import Verify
 from pipeline.errors import UserError
 from pipeline.runtime import logs
-from pipeline.runtime.ray_session import is_cluster, nodes_up
+from pipeline.runtime.ray_session import alive_node_resources, is_cluster
 
 WORTH_MEASURING = 16
 """Shards from which on it pays to load the teachers once more, to measure them."""
@@ -33,7 +33,7 @@ def gpus() -> int:
 
 def _room() -> int:
     """CPUs beside a GPU, or where there are none CPUs, of the node that has the fewest; 1 where no node is up yet."""
-    nodes = nodes_up()
+    nodes = alive_node_resources()
     if gpus():
         return min((int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU")), default=1)
     fewest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
@@ -129,5 +129,5 @@ def _results(dataset: Any) -> Iterator[dict[str, Any]]:
 def _dataset(rows: Sequence[dict[str, Any]]) -> Any:
     import ray.data
 
-    carried = logs.carried()
+    carried = logs.row_context()
     return ray.data.from_items([{**row, **carried} for row in rows], override_num_blocks=len(rows))

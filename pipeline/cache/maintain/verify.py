@@ -75,7 +75,7 @@ class Verify:
         work = _ShardCheck(self, row["split"], int(row["shard"]))
         error = ""
         try:
-            with logs.about_shard(row, "verify"):
+            with logs.shard_context(row, "verify"):
                 work.run()
         except MENDABLE as failure:
             error = self.extract.told(failure)

@@ -11,7 +11,7 @@ _STATISTICS = ("running_mean", "running_var")
 """Buffers of BatchNorm that are averaged as weights are."""
 
 
-class Average:
+class ModelEma:
     """An exponential moving average of parameters and of BatchNorm's statistics.
 
     The decay of an update is min(`decay`, (1 + steps) / (10 + steps)), the rule of TensorFlow's ExponentialMovingAverage,

@@ -29,7 +29,7 @@ WAIT_S = 10.0
 PATIENCE_S = 300.0
 """Time that a job waits, where it cannot go on without the server, for one that does not answer."""
 POLL_S = 0.5
-"""How often the outbox is looked into for what other processes have put there."""
+"""How often the buffer is looked into for what other processes have put there."""
 LONGEST_PAUSE_S = 8.0
 
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outbox:
-    """A folder of letters, in order. Picklable: every process of a job may post.
+class WriteBuffer:
+    """A folder of messages, in order. Picklable: every process of a job may post.
 
     Attributes:
         store: the folder, which the process that sends must see.
@@ -51,57 +51,57 @@ class Outbox:
 
     store: Store
 
-    def post(self, kind: str, content: Any) -> None:
-        """Put a letter in: what it is, and its content, of which JSON can be made."""
-        latest = max((int(name.split("-")[0]) for name in self.letters()), default=0)
-        # A clock that is set back must not bring a letter before one that waits already.
+    def append(self, kind: str, content: Any) -> None:
+        """Put a message in: what it is, and its content, of which JSON can be made."""
+        latest = max((int(name.split("-")[0]) for name in self.pending()), default=0)
+        # A clock that is set back must not bring a message before one that waits already.
         number = max(time.time_ns(), latest + 1)
-        letter = {"kind": kind, "content": content}
-        self.store.put(f"{number:020d}-{uuid.uuid4().hex[:8]}.json", json.dumps(letter).encode())
+        message = {"kind": kind, "content": content}
+        self.store.put(f"{number:020d}-{uuid.uuid4().hex[:8]}.json", json.dumps(message).encode())
 
-    def letters(self) -> list[str]:
-        """Names of the letters that wait, oldest first."""
+    def pending(self) -> list[str]:
+        """Names of the messages that wait, oldest first."""
         return sorted(name for name in self.store.files() if name.endswith(".json"))
 
     def read(self, name: str) -> tuple[str, Any]:
-        """Kind and content of a letter."""
-        letter = json.loads(self.store.get(name))
-        return letter["kind"], letter["content"]
+        """Kind and content of a message."""
+        message = json.loads(self.store.get(name))
+        return message["kind"], message["content"]
 
-    def drop(self, kind: str) -> None:
-        """Throw away the letters of a kind that wait."""
-        for name in self.letters():
+    def discard(self, kind: str) -> None:
+        """Throw away the messages of a kind that wait."""
+        for name in self.pending():
             if self.read(name)[0] == kind:
                 self.store.delete(name)
 
-    def marks(self) -> dict[str, int]:
+    def sent_steps(self) -> dict[str, int]:
         """Highest step that was sent of each curve."""
         known: dict[str, int] = json.loads(self.store.get(MARKS)) if self.store.exists(MARKS) else {}
         return known
 
-    def mark(self, marks: dict[str, int]) -> None:
+    def set_sent_steps(self, marks: dict[str, int]) -> None:
         """Remember these steps as sent."""
         self.store.put(MARKS, json.dumps(marks).encode())
 
 
 class Sender:
-    """Sends what is in an outbox, in a thread, until it is closed.
+    """Sends what is in an buffer, in a thread, until it is closed.
 
     Args:
-        outbox: where letters wait.
+        buffer: where messages wait.
         send: takes kind and content of one; raises what the server says.
         address: of the server, for people.
     """
 
-    def __init__(self, outbox: Outbox, send: Callable[[str, Any], None], address: str) -> None:
-        self.outbox, self.send, self.address = outbox, send, address
+    def __init__(self, buffer: WriteBuffer, send: Callable[[str, Any], None], address: str) -> None:
+        self.buffer, self.send, self.address = buffer, send, address
         self.state = threading.Condition()
         self.woken = self.closed = False
         self.problem = ""  # why the server could not be told, while it cannot
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self.thread.start()
 
-    def settle(self, patience: float | None = None) -> bool:
+    def flush(self, patience: float | None = None) -> bool:
         """Wait until nothing is left to send; gives whether that is so.
 
         Args:
@@ -111,7 +111,7 @@ class Sender:
         with self.state:
             self.woken = True
             self.state.notify_all()
-            while self.woken or self.outbox.letters():
+            while self.woken or self.buffer.pending():
                 left = deadline - time.monotonic()
                 if left <= 0 or (patience is None and self.problem):
                     return False
@@ -131,8 +131,8 @@ class Sender:
             with self.state:
                 self.woken = False
             try:
-                while not self.closed and (letters := self.outbox.letters()):
-                    self._send(letters[0])
+                while not self.closed and (messages := self.buffer.pending()):
+                    self._send(messages[0])
                     self._recovered()
                     pause = POLL_S
             except Exception as error:  # noqa: BLE001  whatever it is, training goes on
@@ -144,15 +144,15 @@ class Sender:
                     self.state.wait(pause)
 
     def _send(self, name: str) -> None:
-        kind = "a letter"
+        kind = "a message"
         try:
-            kind, content = self.outbox.read(name)
+            kind, content = self.buffer.read(name)
             self.send(kind, content)
         except Exception as error:
-            if not is_refusal(error):
+            if not is_permanent(error):
                 raise
             log.warning("MLflow at %s does not take %s: %s", self.address, kind, one_line(error))
-        self.outbox.store.delete(name)
+        self.buffer.store.delete(name)
 
     def _failed(self, error: Exception) -> None:
         if not self.problem:
@@ -160,7 +160,7 @@ class Sender:
                 "MLflow at %s cannot be told (%s); what is logged waits in %s and is sent when it answers",
                 self.address,
                 one_line(error),
-                self.outbox.store.uri,
+                self.buffer.store.uri,
             )
         self.problem = one_line(error)
 
@@ -170,7 +170,7 @@ class Sender:
         self.problem = ""
 
 
-def patiently(address: str, call: Callable[[], Any]) -> Any:
+def retry_until_reachable(address: str, call: Callable[[], Any]) -> Any:
     """What `call` gives, tried again while the server does not answer.
 
     Raises:
@@ -181,16 +181,16 @@ def patiently(address: str, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:
-            if is_refusal(error):
+            if is_permanent(error):
                 raise
             if time.monotonic() > deadline:
-                raise unreachable(address, one_line(error)) from error
+                raise unreachable_error(address, one_line(error)) from error
             log.warning("MLflow at %s does not answer (%s); waiting for it", address, one_line(error))
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def unreachable(address: str, reason: str) -> UserError:
+def unreachable_error(address: str, reason: str) -> UserError:
     """What a user is told where a job cannot end without the server."""
     return UserError(
         f"MLflow at {address} does not answer ({reason}); nothing is lost: start that server again, and the same command "
@@ -198,7 +198,7 @@ def unreachable(address: str, reason: str) -> UserError:
     )
 
 
-def is_refusal(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether an error is an answer that stays the same, and not a server or a network that is down."""
     if isinstance(error, MlflowException):
         return error.error_code in REFUSALS

@@ -10,18 +10,18 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
-from pipeline.tracking import outbox
-from pipeline.tracking.outbox import Outbox, Sender, patiently
+from pipeline.tracking import write_buffer
+from pipeline.tracking.write_buffer import Sender, WriteBuffer, retry_until_reachable
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(outbox, "POLL_S", 0.01)
-    monkeypatch.setattr(outbox, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(write_buffer, "POLL_S", 0.01)
+    monkeypatch.setattr(write_buffer, "LONGEST_PAUSE_S", 0.02)
 
 
 class Server:
-    """Takes letters while it is `up`; what it is asked to refuse, it refuses."""
+    """Takes messages while it is `up`; what it is asked to refuse, it refuses."""
 
     def __init__(self):
         self.up, self.taken, self.asked = True, [], 0
@@ -42,7 +42,7 @@ def server():
 
 @pytest.fixture
 def box(tmp_path):
-    return Outbox(Store.at(tmp_path / "unsent"))
+    return WriteBuffer(Store.at(tmp_path / "unsent"))
 
 
 @pytest.fixture
@@ -54,26 +54,26 @@ def sender(server, box):
 
 def test_letters_are_sent_in_order_and_then_gone(box, server, sender):
     for number in range(20):
-        box.post("metrics", number)
-    assert sender.settle()
+        box.append("metrics", number)
+    assert sender.flush()
     assert server.taken == [("metrics", number) for number in range(20)]
-    assert box.letters() == []
+    assert box.pending() == []
 
 
 def test_a_server_that_is_down_keeps_nobody_waiting_and_gets_everything_later(box, server, sender, caplog):
     server.up = False
-    box.post("metrics", 0)
-    assert not sender.settle()
+    box.append("metrics", 0)
+    assert not sender.flush()
     started = time.monotonic()
     for number in range(1, 50):
-        box.post("metrics", number)
-        assert not sender.settle()
-    assert time.monotonic() - started < outbox.WAIT_S
+        box.append("metrics", number)
+        assert not sender.flush()
+    assert time.monotonic() - started < write_buffer.WAIT_S
     asked = server.asked
     while server.asked < asked + 3:
         time.sleep(0.01)
     server.up = True
-    assert sender.settle(30)
+    assert sender.flush(30)
     assert [number for _, number in server.taken] == list(range(50))
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2, told
@@ -82,17 +82,17 @@ def test_a_server_that_is_down_keeps_nobody_waiting_and_gets_everything_later(bo
 
 
 def test_what_is_refused_is_named_and_does_not_hold_up_the_rest(box, server, sender, caplog):
-    box.post("tags", "refused")
-    box.post("tags", "taken")
-    assert sender.settle()
+    box.append("tags", "refused")
+    box.append("tags", "taken")
+    assert sender.flush()
     assert server.taken == [("tags", "taken")]
     assert "does not take tags: no such thing" in caplog.text
 
 
 def test_what_another_process_posts_is_sent_without_being_told(box, server, sender):
-    assert sender.settle()
+    assert sender.flush()
     elsewhere = pickle.loads(pickle.dumps(box))  # noqa: S301
-    elsewhere.post("metrics", 1)
+    elsewhere.append("metrics", 1)
     while not server.taken:
         time.sleep(0.01)
     assert server.taken == [("metrics", 1)]
@@ -101,23 +101,23 @@ def test_what_another_process_posts_is_sent_without_being_told(box, server, send
 def test_what_was_not_sent_before_the_process_ended_is_sent_by_the_next(box, server):
     server.up = False
     first = Sender(box, server, "")
-    box.post("metrics", 1)
-    assert not first.settle()
+    box.append("metrics", 1)
+    assert not first.flush()
     first.close()
-    assert len(box.letters()) == 1
+    assert len(box.pending()) == 1
     server.up = True
     second = Sender(box, server, "")
-    assert second.settle()
+    assert second.flush()
     second.close()
     assert server.taken == [("metrics", 1)]
 
 
 def test_a_clock_that_is_set_back_changes_no_order(box, monkeypatch):
     times = iter([1000, 400, 400, 2000])
-    monkeypatch.setattr(outbox.time, "time_ns", lambda: next(times))
+    monkeypatch.setattr(write_buffer.time, "time_ns", lambda: next(times))
     for number in range(4):
-        box.post("metrics", number)
-    assert [box.read(name)[1] for name in box.letters()] == [0, 1, 2, 3]
+        box.append("metrics", number)
+    assert [box.read(name)[1] for name in box.pending()] == [0, 1, 2, 3]
 
 
 def test_a_call_that_cannot_wait_for_another_time_waits_for_the_server(monkeypatch):
@@ -129,16 +129,16 @@ def test_a_call_that_cannot_wait_for_another_time_waits_for_the_server(monkeypat
             raise answer
         return answer
 
-    assert patiently("there", call) == 7
-    monkeypatch.setattr(outbox, "PATIENCE_S", 0.0)
+    assert retry_until_reachable("there", call) == 7
+    monkeypatch.setattr(write_buffer, "PATIENCE_S", 0.0)
 
     def down():
         raise OSError("no route")
 
     with pytest.raises(UserError, match=r"there does not answer \(no route\); nothing is lost: .*the same command"):
-        patiently("there", down)
+        retry_until_reachable("there", down)
     with pytest.raises(MlflowException, match="gone"):
-        patiently("there", lambda: _raise(MlflowException.invalid_parameter_value("gone")))
+        retry_until_reachable("there", lambda: _raise(MlflowException.invalid_parameter_value("gone")))
 
 
 def _raise(error):
@@ -146,16 +146,16 @@ def _raise(error):
 
 
 def test_two_that_post_at_once_lose_nothing(box, server, sender):
-    threads = [threading.Thread(target=lambda: [box.post("m", n) for n in range(25)]) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: [box.append("m", n) for n in range(25)]) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sender.settle(30)
+    assert sender.flush(30)
     assert sorted(number for _, number in server.taken) == sorted([*range(25)] * 2)
 
 
 def test_a_letter_is_json(box, tmp_path):
-    box.post("text", ["line", "path"])
+    box.append("text", ["line", "path"])
     (file,) = (tmp_path / "unsent").iterdir()
     assert json.loads(file.read_text()) == {"kind": "text", "content": ["line", "path"]}
