@@ -11,7 +11,6 @@ schedule. Heads go on for teachers of the same name and width; statistics are th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from pipeline.config.load import Config
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.evaluate.knn import check_splits
 from pipeline.runs.folder import open_run, work_folder
+from pipeline.storage.atomic import atomic_write
 from pipeline.storage.store import Store
 from pipeline.student.loading import Loaded, is_model_uri, load_initial
 from pipeline.student.model import Student
@@ -146,10 +146,8 @@ class Ending:
 
     def save(self, file: Path) -> None:
         """Write it as a whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        torch.save(vars(self), temporary)
-        os.replace(temporary, file)
+        with atomic_write(file) as out:
+            torch.save(vars(self), out)
 
     @classmethod
     def load(cls, file: Path) -> Ending:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.read.reader import Batch
 from pipeline.distill.distiller import Distiller, TeacherTarget
+from pipeline.storage.atomic import atomic_write
 from pipeline.training.task import History
 
 IMAGES = 6
@@ -52,7 +52,6 @@ class Watch:
             codecs: decoders of these features by teacher id and token type; None: the training images'.
         """
         folder = Path(self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
         # A phase begins with the evaluation that the one before ended with.
         curve = [*self.earlier, *evaluations[bool(self.earlier) :]]
         curves_figure(curve, self.teacher_knn, folder / "curves.png")
@@ -158,13 +157,11 @@ def _enlarged(pictures: Tensor) -> Tensor:
 
 
 def _save(figure: object, path: Path) -> Path:
-    """In place at once: a reader never finds half a picture."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.use("Agg")
     assert isinstance(figure, Figure)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     return path

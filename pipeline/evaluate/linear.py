@@ -9,7 +9,6 @@ so that features are computed once. Imports neither Ray nor MLflow.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pipeline.runtime.progress import Progress
+from pipeline.storage.atomic import atomic_write
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 """Of an epoch, by its number: features [B, D] float32 and labels [B] int64."""
@@ -110,10 +110,8 @@ def _save(
     file: Path, epoch: int, heads: nn.Module, optimizer: torch.optim.Optimizer, schedule: CosineAnnealingLR
 ) -> None:
     parts: dict[str, Any] = {"heads": heads, "optimizer": optimizer, "schedule": schedule}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
-    os.replace(temporary, file)
+    with atomic_write(file) as out:
+        torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, out)
 
 
 def shuffled(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> Batches:

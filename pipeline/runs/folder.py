@@ -11,7 +11,6 @@ finished one is never touched: the same command starts another, with the next nu
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.cache.layout.keys import readable
 from pipeline.config.load import Config
 from pipeline.errors import UserError, naming
 from pipeline.runtime.ray_session import is_submitted_job
+from pipeline.storage.atomic import atomic_write
 from pipeline.storage.store import Store
 
 
@@ -84,12 +84,10 @@ class RunState:
             UserError: where it cannot be written.
         """
         file = self.folder / "run.json"
-        temporary = self.folder / f".run-{os.getpid()}.json"  # the same job may be started twice at once
         known = {field: getattr(self, field) for field in SAVED}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(known, indent=2), encoding="utf-8")
-            os.replace(temporary, file)
+            with atomic_write(file) as out:
+                out.write(json.dumps(known, indent=2).encode())
         except OSError as error:
             raise UserError(
                 f"cannot write {file}: {error.strerror}; once it can be written, the same command goes on from here"

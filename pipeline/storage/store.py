@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import time
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.errors import UserError, one_line
+from pipeline.storage.atomic import atomic_write
 from pipeline.storage.remote import RetriedFile, attempt, check_address, resolve
 
 LEFTOVER_AGE_S = 3600.0
@@ -111,7 +110,7 @@ class Store:
         """
         try:
             if self.is_local:
-                self._run("write", path, lambda _, target: _write_local(Path(target), data))
+                self._run("write", path, lambda _, target: _write_local(target, data))
             else:
                 self._run("write", path, lambda system, target: _upload(system, target, data))
         except FileNotFoundError as error:
@@ -228,18 +227,9 @@ def _is_temporary(info: fs.FileInfo) -> bool:
     return _TEMPORARY.fullmatch(info.base_name) is not None
 
 
-def _write_local(target: Path, data: bytes | pa.Buffer) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+def _write_local(target: str, data: bytes | pa.Buffer) -> None:
+    with atomic_write(Path(target)) as file:
+        file.write(data)
 
 
 def _upload(system: fs.FileSystem, target: str, data: bytes | pa.Buffer) -> None:
