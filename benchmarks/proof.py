@@ -131,7 +131,7 @@ def _distilled(config: Config, plan: CachePlan) -> nn.Module:
 def _labels_alone(config: Config) -> nn.Module:
     """The backbone after classification with the augmentation of recipes/classify.yaml."""
     from pipeline.downstream.job import plan_finetune, with_absolute_paths
-    from pipeline.downstream.task import FinetuneJob, FinetuneTask
+    from pipeline.downstream.training import FinetuneJob, FinetuneTask
 
     class Unjudged(FinetuneTask):
         def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:

@@ -23,8 +23,8 @@ API: dict[str, tuple[str, ...]] = {
     "pipeline.distill.kept_heads": ("load_heads", "StudentWithHeads"),
     "pipeline.downstream.saved": ("load_model", "SavedModel"),
     "pipeline.cache.read.reader": ("CacheReader",),
-    "pipeline.export.bundle": ("pack", "pack_classifier"),
-    "pipeline.export.folder": ("ship",),
+    "pipeline.export.bundle": ("make_bundle", "make_classifier_bundle"),
+    "pipeline.export.folder": ("export_bundle",),
     "pipeline.config.load": ("load_config",),
     "teachers.base": ("Teacher", "TeacherSpec", "TeacherOutput", "TeacherOptions"),
 }

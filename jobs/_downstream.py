@@ -9,9 +9,9 @@ from typing import Any
 
 from jobs._cli import grid, table
 from pipeline.config.load import Config
-from pipeline.downstream.coco_eval import NUMBERS, evaluate_files
+from pipeline.downstream.detect.coco_eval import NUMBERS, evaluate_files
 from pipeline.downstream.job import as_saved, evaluate_model, open_held_out, open_model
-from pipeline.downstream.task import DOWNSTREAM
+from pipeline.downstream.training import DOWNSTREAM
 from pipeline.errors import UserError
 from pipeline.runs.session import open_job
 

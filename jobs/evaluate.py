@@ -52,7 +52,7 @@ if __name__ == "__main__":
 from jobs._downstream import DOWNSTREAM_EVALUATIONS
 from pipeline.cache.fill.estimate import check_space
 from pipeline.config.load import Config
-from pipeline.downstream.task import DOWNSTREAM
+from pipeline.downstream.training import DOWNSTREAM
 from pipeline.evaluate import job as evaluation
 from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
 from pipeline.runs.session import open_job

@@ -45,8 +45,8 @@ if __name__ == "__main__":
 
 from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
-from pipeline.export.bundle import Cargo, pack, pack_classifier
-from pipeline.export.folder import ship
+from pipeline.export.bundle import ExportBundle, make_bundle, make_classifier_bundle
+from pipeline.export.folder import export_bundle
 
 
 def export(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -58,22 +58,22 @@ def export(options: argparse.Namespace) -> Mapping[str, Any]:
         raise UserError(f"--rounds={options.rounds}: at least 1")
     if options.to.exists() and not options.to.is_dir():
         raise UserError(f"--to: {options.to} is a file; name a folder")
-    cargo = load_cargo(options)
-    described = ship(cargo, options.format, options.to, options.rounds)
+    bundle = load_bundle(options)
+    described = export_bundle(bundle, options.format, options.to, options.rounds)
     rows = {form: f"{options.to / entry['file']}  {_shown(entry)}" for form, entry in described["formats"].items()}
-    print(f"{cargo.name} at {cargo.size} px\n{table({**rows, 'model card': options.to / 'README.md'})}")
+    print(f"{bundle.name} at {bundle.size} px\n{table({**rows, 'model card': options.to / 'README.md'})}")
     return {"folder": str(options.to.resolve()), "formats": described["formats"]}
 
 
-def load_cargo(options: argparse.Namespace) -> Cargo:
+def load_bundle(options: argparse.Namespace) -> ExportBundle:
     """What is exported."""
     saved = find_model(options.model, tracking_uri(options))
     if saved is None:
         loaded, size = load_named(options)
-        return pack(loaded, size, heads=options.heads)
+        return make_bundle(loaded, size, heads=options.heads)
     if options.heads:
         raise UserError(f"--heads: {options.model} is fine-tuned, and has left the heads of its teachers behind")
-    return pack_classifier(saved, options.size)
+    return make_classifier_bundle(saved, options.size)
 
 
 def _shown(entry: Mapping[str, Any]) -> str:

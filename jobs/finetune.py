@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from pipeline.config.load import Config
 from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
-from pipeline.downstream.task import DOWNSTREAM
+from pipeline.downstream.training import DOWNSTREAM
 from pipeline.runs.session import open_job
 
 

@@ -33,7 +33,10 @@ from pipeline.benchmark.config import BenchmarkConfig
 from pipeline.cache.config import CacheConfig, PlanConfig, TeacherConfig, ViewsConfig
 from pipeline.config.tree import Section
 from pipeline.distill.config import AugmentConfig, LossConfig
-from pipeline.downstream.config import ClassifyConfig, DetectConfig, FinetuneConfig, SegmentConfig
+from pipeline.downstream.classify.config import ClassifyConfig
+from pipeline.downstream.config import FinetuneConfig
+from pipeline.downstream.detect.config import DetectConfig
+from pipeline.downstream.segment.config import SegmentConfig
 from pipeline.errors import UserError, one_line
 from pipeline.evaluate.config import EvaluateConfig, KnnConfig
 from pipeline.sources.config import DataConfig

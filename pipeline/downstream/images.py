@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +14,8 @@ from PIL import Image
 from pipeline.config.load import Config
 from pipeline.downstream.base import Split
 from pipeline.errors import UserError
-from pipeline.imaging.decode import decode_image
+from pipeline.imaging.decode import decode_image, image_size
+from pipeline.runtime.progress import Progress
 from pipeline.sources.base import IMAGE_EXTENSIONS, Source, odd_class
 from pipeline.sources.image_folder import images_below
 from pipeline.sources.locations import SAMPLES
@@ -150,3 +152,22 @@ def refuse_other_classes(expected: Sequence[str], found: Sequence[str], whose: s
     """
     if (odd := odd_class(expected, found)) is not None:
         raise UserError(f"{whose} and {location} differ in their classes ({len(expected)} and {len(found)}): {odd}")
+
+
+def size_on_disk(path: str) -> tuple[int, int]:
+    """(width, height) of an upright image file.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    try:
+        return image_size(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}); fetch it again or remove it") from error
+
+
+def check_rows(check: Callable[[int], None], count: int) -> None:
+    """Call `check` for every row on threads; what the first bad row raises is raised."""
+    with ThreadPoolExecutor(8) as pool, Progress(count, "img", "checking data") as progress:
+        for _ in pool.map(check, range(count)):
+            progress.update()

@@ -15,11 +15,11 @@ from pipeline.config.load import Config
 from pipeline.distill.provenance import all_licences, all_teachers
 from pipeline.downstream.backbone import Start, check_takes, find_start
 from pipeline.downstream.base import Examples, Report
+from pipeline.downstream.classify.soft import find_soft_teacher, load_soft_targets
 from pipeline.downstream.images import refuse_other_classes
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.saved import SavedModel, find_model, finished_model
-from pipeline.downstream.soft import find_soft_teacher, load_soft_targets
-from pipeline.downstream.task import DOWNSTREAM, FinetuneJob, FinetuneTask, build_model, epoch_steps
+from pipeline.downstream.training import DOWNSTREAM, FinetuneJob, FinetuneTask, build_model, epoch_steps
 from pipeline.errors import UserError
 from pipeline.runs.folder import work_folder
 from pipeline.sources.locations import SAMPLES, absolute

@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream
-from pipeline.downstream.task import DOWNSTREAM, FinetuneJob
+from pipeline.downstream.training import DOWNSTREAM, FinetuneJob
 from pipeline.errors import UserError, one_line
 from pipeline.student.loading import is_model_uri, named_folder
 from pipeline.student.model import Encoder, described_encoder, load_weights

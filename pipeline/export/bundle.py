@@ -22,7 +22,7 @@ FEATURES = "average of the last feature map"
 
 
 @dataclass(frozen=True)
-class Cargo:
+class ExportBundle:
     """A model to export.
 
     Attributes:
@@ -80,7 +80,7 @@ class _Heads(nn.Module):
         return output.summary, *(tensor for kinds in answers.values() for tensor in kinds.values())
 
 
-def pack(loaded: Loaded, size: int, *, heads: bool = False) -> Cargo:
+def make_bundle(loaded: Loaded, size: int, *, heads: bool = False) -> ExportBundle:
     """A backbone.
 
     Args:
@@ -94,7 +94,7 @@ def pack(loaded: Loaded, size: int, *, heads: bool = False) -> Cargo:
     if not isinstance(encoder, Encoder):
         raise UserError(f"{loaded.name}: is a graph already; only students and timm models are exported")
     name = loaded.name.removeprefix("timm/")
-    bare = Cargo(name, name, loaded.args, encoder, {OUTPUT: FEATURES}, size, provenance=loaded.provenance)
+    bare = ExportBundle(name, name, loaded.args, encoder, {OUTPUT: FEATURES}, size, provenance=loaded.provenance)
     if not heads:
         return bare
     if loaded.folder is None:
@@ -110,7 +110,7 @@ def pack(loaded: Loaded, size: int, *, heads: bool = False) -> Cargo:
 _KINDS = {"summary": "its vector of the image", "patches": "its grid of patches, on the student's own grid"}
 
 
-def pack_classifier(saved: SavedModel, size: int | None = None) -> Cargo:
+def make_classifier_bundle(saved: SavedModel, size: int | None = None) -> ExportBundle:
     """A fine-tuned classifier.
 
     Args:
@@ -124,7 +124,7 @@ def pack_classifier(saved: SavedModel, size: int | None = None) -> Cargo:
             f"a model that was fine-tuned for {saved.kind.name} is not exported: only backbones and classifiers are; "
             "jobs/predict.py runs it"
         )
-    return Cargo(
+    return ExportBundle(
         f"{saved.backbone['model']} classifier",
         str(saved.backbone["model"]),
         saved.backbone["args"],
@@ -138,9 +138,9 @@ def pack_classifier(saved: SavedModel, size: int | None = None) -> Cargo:
     )
 
 
-def preprocessing(cargo: Cargo) -> dict[str, Any]:
+def preprocessing(bundle: ExportBundle) -> dict[str, Any]:
     """How an image becomes the input, in words and in timm's terms."""
-    size, share = cargo.size, cargo.crop_share
+    size, share = bundle.size, bundle.crop_share
     how = "to a square, whatever the sides" if share is None else f"centre crop of {share:g} of the short side"
     return {
         "resize": [size, size],
@@ -149,6 +149,6 @@ def preprocessing(cargo: Cargo) -> dict[str, Any]:
         "crop_pct": 1.0 if share is None else share,
         "crop_mode": "squash" if share is None else "center",
         "normalisation": "in the graph",
-        "mean": cargo.encoder.mean.flatten().tolist(),
-        "std": cargo.encoder.std.flatten().tolist(),
+        "mean": bundle.encoder.mean.flatten().tolist(),
+        "std": bundle.encoder.std.flatten().tolist(),
     }

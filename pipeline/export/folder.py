@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.distill import kept_heads
 from pipeline.downstream.saved import load_model
 from pipeline.errors import UserError
-from pipeline.export.bundle import Cargo, pack, preprocessing
+from pipeline.export.bundle import ExportBundle, make_bundle, preprocessing
 from pipeline.export.card import hub_card, model_card
 from pipeline.export.formats import ROUNDS, Format
 from pipeline.export.graphs import INPUT, export_coreml, export_onnx, export_torch
@@ -49,7 +49,9 @@ class Written(NamedTuple):
     said: dict[str, Any] = {}  # noqa: RUF012  a NamedTuple's default, never changed
 
 
-def ship(cargo: Cargo, formats: Sequence[Format], folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
+def export_bundle(
+    bundle: ExportBundle, formats: Sequence[Format], folder: Path, rounds: int = ROUNDS
+) -> dict[str, Any]:
     """Write a model in these formats into a folder.
 
     Args:
@@ -62,17 +64,17 @@ def ship(cargo: Cargo, formats: Sequence[Format], folder: Path, rounds: int = RO
         UserError: where it cannot be exported, or a file does not give what eager gives.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    size, backbone = cargo.size, cargo.encoder.backbone
+    size, backbone = bundle.size, bundle.encoder.backbone
     # Height and width stay open from 33 pixels on (see export_torch), where the network takes them at all.
     fixed = size < 33 or bool(backbone.pretrained_cfg.get("fixed_input_size", False))  # type: ignore[union-attr, operator]
-    fixed = fixed or cargo.heads is not None  # the neck brings maps of several sizes to one grid
+    fixed = fixed or bundle.heads is not None  # the neck brings maps of several sizes to one grid
     dynamic = (0,) if fixed else (0, 2, 3)
-    fused = cargo.fused() if {"torch_export", "onnx", "coreml"} & set(formats) else cargo.model
-    written = {form: _WRITERS[form](cargo, fused, folder, dynamic) for form in formats}
+    fused = bundle.fused() if {"torch_export", "onnx", "coreml"} & set(formats) else bundle.model
+    written = {form: _WRITERS[form](bundle, fused, folder, dynamic) for form in formats}
     checks = [(1, size, size), (3, size, size) if fixed else (3, size + 32, size + 64)]
-    parity = {form: _parity(cargo.model, result.run, checks, form) for form, result in written.items()}
-    latency = _latency(cargo, {form: result.run for form, result in written.items() if form in GRAPHS}, rounds)
-    described = _describe(cargo, fixed) | {
+    parity = {form: _parity(bundle.model, result.run, checks, form) for form, result in written.items()}
+    latency = _latency(bundle, {form: result.run for form, result in written.items() if form in GRAPHS}, rounds)
+    described = _describe(bundle, fixed) | {
         "formats": {
             form: {
                 "file": result.path.name,
@@ -91,12 +93,14 @@ def ship(cargo: Cargo, formats: Sequence[Format], folder: Path, rounds: int = RO
     return described
 
 
-def _describe(cargo: Cargo, fixed: bool) -> dict[str, Any]:
-    sides = [cargo.size, cargo.size] if fixed else ["height", "width"]
+def _describe(bundle: ExportBundle, fixed: bool) -> dict[str, Any]:
+    sides = [bundle.size, bundle.size] if fixed else ["height", "width"]
     with torch.no_grad():
-        shapes = [list(output.shape[1:]) for output in _several(cargo.model(torch.rand(1, 3, cargo.size, cargo.size)))]
+        shapes = [
+            list(output.shape[1:]) for output in _several(bundle.model(torch.rand(1, 3, bundle.size, bundle.size)))
+        ]
     return {
-        "model": cargo.name,
+        "model": bundle.name,
         "input": {
             "name": INPUT,
             "shape": ["batch", 3, *sides],
@@ -106,39 +110,39 @@ def _describe(cargo: Cargo, fixed: bool) -> dict[str, Any]:
         },
         "outputs": [
             {"name": name, "shape": ["batch", *shape], "meaning": meaning}
-            for (name, meaning), shape in zip(cargo.outputs.items(), shapes, strict=True)
+            for (name, meaning), shape in zip(bundle.outputs.items(), shapes, strict=True)
         ],
-        "preprocessing": preprocessing(cargo),
-        "classes": list(cargo.classes),
-        "own_code": is_ours(cargo),
+        "preprocessing": preprocessing(bundle),
+        "classes": list(bundle.classes),
+        "own_code": is_ours(bundle),
         "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
-        "provenance": dict(cargo.provenance),
+        "provenance": dict(bundle.provenance),
     }
 
 
-def _safetensors(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
-    if cargo.saved is not None:
-        cargo.saved.save(folder)
+def _safetensors(bundle: ExportBundle, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+    if bundle.saved is not None:
+        bundle.saved.save(folder)
         return Written(folder / "model.safetensors", load_model(folder).model)
-    save_encoder(cargo.encoder, cargo.timm_name, cargo.args, cargo.size, folder)
-    if cargo.provenance:
-        (folder / "provenance.json").write_text(json.dumps(dict(cargo.provenance), indent=2), encoding="utf-8")
-    if cargo.heads is not None:
-        kept_heads.write_heads(cargo.heads, folder)
-    reloaded = pack(load_any(str(folder)), cargo.size, heads=cargo.heads is not None)
+    save_encoder(bundle.encoder, bundle.timm_name, bundle.args, bundle.size, folder)
+    if bundle.provenance:
+        (folder / "provenance.json").write_text(json.dumps(dict(bundle.provenance), indent=2), encoding="utf-8")
+    if bundle.heads is not None:
+        kept_heads.write_heads(bundle.heads, folder)
+    reloaded = make_bundle(load_any(str(folder)), bundle.size, heads=bundle.heads is not None)
     return Written(folder / "student.safetensors", reloaded.model)
 
 
-def _torch_export(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
-    path = export_torch(fused, folder / "student.pt2", _example(cargo.size, dynamic), dynamic)
+def _torch_export(bundle: ExportBundle, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+    path = export_torch(fused, folder / "student.pt2", _example(bundle.size, dynamic), dynamic)
     return Written(path, torch.export.load(path).module())
 
 
-def _onnx(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+def _onnx(bundle: ExportBundle, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
     import onnxruntime
 
-    example = _example(cargo.size, dynamic)
-    path = export_onnx(fused, folder / "student.onnx", example, dynamic, list(cargo.outputs))
+    example = _example(bundle.size, dynamic)
+    path = export_onnx(fused, folder / "student.onnx", example, dynamic, list(bundle.outputs))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Its threads must not spin while another format is measured.
@@ -147,20 +151,20 @@ def _onnx(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) 
     return Written(path, lambda images: [torch.from_numpy(o) for o in session.run(None, {INPUT: images.numpy()})])
 
 
-def _hf(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
-    if cargo.heads is not None:
+def _hf(bundle: ExportBundle, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+    if bundle.heads is not None:
         raise UserError("--heads: the hf layout has no place for them; leave one of the two out")
     shutil.rmtree(folder / "hf", ignore_errors=True)  # timm takes any weights that lie there
-    expression = write_hub(cargo, folder / "hf")
-    return Written(folder / "hf", load_hub(folder / "hf", cargo, expression), {"call": expression})
+    expression = write_hub(bundle, folder / "hf")
+    return Written(folder / "hf", load_hub(folder / "hf", bundle, expression), {"call": expression})
 
 
-def _coreml(cargo: Cargo, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
-    example = torch.rand(1, 3, cargo.size, cargo.size)
-    return Written(export_coreml(fused, folder / "student.mlpackage", example, list(cargo.outputs)), None)
+def _coreml(bundle: ExportBundle, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
+    example = torch.rand(1, 3, bundle.size, bundle.size)
+    return Written(export_coreml(fused, folder / "student.mlpackage", example, list(bundle.outputs)), None)
 
 
-_WRITERS: dict[Format, Callable[[Cargo, nn.Module, Path, Sequence[int]], Written]] = {
+_WRITERS: dict[Format, Callable[[ExportBundle, nn.Module, Path, Sequence[int]], Written]] = {
     "safetensors": _safetensors,
     "torch_export": _torch_export,
     "onnx": _onnx,
@@ -197,15 +201,15 @@ def _parity(
 
 
 @torch.inference_mode()
-def _latency(cargo: Cargo, runs: Mapping[Format, Run | None], rounds: int) -> dict[str, Any]:
+def _latency(bundle: ExportBundle, runs: Mapping[Format, Run | None], rounds: int) -> dict[str, Any]:
     """Time of one image, interleaved with eager: by format, and of eager itself under its own name."""
-    image = torch.rand(1, 3, cargo.size, cargo.size)
-    every: dict[str, Run] = {"eager": cargo.model, **{form: run for form, run in runs.items() if run}}
+    image = torch.rand(1, 3, bundle.size, bundle.size)
+    every: dict[str, Run] = {"eager": bundle.model, **{form: run for form, run in runs.items() if run}}
     if len(every) == 1:
         return {}
     calls = {name: lambda run=run: run(image) for name, run in every.items()}
     timings = interleave(calls, lambda _: "eager", rounds)
-    return {name: _shown(timing, cargo.size, rounds) for name, timing in timings.items()}
+    return {name: _shown(timing, bundle.size, rounds) for name, timing in timings.items()}
 
 
 def _shown(timing: Timing, size: int, rounds: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.export.bundle import Cargo, preprocessing
+from pipeline.export.bundle import ExportBundle, preprocessing
 from pipeline.student import layers, regla
 from pipeline.student.layers import NormLinear
 from pipeline.student.model import create_backbone
@@ -29,7 +29,7 @@ MAPS = "model.forward_intermediates(images, intermediates_only=True)"
 _POOLED = f"{MAPS}[-1].mean((2, 3))"
 
 
-def write_hub(cargo: Cargo, folder: Path) -> str:
+def write_hub(bundle: ExportBundle, folder: Path) -> str:
     """Write everything but the card.
 
     Returns:
@@ -39,25 +39,25 @@ def write_hub(cargo: Cargo, folder: Path) -> str:
     Raises:
         UserError: where timm's form of the network has no place for the head.
     """
-    model = _with_classifier(cargo) if cargo.classes else cargo.encoder.backbone
-    args = {**cargo.args, "num_classes": len(cargo.classes)}
-    steps = preprocessing(cargo)
+    model = _with_classifier(bundle) if bundle.classes else bundle.encoder.backbone
+    args = {**bundle.args, "num_classes": len(bundle.classes)}
+    steps = preprocessing(bundle)
     config = {
         "input_size": [3, *steps["resize"]],
         "interpolation": "bicubic",
         **{name: steps[name] for name in ("mean", "std", "crop_pct", "crop_mode")},
     }
-    named: dict[str, Any] = {"label_names": list(cargo.classes)} if cargo.classes else {}
+    named: dict[str, Any] = {"label_names": list(bundle.classes)} if bundle.classes else {}
     save_for_hf(model, str(folder), {"pretrained_cfg": config, **named}, args, safe_serialization=True)
-    if is_ours(cargo):
+    if is_ours(bundle):
         (folder / OWN_CODE).write_text(one_file(), encoding="utf-8")
-    return "model(images)" if cargo.classes or _pools(model, cargo.size) else _POOLED
+    return "model(images)" if bundle.classes or _pools(model, bundle.size) else _POOLED
 
 
-def load_hub(folder: Path, cargo: Cargo, expression: str) -> Callable[[Tensor], Tensor]:
+def load_hub(folder: Path, bundle: ExportBundle, expression: str) -> Callable[[Tensor], Tensor]:
     """What timm makes of the folder, as a function of images in [0, 1]."""
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    encoder = cargo.encoder
+    encoder = bundle.encoder
 
     def run(images: Tensor) -> Tensor:
         images = (images - encoder.mean) / encoder.std
@@ -70,9 +70,9 @@ def load_hub(folder: Path, cargo: Cargo, expression: str) -> Callable[[Tensor], 
     return run
 
 
-def is_ours(cargo: Cargo) -> bool:
+def is_ours(bundle: ExportBundle) -> bool:
     """Whether the network is one that plain timm does not have."""
-    return cargo.timm_name in regla.SIZES
+    return bundle.timm_name in regla.SIZES
 
 
 def one_file() -> str:
@@ -93,14 +93,14 @@ def _pools(model: nn.Module, size: int) -> bool:
 
 
 @torch.no_grad()
-def _with_classifier(cargo: Cargo) -> nn.Module:
+def _with_classifier(bundle: ExportBundle) -> nn.Module:
     """timm's network with our norm and linear layer in the place of its classifier."""
-    assert cargo.saved is not None
-    norm, head = cargo.saved.model.norm, cargo.saved.model.head
+    assert bundle.saved is not None
+    norm, head = bundle.saved.model.norm, bundle.saved.model.head
     assert isinstance(norm, nn.BatchNorm1d)
     assert isinstance(head, nn.Linear)
-    encoder, images = cargo.encoder, torch.rand(2, 3, cargo.size, cargo.size)
-    model = create_backbone(cargo.timm_name, {**cargo.args, "num_classes": len(cargo.classes)}).eval()
+    encoder, images = bundle.encoder, torch.rand(2, 3, bundle.size, bundle.size)
+    model = create_backbone(bundle.timm_name, {**bundle.args, "num_classes": len(bundle.classes)}).eval()
     model.load_state_dict(encoder.backbone.state_dict(), strict=False)
     own: Any = model.get_classifier()  # type: ignore[operator]
     if isinstance(own, regla.Classifier):
@@ -113,9 +113,9 @@ def _with_classifier(cargo: Cargo) -> nn.Module:
         own.weight.copy_(weight)
         own.bias.copy_(bias)
     # A norm or an attention pool before timm's classifier, say, is not ours.
-    if not _agree(model((images - encoder.mean) / encoder.std), cargo.model(images)):
+    if not _agree(model((images - encoder.mean) / encoder.std), bundle.model(images)):
         raise UserError(
-            f"hf: timm's {cargo.timm_name} has other layers between its last map and its classes than this classifier; "
+            f"hf: timm's {bundle.timm_name} has other layers between its last map and its classes than this classifier; "
             "leave hf out: --format safetensors torch_export onnx"
         )
     return model

@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.cache.layout.keys import readable
-from pipeline.downstream.coco import Objects as Drawn
-from pipeline.downstream.detect import SHOWN, detections, draw_objects
+from pipeline.downstream.detect.coco import Objects as Drawn
+from pipeline.downstream.detect.task import SHOWN, detections, draw_objects
 from pipeline.downstream.pictures import caption, palette
-from pipeline.downstream.segment import overlay
+from pipeline.downstream.segment.task import overlay
 from pipeline.errors import UserError
 from pipeline.predict.images import opened
 from pipeline.predict.predictor import Objects, Predictor, to_tensor

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from pipeline.config.load import Config
-from pipeline.downstream.classify import held_out_transform
-from pipeline.downstream.detect import find_objects
+from pipeline.downstream.classify.task import held_out_transform
+from pipeline.downstream.detect.task import find_objects
 from pipeline.downstream.saved import SavedModel, find_model
-from pipeline.downstream.segment import predict as predict_labels
+from pipeline.downstream.segment.task import predict as predict_labels
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render

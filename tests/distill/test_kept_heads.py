@@ -9,8 +9,8 @@ from pipeline.distill.job import export_student, make_job
 from pipeline.distill.kept_heads import load_heads, save_heads
 from pipeline.distill.task import build_distiller, build_reader
 from pipeline.errors import UserError
-from pipeline.export.bundle import pack
-from pipeline.export.folder import ship
+from pipeline.export.bundle import make_bundle
+from pipeline.export.folder import export_bundle
 from pipeline.student.loading import load_any
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "student.taps=[8,16,32]"]
@@ -48,13 +48,13 @@ def test_they_come_back_and_answer_in_the_teachers_scale(exported):
 @pytest.mark.parametrize("exported", ["mean_std"], indirect=True)
 def test_they_are_exported_with_the_student_as_further_outputs(exported, tmp_path):
     folder, _, batch = exported
-    cargo = pack(load_any(str(folder)), 32, heads=True)
-    described = ship(cargo, ["safetensors", "torch_export"], tmp_path / "shipped", rounds=1)
-    label = load_heads(tmp_path / "shipped").labels[0]
+    bundle = make_bundle(load_any(str(folder)), 32, heads=True)
+    described = export_bundle(bundle, ["safetensors", "torch_export"], tmp_path / "exported", rounds=1)
+    label = load_heads(tmp_path / "exported").labels[0]
     assert [output["name"] for output in described["outputs"]][:2] == ["output", f"{label}.summary"]
-    _, *heads = torch.export.load(tmp_path / "shipped/student.pt2").module()(batch.images / 255)
+    _, *heads = torch.export.load(tmp_path / "exported/student.pt2").module()(batch.images / 255)
     expected = load_heads(folder)(batch.images / 255)
-    for found, (name, _) in zip(heads, list(cargo.outputs.items())[1:], strict=True):
+    for found, (name, _) in zip(heads, list(bundle.outputs.items())[1:], strict=True):
         torch.testing.assert_close(
             found, expected[name.rpartition(".")[0]][name.rpartition(".")[2]], rtol=1e-3, atol=1e-4
         )

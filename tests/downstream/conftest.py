@@ -2,7 +2,7 @@ import pytest
 
 from pipeline.config.load import load_config
 from pipeline.downstream.backbone import find_start
-from pipeline.downstream.task import FinetuneJob
+from pipeline.downstream.training import FinetuneJob
 from tests.downstream.drawings import SIDE, locations, write_set
 
 SMALL = [f"student.input_size={SIDE}", "train.batch_size=4", "train.epochs=2", "train.ema_decay=0.9"]

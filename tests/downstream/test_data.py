@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from pipeline.config.load import load_config
-from pipeline.downstream.coco import CocoImages
+from pipeline.downstream.detect.coco import CocoImages
 from pipeline.downstream.images import LabelledImages, open_labelled
-from pipeline.downstream.masks import IGNORE, MaskedImages, open_masked, read_classes
+from pipeline.downstream.segment.masks import IGNORE, MaskedImages, open_masked, read_classes
 from pipeline.errors import UserError
 from pipeline.sources.open import open_source
 from tests.downstream.drawings import CLASSES, SIDE, write_set

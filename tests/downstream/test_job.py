@@ -8,7 +8,7 @@ from jobs import evaluate
 from pipeline.config.load import load_config
 from pipeline.downstream.job import as_saved, open_held_out, open_model, plan_finetune
 from pipeline.downstream.saved import finished_model
-from pipeline.downstream.task import FinetuneTask
+from pipeline.downstream.training import FinetuneTask
 from pipeline.errors import UserError
 from pipeline.training.worker import ALONE
 from tests.downstream.conftest import SMALL

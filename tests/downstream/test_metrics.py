@@ -9,11 +9,11 @@ from pycocotools import mask as rle
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
 
 from jobs import evaluate
-from pipeline.downstream.classify import classification_metrics
-from pipeline.downstream.coco_eval import NUMBERS, average_precision, coco_index, evaluate_files
-from pipeline.downstream.detect import detections
-from pipeline.downstream.masks import IGNORE
-from pipeline.downstream.segment import segmentation_metrics
+from pipeline.downstream.classify.task import classification_metrics
+from pipeline.downstream.detect.coco_eval import NUMBERS, average_precision, coco_index, evaluate_files
+from pipeline.downstream.detect.task import detections
+from pipeline.downstream.segment.masks import IGNORE
+from pipeline.downstream.segment.task import segmentation_metrics
 from pipeline.errors import UserError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.downstream.saved import finished_model, load_model
-from pipeline.downstream.task import FinetuneTask
+from pipeline.downstream.training import FinetuneTask
 from pipeline.training.loop import train
 from pipeline.training.worker import ALONE
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pipeline.config.load import load_config
+from pipeline.downstream.classify.soft import find_soft_teacher, load_soft_targets
 from pipeline.downstream.job import SOFT, make_finetune_task, plan_finetune
 from pipeline.downstream.saved import finished_model
-from pipeline.downstream.soft import find_soft_teacher, load_soft_targets
-from pipeline.downstream.task import FinetuneTask, build_model
+from pipeline.downstream.training import FinetuneTask, build_model
 from pipeline.errors import UserError
 from tests.downstream.conftest import SMALL
 from tests.downstream.drawings import locations

@@ -13,13 +13,13 @@ from torchvision import tv_tensors
 
 from pipeline.config.load import load_config
 from pipeline.downstream.backbone import FrozenEncoder, find_start, load_start
-from pipeline.downstream.classify import training_transform
+from pipeline.downstream.classify.task import training_transform
 from pipeline.downstream.sampling import Sampler, prepare, seeded
 from pipeline.downstream.saved import load_model
 from pipeline.downstream.schedule import make_schedule
-from pipeline.downstream.segment import slide
-from pipeline.downstream.segment import training_transform as training_colours
-from pipeline.downstream.task import FinetuneTask, epoch_steps
+from pipeline.downstream.segment.task import slide
+from pipeline.downstream.segment.task import training_transform as training_colours
+from pipeline.downstream.training import FinetuneTask, epoch_steps
 from pipeline.errors import UserError
 from pipeline.student.model import save_encoder
 from pipeline.training.loop import train

@@ -15,12 +15,12 @@ import yaml
 
 from pipeline.config.load import load_config
 from pipeline.downstream.saved import SavedModel, find_model
-from pipeline.downstream.task import DOWNSTREAM
+from pipeline.downstream.training import DOWNSTREAM
 from pipeline.errors import UserError
-from pipeline.export import folder as shipping
-from pipeline.export.bundle import pack, pack_classifier
+from pipeline.export import folder as export_folder
+from pipeline.export.bundle import make_bundle, make_classifier_bundle
 from pipeline.export.card import hub_card
-from pipeline.export.folder import ship
+from pipeline.export.folder import export_bundle
 from pipeline.student.loading import Loaded, load_any
 
 SHAPES = [(1, 64, 64), (3, 97, 130)]
@@ -36,12 +36,12 @@ ORIGIN = {
 
 
 @pytest.fixture(scope="module")
-def shipped(tmp_path_factory, live):
+def exported(tmp_path_factory, live):
     """A short ReGLA-T in every format that is checked here: its folder, description and eager form."""
-    folder = tmp_path_factory.mktemp("shipped")
+    folder = tmp_path_factory.mktemp("exported")
     loaded = load_any("regla_t", weights="random", args=SHALLOW)._replace(provenance=ORIGIN)
     live(loaded.encoder)
-    described = ship(pack(loaded, 64), ["safetensors", "torch_export", "onnx", "hf"], folder, rounds=1)
+    described = export_bundle(make_bundle(loaded, 64), ["safetensors", "torch_export", "onnx", "hf"], folder, rounds=1)
     return SimpleNamespace(folder=folder, described=described, eager=loaded.encoder)
 
 
@@ -52,23 +52,23 @@ def by_timm(folder, encoder):
 
 
 @pytest.fixture(params=["safetensors", "torch_export", "onnx", "hf"])
-def reloaded(request, shipped):
+def reloaded(request, exported):
     """An exported file, loaded as its users do."""
     if request.param == "safetensors":
-        return load_any(str(shipped.folder)).encoder
+        return load_any(str(exported.folder)).encoder
     if request.param == "torch_export":
-        return torch.export.load(shipped.folder / "student.pt2").module()
+        return torch.export.load(exported.folder / "student.pt2").module()
     if request.param == "hf":
-        return by_timm(shipped.folder / "hf", shipped.eager)
-    session = onnxruntime.InferenceSession(shipped.folder / "student.onnx", providers=["CPUExecutionProvider"])
+        return by_timm(exported.folder / "hf", exported.eager)
+    session = onnxruntime.InferenceSession(exported.folder / "student.onnx", providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
 
 @torch.no_grad()
-def test_every_format_gives_what_eager_gives_at_two_sizes(shipped, reloaded):
+def test_every_format_gives_what_eager_gives_at_two_sizes(exported, reloaded):
     for batch, height, width in SHAPES:
         images = torch.rand(batch, 3, height, width)
-        expected = shipped.eager(images)
+        expected = exported.eager(images)
         assert (reloaded(images) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -77,7 +77,7 @@ def test_every_format_gives_what_eager_gives_at_two_sizes(shipped, reloaded):
 def test_every_size_reloads_with_plain_timm(name, tmp_path, live):
     loaded = load_any(name, weights="random", args=SHALLOW)
     live(loaded.encoder)
-    described = ship(pack(loaded, 64), ["safetensors", "hf"], tmp_path)
+    described = export_bundle(make_bundle(loaded, 64), ["safetensors", "hf"], tmp_path)
     assert {form: entry["parity"]["relative_error"] < 1e-4 for form, entry in described["formats"].items()} == {
         "safetensors": True,
         "hf": True,
@@ -92,20 +92,20 @@ def snippets(card):
     return re.findall(r"```python\n(.*?)```", card.read_text(), flags=re.DOTALL)
 
 
-def test_the_four_lines_of_the_card_run_where_this_project_is_not(shipped):
+def test_the_four_lines_of_the_card_run_where_this_project_is_not(exported):
     """Clean: a process of its own in the exported folder, no PYTHONPATH, no user packages, and no `pipeline` to be found."""
-    torch_export, onnx, timm_ = snippets(shipped.folder / "README.md")
-    assert snippets(shipped.folder / "hf/README.md") == [timm_]
+    torch_export, onnx, timm_ = snippets(exported.folder / "README.md")
+    assert snippets(exported.folder / "hf/README.md") == [timm_]
     assert [len(snippet.splitlines()) for snippet in (torch_export, onnx, timm_)] == [4, 4, 4]
     check = "assert features.shape[1:] == (256,); print('loaded')"
     clean = "import importlib.util; assert importlib.util.find_spec('pipeline') is None"
-    (maps,) = re.findall(r"`(model\.forward_intermediates.*?)`", (shipped.folder / "hf/README.md").read_text())
+    (maps,) = re.findall(r"`(model\.forward_intermediates.*?)`", (exported.folder / "hf/README.md").read_text())
     pyramid = f"assert [m.shape[-1] for m in {maps}] == [16, 8, 4, 2]"
     code = [clean, torch_export, check, onnx, check, "import os; os.chdir('hf')", timm_, check, pyramid]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ended = subprocess.run(
         [sys.executable, "-s", "-c", "\n".join(code)],
-        cwd=shipped.folder,
+        cwd=exported.folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -114,20 +114,20 @@ def test_the_four_lines_of_the_card_run_where_this_project_is_not(shipped):
     assert ended.stdout == "loaded\nloaded\nloaded\n", ended.stderr
 
 
-def test_the_description_and_the_card_say_where_it_comes_from(shipped):
-    written = json.loads((shipped.folder / "export.json").read_text())
-    assert written == shipped.described
+def test_the_description_and_the_card_say_where_it_comes_from(exported):
+    written = json.loads((exported.folder / "export.json").read_text())
+    assert written == exported.described
     assert written["input"]["shape"] == ["batch", 3, "height", "width"]
     assert [output["shape"] for output in written["outputs"]] == [["batch", 256]]
     assert written["formats"].keys() == {"safetensors", "torch_export", "onnx", "hf"}
     for entry in written["formats"].values():
-        assert (shipped.folder / entry["file"]).exists()
+        assert (exported.folder / entry["file"]).exists()
         assert entry["parity"]["relative_error"] <= 1e-4
         assert entry["parity"]["shapes"] == [[1, 3, 64, 64], [3, 3, 96, 128]]
-    card = (shipped.folder / "README.md").read_text()
+    card = (exported.folder / "README.md").read_text()
     for expected in ("| sam | timm/samvit | hub:sa1b | apache-2.0 |", "7 of `photos`", "knn 61.5 %", "MLflow run 0123"):
         assert expected in card
-        assert expected in (shipped.folder / "hf/README.md").read_text()
+        assert expected in (exported.folder / "hf/README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -140,33 +140,33 @@ def test_the_description_and_the_card_say_where_it_comes_from(shipped):
         ),
     ],
 )
-def test_the_card_says_what_a_student_started_from_with_its_teachers_and_licences(shipped, start, expected):
+def test_the_card_says_what_a_student_started_from_with_its_teachers_and_licences(exported, start, expected):
     earlier = {"name": "dinov3", "architecture": "x", "weights": "y", "licence": "dinov3-licence"}
     start = start | {"named": "first", **({"teachers": [earlier]} if "teachers" in start else {})}
-    card = hub_card(shipped.described | {"provenance": ORIGIN | {"start": start}})
+    card = hub_card(exported.described | {"provenance": ORIGIN | {"start": start}})
     for words in (*expected, "| sam |", "license: other"):
         assert words in card
     assert ("| dinov3 | x | y | dinov3-licence |" in card) == ("teachers" in start)
 
 
-def test_graphs_are_timed_beside_eager(shipped):
-    formats = shipped.described["formats"]
-    assert shipped.described["latency"]["of_eager"] == 1
+def test_graphs_are_timed_beside_eager(exported):
+    formats = exported.described["formats"]
+    assert exported.described["latency"]["of_eager"] == 1
     for form in ("torch_export", "onnx"):
         assert formats[form]["latency"]["milliseconds"] > 0
         assert "one image of 64 px, median of 1 rounds" in formats[form]["latency"]["measured"]
     assert "latency" not in formats["hf"]
 
 
-def test_the_hub_folder_has_the_hubs_front_matter_and_timms_preprocessing(shipped):
-    _, front, _ = (shipped.folder / "hf/README.md").read_text().split("---\n", 2)
+def test_the_hub_folder_has_the_hubs_front_matter_and_timms_preprocessing(exported):
+    _, front, _ = (exported.folder / "hf/README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "timm",
         "pipeline_tag": "image-feature-extraction",
         "tags": ["timm", "image-feature-extraction", "distillation"],
         "license": "apache-2.0",
     }
-    model = timm.create_model(f"local-dir:{shipped.folder}/hf", pretrained=True)
+    model = timm.create_model(f"local-dir:{exported.folder}/hf", pretrained=True)
     data = timm.data.resolve_model_data_config(model)
     assert (data["input_size"], data["crop_mode"], data["crop_pct"]) == ((3, 64, 64), "squash", 1.0)
     assert data["mean"] == pytest.approx((0.485, 0.456, 0.406))
@@ -175,7 +175,7 @@ def test_the_hub_folder_has_the_hubs_front_matter_and_timms_preprocessing(shippe
 @torch.no_grad()
 def test_a_timm_student_whose_head_does_more_says_how_its_features_are_had(tmp_path):
     loaded = load_any(SMALL, weights="random")
-    ship(pack(loaded, 64), ["hf"], tmp_path)
+    export_bundle(make_bundle(loaded, 64), ["hf"], tmp_path)
     (snippet,) = snippets(tmp_path / "hf/README.md")
     assert "forward_intermediates" in snippet
     assert "regla" not in snippet
@@ -198,7 +198,7 @@ def classifier(name, live, args):
 @pytest.mark.parametrize(("name", "args"), [("regla_t", SHALLOW), ("timm/test_resnet", {})])
 def test_a_fine_tuned_classifier_keeps_its_classes_and_its_way_with_images(name, args, tmp_path, live):
     saved = classifier(name, live, args)
-    described = ship(pack_classifier(saved), ["safetensors", "hf"], tmp_path)
+    described = export_bundle(make_classifier_bundle(saved), ["safetensors", "hf"], tmp_path)
     assert described["classes"] == ["ant", "bee", "cow"]
     assert described["outputs"][0]["shape"] == ["batch", 3]
     images = torch.rand(2, 3, 64, 64)
@@ -219,19 +219,21 @@ def test_a_fine_tuned_classifier_keeps_its_classes_and_its_way_with_images(name,
 def test_a_classifier_that_timm_has_no_place_for_is_named(name, args, tmp_path, live):
     expected = rf"hf: timm's {name} has other layers between its last map .*: --format safetensors torch_export onnx"
     with pytest.raises(UserError, match=expected.replace("timm/", "")):
-        ship(pack_classifier(classifier(name, live, args)), ["hf"], tmp_path)
+        export_bundle(make_classifier_bundle(classifier(name, live, args)), ["hf"], tmp_path)
 
 
-def test_what_differs_from_eager_is_not_shipped(tmp_path, monkeypatch):
+def test_what_differs_from_eager_is_not_exported(tmp_path, monkeypatch):
     loaded = load_any(SMALL, weights="random")
     monkeypatch.setitem(
-        shipping._WRITERS, "onnx", lambda *_: shipping.Written(tmp_path, lambda images: loaded.encoder(images) * 1.01)
+        export_folder._WRITERS,
+        "onnx",
+        lambda *_: export_folder.Written(tmp_path, lambda images: loaded.encoder(images) * 1.01),
     )
     with pytest.raises(UserError, match=r"onnx: differs from eager by 1.0e-02"):
-        ship(pack(loaded, 64), ["onnx"], tmp_path)
+        export_bundle(make_bundle(loaded, 64), ["onnx"], tmp_path)
     assert not (tmp_path / "export.json").exists()
 
 
 def test_a_graph_from_elsewhere_is_not_exported_again():
     with pytest.raises(UserError, match="m-1: is a graph already"):
-        pack(Loaded(torch.nn.Flatten(), "m-1", None, {}, {}), 64)
+        make_bundle(Loaded(torch.nn.Flatten(), "m-1", None, {}, {}), 64)

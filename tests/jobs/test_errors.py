@@ -11,7 +11,7 @@ from jobs import distill, evaluate, export, precompute, predict
 from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
 from pipeline.config.load import iter_fields, load_config
-from pipeline.downstream.task import DOWNSTREAM
+from pipeline.downstream.training import DOWNSTREAM
 from pipeline.runs.folder import cache_store
 from tests.fakes import SMALL_JOB, fill_in_process, write_photos
 

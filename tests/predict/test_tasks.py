@@ -11,11 +11,11 @@ from pycocotools.coco import COCO
 
 from jobs import predict
 from pipeline.config.load import load_config
-from pipeline.downstream.classify import held_out_transform
+from pipeline.downstream.classify.task import held_out_transform
 from pipeline.downstream.pictures import palette
 from pipeline.downstream.saved import SavedModel
-from pipeline.downstream.segment import predict as predict_labels
-from pipeline.downstream.task import DOWNSTREAM
+from pipeline.downstream.segment.task import predict as predict_labels
+from pipeline.downstream.training import DOWNSTREAM
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image, read_label_map
 from pipeline.predict.images import find_images

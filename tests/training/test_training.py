@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.cache.read.reader import Batch
 from pipeline.config.load import load_config
-from pipeline.downstream.detect import ObjectsBatch
+from pipeline.downstream.detect.task import ObjectsBatch
 from pipeline.errors import UserError
 from pipeline.training.checkpoint import STATE_FILE, best_copy_path, delete_previous_best, load_state
 from pipeline.training.config import TrainConfig

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +12,9 @@ from torch import Tensor
 
 from pipeline.config.load import Config
 from pipeline.downstream.base import Split
-from pipeline.downstream.images import decode, image_files, open_scenes
+from pipeline.downstream.images import check_rows, decode, image_files, open_scenes, size_on_disk
 from pipeline.errors import UserError
-from pipeline.imaging.decode import image_size, read_label_map
-from pipeline.runtime.progress import Progress
+from pipeline.imaging.decode import read_label_map
 from pipeline.sources.label_maps import UNLABELLED, masks_beside
 from pipeline.sources.locations import absolute
 from pipeline.sources.sample_scenes import SampleScenes
@@ -195,22 +192,3 @@ def _distinct(path: Path, names: list[str]) -> tuple[str, ...]:
     if not 1 <= len(names) <= IGNORE:
         raise UserError(f"segment.classes: {path} has {len(names)} classes; there can be 1 to {IGNORE}")
     return tuple(names)
-
-
-def size_on_disk(path: str) -> tuple[int, int]:
-    """(width, height) of an upright image file.
-
-    Raises:
-        UserError: where it cannot be read.
-    """
-    try:
-        return image_size(path)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}); fetch it again or remove it") from error
-
-
-def check_rows(check: Callable[[int], None], count: int) -> None:
-    """Call `check` for every row on threads; what the first bad row raises is raised."""
-    with ThreadPoolExecutor(8) as pool, Progress(count, "img", "checking data") as progress:
-        for _ in pool.map(check, range(count)):
-            progress.update()

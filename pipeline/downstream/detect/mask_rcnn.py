@@ -14,7 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from pipeline.downstream.backbone import pyramid_levels
-from pipeline.downstream.config import DetectConfig
+from pipeline.downstream.detect.config import DetectConfig
 from pipeline.student.model import Encoder
 
 HIDDEN = 4

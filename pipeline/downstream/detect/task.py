@@ -16,9 +16,9 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
-from pipeline.downstream.coco import CocoImages, Objects, SceneObjects, open_objects
-from pipeline.downstream.coco_eval import Kind, average_precision, coco_index
-from pipeline.downstream.mask_rcnn import build_detector
+from pipeline.downstream.detect.coco import CocoImages, Objects, SceneObjects, open_objects
+from pipeline.downstream.detect.coco_eval import Kind, average_precision, coco_index
+from pipeline.downstream.detect.mask_rcnn import build_detector
 from pipeline.downstream.pictures import enlarge, palette, scale_of
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.student.model import Encoder

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from pipeline.config.load import Config
 from pipeline.downstream.base import Split
-from pipeline.downstream.coco_eval import read_annotations
-from pipeline.downstream.images import decode, open_scenes
-from pipeline.downstream.masks import check_rows, size_on_disk
+from pipeline.downstream.detect.coco_eval import read_annotations
+from pipeline.downstream.images import check_rows, decode, open_scenes, size_on_disk
 from pipeline.errors import UserError
 from pipeline.sources.locations import absolute, below
 from pipeline.sources.sample_scenes import SampleScenes

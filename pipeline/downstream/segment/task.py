@@ -14,10 +14,10 @@ from torchvision.transforms import v2
 
 from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
-from pipeline.downstream.masks import IGNORE, MaskedImages, SceneMasks, open_masked
 from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
-from pipeline.downstream.semantic_fpn import SemanticFPN
+from pipeline.downstream.segment.masks import IGNORE, MaskedImages, SceneMasks, open_masked
+from pipeline.downstream.segment.semantic_fpn import SemanticFPN
 from pipeline.student.model import Encoder
 from pipeline.training.worker import Worker
 

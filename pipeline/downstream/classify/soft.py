@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.config.load import Config
 from pipeline.downstream.backbone import check_takes
-from pipeline.downstream.classify import LabelledBatch
+from pipeline.downstream.classify.task import LabelledBatch
 from pipeline.downstream.saved import SavedModel, find_model, load_model
 from pipeline.errors import UserError
 from pipeline.sources.base import odd_class

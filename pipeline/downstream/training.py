@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from pipeline.config.load import Config
 from pipeline.downstream.backbone import load_start
 from pipeline.downstream.base import Downstream, Examples
-from pipeline.downstream.classify import Classification
-from pipeline.downstream.detect import Detection
+from pipeline.downstream.classify.task import Classification
+from pipeline.downstream.detect.task import Detection
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.sampling import Draw, Sampler, prepare, seeded
 from pipeline.downstream.schedule import make_schedule
-from pipeline.downstream.segment import Segmentation
+from pipeline.downstream.segment.task import Segmentation
 from pipeline.errors import UserError
 from pipeline.training.config import TrainConfig
 from pipeline.training.task import Task, TrainingBatch
