@@ -90,12 +90,6 @@ class Config(Section):
             [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
         )
 
-    @property
-    def val(self) -> str | None:
-        """Held-out images: `data.val`, or the generator's own where the training images are generated."""
-        generated = self.data.train == "samples" and self.data.samples.val > 0
-        return self.data.val or ("samples" if generated else None)
-
     def phase_configs(self) -> tuple[Config, ...]:
         """The configuration of every phase: the recipe with what the phase changes, and itself where there is none.
 

@@ -33,7 +33,7 @@ def open_split(config: Config, split: Split) -> Source | None:
         UserError: as :func:`pipeline.sources.open.open_source` does.
     """
     data, samples = config.data, config.data.samples
-    location = data.train if split == "train" else config.val
+    location = data.train if split == "train" else config.data.held_out
     if location is None:
         return None
     count = samples.train if split == "train" else samples.val
@@ -45,7 +45,7 @@ def open_split(config: Config, split: Split) -> Source | None:
 
 def open_scenes(config: Config, split: Split) -> SampleScenes | None:
     """The generated scenes of a split, where the configuration names them."""
-    location = config.data.train if split == "train" else config.val
+    location = config.data.train if split == "train" else config.data.held_out
     return cast(SampleScenes, open_split(config, split)) if location == SAMPLES else None
 
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pipeline.cache.layout.keys import readable
 from pipeline.downstream.base import Report
+from pipeline.storage.names import folder_name
 
 matplotlib.use("Agg")
 
@@ -72,7 +72,7 @@ def write_report(report: Report, folder: Path, classes: Sequence[str]) -> None:
     if report.confusion is not None:
         confusion_figure(report.confusion, classes, folder / "confusion.png")
     for number, (key, picture) in enumerate(report.pictures.items()):
-        name = f"{number:02d}-{readable(Path(key).stem)}.png"
+        name = f"{number:02d}-{folder_name(Path(key).stem)}.png"
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / "pictures" / name)
 
 

@@ -76,7 +76,7 @@ def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
         raise UserError(
             "evaluate.student must be given: an exported student folder, an MLflow model URI (models:/m-...), or a timm name"
         )
-    if config.val is None:
+    if config.data.held_out is None:
         raise UserError("data.val: an evaluation needs held-out images")
     cache = plan_cache(config, cache_store(config), teachers=False)
     for split in cache.splits if grid is None else ():

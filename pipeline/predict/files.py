@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.cache.layout.keys import readable
 from pipeline.downstream.detect.coco import Objects as Drawn
 from pipeline.downstream.detect.task import SHOWN, detections, draw_objects
 from pipeline.downstream.pictures import caption, palette
@@ -28,6 +27,7 @@ from pipeline.downstream.segment.task import overlay
 from pipeline.errors import UserError
 from pipeline.predict.images import opened
 from pipeline.predict.predictor import Objects, Predictor, to_tensor
+from pipeline.storage.names import folder_name
 
 PICTURE_SIDE = 512
 """Longest side of the picture of a classified image."""
@@ -128,7 +128,7 @@ def _each(predictor: Predictor, paths: Sequence[Path], predictions: Iterator[Any
 
 
 def _name(number: int, path: Path) -> str:
-    return f"{number:05d}-{readable(path.stem)}.png"
+    return f"{number:05d}-{folder_name(path.stem)}.png"
 
 
 def _save(picture: Tensor, file: Path) -> None:

@@ -28,7 +28,10 @@ def _about(config: Config, job: str) -> list[str]:
 
 def run_note(config: Config, job: str) -> list[str]:
     """Paragraphs of Markdown: what the job does, with what, on which images."""
-    lines = [f"**{run_title(config, job)}**", f"Images: `{config.data.train}`, held out: `{config.val or 'none'}`."]
+    lines = [
+        f"**{run_title(config, job)}**",
+        f"Images: `{config.data.train}`, held out: `{config.data.held_out or 'none'}`.",
+    ]
     if job in ("distill", "precompute"):
         if job == "distill" and config.student.weights != "random":
             lines.append(f"The student starts from the weights `{config.student.weights}`.")

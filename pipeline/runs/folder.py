@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.layout.keys import readable
 from pipeline.config.load import Config
 from pipeline.errors import UserError, naming
 from pipeline.runtime.ray_session import is_submitted_job
 from pipeline.storage.atomic import atomic_write
+from pipeline.storage.names import folder_name
 from pipeline.storage.store import Store
 
 
@@ -97,7 +97,7 @@ class RunState:
 def open_run(config: Config, job: str, reads: Collection[str] = ()) -> RunState:
     """The unfinished run of this job and configuration, or a new one; `reads` as in :meth:`Config.fingerprint`."""
     runs = work_folder(config) / "runs"
-    stem = f"{readable(config.name)}-{job}-{config.fingerprint(reads)[:8]}"
+    stem = f"{folder_name(config.name)}-{job}-{config.fingerprint(reads)[:8]}"
     number = 1
     while True:
         folder = runs / (stem if number == 1 else f"{stem}-{number}")

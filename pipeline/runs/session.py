@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipeline.cache.layout.keys import readable
 from pipeline.config.load import Config
 from pipeline.errors import naming, one_line
 from pipeline.runs.descriptions import run_note, run_title
@@ -18,6 +17,7 @@ from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime import logs
 from pipeline.runtime.ray_session import connect, devices, hardware_line
 from pipeline.sources.locations import SAMPLES
+from pipeline.storage.names import folder_name
 from pipeline.storage.store import Store
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.registry import Registration, describe, model_link, register
@@ -68,8 +68,8 @@ class Job:
             Its URI in the registry; None where there is no registry, which the log says.
         """
         filled = {f"manifests{key.removeprefix('precompute')}": f"runs:/{run}/manifests" for key, run in self._filled()}
-        name = f"{readable(self.config.name)}-{kind}"
-        held_out = SAMPLES if self.config.val == SAMPLES else held_out
+        name = f"{folder_name(self.config.name)}-{kind}"
+        held_out = SAMPLES if self.config.data.held_out == SAMPLES else held_out
         registered = register(
             self.run,
             Registration(name, model_uri, metric, score, held_out, {**lineage, **filled, "run": self.run.run_id}),

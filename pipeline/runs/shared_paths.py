@@ -62,7 +62,7 @@ def _written(config: Config) -> dict[str, Path]:
 
 
 def _read(config: Config) -> dict[str, str]:
-    sources = {"data.train": config.data.train, "data.val": config.val}
+    sources = {"data.train": config.data.train, "data.val": config.data.held_out}
     read = {field: expand(absolute(place))[0] for field, place in sources.items() if place and place != SAMPLES}
     for number, teacher in enumerate(config.teachers):
         file = Path(teacher.weights).expanduser().resolve()

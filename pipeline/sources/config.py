@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from pipeline.config.tree import Section
 
@@ -31,3 +29,9 @@ class DataConfig(Section):
         0.05, ge=0, le=1, description="share of unreadable images that is quarantined before the job stops"
     )
     samples: SamplesConfig = SamplesConfig()
+
+    @property
+    def held_out(self) -> str | None:
+        """Held-out images: `val`, or the generator's own where the training images are generated."""
+        generated = self.train == "samples" and self.samples.val > 0
+        return self.val or ("samples" if generated else None)

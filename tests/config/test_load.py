@@ -113,10 +113,10 @@ def test_every_field_has_a_meaning_and_help_lists_it():
 
 
 def test_held_out_scenes_come_with_generated_training_scenes_only():
-    assert load_config(None).val == "samples"
-    assert load_config(None, ["data.train=photos"]).val is None
-    assert load_config(None, ["data.train=photos", "data.val=more"]).val == "more"
-    assert load_config(None, ["data.samples.val=0"]).val is None
+    assert load_config(None).data.held_out == "samples"
+    assert load_config(None, ["data.train=photos"]).data.held_out is None
+    assert load_config(None, ["data.train=photos", "data.val=more"]).data.held_out == "more"
+    assert load_config(None, ["data.samples.val=0"]).data.held_out is None
 
 
 def test_fingerprint_changes_with_what_is_computed_and_not_with_where():

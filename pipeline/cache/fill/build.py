@@ -107,7 +107,7 @@ def plan_cache(config: Config, store: Store, teachers: bool = True) -> CachePlan
     ids = [teacher.id for teacher in cached]
     for twin in {name for name in ids if ids.count(name) > 1}:
         raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; give each teacher once")
-    locations = {"train": config.data.train, "val": config.val}
+    locations = {"train": config.data.train, "val": config.data.held_out}
     splits = tuple(_plan_split(config, store, split, where) for split, where in locations.items() if where)
     return CachePlan(store, splits, cached)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+
+from pipeline.storage.names import folder_name
 
 if TYPE_CHECKING:
     from teachers.base import TeacherSpec
@@ -18,11 +19,6 @@ FORMAT_VERSION = 2
 def digest(value: Any) -> str:
     """SHA-256 of a JSON-ready value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def readable(name: str) -> str:
-    """A name made safe as a folder: letters, digits, dot, underscore and dash."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
 
 
 def index_fingerprint(index: pa.Table) -> str:
@@ -36,7 +32,7 @@ def index_fingerprint(index: pa.Table) -> str:
 
 def dataset_id(name: str, fingerprint: str) -> str:
     """Folder of a dataset: its readable name and a short hash of its index."""
-    return f"{readable(name)}-{fingerprint[:8]}"
+    return f"{folder_name(name)}-{fingerprint[:8]}"
 
 
 def teacher_identity(spec: TeacherSpec, codec: str, precision: str) -> dict[str, Any]:
@@ -52,4 +48,4 @@ def teacher_id(spec: TeacherSpec, codec: str, precision: str) -> str:
     The readable name is that of the architecture, so that an alias finds what is there under the full name.
     """
     identity = json.loads(json.dumps(teacher_identity(spec, codec, precision)))
-    return f"{readable(spec.architecture.rsplit('/', 1)[-1])}-{digest(identity)[:10]}"
+    return f"{folder_name(spec.architecture.rsplit('/', 1)[-1])}-{digest(identity)[:10]}"

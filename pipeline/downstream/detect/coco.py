@@ -256,7 +256,7 @@ def open_objects(config: Config, split: Split) -> CocoImages | SceneObjects | No
     if scenes is not None:
         return SceneObjects(scenes)
     settings = config.detect
-    location = config.data.train if split == "train" else config.val
+    location = config.data.train if split == "train" else config.data.held_out
     if location is None:
         return None
     images = Path(absolute(location))

@@ -135,7 +135,7 @@ def open_masked(config: Config, split: Split) -> MaskedImages | SceneMasks | Non
     if scenes is not None:
         return SceneMasks(scenes)
     settings = config.segment
-    location = config.data.train if split == "train" else config.val
+    location = config.data.train if split == "train" else config.data.held_out
     if location is None:
         return None
     if settings.classes is None:
