@@ -18,7 +18,7 @@ from pipeline.config.load import Config, iter_fields
 JOBS = sorted(file.stem for file in REPOSITORY.glob("jobs/[!_]*.py"))
 API: dict[str, tuple[str, ...]] = {
     "pipeline.predict": ("load_predictor", "Predictor", "Objects"),
-    "pipeline.student.loading": ("load_any", "Loaded"),
+    "pipeline.student.loading": ("load_student", "LoadedStudent"),
     "pipeline.student.model": ("create_backbone", "Encoder", "load_encoder"),
     "pipeline.distill.kept_heads": ("load_heads", "StudentWithHeads"),
     "pipeline.downstream.saved": ("load_model", "SavedModel"),

@@ -12,7 +12,7 @@ from pipeline.config.load import Config
 from pipeline.runs.folder import work_folder
 
 if TYPE_CHECKING:
-    from pipeline.student.loading import Loaded
+    from pipeline.student.loading import LoadedStudent
 
 
 def naming(parser: argparse.ArgumentParser, what: str) -> None:
@@ -23,11 +23,11 @@ def naming(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else the work folder's")
 
 
-def load_named(options: argparse.Namespace) -> tuple[Loaded, int]:
+def load_named(options: argparse.Namespace) -> tuple[LoadedStudent, int]:
     """The backbone that the arguments of :func:`naming` name, and the side of its input in pixels."""
-    from pipeline.student.loading import load_any
+    from pipeline.student.loading import load_student
 
-    loaded = load_any(options.model, weights=options.weights, tracking_uri=tracking_uri(options))
+    loaded = load_student(options.model, weights=options.weights, tracking_uri=tracking_uri(options))
     return loaded, options.size or loaded.input_size or 224
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state, pool_grid
 from teachers.errors import one_line
-from teachers.variants import check_multiple, choose, pooled
-from teachers.weights import check_keys, fitting, from_hub, parse_weights, read_checkpoint, seeded
+from teachers.variants import check_input_size, choose_variant, pooled_grid
+from teachers.weights import check_keys, conversion_errors, load_from_hub, parse_weights, read_checkpoint, seeded_init
 
 DEFAULT = "ViT-L-14"
 DEFAULT_TAG = "openai"
@@ -61,7 +61,7 @@ class CLIP(Teacher):
             interpolation=self.published.get("interpolation", "bicubic"),
             summary_dim=summary_dim,
             patch_dim=patch_dim,
-            grid=pooled(name, grid, self.pool),
+            grid=pooled_grid(name, grid, self.pool),
             pool=self.pool,
             model_args=dict(options.args),
             licence="mit" if tag == "openai" else "unknown",
@@ -80,7 +80,7 @@ class CLIP(Teacher):
         return tower.eval().requires_grad_(False)
 
     def _probe(self, name: str, size: int) -> tuple[int, int, tuple[int, int]]:
-        check_multiple(name, size, self.vision.get("patch_size") or 1)
+        check_input_size(name, size, self.vision.get("patch_size") or 1)
         with torch.device("meta"):
             try:
                 summary, patches = self._features(self._create(), torch.empty(1, 3, size, size))
@@ -105,11 +105,11 @@ class CLIP(Teacher):
 
     def _load(self) -> nn.Module:
         if self.source.kind == "random":
-            with seeded(self.source.seed, self.spec.name):
+            with seeded_init(self.source.seed, self.spec.name):
                 return self._create()
         path = self.source.value
         if self.source.kind == "hub":
-            path = from_hub(self.spec.name, lambda: open_clip.download_pretrained(self.published))
+            path = load_from_hub(self.spec.name, lambda: open_clip.download_pretrained(self.published))
         return self._load_file(path)
 
     def _load_file(self, path: str) -> nn.Module:
@@ -119,7 +119,7 @@ class CLIP(Teacher):
         tensors: dict[str, Tensor] = convert_state_dict(holder, read_checkpoint(path, self.spec.name))
         # In float32 first: tables are resampled, and torch does not do so in the half precision of OpenAI's files.
         tensors = {key: value.float() for key, value in tensors.items() if key.startswith("visual.")}
-        with fitting(path, self.spec.name):
+        with conversion_errors(path, self.spec.name):
             resize_pos_embed(tensors, holder)
         visual = {key.removeprefix("visual."): value for key, value in tensors.items()}
         tower.load_state_dict(check_keys(visual, tower.state_dict(), self.spec.name))
@@ -134,6 +134,6 @@ class CLIP(Teacher):
 def clip(options: TeacherOptions) -> Teacher:
     """Factory of CLIP; without a model it is ViT-L/14, without a tag OpenAI's weights where there are such."""
     model, _, tag = options.variant.partition("@")
-    model, _ = choose("clip", model, {name: name for name in open_clip.list_models()}, DEFAULT)
+    model, _ = choose_variant("clip", model, {name: name for name in open_clip.list_models()}, DEFAULT)
     published = open_clip.list_pretrained_tags_by_model(model)
     return CLIP(model, tag or (DEFAULT_TAG if DEFAULT_TAG in published else ""), options)

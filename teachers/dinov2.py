@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from teachers.base import Teacher, TeacherOptions
 from teachers.timm_backbone import TimmTeacher
-from teachers.variants import choose
+from teachers.variants import choose_variant
 
 SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
 VARIANTS = {
@@ -30,7 +30,7 @@ def dinov2(options: TeacherOptions) -> Teacher:
 
     `weights` may be a file in timm's layout or in the authors' own.
     """
-    variant, model = choose("dinov2", options.variant, VARIANTS, DEFAULT)
+    variant, model = choose_variant("dinov2", options.variant, VARIANTS, DEFAULT)
     return TimmTeacher(f"dinov2/{variant}", model, options, input_size=INPUT_SIZE, key_filter=_to_timm)
 
 

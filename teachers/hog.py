@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec
-from teachers.variants import check_multiple
+from teachers.variants import check_input_size
 
 ORIENTATIONS = 9
 CELL = 8
@@ -32,7 +32,7 @@ class HOG(Teacher):
     """
 
     def __init__(self, input_size: int, pool: int) -> None:
-        check_multiple("hog", input_size, CELL * pool)
+        check_input_size("hog", input_size, CELL * pool)
         self.spec = TeacherSpec(
             name="hog",
             architecture="hog/hog-9-orientations-8px",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from teachers.base import Teacher, TeacherOptions
 from teachers.timm_backbone import TimmTeacher
-from teachers.variants import choose
+from teachers.variants import choose_variant
 
 VARIANTS = {f"vit_{size[0]}": f"samvit_{size}_patch16.sa1b" for size in ("base", "large", "huge")}
 DEFAULT = "vit_b"
@@ -103,7 +103,7 @@ def sam(options: TeacherOptions) -> Teacher:
 
     `weights` may be a file in timm's layout or in the authors' own, whose prompt encoder and mask decoder are left out.
     """
-    variant, model = choose("sam", options.variant, VARIANTS, DEFAULT)
+    variant, model = choose_variant("sam", options.variant, VARIANTS, DEFAULT)
     size = options.input_size or INPUT_SIZE
     side = size // PATCH
     pool = side // GRID if side >= GRID and side % GRID == 0 else 1

@@ -30,8 +30,16 @@ from teachers.base import (
     pool_grid,
 )
 from teachers.errors import one_line
-from teachers.variants import check_multiple, pooled
-from teachers.weights import WeightSource, check_keys, fitting, from_hub, parse_weights, read_checkpoint, seeded
+from teachers.variants import check_input_size, pooled_grid
+from teachers.weights import (
+    WeightSource,
+    check_keys,
+    conversion_errors,
+    load_from_hub,
+    parse_weights,
+    read_checkpoint,
+    seeded_init,
+)
 
 PREPROCESSING = ("mean", "std", "interpolation")
 
@@ -89,7 +97,7 @@ class TimmTeacher(Teacher):
             interpolation=_interpolation(name, chosen["interpolation"]),
             summary_dim=summary_dim if has_summary else None,
             patch_dim=patch_dim,
-            grid=pooled(name, grid, self.pool),
+            grid=pooled_grid(name, grid, self.pool),
             pool=self.pool,
             model_args=self.model_args,
             licence=published.get("license") or "unknown",
@@ -116,7 +124,7 @@ class TimmTeacher(Teacher):
         """Channels of summary and patch, and the encoder's own grid, from a forward without data."""
         with torch.device("meta"):
             model = self._create()
-            check_multiple(self.name, size, _patch_size(model))
+            check_input_size(self.name, size, _patch_size(model))
             try:
                 summary, patches = self._features(model, torch.empty(1, 3, size, size))
             except (RuntimeError, AssertionError, ValueError) as error:
@@ -144,14 +152,14 @@ class TimmTeacher(Teacher):
 
     def _load(self, source: WeightSource) -> nn.Module:
         if source.kind == "hub":
-            return from_hub(self.name, lambda: self._create(pretrained=True))
+            return load_from_hub(self.name, lambda: self._create(pretrained=True))
         if source.kind == "random":
-            with seeded(source.seed, self.name):
+            with seeded_init(source.seed, self.name):
                 return self._create()
         model = self._create()
         tensors: Mapping[str, Tensor] = read_checkpoint(source.value, self.name)
         if self.key_filter:
-            with fitting(source.value, self.name):
+            with conversion_errors(source.value, self.name):
                 tensors = self.key_filter(dict(tensors), model)
         model.load_state_dict(check_keys(tensors, model.state_dict(), self.name, self.ignored))
         return model

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from teachers.base import TeacherError
 
 
-def choose(teacher: str, variant: str, known: Mapping[str, str], default: str) -> tuple[str, str]:
+def choose_variant(teacher: str, variant: str, known: Mapping[str, str], default: str) -> tuple[str, str]:
     """The variant that was asked for (or the default) and what it stands for.
 
     Raises:
@@ -22,7 +22,7 @@ def choose(teacher: str, variant: str, known: Mapping[str, str], default: str) -
     raise TeacherError(f"teacher {teacher}/{chosen}: there is no such variant; {hint}known are {', '.join(known)}")
 
 
-def check_multiple(teacher: str, input_size: int, unit: int) -> None:
+def check_input_size(teacher: str, input_size: int, unit: int) -> None:
     """Refuse an input size that leaves a rest of a patch.
 
     Raises:
@@ -35,7 +35,7 @@ def check_multiple(teacher: str, input_size: int, unit: int) -> None:
         )
 
 
-def pooled(teacher: str, grid: tuple[int, int], pool: int) -> tuple[int, int]:
+def pooled_grid(teacher: str, grid: tuple[int, int], pool: int) -> tuple[int, int]:
     """The grid whose patches are averages of squares of `pool` x `pool`.
 
     Raises:

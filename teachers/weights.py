@@ -73,7 +73,7 @@ def parse_weights(weights: str, teacher: str, tag: str) -> WeightSource:
     if not path.is_file():
         raise WeightsNotFoundError(
             f"teacher {teacher}: weights: there is no file {path}; put the checkpoint there, or set weights to its path, "
-            "to `pretrained`, or to `random` for a seeded untrained network"
+            "to `pretrained`, or to `random` for a seeded_init untrained network"
         )
     return WeightSource("file", str(path), f"file:{_file_sha256(path, path.stat().st_mtime_ns)}")
 
@@ -85,7 +85,7 @@ def _file_sha256(path: Path, modified: int) -> str:
 
 
 @contextmanager
-def seeded(seed: int, teacher: str) -> Iterator[None]:
+def seeded_init(seed: int, teacher: str) -> Iterator[None]:
     """Initialise under a seed without disturbing the global random state, and say aloud what that means."""
     log.warning("teacher %s: untrained, its weights are random (seed %d); its features are no knowledge", teacher, seed)
     with torch.random.fork_rng(devices=[]):
@@ -93,7 +93,7 @@ def seeded(seed: int, teacher: str) -> Iterator[None]:
         yield
 
 
-def from_hub(teacher: str, fetch: Callable[[], T]) -> T:
+def load_from_hub(teacher: str, fetch: Callable[[], T]) -> T:
     """Call `fetch`, which downloads or finds weights in the local cache of the hub.
 
     Raises:
@@ -109,7 +109,7 @@ def from_hub(teacher: str, fetch: Callable[[], T]) -> T:
         raise WeightsNotFoundError(
             f"teacher {teacher}: its pretrained weights are neither in the local hub cache ({constants.HF_HUB_CACHE}) nor "
             f"can they be downloaded ({reason}); put its file on this machine and set teachers.<i>.weights=<path of the file>, "
-            "or weights=random for a seeded untrained network"
+            "or weights=random for a seeded_init untrained network"
         ) from error
 
 
@@ -186,7 +186,7 @@ def _check_archive(path: Path) -> None:
 
 
 @contextmanager
-def fitting(path: str | Path, teacher: str) -> Iterator[None]:
+def conversion_errors(path: str | Path, teacher: str) -> Iterator[None]:
     """While a file's keys and position tables are turned into those of the architecture.
 
     Raises:

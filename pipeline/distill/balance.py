@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 
-KINDS = ("summary", "patches")
+FEATURE_KINDS = ("summary", "patches")
 """Token types, in the order of the columns of :func:`teacher_weights`."""
 
 
@@ -40,7 +40,9 @@ def teacher_weights(teachers: Sequence[CachedTeacher], progress: float = 0.0) ->
         config = teacher.config
         parts = {"summary": config.summary_weight, "patches": config.patch_weight}
         whole = weight_at(config.weight, progress)
-        rows.append([whole * weight_at(parts[kind], progress) if kind in teacher.shapes else 0.0 for kind in KINDS])
+        rows.append(
+            [whole * weight_at(parts[kind], progress) if kind in teacher.shapes else 0.0 for kind in FEATURE_KINDS]
+        )
     return torch.tensor(rows)
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.codec import FeatureCodec
-from pipeline.distill.balance import KINDS, drop_coefficients, teacher_weights
+from pipeline.distill.balance import FEATURE_KINDS, drop_coefficients, teacher_weights
 from pipeline.distill.config import LossConfig
-from pipeline.distill.grid import GridRule, turns
+from pipeline.distill.grid import GridRule, patch_subsets
 from pipeline.distill.loss import RELATIONS, vector_loss
-from pipeline.distill.memory import SummaryQueue
 from pipeline.distill.standardise import Standardiser
+from pipeline.distill.summary_queue import SummaryQueue
 from pipeline.errors import UserError, one_line
 from pipeline.student.heads import distillation_head
 from pipeline.student.model import Student, StudentOutput
@@ -24,7 +24,7 @@ from pipeline.student.model import Student, StudentOutput
 class TeacherTarget(nn.Module):
     """One teacher's side of the loss: heads onto its features, its frozen statistics, its grid rule, its past."""
 
-    turns: Tensor
+    patch_subsets: Tensor
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class TeacherTarget(nn.Module):
         super().__init__()
         self.teacher, self.loss = teacher, loss
         self.rule = GridRule(grid, teacher.spec.grid)
-        self.register_buffer("turns", turns(self.rule.grid, loss.max_patches), persistent=False)
+        self.register_buffer("patch_subsets", patch_subsets(self.rule.grid, loss.max_patches), persistent=False)
         self.standardisers = nn.ModuleDict({kind: standardisers[kind] for kind in teacher.shapes})
         folded = {kind: standardisers[kind].fold(codecs[kind]) for kind in teacher.shapes}
         self.codecs = nn.ModuleDict({kind: decoder or codecs[kind] for kind, decoder in folded.items()})
@@ -62,7 +62,7 @@ class TeacherTarget(nn.Module):
         Returns:
             ``summary`` [B, D], and ``patches`` [B, gh, gw, D], or [B, K, D] where places are given.
         """
-        tokens = self.rule.align_student(output.tokens)
+        tokens = self.rule.align_student(output.feature_map)
         predicted = {"patches": self.heads["patches"](_at(tokens, places))}
         if "summary" in self.heads:
             predicted["summary"] = self.heads["summary"](output.summary)
@@ -106,7 +106,7 @@ class TeacherTarget(nn.Module):
             raw: as in `targets`.
             step: scalar int64, of which the turn of patches that are compared is taken (`turns`); None: all are.
         """
-        places = None if step is None or len(self.turns) == 1 else self._turn(step)
+        places = None if step is None or len(self.patch_subsets) == 1 else self._patch_subset(step)
         predicted, target = self.predict(output, places), self.targets(raw, places=places)
         terms = {"patches": self.loss.patches, "summary": self.loss.summary}
         parts = {kind: vector_loss(terms[kind], predicted[kind], target[kind]) for kind in predicted}
@@ -121,14 +121,14 @@ class TeacherTarget(nn.Module):
         assert self.queue is not None
         self.queue.push(self._target("summary", rows, None, None))
 
-    def _turn(self, step: Tensor) -> Tensor:
-        # Of an index without dimensions, `self.turns[...]` reads the number, for which the processor waits for the device.
-        return self.turns.index_select(0, (step % len(self.turns)).view(1)).squeeze(0)
+    def _patch_subset(self, step: Tensor) -> Tensor:
+        # Indexing with a 0-d tensor forces a synchronisation with the GPU.
+        return self.patch_subsets.index_select(0, (step % len(self.patch_subsets)).view(1)).squeeze(0)
 
     def shares(self) -> dict[str, list[float]]:
         """By part of `losses`, how often the teacher's weights of summary and patches enter its share of the total."""
         related = {name: [weight, 0.0] for name, weight in self.relations.items() if self.queue is not None}
-        own = {kind: [float(kind == column) for column in KINDS] for kind in self.heads}
+        own = {kind: [float(kind == column) for column in FEATURE_KINDS] for kind in self.heads}
         return {**own, **related}
 
 
@@ -159,7 +159,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student, self.loss = student, loss
         self.labels = teacher_labels(teachers)
-        grid = token_grid(student, image_size)
+        grid = feature_map_size(student, image_size)
         self.targets = nn.ModuleList(
             TeacherTarget(teacher, standardisers[teacher.id], codecs[teacher.id], student, grid, hidden, loss)
             for teacher in teachers
@@ -231,7 +231,7 @@ def _at(patches: Tensor, places: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def token_grid(student: Student, image_size: int) -> tuple[int, int]:
+def feature_map_size(student: Student, image_size: int) -> tuple[int, int]:
     """(h, w) of the student's tokens for a square input, found by one forward in evaluation mode.
 
     Raises:
@@ -242,7 +242,7 @@ def token_grid(student: Student, image_size: int) -> tuple[int, int]:
     parameter = next(student.parameters())
     pixels = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=parameter.device)
     try:
-        height, width = student(pixels).tokens.shape[-2:]
+        height, width = student(pixels).feature_map.shape[-2:]
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = one_line(error)
         raise UserError(

@@ -58,7 +58,7 @@ class GridRule:
         return f"student {student} {'averaged exactly' if exact else 'resized (bilinear)'} to the teacher's {grid}"
 
 
-def turns(grid: tuple[int, int], most: int | None) -> Tensor:
+def patch_subsets(grid: tuple[int, int], most: int | None) -> Tensor:
     """The places of a grid, dealt out to as few turns as have no more than `most` places each.
 
     A turn is a lattice that lies evenly over the grid: of two turns the fields of one colour of a chessboard; of four every

@@ -17,7 +17,7 @@ from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.distill.loss import vector_loss
 from pipeline.imaging.rendering import decoders
 
-MOST_IMAGES = 4096
+MAX_IMAGES = 4096
 """Held-out images that are compared after an epoch, at most."""
 
 
@@ -53,11 +53,11 @@ class HeldOut:
 
     def batches(self) -> Iterator[Batch]:
         """The same batches every time."""
-        yield from islice(self.reader.batches(0), max(1, MOST_IMAGES // self.batch_size))
+        yield from islice(self.reader.batches(0), max(1, MAX_IMAGES // self.batch_size))
 
 
 @torch.inference_mode()
-def nearness(
+def compare_with_teachers(
     module: Distiller, batches: Iterator[Batch], codecs: Mapping[str, Mapping[str, FeatureCodec]]
 ) -> dict[str, float]:
     """Mean cosine and loss of what the heads predict, per teacher and token type.

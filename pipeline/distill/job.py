@@ -16,14 +16,14 @@ from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import check_per_step, has_labels
 from pipeline.config.load import Config
-from pipeline.distill.distiller import token_grid
+from pipeline.distill.distiller import feature_map_size
+from pipeline.distill.figures import FigureWriter
 from pipeline.distill.grid import GridRule
 from pipeline.distill.kept_heads import save_heads
 from pipeline.distill.loss import check_losses
-from pipeline.distill.phases import Ending, Phase, start_file
+from pipeline.distill.phases import Phase, PhaseState, start_file
 from pipeline.distill.provenance import lineage, provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
-from pipeline.distill.watch import Watch
 from pipeline.errors import UserError, one_line
 from pipeline.evaluate.knn import teacher_knn
 from pipeline.student.cost import inference_cost
@@ -90,8 +90,8 @@ def training_plan(phase: Phase) -> dict[str, str]:
     check_per_step(config.views.per_step, config.views.crops or 1, share)
     check_best_metric(config.train.best_metric, _evaluated(phase.plan))
     student = build_student(config)
-    grid, labels = token_grid(student, config.student.input_size), teacher_labels(teachers)
-    strides = ", ".join(map(str, student.tapped))
+    grid, labels = feature_map_size(student, config.student.input_size), teacher_labels(teachers)
+    strides = ", ".join(map(str, student.tap_strides))
     rows = {
         "student": f"{config.student.name} at {config.student.input_size} px, tokens of strides {strides}",
         **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
@@ -148,23 +148,25 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
         if not file.exists():
             if len(phases) > 1:
                 print(f"phase {number} of {len(phases)}", flush=True)
-            watch = Watch(str(folder / "figures"), teachers, ending.evaluations)
+            watch = FigureWriter(str(folder / "figures"), teachers, ending.evaluations)
             checkpoints = checkpoint_folder(phase.config.train, folder, name)
             ending = _train(job, run, checkpoints, ending, before, watch)
             ending.save(file)
-        ending, before = Ending.load(file), file
+        ending, before = PhaseState.load(file), file
     return _finish(jobs, run, folder, ending, teachers)
 
 
-def _begin(first: Phase, folder: Path) -> tuple[Ending, Path | None]:
+def _begin(first: Phase, folder: Path) -> tuple[PhaseState, Path | None]:
     """Where a run starts, and the file that tells its workers."""
     file = start_file(folder)
     if first.start and not file.exists():
-        Ending.before(build_student(first.config), first.start, first.config.student.weights).save(file)
-    return (Ending.load(file), file) if file.exists() else (Ending(), None)
+        PhaseState.before(build_student(first.config), first.start, first.config.student.weights).save(file)
+    return (PhaseState.load(file), file) if file.exists() else (PhaseState(), None)
 
 
-def _train(job: DistillJob, run: Run, folder: str, begun: Ending, before: Path | None, watch: Watch) -> Ending:
+def _train(
+    job: DistillJob, run: Run, folder: str, begun: PhaseState, before: Path | None, watch: FigureWriter
+) -> PhaseState:
     log_shuffle(job, run, begun.steps)
     payload = {"job": job, "before": before and str(before), "watch": watch}
     # It travels to Ray Train's controller.
@@ -178,7 +180,7 @@ def _train(job: DistillJob, run: Run, folder: str, begun: Ending, before: Path |
 
 
 def _finish(
-    jobs: Sequence[DistillJob], run: Run, folder: Path, ending: Ending, teachers: dict[str, float]
+    jobs: Sequence[DistillJob], run: Run, folder: Path, ending: PhaseState, teachers: dict[str, float]
 ) -> DistillResult:
     """Export the student that the last phase left, and log it."""
     job = jobs[-1]
@@ -217,7 +219,7 @@ def log_shuffle(job: DistillJob, run: Run, step: int) -> None:
     print(f"shuffle: {quality}", flush=True)
 
 
-def _log_commit(run: Run, begun: Ending, figures: Path, history: History, checkpoint: str | None) -> None:
+def _log_commit(run: Run, begun: PhaseState, figures: Path, history: History, checkpoint: str | None) -> None:
     """The metrics of a checkpoint, and after an evaluation the figures as they are now."""
     run.log_metrics(begun.shift(history))
     if any("loss" not in metrics for _, metrics in history):

@@ -57,15 +57,15 @@ class StudentWithHeads(nn.Module):
 
         The patches lie on the student's own grid.
         """
-        return self.answers(self.student.describe(images))
+        return self.predict_features(self.student.encode(images))
 
-    def answers(self, output: StudentOutput) -> dict[str, dict[str, Tensor]]:
+    def predict_features(self, output: StudentOutput) -> dict[str, dict[str, Tensor]]:
         """The same from what the student gave."""
-        seen = {"patches": output.tokens.permute(0, 2, 3, 1), "summary": output.summary}
+        seen = {"patches": output.feature_map.permute(0, 2, 3, 1), "summary": output.summary}
         answers: dict[str, dict[str, Tensor]] = {}
         for label, heads, standardisers in zip(self.labels, self.heads, self.standardisers, strict=True):
             pairs = zip(heads.items(), standardisers.values(), strict=True)  # type: ignore[operator]
-            answers[label] = {kind: standardiser.undo(head(seen[kind])) for (kind, head), standardiser in pairs}
+            answers[label] = {kind: standardiser.inverse(head(seen[kind])) for (kind, head), standardiser in pairs}
         return answers
 
 
@@ -95,7 +95,7 @@ def write_heads(whole: StudentWithHeads, folder: Path) -> None:
         folder / FILES[0],
     )
     student = whole.student
-    description = {"taps": student.tapped, "token_dim": student.token_dim, **whole.described}
+    description = {"taps": student.tap_strides, "token_dim": student.token_dim, **whole.described}
     (folder / FILES[1]).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 

@@ -26,7 +26,7 @@ from pipeline.evaluate.knn import check_splits
 from pipeline.runs.folder import open_run, work_folder
 from pipeline.storage.atomic import atomic_write
 from pipeline.storage.store import Store
-from pipeline.student.loading import Loaded, is_model_uri, load_initial
+from pipeline.student.loading import LoadedStudent, is_model_uri, load_initial_student
 from pipeline.student.model import Student
 
 STUDENT = "student."
@@ -46,7 +46,7 @@ class Phase:
 
     config: Config
     plan: CachePlan
-    start: Loaded | None = None
+    start: LoadedStudent | None = None
 
 
 def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
@@ -66,7 +66,7 @@ def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
     return phases
 
 
-def _find_start(config: Config) -> Loaded | None:
+def _find_start(config: Config) -> LoadedStudent | None:
     student = config.student
     if student.weights == "random" or start_file(open_run(config, "distill").folder).exists():
         return None
@@ -75,7 +75,7 @@ def _find_start(config: Config) -> Loaded | None:
         from pipeline.tracking.address import resolve_uri
 
         tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
-    return load_initial(student.name, student.weights, student.args, tracking_uri)
+    return load_initial_student(student.name, student.weights, student.args, tracking_uri)
 
 
 def start_file(folder: Path) -> Path:
@@ -84,7 +84,7 @@ def start_file(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Ending:
+class PhaseState:
     """What a phase ended with, counted from the start of the run.
 
     Attributes:
@@ -106,7 +106,7 @@ class Ending:
     origin: dict[str, Any] | None = None
 
     @classmethod
-    def before(cls, student: Student, start: Loaded, weights: str) -> Ending:
+    def before(cls, student: Student, start: LoadedStudent, weights: str) -> PhaseState:
         """What the first phase goes on from.
 
         Args:
@@ -119,13 +119,13 @@ class Ending:
         unknown = {} if "teachers" in start.provenance else {"weights": weights, "licence": "unknown"}
         return cls(weights=state, origin={"named": weights, **unknown, **start.provenance})
 
-    def then(self, state: dict[str, Any], epochs: int, teachers: Sequence[str]) -> Ending:
+    def then(self, state: dict[str, Any], epochs: int, teachers: Sequence[str]) -> PhaseState:
         """With a phase that went on from here, and whose last checkpoint holds this state."""
         curve = [metrics["knn"] for _, metrics in state["evaluations"] if "knn" in metrics]
         first = self.knn[:1] if self.knn else tuple(curve[:1])
         last = curve[-1] if curve else self.knn and self.knn[1]
         position = state["position"]
-        return Ending(
+        return PhaseState(
             self.epochs + epochs,
             self.steps + position["step"],
             self.samples + position["samples"],
@@ -150,12 +150,12 @@ class Ending:
             torch.save(vars(self), out)
 
     @classmethod
-    def load(cls, file: Path) -> Ending:
+    def load(cls, file: Path) -> PhaseState:
         """The inverse of `save`; nothing is unpickled but tensors and plain values."""
         return cls(**torch.load(file, map_location="cpu", weights_only=True))
 
 
-def go_on(distiller: Distiller, ending: Ending) -> None:
+def transfer_weights(distiller: Distiller, ending: PhaseState) -> None:
     """Bring the weights that a phase ended with into the distiller of the next one."""
     if ending.weights is None:
         return

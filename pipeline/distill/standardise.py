@@ -22,11 +22,11 @@ from pipeline.cache.layout.stats import Moments, load_moments
 class Standardiser(nn.Module):
     """Features [..., D] <-> their standardised form [..., D], in float32."""
 
-    def turn(self, deviations: Tensor) -> Tensor:
+    def scale_deviations(self, deviations: Tensor) -> Tensor:
         """What `forward` makes of features less their mean."""
         raise NotImplementedError
 
-    def undo(self, features: Tensor) -> Tensor:
+    def inverse(self, features: Tensor) -> Tensor:
         """The inverse of `forward`."""
         raise NotImplementedError
 
@@ -34,7 +34,7 @@ class Standardiser(nn.Module):
         """A decoder of projected features whose matrix standardises them on the way; None where nothing is projected."""
         if codec.basis is None or codec.mean is None:
             return None
-        projection = Projection(self(codec.mean), self.turn(codec.basis))
+        projection = Projection(self(codec.mean), self.scale_deviations(codec.basis))
         return FeatureCodec(codec.scalar, codec.shape, projection, codec.by_channel)
 
 
@@ -73,11 +73,11 @@ class MeanStd(Standardiser):
         """[..., D] -> [..., D]."""
         return torch.addcmul(self.shift, features, self.factors)  # one pass over the features
 
-    def turn(self, deviations: Tensor) -> Tensor:
+    def scale_deviations(self, deviations: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return deviations * self.factors
 
-    def undo(self, features: Tensor) -> Tensor:
+    def inverse(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return features * self.std + self.mean
 
@@ -101,14 +101,14 @@ class Rotation(Standardiser):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.turn(features - self.mean)
+        return self.scale_deviations(features - self.mean)
 
-    def turn(self, deviations: Tensor) -> Tensor:
+    def scale_deviations(self, deviations: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         # Features that never vary have no scale; they become 0.
         return deviations @ self.rotation.T * torch.where(self.scale > 0, 1 / self.scale, 0.0)
 
-    def undo(self, features: Tensor) -> Tensor:
+    def inverse(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return features * self.scale @ self.rotation + self.mean
 

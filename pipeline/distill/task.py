@@ -19,10 +19,10 @@ from pipeline.config.load import Config
 from pipeline.distill.augment import augment
 from pipeline.distill.balance import is_scheduled, teacher_weights
 from pipeline.distill.distiller import Distiller
-from pipeline.distill.held_out import HeldOut, nearness
-from pipeline.distill.phases import Ending, go_on
+from pipeline.distill.figures import FigureWriter
+from pipeline.distill.held_out import HeldOut, compare_with_teachers
+from pipeline.distill.phases import PhaseState, transfer_weights
 from pipeline.distill.standardise import make_standardisers
-from pipeline.distill.watch import Watch
 from pipeline.evaluate.knn import student_knn
 from pipeline.imaging.rendering import decoders
 from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused
@@ -107,14 +107,19 @@ class DistillTask(Task):
     uses_all_parameters = True
 
     def __init__(
-        self, job: DistillJob, rank: int = 0, world: int = 1, before: str | None = None, watch: Watch | None = None
+        self,
+        job: DistillJob,
+        rank: int = 0,
+        world: int = 1,
+        before: str | None = None,
+        watch: FigureWriter | None = None,
     ) -> None:
         self.job, self.watcher = job, watch
         config = job.config
         self.seed = config.seed
         self.module = build_distiller(job)
         if before:
-            go_on(self.module, Ending.load(Path(before)))
+            transfer_weights(self.module, PhaseState.load(Path(before)))
         self.reader = build_reader(job, rank, world)
         self._steps: dict[int, int] = {}
 
@@ -174,7 +179,7 @@ class DistillTask(Task):
         assert isinstance(averaged, Distiller)
         metrics = self._knn([averaged.student.encoder, *([raw.student.encoder] if isinstance(raw, Distiller) else [])])
         if not self.worker.rank and self.held_out:
-            metrics |= nearness(averaged, self.held_out.batches(), self.held_out.codecs)
+            metrics |= compare_with_teachers(averaged, self.held_out.batches(), self.held_out.codecs)
         return metrics
 
     def _knn(self, encoders: Sequence[nn.Module]) -> dict[str, float]:
@@ -197,7 +202,7 @@ class DistillTask(Task):
         """Images whose features are drawn: held-out ones where there are any."""
         return next(self.held_out.batches() if self.held_out else self.reader.batches(0))
 
-    def watch(self, module: nn.Module, evaluations: History) -> None:
+    def draw(self, module: nn.Module, evaluations: History) -> None:
         """Draw curves, and features as colours."""
         if self.watcher is not None:
             assert isinstance(module, Distiller)

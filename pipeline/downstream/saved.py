@@ -19,8 +19,8 @@ from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream
 from pipeline.downstream.training import DOWNSTREAM, FinetuneJob
 from pipeline.errors import UserError, one_line
-from pipeline.student.loading import is_model_uri, named_folder
-from pipeline.student.model import Encoder, described_encoder, load_weights
+from pipeline.student.loading import is_model_uri, local_folder
+from pipeline.student.model import Encoder, build_encoder, load_weights
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def load_model(folder: Path) -> SavedModel:
         described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         kind, classes = DOWNSTREAM[described["task"]], tuple(described["classes"])
         config = Config.model_validate(described["settings"])
-        model = kind.build(described_encoder(described["backbone"]), classes, config)
+        model = kind.build(build_encoder(described["backbone"]), classes, config)
         load_weights(model, folder / "model.safetensors")
         origin = folder / "provenance.json"
         known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
@@ -107,5 +107,5 @@ def find_model(name: str, tracking_uri: str) -> SavedModel | None:
 
         folder = download_model(name, tracking_uri)
     else:
-        folder = named_folder(name)
+        folder = local_folder(name)
     return load_model(folder) if (folder / "model.json").is_file() else None

@@ -16,7 +16,7 @@ from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.errors import UserError, one_line
-from pipeline.student.loading import load_any
+from pipeline.student.loading import load_student
 from pipeline.student.model import Encoder
 from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, TeacherSpec, digest_state
 
@@ -25,7 +25,7 @@ class FrozenTeacher(Teacher):
     """The vector of an image as a grid of one patch, or its map.
 
     Args:
-        options: ``args`` are those of :func:`~pipeline.student.loading.load_any`, and ``grid``: None for vectors, 0 for
+        options: ``args`` are those of :func:`~pipeline.student.loading.load_student`, and ``grid``: None for vectors, 0 for
             maps at the grid of :func:`map_levels`, or the side of the grid that they are brought to.
     """
 
@@ -33,7 +33,7 @@ class FrozenTeacher(Teacher):
         args = dict(options.args)
         self.grid: int | None = args.pop("grid", None)
         try:
-            self.encoder, name, _, built_with, *_ = load_any(weights=options.weights, **args)
+            self.encoder, name, _, built_with, *_ = load_student(weights=options.weights, **args)
         except UserError as error:
             raise TeacherError(str(error)) from error
         assert options.input_size is not None

@@ -24,7 +24,7 @@ from pipeline.evaluate.segmentation import confusions, pixel_batches, steps_of
 from pipeline.imaging.geometry import WHOLE
 from pipeline.runs.folder import cache_store, work_folder
 from pipeline.sources.label_maps import LabelMaps, open_label_maps
-from pipeline.student.loading import load_any
+from pipeline.student.loading import load_student
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.run import Run
 
@@ -87,7 +87,7 @@ def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
         "args": config.student.args,
         "tracking_uri": resolve_uri(config.tracking.uri, work_folder(config)),
     }
-    student = load_any(settings.student, **source)
+    student = load_student(settings.student, **source)
     size = settings.input_size or student.input_size or config.student.input_size
     encoder = cached_encoder(_absolute(settings.student), size, **source, grid=grid)
     whole = tuple(replace(split, dataset=replace(split.dataset, policy=WHOLE)) for split in cache.splits)

@@ -15,7 +15,7 @@ from pipeline.downstream.saved import SavedModel
 from pipeline.errors import UserError
 from pipeline.export.graphs import OUTPUT
 from pipeline.student.folding import inference_form
-from pipeline.student.loading import Loaded
+from pipeline.student.loading import LoadedStudent
 from pipeline.student.model import Encoder
 
 FEATURES = "average of the last feature map"
@@ -75,12 +75,12 @@ class _Heads(nn.Module):
         self.whole = whole
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        output = self.whole.student.describe(images)
-        answers = self.whole.answers(output)
+        output = self.whole.student.encode(images)
+        answers = self.whole.predict_features(output)
         return output.summary, *(tensor for kinds in answers.values() for tensor in kinds.values())
 
 
-def make_bundle(loaded: Loaded, size: int, *, heads: bool = False) -> ExportBundle:
+def make_bundle(loaded: LoadedStudent, size: int, *, heads: bool = False) -> ExportBundle:
     """A backbone.
 
     Args:

@@ -31,7 +31,7 @@ from pipeline.export.formats import ROUNDS, Format
 from pipeline.export.graphs import INPUT, export_coreml, export_onnx, export_torch
 from pipeline.export.hub import is_ours, load_hub, write_hub
 from pipeline.runtime.timing import Timing, interleave
-from pipeline.student.loading import load_any
+from pipeline.student.loading import load_student
 from pipeline.student.model import save_encoder
 
 TOLERANCE = 1e-4
@@ -129,7 +129,7 @@ def _safetensors(bundle: ExportBundle, fused: nn.Module, folder: Path, dynamic: 
         (folder / "provenance.json").write_text(json.dumps(dict(bundle.provenance), indent=2), encoding="utf-8")
     if bundle.heads is not None:
         kept_heads.write_heads(bundle.heads, folder)
-    reloaded = make_bundle(load_any(str(folder)), bundle.size, heads=bundle.heads is not None)
+    reloaded = make_bundle(load_student(str(folder)), bundle.size, heads=bundle.heads is not None)
     return Written(folder / "student.safetensors", reloaded.model)
 
 

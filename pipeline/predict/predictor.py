@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render
 from pipeline.predict.images import Images, decoded, list_images
-from pipeline.student.loading import load_any
+from pipeline.student.loading import load_student
 from pipeline.student.model import Encoder
 
 
@@ -202,7 +202,7 @@ def load_predictor(
 
     Args:
         model: what is loaded.
-        weights, tracking_uri: as in :func:`~pipeline.student.loading.load_any`.
+        weights, tracking_uri: as in :func:`~pipeline.student.loading.load_student`.
         input_size: in pixels, of a backbone or classifier; None: as it was trained, else 224.
         device, batch_size: as in :class:`Predictor`.
 
@@ -211,7 +211,7 @@ def load_predictor(
     """
     saved = find_model(model, tracking_uri)
     if saved is None:
-        loaded = load_any(model, weights=weights, tracking_uri=tracking_uri)
+        loaded = load_student(model, weights=weights, tracking_uri=tracking_uri)
         return Predictor(loaded.encoder, model, input_size or loaded.input_size or 224, device, batch_size)
     if input_size:
         saved = _resized(saved, model, input_size)

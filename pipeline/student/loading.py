@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError, one_line
-from pipeline.student.model import Encoder, create_backbone, described_encoder, load_encoder
+from pipeline.student.model import Encoder, build_encoder, create_backbone, load_encoder
 from teachers.base import TeacherError, WeightsNotFoundError
-from teachers.weights import check_keys, from_hub, parse_weights, read_checkpoint
+from teachers.weights import check_keys, load_from_hub, parse_weights, read_checkpoint
 
 
-class Loaded(NamedTuple):
+class LoadedStudent(NamedTuple):
     """A backbone with its weights, in evaluation mode, on the CPU.
 
     Attributes:
@@ -43,7 +43,7 @@ def is_model_uri(name: str) -> bool:
     return name.startswith(("models:/", "runs:/", "mlflow-artifacts:/"))
 
 
-def named_folder(name: str) -> Path:
+def local_folder(name: str) -> Path:
     """The folder that a path names, or a local copy of the one that an address (`s3://...`) names.
 
     Raises:
@@ -56,9 +56,9 @@ def named_folder(name: str) -> Path:
     return fetch(name)
 
 
-def load_any(
+def load_student(
     student: str, *, weights: str = "pretrained", args: Mapping[str, Any] | None = None, tracking_uri: str = ""
-) -> Loaded:
+) -> LoadedStudent:
     """Load what `student` names.
 
     Args:
@@ -75,11 +75,11 @@ def load_any(
         from pipeline.tracking.models import download_student
 
         return _from_folder(download_student(student, tracking_uri), args or {})
-    if (folder := named_folder(student)).is_dir():
+    if (folder := local_folder(student)).is_dir():
         return _from_folder(folder, args or {})
     if student.startswith("timm/") or timm.is_model(student):
         encoder, size = _from_timm(student, weights, args or {})
-        return Loaded(encoder, student.removeprefix("timm/"), size, args or {}, {"weights": weights})
+        return LoadedStudent(encoder, student.removeprefix("timm/"), size, args or {}, {"weights": weights})
     near = difflib.get_close_matches(student, timm.list_models(), n=3)
     raise UserError(
         f"{student}: neither an exported student folder, nor an MLflow URI (models:/m-...), nor a name that timm knows"
@@ -87,7 +87,7 @@ def load_any(
     )
 
 
-def load_initial(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str = "") -> Loaded:
+def load_initial_student(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str = "") -> LoadedStudent:
     """The backbone that `student.name` and `student.args` make, with the weights that `student.weights` names.
 
     Args:
@@ -116,20 +116,20 @@ def load_initial(name: str, weights: str, args: Mapping[str, Any], tracking_uri:
     return loaded
 
 
-def _find_initial(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str) -> Loaded:
+def _find_initial(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str) -> LoadedStudent:
     if is_model_uri(weights):
-        return load_any(weights, args=args, tracking_uri=tracking_uri)
-    if (folder := named_folder(weights)).is_dir():
+        return load_student(weights, args=args, tracking_uri=tracking_uri)
+    if (folder := local_folder(weights)).is_dir():
         return _from_folder(folder, args)
     encoder, size = _from_timm(name, weights, args)
     known: Mapping[str, Any] = encoder.backbone.pretrained_cfg  # type: ignore[assignment]
     published = weights == "pretrained"
     identity = parse_weights(weights, name, f"{known.get('architecture')}.{known.get('tag')}").identity
     origin = {"weights": identity, "licence": (known.get("license") if published else None) or "unknown"}
-    return Loaded(encoder, name, size, args, origin)
+    return LoadedStudent(encoder, name, size, args, origin)
 
 
-def _from_folder(folder: Path, args: Mapping[str, Any]) -> Loaded:
+def _from_folder(folder: Path, args: Mapping[str, Any]) -> LoadedStudent:
     encoder = load_encoder(folder)
     described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
     if args:
@@ -137,13 +137,13 @@ def _from_folder(folder: Path, args: Mapping[str, Any]) -> Loaded:
         encoder = _rebuilt(encoder, described, folder)
     origin = folder / "provenance.json"
     known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
-    return Loaded(encoder, described["model"], described.get("input_size"), described["args"], known, folder)
+    return LoadedStudent(encoder, described["model"], described.get("input_size"), described["args"], known, folder)
 
 
 def _rebuilt(encoder: Encoder, described: Mapping[str, Any], folder: Path) -> Encoder:
     """A network of other arguments with the same weights."""
     try:
-        rebuilt = described_encoder(described)
+        rebuilt = build_encoder(described)
         rebuilt.load_state_dict(encoder.state_dict())
     except (RuntimeError, ValueError) as error:
         reason = one_line(error)
@@ -162,7 +162,7 @@ def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> tuple[Encode
         backbone = create_backbone(name, args)  # refuses name and args before a hub is asked
         known: Mapping[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
         if source.kind == "hub":
-            backbone = from_hub(name, lambda: _pretrained(name, args))
+            backbone = load_from_hub(name, lambda: _pretrained(name, args))
         else:
             heads = known.get("classifier") or ()
             ignored = [f"{head}." for head in ([heads] if isinstance(heads, str) else heads)]

@@ -29,7 +29,7 @@ class StudentOutput(NamedTuple):
     """Summary [B, C] (average pool of the last map) and tokens [B, D, h, w] at stride 16 (or the finest at most that)."""
 
     summary: Tensor
-    tokens: Tensor
+    feature_map: Tensor
 
 
 def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
@@ -114,22 +114,22 @@ class Student(nn.Module):
 
     Attributes:
         levels: of the pyramid, that are fused; in order.
-        tapped: their strides.
+        tap_strides: their strides.
     """
 
     def __init__(self, encoder: Encoder, token_dim: int, taps: Sequence[int] = TAPS) -> None:
         super().__init__()
         self.encoder, self.token_dim = encoder, token_dim
-        self.levels = sorted({level_of(encoder.strides, tap) for tap in (TOKEN_STRIDE, *taps)})
-        self.tapped = [encoder.strides[level] for level in self.levels]
-        stride = encoder.strides[level_of(encoder.strides, TOKEN_STRIDE)]
-        self.neck = FuseNeck([encoder.channels[level] for level in self.levels], self.tapped, stride, token_dim)
+        self.levels = sorted({level_at_stride(encoder.strides, tap) for tap in (TOKEN_STRIDE, *taps)})
+        self.tap_strides = [encoder.strides[level] for level in self.levels]
+        stride = encoder.strides[level_at_stride(encoder.strides, TOKEN_STRIDE)]
+        self.neck = FuseNeck([encoder.channels[level] for level in self.levels], self.tap_strides, stride, token_dim)
 
     def forward(self, pixels: Tensor) -> StudentOutput:
         """[B, 3, H, W] uint8 RGB -> summary [B, C] and tokens [B, D, h, w]."""
-        return self.describe(pixels.float() / 255)
+        return self.encode(pixels.float() / 255)
 
-    def describe(self, images: Tensor) -> StudentOutput:
+    def encode(self, images: Tensor) -> StudentOutput:
         """The same of float32 RGB in [0, 1]."""
         last = len(self.encoder.channels) - 1
         maps = self.encoder.maps(images, sorted({*self.levels, last}))
@@ -141,13 +141,13 @@ def freeze_unused(student: Student, image_size: int) -> None:
     """Train nothing that neither summary nor tokens depend on, like the norm of a classifier that is not there."""
     weights, training = [weight for weight in student.parameters() if weight.requires_grad], student.training
     output = student.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
-    gradients = torch.autograd.grad(output.summary.sum() + output.tokens.sum(), weights, allow_unused=True)
+    gradients = torch.autograd.grad(output.summary.sum() + output.feature_map.sum(), weights, allow_unused=True)
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.requires_grad_(gradient is not None)
     student.train(training)
 
 
-def level_of(strides: Sequence[int], stride: int) -> int:
+def level_at_stride(strides: Sequence[int], stride: int) -> int:
     """The deepest level of at most this stride, or else of the finest that there is."""
     within = [level for level, own in enumerate(strides) if own <= max(stride, strides[0])]
     return within[-1]
@@ -181,14 +181,14 @@ def load_encoder(folder: Path) -> Encoder:
     """
     try:
         described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-        encoder = described_encoder(described)
+        encoder = build_encoder(described)
         load_weights(encoder.backbone, folder / "student.safetensors")
     except Exception as error:  # each of timm's constructors has its own kinds for arguments that it was not made for
         raise UserError(f"{folder} is not an exported student: {one_line(error)}") from error
     return encoder.eval()
 
 
-def described_encoder(described: Mapping[str, Any]) -> Encoder:
+def build_encoder(described: Mapping[str, Any]) -> Encoder:
     """The encoder of a description's ``model`` and ``args``, without its weights.
 
     Raises:

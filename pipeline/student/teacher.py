@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import UserError, one_line
-from pipeline.student.model import TAPS, Encoder, create_backbone, level_of, load_encoder
+from pipeline.student.model import TAPS, Encoder, create_backbone, level_at_stride, load_encoder
 from teachers.base import (
     Teacher,
     TeacherError,
@@ -104,7 +104,7 @@ class StudentTeacher(Teacher):
 
 
 def _features(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    levels = sorted({level_of(encoder.strides, tap) for tap in TAPS} | {len(encoder.channels) - 1})
+    levels = sorted({level_at_stride(encoder.strides, tap) for tap in TAPS} | {len(encoder.channels) - 1})
     maps = encoder.pyramid(images, levels)
     size = maps[0].shape[-2:]
     resized = [maps[0], *(F.interpolate(part, size, mode="bilinear", align_corners=False) for part in maps[1:])]

@@ -133,7 +133,7 @@ class _Loop:
             chief = {name: value for name, value in metrics.items() if "/" not in name} or metrics
             shown = "  ".join(f"{name} {value:.4g}" for name, value in chief.items())
             print(f"evaluated at step {step}  {shown}", flush=True)
-        self.task.watch(averaged, self.evaluations)
+        self.task.draw(averaged, self.evaluations)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         name = self.config.best_metric

@@ -84,7 +84,7 @@ class Task(ABC):
         """A batch in pieces whose gradients are accumulated; see :func:`split_batch`."""
         return split_batch(batch, pieces)
 
-    def watch(self, module: nn.Module, evaluations: History) -> None:  # noqa: B027  optional
+    def draw(self, module: nn.Module, evaluations: History) -> None:  # noqa: B027  optional
         """Draw what there is to see, on rank 0 after every evaluation, with the EMA weights; by default nothing."""
 
 

@@ -16,7 +16,7 @@ from pipeline.cache.layout.codec import Codec, fit_projection
 from pipeline.cache.layout.phi_s import PhiS
 from pipeline.cache.layout.stats import Moments
 from pipeline.distill.config import LossConfig
-from pipeline.distill.distiller import Distiller, token_grid
+from pipeline.distill.distiller import Distiller, feature_map_size
 from pipeline.distill.grid import GridRule
 from pipeline.distill.loss import relation, vector_loss
 from pipeline.distill.standardise import MeanStd, Rotation
@@ -175,10 +175,10 @@ def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
     with torch.no_grad():
         _, parts = distiller(pixels, {teacher.id: _stored(teacher, raw)})
         output, heads = distiller.student(pixels), distiller.targets[0].heads
-        assert output.tokens.shape[-2:] == (4, 4)
+        assert output.feature_map.shape[-2:] == (4, 4)
         pooled = F.avg_pool2d(unit["patches"].permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
         terms = {"cosine": 0.9, "smooth_l1": 0.1}
-        patches = vector_loss(terms, heads["patches"](output.tokens.permute(0, 2, 3, 1)), pooled).mean()
+        patches = vector_loss(terms, heads["patches"](output.feature_map.permute(0, 2, 3, 1)), pooled).mean()
         summary = vector_loss({"cosine": 1}, heads["summary"](output.summary), unit["summary"]).mean()
     torch.testing.assert_close(parts["a/patches"], patches, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(parts["a/summary"], summary, rtol=2e-3, atol=2e-3)
@@ -220,7 +220,7 @@ def test_the_loss_is_float32_under_autocast():
 def test_the_token_grid_is_found_without_touching_the_student():
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    assert token_grid(student, 96) == (6, 6)
+    assert feature_map_size(student, 96) == (6, 6)
     assert student.training
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
@@ -232,7 +232,7 @@ def test_the_token_grid_is_found_without_touching_the_student():
 def test_a_student_that_does_not_take_the_images_is_named(name, args):
     student = Student(Encoder(create_backbone(name, args)), TOKEN_DIM)
     with pytest.raises(UserError, match=r"student\.input_size: the student takes no 32 x 32 images: ") as error:
-        token_grid(student, 32)
+        feature_map_size(student, 32)
     assert "\n" not in str(error.value)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.distill.grid import GridRule, turns
+from pipeline.distill.grid import GridRule, patch_subsets
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_equal_grids_are_left_untouched():
 
 def test_two_turns_are_the_colours_of_a_chessboard():
     colours = torch.zeros(16, dtype=torch.int64)
-    for turn, places in enumerate(turns((4, 4), 8)):
+    for turn, places in enumerate(patch_subsets((4, 4), 8)):
         colours[places] = turn
     assert colours.view(4, 4).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]] * 2
 
@@ -46,7 +46,7 @@ def test_two_turns_are_the_colours_of_a_chessboard():
 @pytest.mark.parametrize("every", [2, 3, 4])
 def test_a_turn_has_its_share_of_the_places_and_no_neighbours(grid, every):
     places = grid[0] * grid[1]
-    found = turns(grid, -(-places // every))
+    found = patch_subsets(grid, -(-places // every))
     assert found.shape == (every, -(-places // every))
     assert set(found.flatten().tolist()) == set(range(places))
     if places % every == 0:
@@ -60,6 +60,6 @@ def test_a_turn_has_its_share_of_the_places_and_no_neighbours(grid, every):
     ("most", "shape"), [(None, (1, 6)), (9, (1, 6)), (6, (1, 6)), (5, (2, 3)), (4, (2, 3)), (1, (6, 1))]
 )
 def test_there_are_as_few_turns_as_the_most_places_allow(most, shape):
-    found = turns((2, 3), most)
+    found = patch_subsets((2, 3), most)
     assert found.shape == shape
     assert sorted(found.flatten().tolist()) == list(range(6))

@@ -11,7 +11,7 @@ from pipeline.distill.task import build_distiller, build_reader
 from pipeline.errors import UserError
 from pipeline.export.bundle import make_bundle
 from pipeline.export.folder import export_bundle
-from pipeline.student.loading import load_any
+from pipeline.student.loading import load_student
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "student.taps=[8,16,32]"]
 
@@ -38,7 +38,7 @@ def test_they_come_back_and_answer_in_the_teachers_scale(exported):
             standardised = target.standardisers["summary"](answers[label]["summary"])
             torch.testing.assert_close(standardised, predicted, rtol=1e-4, atol=1e-4)
             assert answers[label]["patches"].shape == (16, 2, 2, target.teacher.spec.patch_dim)
-            tokens = target.heads["patches"](output.tokens.permute(0, 2, 3, 1))
+            tokens = target.heads["patches"](output.feature_map.permute(0, 2, 3, 1))
             torch.testing.assert_close(
                 target.standardisers["patches"](answers[label]["patches"]), tokens, rtol=1e-4, atol=1e-4
             )
@@ -48,7 +48,7 @@ def test_they_come_back_and_answer_in_the_teachers_scale(exported):
 @pytest.mark.parametrize("exported", ["mean_std"], indirect=True)
 def test_they_are_exported_with_the_student_as_further_outputs(exported, tmp_path):
     folder, _, batch = exported
-    bundle = make_bundle(load_any(str(folder)), 32, heads=True)
+    bundle = make_bundle(load_student(str(folder)), 32, heads=True)
     described = export_bundle(bundle, ["safetensors", "torch_export"], tmp_path / "exported", rounds=1)
     label = load_heads(tmp_path / "exported").labels[0]
     assert [output["name"] for output in described["outputs"]][:2] == ["output", f"{label}.summary"]

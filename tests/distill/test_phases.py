@@ -10,13 +10,13 @@ import torch
 
 from pipeline.distill import job as module
 from pipeline.distill.job import check_session, distill, training_plan
-from pipeline.distill.phases import Ending, go_on, plan_phases
+from pipeline.distill.phases import PhaseState, plan_phases, transfer_weights
 from pipeline.distill.provenance import all_teachers
 from pipeline.distill.task import build_distiller, build_student
 from pipeline.errors import UserError
 from pipeline.runs.folder import open_run
 from pipeline.storage.store import Store
-from pipeline.student.loading import Loaded
+from pipeline.student.loading import LoadedStudent
 from pipeline.student.model import load_encoder
 from pipeline.training.checkpoint import STATE_FILE, load_state
 from pipeline.training.loop import train
@@ -137,7 +137,7 @@ def test_phases_go_on_from_each_other_in_one_curve(planned, tmp_path, monkeypatc
     assert max(rate for step, rate in rates.items() if step <= 18) > 5e-4
     assert rates[18] < 1e-4 < max(rate for step, rate in rates.items() if step > 18) <= 5e-4
     assert [logged.points(f"loss/{name}/patches")[-1][0] for name in ("colours12", "colours8")] == [27, 27]
-    ending = Ending.load(tmp_path / "run/train/phase-2.pt")
+    ending = PhaseState.load(tmp_path / "run/train/phase-2.pt")
     encoder = load_encoder(result.student)
     expected = {name: v for name, v in ending.weights.items() if name.startswith("student.encoder.")}
     assert all(torch.equal(v, expected[f"student.encoder.{name}"]) for name, v in encoder.state_dict().items())
@@ -158,11 +158,11 @@ def test_the_student_and_known_heads_are_taken_over_and_statistics_are_those_of_
 ):
     phases = planned()
     _run(phases, tmp_path / "run", monkeypatch)
-    ending = Ending.load(tmp_path / "run/train/phase-1.pt")
+    ending = PhaseState.load(tmp_path / "run/train/phase-1.pt")
     assert ending.teachers == ("colours8", "colours4")
     job = module.make_job(phases[1].config, phases[1].plan)
     fresh, taken = build_distiller(job), build_distiller(job)
-    go_on(taken, ending)
+    transfer_weights(taken, ending)
     fresh_state = fresh.state_dict()
     for name, value in taken.state_dict().items():
         if name.startswith("student."):
@@ -186,7 +186,7 @@ def test_a_student_starts_from_one_that_was_distilled_before(planned, tmp_path, 
     monkeypatch.setattr(module, "fit", InProcess(stop_after=1))
     with pytest.raises(KilledError):
         distill(phases, Logged(), run)
-    weights = Ending.load(run / "start.pt").weights
+    weights = PhaseState.load(run / "start.pt").weights
     encoder = load_encoder(earlier.student)
     assert all(torch.equal(v, weights[f"student.encoder.{name}"]) for name, v in encoder.state_dict().items())
     shutil.rmtree(earlier.student)  # what an interrupted run started from is not needed again
@@ -210,8 +210,8 @@ def test_a_student_starts_from_one_that_was_distilled_before(planned, tmp_path, 
 )
 def test_a_licence_that_nobody_told_is_unknown(photo_config, known, expected):
     student = build_student(photo_config(*STUDENT))
-    start = Loaded(student.encoder, "test_resnet", None, {}, known)
-    assert Ending.before(student, start, "w").origin == {"named": "w", **expected}
+    start = LoadedStudent(student.encoder, "test_resnet", None, {}, known)
+    assert PhaseState.before(student, start, "w").origin == {"named": "w", **expected}
 
 
 def test_weights_that_are_nowhere_are_refused_with_the_plan(unfilled):
@@ -243,7 +243,7 @@ def test_a_kill_in_either_phase_costs_nothing_that_was_committed(planned, tmp_pa
         said = sorted({*first.points("loss"), *second.points("loss")})
         assert said == uninterrupted.points("loss")
         assert (result.steps, result.samples, result.knn_before) == (whole.steps, whole.samples, whole.knn_before)
-        ends = [Ending.load(run / "train/phase-2.pt").weights for run in (tmp_path / "whole", folder)]
+        ends = [PhaseState.load(run / "train/phase-2.pt").weights for run in (tmp_path / "whole", folder)]
         assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 

@@ -47,7 +47,7 @@ def test_both_can_be_undone(features):
     moments = Moments.of(torch.tensor(features))
     given = torch.tensor(features, dtype=torch.float32).view(20, 5, 6, 6)
     for standardiser in (MeanStd.of(moments), Rotation(PhiS.of(moments))):
-        torch.testing.assert_close(standardiser.undo(standardiser(given)), given, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(standardiser.inverse(standardiser(given)), given, rtol=1e-4, atol=1e-4)
 
 
 def test_features_that_never_vary_become_nothing_and_come_back():
@@ -55,7 +55,7 @@ def test_features_that_never_vary_become_nothing_and_come_back():
     moments = Moments.of(constant)
     for standardiser in (MeanStd.of(moments), Rotation(PhiS.of(moments))):
         assert torch.equal(standardiser(constant), torch.zeros(10, 4))
-        assert torch.equal(standardiser.undo(torch.zeros(10, 4)), constant)
+        assert torch.equal(standardiser.inverse(torch.zeros(10, 4)), constant)
         assert all(torch.isfinite(value).all() for value in standardiser.state_dict().values())
 
 

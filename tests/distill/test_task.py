@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pipeline.cache.fill.build import teacher_stats
 from pipeline.cache.read import reader
 from pipeline.cache.read.reader import NO_LABEL
-from pipeline.distill.held_out import nearness
+from pipeline.distill.held_out import compare_with_teachers
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, make_distill_task
 from pipeline.evaluate.knn import student_knn
@@ -144,7 +144,7 @@ def test_evaluation_is_knn_of_the_given_weights_and_nearness_to_the_teachers(job
     for task in tasks:
         module = task.module.eval()
         [expected] = student_knn([module.student.encoder], judge.job.train, judge.job.val, 32, judge.job.config.knn)
-        near = nearness(module, judge.held_out.batches(), judge.held_out.codecs)
+        near = compare_with_teachers(module, judge.held_out.batches(), judge.held_out.codecs)
         assert judge.evaluate(module, None) == {"knn": expected, "knn_raw": expected, **near}
         scores.append((expected, near))
     (first, near), (second, _) = scores

@@ -13,7 +13,7 @@ from pipeline.evaluate.frozen import FrozenTeacher, cached_encoder, map_levels
 from pipeline.evaluate.job import compute_features, plan_frozen
 from pipeline.evaluate.knn import embed, student_knn
 from pipeline.evaluate.knn_search import Placement, search_knn
-from pipeline.student.loading import load_any
+from pipeline.student.loading import load_student
 from pipeline.training.worker import Worker
 from teachers.base import TeacherError, TeacherOptions
 from tests.fakes import without_ray
@@ -35,7 +35,7 @@ def computed(photo_config, monkeypatch):
 
 
 def encoder_of(seed=3):
-    return load_any(STUDENT, weights=f"random:{seed}").encoder
+    return load_student(STUDENT, weights=f"random:{seed}").encoder
 
 
 def test_vectors_in_the_cache_are_those_of_the_encoder(computed):

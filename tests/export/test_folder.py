@@ -21,7 +21,7 @@ from pipeline.export import folder as export_folder
 from pipeline.export.bundle import make_bundle, make_classifier_bundle
 from pipeline.export.card import hub_card
 from pipeline.export.folder import export_bundle
-from pipeline.student.loading import Loaded, load_any
+from pipeline.student.loading import LoadedStudent, load_student
 
 SHAPES = [(1, 64, 64), (3, 97, 130)]
 SHALLOW = {"depths": (1, 1, 1, 1)}
@@ -39,7 +39,7 @@ ORIGIN = {
 def exported(tmp_path_factory, live):
     """A short ReGLA-T in every format that is checked here: its folder, description and eager form."""
     folder = tmp_path_factory.mktemp("exported")
-    loaded = load_any("regla_t", weights="random", args=SHALLOW)._replace(provenance=ORIGIN)
+    loaded = load_student("regla_t", weights="random", args=SHALLOW)._replace(provenance=ORIGIN)
     live(loaded.encoder)
     described = export_bundle(make_bundle(loaded, 64), ["safetensors", "torch_export", "onnx", "hf"], folder, rounds=1)
     return SimpleNamespace(folder=folder, described=described, eager=loaded.encoder)
@@ -55,7 +55,7 @@ def by_timm(folder, encoder):
 def reloaded(request, exported):
     """An exported file, loaded as its users do."""
     if request.param == "safetensors":
-        return load_any(str(exported.folder)).encoder
+        return load_student(str(exported.folder)).encoder
     if request.param == "torch_export":
         return torch.export.load(exported.folder / "student.pt2").module()
     if request.param == "hf":
@@ -75,7 +75,7 @@ def test_every_format_gives_what_eager_gives_at_two_sizes(exported, reloaded):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["regla_s", "regla_m", "regla_l", "regla_xl"])
 def test_every_size_reloads_with_plain_timm(name, tmp_path, live):
-    loaded = load_any(name, weights="random", args=SHALLOW)
+    loaded = load_student(name, weights="random", args=SHALLOW)
     live(loaded.encoder)
     described = export_bundle(make_bundle(loaded, 64), ["safetensors", "hf"], tmp_path)
     assert {form: entry["parity"]["relative_error"] < 1e-4 for form, entry in described["formats"].items()} == {
@@ -174,7 +174,7 @@ def test_the_hub_folder_has_the_hubs_front_matter_and_timms_preprocessing(export
 
 @torch.no_grad()
 def test_a_timm_student_whose_head_does_more_says_how_its_features_are_had(tmp_path):
-    loaded = load_any(SMALL, weights="random")
+    loaded = load_student(SMALL, weights="random")
     export_bundle(make_bundle(loaded, 64), ["hf"], tmp_path)
     (snippet,) = snippets(tmp_path / "hf/README.md")
     assert "forward_intermediates" in snippet
@@ -187,7 +187,7 @@ def test_a_timm_student_whose_head_does_more_says_how_its_features_are_had(tmp_p
 
 
 def classifier(name, live, args):
-    encoder = load_any(name, weights="random", args=args).encoder
+    encoder = load_student(name, weights="random", args=args).encoder
     kind, classes = DOWNSTREAM["classify"], ("ant", "bee", "cow")
     config = load_config(None, ["student.input_size=64", "classify.crop_share=0.9"])
     model = live(kind.build(encoder, classes, config))
@@ -223,7 +223,7 @@ def test_a_classifier_that_timm_has_no_place_for_is_named(name, args, tmp_path, 
 
 
 def test_what_differs_from_eager_is_not_exported(tmp_path, monkeypatch):
-    loaded = load_any(SMALL, weights="random")
+    loaded = load_student(SMALL, weights="random")
     monkeypatch.setitem(
         export_folder._WRITERS,
         "onnx",
@@ -236,4 +236,4 @@ def test_what_differs_from_eager_is_not_exported(tmp_path, monkeypatch):
 
 def test_a_graph_from_elsewhere_is_not_exported_again():
     with pytest.raises(UserError, match="m-1: is a graph already"):
-        make_bundle(Loaded(torch.nn.Flatten(), "m-1", None, {}, {}), 64)
+        make_bundle(LoadedStudent(torch.nn.Flatten(), "m-1", None, {}, {}), 64)

@@ -14,7 +14,7 @@ from pipeline.imaging.geometry import FULL
 from pipeline.imaging.rendering import render
 from pipeline.predict import images
 from pipeline.predict.predictor import load_predictor
-from pipeline.student.loading import load_any
+from pipeline.student.loading import load_student
 from tests.fakes import write_photos
 
 NAME = "timm/mobilenetv4_conv_small_035"
@@ -52,7 +52,7 @@ def command(capsys):
 
 @torch.no_grad()
 def expected_features(paths, size=64):
-    encoder = load_any(NAME, weights="random").encoder
+    encoder = load_student(NAME, weights="random").encoder
     pixels = [render(decode_image(path.read_bytes()), FULL, (size, size), "bicubic") for path in paths]
     return encoder(torch.from_numpy(np.stack(pixels)) / 255)
 

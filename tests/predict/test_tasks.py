@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image, read_label_map
 from pipeline.predict.images import find_images
 from pipeline.predict.predictor import load_predictor
-from pipeline.student.loading import load_any
+from pipeline.student.loading import load_student
 from tests.downstream.conftest import SMALL
 from tests.fakes import write_photos
 
@@ -42,7 +42,7 @@ def models(tmp_path_factory, live):
     torch.manual_seed(0)
     parent, config = tmp_path_factory.mktemp("models"), load_config(None, SMALL)
     for name, kind in DOWNSTREAM.items():
-        encoder = load_any("regla_t", weights="random", args=ARGS).encoder
+        encoder = load_student("regla_t", weights="random", args=ARGS).encoder
         model = live(kind.build(encoder, CLASSES, config))
         SavedModel(kind, model, CLASSES, {"model": "regla_t", "args": ARGS}, config).save(parent / name)
     return parent

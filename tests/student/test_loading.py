@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.layers import DropPath
 
 from pipeline.errors import UserError
-from pipeline.student.loading import load_any, load_initial
+from pipeline.student.loading import load_initial_student, load_student
 from pipeline.student.model import Encoder, create_backbone
 
 NAME = "mobilenetv4_conv_small_035"
@@ -30,7 +30,7 @@ def exported(tmp_path):
 
 def test_an_exported_folder_brings_its_size(exported):
     folder, encoder = exported
-    loaded = load_any(str(folder))
+    loaded = load_student(str(folder))
     images = torch.rand(2, 3, 64, 64)
     assert (loaded.name, loaded.input_size) == (NAME, 64)
     assert torch.equal(loaded.encoder(images), encoder(images))
@@ -38,7 +38,7 @@ def test_an_exported_folder_brings_its_size(exported):
 
 def test_arguments_join_those_that_an_exported_student_was_built_with(exported):
     folder, encoder = exported
-    loaded = load_any(str(folder), args={"drop_path_rate": 0.5})
+    loaded = load_student(str(folder), args={"drop_path_rate": 0.5})
     assert loaded.args == {"num_classes": 0, "drop_path_rate": 0.5}
     drops = [module.drop_prob for module in loaded.encoder.modules() if isinstance(module, DropPath)]
     assert max(drops) == pytest.approx(0.5, abs=0.1)
@@ -51,8 +51,8 @@ def test_a_student_starts_from_an_exported_one_or_from_a_file_of_its_network(exp
     images = torch.rand(2, 3, 64, 64)
     for weights in (folder, folder / "student.safetensors"):
         for name in (NAME, f"timm/{NAME}"):
-            assert torch.equal(load_initial(name, str(weights), {}).encoder(images), encoder(images))
-    assert load_initial(NAME, str(folder), {"drop_path_rate": 0.5}).args["drop_path_rate"] == 0.5
+            assert torch.equal(load_initial_student(name, str(weights), {}).encoder(images), encoder(images))
+    assert load_initial_student(NAME, str(folder), {"drop_path_rate": 0.5}).args["drop_path_rate"] == 0.5
 
 
 def test_a_file_is_taken_where_a_folder_has_the_networks_name_too(exported, tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_a_file_is_taken_where_a_folder_has_the_networks_name_too(exported, tmp_
     folder.rename(tmp_path / NAME)
     monkeypatch.chdir(tmp_path)
     images = torch.rand(2, 3, 64, 64)
-    assert torch.equal(load_initial(NAME, "other.safetensors", {}).encoder(images), other(images))
+    assert torch.equal(load_initial_student(NAME, "other.safetensors", {}).encoder(images), other(images))
 
 
 @pytest.mark.parametrize("name", [NAME, "regla_t"])
@@ -70,12 +70,12 @@ def test_weights_of_a_file_are_known_by_their_digest_and_nobody_knows_their_lice
     file = tmp_path / "weights.safetensors"
     save_file(create_backbone(name).state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert load_initial(name, str(file), {}).provenance == {"weights": f"file:{digest}", "licence": "unknown"}
+    assert load_initial_student(name, str(file), {}).provenance == {"weights": f"file:{digest}", "licence": "unknown"}
 
 
 def test_weights_of_the_hub_are_known_by_their_tag_and_licence(monkeypatch):
     monkeypatch.setattr("pipeline.student.loading._pretrained", lambda name, args: create_backbone(name, args))
-    found = load_initial("timm/convnextv2_atto", "pretrained", {}).provenance
+    found = load_initial_student("timm/convnextv2_atto", "pretrained", {}).provenance
     assert found == {"weights": "hub:convnextv2_atto.fcmae_ft_in1k", "licence": "cc-by-nc-4.0"}
 
 
@@ -101,7 +101,7 @@ def test_weights_of_the_hub_are_known_by_their_tag_and_licence(monkeypatch):
 def test_weights_of_another_network_are_refused(exported, tmp_path, name, weights, expected):
     folder, uri = str(exported[0]), f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(UserError, match=expected.replace("FOLDER", folder)):
-        load_initial(name, weights.replace("FOLDER", folder), {}, uri)
+        load_initial_student(name, weights.replace("FOLDER", folder), {}, uri)
 
 
 def test_arguments_that_an_exported_student_was_built_with_are_asked_for(exported):
@@ -109,8 +109,8 @@ def test_arguments_that_an_exported_student_was_built_with_are_asked_for(exporte
     described = json.loads((folder / "student.json").read_text()) | {"args": {"num_classes": 0, "drop_path_rate": 0.1}}
     (folder / "student.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match=r'student was built otherwise; set student\.args=\{"drop_path_rate": 0\.1\}$'):
-        load_initial(NAME, str(folder), {})
-    load_initial(NAME, str(folder), {"drop_path_rate": 0.1})
+        load_initial_student(NAME, str(folder), {})
+    load_initial_student(NAME, str(folder), {"drop_path_rate": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -123,20 +123,22 @@ def test_arguments_that_an_exported_student_was_built_with_are_asked_for(exporte
 )
 def test_arguments_that_the_weights_of_an_exported_student_do_not_fit_are_named(exported, args, expected):
     with pytest.raises(UserError, match=expected):
-        load_any(str(exported[0]), args=args)
+        load_student(str(exported[0]), args=args)
 
 
 def test_a_timm_name_takes_a_file_with_a_classifier(tmp_path):
     model = timm.create_model(NAME).eval()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    encoder = load_any(f"timm/{NAME}", weights=str(tmp_path / "weights.safetensors")).encoder
+    encoder = load_student(f"timm/{NAME}", weights=str(tmp_path / "weights.safetensors")).encoder
     images = torch.rand(2, 3, 64, 64)
     (expected,) = model.forward_intermediates((images - encoder.mean) / encoder.std, indices=1, intermediates_only=True)
     assert torch.allclose(encoder(images), expected.mean(dim=(2, 3)), atol=1e-5)
 
 
 def test_random_weights_follow_their_seed():
-    first, again, other = (load_any(NAME, weights=weights).encoder for weights in ("random", "random:0", "random:1"))
+    first, again, other = (
+        load_student(NAME, weights=weights).encoder for weights in ("random", "random:0", "random:1")
+    )
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(first(images), again(images))
     assert not torch.equal(first(images), other(images))
@@ -153,17 +155,17 @@ def test_random_weights_follow_their_seed():
 )
 def test_what_is_no_backbone_is_named(student, weights, expected):
     with pytest.raises(UserError, match=expected):
-        load_any(student, weights=weights)
+        load_student(student, weights=weights)
 
 
 def test_a_file_of_another_architecture_and_an_unreachable_hub_are_named(tmp_path, monkeypatch):
     save_file({"odd": torch.zeros(1)}, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match=r"weights: the file lacks .*: is it of this architecture"):
-        load_any(NAME, weights=str(tmp_path / "odd.safetensors"))
+        load_student(NAME, weights=str(tmp_path / "odd.safetensors"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(UserError, match="no hub gives them; name a checkpoint file, or `random`"):
-        load_any("timm/mobilenetv2_100", weights="pretrained")
+        load_student("timm/mobilenetv2_100", weights="pretrained")
 
 
 def test_weights_of_the_hub_are_asked_for_with_what_the_user_gave(monkeypatch):
@@ -174,9 +176,9 @@ def test_weights_of_the_hub_are_asked_for_with_what_the_user_gave(monkeypatch):
         return create(name, pretrained=False, **args)
 
     monkeypatch.setattr("timm.create_model", stub)
-    loaded = load_any("timm/resnet10t", args={"drop_path_rate": 0.1})
+    loaded = load_student("timm/resnet10t", args={"drop_path_rate": 0.1})
     assert asked[-1] == ("resnet10t", True, {"num_classes": 0, "drop_path_rate": 0.1})
     assert loaded.input_size == 176
-    assert load_any("timm/resnet10t", weights="random").input_size is None
+    assert load_student("timm/resnet10t", weights="random").input_size is None
     with pytest.raises(UserError, match=r"resnet10t refuses {'colour': 'red'}"):
-        load_any("timm/resnet10t", args={"colour": "red"})
+        load_student("timm/resnet10t", args={"colour": "red"})

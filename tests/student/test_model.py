@@ -41,8 +41,8 @@ def test_any_backbone_is_a_summary_and_a_grid_of_tokens(name, args, dim, size, g
     output = student(_pixels(size=size))
     assert encoder.dim == dim
     assert output.summary.shape == (2, dim)
-    assert output.tokens.shape == (2, 12, *grid)
-    (output.summary.sum() + output.tokens.square().sum()).backward()
+    assert output.feature_map.shape == (2, 12, *grid)
+    (output.summary.sum() + output.feature_map.square().sum()).backward()
     assert all(parameter.grad is not None for parameter in student.neck.parameters())
     idle = {key for key, parameter in student.named_parameters() if parameter.grad is None}
     assert idle == {key for key, parameter in student.named_parameters() if not parameter.requires_grad}
@@ -58,7 +58,7 @@ def test_tokens_come_from_stride_16_and_the_summary_from_the_last_map():
         output = student(pixels)
     assert (fine.shape[-1], coarse.shape[-1]) == (2, 1)
     torch.testing.assert_close(output.summary, coarse.mean(dim=(2, 3)))
-    torch.testing.assert_close(output.tokens, student.neck([fine, coarse]))
+    torch.testing.assert_close(output.feature_map, student.neck([fine, coarse]))
 
 
 def test_what_ships_gives_the_summary_that_was_distilled():
@@ -133,7 +133,7 @@ def test_a_model_without_intermediate_features_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "args", "taps", "tapped"),
+    ("name", "args", "taps", "tap_strides"),
     [
         ("regla_t", {}, [16, 32], [16, 32]),
         ("regla_t", {}, [32, 8, 16], [8, 16, 32]),
@@ -143,18 +143,18 @@ def test_a_model_without_intermediate_features_is_refused():
         ("timm/efficientvit_m0", {}, [16, 32], [16, 32]),
     ],
 )
-def test_the_taps_are_fused_on_the_grid_of_stride_16(name, args, taps, tapped):
+def test_the_taps_are_fused_on_the_grid_of_stride_16(name, args, taps, tap_strides):
     student = Student(Encoder(create_backbone(name, args)), 12, taps)
-    assert student.tapped == tapped
+    assert student.tap_strides == tap_strides
     output = student(_pixels(size=32 if name.startswith("timm/test_vit") else 64))
-    assert output.tokens.shape[-1] == (2 if name.startswith("timm/test_vit") else 4)
+    assert output.feature_map.shape[-1] == (2 if name.startswith("timm/test_vit") else 4)
     assert output.summary.shape == (2, student.encoder.dim)
 
 
 def test_a_finer_level_of_odd_size_is_brought_to_the_grid():
     student = Student(Encoder(create_backbone("regla_t")), 12, [8, 16, 32]).eval()
     with torch.no_grad():
-        assert student(_pixels(size=84)).tokens.shape == (2, 12, 6, 6)
+        assert student(_pixels(size=84)).feature_map.shape == (2, 12, 6, 6)
 
 
 def test_the_neck_adds_all_levels_on_its_grid():

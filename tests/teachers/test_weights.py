@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from teachers.base import TeacherError, WeightsNotFoundError
 from teachers.registry import create_teacher
-from teachers.weights import check_keys, from_hub, parse_weights, read_checkpoint, seeded
+from teachers.weights import check_keys, load_from_hub, parse_weights, read_checkpoint, seeded_init
 from tests.teachers.plain import draw_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -288,7 +288,7 @@ def test_random_weights_leave_the_global_random_state_alone(name):
 def test_random_weights_leave_the_random_state_of_gpus_alone(monkeypatch):
     seeds = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    with seeded(3, "test"):
+    with seeded_init(3, "test"):
         first = torch.rand(2)
     assert seeds == []
     assert torch.equal(first, torch.rand(2, generator=torch.Generator().manual_seed(3)))
@@ -393,7 +393,7 @@ def test_a_hub_that_answers_is_not_held_to_be_offline(monkeypatch, endpoint, ask
     monkeypatch.setattr(urllib.request, "getproxies", dict)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "create_connection", lambda address, timeout: asked.append(address) or Connection())
-    assert from_hub("test", lambda: constants.HF_HUB_OFFLINE) is False
+    assert load_from_hub("test", lambda: constants.HF_HUB_OFFLINE) is False
     assert asked == [asked_for]
 
 
@@ -401,7 +401,7 @@ def test_behind_a_proxy_the_client_decides(monkeypatch):
     monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
     monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: pytest.fail("asked past the proxy"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert from_hub("test", lambda: constants.HF_HUB_OFFLINE) is False
+    assert load_from_hub("test", lambda: constants.HF_HUB_OFFLINE) is False
 
 
 def test_errors_of_the_teacher_itself_pass_through(hub):
@@ -409,7 +409,7 @@ def test_errors_of_the_teacher_itself_pass_through(hub):
         raise TeacherError("its own")
 
     with pytest.raises(TeacherError, match=r"^its own$"):
-        from_hub("test", fail)
+        load_from_hub("test", fail)
 
 
 def test_paths_are_taken_as_paths(tmp_path, tensors):

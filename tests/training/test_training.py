@@ -761,7 +761,7 @@ def test_raw_weights_are_judged_beside_the_averaged_ones():
             assert not (raw or averaged).training
             return {**super().evaluate(averaged, raw), **({"raw": 1.0} if raw else {})}
 
-        def watch(self, module, evaluations):
+        def draw(self, module, evaluations):
             self.watched = (*self.watched, [step for step, _ in evaluations])
 
     task = Both()

@@ -8,11 +8,11 @@ from PIL import Image
 
 from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.layout.cached_teacher import load_codecs
-from pipeline.distill.held_out import HeldOut, nearness
+from pipeline.distill.figures import FigureWriter, colours
+from pipeline.distill.held_out import HeldOut, compare_with_teachers
 from pipeline.distill.job import make_job
 from pipeline.distill.loss import vector_loss
 from pipeline.distill.task import DistillTask, make_distill_task
-from pipeline.distill.watch import Watch, colours
 from pipeline.storage.store import Store
 from pipeline.training.loop import train
 from pipeline.training.worker import Worker
@@ -39,7 +39,7 @@ def test_the_held_out_sample_is_nearly_all_and_the_same_every_time(job):
 
 
 def test_a_large_held_out_set_is_sampled(job, monkeypatch):
-    monkeypatch.setattr("pipeline.distill.held_out.MOST_IMAGES", 25)
+    monkeypatch.setattr("pipeline.distill.held_out.MAX_IMAGES", 25)
     held_out = HeldOut(job.held_out, job.teachers, 32, batch_size=10)
     assert sum(len(batch.keys) for batch in held_out.batches()) == 20
 
@@ -49,7 +49,7 @@ def test_nearness_is_the_mean_over_images_of_cosine_and_loss(job):
     task = DistillTask(job)
     module = task.module.eval()
     batches = list(task.held_out.batches())
-    metrics = nearness(module, iter(batches), task.held_out.codecs)
+    metrics = compare_with_teachers(module, iter(batches), task.held_out.codecs)
     images = torch.cat([batch.images for batch in batches])
     output = module.student(images)
     assert len(metrics) == 8
@@ -75,7 +75,7 @@ def test_perfect_heads_come_as_near_as_can_be(job):
     for target in module.targets:
         raw, codecs = batch.features[target.teacher.id], held_out.codecs[target.teacher.id]
         target.predict = lambda _, target=target, raw=raw, codecs=codecs: target.targets(raw, codecs)
-    metrics = nearness(module, iter([batch]), held_out.codecs)
+    metrics = compare_with_teachers(module, iter([batch]), held_out.codecs)
     for name, value in metrics.items():
         assert value == pytest.approx(1.0 if name.startswith("val_cosine") else 0.0, abs=1e-5)
 
@@ -93,14 +93,14 @@ def test_equal_features_have_equal_colours_whatever_the_sign_of_a_component():
 
 def test_figures_are_drawn_after_every_evaluation_with_what_was_evaluated(job, tmp_path, monkeypatch):
     drawn, folder = [], tmp_path / "figures"
-    draw = Watch.draw
+    draw = FigureWriter.draw
 
     def spy(self, module, evaluations, batch, tokens):
         draw(self, module, evaluations, batch, tokens)
         drawn.append(([step for step, _ in evaluations], batch.keys, sorted(p.name for p in folder.iterdir())))
 
-    monkeypatch.setattr(Watch, "draw", spy)
-    task = make_distill_task({"job": job, "watch": Watch(str(folder), {"colours8": 50.0})}, 0, 1)
+    monkeypatch.setattr(FigureWriter, "draw", spy)
+    task = make_distill_task({"job": job, "watch": FigureWriter(str(folder), {"colours8": 50.0})}, 0, 1)
     train(task, job.config.train, Worker(), None, lambda _: None)
     steps = task.steps(0)
     assert [seen for seen, _, _ in drawn] == [[0], [0, steps]]
@@ -114,7 +114,7 @@ def test_figures_are_drawn_after_every_evaluation_with_what_was_evaluated(job, t
 
 def test_without_labels_or_held_out_images_there_are_figures_too(job, tmp_path):
     for number, changes in enumerate(({"val": None}, {"val": None, "held_out": None})):
-        task = DistillTask(dataclasses.replace(job, **changes), watch=Watch(str(tmp_path / str(number))))
+        task = DistillTask(dataclasses.replace(job, **changes), watch=FigureWriter(str(tmp_path / str(number))))
         module = task.module.eval()
-        task.watch(module, [(0, task.evaluate(module, None))])
+        task.draw(module, [(0, task.evaluate(module, None))])
         assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == ["curves.png", "features.png"]

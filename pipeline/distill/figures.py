@@ -24,7 +24,7 @@ CELL = 96
 
 
 @dataclass(frozen=True)
-class Watch:
+class FigureWriter:
     """Where figures go, and what they are compared with.
 
     Attributes:
@@ -118,7 +118,7 @@ def features_figure(
         wanted = target.targets(raw, codecs[target.teacher.id] if codecs else None)["patches"].float().cpu()
         shown = colours(wanted, wanted, target.predict(output)["patches"].float().cpu())
         columns |= {label: shown[0], f"student of {label}": shown[1]}
-    own = output.tokens.float().permute(0, 2, 3, 1).cpu()
+    own = output.feature_map.float().permute(0, 2, 3, 1).cpu()
     (columns["student's tokens"],) = colours(own, own)
     mosaic = torch.cat([_enlarged(pictures) for pictures in columns.values()], dim=1)
     figure = Figure(figsize=(1.25 * len(columns), 1.25 * count + 0.6), layout="constrained")
