@@ -40,8 +40,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.made_up_cache import jpegs, write_dataset, write_teacher
-from benchmarks.memory import growth, report, watch
+from benchmarks.memory import growth, report, watch_memory
+from benchmarks.synthetic_cache import jpegs, write_dataset, write_teacher
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
@@ -177,7 +177,7 @@ def _bytes_stored(dataset: Dataset) -> int:
 def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
     dataset = write_dataset(folder, options.images or 50000, jpegs(64), SHARD_SIZE)
     teacher = write_teacher(dataset, "dinov2-s", *TEACHERS["dinov2-s"], "int8")
-    with watch("reader") as curves:
+    with watch_memory("reader") as curves:
         reader = _reader(CacheReader, dataset, [teacher], options, 64)
         codecs = {teacher.id: teacher.codecs()}
         images = sum(_decoded(batch, codecs) for epoch in range(options.epochs) for batch in reader.batches(epoch))

@@ -27,9 +27,9 @@ from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
 from pipeline.cache.layout.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
 from pipeline.config.load import Config, load_config
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
-from pipeline.imaging.rendering import render
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
 from teachers.base import Teacher
@@ -79,7 +79,7 @@ def _features(teacher: Teacher, images: Sequence[bytes], batch_size: int) -> dic
     spec, parts = teacher.spec, []
     for first in range(0, len(images), batch_size):
         pixels = [
-            render(decode_image(d), FULL, spec.input_size, spec.interpolation)
+            crop_and_resize(decode_image(d), FULL, spec.input_size, spec.interpolation)
             for d in images[first : first + batch_size]
         ]
         parts.append(teacher.encode(torch.from_numpy(np.stack(pixels))))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
-from benchmarks.kept import kept
+from benchmarks.measure_once import measure_once
 from pipeline.cache.fill.build import CachePlan, build_cache, plan_cache
 from pipeline.config.load import Config, load_config
 from pipeline.distill.task import DistillJob, DistillTask
@@ -63,7 +63,7 @@ def _run(recipe: str, overrides: Sequence[str], results: Path) -> float:
         print(f"{key}  kNN {knn:.2f} %  {time.perf_counter() - started:.0f} s", flush=True)
         return {"knn": knn}
 
-    return float(kept(results, {"run": key}, measure)["knn"])
+    return float(measure_once(results, {"run": key}, measure)["knn"])
 
 
 def plan_of(config: Config) -> CachePlan:

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.kept import kept
+from benchmarks.measure_once import measure_once
 from pipeline.config.load import load_config
 
 
@@ -67,7 +67,7 @@ def _run(items: Sequence[str], start: str, overrides: Sequence[str], seed: int, 
             figures = finetune(config, False)
         return {"figures": figures, "seconds": round(time.perf_counter() - started)}
 
-    return kept(results, {"recipe": " ".join([*items, *overrides]), "start": start, "seed": seed}, measure)
+    return measure_once(results, {"recipe": " ".join([*items, *overrides]), "start": start, "seed": seed}, measure)
 
 
 def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

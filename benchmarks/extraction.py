@@ -46,8 +46,8 @@ if not sys.modules.get("torch"):  # before there are threads, whose part in it R
 import torch
 from torch import Tensor
 
-from benchmarks.made_up_cache import jpegs, write_dataset
-from benchmarks.memory import growth, report, watch
+from benchmarks.memory import growth, report, watch_memory
+from benchmarks.synthetic_cache import jpegs, write_dataset
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs, make_teacher
@@ -55,7 +55,7 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.cache.layout.stats import MomentSums
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA
-from pipeline.imaging.rendering import Renderer
+from pipeline.imaging.decoder_pool import DecoderPool
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_extract.png"
 _actor: Extract
@@ -117,8 +117,8 @@ def _cached(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher
 
 def _in_processes(make: Callable[[], Extract]) -> Extract:
     extract = make()
-    extract.renderer.close()
-    extract.renderer = Renderer(extract.renderer.workers, processes=True)
+    extract.decoders.close()
+    extract.decoders = DecoderPool(extract.decoders.workers, processes=True)
     return extract
 
 
@@ -239,7 +239,7 @@ def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
     dataset = write_dataset(folder, options.images or 50000, jpegs(48), 512)
     teacher = _cached(TeacherConfig(model="hog", input_size=options.side), options)
     rows = [{"split": "train", "shard": shard} for shard in range(dataset.shards)]
-    with connect(), watch("driver", {"Extract": "actor"}) as curves:
+    with connect(), watch_memory("driver", {"Extract": "actor"}) as curves:
         images = sum(row["images"] for row in extract_shards(rows, ({"train": dataset}, [teacher]), options.batch_size))
     means = report(curves, options.figure, f"Extracting HOG at {options.side} px of {images:,} images")
     return {"ratio": growth(means), "images": images, "resident_mib": means}

@@ -19,7 +19,7 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 @contextmanager
-def watch(this: str, below: dict[str, str] | None = None, interval: float = INTERVAL_S) -> Iterator[Curves]:
+def watch_memory(this: str, below: dict[str, str] | None = None, interval: float = INTERVAL_S) -> Iterator[Curves]:
     """Sample while the block runs.
 
     Args:

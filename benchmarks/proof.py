@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.codec_students import make_task, plan_of, train_unjudged
-from benchmarks.kept import kept
+from benchmarks.measure_once import measure_once
 from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import Config, load_config
@@ -119,7 +119,7 @@ def _run(recipe: str, overrides: Sequence[str], arm: str, seed: int, results: Pa
         print(f"{arm} seed {seed}  {shown}  {seconds:.0f} s", flush=True)
         return {**scores, "seconds": round(seconds)}
 
-    return kept(results, {"recipe": " ".join([recipe, *overrides]), "arm": arm, "seed": seed}, measure)
+    return measure_once(results, {"recipe": " ".join([recipe, *overrides]), "arm": arm, "seed": seed}, measure)
 
 
 def _distilled(config: Config, plan: CachePlan) -> nn.Module:

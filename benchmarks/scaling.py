@@ -39,9 +39,9 @@ import pipeline.student.regla  # noqa: F401  registers the students with timm
 from jobs._cli import grid
 from pipeline.cache.layout.codec import Codec, fit_projection
 from pipeline.cache.read.reader import STUDENT_INTERPOLATION
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_pixels
 from pipeline.imaging.geometry import FULL
-from pipeline.imaging.rendering import render
 
 GPUS = (8, 16, 32, 64, 128, 256)
 TEACHERS = {
@@ -107,11 +107,11 @@ def measure(photos: list[bytes], student: str, side: int) -> Costs:
         for data in photos:
             pixels = decode_pixels(data)
             for size, *_ in TEACHERS.values():
-                render(pixels, FULL, (size, size), "bicubic")
+                crop_and_resize(pixels, FULL, (size, size), "bicubic")
 
     def for_student() -> None:
         for data in photos:
-            render(decode_pixels(data), FULL, (side, side), STUDENT_INTERPOLATION)
+            crop_and_resize(decode_pixels(data), FULL, (side, side), STUDENT_INTERPOLATION)
 
     encode = size = 0.0
     for _, cells, channels, _ in TEACHERS.values():

@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.memory import growth, report, watch
+from benchmarks.memory import growth, report, watch_memory
 from jobs import distill, precompute
 from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
@@ -223,7 +223,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="soak"))
     started = time.monotonic()
     try:
-        with cluster(4, 4) as nodes, watch("driver", LABELS, interval=5.0) as curves:
+        with cluster(4, 4) as nodes, watch_memory("driver", LABELS, interval=5.0) as curves:
             os.environ |= {"RAY_ADDRESS": nodes[0].address, "RAY_AUTH_MODE": "disabled"}
             soak = Soak(folder, nodes, options.seed)
             with connect():  # once for all rounds: what stays behind of one is there in the next

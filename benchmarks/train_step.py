@@ -50,7 +50,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.made_up_cache import jpegs, write_dataset
+from benchmarks.synthetic_cache import jpegs, write_dataset
 from pipeline.cache.config import CacheConfig, TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec
@@ -60,9 +60,9 @@ from pipeline.cache.read.reader_process import ReaderProcess
 from pipeline.distill.config import LossConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
-from pipeline.imaging.rendering import render
 from pipeline.student.model import Encoder, Student, create_backbone
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
@@ -239,7 +239,7 @@ class Bench:
         """Some images at a teacher's own size."""
         size, interpolation = teacher.spec.input_size, teacher.spec.interpolation
         images = (decode_image(data) for data in islice(cycle(self.jpegs), self.options.online_images))
-        pixels = np.stack([render(image, FULL, size, interpolation) for image in images])
+        pixels = np.stack([crop_and_resize(image, FULL, size, interpolation) for image in images])
         return torch.from_numpy(pixels)
 
     def _encode(self, work: Sequence[tuple[Teacher, Tensor]]) -> Times:

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.made_up_cache import jpegs, write_dataset
+from benchmarks.synthetic_cache import jpegs, write_dataset
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.view_rows import read_view_rows
 from pipeline.cache.read.reader import CacheReader

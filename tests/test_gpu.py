@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.made_up_cache import jpegs, write_dataset
+from benchmarks.synthetic_cache import jpegs, write_dataset
 from benchmarks.train_step import DistillStep, make_distiller, make_student, train_config, write_features
 from benchmarks.train_step import _parse as step_options
 from pipeline.cache.config import TeacherConfig
@@ -265,7 +265,7 @@ def test_batches_come_to_the_device_in_order_and_whole(cached):
     pairs = zip(reader.batches(0), prefetch_to_device(reader.batches(0), CUDA), strict=True)
     for number, (here, there) in enumerate(pairs):
         assert there.keys == here.keys
-        assert there.place == (0, number)
+        assert there.position == (0, number)
         for a, b in zip(list_tensors(here), list_tensors(there), strict=True):
             assert b.is_cuda
             assert torch.equal(a, b.cpu())

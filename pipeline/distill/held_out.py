@@ -15,7 +15,7 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.distill.loss import vector_loss
-from pipeline.imaging.rendering import decoders
+from pipeline.imaging.decoder_pool import decoder_count
 
 MAX_IMAGES = 4096
 """Held-out images that are compared after an epoch, at most."""
@@ -47,7 +47,7 @@ class HeldOut:
             teachers,
             image_size=image_size,
             batch_size=size,
-            threads=decoders(),
+            threads=decoder_count(),
             processes=torch.cuda.is_available(),
         )
 

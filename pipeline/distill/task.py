@@ -24,7 +24,7 @@ from pipeline.distill.held_out import HeldOut, compare_with_teachers
 from pipeline.distill.phases import PhaseState, transfer_weights
 from pipeline.distill.standardise import make_standardisers
 from pipeline.evaluate.knn import student_knn
-from pipeline.imaging.rendering import decoders
+from pipeline.imaging.decoder_pool import decoder_count
 from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused
 from pipeline.training.task import History, Task
 
@@ -90,7 +90,7 @@ def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader 
         window=config.train.shuffle_window,
         rank=rank,
         world=world,
-        threads=decoders(),
+        threads=decoder_count(),
         per_step=config.views.per_step,
     )
 
@@ -146,7 +146,7 @@ class DistillTask(Task):
         if module.training:
             images = augment(images, self.job.config.augment)
             draws = self._draws(len(batch.keys), device)
-            weights, step = self._weights(batch.place, device), self._step(batch.place, device)
+            weights, step = self._weights(batch.position, device), self._step(batch.position, device)
         result: tuple[Tensor, dict[str, Tensor]] = module(images, batch.features, weights, draws, step)
         return result
 

@@ -12,7 +12,7 @@ import torch
 from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_cache, teacher_stats
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.read.reader import NO_LABEL, PatchGroups, read_summaries
+from pipeline.cache.read.reader import NO_LABEL, PatchReader, read_summaries
 from pipeline.config.load import Config
 from pipeline.errors import UserError
 from pipeline.evaluate.confusion import SegmentationScores
@@ -160,13 +160,13 @@ def seg_probe(plan: FrozenPlan, config: Config, run: Run, folder: Path, *, maps:
     Intersection over union of every class goes to MLflow as `iou.json`.
     """
     settings, device = config.evaluate, _device()
-    groups = PatchGroups(plan.train, plan.encoder)
+    groups = PatchReader(plan.train, plan.encoder)
     images = min(settings.batch_size, MAPS_AT_ONCE)
     heads = make_heads(plan, config, maps.classes).to(device)
     batches = pixel_batches(groups, maps.train, images, config.seed, device)
     steps, state = steps_of(groups, images), folder / "seg-probe.pt"
     train_heads(heads, batches, steps, settings.epochs, state, _loss_logger(run, settings.lrs))
-    matrices = confusions(heads, PatchGroups(plan.val, plan.encoder), maps.val, maps.classes, device)
+    matrices = confusions(heads, PatchReader(plan.val, plan.encoder), maps.val, maps.classes, device)
     scores = [SegmentationScores.of(matrix) for matrix in matrices]
     found = {name: [getattr(score, name) for score in scores] for name in ("miou", "macc", "aacc")}
     best = _best(run, settings.lrs, found)

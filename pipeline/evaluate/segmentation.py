@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.cache.read.reader import PatchGroups
+from pipeline.cache.read.reader import PatchReader
 from pipeline.evaluate.confusion import confusion
 from pipeline.evaluate.linear import Batches, LinearHeads
 from pipeline.runtime.prefetch import map_ahead
@@ -31,7 +31,7 @@ THREADS = 4
 """Label maps that are read at once."""
 
 
-def pixel_batches(groups: PatchGroups, maps: LabelMaps, batch_size: int, seed: int, device: str) -> Batches:
+def pixel_batches(groups: PatchReader, maps: LabelMaps, batch_size: int, seed: int, device: str) -> Batches:
     """Features [P, D] of random labelled pixels and their classes [P], from `batch_size` images of a row group at a time.
 
     Which pixels, and the order of row groups and images, are a function of seed and epoch.
@@ -51,7 +51,7 @@ def pixel_batches(groups: PatchGroups, maps: LabelMaps, batch_size: int, seed: i
     return batches
 
 
-def steps_of(groups: PatchGroups, batch_size: int) -> int:
+def steps_of(groups: PatchReader, batch_size: int) -> int:
     """Batches of an epoch of :func:`pixel_batches`."""
     return sum(-(-rows // batch_size) for rows in groups.sizes)
 
@@ -82,7 +82,7 @@ def _at_pixels(features: Tensor, chosen: list[tuple[np.ndarray, np.ndarray]]) ->
 
 
 @torch.inference_mode()
-def confusions(heads: LinearHeads, groups: PatchGroups, maps: LabelMaps, classes: int, device: str) -> Tensor:
+def confusions(heads: LinearHeads, groups: PatchReader, maps: LabelMaps, classes: int, device: str) -> Tensor:
     """Confusion matrices [G, K, K] of every classifier at the size of the label maps."""
     matrices = torch.zeros(len(heads.lrs), classes, classes, dtype=torch.int64)
     with (

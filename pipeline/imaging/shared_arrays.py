@@ -38,7 +38,7 @@ class ArrayPool:
         return np.empty(shape, np.uint8)
 
 
-class Place(NamedTuple):
+class ArrayHandle(NamedTuple):
     """Where an array of a `SharedArrayPool` lies, for other processes of this machine.
 
     Attributes:
@@ -80,26 +80,26 @@ class SharedArrayPool(ArrayPool):
             self.blocks = tuple(sorted([*self.blocks, (_address(memory), file, size)]))
         return memory.reshape(shape)
 
-    def place(self, array: np.ndarray) -> Place:
+    def handle(self, array: np.ndarray) -> ArrayHandle:
         """Where a contiguous array lies that is, or is a view of, one that was lent."""
         address, blocks = _address(array), self.blocks
         start, file, size = blocks[bisect(blocks, address, key=itemgetter(0)) - 1]
-        return Place(os.getpid(), file, size, address - start, array.shape)
+        return ArrayHandle(os.getpid(), file, size, address - start, array.shape)
 
-    def places(self, array: np.ndarray) -> list[Place]:
+    def row_handles(self, array: np.ndarray) -> list[ArrayHandle]:
         """The places of the rows of such an array."""
-        pid, file, size, start, shape = self.place(array)
+        pid, file, size, start, shape = self.handle(array)
         step = int(np.prod(shape[1:]))
-        return [Place(pid, file, size, start + row * step, shape[1:]) for row in range(len(array))]
+        return [ArrayHandle(pid, file, size, start + row * step, shape[1:]) for row in range(len(array))]
 
 
-class Attached:
+class AttachedArrays:
     """The arrays at places of another process; each of its files is mapped once."""
 
     def __init__(self) -> None:
         self.files: dict[tuple[int, int], mmap.mmap] = {}
 
-    def array(self, place: Place) -> np.ndarray:
+    def array(self, place: ArrayHandle) -> np.ndarray:
         """The array there, to write to."""
         key = place.pid, place.file
         if key not in self.files:

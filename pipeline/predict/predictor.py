@@ -20,8 +20,8 @@ from pipeline.downstream.detect.task import find_objects
 from pipeline.downstream.saved import SavedModel, find_model
 from pipeline.downstream.segment.task import predict as predict_labels
 from pipeline.errors import UserError
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.geometry import FULL
-from pipeline.imaging.rendering import render
 from pipeline.predict.images import Images, decoded, list_images
 from pipeline.student.loading import load_student
 from pipeline.student.model import Encoder
@@ -95,7 +95,7 @@ class Predictor:
             UserError: naming an image that cannot be read.
         """
         size = (self.input_size, self.input_size)
-        pixels = (render(image, FULL, size, "bicubic") for image in self._decoded(images))
+        pixels = (crop_and_resize(image, FULL, size, "bicubic") for image in self._decoded(images))
         parts = []
         while batch := list(islice(pixels, self.batch_size)):
             stacked = torch.from_numpy(np.stack(batch)).to(self.device)

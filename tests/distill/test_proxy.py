@@ -6,9 +6,9 @@ import torch
 from pipeline.cache.fill.build import build_cache, plan_cache
 from pipeline.distill.job import export_student, make_job
 from pipeline.distill.task import DistillTask, build_student
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
-from pipeline.imaging.rendering import render
 from pipeline.storage.store import Store
 from pipeline.student.model import load_encoder
 from pipeline.training.loop import train
@@ -45,7 +45,7 @@ def test_a_student_learns_from_a_student_by_way_of_the_cache(proxy, tmp_path, mo
     encoder = load_encoder(folder)
     for key, stored in zip(batch.keys, batch.features[teacher.id]["summary"], strict=True):
         image = decode_image((tmp_path / "photos/train" / key).read_bytes())
-        pixels = torch.from_numpy(render(image, FULL, (32, 32), "bicubic"))[None]
+        pixels = torch.from_numpy(crop_and_resize(image, FULL, (32, 32), "bicubic"))[None]
         with torch.no_grad():
             expected = encoder(pixels / 255)
         torch.testing.assert_close(teacher.codecs()["summary"].decode(stored[None]), expected, rtol=1e-2, atol=1e-2)

@@ -15,9 +15,9 @@ from pipeline.distill.held_out import compare_with_teachers
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, make_distill_task
 from pipeline.evaluate.knn import student_knn
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
-from pipeline.imaging.rendering import render
 from pipeline.training.checkpoint import load_state
 from pipeline.training.loop import train
 from pipeline.training.worker import Worker
@@ -37,7 +37,7 @@ def _features(job, key):
     for teacher in job.teachers:
         source = teacher.create()
         source.load()
-        pixels = torch.from_numpy(render(image, FULL, (32, 32), "bilinear"))[None]
+        pixels = torch.from_numpy(crop_and_resize(image, FULL, (32, 32), "bilinear"))[None]
         yield teacher, source.encode(pixels)
 
 
@@ -120,8 +120,8 @@ def test_training_draws_augmentation_and_dropping_and_takes_the_weights_of_now(j
     seen = []
     task.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     first, second = list(task.batches(0, 0))[:2]
-    assert (first.place, second.place) == ((0, 0), (0, 1))
-    for seed, batch in ((0, first), (1, first), (0, dataclasses.replace(first, place=(2, 0)))):
+    assert (first.position, second.position) == ((0, 0), (0, 1))
+    for seed, batch in ((0, first), (1, first), (0, dataclasses.replace(first, position=(2, 0)))):
         torch.manual_seed(seed)
         task.loss(task.module.train(), batch, torch.device("cpu"))
     (images, _, weights, draws, _), other, again = seen
@@ -191,7 +191,7 @@ def test_a_step_is_known_by_its_number_over_all_epochs(job):
     task.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[4]))
     batch, steps = next(iter(task.batches(0, 0))), task.steps(0)
     for place in [*((0, number) for number in range(steps)), (1, 0), (1, 1)]:
-        task.loss(task.module.train(), dataclasses.replace(batch, place=place), torch.device("cpu"))
+        task.loss(task.module.train(), dataclasses.replace(batch, position=place), torch.device("cpu"))
     assert [int(turn) for turn in seen] == list(range(steps + 2))
 
 

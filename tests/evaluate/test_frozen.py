@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pipeline.cache.read.reader import PatchGroups, read_summaries, scan_images
+from pipeline.cache.read.reader import PatchReader, read_summaries, scan_images
 from pipeline.errors import UserError
 from pipeline.evaluate.frozen import FrozenTeacher, cached_encoder, map_levels
 from pipeline.evaluate.job import compute_features, plan_frozen
@@ -85,7 +85,7 @@ def test_parts_of_the_bank_on_actors_find_what_one_process_finds(computed):
 
 def test_maps_in_the_cache_are_those_of_the_encoder_at_a_grid(computed):
     _, plan = computed("evaluate.input_size=64", grid=8)
-    groups, encoder = PatchGroups(plan.val, plan.encoder), encoder_of()
+    groups, encoder = PatchReader(plan.val, plan.encoder), encoder_of()
     ids, patches = groups.read(0)
     batch = next(scan_images(plan.val, 64, 64))
     maps = encoder.maps(batch.images.float() / 255, map_levels(encoder.strides))

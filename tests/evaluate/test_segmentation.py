@@ -11,7 +11,7 @@ CLASSES, GRID = 4, 6
 
 
 class Groups:
-    """Maps in memory, as `PatchGroups` gives them: the classes of each cell, one-hot, in noise."""
+    """Maps in memory, as `PatchReader` gives them: the classes of each cell, one-hot, in noise."""
 
     def __init__(self, cells):
         one_hot = F.one_hot(torch.tensor(cells), CLASSES).float()

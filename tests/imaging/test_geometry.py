@@ -6,9 +6,9 @@ import pytest
 from PIL import ExifTags, Image, ImageFile
 
 from pipeline.imaging import decode
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image, decode_pixels, image_size
 from pipeline.imaging.geometry import FULL, View
-from pipeline.imaging.rendering import render
 from teachers.base import Interpolation
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -33,33 +33,35 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def test_full_view_at_its_own_size_is_the_image() -> None:
-    assert np.array_equal(render(photo(), FULL, (64, 64), "bicubic"), planes(photo()))
+    assert np.array_equal(crop_and_resize(photo(), FULL, (64, 64), "bicubic"), planes(photo()))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_a_box_is_cut_from_the_original_pixels_and_resized_once(interpolation: Interpolation) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
-    got = render(image, View((0.1, 0.2, 0.75, 0.95)), (40, 56), interpolation)
+    got = crop_and_resize(image, View((0.1, 0.2, 0.75, 0.95)), (40, 56), interpolation)
     method = Image.Resampling[interpolation.upper()]
     expected = planes(image.crop((12, 18, 90, 86)).resize((56, 40), method))  # 85.5 goes to the even 86
     assert got.shape == (3, 40, 56)
     assert got.dtype == np.uint8
     assert np.abs(got.astype(int) - expected).max() <= 1
-    assert np.array_equal(render(np.array(image), View((0.1, 0.2, 0.75, 0.95)), (40, 56), interpolation), got)
+    assert np.array_equal(crop_and_resize(np.array(image), View((0.1, 0.2, 0.75, 0.95)), (40, 56), interpolation), got)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 300)])
 def test_a_box_of_less_than_a_pixel_shows_one(size: tuple[int, int]) -> None:
     image = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(*size, 3)
     for box in ((0.0, 0.0, 0.001, 0.001), (0.999, 0.999, 1.0, 1.0), (0.4, 0.4, 0.401, 0.401)):
-        assert render(image, View(box), (4, 4), "bicubic").shape == (3, 4, 4)
-    assert np.array_equal(render(image, View((0.999, 0.999, 1.0, 1.0)), (1, 1), "bilinear")[:, 0, 0], image[-1, -1])
+        assert crop_and_resize(image, View(box), (4, 4), "bicubic").shape == (3, 4, 4)
+    assert np.array_equal(
+        crop_and_resize(image, View((0.999, 0.999, 1.0, 1.0)), (1, 1), "bilinear")[:, 0, 0], image[-1, -1]
+    )
 
 
 def test_flip_mirrors_what_the_same_view_shows() -> None:
     box = (0.25, 0.0, 1.0, 0.5)
-    plain = render(photo(), View(box), (24, 32), "bicubic")
-    flipped = render(photo(), View(box, flip=True), (24, 32), "bicubic")
+    plain = crop_and_resize(photo(), View(box), (24, 32), "bicubic")
+    flipped = crop_and_resize(photo(), View(box, flip=True), (24, 32), "bicubic")
     assert np.array_equal(flipped, plain[:, :, ::-1])
     assert flipped.flags.c_contiguous
 
@@ -171,7 +173,7 @@ def test_real_photographs_decode_and_their_truncations_do_not() -> None:
     for path in sorted((DATA / "coco_mini" / "val2017").iterdir())[:15]:
         data = path.read_bytes()
         image = decode_image(data)
-        assert render(image, View((0.1, 0.1, 0.9, 0.9)), (224, 224), "bicubic").shape == (3, 224, 224)
+        assert crop_and_resize(image, View((0.1, 0.1, 0.9, 0.9)), (224, 224), "bicubic").shape == (3, 224, 224)
         with pytest.raises(ValueError, match="truncated"):
             decode_image(data[: len(data) // 2])
 

@@ -37,10 +37,10 @@ def test_another_shape_is_other_memory():
 def test_places_are_right_while_other_threads_make_more():
     pool, interval = SharedArrayPool(), sys.getswitchinterval()
     known = [pool.empty(64) for _ in range(20)]
-    due = [pool.place(array) for array in known]
+    due = [pool.handle(array) for array in known]
 
     def look(_):
-        return all([pool.place(array) for array in known] == due for _ in range(150))
+        return all([pool.handle(array) for array in known] == due for _ in range(150))
 
     sys.setswitchinterval(1e-6)
     try:
@@ -50,4 +50,4 @@ def test_places_are_right_while_other_threads_make_more():
             assert all(seen)
     finally:
         sys.setswitchinterval(interval)
-    assert len({(place.file, place.start) for place in map(pool.place, more)}) == 300
+    assert len({(place.file, place.start) for place in map(pool.handle, more)}) == 300

@@ -9,9 +9,9 @@ from PIL import Image
 
 from jobs import export, predict
 from pipeline.errors import UserError
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
-from pipeline.imaging.rendering import render
 from pipeline.predict import images
 from pipeline.predict.predictor import load_predictor
 from pipeline.student.loading import load_student
@@ -53,7 +53,7 @@ def command(capsys):
 @torch.no_grad()
 def expected_features(paths, size=64):
     encoder = load_student(NAME, weights="random").encoder
-    pixels = [render(decode_image(path.read_bytes()), FULL, (size, size), "bicubic") for path in paths]
+    pixels = [crop_and_resize(decode_image(path.read_bytes()), FULL, (size, size), "bicubic") for path in paths]
     return encoder(torch.from_numpy(np.stack(pixels)) / 255)
 
 

@@ -56,7 +56,7 @@ def test_all_tensors_of_a_batch_come_to_a_device_and_nothing_else_changes():
     ]
     objects = ObjectsBatch(["a", "b"], [torch.ones(3, 4, 5), torch.ones(3, 2, 2)], targets)
     images, labels = torch.ones(2, 3, 4, 4), torch.ones(2)
-    cached = Batch(["a", "b"], images, labels, {"hog": {"patches": torch.ones(2, 8)}}, place=(1, 2))
+    cached = Batch(["a", "b"], images, labels, {"hog": {"patches": torch.ones(2, 8)}}, position=(1, 2))
     for batch, count in ((objects, 6), (cached, 3)):
         there = to_device(batch, torch.device("meta"))
         assert type(there) is type(batch)
@@ -65,7 +65,7 @@ def test_all_tensors_of_a_batch_come_to_a_device_and_nothing_else_changes():
         for a, b in zip(list_tensors(batch), list_tensors(there), strict=True):
             assert b.is_meta
             assert a.shape == b.shape
-    assert there.place == (1, 2)
+    assert there.position == (1, 2)
 
 
 def _config(**changes):
@@ -581,7 +581,7 @@ def test_a_batch_is_cut_with_all_that_it_holds():
     assert second.images.tolist() == [1, 2]
     assert second.labels.tolist() == [11, 12]
     assert second.features["teacher"]["summary"].tolist() == [[2, 3], [4, 5]]
-    assert first.place == second.place == batch.place
+    assert first.position == second.position == batch.position
     assert [piece.keys for piece in split_batch(batch, 9)] == [["a"], ["b"], ["c"]]
 
 

@@ -1,6 +1,6 @@
 """`images` shards -> teacher shards: decode once, ask every teacher that is missing, commit each on its own.
 
-Rendering runs ahead of the device (`pipeline/imaging/rendering.py`), and an actor works on several shards at once
+Rendering runs ahead of the device (`pipeline/imaging/decoder_pool.py`), and an actor works on several shards at once
 (`SHARDS_AT_ONCE`): while one is on the device the others are decoded or written. Features never travel: the actor that
 computed a shard writes it. This module imports neither Ray nor MLflow.
 """
@@ -29,9 +29,9 @@ from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecor
 from pipeline.cache.layout.stats import MomentSums
 from pipeline.cache.layout.view_rows import ViewRows, read_view_rows, views_of
 from pipeline.errors import UserError
+from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, PendingDecode, chunk_size
 from pipeline.imaging.geometry import View
-from pipeline.imaging.rendering import Drawing, Pending, Renderer, Work, at_once
-from pipeline.imaging.shared_arrays import Place
+from pipeline.imaging.shared_arrays import ArrayHandle
 from pipeline.runtime import logs
 from pipeline.runtime.allocator import keep_freed_memory
 from teachers.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
@@ -106,7 +106,7 @@ class Extract:
         logging.getLogger("teachers").setLevel(logging.ERROR)  # the driver has said what there is to say
         self.datasets = datasets
         self.batch_size = batch_size
-        self.renderer = Renderer(threads, processes=device == "cuda")
+        self.decoders = DecoderPool(threads, processes=device == "cuda")
         self.device = TeacherDevice(device)
         self.cached = {teacher.id: teacher for teacher in teachers}
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
@@ -192,9 +192,9 @@ class Extract:
     def rendered(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
         """Batches of [B, 3, H, W] uint8 by teacher id of `rows`, views of `images`; rendered two batches ahead of the device."""
         specs = {name: self.teachers[name].spec for name in names}
-        stack = _Batches(self.renderer, specs, rows.num_rows, self.batch_size)
+        stack = _Batches(self.decoders, specs, rows.num_rows, self.batch_size)
         views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
-        given, piece = 0, at_once(self.batch_size)
+        given, piece = 0, chunk_size(self.batch_size)
         try:
             for number in range(-(-rows.num_rows // self.batch_size)):
                 while given < images.num_rows and given * count < (number + 1 + AHEAD) * self.batch_size:
@@ -203,7 +203,7 @@ class Extract:
                     given += len(part)
                 yield stack.pop(number)
         finally:
-            stack.settle()
+            stack.wait_for_unused()
 
     def _codec(self, dataset: Dataset, name: str) -> tuple[str, Projection | None]:
         """The projection of a teacher over a dataset, by its name in the cache; fitted here where nobody has yet."""
@@ -260,42 +260,44 @@ class _Batches:
         size: of a batch.
     """
 
-    def __init__(self, renderer: Renderer, specs: Mapping[str, TeacherSpec], rows: int, size: int) -> None:
-        self.renderer, self.specs, self.rows, self.size = renderer, specs, rows, size
+    def __init__(self, decoders: DecoderPool, specs: Mapping[str, TeacherSpec], rows: int, size: int) -> None:
+        self.decoders, self.specs, self.rows, self.size = decoders, specs, rows, size
         self.pixels: dict[int, dict[str, np.ndarray]] = {}
-        self.places: dict[int, dict[str, Sequence[np.ndarray | Place]]] = {}
-        self.pending: dict[int, list[Pending]] = {}
+        self.places: dict[int, dict[str, Sequence[np.ndarray | ArrayHandle]]] = {}
+        self.pending: dict[int, list[PendingDecode]] = {}
 
     def render(self, images: pa.ChunkedArray, views: Sequence[View], first: int) -> None:
         """Hand over images, whose views are the rows from `first` on."""
         count = len(views) // len(images)
-        work: Work = [
-            (data, [drawing for row in range(i, i + count) for drawing in self._drawings(views[row], first + row)])
+        work: DecodeTasks = [
+            (data, [drawing for row in range(i, i + count) for drawing in self._crop_tasks(views[row], first + row)])
             for i, data in zip(range(0, len(views), count), images.to_pylist(), strict=True)
         ]
-        pending = self.renderer.submit(work)
+        pending = self.decoders.submit(work)
         for number in range(first // self.size, (first + len(views) - 1) // self.size + 1):
             self.pending.setdefault(number, []).append(pending)
 
-    def _drawings(self, view: View, row: int) -> list[Drawing]:
+    def _crop_tasks(self, view: View, row: int) -> list[CropTask]:
         number, place = divmod(row, self.size)
         if number not in self.pixels:
             # Of one size, so that their memory is lent again; what a short batch leaves of it is never touched.
             self.pixels[number] = {
-                name: self.renderer.empty(self.size, 3, *spec.input_size) for name, spec in self.specs.items()
+                name: self.decoders.empty(self.size, 3, *spec.input_size) for name, spec in self.specs.items()
             }
-            self.places[number] = {name: self.renderer.rows(pixels) for name, pixels in self.pixels[number].items()}
+            self.places[number] = {
+                name: self.decoders.row_targets(pixels) for name, pixels in self.pixels[number].items()
+            }
         places = self.places[number]
-        return [Drawing(view, spec.interpolation, places[name][place]) for name, spec in self.specs.items()]
+        return [CropTask(view, spec.interpolation, places[name][place]) for name, spec in self.specs.items()]
 
     def pop(self, number: int) -> dict[str, Tensor]:
         """A batch, when it is done."""
-        self.renderer.finish(self.pending[number])
+        self.decoders.finish(self.pending[number])
         del self.pending[number], self.places[number]
         count = min(self.size, self.rows - number * self.size)
         return {name: torch.from_numpy(pixels)[:count] for name, pixels in self.pixels.pop(number).items()}
 
-    def settle(self) -> None:
+    def wait_for_unused(self) -> None:
         """Wait for what nobody will use: its arrays may be lent again only then."""
         wait([pending.done for some in self.pending.values() for pending in some])
 

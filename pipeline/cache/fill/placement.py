@@ -30,7 +30,7 @@ SPARE_MEMORY = 0.1
 CONTEXT_BYTES = 600 << 20
 """Of a process on a GPU beside what torch's allocator knows: CUDA's context and kernels."""
 MOST_THREADS = {"cpu": 8, "cuda": 32}
-"""Most threads of an actor, by its device; beside a GPU they are processes (`pipeline/imaging/rendering.py`)."""
+"""Most threads of an actor, by its device; beside a GPU they are processes (`pipeline/imaging/decoder_pool.py`)."""
 SLACK = 1.25
 """Decoding is given this much more than the device needs, so that it stays ahead."""
 BUSY = 0.9

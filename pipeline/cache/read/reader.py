@@ -36,9 +36,9 @@ from pipeline.cache.layout.shards import (
 )
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA, check_rows, views_of
 from pipeline.errors import UserError
+from pipeline.imaging.decoder_pool import CropTask, DecoderPool, decoder_count
 from pipeline.imaging.geometry import View
-from pipeline.imaging.rendering import Drawing, Renderer, decoders
-from pipeline.imaging.shared_arrays import Place
+from pipeline.imaging.shared_arrays import ArrayHandle
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.storage.store import report_damage
 from teachers.base import Interpolation
@@ -68,18 +68,18 @@ class Batch:
         images: [B, 3, H, W] uint8 RGB.
         labels: [B] int64, `NO_LABEL` where there is none.
         features: by teacher id and token type (``summary``, ``patches``), [B, row_bytes] uint8 as stored.
-        place: (epoch, number) in the order of training.
+        position: (epoch, number) in the order of training.
     """
 
     keys: list[str]
     images: Tensor
     labels: Tensor
     features: dict[str, dict[str, Tensor]]
-    place: tuple[int, int] = (0, 0)
+    position: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
-class _Unit:
+class RowGroup:
     """One row group: shard, number in its file, rows of the view."""
 
     shard: int
@@ -88,7 +88,7 @@ class _Unit:
 
 
 @dataclass
-class _Draft:
+class PartialBatch:
     """A batch in the making: B places, of which row groups fill their share, each a run of its own.
 
     Attributes:
@@ -113,7 +113,7 @@ class _Draft:
         return slice(self.taken - count, self.taken)
 
 
-_Run = tuple[_Draft, slice, np.ndarray]
+RowSlice = tuple[PartialBatch, slice, np.ndarray]
 """A batch, places in it, and the numbers of the rows of a row group that belong there."""
 
 
@@ -201,8 +201,8 @@ class CacheReader:
         self.units = _units(self.images.records, dataset.policy.rows_per_image)
         self.io = ThreadPoolExecutor(IO_THREADS)
         self.assembler = ThreadPoolExecutor(BATCHES_AHEAD + 1)
-        self.renderer = Renderer(threads, processes)
-        self.arrays = self.renderer.arrays
+        self.decoders = DecoderPool(threads, processes)
+        self.arrays = self.decoders.arrays
         if not self.steps(0):
             rows = sum(unit.rows for unit in self.units)
             raise UserError(
@@ -214,7 +214,7 @@ class CacheReader:
         """End its threads and processes when what they are at is done."""
         for pool in (self.io, self.assembler):
             pool.shutdown(cancel_futures=True)
-        self.renderer.close()
+        self.decoders.close()
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, equal on every rank; the rows that fill no batch are left out of that epoch."""
@@ -233,7 +233,7 @@ class CacheReader:
         drafts = self._drafts(units, refs, window_start, range(start, self.steps(epoch)))
         batches = map_ahead(self.assembler, self._finish, drafts, BATCHES_AHEAD)
         for number, batch in enumerate(batches, start):
-            yield replace(batch, place=(epoch, number))
+            yield replace(batch, position=(epoch, number))
 
     def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
         """How well this rank's rows of an epoch are shuffled; found from the order alone, without reading anything."""
@@ -250,7 +250,7 @@ class CacheReader:
     def _unit_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.units))
 
-    def _row_order(self, units: Sequence[_Unit], epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _row_order(self, units: Sequence[RowGroup], epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(unit position, row in unit) in training order [R, 2], and for each the first unit of its window [R]."""
         order, starts, first = [], [], 0
         rng = np.random.default_rng([self.seed, epoch, self.rank])
@@ -278,12 +278,12 @@ class CacheReader:
         return rng.permutation(groups).reshape(-1, 2)
 
     def _drafts(
-        self, units: Sequence[_Unit], refs: np.ndarray, window_start: np.ndarray, steps: range
-    ) -> Iterator[_Draft]:
+        self, units: Sequence[RowGroup], refs: np.ndarray, window_start: np.ndarray, steps: range
+    ) -> Iterator[PartialBatch]:
         """The batches with everything but pixels; row groups are read ahead."""
         if not steps:
             return
-        drafts: dict[int, _Draft] = {}
+        drafts: dict[int, PartialBatch] = {}
         first = int(window_start[steps.start * self.batch_size])
         ahead = max(2, self.window // max(unit.rows for unit in units))
         filling = map_ahead(self.io, self._fill, self._runs(units, refs, first, steps, drafts), ahead)
@@ -294,8 +294,8 @@ class CacheReader:
             yield drafts.pop(step)
 
     def _runs(
-        self, units: Sequence[_Unit], refs: np.ndarray, first: int, steps: range, drafts: dict[int, _Draft]
-    ) -> Iterator[tuple[int, _Unit, list[_Run]]]:
+        self, units: Sequence[RowGroup], refs: np.ndarray, first: int, steps: range, drafts: dict[int, PartialBatch]
+    ) -> Iterator[tuple[int, RowGroup, list[RowSlice]]]:
         """For each row group that is needed, from unit position `first` on: its runs in the batches of `steps`."""
         by_unit = np.argsort(refs[:, 0], kind="stable")
         ends = np.cumsum([unit.rows for unit in units])
@@ -310,17 +310,17 @@ class CacheReader:
             if runs:
                 yield position, units[position], runs
 
-    def _draft(self) -> _Draft:
+    def _draft(self) -> PartialBatch:
         count = self.batch_size
         features = {
             name: {kind: self.arrays.empty(count, width) for kind, width in shards.widths.items()}
             for name, shards in self.teachers.items()
         }
-        return _Draft(
+        return PartialBatch(
             [""] * count, [None] * count, np.empty(count, np.int64), np.empty((count, 5), np.float32), features
         )
 
-    def _fill(self, work: tuple[int, _Unit, list[_Run]]) -> int:
+    def _fill(self, work: tuple[int, RowGroup, list[RowSlice]]) -> int:
         """Read a row group and copy its rows to their places; returns the unit's position."""
         position, unit, runs = work
         columns = [] if self.rows else ROWS_SCHEMA.names[1:]
@@ -341,28 +341,28 @@ class CacheReader:
             shards.fill(unit, rows, runs)
         return position
 
-    def _finish(self, draft: _Draft) -> Batch:
+    def _finish(self, draft: PartialBatch) -> Batch:
         features = {
             name: {kind: torch.from_numpy(rows) for kind, rows in kinds.items()}
             for name, kinds in draft.features.items()
         }
         return Batch(draft.keys, self._pixels(draft), torch.from_numpy(draft.labels), features)
 
-    def _pixels(self, draft: _Draft) -> Tensor:
-        pixels = self.renderer.empty(self.batch_size, 3, self.image_size, self.image_size)
-        rows = self.renderer.rows(pixels)
+    def _pixels(self, draft: PartialBatch) -> Tensor:
+        pixels = self.decoders.empty(self.batch_size, 3, self.image_size, self.image_size)
+        rows = self.decoders.row_targets(pixels)
         # Adjacent views of one image are decoded once.
         starts = [i for i, key in enumerate(draft.keys) if i == 0 or key != draft.keys[i - 1]]
         runs = [
-            (draft.images[first].as_py(), [self._drawing(draft, place, rows[place]) for place in range(first, last)])
+            (draft.images[first].as_py(), [self._crop_task(draft, place, rows[place]) for place in range(first, last)])
             for first, last in pairwise([*starts, self.batch_size])
         ]
-        self.renderer.render(runs)
+        self.decoders.render(runs)
         return torch.from_numpy(pixels)
 
-    def _drawing(self, draft: _Draft, place: int, pixels: np.ndarray | Place) -> Drawing:
+    def _crop_task(self, draft: PartialBatch, place: int, pixels: np.ndarray | ArrayHandle) -> CropTask:
         left, top, right, bottom, flip = draft.geometry[place].tolist()
-        return Drawing(View((left, top, right, bottom), bool(flip)), STUDENT_INTERPOLATION, pixels)
+        return CropTask(View((left, top, right, bottom), bool(flip)), STUDENT_INTERPOLATION, pixels)
 
 
 def scan_images(
@@ -374,16 +374,16 @@ def scan_images(
     """
     records = _complete(dataset, dataset.images, "images")
     with (
-        closing(Renderer(decoders(), processes=torch.cuda.is_available())) as renderer,
+        closing(DecoderPool(decoder_count(), processes=torch.cuda.is_available())) as decoders,
         ThreadPoolExecutor(GROUPS_AHEAD) as pool,
     ):
 
-        def drawn(unit: _Unit) -> tuple[pa.Table, Tensor]:
+        def drawn(unit: RowGroup) -> tuple[pa.Table, Tensor]:
             table = dataset.images.read_group(records[unit.shard], unit.group)
-            pixels = renderer.empty(unit.rows, 3, image_size, image_size)
-            places = renderer.rows(pixels)
-            drawings = [[Drawing(v, STUDENT_INTERPOLATION, p)] for v, p in zip(views_of(table), places, strict=True)]
-            renderer.render(list(zip(table["image"].to_pylist(), drawings, strict=True)))
+            pixels = decoders.empty(unit.rows, 3, image_size, image_size)
+            places = decoders.row_targets(pixels)
+            crops = [[CropTask(v, STUDENT_INTERPOLATION, p)] for v, p in zip(views_of(table), places, strict=True)]
+            decoders.render(list(zip(table["image"].to_pylist(), crops, strict=True)))
             return table, torch.from_numpy(pixels)
 
         for table, images in map_ahead(pool, drawn, _spaced(_units(records), limit)[rank::world], GROUPS_AHEAD):
@@ -431,7 +431,7 @@ def read_summaries(
     return torch.cat(features), torch.cat(labels)
 
 
-class PatchGroups:
+class PatchReader:
     """The patches of a teacher, one row group after the other, without the images.
 
     Args:
@@ -462,7 +462,7 @@ class PatchGroups:
         return table["sample_id"].to_pylist(), patches
 
 
-def _spaced(units: list[_Unit], limit: int | None) -> list[_Unit]:
+def _spaced(units: list[RowGroup], limit: int | None) -> list[RowGroup]:
     count = len(units) if limit is None else min(len(units), max(1, limit // ROW_GROUP_SIZE))
     return [units[i] for i in np.linspace(0, len(units) - 1, count).round().astype(int)]
 
@@ -473,9 +473,9 @@ class _Shards:
     def __init__(self, dataset: Dataset, folder: ShardFolder, name: str) -> None:
         self.folder, self.records = folder, _complete(dataset, folder, name)
         self.footers: dict[int, pq.FileMetaData] = {}
-        self.sound: set[_Unit] = set()
+        self.sound: set[RowGroup] = set()
 
-    def read(self, unit: _Unit, columns: list[str] | None = None) -> pa.Table:
+    def read(self, unit: RowGroup, columns: list[str] | None = None) -> pa.Table:
         """A row group."""
         name = self.records[unit.shard].file
         how = {"metadata": self.footers.get(unit.shard), "page_checksum_verification": unit not in self.sound}
@@ -497,7 +497,7 @@ class _TeacherShards(_Shards):
         self.teacher = teacher
         self.widths = {kind: codec.row_bytes for kind, codec in load_codecs(dataset, teacher).items()}
 
-    def fill(self, unit: _Unit, rows: pa.Table, runs: list[_Run]) -> None:
+    def fill(self, unit: RowGroup, rows: pa.Table, runs: list[RowSlice]) -> None:
         """Copy the features of a row group, which is that of the keys of `rows`, to their places."""
         table = self.read(unit, ["sample_id", "view", *self.widths])
         if not (rows["sample_id"].equals(table["sample_id"]) and rows["view"].equals(table["view"])):
@@ -508,7 +508,7 @@ class _TeacherShards(_Shards):
                 # Under mode="raise" numpy would go through a buffer of its own.
                 np.take(source, chosen, axis=0, out=draft.features[self.teacher.id][kind][places], mode="clip")
 
-    def mismatch(self, unit: _Unit, due: Sequence[object], found: Sequence[object]) -> UserError:
+    def mismatch(self, unit: RowGroup, due: Sequence[object], found: Sequence[object]) -> UserError:
         """The error for a shard that does not hold the keys that it should."""
         unlike = next(
             ((a, b) for a, b in zip(due, found, strict=False) if a != b), (f"{len(due)} rows", f"{len(found)} rows")
@@ -528,9 +528,9 @@ def _complete(dataset: Dataset, folder: ShardFolder, name: str) -> dict[int, Sha
     return records
 
 
-def _units(records: dict[int, ShardRecord], rows_per_image: int = 1) -> list[_Unit]:
+def _units(records: dict[int, ShardRecord], rows_per_image: int = 1) -> list[RowGroup]:
     return [
-        _Unit(record.shard, group, min(ROW_GROUP_SIZE, record.rows - group * ROW_GROUP_SIZE) * rows_per_image)
+        RowGroup(record.shard, group, min(ROW_GROUP_SIZE, record.rows - group * ROW_GROUP_SIZE) * rows_per_image)
         for record in records.values()
         for group in range(-(-record.rows // ROW_GROUP_SIZE))
     ]

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.read.reader import Batch, CacheReader, ShuffleQuality
-from pipeline.imaging.rendering import become_helper, helper_context
-from pipeline.imaging.shared_arrays import Attached, Place, SharedArrayPool
+from pipeline.imaging.decoder_pool import helper_process_context, init_helper_process
+from pipeline.imaging.shared_arrays import ArrayHandle, AttachedArrays, SharedArrayPool
 from pipeline.runtime.allocator import keep_freed_memory
 
 AHEAD = 2
@@ -34,7 +34,7 @@ Name = tuple[str, str]
 """Of an array: teacher id and token type; `IMAGES` for the pixels."""
 IMAGES: Name = ("", "images")
 
-Said = tuple[int, list[str], np.ndarray, tuple[int, int], dict[Name, Place]]
+Said = tuple[int, list[str], np.ndarray, tuple[int, int], dict[Name, ArrayHandle]]
 """Number of a batch, its keys, labels and place in the order of training, and where its arrays lie."""
 
 
@@ -53,7 +53,7 @@ class ReaderProcess:
         self.work = args, {**settings, "processes": True}
         self.gone: deque[int] = deque()
         self.process: Any = None
-        self.attached: Attached
+        self.attached: AttachedArrays
         self.pipe: Connection
 
     def steps(self, epoch: int) -> int:
@@ -87,9 +87,9 @@ class ReaderProcess:
             raise
 
     def _start(self) -> None:
-        context = helper_context(__name__)
+        context = helper_process_context(__name__)
         self.gone = deque()  # what is left of a process that was killed notes its end in the old one
-        self.attached = Attached()
+        self.attached = AttachedArrays()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, *self.work))
         self.process.start()
@@ -150,7 +150,7 @@ class _Loan:
 
 def _serve(pipe: Connection, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
     """The other process."""
-    become_helper()
+    init_helper_process()
     keep_freed_memory()
     _Server(pipe, CacheReader(*args, **settings)).run()
 
@@ -205,7 +205,7 @@ class _Server:
                 return
             self.lent[self.number] = batch
             features = {(name, kind): raw for name, kinds in batch.features.items() for kind, raw in kinds.items()}
-            places = {name: arrays.place(raw.numpy()) for name, raw in {IMAGES: batch.images, **features}.items()}
-            said: Said = (self.number, batch.keys, batch.labels.numpy(), batch.place, places)
+            places = {name: arrays.handle(raw.numpy()) for name, raw in {IMAGES: batch.images, **features}.items()}
+            said: Said = (self.number, batch.keys, batch.labels.numpy(), batch.position, places)
             self.number += 1
             self.pipe.send(said)

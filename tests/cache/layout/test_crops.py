@@ -35,11 +35,13 @@ def _reader(cropped, **changes):
 
 def test_replay_gives_the_stored_features_of_256_rows(cropped, monkeypatch):
     """The teacher, asked again about the pixels that the reader hands out, says what is stored."""
-    from pipeline.imaging import rendering as module
-    from pipeline.imaging.rendering import render
+    from pipeline.imaging import decoder_pool as module
+    from pipeline.imaging.crop import crop_and_resize
 
     # The student's own interpolation is bicubic; rendered as this teacher's input, the pixels are to be equal.
-    monkeypatch.setattr(module, "render", lambda image, view, size, _: render(image, view, size, "bilinear"))
+    monkeypatch.setattr(
+        module, "crop_and_resize", lambda image, view, size, _: crop_and_resize(image, view, size, "bilinear")
+    )
     teacher = cropped.plan.teachers[0]
     source = teacher.create()
     source.load()
@@ -60,7 +62,7 @@ def test_every_view_of_every_image_comes_once_an_epoch(cropped):
 
 
 def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(cropped, monkeypatch):
-    from pipeline.imaging import rendering as module
+    from pipeline.imaging import decoder_pool as module
 
     apart: dict[str, list[torch.Tensor]] = {}
     for batch in _reader(cropped, batch_size=10).batches(0):
@@ -86,10 +88,12 @@ def test_several_views_of_an_image_lie_together_in_a_step_and_are_decoded_once(c
 
 
 def test_features_stay_with_their_view_when_views_lie_together(cropped, monkeypatch):
-    from pipeline.imaging import rendering as module
-    from pipeline.imaging.rendering import render
+    from pipeline.imaging import decoder_pool as module
+    from pipeline.imaging.crop import crop_and_resize
 
-    monkeypatch.setattr(module, "render", lambda image, view, size, _: render(image, view, size, "bilinear"))
+    monkeypatch.setattr(
+        module, "crop_and_resize", lambda image, view, size, _: crop_and_resize(image, view, size, "bilinear")
+    )
     teacher = cropped.plan.teachers[0]
     source, codecs = teacher.create(), teacher.codecs()
     source.load()

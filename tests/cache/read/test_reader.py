@@ -6,9 +6,9 @@ import torch
 
 from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images
 from pipeline.errors import UserError
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
-from pipeline.imaging.rendering import render
 
 
 def _reader(filled, **changes):
@@ -87,7 +87,7 @@ def test_features_belong_to_the_images_they_come_with(filled):
             source = teacher.create()
             source.load()
             rows = [Path(filled.config.data.train, key).read_bytes() for key in batch.keys]
-            pixels = np.stack([render(decode_image(row), FULL, (32, 32), "bilinear") for row in rows])
+            pixels = np.stack([crop_and_resize(decode_image(row), FULL, (32, 32), "bilinear") for row in rows])
             expected = source.encode(torch.from_numpy(pixels))
             stored, codecs = batch.features[teacher.id], teacher.codecs()
             torch.testing.assert_close(
@@ -104,7 +104,9 @@ def test_features_belong_to_the_images_they_come_with(filled):
 def test_the_student_sees_the_source_pixels_resized_once(filled):
     batch = next(_reader(filled).batches(0))
     for key, image, label in zip(batch.keys, batch.images, batch.labels, strict=True):
-        expected = render(decode_image(Path(filled.config.data.train, key).read_bytes()), FULL, (32, 32), "bicubic")
+        expected = crop_and_resize(
+            decode_image(Path(filled.config.data.train, key).read_bytes()), FULL, (32, 32), "bicubic"
+        )
         assert np.array_equal(image.numpy(), expected)
         assert int(label) == int(key[5])
 

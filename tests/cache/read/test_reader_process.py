@@ -27,7 +27,7 @@ def readers(filled):
 
 
 def _assert_equal(here, there):
-    assert (here.keys, here.place) == (there.keys, there.place)
+    assert (here.keys, here.position) == (there.keys, there.position)
     assert torch.equal(here.images, there.images)
     assert torch.equal(here.labels, there.labels)
     assert here.features.keys() == there.features.keys()

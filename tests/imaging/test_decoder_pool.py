@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_pixels
+from pipeline.imaging.decoder_pool import ATTEMPTS, MIN_CHUNK, CropTask, DecoderPool
 from pipeline.imaging.geometry import FULL, View
-from pipeline.imaging.rendering import AT_ONCE, ATTEMPTS, Drawing, Renderer, render
-from pipeline.imaging.shared_arrays import Attached, SharedArrayPool
+from pipeline.imaging.shared_arrays import AttachedArrays, SharedArrayPool
 
 VIEWS = (FULL, View((0.1, 0.2, 0.8, 0.9)), View((0.0, 0.5, 0.5, 1.0), flip=True))
 
@@ -25,80 +26,82 @@ def _files(count):
         yield sink.getvalue()
 
 
-def _render(renderer, files):
-    pixels = renderer.empty(len(files) * len(VIEWS), 3, 24, 32)
-    rows = renderer.rows(pixels)
+def _render(decoders, files):
+    pixels = decoders.empty(len(files) * len(VIEWS), 3, 24, 32)
+    rows = decoders.row_targets(pixels)
     work = [
-        (data, [Drawing(view, "bicubic", rows[i * len(VIEWS) + j]) for j, view in enumerate(VIEWS)])
+        (data, [CropTask(view, "bicubic", rows[i * len(VIEWS) + j]) for j, view in enumerate(VIEWS)])
         for i, data in enumerate(files)
     ]
-    pieces = range(0, len(work), AT_ONCE)
-    return pixels, [renderer.submit(work[first : first + AT_ONCE]) for first in pieces]
+    pieces = range(0, len(work), MIN_CHUNK)
+    return pixels, [decoders.submit(work[first : first + MIN_CHUNK]) for first in pieces]
 
 
 def _expected(files):
-    return np.stack([render(decode_pixels(data), view, (24, 32), "bicubic") for data in files for view in VIEWS])
+    return np.stack(
+        [crop_and_resize(decode_pixels(data), view, (24, 32), "bicubic") for data in files for view in VIEWS]
+    )
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["threads", "processes"])
-def renderer(request):
-    return Renderer(2, request.param)
+def decoders(request):
+    return DecoderPool(2, request.param)
 
 
-def test_each_view_is_rendered_to_its_place(renderer):
+def test_each_view_is_rendered_to_its_place(decoders):
     files = list(_files(20))
     for _ in range(3):  # the last ones into memory that was lent before
-        pixels, pending = _render(renderer, files)
-        renderer.finish(pending)
+        pixels, pending = _render(decoders, files)
+        decoders.finish(pending)
         assert np.array_equal(pixels, _expected(files))
 
 
-def test_several_threads_may_use_it(renderer):
+def test_several_threads_may_use_it(decoders):
     sets = [[data] * 9 for data in _files(6)]
 
     def run(files):
-        pixels, pending = _render(renderer, files)
-        renderer.finish(pending)
+        pixels, pending = _render(decoders, files)
+        decoders.finish(pending)
         return np.array_equal(pixels, _expected(files))
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(run, sets))
 
 
-def test_what_cannot_be_decoded_is_said_when_the_rest_is_done(renderer):
+def test_what_cannot_be_decoded_is_said_when_the_rest_is_done(decoders):
     files = list(_files(40))
-    pixels, pending = _render(renderer, [*files[:20], files[20][:200], *files[21:]])
+    pixels, pending = _render(decoders, [*files[:20], files[20][:200], *files[21:]])
     with pytest.raises(ValueError, match=r"."):
-        renderer.finish(pending)
+        decoders.finish(pending)
     assert np.array_equal(pixels[-3 * len(VIEWS) :], _expected(files[-3:]))
 
 
 def test_a_killed_process_costs_nothing():
-    renderer, files = Renderer(2, processes=True), list(_files(64))
-    pixels, pending = _render(renderer, files)
-    for process in list(renderer.pool._processes.values()):
+    decoders, files = DecoderPool(2, processes=True), list(_files(64))
+    pixels, pending = _render(decoders, files)
+    for process in list(decoders.pool._processes.values()):
         os.kill(process.pid, signal.SIGKILL)
-    renderer.finish(pending)
+    decoders.finish(pending)
     assert np.array_equal(pixels, _expected(files))
-    pixels, pending = _render(renderer, files[::-1])
-    renderer.finish(pending)
+    pixels, pending = _render(decoders, files[::-1])
+    decoders.finish(pending)
     assert np.array_equal(pixels, _expected(files[::-1]))
 
 
 def test_work_over_which_processes_are_killed_again_and_again_ends(monkeypatch):
-    renderer, given = Renderer(1, processes=True), []
-    monkeypatch.setattr(renderer, "_given", lambda work: given.append(work) or renderer._start().submit(os._exit, 1))
+    decoders, given = DecoderPool(1, processes=True), []
+    monkeypatch.setattr(decoders, "_given", lambda work: given.append(work) or decoders._start().submit(os._exit, 1))
     with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
-        renderer.finish([renderer.submit([])])
+        decoders.finish([decoders.submit([])])
     assert len(given) == ATTEMPTS
 
 
 def test_shared_arrays_are_the_same_memory_at_their_places():
-    pool, attached = SharedArrayPool(), Attached()
+    pool, attached = SharedArrayPool(), AttachedArrays()
     arrays = [pool.empty(3, 5, 7), pool.empty(2, 4), pool.empty(3, 5, 7)]
     for number, array in enumerate(arrays):
         array[:] = number
-        attached.array(pool.place(array[1]))[:] = 100 + number
+        attached.array(pool.handle(array[1]))[:] = 100 + number
         assert (array[1] == 100 + number).all()
         assert (array[0] == number).all()
     files = pool.files

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def kept(results: Path, run: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+def measure_once(results: Path, run: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """What is known of a run: from the JSON lines of `results`, else measured now and added to them.
 
     Args:
