@@ -47,7 +47,7 @@ from pipeline.storage.store import Store
 from pipeline.training.config import TrainConfig
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process, images_seen
 from tests.faults import FORK, content
-from tests.nodes import RAY, Node, cluster, descendants, kill, running, start_nodes, start_run
+from tests.nodes import RAY, Node, cluster, descendants, kill, running, start_nodes, start_precompute
 from tests.storage.s3_endpoint import S3Endpoint
 from tests.training.tiny_task import STEPS, lines, make_tiny_task
 
@@ -126,7 +126,7 @@ class Extraction:
 
     def start(self) -> None:
         """Start it, or start it again."""
-        self.process = start_run(self.arguments, self.bench.address, self.folder / "log")
+        self.process = start_precompute(self.arguments, self.bench.address, self.folder / "log")
 
     def progress(self) -> int:
         """Shards of images and of teachers that are committed, or requests to the store."""

@@ -25,9 +25,10 @@ def naming(parser: argparse.ArgumentParser, what: str) -> None:
 
 def load_named(options: argparse.Namespace) -> tuple[LoadedStudent, int]:
     """The backbone that the arguments of :func:`naming` name, and the side of its input in pixels."""
+    from pipeline.runs.addresses import fetch_student
     from pipeline.student.loading import load_student
 
-    loaded = load_student(options.model, weights=options.weights, tracking_uri=tracking_uri(options))
+    loaded = load_student(fetch_student(options.model, tracking_uri(options)), weights=options.weights)
     return loaded, options.size or loaded.input_size or 224
 
 

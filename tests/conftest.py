@@ -19,6 +19,10 @@ os.environ |= {
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 
+from pipeline.runtime.ray_session import import_ray  # noqa: E402
+
+import_ray()  # before a test imports Ray, for sessions on loopback alone
+
 TEACHERS = "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}, {model: 'tests.fakes:colours', args: {dim: 4}}]"
 
 

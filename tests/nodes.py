@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,17 @@ class Node:
         address: of the head to join, or "" to be one.
         gpus: pretended ones.
         object_store: bytes.
+        environment: further variables of its processes.
     """
 
-    def __init__(self, cpus: int, address: str = "", gpus: int = 0, object_store: int = 100_000_000) -> None:
+    def __init__(
+        self,
+        cpus: int,
+        address: str = "",
+        gpus: int = 0,
+        object_store: int = 100_000_000,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = tempfile.TemporaryDirectory(
             prefix="rn", ignore_cleanup_errors=True
         )  # short: Ray puts sockets there
@@ -45,7 +53,11 @@ class Node:
         size = [f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={object_store}"]
         command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *place, *size]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
 
     def kill(self) -> None:
@@ -57,20 +69,20 @@ class Node:
 
 
 @contextmanager
-def cluster(*cpus: int) -> Iterator[list[Node]]:
+def cluster(*cpus: int, environment: Mapping[str, str] | None = None) -> Iterator[list[Node]]:
     """A head and further nodes of so many logical CPUs each; those that are in the list at the end are killed."""
     nodes: list[Node] = []
     try:
-        start_nodes(nodes, *cpus)
+        start_nodes(nodes, *cpus, environment=environment)
         yield nodes
     finally:
         for node in nodes:
             node.kill()
 
 
-def start_nodes(nodes: list[Node], *cpus: int) -> None:
-    """Append a head and further nodes of so many logical CPUs each."""
-    head = Node(cpus[0])
+def start_nodes(nodes: list[Node], *cpus: int, environment: Mapping[str, str] | None = None) -> None:
+    """Append a head, with further variables, and further nodes of so many logical CPUs each."""
+    head = Node(cpus[0], environment=environment)
     nodes.append(head)
     wait_until(lambda: _listens(head.address))
     for count in cpus[1:]:
@@ -89,7 +101,7 @@ def _alive(address: str) -> int:
     return sum(node.state == GcsNodeInfo.ALIVE for node in known.values())
 
 
-def start_run(arguments: Sequence[str], address: str, log: Path) -> Any:
+def start_precompute(arguments: Sequence[str], address: str, log: Path) -> Any:
     """`jobs/precompute.py` with these arguments on the Ray at `address`, in a process whose output goes to `log`."""
     process = FORK.Process(target=_job, args=(list(arguments), address, log), daemon=True)
     process.start()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.config.load import Config
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.evaluate.knn import check_splits
+from pipeline.runs.addresses import fetch_student
 from pipeline.runs.folder import open_run, work_folder
 from pipeline.storage.atomic import atomic_write
 from pipeline.storage.store import Store
-from pipeline.student.loading import LoadedStudent, is_model_uri, load_initial_student
+from pipeline.student.loading import LoadedStudent, load_initial_student
 from pipeline.student.model import Student
+from pipeline.tracking.address import resolve_uri
 
 STUDENT = "student."
 """What the names of the student's weights begin with among those of a distiller."""
@@ -70,12 +73,8 @@ def _find_start(config: Config) -> LoadedStudent | None:
     student = config.student
     if student.weights == "random" or start_file(open_run(config, "distill").folder).exists():
         return None
-    tracking_uri = ""
-    if is_model_uri(student.weights):  # what is no model needs no MLflow
-        from pipeline.tracking.address import resolve_uri
-
-        tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
-    return load_initial_student(student.name, student.weights, student.args, tracking_uri)
+    fetch = partial(fetch_student, tracking_uri=resolve_uri(config.tracking.uri, work_folder(config)))
+    return load_initial_student(student.name, student.weights, student.args, fetch)
 
 
 def start_file(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config.load import Config
 from pipeline.errors import UserError, one_line
+from pipeline.runs.addresses import fetch_student
 from pipeline.student.loading import load_student
 from pipeline.student.model import Encoder, load_encoder, save_encoder
 
@@ -64,7 +65,7 @@ def find_start(config: Config, tracking_uri: str = "") -> Start:
     tagged = "." in name.rpartition("/")[2]  # a tag names weights of the hub
     weights = "pretrained" if tagged else f"random:{config.seed}"
     try:
-        loaded = load_student(name, weights=weights, args=config.student.args, tracking_uri=tracking_uri)
+        loaded = load_student(fetch_student(name, tracking_uri), weights=weights, args=config.student.args)
     except UserError as error:
         hint = "; leave its tag out to train from scratch" if tagged else ""
         raise UserError(f"finetune.student: {error}{hint}") from error

@@ -19,7 +19,7 @@ from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream
 from pipeline.downstream.training import DOWNSTREAM, FinetuneJob
 from pipeline.errors import UserError, one_line
-from pipeline.student.loading import is_model_uri, local_folder
+from pipeline.runs.addresses import fetch_model
 from pipeline.student.model import Encoder, build_encoder, load_weights
 
 
@@ -102,10 +102,5 @@ def find_model(name: str, tracking_uri: str) -> SavedModel | None:
     Raises:
         UserError: where the URI cannot be resolved, or the model is damaged.
     """
-    if is_model_uri(name):
-        from pipeline.tracking.models import download_model
-
-        folder = download_model(name, tracking_uri)
-    else:
-        folder = local_folder(name)
+    folder = fetch_model(name, tracking_uri)
     return load_model(folder) if (folder / "model.json").is_file() else None

@@ -100,14 +100,17 @@ def frozen_encoder(options: TeacherOptions) -> Teacher:
 
 
 def cached_encoder(
-    student: str, input_size: int, *, weights: str, args: dict[str, object], tracking_uri: str, grid: int | None
+    student: str, input_size: int, *, weights: str, args: dict[str, object], grid: int | None
 ) -> CachedTeacher:
     """The entry of a frozen backbone in the cache.
+
+    Args:
+        student: as in :func:`~pipeline.student.loading.load_student`; a folder that all nodes see.
 
     Raises:
         TeacherError: where it cannot be loaded, or does not take images of this size.
     """
-    settings = {"student": student, "args": args, "tracking_uri": tracking_uri, "grid": grid}
+    settings = {"student": student, "args": args, "grid": grid}
     config = TeacherConfig(
         model="pipeline.evaluate.frozen:frozen_encoder", weights=weights, input_size=input_size, args=settings
     )

@@ -22,6 +22,7 @@ from pipeline.evaluate.knn_search import search_knn
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
 from pipeline.evaluate.segmentation import confusions, pixel_batches, steps_of
 from pipeline.imaging.geometry import WHOLE
+from pipeline.runs.addresses import fetch_student
 from pipeline.runs.folder import cache_store, work_folder
 from pipeline.sources.label_maps import LabelMaps, open_label_maps
 from pipeline.student.loading import load_student
@@ -82,14 +83,11 @@ def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
     for split in cache.splits if grid is None else ():
         if split.index["label"].null_count == split.index.num_rows:
             raise UserError(f"data.{split.split}: {split.source.location} has no labels, which this evaluation needs")
-    source: dict[str, Any] = {
-        "weights": settings.weights,
-        "args": config.student.args,
-        "tracking_uri": resolve_uri(config.tracking.uri, work_folder(config)),
-    }
-    student = load_student(settings.student, **source)
+    work = work_folder(config)  # which all nodes see
+    source = _absolute(fetch_student(settings.student, resolve_uri(config.tracking.uri, work), work))
+    student = load_student(source, weights=settings.weights, args=config.student.args)
     size = settings.input_size or student.input_size or config.student.input_size
-    encoder = cached_encoder(_absolute(settings.student), size, **source, grid=grid)
+    encoder = cached_encoder(source, size, weights=settings.weights, args=config.student.args, grid=grid)
     whole = tuple(replace(split, dataset=replace(split.dataset, policy=WHOLE)) for split in cache.splits)
     plan = FrozenPlan(CachePlan(cache.store, whole, (encoder,)), encoder, student.provenance.get("run_id"))
     check_splits(plan.train, plan.val)

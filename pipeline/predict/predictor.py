@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.geometry import FULL
 from pipeline.predict.images import Images, decoded, list_images
+from pipeline.runs.addresses import fetch_student
 from pipeline.student.loading import load_student
 from pipeline.student.model import Encoder
 
@@ -202,7 +203,8 @@ def load_predictor(
 
     Args:
         model: what is loaded.
-        weights, tracking_uri: as in :func:`~pipeline.student.loading.load_student`.
+        weights: as in :func:`~pipeline.student.loading.load_student`.
+        tracking_uri: of the MLflow store that knows the URI.
         input_size: in pixels, of a backbone or classifier; None: as it was trained, else 224.
         device, batch_size: as in :class:`Predictor`.
 
@@ -211,7 +213,7 @@ def load_predictor(
     """
     saved = find_model(model, tracking_uri)
     if saved is None:
-        loaded = load_student(model, weights=weights, tracking_uri=tracking_uri)
+        loaded = load_student(fetch_student(model, tracking_uri), weights=weights)
         return Predictor(loaded.encoder, model, input_size or loaded.input_size or 224, device, batch_size)
     if input_size:
         saved = _resized(saved, model, input_size)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from pipeline.runtime.allocator import ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Read by Ray when it is imported or when its processes start, hence before any import of it. A user's own value wins.
+# Ray reads these when it is imported or when its processes start. A user's own value wins.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # or a job under `uv run` packs the working directory
@@ -29,13 +31,16 @@ _ENVIRONMENT = {
     "RAY_COLOR_PREFIX": "0",
 }
 _EMBEDDED = {
-    "RAY_AUTH_MODE": "disabled",  # nothing but loopback
+    "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # The monitor kills Ray's newest process when the machine runs low on memory, whichever program takes it.
+    "RAY_memory_monitor_refresh_ms": "0",
 }
-# There is no dashboard. One of Ray Train's actors asks for it all the same, and where another Ray runs on this machine it
-# would not know which one to ask, and die with a traceback: a port that nothing listens on is an answer.
+# Without a dashboard, one of Ray Train's actors looks for one of another Ray on this machine, and dies with a traceback if it
+# finds several. A port that nothing listens on stops the search.
 _NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+_MULTI_NODE_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def is_submitted_job() -> bool:
@@ -101,28 +106,32 @@ def cpus_per_worker(workers: int, most: int) -> int:
 
 @contextmanager
 def connect() -> Iterator[None]:
-    """Connect to Ray, and leave it at the end; within a session that is open already, use that one.
+    """Connect to Ray and disconnect at the end; a session that is already open is used as it is.
 
-    Without RAY_ADDRESS a session of its own starts on this machine, and ends with the job. Workers import this
-    checkout and the modules of the current directory; those of a submitted job import what it uploaded.
+    Without RAY_ADDRESS an embedded session starts on this machine and ends with the job. Workers import this checkout and
+    the modules of the current directory; workers of a submitted job import what it uploaded.
 
     Raises:
-        UserError: where the cluster cannot be reached.
+        UserError: if the cluster cannot be reached, or if a process of the job was killed, as for lack of memory.
     """
     address = _address()
     embedded = address == "local"
     for name, value in {**_ENVIRONMENT, **(_EMBEDDED if embedded else {})}.items():
         os.environ.setdefault(name, value)
+    import_ray()
     import ray
 
     if ray.is_initialized():
-        yield
+        with _killed_in_one_line():
+            yield
         return
     arguments = _embedded_arguments() if embedded else {}
     arguments["runtime_env"] = {"env_vars": _workers_environment(embedded)}
+    if embedded:
+        _check_loopback()
     try:
         _probe(address)
-        with _logging_as_it_was(), _on_loopback(embedded):
+        with _keep_root_logger():
             ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
         reason = one_line(f"{error}: {error.__cause__}" if error.__cause__ else error)
@@ -131,7 +140,8 @@ def connect() -> Iterator[None]:
         ) from error
     _quieten_ray_data()
     try:
-        yield
+        with _killed_in_one_line():
+            yield
     finally:
         ray.shutdown()
 
@@ -174,8 +184,69 @@ def check_devices() -> str:
     return kind
 
 
+def import_ray() -> None:
+    """Import Ray with its multi-node switch off: the servers of an embedded session then listen on loopback alone.
+
+    Ray has this variable for Windows and macOS and reads it at import only. A driver of a cluster, and the nodes that it
+    connects to, are not affected by it.
+    """
+    before = os.environ.get(_MULTI_NODE_SWITCH)
+    os.environ[_MULTI_NODE_SWITCH] = "0"
+    try:
+        import ray  # noqa: F401
+    finally:
+        del os.environ[_MULTI_NODE_SWITCH]  # `ray start` in a child process refuses to form a cluster with it
+        if before is not None:
+            os.environ[_MULTI_NODE_SWITCH] = before
+
+
+def _check_loopback() -> None:
+    """Refuse to start servers that listen on every network, as nothing authenticates."""
+    import ray
+
+    if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+        raise UserError(
+            "Ray was imported before this job, and its servers would listen on every network without authentication: set "
+            f"{_MULTI_NODE_SWITCH}=0 before the first `import ray`, or call ray.init yourself, and this session is used"
+        )
+
+
 @contextmanager
-def _logging_as_it_was() -> Iterator[None]:
+def _killed_in_one_line() -> Iterator[None]:
+    """Turn the death of a process of the job, with pages of traceback, into one line; other errors pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _reason_of_kill(error)
+        if reason is None:
+            raise
+        raise UserError(f"{reason}; everything saved so far is kept, and the same command resumes from it") from error
+
+
+def _reason_of_kill(error: BaseException | None) -> str | None:
+    """What killed a process of the job, and the remedy; None if none was killed."""
+    from ray import exceptions
+
+    if error is None:
+        return None
+    if isinstance(error, exceptions.OutOfMemoryError):
+        node = re.search(r"IP: ([^,)\s]+)", str(error))
+        where = f"node {node[1]}" if node else "a node"
+        return (
+            f"Ray killed a process of the job because {where} ran out of memory: free memory there, or use larger nodes"
+        )
+    crashed = isinstance(error, exceptions.WorkerCrashedError | exceptions.NodeDiedError)
+    if crashed or (isinstance(error, exceptions.RayActorError) and not error.actor_init_failed):
+        return f"a process of the job died ({one_line(error)}): check that the machine has memory left"
+    failures = getattr(error, "worker_failures", {}).values()  # of ray.train.WorkerGroupError
+    wrapped = [getattr(error, name, None) for name in ("health_check_failure", "controller_failure", "__cause__")]
+    return next((reason for one in (*failures, *wrapped) if (reason := _reason_of_kill(one))), None)
+
+
+@contextmanager
+def _keep_root_logger() -> Iterator[None]:
     """Ray's LoggingConfig is meant for its workers, and changes the driver's root logger too."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -184,24 +255,8 @@ def _logging_as_it_was() -> Iterator[None]:
     root.setLevel(level)
 
 
-@contextmanager
-def _on_loopback(embedded: bool) -> Iterator[None]:
-    """While an embedded session starts: without this its servers listen on every network, and nothing authenticates.
-
-    Ray has this switch for Windows and macOS and reads its variable when it is imported, which may be long ago.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = before and not embedded
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
 def _probe(address: str) -> None:
-    """Fail at once where nothing listens: Ray would try for many minutes."""
+    """Fail at once if nothing listens there: Ray would retry for many minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -212,8 +267,8 @@ def _import_path() -> str:
 
 
 def _workers_environment(embedded: bool) -> dict[str, str]:
-    """Variables of the workers, of which a user's own value wins."""
-    if is_submitted_job():  # with variables of its own, which Ray refuses to be told twice
+    """Environment variables of the workers; a user's own value wins."""
+    if is_submitted_job():  # Ray refuses variables that the submission has set already
         return {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     ours = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     return {"PYTHONPATH": _import_path(), **ours, **(_NO_DASHBOARD if embedded else {})}
@@ -228,7 +283,7 @@ def _embedded_arguments() -> dict[str, Any]:
         # Logical CPUs: a worker or actor, and one more for the tasks that feed it.
         "num_cpus": max(4, os.cpu_count() or 1),
         "object_store_memory": 512 << 20,  # features never travel through it
-        # Without a dashboard one of Ray Train's helpers warns every second that it cannot query it.
+        # Ray Train warns every second that there is no dashboard.
         "logging_config": ray.LoggingConfig(log_level="ERROR"),
     }
 

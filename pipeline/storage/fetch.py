@@ -9,21 +9,31 @@ from pipeline.errors import UserError
 from pipeline.storage.store import Store
 
 _copies: list[tempfile.TemporaryDirectory[str]] = []
-"""What was fetched, which goes when the process ends."""
+"""Removed when the process ends."""
 
 
-def fetch(address: str) -> Path:
-    """A local copy, as long as this process lasts, of the files of a folder in an object store, such as a run's `student`.
+def temporary_folder(parent: Path | None = None) -> Path:
+    """A new folder in `parent`, or in the system's temporary folder, that is removed when this process ends."""
+    if parent:
+        parent.mkdir(parents=True, exist_ok=True)
+    _copies.append(tempfile.TemporaryDirectory(prefix="fetched-", dir=parent))
+    return Path(_copies[-1].name)
+
+
+def fetch(address: str, parent: Path | None = None) -> Path:
+    """A local copy of the files of a folder in an object store, such as a run's `student`.
+
+    Args:
+        parent: as in :func:`temporary_folder`, whose lifetime the copy has.
 
     Raises:
-        UserError: where there are none, or the store cannot be used.
+        UserError: if there are none, or the store cannot be used.
     """
     store = Store.at(address)
     names = store.files()
     if not names:
         raise UserError(f"{address}: there is no such folder, or it is empty")
-    _copies.append(tempfile.TemporaryDirectory(prefix="regla-"))
-    folder = Path(_copies[-1].name)
+    folder = temporary_folder(parent)
     for name in names:
         (folder / name).write_bytes(store.get(name))
     return folder

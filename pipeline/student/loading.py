@@ -1,10 +1,10 @@
-"""Any backbone that a user may name: an exported student, a model in MLflow, or a timm model."""
+"""Any backbone that a user may name: an exported student or a timm model."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,44 +38,19 @@ class LoadedStudent(NamedTuple):
     folder: Path | None = None
 
 
-def is_model_uri(name: str) -> bool:
-    """Whether a name is a URI that MLflow resolves."""
-    return name.startswith(("models:/", "runs:/", "mlflow-artifacts:/"))
-
-
-def local_folder(name: str) -> Path:
-    """The folder that a path names, or a local copy of the one that an address (`s3://...`) names.
-
-    Raises:
-        UserError: where there is nothing at the address, or it cannot be reached.
-    """
-    if "://" not in name:
-        return Path(name).expanduser()
-    from pipeline.storage.fetch import fetch
-
-    return fetch(name)
-
-
-def load_student(
-    student: str, *, weights: str = "pretrained", args: Mapping[str, Any] | None = None, tracking_uri: str = ""
-) -> LoadedStudent:
+def load_student(student: str, *, weights: str = "pretrained", args: Mapping[str, Any] | None = None) -> LoadedStudent:
     """Load what `student` names.
 
     Args:
-        student: an exported folder or its address (`s3://...`), an MLflow URI (`models:/...`, `runs:/...`), or a name of
-            timm: `regla_m`, `timm/<name>`.
+        student: an exported folder, or a name of timm (`regla_m`, `timm/<name>`); for students in MLflow or an object store
+            see :func:`pipeline.runs.addresses.fetch_student`.
         weights: of a timm model: `pretrained`, `random[:seed]`, or the path of a file whose keys all fit.
         args: for `timm.create_model`; those of an exported student beside the ones that it was built with.
-        tracking_uri: of the MLflow store.
 
     Raises:
         UserError: where it is none of these, or its weights cannot be had, or do not fit what `args` make of it.
     """
-    if is_model_uri(student):
-        from pipeline.tracking.models import download_student
-
-        return _from_folder(download_student(student, tracking_uri), args or {})
-    if (folder := local_folder(student)).is_dir():
+    if (folder := Path(student).expanduser()).is_dir():
         return _from_folder(folder, args or {})
     if student.startswith("timm/") or timm.is_model(student):
         encoder, size = _from_timm(student, weights, args or {})
@@ -87,12 +62,14 @@ def load_student(
     )
 
 
-def load_initial_student(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str = "") -> LoadedStudent:
+def load_initial_student(
+    name: str, weights: str, args: Mapping[str, Any], fetch: Callable[[str], str] = str
+) -> LoadedStudent:
     """The backbone that `student.name` and `student.args` make, with the weights that `student.weights` names.
 
     Args:
         weights: `pretrained`, a checkpoint file, or an exported student: its folder, its address, or its URI in MLflow.
-        tracking_uri: of the MLflow store.
+        fetch: gives the local path of such an address or URI, and other names as they are.
 
     Returns:
         Of timm's weights and of a file, ``provenance`` holds their identity and licence.
@@ -104,7 +81,7 @@ def load_initial_student(name: str, weights: str, args: Mapping[str, Any], track
     if weights.partition(":")[0] == "random":
         raise UserError(f"student.weights={weights}: random weights are those of `seed`; set student.weights=random")
     try:
-        loaded = _find_initial(name, weights, args, tracking_uri)
+        loaded = _find_initial(name, fetch(weights), args)
     except UserError as error:
         raise UserError(f"student.weights={weights}: {error}") from error
     if loaded.name.removeprefix("timm/") != name.removeprefix("timm/"):
@@ -116,10 +93,8 @@ def load_initial_student(name: str, weights: str, args: Mapping[str, Any], track
     return loaded
 
 
-def _find_initial(name: str, weights: str, args: Mapping[str, Any], tracking_uri: str) -> LoadedStudent:
-    if is_model_uri(weights):
-        return load_student(weights, args=args, tracking_uri=tracking_uri)
-    if (folder := local_folder(weights)).is_dir():
+def _find_initial(name: str, weights: str, args: Mapping[str, Any]) -> LoadedStudent:
+    if (folder := Path(weights).expanduser()).is_dir():
         return _from_folder(folder, args)
     encoder, size = _from_timm(name, weights, args)
     known: Mapping[str, Any] = encoder.backbone.pretrained_cfg  # type: ignore[assignment]

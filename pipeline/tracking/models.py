@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 
 import mlflow
 import numpy as np
@@ -18,6 +17,7 @@ from mlflow.types import Schema, TensorSpec
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, one_line
+from pipeline.storage.fetch import temporary_folder
 from pipeline.tracking.run import Run
 from pipeline.tracking.write_buffer import retry_until_reachable
 
@@ -74,7 +74,7 @@ def log_student(
     return str(logged.model_uri)
 
 
-def download_student(model_uri: str, tracking_uri: str) -> Path:
+def download_student(model_uri: str, tracking_uri: str, parent: Path | None = None) -> Path:
     """A local folder with the exported student of the run that logged a model: safetensors and its description.
 
     The logged graph itself is not opened: torch evaluates expressions and looks up functions that a pt2 file names, so
@@ -83,13 +83,16 @@ def download_student(model_uri: str, tracking_uri: str) -> Path:
     Args:
         model_uri: ``models:/<model id>``, ``models:/<name>/<version>`` (or ``/latest``), ``models:/<name>@<alias>``,
             or ``runs:/<run id>/...``.
+        parent: of the folder, as in :func:`~pipeline.storage.fetch.temporary_folder`.
 
     Raises:
         UserError: where there is no such model, or its run has no exported student.
     """
     client = MlflowClient(tracking_uri)
     try:
-        folder = Path(client.download_artifacts(source_run_id(client, model_uri), STUDENT_FOLDER, mkdtemp()))
+        folder = Path(
+            client.download_artifacts(source_run_id(client, model_uri), STUDENT_FOLDER, str(temporary_folder(parent)))
+        )
         for name in STUDENT_FILES:
             (folder / name).stat()  # some stores give nothing for what is not there
     except (MlflowException, OSError) as error:

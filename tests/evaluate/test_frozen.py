@@ -1,11 +1,14 @@
 """The features of a frozen backbone through the cache are those that it gives directly."""
 
 import dataclasses
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from pipeline.cache.read.reader import PatchReader, read_summaries, scan_images
 from pipeline.errors import UserError
@@ -13,7 +16,9 @@ from pipeline.evaluate.frozen import FrozenTeacher, cached_encoder, map_levels
 from pipeline.evaluate.job import compute_features, plan_frozen
 from pipeline.evaluate.knn import embed, student_knn
 from pipeline.evaluate.knn_search import Placement, search_knn
+from pipeline.storage.store import Store
 from pipeline.student.loading import load_student
+from pipeline.student.model import save_encoder
 from pipeline.training.worker import Worker
 from teachers.base import TeacherError, TeacherOptions
 from tests.fakes import without_ray
@@ -107,7 +112,7 @@ def test_features_are_computed_once_for_a_backbone_and_a_size(computed, monkeypa
 
 def test_an_encoder_is_known_by_its_weights_its_size_its_arguments_and_its_normalisation():
     def identity(size=32, weights="random:3", grid=None, **args):
-        return cached_encoder(STUDENT, size, weights=weights, args=args, tracking_uri="", grid=grid).id
+        return cached_encoder(STUDENT, size, weights=weights, args=args, grid=grid).id
 
     ids = [identity(), identity(size=64), identity(weights="random:4"), identity(grid=0), identity(drop_rate=0.1)]
     assert len(set(ids)) == 5
@@ -122,6 +127,53 @@ def test_levels_that_are_put_side_by_side():
 def test_a_size_that_the_backbone_does_not_take_is_named():
     with pytest.raises(TeacherError, match="timm/vit_tiny_patch16_224 does not take images of 100 px"):
         FrozenTeacher(TeacherOptions("", "random", 100, None, {"student": "timm/vit_tiny_patch16_224"}))
+
+
+@pytest.fixture
+def student_folder(tmp_path):
+    """An exported student."""
+    save_encoder(encoder_of(), STUDENT, {}, 32, tmp_path / "student")
+    return tmp_path / "student"
+
+
+@pytest.fixture
+def logged(student_folder, tmp_path):
+    """Store and URI of a student in MLflow."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("tests", artifact_location=str(tmp_path / "artifacts"))
+    run = client.create_run(experiment).info.run_id
+    client.log_artifacts(run, str(student_folder), "student")
+    return uri, f"models:/{client.create_logged_model(experiment, 'student', run).model_id}"
+
+
+@pytest.fixture(params=["mlflow", "bucket"])
+def remote_student(request, student_folder):
+    """Overrides that name a student in MLflow or in an object store, and the words that no worker may be sent."""
+    if request.param == "mlflow":
+        uri, name = request.getfixturevalue("logged")
+        return [f"evaluate.student={name}", f"tracking.uri={uri}"], [name, "models:", "sqlite:"]
+    request.getfixturevalue("bucket")
+    store = Store.at("s3://models/run/student")
+    for file in student_folder.iterdir():
+        store.put(file.name, file.read_bytes())
+    return [f"evaluate.student={store.uri}"], ["s3:"]
+
+
+def test_workers_get_a_folder_that_all_nodes_see_and_no_address(
+    photo_config, remote_student, student_folder, tmp_path, monkeypatch
+):
+    overrides, forbidden = remote_student
+    plan = plan_frozen(photo_config(*overrides))
+    sent = pickle.dumps(plan.encoder)
+    assert not [word for word in forbidden if word.encode() in sent]
+    assert tmp_path / "work" in Path(plan.encoder.config.args["student"]).parents
+    for name in ("pipeline.tracking.models.MlflowClient", "pipeline.storage.store.Store.get"):
+        monkeypatch.setattr(name, None)  # a worker reaches neither
+    config = plan.encoder.config
+    teacher = FrozenTeacher(TeacherOptions("", config.weights, config.input_size, None, config.args))
+    assert teacher.spec == plan.encoder.spec
+    assert teacher.spec.weights == plan_frozen(photo_config(f"evaluate.student={student_folder}")).encoder.spec.weights
 
 
 def test_images_without_labels_are_refused_before_anything_is_computed(photo_config, tmp_path):

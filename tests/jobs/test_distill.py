@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from jobs import distill, evaluate, precompute
 from jobs._cli import run
 from pipeline.evaluate import job as evaluation
+from pipeline.runs.addresses import fetch_student
 from pipeline.student.loading import load_student
 from pipeline.student.model import Encoder
 from tests.fakes import SMALL_JOB, colours_entry, images_seen
@@ -149,7 +150,7 @@ def test_the_student_says_what_it_comes_from_wherever_it_is(first):
     uri = f"sqlite:///{first.folder}/work/mlflow.db"
     folder = next(first.folder.glob("work/runs/*/student"))
     for student in (first.figures["model_uri"], str(folder)):
-        encoder, name, size, _, origin, _ = load_student(student, tracking_uri=uri)
+        encoder, name, size, _, origin, _ = load_student(fetch_student(student, uri))
         assert (name, size) == ("regla_t", 32)
         assert isinstance(encoder, Encoder)
         assert [teacher["name"] for teacher in origin["teachers"]] == ["colours8", "hog"]

@@ -16,7 +16,7 @@ from pipeline.config.load import load_config
 from pipeline.storage.store import Store
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process
 from tests.faults import content, listed
-from tests.nodes import cluster, kill, running, start_run, wait_until
+from tests.nodes import cluster, kill, running, start_precompute, wait_until
 
 SHARDS = 4
 
@@ -121,7 +121,7 @@ def test_two_jobs_on_one_cache_outlast_the_kill_of_worker_actor_node_and_driver(
     gate = tmp_path / "gate"  # closed, the teacher answers for one shard and no more
     arguments = [*arguments, f"teachers=[{colours_entry(tmp_path / 'calls', dim=16, gate=gate)}]"]
     with cluster(4, 4) as (head, second):
-        jobs = [start_run([*arguments, f"cache.uri={cache}"], head.address, log) for log in logs]
+        jobs = [start_precompute([*arguments, f"cache.uri={cache}"], head.address, log) for log in logs]
 
         def seen(found):
             return wait_until(lambda: found() or not all(job.is_alive() for job in jobs))
@@ -137,7 +137,7 @@ def test_two_jobs_on_one_cache_outlast_the_kill_of_worker_actor_node_and_driver(
         gate.touch()
         jobs[0].join()
         assert jobs[0].exitcode == -signal.SIGKILL
-        jobs[0] = start_run([*arguments, f"cache.uri={cache}"], head.address, logs[0])
+        jobs[0] = start_precompute([*arguments, f"cache.uri={cache}"], head.address, logs[0])
         while any(job.is_alive() for job in jobs):
             now = content(cache)  # what is listed is whole at every moment, and stays
             assert finished.items() <= now.items()

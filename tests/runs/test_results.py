@@ -6,6 +6,7 @@ import torch
 from pipeline.config.load import Config
 from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
+from pipeline.runs.addresses import fetch_student
 from pipeline.runs.results import outputs_store, publish
 from pipeline.storage.fetch import fetch
 from pipeline.student.loading import load_student
@@ -32,7 +33,7 @@ def test_results_are_copied_and_a_student_is_loaded_from_its_address(bucket, tmp
     assert store.sub(run.name).folders() == ["figures", "student"]
     images = torch.rand(2, 3, 64, 64)
     assert find_model(f"{address}/student", "") is None
-    found, own = load_student(f"{address}/student"), load_student(str(run / "student"))
+    found, own = load_student(fetch_student(f"{address}/student", "")), load_student(str(run / "student"))
     torch.testing.assert_close(found.encoder(images), own.encoder(images))
     assert found.input_size == 64
 

@@ -167,6 +167,35 @@ def test_all_servers_of_an_embedded_session_listen_on_loopback_alone():
     assert all(address.is_loopback for address in listening), listening
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_the_memory_monitor_of_an_embedded_session_is_off():
+    """Other programs that fill the machine would have it kill the training."""
+    (raylet,) = (pid for pid, title in descendants(os.getpid()).items() if "raylet/raylet " in title)
+    assert "RAY_memory_monitor_refresh_ms=0" in Path(f"/proc/{raylet}/environ").read_text().split("\0")
+    import ray
+
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    assert "MemoryMonitor disabled" in (logs / "raylet.out").read_text()
+
+
+def test_the_memory_monitor_of_a_cluster_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.delenv("RAY_memory_monitor_refresh_ms", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    with connect():
+        assert "RAY_memory_monitor_refresh_ms" not in os.environ
+
+
+def test_a_session_that_would_listen_on_every_network_is_refused(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "192.0.2.2")
+    with (
+        pytest.raises(UserError, match=r"set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before the first `import ray`"),
+        connect(),
+    ):
+        pass
+
+
 def _listening(pids):
     """Addresses on which these processes of this network namespace accept connections."""
     sockets = {inode for pid in pids for inode in _sockets(pid)}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from timm.layers import DropPath
 
 from pipeline.errors import UserError
+from pipeline.runs.addresses import fetch_student
 from pipeline.student.loading import load_initial_student, load_student
 from pipeline.student.model import Encoder, create_backbone
 
@@ -101,7 +103,7 @@ def test_weights_of_the_hub_are_known_by_their_tag_and_licence(monkeypatch):
 def test_weights_of_another_network_are_refused(exported, tmp_path, name, weights, expected):
     folder, uri = str(exported[0]), f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(UserError, match=expected.replace("FOLDER", folder)):
-        load_initial_student(name, weights.replace("FOLDER", folder), {}, uri)
+        load_initial_student(name, weights.replace("FOLDER", folder), {}, partial(fetch_student, tracking_uri=uri))
 
 
 def test_arguments_that_an_exported_student_was_built_with_are_asked_for(exported):
