@@ -17,6 +17,7 @@ from pipeline.config.load import Config, iter_fields
 
 JOBS = sorted(file.stem for file in REPOSITORY.glob("jobs/[!_]*.py"))
 API: dict[str, tuple[str, ...]] = {
+    "regla": ("distill", "precompute", "evaluate", "finetune", "load_predictor", "write_images", "TrainedModel"),
     "pipeline.predict": ("load_predictor", "Predictor", "Objects"),
     "pipeline.student.loading": ("load_student", "LoadedStudent"),
     "pipeline.student.model": ("create_backbone", "Encoder", "load_encoder"),

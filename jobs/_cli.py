@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from jobs._completion import complete, complete_item
 from pipeline.config.load import Config, describe_fields, load_config
 from pipeline.errors import UserError
 from pipeline.runtime import logs
@@ -79,9 +80,10 @@ def run(
         epilog=f"fields (recipe keys and overrides):\n{describe_fields()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    items = parser.add_argument(
         "items", nargs="*", metavar="recipe.yaml | key=value", help="a recipe (recipes/quickstart.yaml) and overrides"
     )
+    items.completer = complete_item  # type: ignore[attr-defined]
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
     for mode in modes:
@@ -89,6 +91,7 @@ def run(
         group.add_argument(mode.flag, help=mode.help, **kind)
     for switch in switches:
         parser.add_argument(switch.flag, action="store_true", help=switch.help)
+    complete(parser)
     options = parser.parse_intermixed_args(arguments)
     chosen = _choose(parser, options, modes, switches)
     logs.configure()
@@ -152,7 +155,15 @@ def _configure(items: Sequence[str], default: Path) -> Config:
     recipes = [item for item in items if "=" not in item and item.endswith((".yaml", ".yml"))]
     if len(recipes) > 1:
         raise UserError(f"give one recipe, not {len(recipes)}: {', '.join(recipes)}")
-    return load_config(recipes[0] if recipes else default, [item for item in items if item not in recipes])
+    recipe = find_recipe(recipes[0]) if recipes else default
+    return load_config(recipe, [item for item in items if item not in recipes])
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a recipe; where no file has it, `quickstart.yaml` and `recipes/quickstart.yaml` name those of this package."""
+    path = Path(name)
+    own = RECIPES / path.name
+    return own if not path.exists() and str(path.parent) in (".", "recipes") and own.is_file() else path
 
 
 def table(rows: Mapping[str, Any]) -> str:

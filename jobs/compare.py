@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import finish, later, table
+from jobs._completion import complete
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--to", type=Path, default=Path("comparison"), help="folder that is written; default: comparison"
     )
+    complete(parser)
     options = parser.parse_args(arguments)
     finish(lambda: later("jobs.compare", "show")(options))
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import later, percent, run, size, table
 
@@ -89,7 +90,8 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
         "time": f"{figures['seconds']:.0f} s",
     }
     print(f"done\n{table(rows)}")
-    return {**figures, "model_uri": result.model_uri, "registered": registered, "mlflow_run_id": job.run.run_id}
+    uris = {"model_uri": result.model_uri, "registered": registered}
+    return {**figures, "student": str(result.student), **uris, "mlflow_run_id": job.run.run_id}
 
 
 def fill(job: Job, phases: Sequence[Phase]) -> tuple[list[Phase], list[BuildReport]]:

@@ -10,15 +10,18 @@ python jobs/evaluate.py coco-results annotations=instances_val2017.json results=
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import DEFAULT_RECIPE, RECIPES, later, percent, run, size, table
+from jobs._completion import complete
 
 NAMES = ("knn", "linear", "seg-probe", "classify", "segment", "detect", "coco-results")
 """Of the evaluations."""
@@ -30,6 +33,9 @@ def start(arguments: Sequence[str]) -> None:
     if name in ("-h", "--help"):
         name, others = "knn", ["--help"]
     if name not in NAMES:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("evaluation", choices=NAMES)
+        complete(parser)
         known = ", ".join(NAMES)
         print(f"error: name the evaluation first: {known}, as in `jobs/evaluate.py knn ...`", file=sys.stderr)
         sys.exit(2)

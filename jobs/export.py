@@ -14,16 +14,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._backbone import load_named, naming, tracking_uri
 from jobs._cli import finish, later, table
+from jobs._completion import complete
 from pipeline.export.formats import FORMATS, ROUNDS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, export, and print what was written as a table and one line of JSON."""
-    options = parser().parse_args(arguments)
+    command_line = parser()
+    complete(command_line)
+    options = command_line.parse_args(arguments)
     finish(lambda: later("jobs.export", "export")(options))
 
 

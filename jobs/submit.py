@@ -1,110 +1,127 @@
-"""Submit a job to a Ray cluster from this checkout, after a look at what would be uploaded.
+"""Submit a job to a Ray cluster and print its log.
 
 python jobs/submit.py jobs/distill.py recipes/own_images.yaml work=/mnt/regla/work
+regla submit distill own_images.yaml work=/mnt/regla/work           from an installed package
 
-The cluster is that of RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265 (`ray dashboard cluster.yaml` forwards it). What
-.gitignore and .rayignore name stays at home. The job's log is printed as it comes, and its exit code is given: 130 where it
-was stopped. Its environment is that of Ray on the head node, and nothing of this terminal's.
+The first command uploads the checkout. The second uploads the current folder; the nodes need the package installed. Neither
+uploads what .gitignore and .rayignore name. RAY_API_SERVER_ADDRESS names the cluster; default: http://127.0.0.1:8265, which
+`ray dashboard cluster.yaml` forwards. The job has the environment of Ray on the head node, not that of this terminal. The
+exit code is that of the job; 130 if the job was stopped.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from jobs._completion import complete
 from pipeline.errors import UserError, one_line
-from pipeline.runtime.ray_session import REPOSITORY
+from pipeline.runtime.ray_session import IS_INSTALLED, REPOSITORY
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 MAX_UPLOAD = 50 << 20
-"""Bytes of the files of a checkout, at most: it has a few, and what is large belongs on the shared file system."""
+"""Largest upload in bytes. A checkout has a few; large files belong on the shared file system."""
 
 ADDRESS = "http://127.0.0.1:8265"
 
 
-def uploaded(folder: Path) -> dict[str, int]:
-    """Bytes of every file that Ray would upload of a working directory, by its path in there; found by Ray's own rules."""
+def uploaded_files(folder: Path) -> dict[str, int]:
+    """Bytes of every file that Ray would upload from a working directory, by relative path, under Ray's own rules."""
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
     files: dict[str, int] = {}
 
-    def take(path: Path) -> None:
+    def add(path: Path) -> None:
         if path.is_file():
             files[str(path.relative_to(folder))] = path.stat().st_size
 
     excludes = [_get_excludes(folder, get_runtime_env_default_excludes())]
-    _dir_travel(folder, excludes, take, include_gitignore=True, logger=logging.getLogger(__name__))
+    _dir_travel(folder, excludes, add, include_gitignore=True, logger=logging.getLogger(__name__))
     return files
 
 
 def check_upload(folder: Path) -> int:
-    """Bytes of what would be uploaded.
+    """Bytes of the upload.
 
     Raises:
-        UserError: where that is more than `MAX_UPLOAD`, naming the biggest files.
+        UserError: naming the largest files, if they exceed `MAX_UPLOAD`.
     """
-    files = uploaded(folder)
+    files = uploaded_files(folder)
     total = sum(files.values())
     if total > MAX_UPLOAD:
-        biggest = sorted(files, key=files.__getitem__, reverse=True)[:5]
-        named = ", ".join(f"{name} ({files[name] / 2**20:.1f} MiB)" for name in biggest)
+        largest = sorted(files, key=files.__getitem__, reverse=True)[:5]
+        names = ", ".join(f"{name} ({files[name] / 2**20:.1f} MiB)" for name in largest)
         raise UserError(
             f"{len(files)} files of {total / 2**20:.0f} MiB would be uploaded, more than the {MAX_UPLOAD >> 20} MiB allowed; "
-            f"the biggest: {named}; move them out of {folder}, or name them in .rayignore"
+            f"the largest: {names}; move them out of {folder}, or name them in .rayignore"
         )
     return total
 
 
-def entrypoint(arguments: list[str]) -> str:
-    """The command line that the cluster runs for a job and its arguments.
+def job_names() -> list[str]:
+    """Names of the jobs that can be submitted."""
+    return sorted(path.stem for path in (REPOSITORY / "jobs").glob("[a-z]*.py") if path.stem != "submit")
+
+
+def entrypoint(arguments: Sequence[str]) -> str:
+    """Command line that the cluster runs.
+
+    Args:
+        arguments: the job, as `jobs/distill.py` or `distill`, and its arguments.
 
     Raises:
-        UserError: where the first argument is no job of this checkout.
+        UserError: if the first argument names no job.
     """
-    jobs = sorted(f"jobs/{path.name}" for path in (REPOSITORY / "jobs").glob("[a-z]*.py") if path.stem != "submit")
-    if not arguments or arguments[0] not in jobs:
-        raise UserError(f"name the job first: {', '.join(jobs)}, as in `jobs/submit.py {jobs[0]} ...`")
-    return shlex.join(["python", *arguments])
+    first = arguments[0] if arguments else ""
+    name = first.removeprefix("jobs/").removesuffix(".py")
+    if name not in job_names() or first not in (name, f"jobs/{name}.py"):
+        scripts = ", ".join(f"jobs/{name}.py" for name in job_names())
+        raise UserError(f"name the job first: {scripts}, as in `jobs/submit.py jobs/distill.py ...`")
+    program = ["regla", name] if IS_INSTALLED else ["python", f"jobs/{name}.py"]
+    return shlex.join([*program, *arguments[1:]])
 
 
-def submit(command: str) -> int:
-    """Run a command on the cluster, print its log, and give its exit code: 130 where the job was stopped.
+def submit(command: str, folder: Path) -> int:
+    """Run a command on the cluster in an upload of `folder`, print its log, and return its exit code: 130 if it was stopped.
 
     Raises:
-        UserError: where the cluster does not answer.
+        UserError: if the cluster does not answer.
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     address = os.environ.get("RAY_API_SERVER_ADDRESS", ADDRESS)
-    with _answering(f"RAY_API_SERVER_ADDRESS: no cluster can be used at {address}"):
+    with _connection_errors(f"RAY_API_SERVER_ADDRESS: no cluster can be used at {address}"):
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(REPOSITORY)})
-    print(f"submitted as {job}: it goes on without this terminal, until `ray job stop {job}`", flush=True)
-    with _answering(f"{address} does not answer any longer; `ray job logs --follow {job}` shows how the job goes on"):
+        job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
+    print(f"submitted as {job}; it runs without this terminal, `ray job stop {job}` stops it", flush=True)
+    with _connection_errors(
+        f"{address} no longer answers; `ray job logs --follow {job}` shows the progress of the job"
+    ):
         asyncio.run(_print_log(client, job))
-        ended = client.get_job_info(job)
-    # Where the job's own process never ended, its log does not tell why.
-    why = f" ({ended.message})" if ended.driver_exit_code is None else ""
-    print(f"{job}: {ended.status}{why}", flush=True)
+        details = client.get_job_info(job)
+    # Without an exit code of the driver its log does not say why the job ended.
+    reason = f" ({details.message})" if details.driver_exit_code is None else ""
+    print(f"{job}: {details.status}{reason}", flush=True)
     codes = {JobStatus.SUCCEEDED: 0, JobStatus.STOPPED: 130}
-    return codes.get(ended.status, ended.driver_exit_code or 1)
+    return codes.get(details.status, details.driver_exit_code or 1)
 
 
 @contextmanager
-def _answering(problem: str) -> Iterator[None]:
-    """While the cluster is asked: what it does not answer is one line."""
+def _connection_errors(problem: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -116,12 +133,18 @@ async def _print_log(client: JobSubmissionClient, job: str) -> None:
         print(lines, end="", flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    """Check, say what is uploaded, submit, and end as the job ends."""
+def main(arguments: Sequence[str]) -> None:
+    """Check the upload, submit the job, and exit with its code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=job_names(), help="as `distill` or `jobs/distill.py`; its arguments follow")
+    complete(parser)
+    if list(arguments) in (["-h"], ["--help"]):
+        parser.parse_args(arguments)
+    folder = Path.cwd() if IS_INSTALLED else REPOSITORY
     try:
         command = entrypoint(arguments)
-        print(f"uploading {check_upload(REPOSITORY) / 2**20:.1f} MiB of {REPOSITORY}", flush=True)
-        code = submit(command)
+        print(f"uploading {check_upload(folder) / 2**20:.1f} MiB of {folder}", flush=True)
+        code = submit(command, folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

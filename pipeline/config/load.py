@@ -16,7 +16,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -128,13 +128,21 @@ class Config(Section):
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML recipe and apply dotted overrides (`train.epochs=5`) in order.
+def load_config(
+    recipe: str | Path | Mapping[str, Any] | None, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Config:
+    """Read a YAML recipe and apply dotted overrides in order.
+
+    Args:
+        recipe: its file, or its fields, nested or dotted.
+        overrides: `train.epochs=5`, ...; or fields with their values, nested or dotted.
 
     Raises:
         UserError: for a missing or malformed recipe, an unknown key, a wrong type or a value out of range.
     """
-    tree = _read_recipe(Path(recipe)) if recipe else {}
+    tree = _changed({}, dict(recipe)) if isinstance(recipe, Mapping) else _read_recipe(Path(recipe)) if recipe else {}
+    if isinstance(overrides, Mapping):
+        tree, overrides = _changed(tree, dict(overrides)), ()
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from pipeline.errors import UserError, one_line
 from pipeline.runtime.allocator import ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+"""Folder of the packages: a checkout, or site-packages."""
+
+IS_INSTALLED = REPOSITORY in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
 
 # Ray reads these when it is imported or when its processes start. A user's own value wins.
 _ENVIRONMENT = {
@@ -263,7 +267,8 @@ def _probe(address: str) -> None:
 
 
 def _import_path() -> str:
-    return os.pathsep.join(filter(None, [str(REPOSITORY), os.getcwd(), os.environ.get("PYTHONPATH")]))
+    checkout = None if IS_INSTALLED else str(REPOSITORY)  # before the standard library, where no site-packages belong
+    return os.pathsep.join(filter(None, [checkout, os.getcwd(), os.environ.get("PYTHONPATH")]))
 
 
 def _workers_environment(embedded: bool) -> dict[str, str]:

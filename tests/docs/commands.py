@@ -17,7 +17,21 @@ from unittest import mock
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-STARTS = ("python ", "make ", "ray ", "kubectl ", "pip ", "mlflow ", ".venv/", ". ", "export ", "curl ", "cd ", "git ")
+STARTS = (
+    "python ",
+    "regla ",
+    "make ",
+    "ray ",
+    "kubectl ",
+    "pip ",
+    "mlflow ",
+    ".venv/",
+    ". ",
+    "export ",
+    "curl ",
+    "cd ",
+    "git ",
+)
 """What a line begins with that is a command, also in a block without a language."""
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*$")
 

@@ -17,6 +17,7 @@ from click import Context, UsageError
 from jobs._cli import _configure
 from pipeline.config.load import load_config
 from pipeline.errors import UserError
+from regla.cli import COMMANDS as COMMANDS_OF_REGLA
 from tests.docs.commands import REPOSITORY, Command, collect, parse
 from tests.fakes import SMALL_JOB, write_photos
 
@@ -51,7 +52,7 @@ RUN: dict[str, list[str]] = {
 }
 """What is run for real, by its text, with what is added to it."""
 
-SHELL = {".", "export", "cd", "source"}
+SHELL = {".", "export", "cd", "source", "eval"}
 """Words of the shell itself; nothing of ours to try."""
 OTHERS = {"kubectl": ("apply",), "pip": ("install",)}
 """Programs of others that are not installed here, and what is asked of them; files that they are given must be there."""
@@ -124,6 +125,8 @@ def test_a_command_is_understood_by_what_it_is_for(command, monkeypatch):
         ["python", "jobs/evaluate.py", "guess", "data.train=photos"],
         ["python", "jobs/export.py", "student", "--format", "tflite"],
         ["python", "jobs/no_such_job.py"],
+        ["regla", "distil", "quickstart.yaml"],
+        ["regla", "distill", "nowhere.yaml"],
         ["make", "coffee"],
         ["make", "submit", "JOB=jobs/distill.py recipes/quickstart.yaml epochs=5"],
         ["ray", "start", "--haed"],
@@ -143,6 +146,9 @@ def check(words):
     """Fail where a command would be refused for how it is written."""
     first, *rest = words
     first = first.removeprefix(".venv/bin/")
+    if first == "regla":
+        assert rest[0] in COMMANDS_OF_REGLA
+        first, rest = "python", [f"jobs/{rest[0]}.py", *rest[1:]]
     if first == "python":
         options = parse(rest[0], rest[1:])
         if hasattr(options, "items"):

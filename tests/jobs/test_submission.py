@@ -36,7 +36,7 @@ def checkout(tmp_path):
 
 
 def test_what_is_counted_is_what_ray_packs_and_data_stays_at_home(checkout, tmp_path_factory):
-    files = submit.uploaded(checkout)
+    files = submit.uploaded_files(checkout)
     assert (
         {"jobs/a.py", "pipeline/deep/b.py"}
         <= files.keys()
@@ -63,7 +63,7 @@ def test_a_large_file_is_named_before_anything_is_uploaded(checkout):
 
 
 def test_this_checkout_is_small_enough():
-    files = submit.uploaded(REPOSITORY)
+    files = submit.uploaded_files(REPOSITORY)
     assert "jobs/distill.py" in files
     assert "recipes/quickstart.yaml" in files
     assert submit.check_upload(REPOSITORY) < submit.MAX_UPLOAD

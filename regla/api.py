@@ -1,0 +1,166 @@
+"""The jobs as functions: recipes and images in, trained models and metrics out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regla.images import Images, locate
+
+if TYPE_CHECKING:
+    from pipeline.config.load import Config
+    from pipeline.predict.predictor import Predictor
+
+Recipe = str | Path | Mapping[str, Any] | None
+"""A YAML file, the name of a recipe of this package (`own_images.yaml`), its fields as a mapping, or None for the default."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a distillation or fine-tuning has produced.
+
+    Attributes:
+        folder: of the student, or of the fine-tuned model.
+        metrics: all figures that the job prints, by name.
+        run_id: of the MLflow run.
+        model_uri: of the model in MLflow's registry, or of the logged model where the store has no registry.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    run_id: str
+    model_uri: str
+
+    def load(self, **options: Any) -> Predictor:
+        """Load the model for prediction; `options` as in :func:`load_predictor`."""
+        return load_predictor(self.folder, **options)
+
+
+def distill(
+    recipe: Recipe = None, *, images: Images | None = None, held_out: Images | None = None, **fields: Any
+) -> TrainedModel:
+    """Distil teachers into a student: fill the cache with missing features, train from it, measure kNN.
+
+    An interrupted call resumes when it is repeated with equal arguments.
+
+    Args:
+        recipe: as :data:`Recipe`; None: generated scenes (`recipes/quickstart.yaml`).
+        images: training images: a folder, .tar or .parquet files, or a list of image files, PIL images and RGB arrays uint8
+            [H, W, 3]. A list is written once to a Parquet file in the work folder. None: `data.train` of the recipe.
+        held_out: the same for the images that kNN is measured on; None: `data.val` of the recipe.
+        fields: of the recipe, nested or dotted: ``train={"epochs": 5}``, ``**{"train.epochs": 5}``.
+
+    Returns:
+        The student. Its metrics include `knn_before` and `knn_after` in percent where the images have labels.
+
+    Raises:
+        UserError: for a field, image, weight file or store that cannot be used, in one line.
+    """
+    from jobs.distill import main
+
+    return _trained(main(_configure("quickstart.yaml", recipe, images, held_out, fields), False), "student")
+
+
+def finetune(
+    recipe: Recipe = None, *, images: Images | None = None, held_out: Images | None = None, **fields: Any
+) -> TrainedModel:
+    """Fine-tune a backbone for classification, segmentation or detection.
+
+    Args:
+        recipe: as :data:`Recipe`; None: classification of generated scenes (`recipes/classify.yaml`).
+        images, held_out, fields: as in :func:`distill`; ``finetune={"student": trained.folder}`` names the backbone.
+
+    Returns:
+        The fine-tuned model and its metrics on the held-out images.
+
+    Raises:
+        UserError: as :func:`distill`.
+    """
+    from jobs.finetune import main
+
+    return _trained(main(_configure("classify.yaml", recipe, images, held_out, fields), False), "model")
+
+
+def precompute(
+    recipe: Recipe = None, *, images: Images | None = None, held_out: Images | None = None, **fields: Any
+) -> dict[str, float]:
+    """Fill the feature cache of a recipe: every teacher on every image, once.
+
+    Args:
+        recipe, images, held_out, fields: as in :func:`distill`.
+
+    Returns:
+        `shards_computed`, `images_extracted`, `quarantined` and `seconds`.
+
+    Raises:
+        UserError: as :func:`distill`.
+    """
+    from jobs.precompute import main
+
+    return _numbers(main(_configure("quickstart.yaml", recipe, images, held_out, fields), False))
+
+
+def evaluate(
+    name: str, recipe: Recipe = None, *, images: Images | None = None, held_out: Images | None = None, **fields: Any
+) -> dict[str, float]:
+    """Measure a backbone on frozen features.
+
+    Args:
+        name: `knn`, `linear` or `seg-probe`.
+        recipe, images, held_out, fields: as in :func:`distill`; ``evaluate={"student": trained.folder}`` names the backbone.
+
+    Returns:
+        The metrics by name, in percent.
+
+    Raises:
+        UserError: as :func:`distill`, or for another name.
+    """
+    from jobs.evaluate import EVALUATIONS
+    from pipeline.errors import UserError
+
+    if name not in EVALUATIONS:
+        raise UserError(f"there is no evaluation {name}; there are {', '.join(EVALUATIONS)}")
+    return _numbers(EVALUATIONS[name](_configure("quickstart.yaml", recipe, images, held_out, fields), False))
+
+
+def load_predictor(model: str | Path, **options: Any) -> Predictor:
+    """Load a model for prediction: features of a backbone, or what a fine-tuned model was made for.
+
+    Args:
+        model: folder of a student or fine-tuned model, MLflow model URI (`models:/...`), or timm name.
+        options: `weights`, `input_size`, `device`, `batch_size` and `tracking_uri`, as in
+            :func:`pipeline.predict.predictor.load_predictor`.
+
+    Raises:
+        UserError: where there is no such model or device.
+    """
+    from pipeline.predict.predictor import load_predictor
+
+    return load_predictor(str(model), **options)
+
+
+def _configure(
+    default: str, recipe: Recipe, images: Images | None, held_out: Images | None, fields: Mapping[str, Any]
+) -> Config:
+    from jobs._cli import find_recipe
+    from pipeline.config.load import load_config
+    from pipeline.runs.folder import work_folder
+
+    def load(extra: Mapping[str, Any]) -> Config:
+        tree = recipe if isinstance(recipe, Mapping) else find_recipe(str(recipe or default))
+        return load_config(tree, {**fields, **extra})
+
+    work = work_folder(load({})) / "images"
+    given = {"data.train": images, "data.val": held_out}
+    return load({key: locate(value, work) for key, value in given.items() if value is not None})
+
+
+def _trained(figures: Mapping[str, Any], folder: str) -> TrainedModel:
+    uri = figures["registered"] or figures["model_uri"]
+    return TrainedModel(Path(figures[folder]), _numbers(figures), figures["mlflow_run_id"], uri)
+
+
+def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if isinstance(value, int | float)}

@@ -1,0 +1,80 @@
+"""The command `regla`: one subcommand for each job, which takes the arguments of `python jobs/<job>.py`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+COMMANDS = {
+    "distill": "distil teachers into a student: fill the cache, train, measure, register",
+    "plan": "print bytes, hours and price of filling the cache (precompute --plan)",
+    "precompute": "fill the feature cache; verify, repair, list and clean it",
+    "evaluate": "kNN, linear and segmentation probes; metrics of fine-tuned models",
+    "finetune": "fine-tune for classification, segmentation or detection",
+    "predict": "features, classes, label maps or objects of images",
+    "export": "write files for other runtimes",
+    "benchmark": "measure parameters, MACs, memory and latency of networks",
+    "compare": "compare the runs of an MLflow experiment on one page",
+    "submit": "submit a job to a Ray cluster",
+}
+SHELLS = ("bash", "zsh", "fish")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the job that the first argument names with the arguments that follow it.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:
+        words = _complete(parser)
+    options = parser.parse_args(words[:2] if words[:1] == ["completion"] else words[:1])
+    if options.command == "completion":
+        import argcomplete
+
+        print(argcomplete.shellcode(["regla"], shell=options.shell))
+    else:
+        run_job(options.command, words[1:])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the first argument; each job parses its own."""
+    parser = argparse.ArgumentParser(
+        prog="regla",
+        description="Distil vision foundation models into a small, fast backbone.",
+        epilog="regla COMMAND --help shows the arguments of a command.",
+    )
+    version = next(iter(metadata.Distribution.discover(name="regla-distill")), None)
+    parser.add_argument("--version", action="version", version=version.version if version else "not installed")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    completion = commands.add_parser("completion", help='print shell completion: eval "$(regla completion bash)"')
+    completion.add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def run_job(command: str, arguments: Sequence[str]) -> None:
+    """Run a job as `python -m jobs.<job>` does: it reads its command line before it imports torch."""
+    job, flags = ("precompute", ["--plan"]) if command == "plan" else (command, [])
+    sys.argv = [f"regla {command}", *flags, *arguments]
+    runpy.run_module(f"jobs.{job}", run_name="__main__")
+
+
+def _complete(parser: argparse.ArgumentParser) -> list[str]:
+    """Complete the command, or give the words before the one that the job is to complete."""
+    import argcomplete
+    from argcomplete.lexers import split_line
+
+    words = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))[3]
+    first = 3 if words[1:2] == ["submit"] and words[2:3] and words[2] in COMMANDS else 2
+    if len(words) < first or words[first - 1] not in COMMANDS:
+        argcomplete.autocomplete(parser)
+    os.environ["_ARGCOMPLETE"] = str(first)  # the number of words before the arguments that are completed
+    return words[first - 1 :]
