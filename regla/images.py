@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,13 +50,14 @@ def _write(encoded: Sequence[bytes], file: Path, labels: Sequence[int] | None) -
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from pipeline.storage.atomic import atomic_write
+
     columns: dict[str, Any] = {"image": pa.array(encoded, pa.binary())}
     if labels is not None:
         columns["label"] = pa.array([int(label) for label in labels], pa.int64())
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    pq.write_table(pa.table(columns), temporary, row_group_size=256, compression="none")
-    os.replace(temporary, file)
+    with atomic_write(file) as stream:
+        pq.write_table(pa.table(columns), stream, row_group_size=256, compression="none")
     return file
 
 
