@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def naming(parser: argparse.ArgumentParser, what: str) -> None:
     """The arguments that name a backbone, for :func:`load_named`; `what` says which ones the job takes."""
     parser.add_argument("model", help=what)
-    parser.add_argument("--weights", default="pretrained", help="of a timm name: pretrained, random[:seed], or a file")
+    parser.add_argument(
+        "--weights", default="pretrained", help="weights of a timm name: pretrained, random[:seed], or a file"
+    )
     parser.add_argument("--size", type=int, help="side of the input in pixels; default: as the student was trained")
     parser.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else the work folder's")
 

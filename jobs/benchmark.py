@@ -1,4 +1,4 @@
-"""Measure networks side by side: parameters, MACs, activations, memory, latency.
+"""Compare networks: parameters, MACs, activations, memory, latency.
 
 python jobs/benchmark.py                                                ReGLA-M and its rivals at 512 px on one CPU thread
 python jobs/benchmark.py 'benchmark.models=[regla_m,iformer_m]' 'benchmark.sizes=[256,512,1024]' benchmark.threads=4

@@ -1,4 +1,4 @@
-"""Put the runs of an MLflow experiment beside each other: tables, figures, and a page for the browser.
+"""Compare the runs of an MLflow experiment: tables, figures, and one HTML page.
 
 python jobs/compare.py --experiment regla-distill
 python jobs/compare.py --experiment regla-distill --filter "params.student.name LIKE 'regla%'" --to comparison
@@ -23,13 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, compare, and print the tables and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", required=True, help="MLflow experiment (tracking.experiment of the jobs)")
-    parser.add_argument("--filter", default="", help="which runs, in MLflow's syntax; their evaluations come along")
+    parser.add_argument("--filter", default="", help="selects runs, in MLflow's syntax; their evaluations are included")
     parser.add_argument(
         "--tracking-uri", help="MLflow store; none: MLFLOW_TRACKING_URI, else the SQLite file of ./work"
     )
-    parser.add_argument(
-        "--to", type=Path, default=Path("comparison"), help="folder that is written; default: comparison"
-    )
+    parser.add_argument("--to", type=Path, default=Path("comparison"), help="output folder; default: comparison")
     complete(parser)
     options = parser.parse_args(arguments)
     finish(lambda: later("jobs.compare", "show")(options))

@@ -1,6 +1,6 @@
-"""Distil teachers into a student: precompute what the cache lacks, then train from it.
+"""Distil teachers into a student: fill the cache with what is missing, then train from it.
 
-python jobs/distill.py                                             generated sample scenes, on this machine
+python jobs/distill.py                                             generated scenes, on this machine
 python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s
 """
 

@@ -1,4 +1,4 @@
-"""Export a backbone or a fine-tuned classifier in the formats of other runtimes, each held against eager, with a model card.
+"""Export a backbone or a fine-tuned classifier to the formats of other runtimes, compare each with eager, and write a model card.
 
 python jobs/export.py work/runs/<run>/student --format torch_export onnx hf
 python jobs/export.py work/runs/<run>/model --to classifier
@@ -38,8 +38,10 @@ def parser() -> argparse.ArgumentParser:
     formats = [form for form in FORMATS if form != "coreml"]
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=formats, help=f"default: {' '.join(formats)}")
     parser.add_argument("--heads", action="store_true", help="keep the heads of a student distilled with keep_heads")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the latency measurement; default: {ROUNDS}")
-    parser.add_argument("--to", type=Path, default=Path("exported"), help="folder that is written; default: exported")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help=f"rounds of the latency measurement; default: {ROUNDS}"
+    )
+    parser.add_argument("--to", type=Path, default=Path("exported"), help="output folder; default: exported")
     return parser
 
 

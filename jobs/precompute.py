@@ -1,8 +1,8 @@
-"""Fill the feature cache: every teacher on every image, once. Plan it, verify it, see what it holds, tidy it up.
+"""Fill the feature cache: run every teacher once on every image. Also plan, verify, repair, list and clean up the cache.
 
 python jobs/precompute.py recipes/quickstart.yaml data.train=photos/train data.val=photos/val
-python jobs/precompute.py recipes/quickstart.yaml --plan                 bytes, hours and price, on a probe of the teachers
-python jobs/precompute.py recipes/quickstart.yaml --verify --repair      check every file, compute just the broken ones
+python jobs/precompute.py recipes/quickstart.yaml --plan                 bytes, hours and price, from a probe of the teachers
+python jobs/precompute.py recipes/quickstart.yaml --verify --repair      check every file, recompute only broken ones
 python jobs/precompute.py --list                                         what the cache holds
 python jobs/precompute.py --delete <address>                             an address that --list prints
 python jobs/precompute.py --gc                                           files that nothing refers to
@@ -34,15 +34,15 @@ MODES = (
     ),
     Mode(
         "--verify",
-        "check every file of the recipe's cache, compute a sample again; exit code 1: broken",
+        "check every file of the recipe's cache and recompute a sample; exit code 1: broken",
         _later("verify"),
     ),
     Mode("--list", "print what the cache holds, and stop", _later("show_inventory")),
-    Mode("--delete", "delete what has this address in --list, after asking", _later("delete"), "ADDRESS"),
+    Mode("--delete", "delete what --list shows at this address, after asking", _later("delete"), "ADDRESS"),
     Mode("--gc", "remove files of the cache that nothing refers to, after asking", _later("collect_garbage")),
 )
 SWITCHES = (
-    Switch("--repair", "with --verify, which it implies: compute just what is broken again", ("--verify",)),
+    Switch("--repair", "recompute only what is broken; implies --verify", ("--verify",)),
     Switch("--yes", "with --delete or --gc: do not ask", ("--delete", "--gc")),
 )
 

@@ -1,4 +1,4 @@
-"""Predict on images. A backbone gives features, a fine-tuned model what it was made for: JSON, pictures, label maps.
+"""Predict on images: features from a backbone; classes, label maps or objects from a fine-tuned model.
 
 python jobs/predict.py work/runs/<run>/student photos/ --to features.parquet
 python jobs/predict.py work/runs/<run>/model photos/ --to predictions
@@ -35,13 +35,13 @@ def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     naming(parser, "fine-tuned model or exported student folder, MLflow model URI (models:/m-...), or timm name")
-    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
+    parser.add_argument("images", nargs="+", type=Path, help="image files, or folders to search for them")
     parser.add_argument("--task", choices=TASKS, help="default: what the model was fine-tuned for, else features")
     parser.add_argument(
         "--to", type=Path, help="*.parquet or *.json for features (features.parquet), else a folder (predictions)"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="images per forward; default: 32")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU where there is one")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if available")
     return parser
 
 
