@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from teachers.base import Teacher, TeacherError, TeacherOptions
+from teachers.plugin import import_plugin
 
 Factory = Callable[[TeacherOptions], Teacher]
 
@@ -54,19 +54,10 @@ def create_teacher(
 
 
 def _load_factory(location: str) -> Factory:
-    module_name, _, attribute = location.partition(":")
-    if not module_name or module_name.startswith(".") or not attribute:
-        raise TeacherError(f"teachers: {location} is not of the form package.module:factory")
     try:
-        module = importlib.import_module(module_name)
+        factory: Factory = import_plugin(location)
     except ImportError as error:
-        raise TeacherError(
-            f"teachers: {location} cannot be imported ({error}); is its folder the current one or installed?"
-        ) from error
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        raise TeacherError(f"teachers: module {module_name} has no {attribute}")
+        raise TeacherError(f"teachers: {error}") from error
     if not callable(factory):
         raise TeacherError(f"teachers: {location} is not callable")
-    result: Factory = factory
-    return result
+    return factory

@@ -228,14 +228,14 @@ def test_the_loss_of_a_batch_is_that_of_a_cpu(codec, loss, standardise):
     with torch.no_grad():
         for step in torch.arange(3):
             expected, parts = here(pixels, {teacher.id: stored}, step=step)
-            for target in here.remembering():
-                target.remember(stored["summary"])
+            for target in here.targets_with_queue():
+                target.push_summaries(stored["summary"])
             moved = pixels.to(CUDA), {teacher.id: {kind: rows.to(CUDA) for kind, rows in stored.items()}}
             moved_step = step.to(CUDA)
             with _never_waiting() if step else nullcontext():  # what is made once may be waited for
                 found, found_parts = there(*moved, step=moved_step)
-                for target in there.remembering():
-                    target.remember(moved[1][teacher.id]["summary"])
+                for target in there.targets_with_queue():
+                    target.push_summaries(moved[1][teacher.id]["summary"])
             torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=0)
             assert {name: part.item() for name, part in found_parts.items()} == pytest.approx(
                 {name: part.item() for name, part in parts.items()}, rel=1e-3, abs=1e-5

@@ -16,25 +16,25 @@ class LossConfig(Section):
     """How the student's predictions are compared with the teachers' features: see pipeline/distill/loss.py."""
 
     standardise: Literal["mean_std", "phi_s"] = Field(
-        "mean_std", description="targets: by each channel's deviation, or rotated to one scale (PHI-S)"
+        "mean_std", description="targets: divided by each channel's deviation, or rotated to one scale (PHI-S)"
     )
     patches: dict[str, NonNegativeFloat] = Field(
         {"cosine": 0.9, "smooth_l1": 0.1},
         min_length=1,
-        description="weight of each loss of a patch: cosine, smooth_l1, mse",
+        description="weight of each patch loss: cosine, smooth_l1, mse, patch_relation, or package.module:function",
     )
     summary: dict[str, NonNegativeFloat] = Field(
         {"cosine": 1.0},
         min_length=1,
-        description="weight of each loss of a summary: the same, and relation (to a queue of past ones)",
+        description="weight of each summary loss: cosine, smooth_l1, mse, relation, or package.module:function",
     )
     max_patches: int | None = Field(
-        64, ge=1, description="most patches of an image that are compared in a step, others in the next; none: all"
+        64, ge=1, description="most patches of an image compared in a step; the next step takes others; none: all"
     )
     queue: int = Field(4096, ge=1, description="past summaries of each teacher that relation compares with")
-    temperature: float = Field(0.07, gt=0, description="temperature of relation's softmax")
+    temperature: float = Field(0.07, gt=0, description="softmax temperature of relation and patch_relation")
     drop: Share = Field(
-        0.0, description="teacher dropping: of an image the worst is kept, each other dropped with this"
+        0.0, description="probability of dropping every teacher but the one with the highest loss, by image"
     )
 
 

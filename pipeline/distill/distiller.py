@@ -1,4 +1,4 @@
-"""The module that is trained: student, heads, and each teacher's frozen standardisation and grid rule."""
+"""The module that is trained: the student, and for each teacher its heads, frozen standardisation and grid rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.distill.balance import FEATURE_KINDS, drop_coefficients, teacher_weights
 from pipeline.distill.config import LossConfig
 from pipeline.distill.grid import GridRule, patch_subsets
-from pipeline.distill.loss import RELATIONS, vector_loss
+from pipeline.distill.loss import find_loss, image_loss
 from pipeline.distill.standardise import Standardiser
 from pipeline.distill.summary_queue import SummaryQueue
 from pipeline.errors import UserError, one_line
@@ -22,7 +22,7 @@ from pipeline.student.model import Student, StudentOutput
 
 
 class TeacherTarget(nn.Module):
-    """One teacher's side of the loss: heads onto its features, its frozen statistics, its grid rule, its past."""
+    """One teacher's part of the loss: prediction heads, frozen statistics, grid rule, and past summaries if a loss needs them."""
 
     patch_subsets: Tensor
 
@@ -48,22 +48,22 @@ class TeacherTarget(nn.Module):
         self.heads = nn.ModuleDict(
             {kind: distillation_head(dims[kind], hidden, shape[-1]) for kind, shape in teacher.shapes.items()}
         )
-        self.relations = {name: weight for name, weight in loss.summary.items() if name in RELATIONS}
-        remembers = self.relations and teacher.summary_shape
-        self.queue = SummaryQueue(loss.queue, *teacher.summary_shape) if remembers and teacher.summary_shape else None
+        queued = {name: weight for name, weight in loss.summary.items() if find_loss(name).compares == "queue"}
+        self.queue_losses = queued if teacher.summary_shape else {}
+        self.queue = SummaryQueue(loss.queue, *teacher.shapes["summary"]) if self.queue_losses else None
 
-    def predict(self, output: StudentOutput, places: Tensor | None = None) -> dict[str, Tensor]:
-        """What the heads make of the student's output, standardised, by token type.
+    def predict(self, output: StudentOutput, positions: Tensor | None = None) -> dict[str, Tensor]:
+        """Predicted standardised features by kind.
 
         Args:
             output: of the student.
-            places: [K] int64, numbers of the patches that are wanted, row by row of the grid; None: all.
+            positions: [K] int64, row-major numbers of the patches to predict; None: all.
 
         Returns:
-            ``summary`` [B, D], and ``patches`` [B, gh, gw, D], or [B, K, D] where places are given.
+            ``summary`` [B, D], and ``patches`` [B, gh, gw, D], or [B, K, D] with positions.
         """
-        tokens = self.rule.align_student(output.feature_map)
-        predicted = {"patches": self.heads["patches"](_at(tokens, places))}
+        features = self.rule.align_student(output.feature_map)
+        predicted = {"patches": self.heads["patches"](_select(features, positions))}
         if "summary" in self.heads:
             predicted["summary"] = self.heads["summary"](output.summary)
         return predicted
@@ -72,64 +72,73 @@ class TeacherTarget(nn.Module):
         self,
         raw: Mapping[str, Tensor],
         codecs: Mapping[str, FeatureCodec] | None = None,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Standardised features on the same grids, by token type, in the shapes of `predict`.
+        """Standardised features of the teacher by kind, in the shapes of `predict`.
 
         Args:
-            raw: by token type, [B, row_bytes] uint8 as stored, on the student's device.
-            codecs: decoders of the dataset that `raw` is of, whose projections are its own; None: the training images'.
-            places: as in `predict`; what is not wanted is not decoded, unless patches are averaged.
+            raw: by kind, [B, row_bytes] uint8 as stored, on the student's device.
+            codecs: decoders of the dataset that `raw` belongs to, since projections differ between datasets; None: those of
+                the training images.
+            positions: as in `predict`; other patches are not decoded, unless patches are averaged.
         """
         averaged = self.rule.grid != self.rule.teacher
-        wanted = {"patches": None if averaged else places}
-        # Autocast would take the projections to bfloat16; stored features are worth more than that.
+        # Autocast would run the projections in bfloat16, which is less precise than the stored features.
         with torch.autocast(raw["patches"].device.type, enabled=False):
-            target = {kind: self._target(kind, raw[kind], codecs, wanted.get(kind)) for kind in self.heads}
+            target = {
+                kind: self._decode(kind, raw[kind], codecs, positions if kind == "patches" and not averaged else None)
+                for kind in self.heads
+            }
         if averaged:
-            target["patches"] = _at(self.rule.align_teacher(target["patches"]), places)
+            target["patches"] = _select(self.rule.align_teacher(target["patches"]), positions)
         return target
 
-    def _target(
-        self, kind: str, rows: Tensor, codecs: Mapping[str, FeatureCodec] | None, places: Tensor | None
+    def _decode(
+        self, kind: str, rows: Tensor, codecs: Mapping[str, FeatureCodec] | None, positions: Tensor | None
     ) -> Tensor:
         decoder = self.codecs[kind] if codecs is None else codecs[kind].to(rows.device)
         assert isinstance(decoder, FeatureCodec)
-        features = decoder.decode(rows, places)
+        features = decoder.decode(rows, positions)
         return features if codecs is None and kind in self.folded else self.standardisers[kind](features)
 
     def losses(self, output: StudentOutput, raw: Mapping[str, Tensor], step: Tensor | None = None) -> dict[str, Tensor]:
-        """[B] float32 by part: ``patches``, ``summary`` where there is one, and in training each relation asked for.
+        """[B] float32 by part: each kind of feature, and in training each loss that needs the queue.
 
         Args:
             output: of the student.
             raw: as in `targets`.
-            step: scalar int64, of which the turn of patches that are compared is taken (`turns`); None: all are.
+            step: scalar int64 that selects the subset of patches to compare; None: all patches.
         """
-        places = None if step is None or len(self.patch_subsets) == 1 else self._patch_subset(step)
-        predicted, target = self.predict(output, places), self.targets(raw, places=places)
-        terms = {"patches": self.loss.patches, "summary": self.loss.summary}
-        parts = {kind: vector_loss(terms[kind], predicted[kind], target[kind]) for kind in predicted}
+        positions = None if step is None or len(self.patch_subsets) == 1 else self._patch_subset(step)
+        predicted, target = self.predict(output, positions), self.targets(raw, positions=positions)
+        parts = self.image_losses(predicted, target)
         if self.queue is not None and self.training:
-            past = self.queue.past()
-            for name in self.relations:
-                parts[name] = RELATIONS[name](predicted["summary"], target["summary"], *past, self.loss.temperature)
+            entries = self.queue.entries()
+            for name in self.queue_losses:
+                loss = find_loss(name)
+                parts[name] = loss(predicted["summary"], target["summary"], *entries, self.loss.temperature)
         return parts
 
-    def remember(self, rows: Tensor) -> None:
-        """Take into the queue what the teacher said in a step: summaries [B, row_bytes] uint8 as stored, on the device."""
+    def image_losses(self, predicted: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """[B] float32 by kind: the weighted losses that need nothing but the image."""
+        weights = {"patches": self.loss.patches, "summary": self.loss.summary}
+        return {
+            kind: image_loss(weights[kind], predicted[kind], target[kind], self.loss.temperature) for kind in predicted
+        }
+
+    def push_summaries(self, rows: Tensor) -> None:
+        """Append a step's teacher summaries, [B, row_bytes] uint8 as stored and on the device, to the queue."""
         assert self.queue is not None
-        self.queue.push(self._target("summary", rows, None, None))
+        self.queue.push(self._decode("summary", rows, None, None))
 
     def _patch_subset(self, step: Tensor) -> Tensor:
         # Indexing with a 0-d tensor forces a synchronisation with the GPU.
         return self.patch_subsets.index_select(0, (step % len(self.patch_subsets)).view(1)).squeeze(0)
 
-    def shares(self) -> dict[str, list[float]]:
-        """By part of `losses`, how often the teacher's weights of summary and patches enter its share of the total."""
-        related = {name: [weight, 0.0] for name, weight in self.relations.items() if self.queue is not None}
-        own = {kind: [float(kind == column) for column in FEATURE_KINDS] for kind in self.heads}
-        return {**own, **related}
+    def mixing(self) -> dict[str, list[float]]:
+        """By part of `losses`, its factor of the teacher's summary weight and of its patch weight in the total."""
+        image = {kind: [float(kind == column) for column in FEATURE_KINDS] for kind in self.heads}
+        return image | {name: [weight, 0.0] for name, weight in self.queue_losses.items()}
 
 
 class Distiller(nn.Module):
@@ -137,14 +146,14 @@ class Distiller(nn.Module):
 
     Args:
         student: backbone and neck.
-        teachers: with `standardisers` and `codecs` (decoders) by teacher id and token type.
+        teachers: the keys of `standardisers` and `codecs` are their ids, then the kind of feature.
         image_size: side of the student's input in pixels.
-        hidden: channels of the heads' hidden layer.
-        loss: what is compared, and how.
+        hidden: hidden channels of the heads.
+        loss: the losses and their weights.
     """
 
     weights: Tensor
-    shares: Tensor
+    mixing: Tensor
 
     def __init__(
         self,
@@ -165,23 +174,23 @@ class Distiller(nn.Module):
             for teacher in teachers
         )
         self.register_buffer("weights", teacher_weights(teachers), persistent=False)
-        self.parts, shares = self._table()
-        self.register_buffer("shares", shares, persistent=False)
+        self.parts, mixing = self._mixing_table()
+        self.register_buffer("mixing", mixing, persistent=False)
 
-    def _table(self) -> tuple[list[str], Tensor]:
-        """All parts of the loss, those of training alone last, and how the weights [T, 2] enter the total of each: [P, T, 2]."""
+    def _mixing_table(self) -> tuple[list[str], Tensor]:
+        """All parts of the loss, those of training only last, and the factor of each weight [T, 2] in each part: [P, T, 2]."""
         rows = []
         for number, target in enumerate(self.targets):
             assert isinstance(target, TeacherTarget)
-            for part, share in target.shares().items():
+            for part, factors in target.mixing().items():
                 table = torch.zeros_like(self.weights)
-                table[number] = torch.tensor(share)
-                rows.append((part in RELATIONS, f"{self.labels[target.teacher.id]}/{part}", table))
+                table[number] = torch.tensor(factors)
+                rows.append((part in target.queue_losses, f"{self.labels[target.teacher.id]}/{part}", table))
         rows.sort(key=itemgetter(0))
         return [name for _, name, _ in rows], torch.stack([table for *_, table in rows])
 
-    def remembering(self) -> list[TeacherTarget]:
-        """The targets that have a queue."""
+    def targets_with_queue(self) -> list[TeacherTarget]:
+        """The targets that keep past summaries."""
         return [target for target in self.targets if isinstance(target, TeacherTarget) and target.queue is not None]
 
     def forward(
@@ -196,14 +205,14 @@ class Distiller(nn.Module):
 
         Args:
             pixels: [B, 3, H, W] uint8.
-            features: by teacher id and token type, [B, row_bytes] uint8 as stored.
-            weights: [T, 2] of summary and patches by teacher, now; None: those of the start.
-            draws: [B, T] uniform in [0, 1), by which teachers are dropped; None: none is.
-            step: scalar int64, its number, which decides the patches that are compared; None: all are.
+            features: by teacher id and kind, [B, row_bytes] uint8 as stored.
+            weights: [T, 2], current weights of summary and patches by teacher; None: the initial ones.
+            draws: [B, T] uniform in [0, 1) for teacher dropping; None: no teacher is dropped.
+            step: scalar int64, the step's number, which selects the patches to compare; None: all patches.
 
         Returns:
-            The weighted total, and every unweighted part as ``<teacher's label>/<token type>``, detached; with dropping
-            also the share of the images that each teacher was kept for, ``<teacher's label>/kept``.
+            The weighted total, and every unweighted part as ``<teacher's label>/<part>``, detached; with dropping also
+            ``<teacher's label>/kept``, the share of the images that kept the teacher.
         """
         output = self.student(pixels)
         weights = self.weights if weights is None else weights
@@ -212,41 +221,39 @@ class Distiller(nn.Module):
             assert isinstance(target, TeacherTarget)
             losses = target.losses(output, features[target.teacher.id], step)
             found |= {f"{self.labels[target.teacher.id]}/{part}": loss for part, loss in losses.items()}
-        # All parts at once: what is done to each by itself are small kernels, as many as there are parts.
+        # Stacked, because the same operations on every part by itself would be many small kernels.
         stacked = torch.stack([found[name] for name in self.parts if name in found], dim=1)
         means = stacked.mean(dim=0)
         parts = dict(zip(self.parts, means.detach().unbind(), strict=False))
-        shares = (self.shares[: len(found)] * weights).sum(dim=-1)
+        factors = (self.mixing[: len(found)] * weights).sum(dim=-1)
         if draws is None:
-            return (means * shares.sum(dim=1)).sum(), parts
-        totals = (stacked.unsqueeze(-1) * shares).sum(dim=1)
-        factors = drop_coefficients(totals, weights.sum(dim=1), draws, self.loss.drop)
-        kept = (factors > 0).float().mean(dim=0)
+            return (means * factors.sum(dim=1)).sum(), parts
+        totals = (stacked.unsqueeze(-1) * factors).sum(dim=1)
+        coefficients = drop_coefficients(totals, weights.sum(dim=1), draws, self.loss.drop)
+        kept = (coefficients > 0).float().mean(dim=0)
         parts |= {f"{label}/kept": share for label, share in zip(self.labels.values(), kept, strict=True)}
-        return (factors * totals).sum(dim=1).mean(), parts
+        return (coefficients * totals).sum(dim=1).mean(), parts
 
 
-def _at(patches: Tensor, places: Tensor | None) -> Tensor:
-    return patches if places is None else patches.flatten(1, 2).index_select(1, places)
+def _select(patches: Tensor, positions: Tensor | None) -> Tensor:
+    return patches if positions is None else patches.flatten(1, 2).index_select(1, positions)
 
 
 @torch.no_grad()
 def feature_map_size(student: Student, image_size: int) -> tuple[int, int]:
-    """(h, w) of the student's tokens for a square input, found by one forward in evaluation mode.
+    """(h, w) of the student's feature map for a square input, found by one forward pass in evaluation mode.
 
     Raises:
-        UserError: where the student does not take such an input.
+        UserError: if the student does not accept such an input.
     """
     training = student.training
-    student.eval()
-    parameter = next(student.parameters())
-    pixels = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=parameter.device)
+    device = next(student.parameters()).device
+    pixels = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
     try:
-        height, width = student(pixels).feature_map.shape[-2:]
+        height, width = student.eval()(pixels).feature_map.shape[-2:]
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = one_line(error)
         raise UserError(
-            f"student.input_size: the student takes no {image_size} x {image_size} images: {reason}"
+            f"student.input_size: the student takes no {image_size} x {image_size} images: {one_line(error)}"
         ) from error
     student.train(training)
     return height, width

@@ -1,4 +1,4 @@
-"""How near a student comes to its teachers on held-out images, from their cached features: no teacher runs."""
+"""How closely a student predicts its teachers' cached features of held-out images; no teacher runs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.distill.distiller import Distiller, TeacherTarget
-from pipeline.distill.loss import vector_loss
 from pipeline.imaging.decoder_pool import decoder_count
 
 MAX_IMAGES = 4096
-"""Held-out images that are compared after an epoch, at most."""
+"""Most held-out images that are compared after an epoch."""
 
 
 class HeldOut:
     """A fixed sample of a dataset with every teacher's features, in a fixed order.
 
     Args:
-        dataset: whose shards are complete for the teachers.
+        dataset: with complete shards of the teachers.
         image_size: side of the student's input in pixels.
-        batch_size: images per forward, at most.
+        batch_size: most images per forward pass.
 
     Attributes:
-        codecs: decoders by teacher id and token type; a projection is fitted on each dataset by itself.
+        codecs: decoders by teacher id and kind; each dataset has projections of its own.
 
     Raises:
-        UserError: where a teacher's shards are missing.
+        UserError: if shards of a teacher are missing.
     """
 
     def __init__(self, dataset: Dataset, teachers: Sequence[CachedTeacher], image_size: int, batch_size: int) -> None:
         rows = sum(record.rows for record in dataset.images.records().values()) * dataset.policy.rows_per_image
-        # As near to all of the images as equal batches come.
+        # Equal batches that leave out as few images as possible.
         size = max(1, rows // -(-rows // batch_size))
         self.batch_size = size
         self.codecs = {teacher.id: load_codecs(dataset, teacher) for teacher in teachers}
@@ -60,14 +59,14 @@ class HeldOut:
 def compare_with_teachers(
     module: Distiller, batches: Iterator[Batch], codecs: Mapping[str, Mapping[str, FeatureCodec]]
 ) -> dict[str, float]:
-    """Mean cosine and loss of what the heads predict, per teacher and token type.
+    """Mean cosine and loss of the predicted features, per teacher and kind.
 
     Args:
-        codecs: decoders of the batches, by teacher id and token type.
+        codecs: decoders of the batches by teacher id and kind.
 
     Returns:
-        ``val_cosine/<teacher>/<token type>`` in [-1, 1], per patch token or summary, of standardised features; and
-        ``val_loss/...``, the unweighted losses of training.
+        ``val_cosine/<teacher>/<kind>`` in [-1, 1], the mean over patches or summaries of standardised features, and
+        ``val_loss/<teacher>/<kind>``, the unweighted training losses that need no queue.
     """
     device = module.weights.device
     sums: defaultdict[str, float] = defaultdict(float)
@@ -77,15 +76,13 @@ def compare_with_teachers(
         for target in module.targets:
             assert isinstance(target, TeacherTarget)
             label = module.labels[target.teacher.id]
-            terms = {"patches": target.loss.patches, "summary": target.loss.summary}
-            predicted = target.predict(output)
             raw = {kind: rows.to(device) for kind, rows in batch.features[target.teacher.id].items()}
-            wanted = target.targets(raw, codecs[target.teacher.id])
-            for kind, values in predicted.items():
-                cosine = F.cosine_similarity(values.float(), wanted[kind].float(), dim=-1)
+            predicted, wanted = target.predict(output), target.targets(raw, codecs[target.teacher.id])
+            for kind, loss in target.image_losses(predicted, wanted).items():
+                cosines = F.cosine_similarity(predicted[kind].float(), wanted[kind].float(), dim=-1)
                 sums[f"val_cosine/{label}/{kind}"] += float(
-                    cosine.flatten(1).mean(1).sum() if cosine.ndim > 1 else cosine.sum()
+                    cosines.flatten(1).mean(1).sum() if cosines.ndim > 1 else cosines.sum()
                 )
-                sums[f"val_loss/{label}/{kind}"] += float(vector_loss(terms[kind], values, wanted[kind]).sum())
+                sums[f"val_loss/{label}/{kind}"] += float(loss.sum())
         images += len(batch.keys)
     return {name: total / images for name, total in sums.items()}

@@ -1,179 +1,211 @@
-"""Distillation losses: pure functions of tensors, in float32 whatever the autocast, and the registry that names them.
+"""Distillation losses: pure functions of tensors, and the registry that names them.
 
-A new loss is one function and one line of `LOSSES` (of each vector alone, for either token type) or of `RELATIONS` (of a
-summary among past ones). The configuration gives each a weight: ``loss.patches: {cosine: 0.9, smooth_l1: 0.1}``, the
-default, is that of AM-RADIO (Ranzinger et al. 2024, section 3.3) with the cosine per token; ``{mse: 1}`` on targets
-standardised by ``phi_s`` that of RADIOv2.5 (Heinrich et al. 2025).
+A loss declares what it compares, which decides its arguments and its result:
+
+    @compares("vectors")    (predicted [..., D], target [..., D]) -> [...]: each vector alone, for patches and summaries
+    @compares("patches")    (predicted [B, N, D], target [B, N, D], temperature) -> [B]: an image's patches with each other
+    @compares("queue")      (predicted [B, D], target [B, D], queue [Q, D], filled [Q], temperature) -> [B]: a summary
+                            with past summaries
+
+A new loss is one function here and one line in `LOSSES`, or a function of your own, named `package.module:function`.
+Inputs are float32 whatever the autocast. The recipe weights losses: the default, ``loss.patches: {cosine: 0.9,
+smooth_l1: 0.1}``, is that of AM-RADIO (Ranzinger et al. 2024, section 3.3) with the cosine per patch; ``{mse: 1}`` on
+targets standardised by ``phi_s`` is that of RADIOv2.5 (Heinrich et al. 2025).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from pipeline.distill.config import LossConfig
-from pipeline.errors import UserError
+from pipeline.distill.cosine import CosineDistance
+from pipeline.errors import UserError, one_line
+from teachers.plugin import import_plugin
 
-VectorLoss = Callable[[Tensor, Tensor], Tensor]
-"""(predicted [..., D], target [..., D]) -> [...] float32."""
-
-RelationLoss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-"""(predicted [B, D], target [B, D], past [Q, D], known [Q], temperature) -> [B] float32."""
+Compares = Literal["vectors", "patches", "queue"]
 
 
-def _in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @wraps(loss)
-    def wrapped(predicted: Tensor, target: Tensor, *rest: Tensor | float) -> Tensor:
+@dataclass(frozen=True)
+class Loss:
+    """A loss function and what it compares; calling it disables autocast and converts both inputs to float32."""
+
+    function: Callable[..., Tensor]
+    compares: Compares
+
+    def __call__(self, predicted: Tensor, target: Tensor, *rest: Tensor | float) -> Tensor:
+        """As the function."""
         with torch.autocast(predicted.device.type, enabled=False):
-            return loss(predicted.float(), target.float(), *rest)
-
-    return wrapped
+            return self.function(predicted.float(), target.float(), *rest)
 
 
-class _OneLessCosine(Function):
-    """1 - cosine of each vector, with a backward in two passes over the vectors.
-
-    `F.cosine_similarity` is the same; forward and backward, it takes four times as many kernels, and keeps two copies of the
-    vectors. On a GPU launching kernels is what a step of a small student waits for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, predicted: Tensor, target: Tensor) -> Tensor:
-        norm, other = (torch.linalg.vector_norm(vectors, dim=-1).clamp_min(1e-8) for vectors in (predicted, target))
-        scale = norm * other
-        cosines = (predicted * target).sum(dim=-1) / scale
-        ctx.save_for_backward(predicted, target, norm, scale, cosines)
-        return 1 - cosines
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """To the predicted vector p, with target t: cosine p / |p|^2 - t / (|p| |t|)."""
-        predicted, target, norm, scale, cosines = ctx.saved_tensors
-        along, towards = gradient * cosines / norm.square(), gradient / scale
-        return torch.addcmul(predicted * along.unsqueeze(-1), target, towards.unsqueeze(-1), value=-1), None
+def compares(what: Compares) -> Callable[[Callable[..., Tensor]], Loss]:
+    """Decorator that turns a function into a :class:`Loss`."""
+    return partial(Loss, compares=what)
 
 
-@_in_float32
+@compares("vectors")
 def cosine(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine of each vector: [..., D] -> [...]; no gradient goes to the target."""
-    distances: Tensor = _OneLessCosine.apply(predicted, target)
+    """1 - cosine of each vector: [..., D] -> [...]; the target gets no gradient."""
+    distances: Tensor = CosineDistance.apply(predicted, target)
     return distances
 
 
-@_in_float32
+@compares("vectors")
 def smooth_l1(predicted: Tensor, target: Tensor) -> Tensor:
     """Smooth L1 (Girshick 2015, equation 3; beta 1), mean over the channels of each vector: [..., D] -> [...]."""
     return F.smooth_l1_loss(predicted, target, reduction="none").mean(dim=-1)
 
 
-@_in_float32
+@compares("vectors")
 def mse(predicted: Tensor, target: Tensor) -> Tensor:
     """Squared error, mean over the channels of each vector: [..., D] -> [...]."""
     return F.mse_loss(predicted, target, reduction="none").mean(dim=-1)
 
 
-SAME = 0.9999
-"""Cosine from which two of a teacher's summaries are of one view of an image, stored alike."""
+@compares("patches")
+def patch_relation(predicted: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """KL divergence between the similarities of an image's patches to each other, the teacher's from the student's, in nats.
 
+    With s_ij = cos(p_i, p_j) of the predicted patches and t_ij = cos(t_i, t_j) of the targets:
 
-class _Relation(Function):
-    """:func:`relation`, with a backward in half of the kernels that autograd would launch."""
+        1/N sum_i KL(softmax_j(t_ij / temperature) || softmax_j(s_ij / temperature))
 
-    @staticmethod
-    def forward(ctx: Any, predicted: Tensor, target: Tensor, past: Tensor, known: Tensor, temperature: float) -> Tensor:
-        vectors = torch.cat([predicted, target])
-        norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12)
-        units = vectors.div_(norms)
-        cosines = (units @ past.T).unflatten(0, (2, len(target)))
-        left_out = cosines[1].ge(SAME).logical_or_(~known)
-        student, teacher = cosines.div_(temperature).masked_fill_(left_out, -1e4).log_softmax(dim=-1)
-        likeness = teacher.exp()
-        ctx.temperature = temperature
-        ctx.save_for_backward(units[: len(target)], norms[: len(target)], past, likeness, student)
-        return (likeness * (teacher - student)).sum(dim=-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """To the logits, the difference of both likenesses; to a vector, what is across its direction."""
-        unit, norm, past, likeness, student = ctx.saved_tensors
-        scale = gradient.unsqueeze(-1) / (norm * ctx.temperature)
-        towards = (student.exp() - likeness) @ past * scale
-        along = (towards * unit).sum(dim=-1, keepdim=True)
-        return torch.addcmul(towards, along, unit, value=-1), None, None, None, None
-
-
-@_in_float32
-def relation(predicted: Tensor, target: Tensor, past: Tensor, known: Tensor, temperature: float) -> Tensor:
-    """KL divergence from the student's likeness to past summaries to the teacher's, in nats.
-
-    The likeness is the softmax over the queue of cosine / temperature, as in LightlyTrain's distillationv3. Unlike there, no
-    image is compared with itself, which would take nearly all of the teacher's likeness: the queue holds summaries of past
-    steps alone, and places where the teacher's cosine is `SAME` or more, as where it reaches back to the epoch before, are
-    left out.
+    This is the local loss of LightlyTrain's distillationv3, here on standardised features and on the patches of the step
+    (`loss.max_patches`). Each patch is also compared with itself.
 
     Args:
-        predicted, target: [B, D], by the student's head and by the teacher.
-        past: [Q, D] unit vectors, the teacher's.
-        known: [Q] bool, the places of `past` that are filled; where none is left, the loss is 0.
+        predicted, target: [B, N, D], patches at the same places.
         temperature: of the softmax.
 
     Returns:
         [B] float32.
     """
-    divergences: Tensor = _Relation.apply(predicted, target, past.float(), known, temperature)
-    return divergences
+    student, teacher = (
+        (units @ units.transpose(1, 2) / temperature).log_softmax(dim=-1)
+        for units in (F.normalize(predicted, dim=-1), F.normalize(target, dim=-1))
+    )
+    return _divergence(teacher, student).mean(dim=-1)
 
 
-LOSSES: dict[str, VectorLoss] = {"cosine": cosine, "smooth_l1": smooth_l1, "mse": mse}
-"""Losses of each vector alone, for patches and summaries."""
-
-RELATIONS: dict[str, RelationLoss] = {"relation": relation}
-"""Losses of a summary among the teacher's past ones."""
+SAME_IMAGE = 0.9999
+"""Cosine of two teacher summaries above which they are taken to be of the same view of the same image."""
 
 
-def vector_loss(terms: Mapping[str, float], predicted: Tensor, target: Tensor) -> Tensor:
-    """The weighted sum of the `LOSSES` among `terms`, averaged over the tokens of an image.
+@compares("queue")
+def relation(predicted: Tensor, target: Tensor, queue: Tensor, filled: Tensor, temperature: float) -> Tensor:
+    """KL divergence between the similarities of a summary to past summaries, the teacher's from the student's, in nats.
+
+    The similarities are softmax(cosine / temperature) over the queue, as in LightlyTrain's distillationv3. There the queue
+    contains the image itself, which takes nearly all of the teacher's probability. Here it contains summaries of past
+    steps only, and entries whose cosine to the teacher's summary is `SAME_IMAGE` or more, as when the queue reaches back to
+    the previous epoch, are skipped.
 
     Args:
-        terms: weight by name.
-        predicted, target: [B, D] or [B, h, w, D].
+        predicted, target: [B, D], by the student's head and by the teacher.
+        queue: [Q, D] unit vectors, the teacher's.
+        filled: [Q] bool, the entries of `queue` that are in use; without any the loss is 0.
+        temperature: of the softmax.
 
     Returns:
         [B] float32.
     """
-    losses = [(LOSSES[name](predicted, target), weight) for name, weight in terms.items() if name in LOSSES]
-    if not losses:
-        return predicted.new_zeros(len(predicted), dtype=torch.float32)
-    (loss, weight), *others = losses
-    total = weight * loss
-    for loss, weight in others:
-        total = torch.add(total, loss, alpha=weight)
-    return total.flatten(1).mean(dim=1) if total.ndim > 1 else total
+    student, teacher = (F.normalize(summaries, dim=-1) @ queue.float().T for summaries in (predicted, target))
+    skipped = teacher.ge(SAME_IMAGE).logical_or_(~filled)
+    student, teacher = (
+        (cosines / temperature).masked_fill(skipped, -1e4).log_softmax(dim=-1) for cosines in (student, teacher)
+    )
+    return _divergence(teacher, student)
+
+
+def _divergence(log_teacher: Tensor, log_student: Tensor) -> Tensor:
+    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=-1)
+
+
+LOSSES: dict[str, Loss] = {
+    "cosine": cosine,
+    "smooth_l1": smooth_l1,
+    "mse": mse,
+    "patch_relation": patch_relation,
+    "relation": relation,
+}
+
+
+def find_loss(name: str) -> Loss:
+    """The loss of a name in `LOSSES`, or of a `package.module:function`.
+
+    Raises:
+        ImportError: if the module cannot be imported or has no such loss.
+        KeyError: if no loss is registered under the name.
+    """
+    if ":" not in name:
+        return LOSSES[name]
+    loss = import_plugin(name)
+    if not isinstance(loss, Loss):
+        raise ImportError(f"{name} is not decorated with pipeline.distill.loss.compares")
+    return loss
+
+
+def image_loss(weights: Mapping[str, float], predicted: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """The weighted sum of losses of an image, averaged over its patches; losses that need a queue are skipped.
+
+    Args:
+        weights: by name.
+        predicted, target: summaries [B, D], or patches [B, N, D] or [B, h, w, D].
+        temperature: of losses that compare patches with each other.
+
+    Returns:
+        [B] float32.
+    """
+    total: Tensor | None = None
+    for name, weight in weights.items():
+        loss = find_loss(name)
+        if loss.compares == "vectors":
+            term = loss(predicted, target)
+            term = term.flatten(1).mean(dim=1) if term.ndim > 1 else term
+        elif loss.compares == "patches":
+            term = loss(predicted.flatten(1, -2), target.flatten(1, -2), temperature)
+        else:
+            continue
+        total = weight * term if total is None else torch.add(total, term, alpha=weight)
+    return predicted.new_zeros(len(predicted), dtype=torch.float32) if total is None else total
 
 
 def check_losses(config: LossConfig) -> None:
-    """Refuse names that are not registered.
+    """Refuse losses that do not exist or do not fit.
 
     Raises:
-        UserError: naming the field, the name and what there is.
+        UserError: naming the field, the loss and the alternatives.
     """
-    _check("loss.patches", config.patches, LOSSES)
-    _check("loss.summary", config.summary, {**LOSSES, **RELATIONS})
+    _check("loss.patches", config.patches, ("vectors", "patches"))
+    _check("loss.summary", config.summary, ("vectors", "queue"))
 
 
-def _check(field: str, terms: Mapping[str, float], known: Iterable[str]) -> None:
-    names = list(known)
-    for unknown in (name for name in terms if name not in names):
-        near = difflib.get_close_matches(unknown, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"{field}: there is no loss {unknown}; {hint}known are {', '.join(names)}")
+def _check(field: str, weights: Mapping[str, float], allowed: tuple[Compares, ...]) -> None:
+    names = [name for name, loss in LOSSES.items() if loss.compares in allowed]
+    known = f"known are {', '.join(names)}"
+    for name in weights:
+        try:
+            loss = find_loss(name)
+        except KeyError:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"{field}: there is no loss {name}; {hint}{known}, and package.module:function") from None
+        except ImportError as error:
+            raise UserError(f"{field}: {one_line(error)}") from error
+        if loss.compares not in allowed:
+            raise UserError(f"{field}: {name} compares {_COMPARED[loss.compares]}; {known}")
+
+
+_COMPARED = {
+    "vectors": "each vector alone",
+    "patches": "the patches of an image with each other",
+    "queue": "a summary with past ones",
+}

@@ -1,4 +1,4 @@
-"""The queue of a teacher's past summaries, with which `relation` compares."""
+"""The queue of a teacher's past summaries, for losses such as `relation`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class SummaryQueue(nn.Module):
-    """The latest `size` summaries, as unit vectors; part of the state, so that a resumed run goes on alike.
+    """The latest `size` summaries as unit vectors; part of the state dict, so a resumed run continues identically.
 
     Args:
-        size: summaries that are kept.
+        size: number of summaries.
         dim: channels of a summary.
     """
 
@@ -23,14 +23,14 @@ class SummaryQueue(nn.Module):
         self.register_buffer("rows", torch.zeros(size, dim))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
-    def past(self) -> tuple[Tensor, Tensor]:
-        """The summaries [Q, D], and which places are filled [Q]; a push changes them in place."""
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Summaries [Q, D], and [Q] bool, which of them are filled; `push` changes the summaries in place."""
         return self.rows, torch.arange(len(self.rows), device=self.rows.device) < self.count
 
     @torch.no_grad()
     def push(self, summaries: Tensor) -> None:
-        """Put [B, D] in the places of the oldest."""
+        """Replace the oldest entries by [B, D]."""
         latest = F.normalize(summaries.float(), dim=-1)[-len(self.rows) :]
-        places = (self.count + torch.arange(len(latest), device=latest.device)) % len(self.rows)
-        self.rows[places] = latest
+        positions = (self.count + torch.arange(len(latest), device=latest.device)) % len(self.rows)
+        self.rows[positions] = latest
         self.count += len(latest)

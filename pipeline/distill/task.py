@@ -152,9 +152,9 @@ class DistillTask(Task):
 
     def after_step(self, batches: Sequence[Batch]) -> None:
         """Remember the summaries of the global batch, on all ranks alike, where a loss compares with past ones."""
-        for target in self.module.remembering():
+        for target in self.module.targets_with_queue():
             own = [batch.features[target.teacher.id]["summary"] for batch in batches]
-            target.remember(self.worker.all_gather(own))
+            target.push_summaries(self.worker.all_gather(own))
 
     def _draws(self, count: int, device: torch.device) -> Tensor | None:
         if not self.job.config.loss.drop:

@@ -64,13 +64,13 @@ def test_without_dropping_every_factor_is_one():
 def test_the_queue_holds_the_latest_summaries_as_unit_vectors():
     queue = SummaryQueue(5, 3)
     rows = torch.randn(7, 3)
-    assert not queue.past()[1].any()
+    assert not queue.entries()[1].any()
     queue.push(rows[:3])
-    assert queue.past()[1].tolist() == [True, True, True, False, False]
+    assert queue.entries()[1].tolist() == [True, True, True, False, False]
     queue.push(rows[3:7])
-    past, known = queue.past()
-    assert known.all()
+    stored, filled = queue.entries()
+    assert filled.all()
     expected = torch.nn.functional.normalize(rows[2:], dim=-1)
-    torch.testing.assert_close(past[[2, 3, 4, 0, 1]], expected)
+    torch.testing.assert_close(stored[[2, 3, 4, 0, 1]], expected)
     queue.push(torch.randn(12, 3))
     assert int(queue.count) == 12

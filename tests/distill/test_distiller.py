@@ -18,7 +18,7 @@ from pipeline.cache.layout.stats import Moments
 from pipeline.distill.config import LossConfig
 from pipeline.distill.distiller import Distiller, feature_map_size
 from pipeline.distill.grid import GridRule
-from pipeline.distill.loss import relation, vector_loss
+from pipeline.distill.loss import image_loss, patch_relation, relation
 from pipeline.distill.standardise import MeanStd, Rotation
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder, Student, create_backbone
@@ -88,7 +88,9 @@ class _OneDevice(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("loss", [{}, {"max_patches": 4}, {"summary": {"cosine": 1.0, "relation": 1.0}}])
+@pytest.mark.parametrize(
+    "loss", [{}, {"max_patches": 4}, {"patches": {"patch_relation": 1.0}, "summary": {"cosine": 1.0, "relation": 1.0}}]
+)
 def test_forward_and_backward_need_nothing_of_another_device(monkeypatch, loss):
     """`meta` stands for a GPU; tests/pretended_gpu.py has values, and no backward."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which `meta` does not know
@@ -101,9 +103,10 @@ def test_forward_and_backward_need_nothing_of_another_device(monkeypatch, loss):
     assert all(weight.grad.is_meta for weight in distiller.parameters())
 
 
-def test_a_fixed_batch_is_learnt():
+@pytest.mark.parametrize("loss", [{}, {"patches": {"cosine": 0.9, "smooth_l1": 0.1, "patch_relation": 0.5}}])
+def test_a_fixed_batch_is_learnt(loss):
     teachers = [_teacher("a"), _teacher("b", grid=(2, 2), summary=None)]
-    distiller, batch = _distiller(*teachers), _batch(teachers)
+    distiller, batch = _distiller(*teachers, **loss), _batch(teachers)
     optimizer = torch.optim.Adam(distiller.parameters(), lr=3e-3)
     totals = []
     for _ in range(40):
@@ -177,9 +180,9 @@ def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
         output, heads = distiller.student(pixels), distiller.targets[0].heads
         assert output.feature_map.shape[-2:] == (4, 4)
         pooled = F.avg_pool2d(unit["patches"].permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-        terms = {"cosine": 0.9, "smooth_l1": 0.1}
-        patches = vector_loss(terms, heads["patches"](output.feature_map.permute(0, 2, 3, 1)), pooled).mean()
-        summary = vector_loss({"cosine": 1}, heads["summary"](output.summary), unit["summary"]).mean()
+        weights = {"cosine": 0.9, "smooth_l1": 0.1}
+        patches = image_loss(weights, heads["patches"](output.feature_map.permute(0, 2, 3, 1)), pooled, 0.07).mean()
+        summary = image_loss({"cosine": 1}, heads["summary"](output.summary), unit["summary"], 0.07).mean()
     torch.testing.assert_close(parts["a/patches"], patches, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(parts["a/summary"], summary, rtol=2e-3, atol=2e-3)
 
@@ -209,7 +212,7 @@ def test_every_head_and_the_whole_student_get_gradients():
 def test_the_loss_is_float32_under_autocast():
     teacher = _teacher("a")
     distiller, batch = _distiller(teacher, summary={"cosine": 1, "relation": 1}), _batch([teacher])
-    distiller.targets[0].remember(_batch([teacher])[1]["a-id"]["summary"])  # something to be related to
+    distiller.targets[0].push_summaries(_batch([teacher])[1]["a-id"]["summary"])  # something to be related to
     same = deepcopy(distiller)
     with torch.autocast("cpu", torch.bfloat16):
         total, parts = distiller(*batch)
@@ -284,17 +287,17 @@ def test_relation_compares_with_the_targets_of_the_steps_before():
     first, second = _batch(teachers), _batch(teachers)
     total, parts = distiller(*first)
     assert float(parts["a/relation"]) == 0
-    (remembering,) = distiller.remembering()
-    assert remembering is distiller.targets[0]
-    remembering.remember(first[1]["a-id"]["summary"])
-    past = distiller.targets[0].queue.past()
+    (queued,) = distiller.targets_with_queue()
+    assert queued is distiller.targets[0]
+    queued.push_summaries(first[1]["a-id"]["summary"])
+    entries = distiller.targets[0].queue.entries()
     target = distiller.targets[0].targets(first[1]["a-id"])["summary"]
-    torch.testing.assert_close(past[0][:4], F.normalize(target, dim=-1))
-    assert past[1].tolist() == [True] * 4 + [False] * 2
+    torch.testing.assert_close(entries[0][:4], F.normalize(target, dim=-1))
+    assert entries[1].tolist() == [True] * 4 + [False] * 2
     seen = []
     distiller.targets[0].heads["summary"].register_forward_hook(lambda _, __, output: seen.append(output.detach()))
     total, parts = distiller(*second)
-    expected = relation(seen[0], distiller.targets[0].targets(second[1]["a-id"])["summary"], *past, 0.2).mean()
+    expected = relation(seen[0], distiller.targets[0].targets(second[1]["a-id"])["summary"], *entries, 0.2).mean()
     torch.testing.assert_close(parts["a/relation"], expected)
     assert float(expected) > 0
     others = 0.5 * parts["a/summary"] + parts["a/patches"] + parts["b/patches"]
@@ -346,6 +349,20 @@ def test_a_step_on_a_part_of_the_patches_reads_no_number_of_the_device():
         assert reads.count == 1
         distiller(*batch, draws=torch.rand(4, 2), step=torch.tensor(5))[0].backward()
     assert reads.count == 1
+
+
+def test_patch_relation_compares_the_patches_of_the_step_at_the_same_positions():
+    teacher = _teacher("a", grid=(8, 8))
+    distiller = _distiller(teacher, patches={"patch_relation": 2.0}, max_patches=8, temperature=0.3).eval()
+    pixels, stored = _batch([teacher])
+    with torch.no_grad():
+        _, parts = distiller(pixels, stored, step=torch.tensor(3))
+        target, positions = distiller.targets[0], distiller.targets[0].patch_subsets[3 % 2]
+        predicted = target.predict(distiller.student(pixels))["patches"].flatten(1, 2)[:, positions]
+        wanted = target.targets(stored["a-id"])["patches"].flatten(1, 2)[:, positions]
+        expected = 2 * patch_relation(predicted, wanted, 0.3).mean()
+    assert predicted.shape == (4, 8, 6)
+    torch.testing.assert_close(parts["a/patches"], expected)
 
 
 @pytest.mark.parametrize(

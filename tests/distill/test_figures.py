@@ -11,7 +11,7 @@ from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.distill.figures import FigureWriter, colours
 from pipeline.distill.held_out import HeldOut, compare_with_teachers
 from pipeline.distill.job import make_job
-from pipeline.distill.loss import vector_loss
+from pipeline.distill.loss import image_loss
 from pipeline.distill.task import DistillTask, make_distill_task
 from pipeline.storage.store import Store
 from pipeline.training.loop import train
@@ -60,9 +60,8 @@ def test_nearness_is_the_mean_over_images_of_cosine_and_loss(job):
         for kind, values in predicted.items():
             wanted = target.standardisers[kind](decoders[kind].decode(raw[kind]))
             wanted = target.rule.align_teacher(wanted) if kind == "patches" else wanted
-            loss = vector_loss(
-                {"patches": job.config.loss.patches, "summary": job.config.loss.summary}[kind], values, wanted
-            )
+            weights = {"patches": job.config.loss.patches, "summary": job.config.loss.summary}[kind]
+            loss = image_loss(weights, values, wanted, job.config.loss.temperature)
             cosine = F.cosine_similarity(values, wanted, dim=-1).mean()
             assert metrics[f"val_cosine/{label}/{kind}"] == pytest.approx(float(cosine), abs=1e-5)
             assert metrics[f"val_loss/{label}/{kind}"] == pytest.approx(float(loss.mean()), rel=1e-4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.distill.config import LossConfig
-from pipeline.distill.loss import LOSSES, RELATIONS, check_losses, relation, vector_loss
+from pipeline.distill.loss import LOSSES, Loss, check_losses, compares, find_loss, image_loss, patch_relation, relation
 from pipeline.errors import UserError
 
 
@@ -27,6 +27,26 @@ def _mse_and_gradient(p, t):
     return ((p - t) ** 2).mean(-1), 2 * (p - t) / p.shape[-1]
 
 
+def _unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def _patch_relation_and_gradient(p, t, temperature):
+    """Mean divergence of an image's similarity rows [B, N, N], and its gradient by the chain rule over both factors."""
+    unit, count = _unit(p), p.shape[1]
+    student, teacher = (_log_softmax(x @ x.swapaxes(1, 2) / temperature) for x in (unit, _unit(t)))
+    value = (np.exp(teacher) * (teacher - student)).sum((1, 2)) / count
+    on_cosines = (np.exp(student) - np.exp(teacher)) / (count * temperature)
+    on_unit = (on_cosines + on_cosines.swapaxes(1, 2)) @ unit
+    norm = np.linalg.norm(p, axis=-1, keepdims=True)
+    return value, (on_unit - unit * (on_unit * unit).sum(-1, keepdims=True)) / norm
+
+
 EXPECTED = {"cosine": _cosine_and_gradient, "smooth_l1": _smooth_l1_and_gradient, "mse": _mse_and_gradient}
 
 
@@ -44,8 +64,8 @@ def _run(loss, p, t, *rest):
 
 
 def test_every_registered_loss_is_checked_here():
-    assert LOSSES.keys() == EXPECTED.keys()
-    assert RELATIONS.keys() == {"relation"}
+    assert {name for name, loss in LOSSES.items() if loss.compares == "vectors"} == EXPECTED.keys()
+    assert LOSSES.keys() - EXPECTED.keys() == {"patch_relation", "relation"}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -67,9 +87,48 @@ def test_a_vector_without_direction_is_at_a_right_angle_to_all(pair):
     np.testing.assert_allclose(gradient[2:], expected_gradient, atol=1e-6)
 
 
-def test_terms_are_weighted_and_averaged_over_the_tokens_of_an_image(pair):
-    terms = {"cosine": 0.9, "smooth_l1": 0.1, "relation": 5.0}
-    values, gradient = _run(lambda p, t: vector_loss(terms, p, t), *pair)
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_patch_relation_is_the_divergence_between_the_similarities_of_an_images_patches(pair, temperature):
+    p, t = (x.reshape(3, 8, 6) for x in pair)
+    values, gradient = _run(patch_relation, p, t, temperature)
+    expected, expected_gradient = _patch_relation_and_gradient(p, t, temperature)
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=2e-5)
+    alone, _ = _run(patch_relation, p[:1], t[:1], temperature)
+    np.testing.assert_allclose(alone, expected[:1], rtol=1e-4)  # no image is compared with another
+
+
+def test_patch_relation_sees_neither_scale_nor_rotation(pair):
+    p, t = (x.reshape(3, 8, 6) for x in pair)
+    rotation, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(6, 6)))
+    plain, turned = _run(patch_relation, p, t, 0.2)[0], _run(patch_relation, 3 * p @ rotation, t, 0.2)[0]
+    np.testing.assert_allclose(turned, plain, rtol=1e-4)
+
+
+def test_patch_relation_of_a_patch_without_direction_is_finite(pair):
+    p, t = (x.reshape(3, 8, 6).copy() for x in pair)
+    p[0, 0], t[1, 2] = 0, 0
+    values, gradient = _run(patch_relation, p, t, 0.07)
+    assert np.isfinite(values).all()
+    assert np.isfinite(gradient).all()
+
+
+def test_losses_of_patches_are_weighted_on_a_grid_as_on_a_list_of_positions(pair):
+    weights = {"cosine": 0.9, "smooth_l1": 0.1, "patch_relation": 0.5}
+    values, gradient = _run(lambda p, t: image_loss(weights, p, t, 0.2), *pair)
+    (cosine, _), (smooth, _) = (EXPECTED[name](*pair) for name in ("cosine", "smooth_l1"))
+    related, _ = _patch_relation_and_gradient(*(x.reshape(3, 8, 6) for x in pair), 0.2)
+    np.testing.assert_allclose(values, (0.9 * cosine + 0.1 * smooth).mean((1, 2)) + 0.5 * related, rtol=1e-4)
+    listed, listed_gradient = _run(lambda p, t: image_loss(weights, p, t, 0.2), *(x.reshape(3, 8, 6) for x in pair))
+    np.testing.assert_allclose(listed, values, rtol=1e-6)
+    np.testing.assert_allclose(listed_gradient, gradient.reshape(3, 8, 6), atol=1e-7)
+    only, _ = _run(lambda p, t: image_loss({"patch_relation": 2.0}, p, t, 0.2), *pair)
+    np.testing.assert_allclose(only, 2 * related, rtol=1e-4)
+
+
+def test_losses_are_weighted_and_averaged_over_the_patches_of_an_image(pair):
+    weights = {"cosine": 0.9, "smooth_l1": 0.1, "relation": 5.0}
+    values, gradient = _run(lambda p, t: image_loss(weights, p, t, 0.07), *pair)
     (cosine, cosine_gradient), (smooth, smooth_gradient) = (EXPECTED[name](*pair) for name in ("cosine", "smooth_l1"))
     np.testing.assert_allclose(values, (0.9 * cosine + 0.1 * smooth).mean((1, 2)), rtol=1e-5)
     np.testing.assert_allclose(gradient, (0.9 * cosine_gradient + 0.1 * smooth_gradient) / 8, atol=1e-6)
@@ -77,25 +136,18 @@ def test_terms_are_weighted_and_averaged_over_the_tokens_of_an_image(pair):
 
 def test_of_a_summary_the_loss_is_that_of_its_vector(pair):
     p, t = (x[:, 0, 0] for x in pair)
-    values, gradient = _run(lambda p, t: vector_loss({"cosine": 1}, p, t), p, t)
+    values, gradient = _run(lambda p, t: image_loss({"cosine": 1}, p, t, 0.07), p, t)
     expected, expected_gradient = _cosine_and_gradient(p, t)
     np.testing.assert_allclose(values, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
 
 
 def _relation_and_gradient(p, t, past, temperature):
-    def unit(x):
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-    def log_softmax(x):
-        x = x - x.max(-1, keepdims=True)
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-    student, teacher = (log_softmax(unit(x) @ past.T / temperature) for x in (p, t))
+    student, teacher = (_log_softmax(_unit(x) @ past.T / temperature) for x in (p, t))
     value = (np.exp(teacher) * (teacher - student)).sum(-1)
     on_unit = (np.exp(student) - np.exp(teacher)) @ past / temperature
     norm = np.linalg.norm(p, axis=-1, keepdims=True)
-    return value, (on_unit - unit(p) * (on_unit * unit(p)).sum(-1, keepdims=True)) / norm
+    return value, (on_unit - _unit(p) * (on_unit * _unit(p)).sum(-1, keepdims=True)) / norm
 
 
 def test_relation_is_the_divergence_over_the_places_that_are_filled():
@@ -137,27 +189,82 @@ def test_relation_to_an_empty_queue_and_of_a_perfect_prediction_is_nothing(pair)
 def test_losses_are_float32_under_autocast_and_as_exact(pair):
     p, t = (torch.tensor(x[:, 0, 0], dtype=torch.float32) for x in pair)
     past = torch.nn.functional.normalize(t, dim=-1)
-    known = torch.ones(3, dtype=torch.bool)
-    plain = [*(loss(p, t) for loss in LOSSES.values()), relation(p, t, past, known, 0.07)]
+    rest = {"vectors": (), "patches": (0.07,), "queue": (past, torch.ones(3, dtype=torch.bool), 0.07)}
+    given = {"vectors": (p, t), "patches": (p[None], t[None]), "queue": (p, t)}
+
+    def values():
+        return [loss(*given[loss.compares], *rest[loss.compares]) for loss in LOSSES.values()]
+
+    plain = values()
     with torch.autocast("cpu", torch.bfloat16):
-        cast = [*(loss(p, t) for loss in LOSSES.values()), relation(p, t, past, known, 0.07)]
+        cast = values()
         assert LOSSES["mse"](p.bfloat16(), t.bfloat16()).dtype == torch.float32
-        assert vector_loss({"cosine": 1.0}, p.bfloat16(), t.bfloat16()).dtype == torch.float32
+        assert image_loss({"cosine": 1.0}, p.bfloat16(), t.bfloat16(), 0.07).dtype == torch.float32
     assert all(torch.equal(one, other) for one, other in zip(plain, cast, strict=True))
 
 
 def test_a_perfect_prediction_costs_nothing(pair):
     target = torch.tensor(pair[1])
-    terms = dict.fromkeys(LOSSES, 1.0)
-    torch.testing.assert_close(vector_loss(terms, target, target), torch.zeros(3), atol=1e-6, rtol=0)
+    found = image_loss(dict.fromkeys(LOSSES, 1.0), target, target, 0.07)
+    torch.testing.assert_close(found, torch.zeros(3), atol=1e-6, rtol=0)
+
+
+PLUGIN = """
+from pipeline.distill.loss import compares
+
+@compares("patches")
+def spread(predicted, target, temperature):
+    return (predicted.std(dim=1) - target.std(dim=1)).square().mean(dim=1) / temperature
+
+def plain(predicted, target):
+    return predicted
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    (tmp_path / "my_losses_of_a_test.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "my_losses_of_a_test"
+
+
+def test_a_loss_of_the_users_own_is_named_by_its_module(plugin, pair):
+    name = f"{plugin}:spread"
+    config = LossConfig(patches={"cosine": 1, name: 0.5})
+    check_losses(config)
+    values, _ = _run(lambda p, t: image_loss(config.patches, p, t, 0.5), *pair)
+    p, t = (x.reshape(3, 8, 6) for x in pair)
+    expected = _cosine_and_gradient(p, t)[0].mean(1) + ((p.std(1, ddof=1) - t.std(1, ddof=1)) ** 2).mean(1)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    with pytest.raises(UserError, match=r"loss\.summary: my_losses_of_a_test:spread compares the patches of an image"):
+        check_losses(LossConfig(summary={name: 1}))
+    with pytest.raises(UserError, match=r"loss\.patches: my_losses_of_a_test:plain is not decorated with .*compares$"):
+        check_losses(LossConfig(patches={f"{plugin}:plain": 1}))
+    assert isinstance(find_loss(name), Loss)
+
+
+def test_a_declared_loss_is_its_function_in_float32():
+    assert compares("vectors")(lambda p, t: p - t)(torch.ones(2).bfloat16(), torch.ones(2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"patches": {"cosin": 1}}, r"loss\.patches: there is no loss cosin; did you mean cosine\? known are cosine, "),
-        ({"patches": {"relation": 1}}, r"loss\.patches: there is no loss relation; known are cosine, smooth_l1, mse$"),
-        ({"summary": {"qqq": 1}}, r"loss\.summary: there is no loss qqq; known are .*relation$"),
+        (
+            {"patches": {"relation": 1}},
+            r"loss\.patches: relation compares a summary with past ones; known are cosine, smooth_l1, mse, patch_relation$",
+        ),
+        (
+            {"summary": {"patch_relation": 1}},
+            r"loss\.summary: patch_relation compares the patches .*; known are cosine, smooth_l1, mse, relation$",
+        ),
+        (
+            {"summary": {"qqq": 1}},
+            r"loss\.summary: there is no loss qqq; known are .*relation, and package.module:function$",
+        ),
+        ({"patches": {"nowhere:f": 1}}, r"loss\.patches: nowhere:f cannot be imported .*PYTHONPATH"),
+        ({"patches": {"math:nothing": 1}}, r"loss\.patches: module math has no nothing$"),
     ],
 )
 def test_a_loss_that_is_not_registered_is_named(fields, message):
@@ -166,4 +273,8 @@ def test_a_loss_that_is_not_registered_is_named(fields, message):
 
 
 def test_registered_losses_are_taken():
-    check_losses(LossConfig(patches=dict.fromkeys(LOSSES, 1), summary=dict.fromkeys((*LOSSES, *RELATIONS), 1)))
+    fitting = {"patches": ("vectors", "patches"), "summary": ("vectors", "queue")}
+    fields = {
+        field: {name: 1 for name, loss in LOSSES.items() if loss.compares in kinds} for field, kinds in fitting.items()
+    }
+    check_losses(LossConfig(**fields))

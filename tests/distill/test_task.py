@@ -200,18 +200,18 @@ def test_all_shares_and_pieces_of_a_step_are_compared_with_the_steps_before(job,
     changes = ["train.epochs=1", f"train.micro_batch={micro_batch}", "loss={summary: {relation: 1}, queue: 64}"]
     given = job(*changes)
     tasks = [DistillTask(given, share, 2) for share in (0, 1)]
-    target, *_ = tasks[0].module.remembering()
+    target, *_ = tasks[0].module.targets_with_queue()
     shares = [list(task.batches(0, 0)) for task in tasks]
     rows = [batch.features[target.teacher.id]["summary"] for step in zip(*shares, strict=True) for batch in step]
-    summaries = F.normalize(torch.cat([target._target("summary", each, None, None) for each in rows]), dim=-1)
-    known = []
-    past = target.queue.past
-    target.queue.past = lambda: known.append(int(past()[1].sum())) or past()
+    summaries = F.normalize(torch.cat([target._decode("summary", each, None, None) for each in rows]), dim=-1)
+    counts = []
+    entries = target.queue.entries
+    target.queue.entries = lambda: counts.append(int(entries()[1].sum())) or entries()
     train(tasks[0], given.config.train, Worker(shares=2), None, lambda snapshot: None, tasks[1:])
     each = -(-8 // micro_batch) * 2
-    assert known == [min(16 * step, 64) for step in range(len(shares[0])) for _ in range(each)]
+    assert counts == [min(16 * step, 64) for step in range(len(shares[0])) for _ in range(each)]
     assert int(target.queue.count) == len(summaries)
-    kept, filled = target.queue.past()
+    kept, filled = target.queue.entries()
     assert filled.all()
     torch.testing.assert_close(kept, summaries[-64:].roll(len(summaries) % 64, 0))
 

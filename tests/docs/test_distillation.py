@@ -1,7 +1,5 @@
 """What docs/distillation.md shows is what the configuration takes, and the loss of docs/howto/own-loss.md is one."""
 
-import __future__
-
 import re
 from pathlib import Path
 
@@ -27,14 +25,14 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 8
 
 
-def test_the_loss_of_the_how_to_is_one_like_the_others(monkeypatch):
+def test_the_loss_of_the_how_to_is_one_like_the_others(tmp_path, monkeypatch):
     text = (DOCS / "howto/own-loss.md").read_text(encoding="utf-8")
-    names = dict(vars(loss))
-    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        exec(compile(code, "own-loss.md", "exec", flags=__future__.annotations.compiler_flag), names)
-    monkeypatch.setattr(loss, "LOSSES", names["LOSSES"])
-    loss.check_losses(load_config(None, ["loss.patches={cosine: 0.9, log_cosh: 0.1}"]).loss)
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "my_losses.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config(None, ['loss.patches={cosine: 0.9, "my_losses:log_cosh": 0.1}']).loss
+    loss.check_losses(config)
     predicted, target = torch.randn(2, 3, 4, 4, 8, dtype=torch.float64).bfloat16()
     error = predicted.float() - target.float()
-    found = loss.vector_loss({"log_cosh": 2.0}, predicted, target)
+    found = loss.image_loss({"my_losses:log_cosh": 2.0}, predicted, target, config.temperature)
     torch.testing.assert_close(found, 2 * error.cosh().log().mean(dim=(1, 2, 3)))
