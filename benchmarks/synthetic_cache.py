@@ -10,9 +10,9 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.cache.config import TeacherConfig
-from pipeline.cache.fill.ingest import IMAGES_SCHEMA
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.view_rows import IMAGES_SCHEMA
 from pipeline.storage.store import Store
 from teachers.base import TeacherSpec
 

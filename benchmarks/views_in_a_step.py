@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.synthetic_cache import jpegs, write_dataset
+from pipeline.cache.fill.ingest import commit_crops
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.view_rows import read_view_rows
 from pipeline.cache.read.reader import CacheReader
 from pipeline.imaging.geometry import ViewPolicy
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dataset = write_dataset(folder, options.count, files or jpegs(options.side), 256)
         dataset = replace(dataset, policy=ViewPolicy(crops=max(PER_STEP)))
         for shard in range(dataset.shards):
-            read_view_rows(dataset, shard)
+            commit_crops(dataset, shard)
         rates: dict[int, list[float]] = {views: [] for views in PER_STEP}
         for epoch in range(options.rounds):
             for views, measured in rates.items():

@@ -53,6 +53,7 @@ if __name__ == "__main__":
 from jobs._plan import cache_plan, cost_plan, read_rate
 from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
+from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.maintain.audit import Verification, check_begun, verify_cache
 from pipeline.cache.maintain.checks import Finding
 from pipeline.cache.maintain.garbage import find_garbage, remove_garbage
@@ -105,8 +106,8 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
 
 def _planned(config: Config) -> list[tuple[Config, CachePlan]]:
     """The plan of every phase, printed; one where there are no phases."""
-    store = cache_store(config)
-    planned = [(phase, plan_cache(phase, store)) for phase in config.phase_configs()]
+    store, snapshot = cache_store(config), RecordSnapshot()
+    planned = [(phase, plan_cache(phase, store, snapshot=snapshot)) for phase in config.phase_configs()]
     for number, (phase, plan) in enumerate(planned, 1):
         title = "plan" if len(planned) == 1 else f"plan of phase {number} of {len(planned)}"
         print(f"{title}\n{cache_plan(plan, phase)}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def fill_in_process(plan: Any, batch_size: int = 16) -> int:
     from pipeline.cache.fill.extract import Extract
     from pipeline.cache.fill.ingest import Ingest
     from pipeline.cache.layout.dataset import create_dataset
+    from pipeline.cache.layout.snapshot import RecordSnapshot
 
     ingest = Ingest({split.split: (split.dataset, split.source) for split in plan.splits})
     extract = Extract({split.split: split.dataset for split in plan.splits}, plan.teachers, "cpu", 2, batch_size)
@@ -122,8 +124,8 @@ def fill_in_process(plan: Any, batch_size: int = 16) -> int:
                 row = step({"split": split.split, "shard": shard})
                 assert not row["error"], row
                 computed += row.get("computed", 0)
-        for teacher in plan.teachers:
-            freeze_stats(split.dataset, teacher)
+        for teacher in plan.teachers:  # the plan's own snapshot stays as it was, as if another process filled the cache
+            freeze_stats(replace(split.dataset, snapshot=RecordSnapshot()), teacher)
     return computed
 
 
@@ -137,13 +139,12 @@ def without_ray(monkeypatch: Any) -> None:
     from pipeline.cache.fill import build
     from pipeline.cache.fill.extract import Extract
     from pipeline.cache.maintain import audit
-    from pipeline.cache.maintain.verify import Verify
 
-    def actor(make: Any) -> Any:
-        return lambda rows, arguments, batch_size: map(make(*arguments, "cpu", 2, batch_size), rows) if rows else ()
+    def run(actor: Any, rows: Any, arguments: Any, batch_size: int) -> Any:
+        return map(actor(*arguments, "cpu", 2, batch_size), rows) if rows else ()
 
-    monkeypatch.setattr(audit, "verify_shards", actor(Verify))
-    monkeypatch.setattr(build, "extract_shards", actor(Extract))
+    monkeypatch.setattr(audit, "run_in_actors", run)
+    monkeypatch.setattr(build, "extract_shards", lambda *arguments: run(Extract, *arguments))
     monkeypatch.setattr(build, "ingest_shards", lambda rows, ingest: map(ingest, rows))
 
 

@@ -36,7 +36,7 @@ class HeldOut:
     """
 
     def __init__(self, dataset: Dataset, teachers: Sequence[CachedTeacher], image_size: int, batch_size: int) -> None:
-        rows = sum(record.rows for record in dataset.images.records().values()) * dataset.policy.rows_per_image
+        rows = sum(record.rows for record in dataset.records(dataset.images).values()) * dataset.policy.rows_per_image
         # Equal batches that leave out as few images as possible.
         size = max(1, rows // -(-rows // batch_size))
         self.batch_size = size

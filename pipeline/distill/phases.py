@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.fill.build import CachePlan, plan_cache
+from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.config.load import Config
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.evaluate.knn import check_splits
@@ -60,7 +61,9 @@ def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
             where `student.weights` cannot be had.
     """
     start = _find_start(config)
-    first, *others = (Phase(phase, plan_cache(phase, store)) for phase in config.phase_configs())
+    snapshot = RecordSnapshot()
+    plans = [(phase, plan_cache(phase, store, snapshot=snapshot)) for phase in config.phase_configs()]
+    first, *others = (Phase(phase, plan) for phase, plan in plans)
     phases = replace(first, start=start), *others
     for phase in phases:
         train, val = phase.plan.split("train"), phase.plan.split("val")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_cache, teacher_stats
-from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_cache
+from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_stats
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import NO_LABEL, PatchReader, read_summaries
 from pipeline.config.load import Config

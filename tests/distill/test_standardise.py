@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.fill.build import teacher_stats
+from pipeline.cache.layout.cached_teacher import teacher_stats
 from pipeline.cache.layout.codec import Codec, FeatureCodec, fit_projection
 from pipeline.cache.layout.phi_s import PhiS
 from pipeline.cache.layout.stats import Moments

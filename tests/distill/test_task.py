@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.cache.fill.build import teacher_stats
+from pipeline.cache.layout.cached_teacher import teacher_stats
 from pipeline.cache.read import reader
 from pipeline.cache.read.reader import NO_LABEL
 from pipeline.distill.held_out import compare_with_teachers

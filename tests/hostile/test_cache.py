@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache.fill.build import freeze_stats, plan_cache, teacher_stats
-from pipeline.cache.layout.cached_teacher import projection_of
+from pipeline.cache.fill.build import freeze_stats, plan_cache
+from pipeline.cache.layout.cached_teacher import projection_of, teacher_stats
 from pipeline.cache.layout.dataset import read_meta
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images

@@ -1,6 +1,6 @@
-"""Plan and fill the cache: what is there, what is missing, and the two passes that compute just that.
+"""Plan and fill the cache: find out what is missing, and compute just that in two passes.
 
-images     source -> Ingest -> committed `images` shards
+images     source -> Ingest -> committed `images` shards (and row shards of crops)
 teachers   `images` shards -> Extract -> committed teacher shards
 """
 
@@ -10,9 +10,8 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
-from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +24,8 @@ from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import Dataset, create_dataset, plan_dataset
 from pipeline.cache.layout.keys import teacher_id, teacher_identity
 from pipeline.cache.layout.phi_s import PhiS, dump_phi_s
-from pipeline.cache.layout.stats import Moments, dump_moments, load_moments, merge_all
+from pipeline.cache.layout.snapshot import RecordSnapshot
+from pipeline.cache.layout.stats import dump_moments, merge_all
 from pipeline.config.load import Config
 from pipeline.errors import UserError, naming
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
@@ -34,17 +34,17 @@ from pipeline.runtime.progress import Progress
 from pipeline.sources.base import Source
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
-from pipeline.storage.store import Store, report_damage
+from pipeline.storage.store import Store
 
 PASSES = 2
-"""Over what is missing: of two actors that fitted a projection in the same moment only one's shards count."""
+"""Passes over what is missing: if two actors fit a projection at the same moment, only the shards of one of them count."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """One split of the data (``train`` or ``val``): its source, its index and the dataset it is in the cache."""
+    """One split of the data (``train`` or ``val``): its source, its index and its dataset in the cache."""
 
     split: str
     source: Source
@@ -52,19 +52,21 @@ class SplitPlan:
     dataset: Dataset
 
     def missing_images(self) -> list[int]:
-        """Shards of `images` that are not there."""
-        done = self.dataset.images.records()
-        return [shard for shard in range(self.dataset.shards) if shard not in done]
+        """Shards of `images` that are missing."""
+        return self.dataset.missing(self.dataset.images)
+
+    def missing_crops(self) -> list[int]:
+        """Row shards of crops that are missing; none for a view without crops."""
+        return self.dataset.missing(self.dataset.rows) if self.dataset.policy.crops else []
 
     def missing(self, teacher: CachedTeacher) -> list[int]:
-        """Shards of a teacher that are not there."""
-        done = self.dataset.teacher(teacher.id).records()
-        return [shard for shard in range(self.dataset.shards) if shard not in done]
+        """Shards of a teacher that are missing."""
+        return self.dataset.missing(self.dataset.teacher(teacher.id))
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a job needs of the cache; made before anything expensive starts, and writes nothing."""
+    """What a job needs from the cache; made before anything expensive starts, without writing anything."""
 
     store: Store
     splits: tuple[SplitPlan, ...]
@@ -81,10 +83,10 @@ class BuildReport:
 
     Attributes:
         shards_computed: teacher shards, over all splits.
-        images_ingested: images that went through `Ingest`.
+        images_ingested: images of the shards of `images` that were missing.
         images_extracted: pairs of image and teacher that were computed.
         seconds: wall-clock time.
-        quarantined: by split, the samples left out, each with ``sample_id`` and ``reason``.
+        quarantined: samples left out, by split, each with ``sample_id`` and ``reason``.
     """
 
     shards_computed: int = 0
@@ -94,21 +96,25 @@ class BuildReport:
     quarantined: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
 
-def plan_cache(config: Config, store: Store, teachers: bool = True) -> CachePlan:
+def plan_cache(
+    config: Config, store: Store, teachers: bool = True, snapshot: RecordSnapshot | None = None
+) -> CachePlan:
     """Index the sources and name every folder that the job needs.
 
     Args:
         teachers: whether the teachers are needed, or only the images.
+        snapshot: shared with the job's other plans; None: a new one.
 
     Raises:
-        UserError, TeacherError: where a source, a teacher or the cache is not as the configuration says.
+        UserError, TeacherError: if a source, a teacher or the cache does not match the configuration.
     """
+    snapshot = snapshot or RecordSnapshot()
     cached = tuple(_cached_teacher(config, index) for index in range(len(config.teachers))) if teachers else ()
     ids = [teacher.id for teacher in cached]
     for twin in {name for name in ids if ids.count(name) > 1}:
-        raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; give each teacher once")
+        raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; list each teacher once")
     locations = {"train": config.data.train, "val": config.data.held_out}
-    splits = tuple(_plan_split(config, store, split, where) for split, where in locations.items() if where)
+    splits = tuple(_plan_split(config, store, split, where, snapshot) for split, where in locations.items() if where)
     return CachePlan(store, splits, cached)
 
 
@@ -123,7 +129,7 @@ def _cached_teacher(config: Config, index: int) -> CachedTeacher:
     return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision), name, cache.precision)
 
 
-def _plan_split(config: Config, store: Store, split: str, location: str) -> SplitPlan:
+def _plan_split(config: Config, store: Store, split: str, location: str, snapshot: RecordSnapshot) -> SplitPlan:
     data = config.data
     with naming(f"data.{split}"):
         source = open_source(
@@ -137,31 +143,31 @@ def _plan_split(config: Config, store: Store, split: str, location: str) -> Spli
     policy = (
         ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed) if split == "train" else WHOLE
     )
-    dataset, rows = plan_dataset(store, source, name, config.cache.shard_size, policy)
-    return SplitPlan(split, source, rows, dataset)
+    dataset, index = plan_dataset(store, source, name, config.cache.shard_size, policy, snapshot)
+    return SplitPlan(split, source, index, dataset)
 
 
 def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport]:
     """Compute and commit what is missing.
 
     Returns:
-        The plan with the teachers' weight digests filled in, and what was done.
+        The plan with the teachers' weight digests filled in, and a report.
 
     Raises:
-        UserError, TeacherError: for whatever the user can mend; all that was committed stays.
+        UserError, TeacherError: for user-fixable failures; all committed shards stay.
     """
     started = time.perf_counter()
     report = BuildReport()
-    # Weights are looked for first: a missing file must not be found out after hours of decoding.
+    # Weights first: a missing file must not be discovered after hours of decoding.
     plan = replace(plan, teachers=tuple(_with_weights(plan, teacher) for teacher in plan.teachers))
     for split in plan.splits:
         create_dataset(split.dataset, split.index)
     report.images_ingested = ingest_missing(plan.splits)
     for split in plan.splits:
-        records = split.dataset.images.records().values()
+        records = split.dataset.records(split.dataset.images).values()
         report.quarantined[split.split] = check_quarantine(split.dataset, records, config.data.max_bad)
         if not any(record.rows for record in records):
-            raise UserError(f"{split.dataset.location}: not one image can be read")
+            raise UserError(f"{split.dataset.location}: none of the images can be read")
     export("index", {"quarantined": sum(map(len, report.quarantined.values()))})
     _extract(plan, config.cache.batch_size, report)
     for split in plan.splits:
@@ -172,7 +178,7 @@ def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport
 
 
 def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
-    """Learn the digest of the weights where they are needed, and refuse a folder that was made with others."""
+    """Fill in the digest of the weights, loading them only if needed; refuse a folder made with other weights."""
     folders = [split.dataset.teacher(cached.id).store for split in plan.splits]
     described = all(folder.exists("teacher.json") for folder in folders)
     if described and not any(split.missing(cached) for split in plan.splits):
@@ -184,7 +190,7 @@ def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
         if known not in (None, teacher.weights_sha256):
             raise UserError(
                 f"{folder.uri} was made with other weights of {cached.spec.name} (SHA-256 {str(known)[:12]}) "
-                f"than the present ones ({teacher.weights_sha256[:12]}): name their file in weights, or delete that folder"
+                f"than the present ones ({teacher.weights_sha256[:12]}): set weights to their file, or delete that folder"
             )
         if known is None:
             description = {**asdict(cached.spec), **teacher_identity(cached.spec, cached.codec, cached.precision)}
@@ -203,22 +209,26 @@ def _recorded_digest(folder: Store) -> str:
 
 
 def ingest_missing(splits: Sequence[SplitPlan], known: Mapping[tuple[str, int], Set[str]] | None = None) -> int:
-    """Commit the shards of `images` that are not there; gives the number of images that went through `Ingest`.
+    """Commit the missing shards of `images` and of crops; returns the number of images that were missing.
 
     Args:
-        known: as of `Ingest`.
+        known: see `Ingest`.
 
     Raises:
-        UserError: where the source or the cache cannot be used.
+        UserError: if the source or the cache cannot be used.
     """
     ingest = Ingest({split.split: (split.dataset, split.source) for split in splits}, known or {})
-    rows = [{"split": split.split, "shard": shard} for split in splits for shard in split.missing_images()]
-    total = _images(splits, rows)
-    with Progress(total, "img", "index") as progress:
+    missing = {split.split: split.missing_images() for split in splits}
+    shards = {split.split: sorted({*missing[split.split], *split.missing_crops()}) for split in splits}
+    sizes = {split.split: split.dataset.shard_rows for split in splits}
+    rows = [{"split": name, "shard": shard} for name, numbers in shards.items() for shard in numbers]
+    with Progress(_count_images(splits, shards), "img", "index") as progress:
         for row in ingest_shards(rows, ingest):
             _raise_error(row)
-            progress.update(row["images"])
-    return total
+            progress.update(sizes[row["split"]](row["shard"]))
+    for split in splits:
+        split.dataset.refresh(shards[split.split])
+    return _count_images(splits, missing)
 
 
 def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
@@ -233,7 +243,7 @@ def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
 
 
 def _missing(plan: CachePlan) -> dict[tuple[str, str], list[int]]:
-    """Shards that are not there by split and teacher id, where there are such; reads every record."""
+    """Missing shards by split and teacher id, without the pairs that lack none."""
     pairs = ((split, teacher) for split in plan.splits for teacher in plan.teachers)
     return {(split.split, teacher.id): shards for split, teacher in pairs if (shards := split.missing(teacher))}
 
@@ -243,13 +253,15 @@ def _extract_missing(
 ) -> None:
     ids = {teacher for _, teacher in missing}
     needed = [teacher for teacher in plan.teachers if teacher.id in ids]
-    pairs = {(split, shard) for (split, _), shards in missing.items() for shard in shards}
-    rows = [{"split": split, "shard": shard} for split, shard in sorted(pairs)]
+    shards: defaultdict[str, set[int]] = defaultdict(set)
+    for (split, _), lacking in missing.items():
+        shards[split].update(lacking)
+    rows = [{"split": split, "shard": shard} for split in sorted(shards) for shard in sorted(shards[split])]
     datasets = {split.split: split.dataset for split in plan.splits}
     label = f"extract {' '.join(teacher.spec.name for teacher in needed)}"
     started = time.perf_counter()
     stages: defaultdict[str, float] = defaultdict(float)
-    with Progress(_images(plan.splits, rows), "img", label) as progress:
+    with Progress(_count_images(plan.splits, shards), "img", label) as progress:
         for number, row in enumerate(extract_shards(rows, (datasets, needed), batch_size), 1):
             _raise_error(row)
             report.shards_computed += row["computed"]
@@ -260,13 +272,15 @@ def _extract_missing(
             speed = report.images_extracted / (time.perf_counter() - started)
             todo = len(rows) - number
             export("extract", {"shards": report.shards_computed, "shards_left": todo, "images_per_second": speed})
+    for split, numbers in shards.items():
+        datasets[split].refresh(numbers)
     if reason := starved(stages, time.perf_counter() - started, gpus()):
         log.warning(reason)
 
 
-def _images(splits: Sequence[SplitPlan], rows: Sequence[dict[str, Any]]) -> int:
-    datasets = {split.split: split.dataset for split in splits}
-    return sum(datasets[row["split"]].shard_rows(row["shard"]) for row in rows)
+def _count_images(splits: Sequence[SplitPlan], shards: Mapping[str, Collection[int]]) -> int:
+    """Images of these shards, by split, according to the index."""
+    return sum(sum(map(split.dataset.shard_rows, shards.get(split.split, ()))) for split in splits)
 
 
 def _raise_error(row: dict[str, Any]) -> None:
@@ -275,31 +289,10 @@ def _raise_error(row: dict[str, Any]) -> None:
 
 
 def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
-    """Merge the statistics of all shards of a complete teacher and derive its PHI-S rotation, once."""
+    """Merge the statistics of all shards of a complete teacher and derive its PHI-S rotation, unless that was done."""
     folder = dataset.teacher(teacher.id)
     if folder.store.exists("stats.npz"):
         return
-    merged = merge_all(folder.moments(record for record in folder.records().values() if record.moments))
+    merged = merge_all(folder.moments(record for record in dataset.records(folder).values() if record.moments))
     folder.store.put("phi_s.npz", dump_phi_s({kind: PhiS.of(moments) for kind, moments in merged.items()}))
     folder.store.put("stats.npz", dump_moments(merged))
-
-
-def teacher_stats(dataset: Dataset, teacher: CachedTeacher) -> dict[str, Moments]:
-    """Frozen statistics of a teacher over a dataset, by token type."""
-    store = dataset.teacher(teacher.id).store
-    with report_damage(f"{store.uri}/stats.npz"):
-        return load_moments(store.get("stats.npz"))
-
-
-def teacher_fidelity(dataset: Dataset, teacher: CachedTeacher) -> dict[str, dict[str, float]]:
-    """What the codec keeps of a teacher's features, by token type: means over the shards, of the 1st percentile the least."""
-    records = [record for record in dataset.teacher(teacher.id).records().values() if record.rows]
-    figures = {kind: [record.facts["fidelity"][kind] for record in records] for kind in teacher.shapes}
-    return {
-        kind: {
-            name: min(part[name] for part in parts) if name == "cosine_p1" else fmean(part[name] for part in parts)
-            for name in ("cosine", "cosine_p1", "relative_error")
-        }
-        for kind, parts in figures.items()
-        if parts
-    }

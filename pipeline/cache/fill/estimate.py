@@ -128,8 +128,8 @@ def _views(split: SplitPlan, shards: range | list[int]) -> int:
 def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
     """Bytes of one view in a codec, and whether that is exact, or only a bound: measured on shards where there are any."""
     other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision))
-    folders = [split.dataset.teacher(other.id) for split in plan.splits]
-    records = [record for folder in folders for record in folder.records().values() if record.rows]
+    datasets = [split.dataset for split in plan.splits]
+    records = [record for data in datasets for record in data.records(data.teacher(other.id)).values() if record.rows]
     if records:
         return sum(record.bytes for record in records) / sum(record.rows for record in records), True
     return float(other.row_bytes()), codec in ("float32", "float16", "bfloat16", "int8")

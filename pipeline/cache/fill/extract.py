@@ -47,8 +47,8 @@ JUDGED = 32
 AHEAD = 2
 """Batches that are rendered ahead of the device."""
 
-MENDABLE = (UserError, TeacherError, torch.OutOfMemoryError)
-"""Failures of which a user can mend the cause."""
+USER_ERRORS = (UserError, TeacherError, torch.OutOfMemoryError)
+"""Failures whose cause the user can fix."""
 
 
 def out_of_memory(teachers: Iterable[CachedTeacher], batch_size: int) -> str:
@@ -112,7 +112,6 @@ class Extract:
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
         self.projection_lock = threading.Lock()
         self.projections: dict[str, tuple[str, Projection | None]] = {}
-        self.sampled: dict[tuple[str, str, int, int], list[TeacherOutput]] = {}
 
     def _load(self, cached: CachedTeacher) -> Teacher:
         teacher = cached.create()
@@ -137,60 +136,43 @@ class Extract:
         try:
             missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
             images = self._extract(dataset, shard, missing, stages) if missing else 0
-        except MENDABLE as error:
-            return {**row, "images": 0, "computed": 0, "stages": "{}", "error": self.told(error)}
+        except USER_ERRORS as error:
+            return {**row, "images": 0, "computed": 0, "stages": "{}", "error": self.error_message(error)}
         return {**row, "images": images, "computed": len(missing), "stages": json.dumps(stages), "error": ""}
 
-    def told(self, error: Exception) -> str:
-        """What to say of a `MENDABLE` failure."""
+    def error_message(self, error: Exception) -> str:
+        """One of the `USER_ERRORS` in one line."""
         if isinstance(error, torch.OutOfMemoryError):
             return f"{out_of_memory(self.cached.values(), self.batch_size)}; finished shards are kept"
         return str(error)
 
     def _extract(self, dataset: Dataset, shard: int, names: list[str], stages: Stages) -> int:
         with stages.part("read"):
-            spine = read_view_rows(dataset, shard)
-        writers = {name: ShardBuilder(self.cached[name], *self._codec(dataset, name)) for name in names}
-        for groups in self._stretches(dataset, shard, len(spine.images)):
-            kept = {name: self.sampled.pop((dataset.view.uri, name, shard, groups[0]), None) for name in names}
-            asked = [name for name, outputs in kept.items() if outputs is None]
-            for name, outputs in kept.items():
-                for output in outputs or ():
-                    writers[name].add(output.to(self.device.name), 0.0)
-            part = _part(dataset, spine, groups)
-            for pixels in stages.each("render", self.rendered(*part, asked)) if asked else ():
-                for name, batch in pixels.items():
-                    output, seconds = self.encode(name, batch)
-                    stages["teacher"] += seconds
-                    with stages.part("encode"):
-                        writers[name].add(output, seconds)
+            views = read_view_rows(dataset, shard)
+        writers = {name: ShardBuilder(self.cached[name], *self._projection(dataset, name)) for name in names}
+        for pixels in stages.each("render", self.rendered(views, names)):
+            for name, batch in pixels.items():
+                output, seconds = self.encode(name, batch)
+                stages["teacher"] += seconds
+                with stages.part("encode"):
+                    writers[name].add(output, seconds)
         for name, writer in writers.items():
             with stages.part("write"):
-                writer.commit(dataset.teacher(name), shard, spine, self.device.name)
-        return spine.rows.num_rows
+                writer.commit(dataset.teacher(name), shard, views, self.device.name)
+        return views.rows.num_rows
 
-    def _stretches(self, dataset: Dataset, shard: int, images: int) -> Iterator[range]:
-        """The row groups of a shard, those together that no projection was fitted on: their batches are full ones."""
-        first, count = 0, -(-images // ROW_GROUP_SIZE)
-        known = {group for view, _, number, group in list(self.sampled) if (view, number) == (dataset.view.uri, shard)}
-        for group in [*sorted(known), count]:
-            if first < group:
-                yield range(first, group)
-            if group < count:
-                yield range(group, group + 1)
-            first = group + 1
-
-    def features(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, TeacherOutput]]:
-        """What these teachers say of `rows`, views of `images`: batches by teacher id, in order."""
-        for pixels in self.rendered(images, rows, names):
+    def features(self, views: ViewRows, names: list[str]) -> Iterator[dict[str, TeacherOutput]]:
+        """Features of these teachers for `views`: batches by teacher id, in order."""
+        for pixels in self.rendered(views, names):
             yield {name: self.encode(name, batch)[0] for name, batch in pixels.items()}
 
     def encode(self, name: str, pixels: Tensor) -> tuple[TeacherOutput, float]:
         """What a teacher says of [B, 3, H, W] uint8, and the seconds of the device for it."""
         return self.device.encode(self.teachers[name], pixels)
 
-    def rendered(self, images: pa.Table, rows: pa.Table, names: list[str]) -> Iterator[dict[str, Tensor]]:
-        """Batches of [B, 3, H, W] uint8 by teacher id of `rows`, views of `images`; rendered two batches ahead of the device."""
+    def rendered(self, shard: ViewRows, names: list[str]) -> Iterator[dict[str, Tensor]]:
+        """Batches of [B, 3, H, W] uint8 pixels by teacher id, rendered `AHEAD` batches ahead of the device."""
+        images, rows, _ = shard
         specs = {name: self.teachers[name].spec for name in names}
         stack = _Batches(self.decoders, specs, rows.num_rows, self.batch_size)
         views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
@@ -205,8 +187,8 @@ class Extract:
         finally:
             stack.wait_for_unused()
 
-    def _codec(self, dataset: Dataset, name: str) -> tuple[str, Projection | None]:
-        """The projection of a teacher over a dataset, by its name in the cache; fitted here where nobody has yet."""
+    def _projection(self, dataset: Dataset, name: str) -> tuple[str, Projection | None]:
+        """Name and content of a teacher's projection over a dataset, which is fitted here if it does not exist yet."""
         if not Codec.parse(self.cached[name].codec).pca:
             return "", None
         folder = dataset.teacher(name)
@@ -214,20 +196,18 @@ class Extract:
             if folder.store.uri not in self.projections:
                 if not folder.projection:
                     fitted = dump_projection(self._fit(dataset, name))
-                    if not folder.projection:  # another actor may have been quicker
+                    if not folder.projection:  # another actor may have been faster
                         folder.add_projection(fitted)
                 self.projections[folder.store.uri] = folder.projection, projection_of(folder)
             return self.projections[folder.store.uri]
 
     def _fit(self, dataset: Dataset, name: str) -> Projection | None:
-        """The projection of a sample, whose features are kept until its shards are due: no teacher is asked twice."""
+        """The projection of a sample of images, which the teacher encodes once more when their shards are computed."""
         cached = self.cached[name]
         patches = []
-        for shard, group in dataset.sample_groups(_sample_size(cached)):
-            part = _part(dataset, read_view_rows(dataset, shard), range(group, group + 1))
-            outputs = [self.encode(name, batch[name])[0].to("cpu") for batch in self.rendered(*part, [name])]
-            patches += [output.patches for output in outputs]
-            self.sampled[dataset.view.uri, name, shard, group] = outputs
+        for sample in dataset.sample_images(_sample_size(cached)):
+            views = read_view_rows(dataset, sample.shard).slice(sample.group * ROW_GROUP_SIZE, sample.rows)
+            patches += [output[name].patches.cpu() for output in self.features(views, [name])]
         features = torch.cat(patches).float()
         if not torch.isfinite(features).all():
             raise TeacherError(
@@ -240,15 +220,9 @@ class Extract:
 
 
 def _sample_size(teacher: CachedTeacher) -> int:
-    """Images that a projection is fitted on: 16 patches a channel, and 256 at least."""
+    """Images that a projection is fitted on: 16 patches per channel, and at least 256 images."""
     height, width, channels = teacher.patches_shape
     return max(256, -(-16 * channels // (height * width)))
-
-
-def _part(dataset: Dataset, spine: ViewRows, groups: range) -> tuple[pa.Table, pa.Table]:
-    """The images and the rows of these row groups of a shard."""
-    first, count, views = groups.start * ROW_GROUP_SIZE, len(groups) * ROW_GROUP_SIZE, dataset.policy.rows_per_image
-    return spine.images.slice(first, count), spine.rows.slice(first * views, count * views)
 
 
 class _Batches:
@@ -333,9 +307,9 @@ class ShardBuilder:
             if kind not in self.fidelity:
                 self.fidelity[kind] = codec.fidelity(features[:JUDGED], rows[:JUDGED])
 
-    def commit(self, folder: ShardFolder, shard: int, spine: ViewRows, device: str) -> ShardRecord:
-        """Write the shard, which was made of this spine."""
-        table = spine.rows.select(["sample_id", "view"])
+    def commit(self, folder: ShardFolder, shard: int, views: ViewRows, device: str) -> ShardRecord:
+        """Write the shard of features of these views."""
+        table = views.rows.select(["sample_id", "view"])
         for kind, parts in self.encoded.items():
             column = self._column(kind, parts)
             table = table.append_column(pa.field(kind, column.type, nullable=False), column)
@@ -344,7 +318,7 @@ class ShardBuilder:
             "device_seconds": round(self.seconds, 3),
             "fidelity": self.fidelity,
             "torch": torch.__version__,
-            **spine.files,
+            **views.files,
         }
         return folder.commit(
             shard,

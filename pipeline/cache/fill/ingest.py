@@ -1,60 +1,65 @@
-"""Source -> `images` shards: the spine of keys and pixels that every teacher aligns with.
+"""Source -> `images` shards, and the row shards of crops: the keys and pixels that every teacher's shards align with.
 
-An image that cannot be decoded never enters the spine: it is quarantined with its reason in the shard's record.
+An image that cannot be decoded is left out (quarantined), with the reason in the shard's record.
+
+The record of a derived shard (crops, features) names the files that it was derived from, and a file's name contains the
+hash of its content. Before a shard is listed whose content differs from before, whatever was derived from the old content
+is unlisted: features never stand next to other pixels than those they were computed from.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import simplejpeg
 
-from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.shards import ShardRecord
-from pipeline.cache.layout.view_rows import ROWS_SCHEMA, commit_images, row
+from pipeline.cache.layout.dataset import Dataset, discard_stats
+from pipeline.cache.layout.shards import ShardFolder, ShardRecord
+from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, view_row
 from pipeline.errors import UserError
-from pipeline.imaging.decode import decode_image, decode_plain
+from pipeline.imaging.decode import decode_image, decode_plain, image_size
 from pipeline.imaging.geometry import FULL
 from pipeline.runtime import logs
 from pipeline.sources.base import Source
+from pipeline.storage.store import Store
 
-IMAGES_SCHEMA = pa.schema([*ROWS_SCHEMA, pa.field("label", pa.int64()), pa.field("image", pa.binary(), nullable=False)])
-"""The rows of the view ``full``, the label, the encoded image."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Ingest:
-    """Commits one shard of `images` a call; a Ray Data row is a shard.
+    """Commits a shard of `images`, and its crops if the view has any, where they are missing. A Ray Data row is a shard.
 
     Attributes:
         splits: dataset and source by split (``train``, ``val``).
-        known: by split and shard, the ids that were quarantined before; a shard that comes back with more is refused.
+        known: ids that were quarantined before, by split and shard; a shard that would now lose more images is refused.
     """
 
     splits: Mapping[str, tuple[Dataset, Source]]
     known: Mapping[tuple[str, int], Set[str]] = field(default_factory=dict)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Ingest `row["shard"]` of `row["split"]`.
-
-        A failure that the user can mend comes back as ``error``, so that it stays one clear line.
-        """
+        """Ingest `row["shard"]` of `row["split"]`; returns the row with ``error``, a user-fixable failure in one line."""
         dataset, source = self.splits[row["split"]]
         shard = int(row["shard"])
         try:
             with logs.shard_context(row, "index"):
                 if dataset.images.record(shard) is None:
-                    _commit(dataset, source, shard, self.known.get((row["split"], shard)))
+                    _commit_images(dataset, source, shard, self.known.get((row["split"], shard)))
+                if dataset.policy.crops and dataset.rows.record(shard) is None:
+                    commit_crops(dataset, shard)
         except UserError as error:
-            return {**row, "images": 0, "error": str(error)}
-        return {**row, "images": dataset.shard_rows(shard), "error": ""}
+            return {**row, "error": str(error)}
+        return {**row, "error": ""}
 
 
-def _commit(dataset: Dataset, source: Source, shard: int, known: Set[str] | None) -> None:
+def _commit_images(dataset: Dataset, source: Source, shard: int, known: Set[str] | None) -> None:
     started = time.perf_counter()
     index = dataset.shard_index(shard)
     rows: list[dict[str, Any]] = []
@@ -65,25 +70,77 @@ def _commit(dataset: Dataset, source: Source, shard: int, known: Set[str] | None
         if reason:
             bad.append({"sample_id": sample_id, "reason": reason})
         else:
-            rows.append({**row(sample_id, 0, FULL), "label": label, "image": data})
+            rows.append({**view_row(sample_id, 0, FULL), "label": label, "image": data})
     if known is not None:
         _refuse_loss(dataset, shard, [sample for sample in bad if sample["sample_id"] not in known])
-    facts = {"bad": bad, "seconds": round(time.perf_counter() - started, 3)}
-    commit_images(dataset, shard, pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA), facts)
+    dataset.images.commit(
+        shard,
+        pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA),
+        facts={"bad": bad, "seconds": round(time.perf_counter() - started, 3)},
+        before_listing=partial(_unlist_derived, "images", list(_derived_from_images(dataset.store.sub("views")))),
+    )
+
+
+def commit_crops(dataset: Dataset, shard: int) -> None:
+    """Draw the crops of a shard of images, and commit them.
+
+    Raises:
+        UserError: if the images are missing.
+    """
+    record = dataset.images.record(shard)
+    if record is None:
+        raise UserError(f"{dataset.images.store.uri} lacks shard {shard}: run the job again")
+    images, rows = dataset.images.read(record, ["sample_id", "image"]), []
+    for sample_id, data in zip(images["sample_id"].to_pylist(), images["image"], strict=True):
+        views = dataset.policy.views(sample_id, *image_size(data.as_py()))
+        rows += [view_row(sample_id, number, view) for number, view in enumerate(views)]
+    dataset.rows.commit(
+        shard,
+        pa.Table.from_pylist(rows, schema=ROWS_SCHEMA),
+        facts={"images": record.file},
+        before_listing=partial(_unlist_derived, "rows", list(_teachers(dataset.view))),
+    )
+
+
+def _derived_from_images(views: Store) -> Iterator[ShardFolder]:
+    for view in map(views.sub, views.folders()):
+        yield ShardFolder(view.sub("rows"))
+        yield from _teachers(view)
+
+
+def _teachers(view: Store) -> Iterator[ShardFolder]:
+    teachers = view.sub("teachers")
+    return (ShardFolder(teachers.sub(name)) for name in teachers.folders())
+
+
+def _unlist_derived(part: str, folders: Iterable[ShardFolder], record: ShardRecord) -> None:
+    """Unlist what was derived from another file of ``images`` or ``rows`` than this record's."""
+    for folder in folders:
+        derived = folder.listing(record.shard)
+        if derived is not None and derived.facts.get(part) != record.file:
+            log.warning(
+                "%s: shard %d was derived from other %s than the present ones (changed images, or another version of "
+                "pyarrow): it will be computed again",
+                folder.store.uri,
+                record.shard,
+                part,
+            )
+            folder.unlist(record.shard)
+            discard_stats(folder)
 
 
 def _refuse_loss(dataset: Dataset, shard: int, lost: Sequence[dict[str, str]]) -> None:
     if lost:
         raise UserError(
-            f"shard {shard} of {dataset.images.store.uri} is broken, and {dataset.location} does not give "
-            f"{len(lost)} of its images any more, first {lost[0]['sample_id']} ({lost[0]['reason']}): restore them"
+            f"shard {shard} of {dataset.images.store.uri} is broken, and {dataset.location} no longer provides "
+            f"{len(lost)} of its images, first {lost[0]['sample_id']} ({lost[0]['reason']}): restore them"
         )
 
 
 def _unreadable(data: bytes | Exception) -> str:
     """Why an image cannot be used, or "".
 
-    Pillow decodes around damage inside a JPEG's scan data without a word; a strict decode finds most of it.
+    Pillow silently decodes around damage inside a JPEG's scan data; a strict decode finds most of it.
     """
     if isinstance(data, Exception):
         return f"{type(data).__name__}: {data}"
@@ -103,7 +160,7 @@ def check_quarantine(dataset: Dataset, records: Iterable[ShardRecord], max_bad: 
     """The quarantined samples of a dataset, each with ``sample_id`` and ``reason``.
 
     Raises:
-        UserError: where they are more than the share `max_bad` of all samples, naming the first ones.
+        UserError: if their share of all samples exceeds `max_bad`, naming the first ones.
     """
     bad = [sample for record in records for sample in record.facts["bad"]]
     if len(bad) > max_bad * dataset.count:

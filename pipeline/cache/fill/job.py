@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.cache.fill.build import BuildReport, CachePlan, build_cache, teacher_fidelity
-from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.fill.build import BuildReport, CachePlan, build_cache
+from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_fidelity
 from pipeline.config.load import Config
 from pipeline.tracking.run import Run
 
@@ -26,7 +26,7 @@ def precompute(config: Config, plan: CachePlan, run: Run) -> tuple[CachePlan, Bu
     for split in plan.splits:
         for teacher in plan.teachers:
             folder = split.dataset.teacher(teacher.id)
-            records = folder.records().values()
+            records = split.dataset.records(folder).values()
             manifest = "\n".join(f"{r.shard}\t{r.file}\t{r.rows}\t{r.bytes}\t{r.sha256}" for r in records)
             run.log_text(f"shard\tfile\trows\tbytes\tsha256\n{manifest}\n", f"manifests/{split.split}/{teacher.id}.tsv")
             run.log_text(folder.store.get("teacher.json").decode(), f"teachers/{teacher.id}.json")
@@ -78,6 +78,6 @@ def log_quarantine(report: BuildReport, run: Run) -> None:
 
 def cache_bytes(*plans: CachePlan) -> int:
     """Bytes of the teacher shards that these plans use."""
-    folders = [split.dataset.teacher(t.id) for plan in plans for split in plan.splits for t in plan.teachers]
-    every = {folder.store.uri: folder for folder in folders}.values()
-    return sum(record.bytes for folder in every for record in folder.records().values())
+    pairs = [(split.dataset, teacher.id) for plan in plans for split in plan.splits for teacher in plan.teachers]
+    folders = {dataset.teacher(name).store.uri: dataset.records(dataset.teacher(name)) for dataset, name in pairs}
+    return sum(record.bytes for records in folders.values() for record in records.values())

@@ -131,12 +131,11 @@ def measure(
     import torch
 
     extract = Extract(datasets, teachers, device, 1, batch_size)
-    images, views, _ = read_view_rows(datasets[row["split"]], int(row["shard"]))
-    few = images.slice(0, min(batch_size, images.num_rows))
-    some = views.slice(0, few.num_rows * max(1, views.num_rows // max(1, images.num_rows)))
+    views = read_view_rows(datasets[row["split"]], int(row["shard"])).slice(0, batch_size)
+    rows = views.rows.num_rows
     for _ in range(2):  # the first round warms up, here as below
         started = time.perf_counter()
-        batches = list(extract.rendered(few, some, list(extract.teachers)))
+        batches = list(extract.rendered(views, list(extract.teachers)))
         host = time.perf_counter() - started
     for _ in range(2):
         started = time.perf_counter()
@@ -147,10 +146,10 @@ def measure(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     if device != "cuda":
-        return Measured(0, 0, seconds / some.num_rows, host / some.num_rows)
+        return Measured(0, 0, seconds / rows, host / rows)
     _fill_memory(extract, batches)
     memory = torch.cuda.max_memory_reserved() + CONTEXT_BYTES
-    return Measured(memory, torch.cuda.mem_get_info()[1], seconds / some.num_rows, host / some.num_rows)
+    return Measured(memory, torch.cuda.mem_get_info()[1], seconds / rows, host / rows)
 
 
 def _fill_memory(extract: Extract, batches: Sequence[Mapping[str, Tensor]]) -> None:

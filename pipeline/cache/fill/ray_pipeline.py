@@ -13,7 +13,6 @@ from typing import Any
 from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
 from pipeline.cache.fill.ingest import Ingest
 from pipeline.cache.fill.placement import Measured, measure_on_gpu, place
-from pipeline.cache.maintain.verify import Verify
 from pipeline.errors import UserError
 from pipeline.runtime import logs
 from pipeline.runtime.ray_session import alive_node_resources, is_cluster
@@ -57,22 +56,11 @@ def extract_shards(
     datasets, teachers = arguments
     worth_it = len(rows) >= WORTH_MEASURING and gpus()
     measured = measure_on_gpu(datasets, teachers, batch_size, rows[0]) if worth_it else None
-    yield from _in_actors(Extract, rows, arguments, batch_size, measured)
+    yield from run_in_actors(Extract, rows, arguments, batch_size, measured)
 
 
-def verify_shards(
-    rows: Sequence[dict[str, Any]], arguments: tuple[Any, ...], batch_size: int
-) -> Iterator[dict[str, Any]]:
-    """Run `Verify` on every row; results as they come.
-
-    Args:
-        arguments: the first ones of `Verify`.
-    """
-    yield from _in_actors(Verify, rows, arguments, batch_size)
-
-
-def _in_actors(
-    actor: type[Extract] | type[Verify],
+def run_in_actors(
+    actor: type,
     rows: Sequence[dict[str, Any]],
     arguments: tuple[Any, ...],
     batch_size: int,

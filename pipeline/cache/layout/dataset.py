@@ -2,38 +2,48 @@
 
     <cache>/<dataset-id>/
       dataset.json                     name, source, fingerprint, count, classes, shard size
-      index.parquet                    the shard index; one row group a shard
-      views/full/images/               one shard folder: keys, labels and the source's own encoded bytes
-      views/<view>/view.json           the policy: ``full``, or crops
-      views/<view>/rows/               one shard folder: keys and geometry of crops (of ``full``, columns of images)
-      views/<view>/teachers/<id>/      teacher.json and one shard folder per teacher
+      index.parquet                    the index of the source; one row group per shard
+      views/full/images/               shard folder: keys, labels and the source's own encoded bytes
+      views/<view>/view.json           the view's policy: ``full``, or crops
+      views/<view>/rows/               shard folder: keys and geometry of crops (for ``full``, columns of images)
+      views/<view>/teachers/<id>/      teacher.json and the teacher's shard folder
 
-`images` keeps the source's bytes as they are, neither resized nor encoded again: teacher and student then decode the
-same pixels, every teacher is cut from the original once, and a teacher can be added when the source is gone.
+`images` keeps the source's bytes unchanged, neither resized nor encoded again: teacher and student decode the same pixels,
+and a teacher can be added after the source is gone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cache.layout.keys import FORMAT_VERSION, dataset_id, index_fingerprint
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder
+from pipeline.cache.layout.shards import (
+    ROW_GROUP_SIZE,
+    RowGroup,
+    ShardFolder,
+    ShardRecord,
+    evenly_spaced,
+    row_groups,
+)
+from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import Source
 from pipeline.storage.store import Store, report_damage
 
 SCATTER_BYTES = 1 << 30
-"""A source that is only quick to read in its own order is still read in random order up to this size."""
+"""Up to this size, a source that reads fast only in its own order is read in random order all the same."""
+
+DESCRIBED = ("name", "location", "fingerprint", "count", "classes", "shard_size")
+"""Fields of a dataset that dataset.json keeps."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,11 @@ class Dataset:
     Attributes:
         store: its folder.
         name, location, fingerprint: of the source when it was indexed.
-        count: samples in the index, before any is quarantined.
+        count: samples in the index, quarantined ones included.
         classes: names of the classes by label; may be empty.
-        shard_size: samples of a shard; frozen when the dataset was created.
-        policy: the view that teachers are asked for.
+        shard_size: samples per shard; fixed when the dataset was created.
+        policy: the view whose features teachers compute.
+        snapshot: the shard records that the job has read, shared by its datasets.
     """
 
     store: Store
@@ -57,6 +68,7 @@ class Dataset:
     classes: tuple[str, ...]
     shard_size: int
     policy: ViewPolicy = WHOLE
+    snapshot: RecordSnapshot = field(default_factory=RecordSnapshot, repr=False, compare=False)
 
     @property
     def id(self) -> str:
@@ -69,7 +81,7 @@ class Dataset:
         return -(-self.count // self.shard_size)
 
     def shard_rows(self, shard: int) -> int:
-        """Samples of a shard in the index."""
+        """Samples of a shard according to the index."""
         return min(self.shard_size, self.count - shard * self.shard_size)
 
     def shard_index(self, shard: int) -> pa.Table:
@@ -84,24 +96,34 @@ class Dataset:
 
     @property
     def images(self) -> ShardFolder:
-        """Keys, labels and images, whatever the view."""
+        """Keys, labels and images, shared by all views."""
         return ShardFolder(self.store.sub(f"views/{WHOLE.id}/images"))
 
     @property
     def rows(self) -> ShardFolder:
-        """Keys and geometry of crops, which every teacher's shards align with."""
+        """Keys and geometry of crops; every teacher's shards have the same rows."""
         return ShardFolder(self.view.sub("rows"), self._row_group_size)
 
     def teacher(self, teacher: str) -> ShardFolder:
         """Shards of a teacher, by its id."""
         return ShardFolder(self.view.sub(f"teachers/{teacher}"), self._row_group_size)
 
-    def sample_groups(self, count: int) -> list[tuple[int, int]]:
-        """Row groups of about `count` images, spread evenly over the dataset: (shard, number in its file)."""
-        records = list(self.images.records().values())
-        groups = [(record.shard, group) for record in records for group in range(-(-record.rows // ROW_GROUP_SIZE))]
-        wanted = min(len(groups), -(-count // ROW_GROUP_SIZE))
-        return [groups[number] for number in np.linspace(0, len(groups) - 1, wanted).round().astype(int)]
+    def records(self, folder: ShardFolder) -> dict[int, ShardRecord]:
+        """Records of the complete shards of one of this dataset's folders, from the snapshot."""
+        return self.snapshot.records(folder)
+
+    def missing(self, folder: ShardFolder) -> list[int]:
+        """Shards that one of this dataset's folders lacks, according to the snapshot."""
+        complete = self.records(folder)
+        return [shard for shard in range(self.shards) if shard not in complete]
+
+    def refresh(self, shards: Iterable[int] | None = None) -> None:
+        """Read the records of these shards (None: of all) again, in every folder that the snapshot holds."""
+        self.snapshot.refresh(self.store.uri, shards)
+
+    def sample_images(self, count: int) -> list[RowGroup]:
+        """Row groups of about `count` images, evenly spaced over the dataset."""
+        return evenly_spaced(row_groups(self.records(self.images).values()), -(-count // ROW_GROUP_SIZE))
 
     @property
     def _row_group_size(self) -> int:
@@ -109,87 +131,90 @@ class Dataset:
 
 
 def plan_dataset(
-    cache: Store, source: Source, name: str, shard_size: int, policy: ViewPolicy
+    cache: Store, source: Source, name: str, shard_size: int, policy: ViewPolicy, snapshot: RecordSnapshot | None = None
 ) -> tuple[Dataset, pa.Table]:
-    """The dataset that a source would be in this cache, and its index; writes nothing.
+    """The dataset of a source in this cache, existing or to be created, and the source's index; writes nothing.
 
-    A dataset that is already there keeps its own shard size.
+    An existing dataset keeps its own shard size.
 
     Args:
         name: readable name of the dataset.
-        policy: the view that teachers are asked for.
+        policy: the view whose features teachers compute.
+        snapshot: shared with other datasets of the job; None: a new one.
 
     Raises:
-        UserError: where the source is unusable, or the cache holds this name made for other data.
+        UserError: if the source is unusable, or the cache holds other data under this name.
     """
     index = source.index()
     if source.random_access or pc.sum(index["size"]).as_py() <= SCATTER_BYTES:
         index = _scatter(index)
     fingerprint = index_fingerprint(index)
-    dataset = _dataset(cache, name, source.location, fingerprint, index.num_rows, source.classes, shard_size)
+    store, count = cache.sub(dataset_id(name, fingerprint)), index.num_rows
+    dataset = Dataset(
+        store,
+        name,
+        source.location,
+        fingerprint,
+        count,
+        tuple(source.classes),
+        shard_size,
+        policy,
+        snapshot or RecordSnapshot(),
+    )
     _refuse_other_data(cache, dataset)
-    if dataset.store.exists("dataset.json"):
-        meta = read_meta(dataset.store)
-        dataset = _dataset(
-            cache, meta["name"], meta["location"], fingerprint, meta["count"], meta["classes"], meta["shard_size"]
-        )
-    return replace(dataset, policy=policy), index
+    if store.exists("dataset.json"):
+        known = {key: value for key, value in read_meta(store).items() if key in DESCRIBED and key != "fingerprint"}
+        dataset = replace(dataset, **{**known, "classes": tuple(known["classes"])})
+    return dataset, index
 
 
 def create_dataset(dataset: Dataset, index: pa.Table) -> None:
-    """Write the index, the description of a dataset and that of its view, unless they are there."""
+    """Write the index and the descriptions of the dataset and its view, unless they exist."""
     if not dataset.view.exists("view.json"):
         dataset.view.put("view.json", json.dumps(asdict(dataset.policy), indent=2).encode())
     if dataset.store.exists("dataset.json"):
         return
     write_index(dataset, index)
-    meta = {"format": FORMAT_VERSION, **{k: v for k, v in asdict(dataset).items() if k not in ("store", "policy")}}
+    meta = {"format": FORMAT_VERSION, **{name: getattr(dataset, name) for name in DESCRIBED}}
     dataset.store.put("dataset.json", json.dumps(meta, indent=2).encode())
 
 
 def write_index(dataset: Dataset, index: pa.Table) -> None:
-    """Write the index, one row group a shard."""
+    """Write the index, one row group per shard."""
     sink = pa.BufferOutputStream()
     pq.write_table(index, sink, row_group_size=dataset.shard_size)
     dataset.store.put("index.parquet", sink.getvalue())
 
 
 def discard_stats(folder: ShardFolder) -> None:
-    """Forget the statistics of a teacher's shards, which are merged when all are there."""
+    """Delete the merged statistics of a teacher's shards; they are merged again once all shards exist."""
     for name in ("stats.npz", "phi_s.npz"):
         folder.store.delete(name)
 
 
 def _scatter(index: pa.Table) -> pa.Table:
-    """Order samples by the hash of their id: every shard and row group is then a random sample of the classes.
+    """Order samples by the hash of their id, so that every shard and row group is a random sample of the classes.
 
-    A source lists its classes one after the other; kept in that order, a training window would hold one class.
+    A source lists one class after the other: in that order, a window of the training shuffle would hold a single class.
     """
     hashes = [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in index["sample_id"].to_pylist()]
     return index.take(sorted(range(len(hashes)), key=hashes.__getitem__))
 
 
-def _dataset(
-    cache: Store, name: str, location: str, fingerprint: str, count: int, classes: Sequence[str], shard_size: int
-) -> Dataset:
-    store = cache.sub(dataset_id(name, fingerprint))
-    return Dataset(store, name, location, fingerprint, count, tuple(classes), shard_size)
-
-
 def read_meta(store: Store) -> dict[str, Any]:
-    """What dataset.json of a dataset's folder says.
+    """The content of a dataset folder's dataset.json.
 
     Raises:
-        UserError: where it cannot be read, or is of another cache format.
+        UserError: if it cannot be read or has another cache format.
     """
     try:
         meta: dict[str, Any] = json.loads(store.get("dataset.json"))
         version = meta["format"]
         if version == FORMAT_VERSION and not _is_description(meta):
-            raise ValueError("fields are missing or of another type")
+            raise ValueError("fields are missing or have the wrong type")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{store.uri}/dataset.json cannot be read ({error}): restore it, or delete that folder"
+            f"{store.uri}/dataset.json cannot be read ({error}): restore it, or delete its folder"
         ) from error
     if version != FORMAT_VERSION:
         raise UserError(
@@ -218,5 +243,5 @@ def _refuse_other_data(cache: Store, dataset: Dataset) -> None:
             raise UserError(
                 f"cache {store.uri} was made for other data: {meta['count']} images of {meta['location']}, "
                 f"{dataset.location} now gives {dataset.count} with other names, sizes or labels; restore them, "
-                f"or set data.name to cache this version under a name of its own, or delete that folder"
+                f"set data.name to cache the new version under its own name, or delete that folder"
             )

@@ -1,12 +1,12 @@
 """A folder of committed Parquet shards: a shard that is listed is complete.
 
-    shard-00042-3fa9c1d2.parquet   the rows; the name carries the first digits of the file's SHA-256
-    shard-00042-3fa9c1d2.npz       statistics of the shard, where there are any
-    shard-00042.json               the record that lists it, written last: rows, bytes, SHA-256, timings
-    projection-5be01a77.npz        what the rows are projected on, where their codec projects them
+    shard-00042-3fa9c1d2.parquet   the rows; the name ends with the first digits of the file's SHA-256
+    shard-00042-3fa9c1d2.npz       statistics of the shard, if it has any
+    shard-00042.json               the record that lists the shard, written last: rows, bytes, SHA-256, timings
+    projection-5be01a77.npz        the projection that the rows were encoded with, if their codec projects
 
-The record is one file a shard, not a line in a shared log: object stores cannot append, and two writers of one shard
-replace one whole record by another that names its own file, so that neither harms the other.
+Each shard has a record file of its own because object stores cannot append to a shared log. If two processes write the
+same shard, the later record replaces the earlier one and names its own data file, so neither harms the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from pipeline.runtime.prefetch import map_ahead
 from pipeline.storage.store import Store, report_damage
 
 ROW_GROUP_SIZE = 64
-"""Rows of a row group: what a training worker reads at once, and what is shuffled as a unit."""
+"""Rows of a row group: the unit of reading and of shuffling."""
 
 RECORD = re.compile(r"shard-(\d{5,})\.json")
 """Name of a record."""
@@ -44,18 +44,23 @@ def record_name(shard: int) -> str:
     return f"shard-{shard:05d}.json"
 
 
+def record_numbers(files: Iterable[str]) -> set[int]:
+    """Numbers of the shards that have a record among these file names."""
+    return {int(match[1]) for name in files if (match := RECORD.fullmatch(name))}
+
+
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of one committed shard.
+    """Description of one committed shard.
 
     Attributes:
-        shard: its number in the dataset.
+        shard: number of the shard in the dataset.
         file: name of the Parquet file.
         rows, bytes, sha256: of that file.
         moments: name of the statistics file, or "".
         projection: name of the projection that the rows were encoded with, or "".
-        facts: timings in seconds, quarantined samples, fidelity, library versions; of crops and features, the files that
-            they were made of.
+        facts: timings in seconds, quarantined samples, fidelity, library versions; for crops and features, also the files
+            that they were derived from.
     """
 
     shard: int
@@ -66,6 +71,29 @@ class ShardRecord:
     moments: str = ""
     projection: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group: its shard, its number in the shard's file, and its rows."""
+
+    shard: int
+    group: int
+    rows: int
+
+
+def row_groups(records: Iterable[ShardRecord], rows_per_image: int = 1) -> list[RowGroup]:
+    """The row groups of these shards of images, in order, with the rows that each has in a view."""
+    return [
+        RowGroup(record.shard, group, min(ROW_GROUP_SIZE, record.rows - first) * rows_per_image)
+        for record in records
+        for group, first in enumerate(range(0, record.rows, ROW_GROUP_SIZE))
+    ]
+
+
+def evenly_spaced(groups: Sequence[RowGroup], count: int) -> list[RowGroup]:
+    """`count` of these row groups, evenly spaced from the first to the last; all if there are fewer."""
+    return [groups[i] for i in np.linspace(0, len(groups) - 1, min(count, len(groups))).round().astype(int)]
 
 
 @dataclass(frozen=True)
@@ -88,12 +116,12 @@ class ShardFolder:
         """Write a shard, its statistics, and then the record that lists it.
 
         Args:
-            projection: name of the projection that its rows were encoded with.
-            compression: of Parquet. Features and JPEGs hardly compress: without it a read is a copy.
-            before_listing: called with the record when the files are there and it is not.
+            projection: name of the projection that the rows were encoded with.
+            compression: Parquet's compression. Features and JPEGs hardly compress; uncompressed, a read is a copy.
+            before_listing: called with the record when the files are written and the record is not.
 
         Raises:
-            UserError: where the destination refuses the write; nothing is listed then.
+            UserError: if the destination refuses the write; nothing is listed then.
         """
         data = _parquet_bytes(table, self.row_group_size, compression)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -110,15 +138,18 @@ class ShardFolder:
         return record
 
     def records(self) -> dict[int, ShardRecord]:
-        """Records of the complete shards by number, in order.
-
-        A shard whose file is gone, has another size than recorded, or was encoded with another projection than the
-        folder's is not listed, so that it is computed again.
-        """
+        """Records of the complete shards by number, in order. Reads one file per shard: see `RecordSnapshot`."""
         files = self.store.files()
-        projection = _projection(files)
-        complete = {}
-        for record in self.listed().values():
+        return self.complete(self.read_records(record_numbers(files)), files)
+
+    def complete(self, records: Mapping[int, ShardRecord], files: Mapping[str, int]) -> dict[int, ShardRecord]:
+        """Those of the records whose shard is complete, given the folder's files and their sizes.
+
+        A shard is incomplete if its file is missing, differs in size from its record, or was encoded with another
+        projection than the folder's; it is then computed again.
+        """
+        projection, complete = _projection(files), {}
+        for record in records.values():
             if reason := _fault(record, files.get(record.file), projection):
                 log.warning("%s/%s %s: it will be computed again", self.store.uri, record.file, reason)
             else:
@@ -126,13 +157,16 @@ class ShardFolder:
         return complete
 
     def listed(self) -> dict[int, ShardRecord]:
-        """Every record by the shard's number, in order, whether or not its file is there; unreadable ones are left out."""
-        numbers = [int(match[1]) for name in self.store.files() if (match := RECORD.fullmatch(name))]
+        """Every readable record by the shard's number, in order, whether or not the shard's file exists."""
+        return self.read_records(record_numbers(self.store.files()))
+
+    def read_records(self, shards: Iterable[int]) -> dict[int, ShardRecord]:
+        """The records of these shards, in order, whether or not their files exist; unreadable records are left out."""
         with ThreadPoolExecutor(16) as pool:
-            return {record.shard: record for record in pool.map(self.listing, sorted(numbers)) if record is not None}
+            return {record.shard: record for record in pool.map(self.listing, sorted(shards)) if record is not None}
 
     def listing(self, shard: int) -> ShardRecord | None:
-        """The record of one shard, whether or not its file is there; None where there is none, or none that can be read."""
+        """The record of one shard, whether or not the shard's file exists; None if it is missing or unreadable."""
         try:
             return self.read_record(shard)
         except FileNotFoundError:
@@ -142,11 +176,11 @@ class ShardFolder:
             return None
 
     def read_record(self, shard: int) -> ShardRecord:
-        """What lists a shard, whether or not its file is there.
+        """The record of one shard, whether or not the shard's file exists.
 
         Raises:
-            FileNotFoundError: where nothing does.
-            ValueError: where that is not a record of this shard.
+            FileNotFoundError: if there is no record.
+            ValueError: if the file is not a record of this shard.
         """
         data = self.store.get(record_name(shard))
         try:
@@ -159,7 +193,7 @@ class ShardFolder:
         return record
 
     def unlist(self, shard: int) -> None:
-        """Take a shard out of the folder: first what lists it, then its files; those of another shard are left."""
+        """Delete a shard's record, then the files that it names; a file that belongs to another shard stays."""
         record = self.listing(shard)
         self.store.delete(record_name(shard))
         for name in (record.file, record.moments) if record else ():
@@ -167,7 +201,7 @@ class ShardFolder:
                 self.store.delete(name)
 
     def record(self, shard: int) -> ShardRecord | None:
-        """The record of one shard, or None where it is not complete."""
+        """The record of one shard, read now; None if the shard is not complete."""
         record = self.listing(shard)
         if record is None:
             return None
@@ -176,21 +210,18 @@ class ShardFolder:
 
     @property
     def projection(self) -> str:
-        """Name of the folder's projection, or "" while there is none."""
+        """Name of the folder's projection; "" while there is none."""
         return _projection(self.store.files())
 
     def add_projection(self, data: bytes) -> None:
-        """Write a projection under the name of its content.
-
-        Where two writers fitted one each, every reader takes the same one of them, see `projection`.
-        """
+        """Write a projection, named after its content. If two processes add one each, every reader picks the same one."""
         self.store.put(f"projection-{hashlib.sha256(data).hexdigest()[:8]}.npz", data)
 
     def read(self, record: ShardRecord, columns: list[str] | None = None) -> pa.Table:
         """All rows of a shard.
 
         Raises:
-            UserError: where the file is gone or damaged.
+            UserError: if the file is missing or damaged.
         """
         with report_damage(f"{self.store.uri}/{record.file}"):
             file = self.store.open(record.file)
@@ -205,7 +236,7 @@ class ShardFolder:
             return selected(file.read_row_group(group, columns=columns, use_threads=False), columns)
 
     def moments(self, records: Iterable[ShardRecord]) -> Iterator[dict[str, Moments]]:
-        """Statistics of these shards, in their order, read a few ahead."""
+        """Statistics of these shards, in order, with read-ahead."""
         with ThreadPoolExecutor(4) as pool:
             yield from map_ahead(pool, self._moments, (record.moments for record in records), ahead=4)
 
@@ -215,12 +246,12 @@ class ShardFolder:
 
 
 def _check_fields(record: ShardRecord) -> None:
-    """Refuse what JSON can hold and a record cannot, above all the name of a file that lies elsewhere."""
+    """Raise ValueError unless the fields are valid, above all the file names, which must not lead out of the folder."""
     counts, names = (record.shard, record.rows, record.bytes), (record.file, record.moments, record.projection)
     if not all(isinstance(count, int) and count >= 0 for count in counts) or not isinstance(record.facts, dict):
-        raise ValueError("a field is of another type")
+        raise ValueError("a field has the wrong type")
     if not record.file or not all(_FILE.fullmatch(name) for name in names):
-        raise ValueError("it names what is no file of a shard")
+        raise ValueError("it names a file that is no shard file")
 
 
 def keys_of(table: pa.Table) -> list[tuple[str, int]]:
@@ -229,12 +260,12 @@ def keys_of(table: pa.Table) -> list[tuple[str, int]]:
 
 
 def in_one_piece(column: pa.ChunkedArray) -> pa.Array:
-    """A column without chunks; `combine_chunks` would copy one that is in one piece already."""
+    """A column as one array; `combine_chunks` would copy even a single chunk."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def fixed_width(column: pa.ChunkedArray) -> np.ndarray:
-    """A ``fixed_size_binary`` column as [N, width] uint8, read-only and without a copy."""
+    """A ``fixed_size_binary`` column as a read-only [N, width] uint8 view, without a copy."""
     array = in_one_piece(column)
     width = array.type.byte_width
     if not len(array):
@@ -244,7 +275,7 @@ def fixed_width(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def selected(table: pa.Table, columns: list[str] | None) -> pa.Table:
-    """These columns, of which Parquet leaves out in silence what a file lacks; KeyError where it does."""
+    """These columns of a table; KeyError if one is missing, which Parquet's reader ignores."""
     return table if columns is None else table.select(columns)
 
 
@@ -253,7 +284,7 @@ def _projection(files: Iterable[str]) -> str:
 
 
 def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
-    """Why a recorded shard does not count, or ""."""
+    """Why a recorded shard is not complete, or ""."""
     if size is None:
         return "is missing"
     if size != record.bytes:

@@ -1,28 +1,20 @@
-"""The rows of a view: its keys, in the order that every teacher's shard keeps, and the geometry of each.
+"""The rows of a view: keys and geometry, in the order that every teacher's shard keeps.
 
-Of the view ``full`` they are columns of the `images` shards. Crops have row shards of their own, which refer to the
-images by their id: an image's bytes are stored once, however many views it has. A row group of crops belongs to the row
-group of the same number of `images`.
-
-What is made of images tells their file in its record, and the file's name their content. Before images are listed that
-are others than there were, what was made of those is taken out of the list: it never stands beside pixels not its own.
+The rows of the view ``full`` are columns of the `images` shards. Crops have row shards of their own, which refer to images
+by their id: an image's bytes are stored once, however many views it has. Row group n of the crops belongs to row group n
+of `images`. Nothing here writes: `pipeline/cache/fill/ingest.py` commits both.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
-from pipeline.cache.layout.dataset import Dataset, discard_stats
+from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord
 from pipeline.errors import UserError
-from pipeline.imaging.decode import image_size
 from pipeline.imaging.geometry import View
-from pipeline.storage.store import Store
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -35,27 +27,32 @@ ROWS_SCHEMA = pa.schema(
         pa.field("flip", pa.bool_(), nullable=False),
     ]
 )
-"""Key (sample_id, view), the view's box as fractions of the image, its mirroring."""
+"""Key (sample_id, view), the view's box as fractions of the image, and whether the view is mirrored."""
 
-
-log = logging.getLogger(__name__)
+IMAGES_SCHEMA = pa.schema([*ROWS_SCHEMA, pa.field("label", pa.int64()), pa.field("image", pa.binary(), nullable=False)])
+"""The rows of the view ``full``, the label, and the encoded image."""
 
 
 class ViewRows(NamedTuple):
-    """What a teacher is asked about a shard.
+    """A shard's images, and the views of them that teachers encode.
 
     Attributes:
-        images: the shard of `images`.
-        rows: views of them, in the order of the teacher's rows.
-        files: that both came from: of ``images``, and of crops of ``rows``.
+        images: rows of `IMAGES_SCHEMA`.
+        rows: `ROWS_SCHEMA` rows, all views of one image after those of the previous one; a teacher's shard has the same rows.
+        files: the shard files that both were read from, by ``images`` and, for crops, ``rows``.
     """
 
     images: pa.Table
     rows: pa.Table
     files: dict[str, str]
 
+    def slice(self, first: int, count: int) -> ViewRows:
+        """`count` images from number `first` on, with their views."""
+        views = self.rows.num_rows // max(1, self.images.num_rows)
+        return ViewRows(self.images.slice(first, count), self.rows.slice(first * views, count * views), self.files)
 
-def row(sample_id: str, number: int, view: View) -> dict[str, object]:
+
+def view_row(sample_id: str, number: int, view: View) -> dict[str, object]:
     """One row of `ROWS_SCHEMA`."""
     left, top, right, bottom = view.box
     box = {"left": left, "top": top, "right": right, "bottom": bottom}
@@ -69,71 +66,37 @@ def views_of(rows: pa.Table) -> list[View]:
 
 
 def read_view_rows(dataset: Dataset, shard: int) -> ViewRows:
-    """Images and rows of a shard; crops are drawn and committed where they are not there yet.
+    """Images and rows of a shard, as they are in the store now.
 
     Raises:
-        UserError: where the images are not there, or the crops are not theirs.
+        UserError: if either is missing, or the rows are not views of these images.
     """
-    record = dataset.images.record(shard)
-    if record is None:
-        raise UserError(f"{dataset.images.store.uri} lacks shard {shard}: run the job again")
+    record = _record(dataset.images, shard)
     images, files = dataset.images.read(record), {"images": record.file}
     if not dataset.policy.crops:
         return ViewRows(images, images.select(ROWS_SCHEMA.names), files)
-    drawn = dataset.rows.record(shard) or _commit_rows(dataset, shard, images, files)
+    drawn = _record(dataset.rows, shard)
     rows = dataset.rows.read(drawn)
     check_rows(dataset, shard, rows, images)
     return ViewRows(images, rows, {**files, "rows": drawn.file})
 
 
-def _commit_rows(dataset: Dataset, shard: int, images: pa.Table, files: dict[str, str]) -> ShardRecord:
-    teachers = [ShardFolder(folder) for folder in _teachers(dataset.view)]
-    take_out = partial(_take_out_foreign, "rows", teachers)
-    return dataset.rows.commit(shard, _draw(dataset, images), facts=files, before_listing=take_out)
-
-
-def commit_images(dataset: Dataset, shard: int, images: pa.Table, facts: dict[str, Any]) -> None:
-    """Commit a shard of images."""
-    views = [dataset.store.sub("views").sub(name) for name in dataset.store.sub("views").folders()]
-    folders = [ShardFolder(folder) for view in views for folder in (view.sub("rows"), *_teachers(view))]
-    take_out = partial(_take_out_foreign, "images", folders)
-    dataset.images.commit(shard, images, facts=facts, before_listing=take_out)
-
-
-def _teachers(view: Store) -> Iterator[Store]:
-    teachers = view.sub("teachers")
-    return (teachers.sub(name) for name in teachers.folders())
-
-
-def _take_out_foreign(part: str, folders: Iterable[ShardFolder], record: ShardRecord) -> None:
-    """Un-list what was made of another file of ``images`` or ``rows`` than this record's."""
-    for folder in folders:
-        made = folder.listing(record.shard)
-        if made is not None and made.facts.get(part) != record.file:
-            log.warning(
-                "%s: shard %d was made of other %s than there are now (changed images, or another version of pyarrow): it "
-                "will be computed again",
-                folder.store.uri,
-                record.shard,
-                part,
-            )
-            folder.unlist(record.shard)
-            discard_stats(folder)
+def _record(folder: ShardFolder, shard: int) -> ShardRecord:
+    record = folder.record(shard)
+    if record is None:
+        raise UserError(f"{folder.store.uri} lacks shard {shard}: run the job again")
+    return record
 
 
 def check_rows(dataset: Dataset, shard: int, rows: pa.Table, images: pa.Table) -> None:
-    """Raise `UserError` unless every image has its views in `rows`, one after the other."""
-    wanted = [name for name in images["sample_id"].to_pylist() for _ in range(dataset.policy.rows_per_image)]
-    if rows["sample_id"].to_pylist() != wanted:
+    """Check that `rows` are the views of `images`, image by image.
+
+    Raises:
+        UserError: if they are not.
+    """
+    expected = [name for name in images["sample_id"].to_pylist() for _ in range(dataset.policy.rows_per_image)]
+    if rows["sample_id"].to_pylist() != expected:
         raise UserError(
             f"shard {shard} of {dataset.rows.store.uri} does not hold the views of its images; delete "
             f"{dataset.view.uri} and run the job again"
         )
-
-
-def _draw(dataset: Dataset, images: pa.Table) -> pa.Table:
-    rows = []
-    for sample_id, data in zip(images["sample_id"].to_pylist(), images["image"], strict=True):
-        views = dataset.policy.views(sample_id, *image_size(data.as_py()))
-        rows += [row(sample_id, number, view) for number, view in enumerate(views)]
-    return pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)

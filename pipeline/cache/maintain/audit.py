@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from pipeline.cache.fill.build import CachePlan
-from pipeline.cache.fill.ray_pipeline import verify_shards
+from pipeline.cache.fill.ray_pipeline import run_in_actors
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder
+from pipeline.cache.layout.shards import ShardFolder, evenly_spaced, row_groups
 from pipeline.cache.maintain.checks import (
     BrokenError,
     Finding,
@@ -22,6 +21,7 @@ from pipeline.cache.maintain.checks import (
     check_statistics,
     finding,
 )
+from pipeline.cache.maintain.verify import Verify
 from pipeline.config.load import Config
 from pipeline.errors import UserError
 from pipeline.runtime.progress import Progress
@@ -60,6 +60,8 @@ def verify_cache(plan: CachePlan, config: Config, only: set[tuple[str, int]] | N
         UserError, TeacherError: where the cache cannot be used, or a teacher cannot be made as asked.
     """
     check_begun(plan)
+    for split in plan.splits:
+        split.dataset.refresh()
     found = Verification()
     computed = _computed(plan, found)
     for split in plan.splits:
@@ -74,7 +76,7 @@ def verify_cache(plan: CachePlan, config: Config, only: set[tuple[str, int]] | N
     arguments = (datasets, plan.teachers, computed, sampled, unindexed)
     total = sum(datasets[str(row["split"])].shard_rows(int(str(row["shard"]))) for row in rows)
     with Progress(total, "img", "verify") as progress:
-        for row in verify_shards(rows, arguments, config.cache.batch_size):
+        for row in run_in_actors(Verify, rows, arguments, config.cache.batch_size):
             if row["error"]:
                 raise UserError(row["error"])
             found.findings += [Finding(**item) for item in json.loads(row["findings"])]
@@ -156,10 +158,7 @@ def _check_folders(dataset: Dataset, teachers: Iterable[CachedTeacher]) -> Itera
 
 def _sample(dataset: Dataset) -> dict[int, list[int]]:
     """By shard, the row groups that are computed again."""
-    records = dataset.images.listed().values()
-    groups = [(record.shard, group) for record in records for group in range(-(-record.rows // ROW_GROUP_SIZE))]
-    sampled: dict[int, list[int]] = {}
-    for number in np.linspace(0, len(groups) - 1, min(len(groups), SAMPLE_GROUPS)).round().astype(int):
-        shard, group = groups[number]
-        sampled.setdefault(shard, []).append(group)
+    sampled: defaultdict[int, list[int]] = defaultdict(list)
+    for sample in evenly_spaced(row_groups(dataset.images.listed().values()), SAMPLE_GROUPS):
+        sampled[sample.shard].append(sample.group)
     return sampled

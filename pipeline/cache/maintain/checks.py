@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.cache.fill.ingest import IMAGES_SCHEMA
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection, load_projection
 from pipeline.cache.layout.dataset import Dataset
@@ -26,7 +25,7 @@ from pipeline.cache.layout.keys import index_fingerprint
 from pipeline.cache.layout.phi_s import PhiS, load_phi_s
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, fixed_width, keys_of, record_name
 from pipeline.cache.layout.stats import Moments, load_moments, merge_all
-from pipeline.cache.layout.view_rows import ROWS_SCHEMA, views_of
+from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, views_of
 from pipeline.errors import one_line
 from pipeline.storage.store import Store
 
@@ -189,11 +188,11 @@ def check_rows_shard(dataset: Dataset, opened: Shard, images: pa.Table | None) -
 
 
 def check_derived_from(opened: Shard, files: Mapping[str, str]) -> None:
-    """What was made of images or crops was made of these files; records of an older version do not tell."""
+    """A derived shard names these files as its sources, if it names any: records of older versions do not."""
     for part, file in files.items():
-        made_of = opened.record.facts.get(part, file)
-        if made_of != file:
-            raise opened.broken(f"was made of other {part} ({made_of}) than the present ones")
+        source = opened.record.facts.get(part, file)
+        if source != file:
+            raise opened.broken(f"was derived from other {part} ({source}) than the present ones")
 
 
 def _check_geometry(opened: Shard, rows: pa.Table) -> None:

@@ -10,7 +10,6 @@ from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, freeze_
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset, discard_stats, write_index
 from pipeline.cache.layout.shards import ShardFolder
-from pipeline.cache.layout.view_rows import read_view_rows
 from pipeline.cache.maintain.audit import Verification, verify_cache
 from pipeline.cache.maintain.checks import BrokenError, Finding, check_statistics
 from pipeline.config.load import Config
@@ -36,6 +35,7 @@ def repair_cache(plan: CachePlan, config: Config, found: Verification) -> Verifi
         for item in mine:
             if item.part not in ("index", "images", "rows"):
                 _take_out(split.dataset.teacher(item.part), item)
+        split.dataset.refresh()
     able = replace(plan, teachers=tuple(teacher for teacher in plan.teachers if teacher.id not in found.unable))
     able, _ = build_cache(able, config)
     for split in able.splits:
@@ -63,13 +63,10 @@ def _mend_images(split: SplitPlan, found: Iterable[Finding]) -> None:
     known = {(split.split, shard): {sample["sample_id"] for sample in bad[shard]} for shard in images & bad.keys()}
     for shard in images:
         dataset.images.unlist(shard)
-    ingest_missing([split], known)
     for shard in _shards(found, "rows"):
         dataset.rows.unlist(shard)
-    if dataset.policy.crops:
-        for shard in range(dataset.shards):
-            if dataset.rows.record(shard) is None:
-                read_view_rows(dataset, shard)
+    dataset.refresh()
+    ingest_missing([split], known)
 
 
 def _shards(found: Iterable[Finding], part: str) -> set[int]:

@@ -14,12 +14,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.fill.extract import MENDABLE, Extract
+from pipeline.cache.fill.extract import USER_ERRORS, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE
-from pipeline.cache.layout.view_rows import ROWS_SCHEMA
+from pipeline.cache.layout.view_rows import ROWS_SCHEMA, ViewRows
 from pipeline.cache.maintain.checks import (
     TOLERANCE,
     BrokenError,
@@ -77,8 +77,8 @@ class Verify:
         try:
             with logs.shard_context(row, "verify"):
                 work.run()
-        except MENDABLE as failure:
-            error = self.extract.told(failure)
+        except USER_ERRORS as failure:
+            error = self.extract.error_message(failure)
         findings = json.dumps([asdict(found) for found in work.findings])
         return {**row, "findings": findings, "files": work.files, "recomputed": work.recomputed, "error": error}
 
@@ -91,7 +91,7 @@ class _ShardCheck:
         self.dataset = verify.datasets[split]
         self.findings: list[Finding] = []
         self.files = self.recomputed = 0
-        self.spine: dict[str, str] = {}  # sound files of images and crops
+        self.sources: dict[str, str] = {}  # intact files of images and crops
 
     def run(self) -> None:
         images = self._images()
@@ -100,7 +100,7 @@ class _ShardCheck:
         asked = {name: shard for name, shard in healthy.items() if shard and name in self.verify.extract.teachers}
         for group in self.verify.sampled.get((self.split, self.shard), ()):
             if images is not None and rows is not None and asked:
-                self._recompute(images, rows, asked, group)
+                self._recompute(ViewRows(images, rows, self.sources), asked, group)
 
     def _images(self) -> pa.Table | None:
         folder = self.dataset.images
@@ -112,7 +112,7 @@ class _ShardCheck:
         except BrokenError as broken:
             self.findings.append(finding(self.dataset, "images", folder.store, self.shard, broken))
             return None
-        self.spine["images"] = opened.record.file
+        self.sources["images"] = opened.record.file
         return images
 
     def _rows(self, images: pa.Table | None) -> pa.Table | None:
@@ -124,11 +124,11 @@ class _ShardCheck:
             self.files += 1
             opened = open_shard(folder, self.shard)
             rows = check_rows_shard(self.dataset, opened, images)
-            check_derived_from(opened, self.spine)
+            check_derived_from(opened, self.sources)
         except BrokenError as broken:
             self.findings.append(finding(self.dataset, "rows", folder.store, self.shard, broken))
             return None
-        self.spine["rows"] = opened.record.file
+        self.sources["rows"] = opened.record.file
         return rows
 
     def _teacher(self, teacher: CachedTeacher, rows: pa.Table | None) -> Shard | None:
@@ -138,7 +138,7 @@ class _ShardCheck:
             self.files += 1
             opened = open_shard(folder, self.shard)
             check_features(teacher, opened, rows)
-            check_derived_from(opened, self.spine)
+            check_derived_from(opened, self.sources)
             codecs = self._codecs(teacher)
             if codecs is None:
                 return None
@@ -157,17 +157,15 @@ class _ShardCheck:
         except BrokenError:
             return None
 
-    def _recompute(self, images: pa.Table, rows: pa.Table, asked: dict[str, Shard], group: int) -> None:
-        """Ask the teachers about a row group of images; one that differs is not asked again."""
-        views = self.dataset.policy.rows_per_image
-        part = rows.slice(group * ROW_GROUP_SIZE * views, ROW_GROUP_SIZE * views)
-        shown = images.slice(group * ROW_GROUP_SIZE, ROW_GROUP_SIZE)
-        outputs = list(self.verify.extract.features(shown, part, list(asked)))
+    def _recompute(self, shard: ViewRows, asked: dict[str, Shard], group: int) -> None:
+        """Compute a row group of images again with these teachers; one that differs is not asked again."""
+        views = shard.slice(group * ROW_GROUP_SIZE, ROW_GROUP_SIZE)
+        outputs = list(self.verify.extract.features(views, list(asked)))
         for name, opened in list(asked.items()):
             teacher = self.verify.extract.cached[name]
             codecs = self._codecs(teacher)
             assert codecs is not None
-            self.recomputed += part.num_rows
+            self.recomputed += views.rows.num_rows
             try:
                 compare(teacher, codecs, opened, group, [output[name] for output in outputs])
             except BrokenError as broken:

@@ -520,7 +520,7 @@ class _TeacherShards(_Shards):
 
 
 def _complete(dataset: Dataset, folder: ShardFolder, name: str) -> dict[int, ShardRecord]:
-    records = folder.records()
+    records = dataset.records(folder)
     if len(records) != dataset.shards:
         raise UserError(
             f"{name} has {len(records)} of {dataset.shards} shards in {folder.store.uri}: run jobs/precompute.py with this recipe"

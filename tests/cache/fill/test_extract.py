@@ -85,7 +85,7 @@ def test_other_weights_than_planned_are_refused(filled):
 
 
 def test_statistics_equal_those_of_the_stored_features(filled):
-    from pipeline.cache.fill.build import teacher_stats
+    from pipeline.cache.layout.cached_teacher import teacher_stats
 
     teacher = filled.plan.teachers[0]
     folder = filled.train.teacher(teacher.id)
@@ -120,8 +120,7 @@ def projected(tmp_path, photo_config):
 
 
 def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(projected):
-    from pipeline.cache.fill.build import teacher_fidelity
-    from pipeline.cache.layout.cached_teacher import load_codecs, projection_of
+    from pipeline.cache.layout.cached_teacher import load_codecs, projection_of, teacher_fidelity
 
     teacher = projected.teachers[0]
     for split in projected.splits:
@@ -139,7 +138,7 @@ def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(proje
 
 
 @pytest.mark.parametrize("crops", [0, 2])
-def test_fitting_a_projection_asks_no_teacher_twice_and_changes_no_value(tmp_path, photo_config, monkeypatch, crops):
+def test_fitting_a_projection_computes_one_sample_more_and_changes_no_value(tmp_path, photo_config, monkeypatch, crops):
     monkeypatch.setattr("pipeline.cache.fill.extract._sample_size", lambda teacher: 64)
     log = tmp_path / "calls"
     config = photo_config(
@@ -149,7 +148,7 @@ def test_fitting_a_projection_asks_no_teacher_twice_and_changes_no_value(tmp_pat
     )
     plan = plan_cache(config, Store.at(tmp_path / "cache"))
     fill_in_process(plan)
-    assert images_seen(log) == 150 * max(1, crops) + 40
+    assert images_seen(log) == (150 + 64) * max(1, crops) + 2 * 40
 
     train, teacher = plan.split("train").dataset, plan.teachers[0]
     folder = train.teacher(teacher.id)
@@ -237,7 +236,7 @@ def test_a_codec_that_cannot_be_is_refused_by_the_plan(tmp_path, photo_config, o
 def test_phi_s_is_frozen_with_the_statistics(filled):
     import numpy as np
 
-    from pipeline.cache.fill.build import teacher_stats
+    from pipeline.cache.layout.cached_teacher import teacher_stats
     from pipeline.cache.layout.phi_s import load_phi_s
 
     teacher = filled.plan.teachers[0]

@@ -67,5 +67,5 @@ def test_a_source_without_one_image_that_can_be_read_is_refused(tmp_path, photo_
     for photo in (tmp_path / "photos/train").rglob("*.jpg"):
         photo.write_bytes(b"no image")
     without_ray(monkeypatch)
-    with pytest.raises(UserError, match=r"photos/train: not one image can be read"):
+    with pytest.raises(UserError, match=r"photos/train: none of the images can be read"):
         build_cache(plan_cache(config, Store.at(tmp_path / "cache")), config)

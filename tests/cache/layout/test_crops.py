@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.cache.fill.build import plan_cache, teacher_stats
+from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.layout.cached_teacher import teacher_stats
 from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy

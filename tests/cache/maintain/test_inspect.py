@@ -168,6 +168,7 @@ def test_the_estimate_counts_what_is_missing(filled):
     before = estimate_cache(filled.plan, filled.config)
     assert [(teacher.missing, teacher.shards, teacher.hours) for teacher in before] == [(0, 3, 0.0)] * 2
     filled.train.teacher(filled.plan.teachers[0].id).unlist(1)
+    filled.train.refresh()
     first, second = estimate_cache(filled.plan, filled.config)
     assert (first.missing, second.missing) == (1, 0)
     assert first.hours == pytest.approx(50 / first.probe.views_per_second / 3600)
@@ -191,6 +192,8 @@ def test_the_bound_of_what_is_missing_holds(tmp_path, photo_config):
     plan = plan_cache(photo_config("cache.shard_size=150"), Store.at(tmp_path / "cache"))
     bound = missing_bytes(plan)
     fill_in_process(plan)
+    for split in plan.splits:
+        split.dataset.refresh()
     assert missing_bytes(plan) == 0
     folders = [f for s in plan.splits for f in (s.dataset.images, *(s.dataset.teacher(t.id) for t in plan.teachers))]
     written = sum(sum(folder.store.files().values()) for folder in folders)

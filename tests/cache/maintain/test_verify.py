@@ -427,7 +427,7 @@ def test_images_that_come_back_with_other_bytes_take_their_features_with_them(ow
     found = verify_cache(filled.plan, filled.config)
     assert len(found.findings) == 1
     assert repair_cache(filled.plan, filled.config, found).findings == []
-    assert "was made of other images than there are now" in caplog.text
+    assert "was derived from other images than the present ones" in caplog.text
     assert hashlib.sha256(_path(folder, folder.read_record(1).file).read_bytes()).hexdigest() != record.sha256
     for teacher, digest in digests.items():
         assert filled.train.teacher(teacher).read_record(1).sha256 != digest
@@ -483,7 +483,7 @@ def test_features_of_images_that_were_replaced_meanwhile_are_found(own_photos, t
     folder.store.put("shard-00001.json", json.dumps(asdict(old)).encode())
     found = verify_cache(filled.plan, filled.config)
     problems = [item.problem for item in found.findings if item.file.endswith(old.file)]
-    assert problems == [f"was made of other images ({images.file}) than the present ones"]
+    assert problems == [f"was derived from other images ({images.file}) than the present ones"]
     assert repair_cache(filled.plan, filled.config, found).findings == []
     assert folder.read_record(1).sha256 != old.sha256
 
@@ -496,7 +496,7 @@ def test_images_whose_source_is_gone_are_not_replaced_by_less(own_photos):
     Path(filled.train.location, name).unlink()
     _flip_byte(_path(folder, record.file))
     found = verify_cache(filled.plan, filled.config)
-    with pytest.raises(UserError, match=f"does not give 1 of its images any more, first {name}"):
+    with pytest.raises(UserError, match=f"no longer provides 1 of its images, first {name}"):
         repair_cache(filled.plan, filled.config, found)
     assert folder.record(1) is None
     assert all(filled.train.teacher(teacher.id).record(1) for teacher in filled.plan.teachers)

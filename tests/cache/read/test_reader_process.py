@@ -80,6 +80,7 @@ def test_what_is_wrong_is_said_here(filled, readers):
     folder = filled.train.teacher(teacher.id)
     table = folder.read(folder.records()[0])
     folder.commit(0, table.take(list(range(len(table)))[::-1]))
+    filled.train.refresh()
     swapped = ReaderProcess(filled.train, filled.plan.teachers, **SETTINGS)
     with pytest.raises(UserError, match=r"shard 0 .* does not hold the keys of its images"):
         list(swapped.batches(0))
