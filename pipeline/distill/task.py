@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +115,7 @@ class DistillTask(Task):
         before: str | None = None,
         watch: FigureWriter | None = None,
     ) -> None:
-        self.job, self.watcher = job, watch
+        self.job, self.watcher, self.world = job, watch, world
         config = job.config
         self.seed = config.seed
         self.module = build_distiller(job)
@@ -132,6 +133,12 @@ class DistillTask(Task):
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """This rank's batches of an epoch."""
         return self.reader.batches(epoch, start)
+
+    def with_share(self, share: int) -> DistillTask:
+        """This task with the batches of another share."""
+        other = copy(self)
+        other.reader = build_reader(self.job, share, self.world)
+        return other
 
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """The distillation loss of a batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,7 @@ class FinetuneTask(Task):
         self.soften = soften
         self.job, self.kind = job, job.kind
         config = job.config
-        self.seed = config.seed
+        self.seed, self.world = config.seed, world
         train = self.kind.open(config, "train")
         assert train is not None
         self.train: Examples = train
@@ -85,6 +86,12 @@ class FinetuneTask(Task):
         steps, config = self.steps(epoch), self.job.config
         numbers = range(epoch * steps + start, (epoch + 1) * steps)
         return prepare(partial(_batch, self.job, self.train, self.sampler), numbers, config.finetune.data_workers)
+
+    def with_share(self, share: int) -> FinetuneTask:
+        """This task with the batches of another share."""
+        other = copy(self)
+        other.sampler = make_sampler(self.job.config, self.train, share, self.world)
+        return other
 
     def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
         """As `finetune.schedule` says."""

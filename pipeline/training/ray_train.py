@@ -220,17 +220,22 @@ def _train(loop: dict[str, Any]) -> None:
     import ray.train
 
     worker = _make_worker(loop["shares"])
-    own, every = worker.own_shares, worker.all_shares
-    others = [loop["make_task"](loop["payload"], share, every) for share in own[1:]]
-    for other in others:
-        other.module = torch.nn.Identity()  # only its batches are used
-    task = loop["make_task"](loop["payload"], own[0], every)
+    task, *others = make_tasks(loop["make_task"], loop["payload"], worker)
     checkpoint = ray.train.get_checkpoint()
     state = None
     if checkpoint:
         with checkpoint.as_directory() as directory:
             state = load_state(directory)
     train(task, TrainConfig(**loop["config"]), worker, state, _Reporter(), others)
+
+
+def make_tasks(
+    make_task: Callable[[dict[str, Any], int, int], Task], payload: dict[str, Any], worker: Worker
+) -> list[Task]:
+    """The tasks of a worker's shares, which have one module: the first one's."""
+    first, *rest = worker.own_shares
+    task = make_task(payload, first, worker.all_shares)
+    return [task, *(task.with_share(share) for share in rest)]
 
 
 def _make_worker(shares: int) -> Worker:

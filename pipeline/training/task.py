@@ -53,6 +53,10 @@ class Task(ABC):
     def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:
         """This share's batches of an epoch from number `start` on: a function of both, of equal length for every share."""
 
+    def with_share(self, share: int) -> Task:
+        """This task with the batches of another share and the same module, for a worker that computes several shares."""
+        raise NotImplementedError
+
     @abstractmethod
     def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss of a batch on the device, and its parts by name, detached; called under autocast.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pipeline.cache.layout.cached_teacher import teacher_stats
 from pipeline.cache.read import reader
 from pipeline.cache.read.reader import NO_LABEL
+from pipeline.distill import task as module
 from pipeline.distill.held_out import compare_with_teachers
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, make_distill_task
@@ -20,6 +21,7 @@ from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.training.checkpoint import load_state
 from pipeline.training.loop import train
+from pipeline.training.ray_train import make_tasks
 from pipeline.training.worker import Worker
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32"]
@@ -193,6 +195,18 @@ def test_a_step_is_known_by_its_number_over_all_epochs(job):
     for place in [*((0, number) for number in range(steps)), (1, 0), (1, 1)]:
         task.loss(task.module.train(), dataclasses.replace(batch, position=place), torch.device("cpu"))
     assert [int(turn) for turn in seen] == list(range(steps + 2))
+
+
+def test_a_worker_of_several_shares_builds_one_distiller(job, monkeypatch):
+    built, build = [], module.build_distiller
+    monkeypatch.setattr(module, "build_distiller", lambda given: built.append(given) or build(given))
+    payload = {"job": job()}
+    tasks = make_tasks(make_distill_task, payload, Worker(shares=2))
+    assert len(built) == 1
+    assert all(task.module is tasks[0].module for task in tasks)
+    for share, task in enumerate(tasks):
+        own = [batch.keys for batch in make_distill_task(payload, share, 2).batches(0, 0)]
+        assert [batch.keys for batch in task.batches(0, 0)] == own
 
 
 @pytest.mark.parametrize("micro_batch", [8, 3])

@@ -51,6 +51,16 @@ def test_workers_share_the_batches_of_one():
     assert all(parts[0].batch(n) + parts[1].batch(n) == whole.batch(n) for n in range(12))
 
 
+def test_a_worker_of_several_shares_builds_one_model(make_job):
+    job = make_job("classify", "train.batch_size=4")
+    first = FinetuneTask(job, 0, 2)
+    second = first.with_share(1)
+    assert second.module is first.module
+    for share, task in enumerate((first, second)):
+        own = [batch.keys for batch in FinetuneTask(job, share, 2).batches(0, 0)]
+        assert [batch.keys for batch in task.batches(0, 0)] == own
+
+
 def test_neighbours_in_a_parquet_file_stay_in_a_window():
     order = rows(Sampler(1000, 100, seed=0, block=50, window=200), *range(10))
     assert sorted(order) == list(range(1000))
@@ -234,7 +244,7 @@ def test_evaluation_writes_tables_and_pictures(make_job):
 
 
 def test_two_ranks_evaluate_all_images_between_them():
-    assert sorted([*Worker(0, 2).rows(7), *Worker(1, 2).rows(7)]) == list(range(7))
+    assert sorted([*Worker(0, 2).own_rows(7), *Worker(1, 2).own_rows(7)]) == list(range(7))
 
 
 def test_windows_cover_the_image_and_agree_with_the_whole_on_a_pointwise_model():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,11 @@ class TinyTask(Task):
                 torch.cat([part.pixels for part in parts]),
                 torch.cat([part.target for part in parts]),
             )
+
+    def with_share(self, share: int) -> TinyTask:
+        other = copy(self)
+        other.rank = share
+        return other
 
     def _ranks(self) -> list[int]:
         return [self.rank]
