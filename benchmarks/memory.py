@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
+from tests.processes import descendants, read_proc
+
 INTERVAL_S = 0.5
 PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -34,8 +36,7 @@ def watch_memory(this: str, below: dict[str, str] | None = None, interval: float
         started = time.perf_counter()
         while not done.wait(interval):
             sums = {this: _resident_mib(os.getpid())}
-            for pid in _descendants(os.getpid()) if below else ():
-                title = _read(pid, "cmdline")
+            for pid, title in (descendants(os.getpid()) if below else {}).items():
                 for label in {label for part, label in (below or {}).items() if part in title}:
                     sums[label] = sums.get(label, 0.0) + _resident_mib(pid)
             for label, mib in sums.items():
@@ -80,26 +81,5 @@ def growth(means: dict[str, dict[str, float]]) -> float:
     return round(max(part["last_quarter"] / part["second_quarter"] for part in means.values()), 3)
 
 
-def _descendants(pid: int) -> set[int]:
-    children = defaultdict(list)
-    for folder in Path("/proc").glob("[0-9]*"):
-        parent = _read(int(folder.name), "stat").rpartition(")")[2].split()[1:2]
-        children[int(parent[0]) if parent else 0].append(int(folder.name))
-    found: set[int] = set()
-    left = [pid]
-    while left:
-        below = children[left.pop()]
-        found |= set(below)
-        left += below
-    return found
-
-
 def _resident_mib(pid: int) -> float:
-    return int((_read(pid, "statm").split() or [0, 0])[1]) * PAGE_MIB
-
-
-def _read(pid: int, name: str) -> str:
-    try:
-        return Path(f"/proc/{pid}", name).read_text(errors="replace").replace("\0", " ")
-    except OSError:
-        return ""  # the process has ended since it was listed
+    return int((read_proc(pid, "statm").split() or [0, 0])[1]) * PAGE_MIB

@@ -149,6 +149,8 @@ def check(words):
     if first == "regla":
         assert rest[0] in COMMANDS_OF_REGLA
         first, rest = "python", [f"jobs/{rest[0]}.py", *rest[1:]]
+    if first == "python" and rest[0] == "-m":
+        rest = [f"{rest[1].replace('.', '/')}.py", *rest[2:]]
     if first == "python":
         options = parse(rest[0], rest[1:])
         if hasattr(options, "items"):

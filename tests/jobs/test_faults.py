@@ -14,9 +14,10 @@ from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
 from pipeline.config.load import load_config
 from pipeline.storage.store import Store
+from tests.cluster.nodes import cluster, running, start_precompute, wait_until
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process
 from tests.faults import content, listed
-from tests.nodes import cluster, kill, running, start_precompute, wait_until
+from tests.processes import kill
 
 SHARDS = 4
 

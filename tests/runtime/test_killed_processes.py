@@ -10,8 +10,8 @@ from pipeline.errors import UserError
 from pipeline.runtime.ray_session import _killed_in_one_line, connect
 from pipeline.training.config import TrainConfig
 from pipeline.training.ray_train import fit
+from tests.cluster.nodes import cluster
 from tests.faults import FORK
-from tests.nodes import cluster
 from tests.training.tiny_task import lines, make_tiny_task
 
 OUT_OF_MEMORY = exceptions.OutOfMemoryError(

@@ -17,7 +17,7 @@ from pipeline.runtime.ray_session import (
     is_cluster,
     is_submitted_job,
 )
-from tests.nodes import descendants
+from tests.processes import descendants
 
 
 def test_an_address_that_nothing_listens_on_is_an_error_at_once(monkeypatch):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nodes import free_port
+from tests.processes import free_port
 
 PASSWORD = "of-the-database"
 

@@ -1,17 +1,15 @@
-"""What does each fault of a cluster cost? Three Ray nodes on loopback, one fault at a time, several times each.
+"""Measure what each fault of a cluster costs: three Ray nodes on loopback, one fault at a time, several times each.
 
-    python benchmarks/faults.py --times 3
-    python benchmarks/faults.py --times 1 --only 'node lost'
+    python -m tests.cluster.inject_faults --times 3
+    python -m tests.cluster.inject_faults --times 1 --only 'node lost'
 
-Extraction is `jobs/precompute.py` on four shards of a slow teacher; its result, the rows of every shard by SHA-256, must be
-that of a cache that was filled without Ray. Training is Ray Train with two workers around a small task that writes down every
-batch; its loss by step, as committed, must be that of the run that was left alone. Lost is what was computed more than
-once: images, or steps. Recovery lasts from the fault to the next shard that is committed, or until both shares of a batch
-are two steps beyond where they were, and includes whatever was on the way; that of a worker that is lost and regained
-includes both, and the minute after which Ray Train looks for new nodes. A job that ends is started again by the same
-command. Nodes that are lost are replaced; where a clock has jumped, all are. Pretended: the clock jumps for all processes
-of the nodes and the job through a preloaded library (`benchmarks/clock.c`, which needs a C compiler), and a full object
-store is one that another job fills.
+Extraction is `jobs/precompute.py` on four shards of a slow teacher. The rows of every shard, by SHA-256, must equal those of a
+cache that was filled without Ray. Training is Ray Train with two workers and a small task that logs every batch. The committed
+loss of every step must equal that of an undisturbed run. `lost` counts images or steps that were computed more than once.
+Recovery lasts from the fault until the next shard is committed, or until both workers are two steps ahead of where they were.
+For a worker that is lost and regained it covers both, and the minute after which Ray Train looks for new nodes. A job that
+ends is restarted by the same command. Lost nodes are replaced; after a clock jump all nodes are. A library that is preloaded
+into the nodes and the job simulates clock jumps (`clock.c`, which needs a C compiler). Another job fills the object store.
 Prints a table and one line of JSON.
 """
 
@@ -30,13 +28,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pyarrow import fs
 
@@ -45,9 +41,11 @@ from pipeline.cache.fill.build import plan_cache
 from pipeline.config.load import load_config
 from pipeline.storage.store import Store
 from pipeline.training.config import TrainConfig
+from tests.cluster.nodes import RAY, Node, cluster, running, start_nodes, start_precompute
+from tests.conftest import REPOSITORY
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process, images_seen
 from tests.faults import FORK, content
-from tests.nodes import RAY, Node, cluster, descendants, kill, running, start_nodes, start_precompute
+from tests.processes import descendants, kill
 from tests.storage.s3_endpoint import S3Endpoint
 from tests.training.tiny_task import STEPS, lines, make_tiny_task
 
@@ -55,17 +53,16 @@ IMAGES, WORKERS, CPUS = 192, 2, (2, 3, 3)
 PATIENCE_S = 600.0
 PLAIN = {"dropout": 0.0, "batch_norm": False}
 TRAINING = TrainConfig(epochs=4, batch_size=8, workers=WORKERS, checkpoint_steps=2, warmup_epochs=0)
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class Bench:
-    """The cluster, and where jobs work.
+    """A cluster and the folder of its jobs.
 
     Attributes:
         nodes: the head and two more.
-        folder: of everything.
-        draw: of victims and moments.
+        folder: of jobs, caches and the simulated clock.
+        draw: chooses victims and moments.
         store: an S3 endpoint that can be made to fail.
     """
 
@@ -79,16 +76,16 @@ class Bench:
         """Of the head."""
         return self.nodes[0].address
 
-    def calm(self) -> None:
+    def heal_store(self) -> None:
         """End a fault of the store."""
         if self.store:
             self.store.fault = lambda method, path: None
             self.store.released.set()
 
-    def complete(self) -> None:
-        """Replace nodes that did not outlast a fault, or all of them where their clock has jumped.
+    def replace_dead(self) -> None:
+        """Replace nodes that died, or all nodes after a clock jump.
 
-        A clock is not set back under running nodes: Ray's timers would stand still until it is where it was.
+        The clock is not set back under running nodes: Ray's timers would wait until it has caught up.
         """
         if _clock(self.folder):
             for node in self.nodes:
@@ -101,7 +98,7 @@ class Bench:
                 self.replace(number)
 
     def replace(self, number: int) -> None:
-        """Kill a node as a whole, and start another in its place."""
+        """Kill a node, and start another in its place."""
         self.nodes[number].kill()
         self.nodes[number] = Node(CPUS[number], self.address)
 
@@ -125,11 +122,11 @@ class Extraction:
         self.start()
 
     def start(self) -> None:
-        """Start it, or start it again."""
+        """Start or restart the job."""
         self.process = start_precompute(self.arguments, self.bench.address, self.folder / "log")
 
     def progress(self) -> int:
-        """Shards of images and of teachers that are committed, or requests to the store."""
+        """Committed shards of images and teachers, or requests to the store."""
         if self.uri and self.bench.store:
             return len(self.bench.store.requests)
         return len(list(self.cache.glob("*/views/full/**/shard-*.json")))
@@ -139,7 +136,7 @@ class Extraction:
         return images_seen(self.calls) > 0
 
     def lost(self) -> int:
-        """Images that a teacher was asked about more than once."""
+        """Images that a teacher has seen more than once."""
         return images_seen(self.calls) - IMAGES
 
     def result(self) -> Any:
@@ -163,35 +160,35 @@ class Training:
         self.start()
 
     def start(self) -> None:
-        """Start it, or start it again."""
+        """Start or restart the job."""
         self.process = FORK.Process(
             target=_train, args=(self.bench.address, str(self.folder), self.config), daemon=True
         )
         self.process.start()
 
     def progress(self) -> int:
-        """Steps that were begun, by the share that is behind."""
+        """Steps that the slower worker has begun."""
         return min(len(set(self._batches(rank))) for rank in range(WORKERS))
 
     def _batches(self, rank: int) -> list[str]:
         return lines(self.folder, "batches", rank) if (self.folder / f"batches-{rank}").exists() else []
 
     def begun(self) -> bool:
-        """Whether it is behind its second checkpoint."""
+        """Whether the second checkpoint is written."""
         return self.progress() > STEPS + 1
 
     def lost(self) -> int:
-        """Steps that were computed more than once, as the mean over the shares."""
+        """Steps that were computed more than once, averaged over the workers."""
         return round(sum(len(self._batches(rank)) for rank in range(WORKERS)) / WORKERS) - STEPS * self.config.epochs
 
     def result(self) -> Any:
-        """Loss of every step as it was committed."""
+        """Committed loss of every step."""
         points = [tuple(json.loads(line)) for line in (self.folder / "committed").read_text().splitlines()]
         return {step: round(loss, 4) for step, loss in points}
 
 
 class Elastic(Training):
-    """A longer one with one worker or two."""
+    """A longer training with one worker or two."""
 
     config = TRAINING.model_copy(update={"epochs": 16, "workers": (1, WORKERS)})
 
@@ -229,15 +226,15 @@ def _train(address: str, folder: str, config: TrainConfig) -> None:
 Fault = Callable[[Bench, Job], None]
 
 
-def _kill(what: str) -> Fault:
+def _kill(title: str) -> Fault:
     def fault(bench: Bench, job: Job) -> None:
-        kill(bench.draw.choice(_until(lambda: running(what, *bench.nodes), job)))
+        kill(bench.draw.choice(_until(lambda: running(title, *bench.nodes), job)))
 
     return fault
 
 
 def _busy(bench: Bench) -> int:
-    """Number of a node, but the head, on which something is at work."""
+    """Number of a node, other than the head, that runs an actor or worker."""
     busy = [n for n in (1, 2) if running("(Extract)", bench.nodes[n]) or running("RayTrainWorker", bench.nodes[n])]
     return bench.draw.choice(busy or [1, 2])
 
@@ -247,7 +244,7 @@ def _lose_node(bench: Bench, job: Job) -> None:
 
 
 def _lose_and_regain(bench: Bench, job: Job) -> None:
-    """All nodes but the head are lost, and come back when one worker has gone on alone."""
+    """Lose all nodes but the head, and start new ones once a single worker has continued."""
     for number in (1, 2):
         bench.nodes[number].kill()
     alone = job.progress() + job.margin
@@ -259,25 +256,17 @@ def _lose_and_regain(bench: Bench, job: Job) -> None:
 
 def _kill_raylet(bench: Bench, job: Job) -> None:
     number = _busy(bench)
-    for victim in running("raylet/raylet", bench.nodes[number]):
-        kill(victim)
+    bench.nodes[number].kill_raylet()
     time.sleep(1)
     bench.replace(number)
 
 
 def _stall(bench: Bench, job: Job) -> None:
-    """A node does nothing for eight seconds."""
-    node = bench.nodes[_busy(bench)]
-    below = [node.process.pid, *descendants(node.process.pid)]
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for pid in below:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        time.sleep(8 if number == signal.SIGSTOP else 0)
+    bench.nodes[_busy(bench)].stall(8)
 
 
 def _preempt(bench: Bench, job: Job) -> None:
-    """The notice that a node will be taken away in ten seconds, and then it is."""
+    """Give ten seconds' notice of a preemption, and then kill the node."""
     number = _busy(bench)
     node_id = _until(lambda: _node_id(bench.nodes[number]), job)
     reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=10"]
@@ -288,7 +277,7 @@ def _preempt(bench: Bench, job: Job) -> None:
 
 
 def _node_id(node: Node) -> str:
-    """The id of a node, which its processes were given on the command line; "" where there is none yet."""
+    """Id of a node, from the command lines of its processes; "" if there is none yet."""
     titles = descendants(node.process.pid).values()
     found = (re.search(r"--node[_-]id=([0-9a-f]{56})", title) for title in titles)
     return next((match[1] for match in found if match), "")
@@ -303,7 +292,7 @@ def _kill_driver(bench: Bench, job: Job) -> None:
 
 
 def _fill_object_store(bench: Bench, job: Job) -> None:
-    """Another job puts more into the object store of the head than it holds, and keeps it for ten seconds."""
+    """Another job puts more into the object store of the head than it can hold, for ten seconds."""
     filler = FORK.Process(target=_hold_objects, args=(bench.address,), daemon=True)
     filler.start()
     filler.join()
@@ -337,7 +326,7 @@ def _jump(seconds: int) -> Fault:
 
 
 def _fail_store(bench: Bench, job: Job) -> None:
-    """One request in six fails from here on (5xx, resets, bodies cut short), and one is held for its whole timeout."""
+    """One request in six fails from now on (5xx, reset, truncated body), and one stalls until its timeout."""
     rng, stalls = random.Random(0), iter(["stall"])
 
     def fault(method: str, path: str) -> str | None:
@@ -385,7 +374,7 @@ def _until(reached: Callable[[], Any], job: Job) -> Any:
 
 
 def inject(bench: Bench, name: str, number: int) -> dict[str, Any]:
-    """Run the job of a fault with it; gives what was lost, how long recovery took, and the result."""
+    """Run a job, inject a fault into it, and return what was lost, seconds to recovery, restarts and the result."""
     kind, fault = FAULTS[name]
     if name == "extract: store fails and stalls":
         job: Job = Extraction(bench, number, f"s3://regla/faults-{number}")
@@ -410,10 +399,10 @@ def inject(bench: Bench, name: str, number: int) -> dict[str, Any]:
         job.start()
         job.process.join(PATIENCE_S)
         restarts += 1
-    bench.calm()
+    bench.heal_store()
     if job.process.exitcode != 0:
         raise AssertionError((job.folder / "log").read_text()[-3000:])
-    # What a fault takes by itself, as the ten seconds of a notice, is no recovery.
+    # The duration of the fault itself, such as the ten seconds of a notice, is not recovery.
     busy = stopped - started if fault in (_stall, _preempt, _fill_object_store) else 0.0
     return {
         "lost": job.lost(),
@@ -430,7 +419,7 @@ def bench(seed: int) -> Iterator[Bench]:
     (folder / "clock").write_bytes(struct.pack("q", 0))
     library = folder / "clock.so"
     subprocess.run(
-        ["cc", "-shared", "-fPIC", "-O2", "-o", library, REPOSITORY / "benchmarks/clock.c", "-ldl"], check=True
+        ["cc", "-shared", "-fPIC", "-O2", "-o", library, Path(__file__).with_name("clock.c"), "-ldl"], check=True
     )
     os.environ |= {
         "LD_PRELOAD": str(library),
@@ -455,7 +444,7 @@ def bench(seed: int) -> Iterator[Bench]:
 
 
 def undisturbed(bench: Bench, kind: type[Job]) -> Any:
-    """What a kind of job gives when it is left alone; extraction without Ray."""
+    """Result of an undisturbed job; extraction runs without Ray."""
     if issubclass(kind, Training):
         training = kind(bench, 0)
         training.process.join(PATIENCE_S)
@@ -472,7 +461,7 @@ def undisturbed(bench: Bench, kind: type[Job]) -> Any:
 
 
 def main() -> None:
-    """Inject every fault, several times."""
+    """Inject every fault several times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -484,7 +473,7 @@ def main() -> None:
         kinds = {FAULTS[name][0] for name in names}
         expected = {kind: undisturbed(made, kind) for kind in kinds}
         for number, name in enumerate(names * options.times, 1):
-            made.complete()
+            made.replace_dead()
             found = inject(made, name, number)
             found["equal"] = found.pop("result") == expected[FAULTS[name][0]]
             measured[name].append(found)
@@ -511,7 +500,7 @@ def _row(name: str, found: list[dict[str, Any]]) -> dict[str, str]:
         "times": str(len(found)),
         "lost": f"{median(lost):g} (most {max(lost)}) {FAULTS[name][0].unit}",
         "recovery": f"{median(seconds):.1f} s (most {max(seconds):.1f})",
-        "started again": str(sum(one["restarts"] for one in found)),
+        "restarts": str(sum(one["restarts"] for one in found)),
         "result": "equal" if all(one["equal"] for one in found) else "DIFFERS",
     }
 

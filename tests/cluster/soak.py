@@ -1,13 +1,12 @@
-"""Extraction and training in a loop on two Ray nodes, with faults at random moments: is every row right, is memory flat?
+"""Soak test: extraction and training in a loop on two Ray nodes, with faults at random moments.
 
-    python benchmarks/soak.py --minutes 45 --seed 0
+    python -m tests.cluster.soak --minutes 45 --seed 0
 
-Each round is `jobs/distill.py` on an empty cache, in this one process, on a cluster of two nodes on loopback. While it runs,
-one fault or two are drawn (`FAULTS`) and made, each at a random moment of the phase that it is drawn for; afterwards a file of
-the cache is damaged in every third round, and `--verify --repair` has to mend it. Compared with the first round, which is
-left alone, and with a cache that was filled without Ray: the rows of the cache, by SHA-256 of their values, and the loss
-of every step in MLflow, each step once. A job that ends with an error is started again, as its user would; that is counted.
-Prints a line a round, the memory over time, and one line of JSON.
+Each round runs `jobs/distill.py` on an empty cache, all in this process, on two nodes on loopback. One or two faults of
+`FAULTS` hit each round at random moments. In every third round a file of the cache is then damaged, and `--verify --repair`
+must repair it. The rows of the cache, by SHA-256, must equal those of a cache that was filled without Ray. The loss of every
+step in MLflow must equal that of the first round, which is undisturbed, with each step logged once. A job that ends with an
+error is restarted and counted. Prints one line per round, memory over time, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -27,8 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.memory import growth, report, watch_memory
 from jobs import distill, precompute
 from jobs._cli import DEFAULT_RECIPE
@@ -36,18 +32,19 @@ from pipeline.cache.fill.build import plan_cache
 from pipeline.config.load import load_config
 from pipeline.runtime.ray_session import connect
 from pipeline.storage.store import Store
+from tests.cluster.nodes import Node, cluster, running
+from tests.conftest import REPOSITORY
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process
 from tests.faults import content
-from tests.nodes import Node, cluster, descendants, kill, running
+from tests.processes import kill
 
-SHARED_FOLDER = Path(__file__).resolve().parent.parent
 LABELS = {"raylet/raylet": "raylets", "gcs_server": "GCS", "(Extract)": "extraction", "RayTrainWorker": "training"}
 STARTS = 4
-"""Most starts of a round."""
+"""Starts of a round, at most."""
 
 
 class Soak:
-    """A cluster, a work folder, and what a round must give."""
+    """A cluster, a work folder, and the expected result of a round."""
 
     def __init__(self, folder: Path, nodes: list[Node], seed: int) -> None:
         self.folder, self.nodes, self.draw = folder, nodes, random.Random(seed)
@@ -71,11 +68,14 @@ class Soak:
         self.rows = content(folder / "alone")
         self.curve: dict[int, float] = {}
 
-    def round(self, quiet: bool) -> None:
+    def round(self, undisturbed: bool) -> None:
         """One job on an empty cache."""
         shutil.rmtree(self.cache, ignore_errors=True)
         shutil.rmtree(self.folder / "work" / "runs", ignore_errors=True)
-        done, faults = threading.Event(), [] if quiet else self.draw.sample(list(FAULTS), self.draw.choice([1, 2]))
+        done, faults = (
+            threading.Event(),
+            [] if undisturbed else self.draw.sample(list(FAULTS), self.draw.choice([1, 2])),
+        )
         moments = [(name, self.draw.uniform(0, 3)) for name in faults]
         threads = [threading.Thread(target=self._inject, args=(*moment, done), daemon=True) for moment in moments]
         for thread in threads:
@@ -85,13 +85,13 @@ class Soak:
         done.set()
         for thread in threads:
             thread.join()
-        self._check(figures, quiet)
+        self._check(figures, undisturbed)
         if self.rounds % 3 == 2:
             self._damage_and_repair()
         self.rounds += 1
         print(
-            f"round {self.rounds}  {time.monotonic() - started:.0f} s  {', '.join(faults) or 'left alone'}  "
-            f"wrong shards {self.wrong_shards}, wrong curves {self.wrong_curves}, started again {self.restarts}",
+            f"round {self.rounds}  {time.monotonic() - started:.0f} s  {', '.join(faults) or 'undisturbed'}  "
+            f"wrong shards {self.wrong_shards}, wrong curves {self.wrong_curves}, restarts {self.restarts}",
             flush=True,
         )
 
@@ -120,10 +120,10 @@ class Soak:
         with self.one_at_a_time:
             self.injected[name] += fault(self)
 
-    def _check(self, figures: dict[str, Any], quiet: bool) -> None:
+    def _check(self, figures: dict[str, Any], undisturbed: bool) -> None:
         self._check_rows()
         curve = _curve(self.folder / "work", figures["mlflow_run_id"])
-        if quiet:
+        if undisturbed:
             self.curve = curve
         same = curve.keys() == self.curve.keys() and all(
             abs(curve[step] - loss) <= 1e-4 * abs(loss) for step, loss in self.curve.items()
@@ -161,9 +161,9 @@ def _curve(work: Path, run_id: str) -> dict[int, float]:
     return {point.step: point.value for point in points}
 
 
-def _kill(what: str) -> Callable[[Soak], bool]:
+def _kill(title: str) -> Callable[[Soak], bool]:
     def fault(soak: Soak) -> bool:
-        victims = running(what, *soak.nodes)
+        victims = running(title, *soak.nodes)
         if victims:
             kill(soak.draw.choice(victims))
         return bool(victims)
@@ -172,32 +172,22 @@ def _kill(what: str) -> Callable[[Soak], bool]:
 
 
 def _lose_node(soak: Soak) -> bool:
-    """The second node dies as a whole, and another comes."""
+    """Kill the second node and replace it."""
     soak.nodes[1].kill()
     soak.nodes[1] = Node(4, soak.nodes[0].address)
     return True
 
 
 def _lose_raylet(soak: Soak) -> bool:
-    """The raylet of the second node dies; what it ran ends with it, and another node comes."""
-    victims = running("raylet/raylet", soak.nodes[1])
-    for victim in victims:
-        kill(victim)
+    """Kill the raylet of the second node, which ends its workers, and replace the node."""
+    killed = soak.nodes[1].kill_raylet()
     time.sleep(2)
     _lose_node(soak)
-    return bool(victims)
+    return killed
 
 
 def _stall_node(soak: Soak) -> bool:
-    """The second node does nothing for five seconds."""
-    below = [soak.nodes[1].process.pid, *descendants(soak.nodes[1].process.pid)]
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for pid in below:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
-        time.sleep(5 if number == signal.SIGSTOP else 0)
+    soak.nodes[1].stall(5)
     return True
 
 
@@ -210,7 +200,7 @@ FAULTS: dict[str, tuple[str, Callable[[Soak], bool]]] = {
     "node lost while training": ("train", _lose_node),
     "node stalls while training": ("train", _stall_node),
 }
-"""By name, the phase that each is made in, and what makes it; it gives whether there was anything to harm."""
+"""By name, the phase of a fault, and the function that injects it, which returns whether there was a victim."""
 
 
 def main() -> None:
@@ -218,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", type=Path, default=SHARED_FOLDER / "docs/figures/soak.png")
+    parser.add_argument("--figure", type=Path, default=REPOSITORY / "docs/figures/soak.png")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak"))
     started = time.monotonic()
@@ -226,9 +216,9 @@ def main() -> None:
         with cluster(4, 4) as nodes, watch_memory("driver", LABELS, interval=5.0) as curves:
             os.environ |= {"RAY_ADDRESS": nodes[0].address, "RAY_AUTH_MODE": "disabled"}
             soak = Soak(folder, nodes, options.seed)
-            with connect():  # once for all rounds: what stays behind of one is there in the next
+            with connect():  # one session for all rounds, so that leaks add up
                 while soak.rounds < 2 or time.monotonic() - started < options.minutes * 60:
-                    soak.round(quiet=not soak.rounds)
+                    soak.round(undisturbed=not soak.rounds)
         means = report(curves, options.figure, f"{soak.rounds} rounds of extraction and training with faults")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -241,7 +231,7 @@ def main() -> None:
         "rows_checked": soak.rows_checked,
         "shards_with_wrong_rows": soak.wrong_shards,
         "wrong_curves": soak.wrong_curves,
-        "started_again": soak.restarts,
+        "restarts": soak.restarts,
         "memory_mib": means,
         "growth": growth(means),
     }

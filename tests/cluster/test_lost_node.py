@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from benchmarks.faults import PLAIN, TRAINING, WORKERS, Bench, inject
 from pipeline.training.loop import train
 from pipeline.training.worker import Worker
-from tests.nodes import cluster
+from tests.cluster.inject_faults import PLAIN, TRAINING, WORKERS, Bench, inject
+from tests.cluster.nodes import cluster
 from tests.training.tiny_task import STEPS, WholeBatches
 
 

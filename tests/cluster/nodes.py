@@ -1,4 +1,4 @@
-"""Ray nodes on loopback that a test may kill, jobs in processes of their own, and the process tree to choose victims from."""
+"""Ray nodes on loopback that a test may kill or stop, and jobs in processes of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,11 @@ from typing import Any
 from jobs import precompute
 from jobs._cli import run
 from tests.faults import FORK
+from tests.processes import descendants, free_port, kill
 
-FORK.set_forkserver_preload(["pandas", "PIL.JpegImagePlugin", "pipeline.cache.read.reader", "ray.data", "tests.nodes"])
+FORK.set_forkserver_preload(
+    ["pandas", "PIL.JpegImagePlugin", "pipeline.cache.read.reader", "ray.data", "tests.cluster.nodes"]
+)
 
 RAY = Path(sys.executable).parent / "ray"
 PATIENCE = 400.0
@@ -61,11 +63,27 @@ class Node:
         )
 
     def kill(self) -> None:
-        """SIGKILL all of the node at once, as a power cut would."""
+        """SIGKILL all processes of the node, as a power cut would."""
         for pid in [self.process.pid, *descendants(self.process.pid)]:
             kill(pid)
         self.process.wait()
         self.folder.cleanup()
+
+    def kill_raylet(self) -> bool:
+        """SIGKILL the raylet alone; returns whether there was one."""
+        raylets = running("raylet/raylet", self)
+        for pid in raylets:
+            kill(pid)
+        return bool(raylets)
+
+    def stall(self, seconds: float) -> None:
+        """Stop all processes of the node, and let them continue after so many seconds."""
+        pids = [self.process.pid, *descendants(self.process.pid)]
+        for pid in pids:
+            kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        for pid in pids:
+            kill(pid, signal.SIGCONT)
 
 
 @contextmanager
@@ -122,50 +140,12 @@ def running(what: str, *nodes: Node) -> list[int]:
 
 
 def wait_until(reached: Callable[[], Any]) -> Any:
-    """What `reached` gives, once that is true."""
+    """Wait until `reached()` is true, and return its value."""
     deadline = time.monotonic() + PATIENCE
     while not (found := reached()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Title of every process below `pid`."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            children[int(stat.read_text().rpartition(")")[2].split()[1])].append(int(stat.parent.name))
-        except OSError:
-            continue  # it has ended
-    found, left = {}, [pid]
-    while left:
-        below = children[left.pop()]
-        left += below
-        found |= {child: _title(child) for child in below}
-    return found
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def kill(pid: int) -> None:
-    """`kill -9`; a process that has ended is no harm."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        return each.getsockname()[1]
 
 
 def _listens(address: str) -> bool:
