@@ -51,7 +51,7 @@ class GridRule:
     def __str__(self) -> str:
         student, teacher, grid = ("x".join(map(str, size)) for size in (self.student, self.teacher, self.grid))
         if self.student == self.teacher:
-            return f"{grid} on both sides"
+            return f"{grid} for both"
         if self.grid == self.student:
             return f"teacher {teacher} averaged exactly to the student's {grid}"
         exact = self._divides(self.grid, self.student)

@@ -72,7 +72,7 @@ class Progress:
         elapsed = max(self.clock() - self.started, 1e-9)
         rate = (self.done - self.initial) / elapsed
         left = (self.total - self.done) / rate if rate else float("inf")
-        when = f"{duration(elapsed)} in all" if self.done >= self.total else f"{duration(left)} left"
+        when = f"{duration(elapsed)} total" if self.done >= self.total else f"{duration(left)} left"
         extra = "".join(f"  {name} {value}" for name, value in self.postfix.items())
         return f"{self.label}  {self.done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  {when}{extra}"
 

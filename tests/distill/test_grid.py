@@ -7,7 +7,7 @@ from pipeline.distill.grid import GridRule, patch_subsets
 @pytest.mark.parametrize(
     ("student", "teacher", "grid", "words"),
     [
-        ((16, 16), (16, 16), (16, 16), "16x16 on both sides"),
+        ((16, 16), (16, 16), (16, 16), "16x16 for both"),
         ((4, 4), (16, 16), (4, 4), "teacher 16x16 averaged exactly to the student's 4x4"),
         ((16, 16), (8, 8), (8, 8), "student 16x16 averaged exactly to the teacher's 8x8"),
         ((6, 6), (7, 7), (7, 7), "student 6x6 resized (bilinear) to the teacher's 7x7"),

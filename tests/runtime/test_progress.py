@@ -37,7 +37,7 @@ def test_the_last_line_says_how_long_it_took_and_comes_once(clock, capsys):
     with Progress(30, "step", "train", clock=clock) as progress:
         clock.now += 3690
         progress.update(30, loss="0.500")
-    assert capsys.readouterr().out == "train  30/30 step  0.0 step/s  1:01:30 in all  loss 0.500\n"
+    assert capsys.readouterr().out == "train  30/30 step  0.0 step/s  1:01:30 total  loss 0.500\n"
 
 
 def test_rate_and_time_left_count_only_what_was_done_here(clock):
