@@ -26,7 +26,8 @@ from torch import Tensor
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
 from pipeline.cache.layout.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
-from pipeline.config.load import Config, load_config
+from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=512, help="images, spread over the training source")
     parser.add_argument("--figure", type=Path, help="PNG file of cosine against bytes")
     options = parser.parse_args(arguments)
-    config = load_config(options.items[0], options.items[1:])
+    config = load_config(DistillJobConfig, options.items[0], options.items[1:])
     images = list(_images(config, options.images))
     results = {}
     for entry in config.teachers:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(_summary(results)))
 
 
-def _images(config: Config, count: int) -> Iterator[bytes]:
+def _images(config: DistillJobConfig, count: int) -> Iterator[bytes]:
     settings = SceneSettings(config.data.samples.train, config.data.samples.size, config.seed)
     source = open_source(config.data.train, split="train", image_column=config.data.image_column, samples=settings)
     index = source.index()
@@ -89,7 +90,7 @@ def _features(teacher: Teacher, images: Sequence[bytes], batch_size: int) -> dic
 
 
 def _measure(
-    entry: TeacherConfig, config: Config, teacher: Teacher, features: dict[str, Tensor]
+    entry: TeacherConfig, config: DistillJobConfig, teacher: Teacher, features: dict[str, Tensor]
 ) -> dict[str, dict[str, float]]:
     channels = teacher.spec.patch_dim
     fixed = [f"pca{channels // part}-int8" for part in DIVISORS if channels // part >= 4]

@@ -26,9 +26,10 @@ from torch import nn
 
 from benchmarks.measure_once import measure_once
 from pipeline.cache.fill.build import CachePlan, build_cache, plan_cache
-from pipeline.config.load import Config, load_config
+from pipeline.cache.layout.location import cache_store
+from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.task import DistillJob, DistillTask
-from pipeline.runs.folder import cache_store
 from pipeline.runtime.ray_session import connect
 from pipeline.training.checkpoint import Snapshot
 from pipeline.training.config import TrainConfig
@@ -59,14 +60,14 @@ def _run(recipe: str, overrides: Sequence[str], results: Path) -> float:
 
     def measure() -> dict[str, float]:
         started = time.perf_counter()
-        knn = _distil(load_config(recipe, overrides))
+        knn = _distil(load_config(DistillJobConfig, recipe, overrides))
         print(f"{key}  kNN {knn:.2f} %  {time.perf_counter() - started:.0f} s", flush=True)
         return {"knn": knn}
 
     return float(measure_once(results, {"run": key}, measure)["knn"])
 
 
-def plan_of(config: Config) -> CachePlan:
+def plan_of(config: DistillJobConfig) -> CachePlan:
     """The plan of a complete cache: Ray computes what is missing."""
     plan = plan_cache(config, cache_store(config))
     if any(split.missing(teacher) for split in plan.splits for teacher in plan.teachers):
@@ -85,7 +86,7 @@ def train_unjudged(task: Task, config: TrainConfig) -> nn.Module:
     return task.module.eval()
 
 
-def make_task(config: Config, plan: CachePlan) -> JudgedAtTheEnd:
+def make_task(config: DistillJobConfig, plan: CachePlan) -> JudgedAtTheEnd:
     """Distillation from a complete cache, from random weights."""
     if config.student.weights != "random":
         raise SystemExit("student.weights: students are compared from random weights")
@@ -93,7 +94,7 @@ def make_task(config: Config, plan: CachePlan) -> JudgedAtTheEnd:
     return JudgedAtTheEnd(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
 
 
-def _distil(config: Config) -> float:
+def _distil(config: DistillJobConfig) -> float:
     task = make_task(config, plan_of(config))
     return DistillTask.evaluate(task, train_unjudged(task, config.train), None)["knn"]
 

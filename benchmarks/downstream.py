@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure_once import measure_once
 from pipeline.config.load import load_config
+from pipeline.downstream.config import FinetuneJobConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,7 +62,7 @@ def _run(items: Sequence[str], start: str, overrides: Sequence[str], seed: int, 
         from pipeline.runtime.ray_session import connect
 
         recipe, *others = items
-        config = load_config(recipe, [*others, *overrides, f"seed={seed}", f"name={start}-{seed}"])
+        config = load_config(FinetuneJobConfig, recipe, [*others, *overrides, f"seed={seed}", f"name={start}-{seed}"])
         started = time.perf_counter()
         with connect():
             figures = finetune(config, False)

@@ -30,18 +30,19 @@ from benchmarks.codec_students import make_task, plan_of, train_unjudged
 from benchmarks.measure_once import measure_once
 from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.config.load import Config, load_config
+from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.evaluate.knn import embed, knn_accuracies
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
 
-Arm = Callable[[Config], Config]
+Arm = Callable[[DistillJobConfig], DistillJobConfig]
 SCORES = ("knn", "linear")
 
 
 def changed(**sections: Any) -> Arm:
     """An arm that differs from the recipe in some fields of these sections."""
 
-    def change(config: Config) -> Config:
+    def change(config: DistillJobConfig) -> DistillJobConfig:
         return config.model_copy(
             update={name: getattr(config, name).model_copy(update=fields) for name, fields in sections.items()}
         )
@@ -57,7 +58,7 @@ def only(number: int) -> Arm:
 def crops(count: int) -> Arm:
     """Cached crops in place of whole images; fewer epochs, so that equally many samples are seen."""
 
-    def change(config: Config) -> Config:
+    def change(config: DistillJobConfig) -> DistillJobConfig:
         epochs, warmup = config.train.epochs, config.train.warmup_epochs
         if epochs % count:
             raise SystemExit(f"train.epochs={epochs} is no multiple of {count} crops an image")
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(recipe: str, overrides: Sequence[str], arm: str, seed: int, results: Path) -> dict[str, Any]:
     def measure() -> dict[str, float]:
         started = time.perf_counter()
-        config = ARMS[arm](load_config(recipe, [*overrides, f"seed={seed}"]))
+        config = ARMS[arm](load_config(DistillJobConfig, recipe, [*overrides, f"seed={seed}"]))
         plan = plan_of(config)
         encoder = _labels_alone(config) if arm == "labels" else _distilled(config, plan)
         datasets = {split.split: split.dataset for split in plan.splits}
@@ -122,13 +123,13 @@ def _run(recipe: str, overrides: Sequence[str], arm: str, seed: int, results: Pa
     return measure_once(results, {"recipe": " ".join([recipe, *overrides]), "arm": arm, "seed": seed}, measure)
 
 
-def _distilled(config: Config, plan: CachePlan) -> nn.Module:
+def _distilled(config: DistillJobConfig, plan: CachePlan) -> nn.Module:
     module: Any = train_unjudged(make_task(config, plan), config.train)
     encoder: nn.Module = module.student.encoder
     return encoder
 
 
-def _labels_alone(config: Config) -> nn.Module:
+def _labels_alone(config: DistillJobConfig) -> nn.Module:
     """The backbone after classification with the augmentation of recipes/classify.yaml."""
     from pipeline.downstream.job import plan_finetune, with_absolute_paths
     from pipeline.downstream.training import FinetuneJob, FinetuneTask
@@ -147,7 +148,7 @@ def _labels_alone(config: Config) -> nn.Module:
     return encoder
 
 
-def _judge(encoder: nn.Module, train: Dataset, val: Dataset, config: Config) -> dict[str, float]:
+def _judge(encoder: nn.Module, train: Dataset, val: Dataset, config: DistillJobConfig) -> dict[str, float]:
     """kNN and the best linear probe in percent, with all training images as the bank."""
     settings, size = config.evaluate, config.student.input_size
     ([bank], labels), ([queries], expected) = (

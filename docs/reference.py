@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from pipeline.config.load import Config, iter_fields
+from pipeline.config.jobs import JOBS as CONFIGURED
+from pipeline.config.jobs import all_roots, job_root
+from pipeline.config.tree import FieldLine, Section, iter_fields, section_of
 
 JOBS = sorted(file.stem for file in REPOSITORY.glob("jobs/[!_]*.py"))
 API: dict[str, tuple[str, ...]] = {
@@ -54,27 +56,60 @@ def _jobs() -> Iterator[str]:
 
 
 def _fields() -> Iterator[str]:
-    yield from ("## Fields", "", "Keys of a recipe, and overrides on the command line: `train.epochs=5`.", "")
-    for section, rows in groupby(iter_fields(), key=lambda row: row[0].rpartition(".")[0]):
+    yield from (
+        "## Fields",
+        "",
+        "Keys of a recipe, and overrides on the command line: `train.epochs=5`. A recipe may serve several jobs; each reads its",
+        "own fields. Fields with ° change no computed number: an unfinished run resumes if they have changed.",
+        "",
+    )
+    roots = [variant for root in all_roots() for variant in root.variants()]
+    readers = _readers()
+    for section, rows in groupby(iter_fields(*roots), key=lambda row: row.key.rpartition(".")[0]):
         yield from (f"### {section or 'top level'}", "")
-        if note := _note(section):
-            yield from (note, "")
-        yield from ("| field | type | default | meaning |", "|---|---|---|---|")
-        for key, kind, default, meaning in rows:
-            shown = "none" if default is None else default
-            yield f"| `{key}` | {_cell(kind)} | `{_cell(shown)}` | {_cell(meaning)} |"
+        if section:
+            yield from (_note(section, roots), "")
+        yield from ("| field | type | default | meaning | jobs |", "|---|---|---|---|---|")
+        yield from (_field(row, readers[row.key]) for row in rows)
         yield ""
 
 
-def _note(section: str) -> str:
-    """The first line of a section's own docstring."""
-    model: Any = Config
-    for part in section.split(".") if section else []:
-        if part == "0":
-            continue
-        annotation = model.model_fields[part].annotation
-        model = next((arg for arg in getattr(annotation, "__args__", ()) if inspect.isclass(arg)), annotation)
-    return inspect.cleandoc(model.__doc__).splitlines()[0] if section else ""
+def _readers() -> dict[str, list[str]]:
+    """By field, the jobs that read it."""
+    readers: dict[str, list[str]] = {}
+    for name in CONFIGURED:
+        root, script = job_root(name), _script(name)
+        assert root is not None
+        for line in iter_fields(*root.variants()):
+            readers.setdefault(line.key, [])
+            if script not in readers[line.key]:
+                readers[line.key].append(script)
+    return readers
+
+
+def _script(job: str) -> str:
+    """The script of a job."""
+    return job if job in JOBS else "evaluate"
+
+
+def _field(line: FieldLine, jobs: list[str]) -> str:
+    default = "none" if line.default is None else line.default
+    mark, shown = (
+        " °" if line.operational else "",
+        "all" if len(jobs) == len(set(map(_script, CONFIGURED))) else ", ".join(jobs),
+    )
+    cells = (f"`{line.key}`{mark}", _cell(line.type), f"`{_cell(default)}`", _cell(line.meaning), shown)
+    return f"| {' | '.join(cells)} |"
+
+
+def _note(section: str, roots: Sequence[type[Section]]) -> str:
+    """The first line of the docstring of a section's largest class."""
+    models: list[type[Section]] = list(roots)
+    for part in section.removesuffix(".0").split("."):
+        found = (section_of(model.model_fields[part]) for model in models if part in model.model_fields)
+        models = [model for model in found if model]
+    largest = max(models, key=lambda model: len(model.model_fields))
+    return inspect.cleandoc(largest.__doc__ or "").splitlines()[0]
 
 
 def _api() -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pipeline.config.load import Config
+from pipeline.runs.config import JobConfig
 from pipeline.runs.folder import work_folder
 
 if TYPE_CHECKING:
@@ -38,4 +38,4 @@ def tracking_uri(options: argparse.Namespace) -> str:
     """The MLflow store in which URIs are looked up."""
     from pipeline.tracking.address import resolve_uri
 
-    return resolve_uri(options.tracking_uri, work_folder(Config()), "--tracking-uri")
+    return resolve_uri(options.tracking_uri, work_folder(JobConfig()), "--tracking-uri")

@@ -8,18 +8,23 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs._completion import complete, complete_item
-from pipeline.config.load import Config, describe_fields, load_config
+from pipeline.config.load import load_config
+from pipeline.config.tree import JobRoot, describe_fields
 from pipeline.errors import UserError
 from pipeline.runtime import logs
 from teachers.errors import TeacherError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "quickstart.yaml"
+
+
+R = TypeVar("R", bound=JobRoot)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Mode:
 
     flag: str
     help: str
-    body: Callable[[Config, argparse.Namespace], Mapping[str, Any]]
+    body: Callable[[Any, argparse.Namespace], Mapping[str, Any]]
     metavar: str | None = None
 
 
@@ -57,33 +62,37 @@ def later(module: str, function: str = "main") -> Callable[..., Any]:
 
 
 def run(
-    body: Callable[[Config, bool], Mapping[str, Any]],
+    root: type[R],
+    body: Callable[[R, bool], Mapping[str, Any]],
     description: str,
     arguments: Sequence[str] | None = None,
     modes: Sequence[Mode] = (),
     switches: Sequence[Switch] = (),
     recipe: Path = DEFAULT_RECIPE,
+    listed: Sequence[type[JobRoot]] = (),
 ) -> None:
     """Parse the command line, run the job and print its figures as one line of JSON.
 
     Args:
+        root: the configuration of the job, whose fields `--help` lists.
         body: called with the configuration and whether to stop after the plan.
         description: first paragraph of `--help`.
         modes: what else the job does; their figures say ``"ok": false`` for exit code 1.
         switches: that go with some of them.
         recipe: taken where the command line names none.
+        listed: classes whose fields `--help` lists; none: those of `root`.
 
     Exits with code 2 and one line on what the user can mend; anything else keeps its traceback.
     """
     parser = argparse.ArgumentParser(
         description=description,
-        epilog=f"fields (recipe keys and overrides):\n{describe_fields()}",
+        epilog=f"fields (recipe keys and overrides):\n{describe_fields(*(listed or root.variants()))}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     items = parser.add_argument(
         "items", nargs="*", metavar="recipe.yaml | key=value", help="a recipe (recipes/quickstart.yaml) and overrides"
     )
-    items.completer = complete_item  # type: ignore[attr-defined]
+    items.completer = partial(complete_item, listed or root.variants())  # type: ignore[attr-defined]
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
     for mode in modes:
@@ -99,7 +108,7 @@ def run(
         sys.stdout.reconfigure(line_buffering=True)  # what workers print shows in a log file as it comes
 
     def call() -> Mapping[str, Any]:
-        config = _configure(options.items, recipe)
+        config = _configure(root, options.items, recipe)
         return chosen.body(config, options) if chosen else body(config, options.dry_run)
 
     finish(call)
@@ -151,12 +160,12 @@ def confirm(question: str, yes: bool) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _configure(items: Sequence[str], default: Path) -> Config:
+def _configure(root: type[R], items: Sequence[str], default: Path) -> R:
     recipes = [item for item in items if "=" not in item and item.endswith((".yaml", ".yml"))]
     if len(recipes) > 1:
         raise UserError(f"give one recipe, not {len(recipes)}: {', '.join(recipes)}")
     recipe = find_recipe(recipes[0]) if recipes else default
-    return load_config(recipe, [item for item in items if item not in recipes])
+    return load_config(root, recipe, [item for item in items if item not in recipes])
 
 
 def find_recipe(name: str) -> Path:

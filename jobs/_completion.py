@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config.tree import JobRoot
 
 TYPES = {"", "bool", "int", "float", "str", "list", "tuple", "mapping", "none"}
 """Names of types in the listing of fields; whatever else stands there is a value."""
@@ -19,19 +22,20 @@ def complete(parser: argparse.ArgumentParser) -> None:
         argcomplete.autocomplete(parser)
 
 
-def complete_item(prefix: str, **_: Any) -> Iterator[str]:
-    """Completions of `recipe.yaml | key=value`: recipes, fields, and the values or files of a field."""
+def complete_item(roots: Sequence[type[JobRoot]], prefix: str, **_: Any) -> Iterator[str]:
+    """Completions of `recipe.yaml | key=value`: recipes, fields of the job, and the values or files of a field."""
     from argcomplete.completers import FilesCompleter
 
     from jobs._cli import RECIPES
-    from pipeline.config.load import iter_fields
+    from pipeline.config.tree import iter_fields
 
+    fields = {line.key: line.type for line in iter_fields(*roots)}
     key, equals, value = prefix.partition("=")
     if not equals:
-        yield from (f"{field}=" for field, *_ in iter_fields())
+        yield from (f"{field}=" for field in fields)
         yield from FilesCompleter(("yaml", "yml"))(prefix)
         yield from (recipe.name for recipe in RECIPES.glob("*.yaml"))
         return
-    kind = next((kind for field, kind, *_ in iter_fields() if field == key), "")
+    kind = fields.get(key, "")
     options = ("true", "false") if kind == "bool" else [option for option in kind.split("|") if option not in TYPES]
     yield from (f"{key}={option}" for option in options or FilesCompleter()(value))

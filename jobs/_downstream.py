@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs._cli import grid, table
-from pipeline.config.load import Config
+from pipeline.downstream.config import CocoResultsJobConfig, EvaluateModelJobConfig
 from pipeline.downstream.detect.coco_eval import NUMBERS, evaluate_files
 from pipeline.downstream.job import as_saved, evaluate_model, open_held_out, open_model
 from pipeline.downstream.training import DOWNSTREAM
@@ -16,7 +16,9 @@ from pipeline.errors import UserError
 from pipeline.runs.session import open_job
 
 
-def evaluate_saved(task: str, config: Config, dry_run: bool, given: Collection[str] = ()) -> dict[str, Any]:
+def evaluate_saved(
+    task: str, config: EvaluateModelJobConfig, dry_run: bool, given: Collection[str] = ()
+) -> dict[str, Any]:
     """Metrics of `evaluate.model` on data.val, with the settings of the model but for the fields that are given."""
     saved = open_model(config, task)
     config = as_saved(config, saved, given)
@@ -26,7 +28,7 @@ def evaluate_saved(task: str, config: Config, dry_run: bool, given: Collection[s
     print(f"{task} of {config.evaluate.model} on {len(val)} images from {val.location}: {shown}", flush=True)
     if dry_run:
         return {"dry_run": True}
-    with open_job(config, f"evaluate-{task}", reads=["evaluate"]) as job:
+    with open_job(config, f"evaluate-{task}") as job:
         report = evaluate_model(config, saved, val, job.run, job.state.folder)
     rows = {
         **{name: f"{value:.3f}" for name, value in report.metrics.items()},
@@ -37,7 +39,7 @@ def evaluate_saved(task: str, config: Config, dry_run: bool, given: Collection[s
     return {**report.metrics, "mlflow_run_id": job.run.run_id}
 
 
-def evaluate_results(config: Config, dry_run: bool) -> dict[str, Any]:
+def evaluate_results(config: CocoResultsJobConfig, dry_run: bool) -> dict[str, Any]:
     """The twelve numbers of `evaluate.results`, held against `evaluate.annotations`."""
     given = config.evaluate
     if not given.annotations or not given.results:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import pyarrow.compute as pc
 
 from jobs._cli import grid, size, table
+from pipeline.cache.config import PrecomputeJobConfig
 from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.fill.estimate import TeacherEstimate, missing_bytes
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
 from pipeline.cache.layout.codec import Codec
-from pipeline.config.load import Config
 from pipeline.runs.folder import work_folder
 from pipeline.runtime.ray_session import Hardware
 
 
-def cache_plan(plan: CachePlan, config: Config) -> str:
+def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
     """Datasets, teachers, shards and bytes."""
     rows: dict[str, str | None] = {"work folder": str(work_folder(config)), "cache": plan.store.uri}
     for split in plan.splits:
@@ -55,7 +55,7 @@ def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
 
 
 def cost_plan(
-    plan: CachePlan, config: Config, teachers: Sequence[TeacherEstimate], cluster: Hardware | None = None
+    plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate], cluster: Hardware | None = None
 ) -> str:
     """Device hours, price, read rate and space, and what other codecs would take; on a cluster, its GPUs and hours."""
     hours = [grid([_hours(teacher, config) for teacher in teachers])]
@@ -79,7 +79,7 @@ def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:
     return f"{cluster}: {_number(total and total / cluster.gpus, ' h')} on all of its GPUs"
 
 
-def _hours(teacher: TeacherEstimate, config: Config) -> dict[str, str]:
+def _hours(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, str]:
     probe = teacher.probe
     speed = "no weights, no probe" if probe is None else f"{probe.views_per_second:.1f} views/s on {probe.device}"
     counted = probe is not None and probe.device == "cpu" and probe.macs
@@ -108,7 +108,7 @@ def _codecs(teacher: TeacherEstimate) -> dict[str, str]:
     return {"teacher": teacher.label, **sizes}
 
 
-def read_rate(plan: CachePlan, config: Config, teachers: Sequence[TeacherEstimate]) -> float:
+def read_rate(plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate]) -> float:
     """Bytes a second that a training at `plan.images_per_second` reads: images and all features."""
     index = plan.splits[0].index
     image = (pc.sum(index["size"]).as_py() or 0) / index.num_rows

@@ -16,18 +16,18 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import later, run, table
+from pipeline.benchmark.config import BenchmarkJobConfig
 
 if __name__ == "__main__":
-    run(later("jobs.benchmark"), __doc__)
+    run(BenchmarkJobConfig, later("jobs.benchmark"), __doc__)
     sys.exit()
 
 from pipeline.benchmark.benchmark import benchmark, check, frame, render
 from pipeline.benchmark.figures import accuracy_figure, latency_figure
-from pipeline.config.load import Config
 from pipeline.runs.folder import work_folder
 
 
-def main(config: Config, dry_run: bool) -> dict[str, Any]:
+def main(config: BenchmarkJobConfig, dry_run: bool) -> dict[str, Any]:
     """Print the table, write it and its figures into the work folder, and log both to MLflow where it is installed."""
     settings = config.benchmark
     check(settings)
@@ -55,7 +55,7 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     return {"reference": settings.reference, "latency": figures}
 
 
-def track(config: Config, figures: dict[str, dict[str, float]], files: list[Path]) -> str:
+def track(config: BenchmarkJobConfig, figures: dict[str, dict[str, float]], files: list[Path]) -> str:
     """Log the figures and files as one MLflow run; benchmarks also run on machines that have no MLflow."""
     if find_spec("mlflow") is None:
         return "not logged: mlflow is not installed here"

@@ -17,23 +17,23 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import later, percent, run, size, table
+from pipeline.distill.config import DistillJobConfig
 
 if __name__ == "__main__":
-    run(later("jobs.distill"), __doc__)
+    run(DistillJobConfig, later("jobs.distill"), __doc__)
     sys.exit()
 
 from jobs._plan import cache_plan
 from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.job import cache_bytes, precompute
-from pipeline.config.load import Config
+from pipeline.cache.layout.location import cache_store
 from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import Phase, plan_phases
-from pipeline.runs.folder import cache_store
 from pipeline.runs.session import Job, open_job
 
 
-def main(config: Config, dry_run: bool) -> dict[str, Any]:
+def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     """Run the whole pipeline; an interrupted run of the same configuration goes on where it stopped."""
     started = time.perf_counter()
     phases = plan_phases(config, cache_store(config))

@@ -1,4 +1,4 @@
-"""Evaluate a backbone or a fine-tuned model. Name the evaluation first:
+"""Evaluate a backbone or a fine-tuned model. Name the evaluation first; --help after its name lists its fields alone:
 
 python jobs/evaluate.py knn       evaluate.student=work/runs/<run>/student data.train=photos/train data.val=photos/val
 python jobs/evaluate.py linear    evaluate.student=models:/m-... data.train=imagenet/train data.val=imagenet/val
@@ -22,27 +22,36 @@ if not __package__:  # a script imports from its own checkout
 
 from jobs._cli import DEFAULT_RECIPE, RECIPES, later, percent, run, size, table
 from jobs._completion import complete
+from pipeline.downstream.config import TASK_SECTIONS, CocoResultsJobConfig, EvaluateModelJobConfig
+from pipeline.evaluate.config import EvaluateJobConfig
+from pipeline.runs.config import JobConfig
 
-NAMES = ("knn", "linear", "seg-probe", "classify", "segment", "detect", "coco-results")
-"""Of the evaluations."""
+ROOTS: dict[str, type[JobConfig]] = {
+    **dict.fromkeys(("knn", "linear", "seg-probe"), EvaluateJobConfig),
+    **{task: EvaluateModelJobConfig.of_task(task) for task in TASK_SECTIONS},
+    "coco-results": CocoResultsJobConfig,
+}
+"""The configuration of each evaluation, by its name."""
 
 
 def start(arguments: Sequence[str]) -> None:
     """Run the evaluation that the command line names first."""
     name, *others = arguments or [""]
+    listed: Sequence[type[JobConfig]] = ()
     if name in ("-h", "--help"):
-        name, others = "knn", ["--help"]
-    if name not in NAMES:
+        name, others, listed = "knn", ["--help"], [*ROOTS.values()]
+    if name not in ROOTS:
         parser = argparse.ArgumentParser()
-        parser.add_argument("evaluation", choices=NAMES)
+        parser.add_argument("evaluation", choices=ROOTS)
         complete(parser)
-        known = ", ".join(NAMES)
+        known = ", ".join(ROOTS)
         print(f"error: name the evaluation first: {known}, as in `jobs/evaluate.py knn ...`", file=sys.stderr)
         sys.exit(2)
     own = RECIPES / f"{name}.yaml"
     body = partial(later("jobs.evaluate", "named"), name, {argument.partition("=")[0] for argument in others})
     items = [_long_name(name, argument) for argument in others]
-    run(body, __doc__ or "", items, recipe=own if own.exists() else DEFAULT_RECIPE)
+    recipe = own if own.exists() else DEFAULT_RECIPE
+    run(ROOTS[name], body, __doc__ or "", items, recipe=recipe, listed=listed)
 
 
 def _long_name(evaluation: str, argument: str) -> str:
@@ -57,34 +66,33 @@ if __name__ == "__main__":
 
 from jobs._downstream import DOWNSTREAM_EVALUATIONS
 from pipeline.cache.fill.estimate import check_space
-from pipeline.config.load import Config
 from pipeline.downstream.training import DOWNSTREAM
 from pipeline.evaluate import job as evaluation
 from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
 from pipeline.runs.session import open_job
 from pipeline.tracking.run import Run
 
-Measure = Callable[[FrozenPlan, Config, Run, Path], dict[str, float]]
+Measure = Callable[[FrozenPlan, EvaluateJobConfig, Run, Path], dict[str, float]]
 
 
-def knn(config: Config, dry_run: bool) -> dict[str, Any]:
+def knn(config: EvaluateJobConfig, dry_run: bool) -> dict[str, Any]:
     """kNN accuracy of frozen vectors on data.val, with all of data.train as the bank."""
     return evaluate(config, dry_run, "knn", plan_frozen(config), evaluation.knn)
 
 
-def linear(config: Config, dry_run: bool) -> dict[str, Any]:
+def linear(config: EvaluateJobConfig, dry_run: bool) -> dict[str, Any]:
     """Accuracy of linear classifiers on frozen vectors."""
     return evaluate(config, dry_run, "linear", plan_frozen(config), evaluation.linear)
 
 
-def seg_probe(config: Config, dry_run: bool) -> dict[str, Any]:
+def seg_probe(config: EvaluateJobConfig, dry_run: bool) -> dict[str, Any]:
     """mIoU of 1x1 convolutions on frozen maps."""
     plan = plan_frozen(config, config.evaluate.grid or 0)
     measure = partial(evaluation.seg_probe, maps=SplitMaps.of(plan))
     return evaluate(config, dry_run, "seg-probe", plan, measure)
 
 
-def evaluate(config: Config, dry_run: bool, name: str, plan: FrozenPlan, measure: Measure) -> dict[str, Any]:
+def evaluate(config: EvaluateJobConfig, dry_run: bool, name: str, plan: FrozenPlan, measure: Measure) -> dict[str, Any]:
     """Compute the features that are missing, measure, and log; an interrupted job goes on where it stopped."""
     encoder, student = plan.encoder, config.evaluate.student
     spec, count = encoder.spec, plan.train.count + plan.val.count
@@ -97,7 +105,7 @@ def evaluate(config: Config, dry_run: bool, name: str, plan: FrozenPlan, measure
     if dry_run:
         return {"dry_run": True}
     check_space(plan.cache)
-    with open_job(config, name, reads=["evaluate"]) as job:
+    with open_job(config, name) as job:
         if job.state.resumed:
             print(f"resuming the unfinished run in {job.state.folder}", flush=True)
         plan = compute_features(plan, config)
@@ -119,6 +127,6 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
 """What follows `jobs/evaluate.py`; those of a task also take the fields that the command line has `given`."""
 
 
-def named(name: str, given: Collection[str], config: Config, dry_run: bool) -> dict[str, Any]:
+def named(name: str, given: Collection[str], config: JobConfig, dry_run: bool) -> dict[str, Any]:
     """Run an evaluation; those of a task also look at which fields the command line has given."""
     return EVALUATIONS[name](config, dry_run, **({"given": given} if name in DOWNSTREAM else {}))

@@ -16,18 +16,19 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import RECIPES, later, run, table
+from pipeline.downstream.config import FinetuneJobConfig
 
 if __name__ == "__main__":
-    run(later("jobs.finetune"), __doc__, recipe=RECIPES / "classify.yaml")
+    run(FinetuneJobConfig, later("jobs.finetune"), __doc__, recipe=RECIPES / "classify.yaml")
     sys.exit()
 
-from pipeline.config.load import Config
+from pipeline.downstream.classify.config import ClassifyConfig
 from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
 from pipeline.downstream.training import DOWNSTREAM
 from pipeline.runs.session import open_job
 
 
-def main(config: Config, dry_run: bool) -> dict[str, Any]:
+def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
     """Train and evaluate; an interrupted run of the same configuration goes on where it stopped."""
     started = time.perf_counter()
     plan = plan_finetune(config)
@@ -67,7 +68,7 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     return {**figures, "model": str(result.model), **uris, "mlflow_run_id": job.run.run_id}
 
 
-def plan_rows(config: Config, plan: FinetunePlan) -> dict[str, str | None]:
+def plan_rows(config: FinetuneJobConfig, plan: FinetunePlan) -> dict[str, str | None]:
     """Data, backbone and steps."""
     held_out = f"{len(plan.val)} from {plan.val.location}" if plan.val else "none: no metrics"
     frozen = ", frozen" if config.finetune.frozen else ""
@@ -76,7 +77,12 @@ def plan_rows(config: Config, plan: FinetunePlan) -> dict[str, str | None]:
         "training images": f"{len(plan.train)} from {plan.train.location}",
         "held-out images": held_out,
         "backbone": f"{plan.start.model} from {config.finetune.student or 'scratch'}{frozen}",
-        "soft targets": f"{config.classify.teacher_share:.0%} from {config.classify.teacher}" if plan.teacher else None,
+        "soft targets": _soft_targets(config) if plan.teacher else None,
         "training": f"{config.train.epochs} epochs of {plan.steps} steps of {config.train.batch_size} images",
         "passed over": "; ".join(plan.notes) or None,
     }
+
+
+def _soft_targets(config: FinetuneJobConfig) -> str:
+    settings = config.section(ClassifyConfig)
+    return f"{settings.teacher_share:.0%} from {settings.teacher}"

@@ -23,6 +23,7 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import Mode, Switch, confirm, grid, later, run, size, table
+from pipeline.cache.config import PrecomputeJobConfig
 
 _later = partial(later, "jobs.precompute")
 
@@ -47,20 +48,19 @@ SWITCHES = (
 )
 
 if __name__ == "__main__":
-    run(_later(), __doc__, modes=MODES, switches=SWITCHES)
+    run(PrecomputeJobConfig, _later(), __doc__, modes=MODES, switches=SWITCHES)
     sys.exit()
 
 from jobs._plan import cache_plan, cost_plan, read_rate
 from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
+from pipeline.cache.layout.location import cache_store
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.maintain.audit import Verification, check_begun, verify_cache
 from pipeline.cache.maintain.checks import Finding
 from pipeline.cache.maintain.garbage import find_garbage, remove_garbage
 from pipeline.cache.maintain.inventory import Entry, delete_entry, find_entry, take_inventory
 from pipeline.cache.maintain.repair import repair_cache
-from pipeline.config.load import Config
-from pipeline.runs.folder import cache_store
 from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime.ray_session import Hardware, connect, hardware, hardware_line, is_cluster
 
@@ -68,7 +68,7 @@ SHOWN = 50
 """Lines of a table of findings or garbage; the rest is counted."""
 
 
-def main(config: Config, dry_run: bool) -> dict[str, Any]:
+def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
     """Compute what the cache lacks of the recipe's teachers and images, for all of its phases."""
     planned = _planned(config)
     if dry_run:
@@ -104,7 +104,7 @@ def main(config: Config, dry_run: bool) -> dict[str, Any]:
     }
 
 
-def _planned(config: Config) -> list[tuple[Config, CachePlan]]:
+def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, CachePlan]]:
     """The plan of every phase, printed; one where there are no phases."""
     store, snapshot = cache_store(config), RecordSnapshot()
     planned = [(phase, plan_cache(phase, store, snapshot=snapshot)) for phase in config.phase_configs()]
@@ -114,13 +114,13 @@ def _planned(config: Config) -> list[tuple[Config, CachePlan]]:
     return planned
 
 
-def show_plan(config: Config, _: argparse.Namespace) -> dict[str, Any]:
+def show_plan(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, Any]:
     """Probe the teachers and print what filling the cache will take; refuse what cannot fit."""
     with connect() if is_cluster() else nullcontext():
         return _plan_costs(config, hardware() if is_cluster() else None)
 
 
-def _plan_costs(config: Config, cluster: Hardware | None) -> dict[str, Any]:
+def _plan_costs(config: PrecomputeJobConfig, cluster: Hardware | None) -> dict[str, Any]:
     planned = _planned(config)
     teachers, rates = [], []
     for phase, plan in planned:
@@ -145,7 +145,7 @@ def _plan_costs(config: Config, cluster: Hardware | None) -> dict[str, Any]:
     }
 
 
-def verify(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Check the cache of the recipe; with --repair, compute what is broken again."""
     planned = _planned(config)
     for _, plan in planned:
@@ -169,7 +169,7 @@ def verify(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _repaired(config: Config, plan: CachePlan, found: Verification) -> list[Finding]:
+def _repaired(config: PrecomputeJobConfig, plan: CachePlan, found: Verification) -> list[Finding]:
     """What is left after the repair."""
     if not found.findings:
         return []
@@ -199,7 +199,7 @@ def _first(rows: list[dict[str, str]]) -> str:
     return grid(rows[:SHOWN]) + more
 
 
-def show_inventory(config: Config, _: argparse.Namespace) -> dict[str, Any]:
+def show_inventory(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, Any]:
     """Print what the cache holds, by address."""
     store = cache_store(config)
     entries = take_inventory(store)
@@ -225,7 +225,7 @@ def _row(entry: Entry) -> dict[str, str]:
     }
 
 
-def delete(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+def delete(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Delete a dataset, its crops, or a teacher's features, after asking."""
     store = cache_store(config)
     entry = find_entry(store, options.delete)
@@ -236,7 +236,7 @@ def delete(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     return {"deleted": entry.address, "bytes": entry.bytes}
 
 
-def collect_garbage(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+def collect_garbage(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Remove what nothing refers to, after asking."""
     store = cache_store(config)
     items = find_garbage(store)

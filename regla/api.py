@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from regla.images import Images, locate
 
 if TYPE_CHECKING:
-    from pipeline.config.load import Config
     from pipeline.predict.predictor import Predictor
+    from pipeline.runs.config import JobConfig
 
 Recipe = str | Path | Mapping[str, Any] | None
 """A YAML file, the name of a recipe of this package (`own_images.yaml`), its fields as a mapping, or None for the default."""
+
+
+C = TypeVar("C", bound="JobConfig")
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,11 @@ def distill(
         UserError: for a field, image, weight file or store that cannot be used, in one line.
     """
     from jobs.distill import main
+    from pipeline.distill.config import DistillJobConfig
 
-    return _trained(main(_configure("quickstart.yaml", recipe, images, held_out, fields), False), "student")
+    return _trained(
+        main(_configure(DistillJobConfig, "quickstart.yaml", recipe, images, held_out, fields), False), "student"
+    )
 
 
 def finetune(
@@ -79,8 +85,11 @@ def finetune(
         UserError: as :func:`distill`.
     """
     from jobs.finetune import main
+    from pipeline.downstream.config import FinetuneJobConfig
 
-    return _trained(main(_configure("classify.yaml", recipe, images, held_out, fields), False), "model")
+    return _trained(
+        main(_configure(FinetuneJobConfig, "classify.yaml", recipe, images, held_out, fields), False), "model"
+    )
 
 
 def precompute(
@@ -98,8 +107,9 @@ def precompute(
         UserError: as :func:`distill`.
     """
     from jobs.precompute import main
+    from pipeline.cache.config import PrecomputeJobConfig
 
-    return _numbers(main(_configure("quickstart.yaml", recipe, images, held_out, fields), False))
+    return _numbers(main(_configure(PrecomputeJobConfig, "quickstart.yaml", recipe, images, held_out, fields), False))
 
 
 def evaluate(
@@ -117,12 +127,14 @@ def evaluate(
     Raises:
         UserError: as :func:`distill`, or for another name.
     """
-    from jobs.evaluate import EVALUATIONS
+    from jobs.evaluate import EVALUATIONS, ROOTS
     from pipeline.errors import UserError
 
     if name not in EVALUATIONS:
         raise UserError(f"there is no evaluation {name}; there are {', '.join(EVALUATIONS)}")
-    return _numbers(EVALUATIONS[name](_configure("quickstart.yaml", recipe, images, held_out, fields), False))
+    return _numbers(
+        EVALUATIONS[name](_configure(ROOTS[name], "quickstart.yaml", recipe, images, held_out, fields), False)
+    )
 
 
 def load_predictor(model: str | Path, **options: Any) -> Predictor:
@@ -142,15 +154,20 @@ def load_predictor(model: str | Path, **options: Any) -> Predictor:
 
 
 def _configure(
-    default: str, recipe: Recipe, images: Images | None, held_out: Images | None, fields: Mapping[str, Any]
-) -> Config:
+    root: type[C],
+    default: str,
+    recipe: Recipe,
+    images: Images | None,
+    held_out: Images | None,
+    fields: Mapping[str, Any],
+) -> C:
     from jobs._cli import find_recipe
     from pipeline.config.load import load_config
     from pipeline.runs.folder import work_folder
 
-    def load(extra: Mapping[str, Any]) -> Config:
+    def load(extra: Mapping[str, Any]) -> C:
         tree = recipe if isinstance(recipe, Mapping) else find_recipe(str(recipe or default))
-        return load_config(tree, {**fields, **extra})
+        return load_config(root, tree, {**fields, **extra})
 
     work = work_folder(load({})) / "images"
     given = {"data.train": images, "data.val": held_out}

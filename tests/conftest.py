@@ -74,12 +74,13 @@ def bucket(monkeypatch):
 def photo_config(tmp_path):
     """A configuration for 150 training and 40 held-out photos in shards of 100; more overrides may be given."""
     from pipeline.config.load import load_config
+    from pipeline.distill.config import DistillJobConfig
     from tests.fakes import write_photos
 
     write_photos(tmp_path / "photos/train", 150)
     write_photos(tmp_path / "photos/val", 40, seed=1)
 
-    def configure(*overrides: str):
+    def configure(*overrides: str, root=DistillJobConfig):
         paths = [f"data.train={tmp_path}/photos/train", f"data.val={tmp_path}/photos/val", f"work={tmp_path}/work"]
         small = [
             "cache.shard_size=100",
@@ -88,7 +89,7 @@ def photo_config(tmp_path):
             "train.batch_size=16",
             "train.shuffle_window=64",
         ]
-        return load_config(None, [*paths, *small, TEACHERS, *overrides])
+        return load_config(root, None, [*paths, *small, TEACHERS, *overrides])
 
     return configure
 

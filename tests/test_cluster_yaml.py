@@ -14,6 +14,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint
 
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLUSTER = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
@@ -165,7 +166,7 @@ def test_the_entrypoint_of_the_ray_job_names_files_of_the_image():
         relative = Path(file).relative_to("/home/ray/regla-distill")
         assert (REPOSITORY / relative).is_file()
         assert relative.parts[0] in copied
-    load_config(REPOSITORY / relative, [word for word in words if "=" in word])
+    load_config(DistillJobConfig, REPOSITORY / relative, [word for word in words if "=" in word])
     assert set(copied) == {"jobs", "pipeline", "recipes", "teachers"}
 
 
@@ -173,7 +174,9 @@ def test_the_job_that_the_cluster_file_shows_is_understood():
     comment = re.sub(r"^# *", "", (REPOSITORY / "cluster.yaml").read_text(), flags=re.MULTILINE)
     script, recipe, *overrides = shlex.split(re.search(r'JOB="(.*?)"', comment, re.DOTALL)[1])
     assert (REPOSITORY / script).is_file()
-    assert {teacher.weights for teacher in load_config(REPOSITORY / recipe, overrides).teachers} == {"pretrained"}
+    assert {teacher.weights for teacher in load_config(DistillJobConfig, REPOSITORY / recipe, overrides).teachers} == {
+        "pretrained"
+    }
 
 
 def test_a_job_finds_the_variables_of_the_file_of_credentials(tmp_path):

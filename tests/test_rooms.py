@@ -11,9 +11,8 @@ CODE = ("jobs", "pipeline", "regla", "teachers")
 ARROWS = {
     "teachers": "",
     "errors": "teachers",
-    "config.tree": "errors",
-    "sections": "errors config.tree",
-    "config": "errors config.tree sections",
+    "config": "errors",
+    "sections": "errors config",
     "runtime": "errors",
     "storage": "errors",
     "imaging": "errors teachers",
@@ -21,23 +20,23 @@ ARROWS = {
     "student": "errors sections teachers",
     "tracking": "errors runtime storage",
     "benchmark": "errors sections runtime student export",
-    "cache.layout": "errors sections teachers imaging runtime sources storage",
+    "cache.layout": "errors sections teachers imaging runtime sources storage runs",
     "cache.read": "errors teachers imaging runtime storage cache.layout",
-    "cache.fill": "errors config teachers imaging runtime sources storage tracking cache.layout",
-    "cache.maintain": "errors config teachers imaging runtime storage cache.layout cache.fill",
+    "cache.fill": "errors sections teachers imaging runtime sources storage tracking cache.layout",
+    "cache.maintain": "errors sections teachers imaging runtime storage cache.layout cache.fill",
     "training": "errors sections runtime storage",
-    "runs": "errors config runtime sources storage tracking",
-    "evaluate": "errors config sections teachers imaging runtime sources storage student tracking runs training "
+    "runs": "errors sections runtime sources storage tracking",
+    "evaluate": "errors sections teachers imaging runtime sources storage student tracking runs training "
     "cache.layout cache.fill cache.read",
-    "distill": "errors config sections teachers imaging storage student tracking runs training cache.layout cache.fill "
+    "distill": "errors sections teachers imaging storage student tracking runs training cache.layout cache.fill "
     "cache.read evaluate",
-    "downstream": "errors config sections imaging runtime sources storage student tracking runs training distill",
-    "export": "errors runtime student distill downstream",
-    "predict": "errors config imaging runtime storage student runs downstream",
-    "compare": "errors student tracking downstream",
-    "jobs": "errors config teachers imaging runtime sources storage student tracking runs benchmark cache.layout cache.fill "
-    "cache.maintain training distill evaluate downstream export predict compare",
-    "regla": "errors config storage runs predict jobs",
+    "downstream": "errors sections imaging runtime sources storage student tracking runs training distill",
+    "export": "errors sections runtime student distill downstream",
+    "predict": "errors sections imaging runtime storage student runs downstream",
+    "compare": "errors config student tracking downstream",
+    "jobs": "errors config sections teachers imaging runtime sources storage student tracking runs benchmark cache.layout "
+    "cache.fill cache.maintain training distill evaluate downstream export predict compare",
+    "regla": "errors config sections storage runs predict jobs",
 }
 """The rooms that each room may import. `sections` are the modules `<room>/config.py`, which any room may have."""
 
@@ -71,8 +70,8 @@ def room(module: str) -> str:
     package, *parts = module.split(".")
     if package != "pipeline" or not parts:
         return package
-    if parts in (["errors"], ["config", "tree"]):
-        return ".".join(parts)
+    if parts == ["errors"]:
+        return "errors"
     if parts[-1] == "config" and len(parts) > 1:
         return "sections"
     return ".".join(parts[:2]) if parts[0] == "cache" and len(parts) > 1 else parts[0]

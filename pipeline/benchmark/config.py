@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-    PositiveInt,
-)
+from pydantic import Field, PositiveInt
 
 from pipeline.config.tree import Section
+from pipeline.runs.config import JobConfig
 
 
 class BenchmarkConfig(Section):
@@ -42,3 +40,9 @@ class BenchmarkConfig(Section):
     )
     threads: int = Field(1, ge=1, description="CPU threads of torch and of ONNX Runtime")
     rounds: int = Field(11, ge=1, description="interleaved visits of each model; the median is reported")
+
+
+class BenchmarkJobConfig(JobConfig):
+    """`jobs/benchmark.py`: networks side by side."""
+
+    benchmark: BenchmarkConfig = BenchmarkConfig()

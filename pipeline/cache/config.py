@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field, field_validator
 
-from pipeline.config.tree import Schedule, Section
+from pipeline.config.dotted import assign, is_field, keys_of, leaves, validate
+from pipeline.config.tree import Schedule, Section, operational
+from pipeline.errors import UserError
+from pipeline.runs.config import ImageJobConfig
+
+PHASE_FIELDS = ("data", "teachers", "views", "cache", "student.input_size", "loss", "augment", "train")
+"""Sections and fields that a phase may change. The others make the network and the run what they are."""
 
 
 class TeacherConfig(Section):
@@ -49,7 +54,7 @@ class ViewsConfig(Section):
 class CacheConfig(Section):
     """The feature cache and how it is filled."""
 
-    uri: str | None = Field(None, description="folder of the cache; none: <work>/cache")
+    uri: str | None = operational(None, description="folder of the cache; none: <work>/cache")
     shard_size: int = Field(512, ge=1, description="images per shard: the unit of extraction, commit and resume")
     codec: str = Field(
         "pca-int8-zstd", description="how features are stored: [pca[<k>]-]<number format>[-zstd]; see docs/cache.md"
@@ -63,3 +68,75 @@ class PlanConfig(Section):
 
     gpu_hour_price: float = Field(2.0, ge=0, description="price of a GPU hour, in any currency")
     images_per_second: float = Field(1000.0, gt=0, description="speed of a training that the cache is to keep up with")
+
+
+class CacheJobConfig(ImageJobConfig):
+    """A job that keeps images, and features of them, in the cache."""
+
+    cache: CacheConfig = CacheConfig()
+
+    def shared_folders(self) -> dict[str, str]:
+        """The cache, if it is not in the work folder."""
+        return {"cache.uri": self.cache.uri} if self.cache.uri else {}
+
+
+class PrecomputeJobConfig(CacheJobConfig):
+    """`jobs/precompute.py`: the features of teachers on views of images."""
+
+    teachers: list[TeacherConfig] = Field([TeacherConfig(model="hog")], min_length=1, description="list of teachers")
+    views: ViewsConfig = ViewsConfig()
+    plan: PlanConfig = operational(PlanConfig())
+    phases: list[dict[str, Any]] = Field(
+        [],
+        description="stages of the training, each the fields that it changes: [{train.epochs: 25}, {student.input_size: 384}]",
+    )
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _strings_are_models(cls, value: Any) -> Any:
+        return (
+            [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        )
+
+    def subject(self) -> list[str]:
+        """The teachers."""
+        return ["+".join(teacher.model.removeprefix("timm/") for teacher in self.teachers)]
+
+    def details(self) -> list[str]:
+        """The images, and a table of the teachers."""
+        rows = [f"| {teacher.model} | {teacher.weights} | {teacher.weight} |" for teacher in self.teachers]
+        return [
+            *super().details(),
+            "\n".join(["| teacher | weights | in the loss |", "|---|---|---|", *rows]),
+            "The nested run `precompute` has their licences and the hashes of their features as artifacts: `teachers/`, "
+            "`manifests/`.",
+        ]
+
+    def inputs(self) -> dict[str, str]:
+        """The images, and files of weights."""
+        files = {f"teachers.{n}.weights": Path(teacher.weights).expanduser() for n, teacher in enumerate(self.teachers)}
+        return super().inputs() | {field: str(file.resolve()) for field, file in files.items() if file.is_file()}
+
+    def phase_configs(self) -> tuple[Self, ...]:
+        """The configuration of each phase: the recipe with the changes of the phase. Without phases, the recipe itself.
+
+        Raises:
+            UserError: for a field that a phase cannot change, and for a value that no recipe may have.
+        """
+        if not self.phases:
+            return (self,)
+        return tuple(self._phase(f"phases.{number}", changes) for number, changes in enumerate(self.phases))
+
+    def _phase(self, where: str, changes: dict[str, Any]) -> Self:
+        tree, keys = self.model_dump(exclude={"phases"}), keys_of(type(self))
+        for key, value in leaves(changes, keys):
+            if not key.startswith(PHASE_FIELDS):
+                raise UserError(
+                    f"{where}: {key} cannot change between phases; a phase may change {', '.join(PHASE_FIELDS)}"
+                )
+            if is_field(key, keys):  # others are of other jobs: `load_config` refuses what no job has
+                try:
+                    assign(tree, key, value)
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from None
+        return validate(type(self), tree, where)

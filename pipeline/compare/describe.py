@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 
+from pipeline.config.dotted import is_field, keys_of
+from pipeline.config.jobs import all_roots, job_root
+from pipeline.config.tree import iter_fields
 from pipeline.tracking.reading import LoggedRun
 
 NONE = ("", "None")
 """How MLflow holds what was not given."""
 
-SET_ASIDE = {"name", "seed", "work", "cache.uri", "data.name", "outputs", "train.checkpoints"}
-"""Fields by which runs that do the same differ."""
 STUDENT_ARGUMENTS = "student.args."
 """What the fields of arguments of a student's constructor begin with; one without any has the field `student.args`."""
-OTHER_SECTIONS = ("tracking", "benchmark", "plan")
-DOWNSTREAM_SECTIONS = ("finetune", "classify", "segment", "detect")
-CACHE_SECTIONS = ("teachers", "cache", "views", "loss", "augment")
-UNREAD = {
-    "distill": (*OTHER_SECTIONS, *DOWNSTREAM_SECTIONS, "evaluate"),
-    "finetune": (*OTHER_SECTIONS, *CACHE_SECTIONS, "evaluate", "knn"),
-    **dict.fromkeys(("knn", "linear", "seg-probe"), (*OTHER_SECTIONS, *CACHE_SECTIONS, *DOWNSTREAM_SECTIONS, "train")),
-}
-"""Sections that a job does not go by."""
-STUDENT_OF_DISTILLATION = (
-    "student.name",
-    "student.weights",
-    "student.token_dim",
-    "student.taps",
-    "student.head_dim",
-    "student.keep_heads",
-)
-"""Fields that an evaluation of another student does not go by."""
+UNREAD_WITH_ANOTHER_STUDENT = ("student.name", "student.weights")
+"""Fields that a job ignores where another one names its student."""
 
 
 def given(run: LoggedRun, key: str) -> str | None:
@@ -135,14 +121,35 @@ def _readable(identity: str | None) -> str | None:
 
 def configuration(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """The parameters that decide what a run computes, comparable between machines: no seed, names and paths."""
-    unread = UNREAD.get(run.tags.get("job", ""), OTHER_SECTIONS)
-    aside = SET_ASIDE | set(STUDENT_OF_DISTILLATION if judged_student(run) else ())
+    own, known, operational = _fields(run.tags.get("job", ""), given(run, "finetune.task") or "")
+    ignored = (*operational, "seed", *(UNREAD_WITH_ANOTHER_STUDENT if judged_student(run) else ()))
     kept = {
         key: shortened(value)
         for key, value in run.params.items()
-        if key not in aside and key.partition(".")[0] not in unread
+        for field in [re.sub(r"^phases\.\d+\.", "", key)]
+        # What no job declares is of a user's own task.
+        if not is_field(field, ignored) and (is_field(key, own) or not is_field(key, known))
     }
     return kept | {f"data.{split}": held for split in ("train", "val") if (held := held_by(run, data, split))}
+
+
+@cache
+def _fields(job: str, task: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The fields that a job declares, those that any job does, and those of any job that change no number.
+
+    Runs of earlier versions logged the fields of all jobs.
+    """
+    lines = list(iter_fields(*(variant for root in all_roots() for variant in root.variants())))
+    known = tuple(line.key for line in lines)
+    root = job_root(job)
+    own = (
+        keys_of(
+            root.select({"finetune": {"task": job.removeprefix("evaluate-") if job.startswith("evaluate-") else task}})
+        )
+        if root
+        else known
+    )
+    return own, known, tuple(line.key for line in lines if line.operational)
 
 
 def shortened(value: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-)
+from pydantic import Field, NonNegativeFloat
 
+from pipeline.cache.config import PrecomputeJobConfig
 from pipeline.config.tree import Section, Share
+from pipeline.evaluate.config import KnnConfig
+from pipeline.student.config import StudentConfig
+from pipeline.training.config import TrainConfig
 
 
 class LossConfig(Section):
@@ -48,3 +49,28 @@ class AugmentConfig(Section):
     hue: float = Field(0.1, ge=0, le=0.5, description="largest turn of the hue, as a share of the circle")
     grey: Share = Field(0.0, description="probability that an image loses its colour; 0.2 is usual")
     blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")
+
+
+class DistillJobConfig(PrecomputeJobConfig):
+    """`jobs/distill.py`: a student that learns from cached features."""
+
+    student: StudentConfig = StudentConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    knn: KnnConfig = KnnConfig()
+
+    def subject(self) -> list[str]:
+        """The student and its teachers."""
+        return [self.student.name.removeprefix("timm/"), *(f"from {teachers}" for teachers in super().subject())]
+
+    def details(self) -> list[str]:
+        """Images, initial weights, teachers and training."""
+        images, *teachers = super().details()
+        weights = self.student.weights
+        initial = [f"The student starts from the weights `{weights}`."] if weights != "random" else []
+        return [images, *initial, *teachers, self.train.describe(self.student.input_size, self.seed, "distill")]
+
+    def shared_folders(self) -> dict[str, str]:
+        """Cache and checkpoints, if they are not in the work folder."""
+        return super().shared_folders() | self.train.shared_folders()

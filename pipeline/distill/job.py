@@ -15,7 +15,7 @@ from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import check_per_step, has_labels
-from pipeline.config.load import Config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import feature_map_size
 from pipeline.distill.figures import FigureWriter
 from pipeline.distill.grid import GridRule
@@ -229,7 +229,7 @@ def _log_commit(run: Run, begun: PhaseState, figures: Path, history: History, ch
         run.set_tags({"checkpoint": checkpoint})
 
 
-def make_job(config: Config, plan: CachePlan) -> DistillJob:
+def make_job(config: DistillJobConfig, plan: CachePlan) -> DistillJob:
     """The job on a complete cache; there is no kNN on held-out images without labels, said aloud."""
     train, val = plan.split("train"), plan.split("val")
     assert train is not None
@@ -252,13 +252,13 @@ def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:
     return scores
 
 
-def export_student(encoder: Encoder, config: Config, folder: Path) -> None:
+def export_student(encoder: Encoder, config: DistillJobConfig, folder: Path) -> None:
     """Write the backbone for `load_encoder` and timm, without neck and heads."""
     student = config.student
     save_encoder(encoder, student.name, student.args, student.input_size, folder)
 
 
-def _log(encoder: Encoder, config: Config, run: Run, folder: Path, metrics: dict[str, float]) -> str:
+def _log(encoder: Encoder, config: DistillJobConfig, run: Run, folder: Path, metrics: dict[str, float]) -> str:
     for file in sorted(folder.iterdir()):
         run.log_file(file, "student")
     size = config.student.input_size

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.cache.layout.snapshot import RecordSnapshot
-from pipeline.config.load import Config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import Distiller, TeacherTarget
 from pipeline.evaluate.knn import check_splits
 from pipeline.runs.addresses import fetch_student
@@ -48,12 +48,12 @@ class Phase:
             interrupted run has already taken in.
     """
 
-    config: Config
+    config: DistillJobConfig
     plan: CachePlan
     start: LoadedStudent | None = None
 
 
-def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
+def plan_phases(config: DistillJobConfig, store: Store) -> tuple[Phase, ...]:
     """The phases of a recipe, one where it names none.
 
     Raises:
@@ -72,7 +72,7 @@ def plan_phases(config: Config, store: Store) -> tuple[Phase, ...]:
     return phases
 
 
-def _find_start(config: Config) -> LoadedStudent | None:
+def _find_start(config: DistillJobConfig) -> LoadedStudent | None:
     student = config.student
     if student.weights == "random" or start_file(open_run(config, "distill").folder).exists():
         return None

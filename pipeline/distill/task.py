@@ -16,9 +16,9 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
-from pipeline.config.load import Config
 from pipeline.distill.augment import augment
 from pipeline.distill.balance import is_scheduled, teacher_weights
+from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.figures import FigureWriter
 from pipeline.distill.held_out import HeldOut, compare_with_teachers
@@ -42,14 +42,14 @@ class DistillJob:
         held_out: held-out images on which the student is compared with its teachers, labelled or not; or None.
     """
 
-    config: Config
+    config: DistillJobConfig
     train: Dataset
     val: Dataset | None
     teachers: tuple[CachedTeacher, ...]
     held_out: Dataset | None = None
 
 
-def build_student(config: Config) -> Student:
+def build_student(config: DistillJobConfig) -> Student:
     """The student of a configuration with its seeded initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

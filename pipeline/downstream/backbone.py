@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.load import Config
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.errors import UserError, one_line
 from pipeline.runs.addresses import fetch_student
 from pipeline.student.loading import load_student
@@ -51,7 +51,7 @@ class Start:
         save_encoder(self.encoder, self.model, self.args, input_size, folder)
 
 
-def find_start(config: Config, tracking_uri: str = "") -> Start:
+def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> Start:
     """What `finetune.student` names: an exported student, a model in MLflow, a timm model, or none, from scratch.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.load import Config
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.sampling import Draw
 from pipeline.student.model import Encoder
 from pipeline.training.task import TrainingBatch
@@ -67,7 +67,7 @@ class Downstream(ABC):
     """With fewer there is nothing to learn."""
 
     @abstractmethod
-    def open(self, config: Config, split: Split, classes: Sequence[str] = ()) -> Examples | None:
+    def open(self, config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> Examples | None:
         """The images of a split; None where `data.val` is not given.
 
         Args:
@@ -78,23 +78,23 @@ class Downstream(ABC):
         """
 
     @abstractmethod
-    def build(self, encoder: Encoder, classes: Sequence[str], config: Config) -> nn.Module:
+    def build(self, encoder: Encoder, classes: Sequence[str], config: FinetuneJobConfig) -> nn.Module:
         """The model on a backbone, its head freshly initialised.
 
         Raises:
             UserError: where the backbone does not give what the head needs.
         """
 
-    def image_size(self, config: Config) -> tuple[int, int]:
+    def image_size(self, config: FinetuneJobConfig) -> tuple[int, int]:
         """Height and width in pixels of an image as the backbone may see it: the square of `student.input_size`."""
         return config.student.input_size, config.student.input_size
 
     @abstractmethod
-    def settings(self, config: Config) -> Mapping[str, Mapping[str, Any]]:
+    def settings(self, config: FinetuneJobConfig) -> Mapping[str, Mapping[str, Any]]:
         """Fields by section that a saved model is built and evaluated with: kept beside its weights."""
 
     @abstractmethod
-    def batch(self, examples: Any, config: Config, draws: Sequence[Draw]) -> TrainingBatch:
+    def batch(self, examples: Any, config: FinetuneJobConfig, draws: Sequence[Draw]) -> TrainingBatch:
         """An augmented training batch; a function of the seed and the draws.
 
         Raises:
@@ -106,7 +106,7 @@ class Downstream(ABC):
         """As :meth:`pipeline.training.task.Task.loss`."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, examples: Any, config: Config, worker: Worker) -> Report:
+    def evaluate(self, model: nn.Module, examples: Any, config: FinetuneJobConfig, worker: Worker) -> Report:
         """Evaluate on all ranks together; tables and pictures are filled on rank 0 alone.
 
         Args:

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
-from pipeline.config.load import Config
 from pipeline.downstream.base import Split
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image, image_size
 from pipeline.runtime.progress import Progress
@@ -26,7 +26,7 @@ PARQUET_BLOCK = 128
 """Rows of a Parquet file that stay together in the shuffle: a row group is read whole for any one of them."""
 
 
-def open_split(config: Config, split: Split) -> Source | None:
+def open_split(config: FinetuneJobConfig, split: Split) -> Source | None:
     """The source of `data.train` or `data.val`; None where there are no held-out images.
 
     Raises:
@@ -43,7 +43,7 @@ def open_split(config: Config, split: Split) -> Source | None:
     )
 
 
-def open_scenes(config: Config, split: Split) -> SampleScenes | None:
+def open_scenes(config: FinetuneJobConfig, split: Split) -> SampleScenes | None:
     """The generated scenes of a split, where the configuration names them."""
     location = config.data.train if split == "train" else config.data.held_out
     return cast(SampleScenes, open_split(config, split)) if location == SAMPLES else None
@@ -134,7 +134,7 @@ class LabelledImages:
         return [decoded[place] for place in range(len(rows))]
 
 
-def open_labelled(config: Config, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
+def open_labelled(config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
     """A split for classification; `classes` as in :class:`LabelledImages`.
 
     Raises:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from pipeline.config.load import Config
 from pipeline.distill.provenance import all_licences, all_teachers
 from pipeline.downstream.backbone import Start, check_takes, find_start
 from pipeline.downstream.base import Examples, Report
+from pipeline.downstream.classify.config import ClassifyConfig
 from pipeline.downstream.classify.soft import find_soft_teacher, load_soft_targets
+from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.downstream.images import refuse_other_classes
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.saved import SavedModel, find_model, finished_model
@@ -71,7 +72,7 @@ class FinetuneResult:
     lineage: dict[str, str]
 
 
-def plan_finetune(config: Config) -> FinetunePlan:
+def plan_finetune(config: FinetuneJobConfig) -> FinetunePlan:
     """Open and check everything that fine-tuning needs.
 
     Raises:
@@ -98,7 +99,7 @@ def plan_finetune(config: Config) -> FinetunePlan:
     return FinetunePlan(train, val, start, teacher, steps, notes)
 
 
-def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> FinetuneResult:
+def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Path) -> FinetuneResult:
     """Train, from the last checkpoint below `folder` if there is one, and log curves, tables, pictures and the model.
 
     Raises:
@@ -141,17 +142,25 @@ def finetune(config: Config, plan: FinetunePlan, run: Run, folder: Path) -> Fine
 def make_finetune_task(payload: dict[str, Any], rank: int, world: int) -> FinetuneTask:
     """The task of one Ray Train worker; `payload` holds the job under ``job``."""
     job: FinetuneJob = payload["job"]
-    return FinetuneTask(job, rank, world, load_soft_targets(job.folder / SOFT, job.config.classify.teacher_share))
+    folder = job.folder / SOFT
+    share = job.config.section(ClassifyConfig).teacher_share if folder.is_dir() else 0
+    return FinetuneTask(job, rank, world, load_soft_targets(folder, share))
 
 
-def provenance(plan: FinetunePlan, config: Config, run: Run, samples: int, metrics: dict[str, float]) -> dict[str, Any]:
+def provenance(
+    plan: FinetunePlan, config: FinetuneJobConfig, run: Run, samples: int, metrics: dict[str, float]
+) -> dict[str, Any]:
     """What a fine-tuned model comes from, JSON-ready: that of its student, with the data, budget and metrics of this run."""
     return {
         "run_id": run.run_id,
         "student": dict(plan.start.provenance),
         "data": [{"location": plan.train.location, "images": len(plan.train), "classes": len(plan.train.classes)}],
         "training": {"epochs": config.train.epochs, "samples_seen": samples},
-        **({"soft_targets": {"teacher": config.classify.teacher, **plan.teacher.provenance}} if plan.teacher else {}),
+        **(
+            {"soft_targets": {"teacher": config.section(ClassifyConfig).teacher, **plan.teacher.provenance}}
+            if plan.teacher
+            else {}
+        ),
         "metrics": metrics,
     }
 
@@ -162,7 +171,7 @@ def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
         run.set_tags({"checkpoint": checkpoint})
 
 
-def with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: FinetuneJobConfig) -> FinetuneJobConfig:
     """The configuration as a worker with another working directory must read it."""
     changed = {}
     for section, fields in {
@@ -170,7 +179,9 @@ def with_absolute_paths(config: Config) -> Config:
         "segment": ("classes", "train_masks", "val_masks"),
         "detect": ("train_annotations", "val_annotations"),
     }.items():
-        given = getattr(config, section)
+        given = getattr(config, section, None)
+        if given is None:
+            continue
         paths = {name: absolute(path) for name in fields if (path := getattr(given, name)) not in (None, SAMPLES)}
         changed[section] = given.model_copy(update=paths)
     return config.model_copy(update=changed)
@@ -200,7 +211,7 @@ def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> str:
     return held_out
 
 
-def open_model(config: Config, task: str) -> SavedModel:
+def open_model(config: EvaluateModelJobConfig, task: str) -> SavedModel:
     """What `evaluate.model` names.
 
     Raises:
@@ -217,7 +228,7 @@ def open_model(config: Config, task: str) -> SavedModel:
     return saved
 
 
-def as_saved(config: Config, saved: SavedModel, given: Collection[str]) -> Config:
+def as_saved(config: EvaluateModelJobConfig, saved: SavedModel, given: Collection[str]) -> EvaluateModelJobConfig:
     """The configuration with the settings that a model was saved with, but for the fields that the user has given."""
     changed = {}
     for section, fields in saved.kind.settings(saved.config).items():
@@ -226,7 +237,7 @@ def as_saved(config: Config, saved: SavedModel, given: Collection[str]) -> Confi
     return config.model_copy(update=changed)
 
 
-def open_held_out(config: Config, saved: SavedModel) -> Examples:
+def open_held_out(config: FinetuneJobConfig, saved: SavedModel) -> Examples:
     """Checked held-out images whose classes are the model's.
 
     Raises:
@@ -240,7 +251,7 @@ def open_held_out(config: Config, saved: SavedModel) -> Examples:
     return val
 
 
-def evaluate_model(config: Config, saved: SavedModel, val: Examples, run: Run, folder: Path) -> Report:
+def evaluate_model(config: EvaluateModelJobConfig, saved: SavedModel, val: Examples, run: Run, folder: Path) -> Report:
     """Evaluate a saved model on held-out images, and log metrics, tables and pictures."""
     model = saved.model.to("cuda" if torch.cuda.is_available() else "cpu")
     report = saved.kind.evaluate(model, val, config, ALONE)

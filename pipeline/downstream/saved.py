@@ -15,8 +15,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.training import DOWNSTREAM, FinetuneJob
 from pipeline.errors import UserError, one_line
 from pipeline.runs.addresses import fetch_model
@@ -39,7 +39,7 @@ class SavedModel:
     model: nn.Module
     classes: tuple[str, ...]
     backbone: Mapping[str, Any]
-    config: Config
+    config: FinetuneJobConfig
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -86,7 +86,7 @@ def load_model(folder: Path) -> SavedModel:
     try:
         described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         kind, classes = DOWNSTREAM[described["task"]], tuple(described["classes"])
-        config = Config.model_validate(described["settings"])
+        config = FinetuneJobConfig.of_task(kind.name).model_validate(described["settings"])
         model = kind.build(build_encoder(described["backbone"]), classes, config)
         load_weights(model, folder / "model.safetensors")
         origin = folder / "provenance.json"

@@ -13,10 +13,10 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from pipeline.config.load import Config
 from pipeline.downstream.backbone import load_start
 from pipeline.downstream.base import Downstream, Examples
 from pipeline.downstream.classify.task import Classification
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.detect.task import Detection
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.sampling import Draw, Sampler, prepare, seeded
@@ -39,7 +39,7 @@ class FinetuneJob:
         folder: of the run, shared by all workers; evaluations are written below it.
     """
 
-    config: Config
+    config: FinetuneJobConfig
     start: Path
     folder: Path
 
@@ -117,7 +117,7 @@ def _batch(job: FinetuneJob, train: Examples, sampler: Sampler, number: int) -> 
     return job.kind.batch(train, job.config, draws)
 
 
-def make_sampler(config: Config, train: Examples, rank: int, world: int) -> Sampler:
+def make_sampler(config: FinetuneJobConfig, train: Examples, rank: int, world: int) -> Sampler:
     """The order of the run on one rank."""
     return Sampler(
         len(train),
@@ -131,7 +131,7 @@ def make_sampler(config: Config, train: Examples, rank: int, world: int) -> Samp
     )
 
 
-def epoch_steps(config: Config, images: int) -> int:
+def epoch_steps(config: FinetuneJobConfig, images: int) -> int:
     """Optimiser steps of an epoch.
 
     Raises:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import Field, PositiveFloat, PositiveInt
 
+from pipeline.cache.config import CacheJobConfig
 from pipeline.config.tree import Section
+from pipeline.student.config import BackboneConfig
 
 
 class KnnConfig(Section):
@@ -21,7 +19,7 @@ class KnnConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What `jobs/evaluate.py` evaluates."""
+    """The frozen backbone that is evaluated, and how."""
 
     student: str | None = Field(
         None,
@@ -46,6 +44,15 @@ class EvaluateConfig(Section):
     grid: int | None = Field(
         None, ge=1, description="side of the grid of features in `seg-probe`; none: of the student's stride-16 map"
     )
-    model: str | None = Field(None, description="fine-tuned model: MLflow model URI or the folder that finetune wrote")
-    annotations: str | None = Field(None, description="COCO JSON that evaluate.results are held against")
-    results: str | None = Field(None, description="detections in COCO's results format")
+
+
+class EvaluateJobConfig(CacheJobConfig):
+    """`jobs/evaluate.py knn`, `linear` and `seg-probe`: a frozen backbone on features that the cache keeps."""
+
+    student: BackboneConfig = BackboneConfig()
+    knn: KnnConfig = KnnConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def subject(self) -> list[str]:
+        """The backbone."""
+        return [str(self.evaluate.student)]

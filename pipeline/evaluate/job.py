@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_cache
+from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_splits
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_stats
 from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.location import cache_store
 from pipeline.cache.read.reader import NO_LABEL, PatchReader, read_summaries
-from pipeline.config.load import Config
 from pipeline.errors import UserError
+from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.confusion import SegmentationScores
 from pipeline.evaluate.frozen import cached_encoder
 from pipeline.evaluate.knn import check_splits
 from pipeline.evaluate.knn_search import search_knn
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
 from pipeline.evaluate.segmentation import confusions, pixel_batches, steps_of
-from pipeline.imaging.geometry import WHOLE
 from pipeline.runs.addresses import fetch_student
-from pipeline.runs.folder import cache_store, work_folder
+from pipeline.runs.folder import work_folder
 from pipeline.sources.label_maps import LabelMaps, open_label_maps
 from pipeline.student.loading import load_student
 from pipeline.tracking.address import resolve_uri
@@ -63,7 +63,7 @@ class FrozenPlan:
         return split
 
 
-def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
+def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPlan:
     """Plan the features of `evaluate.student` on whole images.
 
     Args:
@@ -79,8 +79,9 @@ def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
         )
     if config.data.held_out is None:
         raise UserError("data.val: an evaluation needs held-out images")
-    cache = plan_cache(config, cache_store(config), teachers=False)
-    for split in cache.splits if grid is None else ():
+    store = cache_store(config)
+    splits = plan_splits(config, store)
+    for split in splits if grid is None else ():
         if split.index["label"].null_count == split.index.num_rows:
             raise UserError(f"data.{split.split}: {split.source.location} has no labels, which this evaluation needs")
     work = work_folder(config)  # which all nodes see
@@ -88,8 +89,7 @@ def plan_frozen(config: Config, grid: int | None = None) -> FrozenPlan:
     student = load_student(source, weights=settings.weights, args=config.student.args)
     size = settings.input_size or student.input_size or config.student.input_size
     encoder = cached_encoder(source, size, weights=settings.weights, args=config.student.args, grid=grid)
-    whole = tuple(replace(split, dataset=replace(split.dataset, policy=WHOLE)) for split in cache.splits)
-    plan = FrozenPlan(CachePlan(cache.store, whole, (encoder,)), encoder, student.provenance.get("run_id"))
+    plan = FrozenPlan(CachePlan(store, splits, (encoder,)), encoder, student.provenance.get("run_id"))
     check_splits(plan.train, plan.val)
     return plan
 
@@ -100,20 +100,20 @@ def _absolute(student: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else student
 
 
-def compute_features(plan: FrozenPlan, config: Config) -> FrozenPlan:
+def compute_features(plan: FrozenPlan, config: EvaluateJobConfig) -> FrozenPlan:
     """Compute what is missing of the features, on every node and GPU of the Ray session."""
     cache, _ = build_cache(plan.cache, config)
     return replace(plan, cache=cache, encoder=cache.teachers[0])
 
 
-def knn(plan: FrozenPlan, config: Config, run: Run, folder: Path) -> dict[str, float]:
+def knn(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) -> dict[str, float]:
     """Accuracy in percent for every k of `evaluate.ks`, as ``knn_<k>``, and of `knn.k`, as ``knn``."""
     ks = sorted({*config.evaluate.ks, config.knn.k})
     found = search_knn(plan.train, plan.val, plan.encoder, ks, config.knn.temperature)
     return {"knn": found[config.knn.k], **{f"knn_{k}": accuracy for k, accuracy in found.items()}}
 
 
-def linear(plan: FrozenPlan, config: Config, run: Run, folder: Path) -> dict[str, float]:
+def linear(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent of the best learning rate, and that rate.
 
     All features of a split are in memory, 4 N D bytes.
@@ -152,7 +152,9 @@ class SplitMaps:
         return cls(maps["train"], maps["val"], max(found.check() for found in maps.values()))
 
 
-def seg_probe(plan: FrozenPlan, config: Config, run: Run, folder: Path, *, maps: SplitMaps) -> dict[str, float]:
+def seg_probe(
+    plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path, *, maps: SplitMaps
+) -> dict[str, float]:
     """mIoU, mean and overall pixel accuracy in percent of the best learning rate, and that rate.
 
     Intersection over union of every class goes to MLflow as `iou.json`.
@@ -172,7 +174,7 @@ def seg_probe(plan: FrozenPlan, config: Config, run: Run, folder: Path, *, maps:
     return {**{name: values[best] for name, values in found.items()}, "lr": settings.lrs[best]}
 
 
-def make_heads(plan: FrozenPlan, config: Config, classes: int) -> LinearHeads:
+def make_heads(plan: FrozenPlan, config: EvaluateJobConfig, classes: int) -> LinearHeads:
     """Classifiers on the features of a complete plan, standardised by the statistics of the training images."""
     moments = teacher_stats(plan.train, plan.encoder)["patches"]
     mean, std = torch.from_numpy(moments.mean), torch.from_numpy(moments.std)

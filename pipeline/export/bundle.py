@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distill.kept_heads import StudentWithHeads, load_heads
+from pipeline.downstream.classify.config import ClassifyConfig
 from pipeline.downstream.saved import SavedModel
 from pipeline.errors import UserError
 from pipeline.export.graphs import OUTPUT
@@ -131,7 +132,7 @@ def make_classifier_bundle(saved: SavedModel, size: int | None = None) -> Export
         saved.model,
         {"logits": "a score for each class; softmax gives probabilities"},
         size or saved.config.student.input_size,
-        saved.config.classify.crop_share,
+        saved.config.section(ClassifyConfig).crop_share,
         saved.classes,
         saved.provenance,
         saved=saved,

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
-from pipeline.config.load import Config
 from pipeline.downstream.classify.task import held_out_transform
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.detect.task import find_objects
 from pipeline.downstream.saved import SavedModel, find_model
 from pipeline.downstream.segment.task import predict as predict_labels
@@ -79,7 +79,7 @@ class Predictor:
         saved = model if isinstance(model, SavedModel) else None
         self.task = saved.kind.name if saved else None
         self.classes = saved.classes if saved else ()
-        self.config = saved.config if saved else Config()
+        self.config = saved.config if saved else FinetuneJobConfig()
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             self.model = (model.model if isinstance(model, SavedModel) else model).to(self.device)

@@ -4,27 +4,26 @@
     <work>/runs/<name>-<hash>[-<n>]/   one run: run.json, checkpoints, the exported student
     <work>/mlflow.db, <work>/mlartifacts/
 
-A run is known by the hash of its resolved configuration. An unfinished one is resumed, under the same MLflow run; a
-finished one is never touched: the same command starts another, with the next number.
+A run is known by its name and the hash of the fields that change its numbers and are not at their defaults. An unfinished
+run is resumed, under the same MLflow run. A finished one is never touched: the same command starts another one, with the
+next number.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.load import Config
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError
+from pipeline.runs.config import JobConfig
 from pipeline.runtime.ray_session import is_submitted_job
 from pipeline.storage.atomic import atomic_write
 from pipeline.storage.names import folder_name
-from pipeline.storage.store import Store
 
 
-def work_folder(config: Config) -> Path:
+def work_folder(config: JobConfig) -> Path:
     """The absolute work folder.
 
     A submitted job runs in a copy of the working directory that Ray deletes, so that its default is the home folder.
@@ -40,18 +39,6 @@ def work_folder(config: Config) -> Path:
     if config.work:
         return Path(config.work).expanduser().resolve()
     return Path.home() / "regla-distill" if is_submitted_job() else Path("work").resolve()
-
-
-def cache_store(config: Config) -> Store:
-    """The folder or object store of the cache.
-
-    Raises:
-        UserError: where the object store cannot be used.
-    """
-    with naming("cache.uri"):
-        store = Store.at(config.cache.uri or work_folder(config) / "cache")
-        store.check()
-    return store
 
 
 SAVED = ("mlflow", "finished", "hours", "gpu_hours")
@@ -94,10 +81,10 @@ class RunState:
             ) from error
 
 
-def open_run(config: Config, job: str, reads: Collection[str] = ()) -> RunState:
-    """The unfinished run of this job and configuration, or a new one; `reads` as in :meth:`Config.fingerprint`."""
+def open_run(config: JobConfig, job: str) -> RunState:
+    """The unfinished run of this job and configuration, or a new one."""
     runs = work_folder(config) / "runs"
-    stem = f"{folder_name(config.name)}-{job}-{config.fingerprint(reads)[:8]}"
+    stem = f"{folder_name(config.name)}-{job}-{config.fingerprint()[:8]}"
     number = 1
     while True:
         folder = runs / (stem if number == 1 else f"{stem}-{number}")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipeline.config.load import Config
 from pipeline.errors import naming, one_line
-from pipeline.runs.descriptions import run_note, run_title
+from pipeline.runs.config import JobConfig
 from pipeline.runs.folder import RunState, open_run, work_folder
 from pipeline.runs.results import outputs_store, publish
 from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime import logs
 from pipeline.runtime.ray_session import connect, devices, hardware_line
-from pipeline.sources.locations import SAMPLES
 from pipeline.storage.names import folder_name
 from pipeline.storage.store import Store
 from pipeline.tracking.address import resolve_uri
@@ -38,7 +36,7 @@ class Job:
         tracking_uri: where that is.
     """
 
-    config: Config
+    config: JobConfig
     name: str
     state: RunState
     run: Run
@@ -58,8 +56,6 @@ class Job:
     ) -> str | None:
         """Put a model into MLflow's registry as `<recipe>-<kind>`, and say so in the run's description.
 
-        Generated scenes, which the seed decides, are one held-out set, as in `jobs/compare.py`.
-
         Args:
             kind: `student`, or the task that it was fine-tuned for.
             model_uri, metric, score, held_out, lineage: as in :class:`pipeline.tracking.registry.Registration`.
@@ -69,14 +65,14 @@ class Job:
         """
         filled = {f"manifests{key.removeprefix('precompute')}": f"runs:/{run}/manifests" for key, run in self._filled()}
         name = f"{folder_name(self.config.name)}-{kind}"
-        held_out = SAMPLES if self.config.data.held_out == SAMPLES else held_out
+        held_out = self.config.name_held_out(held_out)
         registered = register(
             self.run,
             Registration(name, model_uri, metric, score, held_out, {**lineage, **filled, "run": self.run.run_id}),
         )
         told = "nothing was measured" if score is None else f"{metric} {score:.4g}"
         where = f"[{registered}]({model_link(registered)})" if registered else f"`{model_uri}`"
-        describe(self.run, [*run_note(self.config, self.name), f"Result: {told}, {where}."])
+        describe(self.run, [*self.config.note(self.name), f"Result: {told}, {where}."])
         return registered
 
     def _filled(self) -> list[tuple[str, str]]:
@@ -84,22 +80,19 @@ class Job:
 
 
 @contextmanager
-def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator[Job]:
+def open_job(config: JobConfig, name: str) -> Iterator[Job]:
     """Connect to Ray; resume the unfinished run of this job and configuration, or start one; end both.
-
-    Args:
-        reads: sections that the job goes by and others do not, as in :meth:`Config.fingerprint`.
 
     Raises:
         UserError: where MLflow, Ray or a place that is written cannot be used, or a node does not see the job's files.
     """
     outputs = outputs_store(config.outputs) if config.outputs else None
-    _check_writable({"work": str(work_folder(config)), "train.checkpoints": config.train.checkpoints})
+    _check_writable({"work": str(work_folder(config)), **config.shared_folders()})
     uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
     with connect():
         print(hardware_line(), flush=True)
         check_shared(config)
-        run, state = _start(config, uri, name, reads)
+        run, state = _start(config, uri, name)
         with _ended(run), _metered(run, state), logs.context(run=state.folder.name):
             yield Job(config, name, state, run, uri)
             if outputs:
@@ -109,27 +102,27 @@ def open_job(config: Config, name: str, reads: Collection[str] = ()) -> Iterator
         state.save()
 
 
-def _check_writable(places: Mapping[str, str | None]) -> None:
+def _check_writable(places: Mapping[str, str]) -> None:
     """Refuse a place, by its field, before anything is computed for it."""
     for field, place in places.items():
-        if place:
+        if field != "cache.uri":  # a complete cache may be read-only
             with naming(field):
                 Store.at(place).check_writable()
 
 
-def _start(config: Config, uri: str, name: str, reads: Collection[str]) -> tuple[Run, RunState]:
-    state = open_run(config, name, reads)
+def _start(config: JobConfig, uri: str, name: str) -> tuple[Run, RunState]:
+    state = open_run(config, name)
     run = start_run(
         uri,
         experiment=config.tracking.experiment,
-        name=run_title(config, name),
+        name=config.title(name),
         config=config.model_dump(mode="json"),
         tags={"job": name},
         work=work_folder(config),
         folder=state.folder,
         run_id=state.mlflow.get("job"),
     )
-    describe(run, run_note(config, name))
+    describe(run, config.note(name))
     state.mlflow["job"] = run.run_id
     state.save()
     return run, state

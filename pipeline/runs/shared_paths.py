@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline.config.load import Config
 from pipeline.errors import UserError
-from pipeline.runs.folder import cache_store, work_folder
-from pipeline.sources.locations import SAMPLES, absolute, expand
+from pipeline.runs.config import JobConfig
+from pipeline.runs.folder import work_folder
+from pipeline.sources.locations import absolute, expand
 from pipeline.storage.store import Store
 
 PATIENCE_S = 60.0
@@ -21,7 +21,7 @@ PATIENCE_S = 60.0
 log = logging.getLogger(__name__)
 
 
-def check_shared(config: Config) -> None:
+def check_shared(config: JobConfig) -> None:
     """Refuse paths that another node does not see; on one node there is nothing to ask.
 
     Folders that are written must be the same everywhere: a marker is put into them, which the others look for. Of what
@@ -51,24 +51,13 @@ def _refusal(field: str, path: str, address: str) -> str:
     return f"{field}: node {address} of the cluster has no {path}; put it on a shared file system, or copy it to every node"
 
 
-def _written(config: Config) -> dict[str, Path]:
-    places = {"cache.uri": cache_store(config)}
-    if config.train.checkpoints:
-        places["train.checkpoints"] = Store.at(config.train.checkpoints)
-    return {
-        "work": work_folder(config),
-        **{field: Path(place.uri) for field, place in places.items() if place.is_local},
-    }
+def _written(config: JobConfig) -> dict[str, Path]:
+    stores = {field: Store.at(folder) for field, folder in config.shared_folders().items()}
+    return {"work": work_folder(config)} | {field: Path(s.uri) for field, s in stores.items() if s.is_local}
 
 
-def _read(config: Config) -> dict[str, str]:
-    sources = {"data.train": config.data.train, "data.val": config.data.held_out}
-    read = {field: expand(absolute(place))[0] for field, place in sources.items() if place and place != SAMPLES}
-    for number, teacher in enumerate(config.teachers):
-        file = Path(teacher.weights).expanduser().resolve()
-        if file.is_file():
-            read[f"teachers.{number}.weights"] = str(file)
-    return read
+def _read(config: JobConfig) -> dict[str, str]:
+    return {field: expand(absolute(path))[0] for field, path in config.inputs().items()}
 
 
 @contextmanager

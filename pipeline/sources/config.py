@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipeline.config.tree import Section
+from pipeline.config.tree import Section, operational
 
 
 class SamplesConfig(Section):
@@ -22,10 +22,10 @@ class DataConfig(Section):
         "samples", description="images to distil on: class folder, tar shards, Parquet, or `samples` (generated)"
     )
     val: str | None = Field(None, description="held-out images for kNN, in the same forms; none: no kNN")
-    name: str | None = Field(None, description="readable name of the data in the cache; none: from the path")
+    name: str | None = operational(None, description="readable name of the data in the cache; none: from the path")
     image_column: str | None = Field(None, description="Parquet column that holds the images; none: found by type")
     label_column: str | None = Field(None, description="Parquet column that holds the labels; none: label, fine_label")
-    max_bad: float = Field(
+    max_bad: float = operational(
         0.05, ge=0, le=1, description="share of unreadable images that is quarantined before the job stops"
     )
     samples: SamplesConfig = SamplesConfig()

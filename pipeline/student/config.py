@@ -1,28 +1,36 @@
-"""The student."""
+"""The student, as each kind of job reads it."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from pipeline.config.tree import Section
 
 
-class StudentConfig(Section):
-    """The network that learns."""
+class BackboneConfig(Section):
+    """How a network that another field names is built and fed."""
+
+    input_size: int = Field(256, ge=16, description="side of the student's input in pixels")
+    args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
+
+
+class NamedBackboneConfig(BackboneConfig):
+    """A network, and the weights that it starts from."""
 
     name: str = Field("regla_t", description="regla_t, regla_s, regla_m, regla_l, regla_xl, or timm/<name>")
     weights: str = Field(
         "random",
         min_length=1,
-        description="that a distillation starts from: random (by seed), pretrained (timm's), a checkpoint file, or an exported "
+        description="initial weights of a distillation: random (by seed), pretrained (timm's), a checkpoint file, or an exported "
         "student: its folder, address or MLflow URI",
     )
-    input_size: int = Field(256, ge=16, description="side of the student's input in pixels")
-    args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
+
+
+class StudentConfig(NamedBackboneConfig):
+    """The network that learns."""
+
     token_dim: int = Field(256, ge=1, description="channels of the tokens that the neck fuses for the patch heads")
     taps: list[Literal[4, 8, 16, 32]] = Field(
         [16, 32],

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from pipeline.config.tree import Section
+from pipeline.config.tree import Section, operational
 
 
 class TrainConfig(Section):
@@ -39,7 +33,7 @@ class TrainConfig(Section):
         lt=1,
         description="decay of the averaged student that is evaluated and kept; (1 + steps) / (10 + steps) while that is less",
     )
-    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = Field(
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = operational(
         0, description="training workers, or [least, most] as the cluster has them; 0: one per GPU, one without GPUs"
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -47,15 +41,19 @@ class TrainConfig(Section):
     )
     compile: bool = Field(False, description="whether torch.compile compiles the student and the loss")
     shuffle_window: int = Field(1024, ge=1, description="images shuffled together after the shuffle of row groups")
-    checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints within an epoch; 0: at epoch ends")
-    keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints that are kept")
-    checkpoints: str | None = Field(
+    checkpoint_steps: int = operational(
+        0, ge=0, description="steps between checkpoints within an epoch; 0: at epoch ends"
+    )
+    keep_checkpoints: int = operational(2, ge=1, description="latest checkpoints that are kept")
+    checkpoints: str | None = operational(
         None, description="folder or s3://, gs:// address of the checkpoints; none: in the run's folder below `work`"
     )
-    best_metric: str | None = Field(
+    best_metric: str | None = operational(
         None, description="evaluated metric (knn, ...) whose best checkpoint is kept as well; none: the latest alone"
     )
-    best_is: Literal["highest", "lowest"] = Field("highest", description="which value of train.best_metric is best")
+    best_is: Literal["highest", "lowest"] = operational(
+        "highest", description="which value of train.best_metric is best"
+    )
 
     @field_validator("workers")
     @classmethod
@@ -68,6 +66,17 @@ class TrainConfig(Section):
     def _equal_shares(self) -> TrainConfig:
         check_shares(self.batch_size, self.most_workers or 1)
         return self
+
+    def describe(self, input_size: int, seed: int, child_run: str) -> str:
+        """The training, for a run's note."""
+        return (
+            f"Training: {self.epochs} epochs of batches of {self.batch_size} at {input_size} px, seed {seed}. Curves, pictures "
+            f"and the model are in the nested run `{child_run}`."
+        )
+
+    def shared_folders(self) -> dict[str, str]:
+        """The folder or address of the checkpoints, by its field, if it is not in the work folder."""
+        return {"train.checkpoints": self.checkpoints} if self.checkpoints else {}
 
     @property
     def most_workers(self) -> int:

@@ -39,6 +39,7 @@ from pyarrow import fs
 from jobs._cli import DEFAULT_RECIPE, grid
 from pipeline.cache.fill.build import plan_cache
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.storage.store import Store
 from pipeline.training.config import TrainConfig
 from tests.cluster.nodes import RAY, Node, cluster, running, start_nodes, start_precompute
@@ -456,7 +457,9 @@ def undisturbed(bench: Bench, kind: type[Job]) -> Any:
     alone = bench.folder / "alone"
     arguments = extraction_arguments(alone / "work", alone / "calls")
     alone.mkdir()
-    fill_in_process(plan_cache(load_config(DEFAULT_RECIPE, arguments), Store.at(alone / "cache")), batch_size=24)
+    fill_in_process(
+        plan_cache(load_config(DistillJobConfig, DEFAULT_RECIPE, arguments), Store.at(alone / "cache")), batch_size=24
+    )
     return content(alone / "cache")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs import precompute
 from jobs._cli import run
+from pipeline.cache.config import PrecomputeJobConfig
 from tests.faults import FORK
 from tests.processes import descendants, free_port, kill
 
@@ -131,7 +132,7 @@ def _job(arguments: list[str], address: str, log: Path) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    run(precompute.main, "", arguments)
+    run(PrecomputeJobConfig, precompute.main, "", arguments)
 
 
 def running(what: str, *nodes: Node) -> list[int]:

@@ -30,6 +30,7 @@ from jobs import distill, precompute
 from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.runtime.ray_session import connect
 from pipeline.storage.store import Store
 from tests.cluster.nodes import Node, cluster, running
@@ -63,7 +64,7 @@ class Soak:
         self.restarts = self.wrong_shards = self.wrong_curves = self.repaired = 0
         self.rounds = self.rows_checked = 0
         self.one_at_a_time = threading.Lock()
-        plan = plan_cache(load_config(DEFAULT_RECIPE, self.arguments), Store.at(folder / "alone"))
+        plan = plan_cache(load_config(DistillJobConfig, DEFAULT_RECIPE, self.arguments), Store.at(folder / "alone"))
         fill_in_process(plan, batch_size=24)
         self.rows = content(folder / "alone")
         self.curve: dict[int, float] = {}
@@ -81,7 +82,9 @@ class Soak:
         for thread in threads:
             thread.start()
         started = time.monotonic()
-        figures = self._until_done(lambda: distill.main(load_config(DEFAULT_RECIPE, self.arguments), False))
+        figures = self._until_done(
+            lambda: distill.main(load_config(DistillJobConfig, DEFAULT_RECIPE, self.arguments), False)
+        )
         done.set()
         for thread in threads:
             thread.join()
@@ -136,7 +139,7 @@ class Soak:
         data[self.draw.randrange(len(data))] ^= 0xFF
         victim.write_bytes(data)
         options = argparse.Namespace(repair=True)
-        config = load_config(DEFAULT_RECIPE, self.arguments)
+        config = load_config(DistillJobConfig, DEFAULT_RECIPE, self.arguments)
         figures = self._until_done(lambda: dict(precompute.verify(config, options)))
         assert figures["ok"], figures
         self._check_rows()

@@ -1,7 +1,9 @@
 """A real MLflow store with an experiment as the jobs log it, but for the training: every figure is made up."""
 
 from pipeline.compare.collect import Entry
+from pipeline.config.jobs import job_root
 from pipeline.config.load import load_config
+from pipeline.runs.config import JobConfig
 from pipeline.tracking.run import Run, start_run
 
 CIFAR = {"train": ("photos/train.parquet", "cifar-11112222"), "val": ("photos/test.parquet", "cifar-val-33334444")}
@@ -21,7 +23,8 @@ class Store:
         self.work, self.uri, self.experiment = folder, f"sqlite:///{folder}/mlflow.db", experiment
 
     def start(self, job: str, *overrides: str, name: str = "run", **tags: str) -> Run:
-        tree = load_config(None, [*overrides, "name=run"]).model_dump(mode="json")
+        root = job_root(job) or JobConfig
+        tree = load_config(root, None, [*overrides, "name=run"]).model_dump(mode="json")
         config = {key: value for key, value in tree.items() if key not in UNUSED} | {"name": name}
         return start_run(
             self.uri,
@@ -60,7 +63,8 @@ class Store:
 
     def judge(self, job, student_run, figures, *overrides, status="FINISHED"):
         """An evaluation of a student."""
-        run = self.start(job, "evaluate.student=work/runs/a/student", *overrides)
+        field = "finetune" if job == "finetune" else "evaluate"
+        run = self.start(job, f"{field}.student=work/runs/a/student", *overrides)
         run.set_student_run(student_run)
         run.log_metric_dict(figures)
         run.finish(status)

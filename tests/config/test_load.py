@@ -1,6 +1,11 @@
 import pytest
 
-from pipeline.config.load import Config, describe_fields, iter_fields, load_config
+from pipeline.benchmark.config import BenchmarkJobConfig
+from pipeline.cache.config import PrecomputeJobConfig
+from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
+from pipeline.downstream.config import FinetuneJobConfig
+from pipeline.downstream.detect.config import DetectConfig
 from pipeline.errors import UserError
 
 
@@ -8,7 +13,9 @@ def test_a_recipe_then_overrides_in_order(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: a\nteachers: [hog, {model: dinov2, weights: random}]\ntrain: {epochs: 3}\n")
     config = load_config(
-        recipe, ["train.epochs=5", "train.epochs=6", "teachers.1.weights=random:7", "teachers.0.weight=0.5"]
+        DistillJobConfig,
+        recipe,
+        ["train.epochs=5", "train.epochs=6", "teachers.1.weights=random:7", "teachers.0.weight=0.5"],
     )
     assert config.name == "a"
     assert config.train.epochs == 6
@@ -50,14 +57,14 @@ def test_a_recipe_then_overrides_in_order(tmp_path):
 )
 def test_mistakes_are_named_in_one_line(overrides, message):
     with pytest.raises(UserError, match=message) as error:
-        load_config(None, overrides)
+        load_config(DistillJobConfig, None, overrides)
     assert "\n" not in str(error.value)
 
 
 def test_none_is_the_absence_of_a_value_as_in_the_help(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("loss: {max_patches: none}\ndata.val: photos\nteachers: [hog]\n")
-    config = load_config(recipe, ["data.val=none", "teachers.0.codec=none", "train.best_metric=none"])
+    config = load_config(DistillJobConfig, recipe, ["data.val=none", "teachers.0.codec=none", "train.best_metric=none"])
     assert config.data.val is None
     assert config.loss.max_patches is None
     assert config.teachers[0].codec is None
@@ -74,7 +81,7 @@ def test_dotted_keys_are_those_of_a_nested_recipe(tmp_path):
         "student: {name: regla_s}\nteachers: [hog, {model: sam, weight: 2}]\n"
         "phases: [{train: {lr: 0.1, epochs: 28}}, {teachers: {0: {input_size: 64}}}]\n"
     )
-    one, other = load_config(dotted), load_config(nested)
+    one, other = load_config(DistillJobConfig, dotted), load_config(DistillJobConfig, nested)
     assert one == other
     assert one.fingerprint() == other.fingerprint()
     assert (one.student.name, one.teachers[1].weight) == ("regla_s", 2)
@@ -86,14 +93,17 @@ def test_an_override_reaches_a_phase_however_its_fields_are_written(tmp_path, ph
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"phases: [{phase}]\n")
     overrides = ["phases.0.train.epochs=1", "phases.0.loss.drop=0.5"]
-    for config in (load_config(recipe, overrides), load_config(None, [f"phases=[{phase}]", *overrides])):
+    for config in (
+        load_config(DistillJobConfig, recipe, overrides),
+        load_config(DistillJobConfig, None, [f"phases=[{phase}]", *overrides]),
+    ):
         (only,) = config.phase_configs()
         assert (only.train.lr, only.train.epochs, only.loss.drop) == (0.1, 1, 0.5)
 
 
 def test_a_missing_recipe_names_those_there_are():
     with pytest.raises(UserError, match=r"recipe recipes/none\.yaml does not exist; there are .*quickstart\.yaml"):
-        load_config("recipes/none.yaml")
+        load_config(DistillJobConfig, "recipes/none.yaml")
 
 
 def test_a_recipe_that_is_no_mapping_or_no_yaml_is_refused(tmp_path):
@@ -101,26 +111,57 @@ def test_a_recipe_that_is_no_mapping_or_no_yaml_is_refused(tmp_path):
         recipe = tmp_path / "r.yaml"
         recipe.write_text(text)
         with pytest.raises(UserError, match=message):
-            load_config(recipe)
-
-
-def test_every_field_has_a_meaning_and_help_lists_it():
-    fields = list(iter_fields())
-    assert all(meaning for *_, meaning in fields)
-    text = describe_fields()
-    assert all(key in text for key, *_ in fields)
-    assert "train.epochs" in text
+            load_config(DistillJobConfig, recipe)
 
 
 def test_held_out_scenes_come_with_generated_training_scenes_only():
-    assert load_config(None).data.held_out == "samples"
-    assert load_config(None, ["data.train=photos"]).data.held_out is None
-    assert load_config(None, ["data.train=photos", "data.val=more"]).data.held_out == "more"
-    assert load_config(None, ["data.samples.val=0"]).data.held_out is None
+    assert load_config(DistillJobConfig, None).data.held_out == "samples"
+    assert load_config(DistillJobConfig, None, ["data.train=photos"]).data.held_out is None
+    assert load_config(DistillJobConfig, None, ["data.train=photos", "data.val=more"]).data.held_out == "more"
+    assert load_config(DistillJobConfig, None, ["data.samples.val=0"]).data.held_out is None
 
 
-def test_fingerprint_changes_with_what_is_computed_and_not_with_where():
-    base = Config().fingerprint()
-    assert load_config(None, ["work=/elsewhere", "tracking.experiment=x"]).fingerprint() == base
-    assert load_config(None, ["seed=1"]).fingerprint() != base
-    assert load_config(None, ["train.lr=2e-3"]).fingerprint() != base
+def test_a_recipe_serves_several_jobs_and_each_reads_its_sections():
+    recipe = {"train": {"epochs": 3}, "detect.anchor": 8, "finetune": {"task": "detect"}, "student.token_dim": 64}
+    assert load_config(DistillJobConfig, recipe).student.token_dim == 64
+    config = load_config(FinetuneJobConfig, recipe)
+    assert (config.train.epochs, config.section(DetectConfig).anchor) == (3, 8)
+    assert not hasattr(config, "classify")
+    assert not hasattr(config.student, "token_dim")
+    assert "train" not in load_config(PrecomputeJobConfig, recipe).model_dump()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["detect.anchr=8"], "unknown key detect.anchr; did you mean detect.anchor?"),
+        (["detect.anchor=0"], "detect.anchor: input should be greater than or equal to 1, not 0"),
+        (["finetune.task=dream"], "finetune.task: input should be 'classify', 'segment' or 'detect', not 'dream'"),
+        (
+            ["phases=[{detect.anchor: 8}]"],
+            "phases.0: detect.anchor cannot change between phases; a phase may change data,",
+        ),
+        (["phases=[{train.epohcs: 8}]"], "phases.0: unknown key train.epohcs; did you mean train.epochs?"),
+        (["phases=[{train.epochs: 0}]"], "phases.0: train.epochs: input should be greater than or equal to 1, not 0"),
+        (["phases=[{seed: 1}]"], "phases.0: seed cannot change between phases"),
+    ],
+)
+@pytest.mark.parametrize("root", [DistillJobConfig, BenchmarkJobConfig])
+def test_mistakes_in_fields_of_other_jobs_are_named_too(root, overrides, message):
+    with pytest.raises(UserError) as error:
+        load_config(root, None, overrides)
+    assert message in str(error.value)
+
+
+def test_an_override_of_another_job_is_one_warning_and_a_recipe_none(caplog):
+    load_config(PrecomputeJobConfig, {"loss.drop": 0.5}, ["train.epochs=3", "train.lr=1", "seed=1"])
+    assert caplog.messages == ["ignored, since this job does not read them: train.epochs, train.lr"]
+
+
+def test_fields_may_come_from_python():
+    config = load_config(
+        DistillJobConfig,
+        {"train": {"epochs": 3}, "loss.drop": 0.5},
+        {"train.lr": 2, "loss": {"queue": 9}},
+    )
+    assert (config.train.epochs, config.train.lr, config.loss.drop, config.loss.queue) == (3, 2, 0.5, 9)

@@ -10,12 +10,16 @@ import runpy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click import Context, UsageError
 
 from jobs._cli import _configure
+from jobs.evaluate import ROOTS
+from pipeline.config.jobs import job_root
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from regla.cli import COMMANDS as COMMANDS_OF_REGLA
 from tests.docs.commands import REPOSITORY, Command, collect, parse
@@ -154,9 +158,9 @@ def check(words):
     if first == "python":
         options = parse(rest[0], rest[1:])
         if hasattr(options, "items"):
-            _configure(named(rest[0], rest[1:], options.items), REPOSITORY / "recipes/quickstart.yaml")
+            _configure(root_of(rest), options.items, REPOSITORY / "recipes/quickstart.yaml")
         for recipe in (word for word in rest if word.startswith("recipes/") and word.endswith(".yaml")):
-            load_config(recipe)
+            load_config(root_of(rest), recipe)
     elif first == "make":
         target = next(word for word in rest if "=" not in word)
         assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE), target
@@ -175,14 +179,12 @@ def check(words):
         assert first in SHELL, f"{first}: neither run nor read by this test; add it to RUN, or say how it is read"
 
 
-def named(script, arguments, items):
-    """The items that a job hands on to the configuration."""
-    if not script.endswith("evaluate.py"):
-        return items
-    from jobs.evaluate import EVALUATIONS
-
-    assert arguments[0] in EVALUATIONS
-    return items
+def root_of(words):
+    """The configuration of a script."""
+    name = Path(words[0]).stem
+    if name == "evaluate":
+        return ROOTS[words[1]]
+    return job_root("finetune" if name == "downstream" else name) or DistillJobConfig
 
 
 def click(program, words):

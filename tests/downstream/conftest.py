@@ -2,6 +2,7 @@ import pytest
 
 from pipeline.config.load import load_config
 from pipeline.downstream.backbone import find_start
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.training import FinetuneJob
 from tests.downstream.drawings import SIDE, locations, write_set
 
@@ -25,7 +26,11 @@ def make_job(tmp_path, drawings):
     """A fine-tuning job of a tiny ReGLA on the eight drawings; more overrides may be given."""
 
     def make(task: str, *overrides: str, folder: str = "run") -> FinetuneJob:
-        config = load_config(None, [*SMALL, f"finetune.task={task}", *locations(drawings, task), *overrides])
+        config = load_config(
+            FinetuneJobConfig,
+            None,
+            [*SMALL, f"finetune.task={task}", *locations(drawings, task), *overrides],
+        )
         job = FinetuneJob(config, tmp_path / folder / "start", tmp_path / folder)
         find_start(config).save(config.student.input_size, job.start)
         return job

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pipeline.config.load import load_config
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.detect.coco import CocoImages
 from pipeline.downstream.images import LabelledImages, open_labelled
 from pipeline.downstream.segment.masks import IGNORE, MaskedImages, open_masked, read_classes
@@ -233,7 +234,7 @@ def test_class_folders_tars_and_parquet_hold_the_same_labelled_images(tmp_path):
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=5)
 
     folder, tar, parquet = (
-        open_labelled(load_config(None, [f"data.train={tmp_path / name}"]), "train")
+        open_labelled(load_config(FinetuneJobConfig, None, [f"data.train={tmp_path / name}"]), "train")
         for name in ("folder", "shard-0.tar", "rows.parquet")
     )
     rows = [7, 0, 11, 3]

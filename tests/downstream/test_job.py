@@ -6,6 +6,7 @@ import pytest
 
 from jobs import evaluate
 from pipeline.config.load import load_config
+from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.downstream.job import as_saved, open_held_out, open_model, plan_finetune
 from pipeline.downstream.saved import finished_model
 from pipeline.downstream.training import FinetuneTask
@@ -36,7 +37,7 @@ def plan(drawings, tmp_path):
 
     def make(task, *overrides):
         settings = [*SMALL, *locations(drawings, task), f"finetune.task={task}", f"work={tmp_path}/work"]
-        return plan_finetune(load_config(None, [*settings, *overrides]))
+        return plan_finetune(load_config(FinetuneJobConfig, None, [*settings, *overrides]))
 
     return make
 
@@ -54,7 +55,7 @@ def test_an_evaluation_goes_by_the_settings_of_the_model_and_the_command_line(sa
 @pytest.mark.parametrize("given", [[], ["detect.masks=true"]])
 def test_a_detector_without_masks_is_evaluated_on_boxes(save, drawings, given):
     settings = [save("detect", "detect.masks=false"), *locations(drawings, "detect"), "finetune.data_workers=0", *given]
-    config = load_config(None, settings)
+    config = load_config(EvaluateModelJobConfig.of_task("detect"), None, settings)
     saved = open_model(config, "detect")
     config = as_saved(config, saved, [item.partition("=")[0] for item in given])
     assert (config.detect.masks, config.detect.sizes) == (bool(given), [48])

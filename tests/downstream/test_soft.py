@@ -5,6 +5,7 @@ import torch
 
 from pipeline.config.load import load_config
 from pipeline.downstream.classify.soft import find_soft_teacher, load_soft_targets
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.job import SOFT, make_finetune_task, plan_finetune
 from pipeline.downstream.saved import finished_model
 from pipeline.downstream.training import FinetuneTask, build_model
@@ -60,10 +61,10 @@ def test_without_a_teacher_labels_are_all(make_job):
 
 def test_another_task_another_set_of_classes_and_no_model_are_refused(make_job, drawings, taught, tmp_path):
     settings = [*SMALL, *locations(drawings, "classify"), "finetune.task=classify", f"work={tmp_path}/work"]
-    plan = plan_finetune(load_config(None, [*settings, f"classify.teacher={taught}"]))
+    plan = plan_finetune(load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={taught}"]))
     assert plan.teacher.classes == plan.train.classes
     with pytest.raises(UserError, match=r"classify\.teacher: .*nowhere is no fine-tuned classifier"):
-        plan_finetune(load_config(None, [*settings, f"classify.teacher={tmp_path}/nowhere"]))
-    config = load_config(None, [*settings, f"classify.teacher={taught}"])
+        plan_finetune(load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={tmp_path}/nowhere"]))
+    config = load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={taught}"])
     with pytest.raises(UserError, match=r"differ in their classes: (zebra|square)"):
         find_soft_teacher(config, [*plan.train.classes[:-1], "zebra"], "")

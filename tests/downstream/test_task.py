@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from pipeline.config.load import load_config
 from pipeline.downstream.backbone import FrozenEncoder, find_start, load_start
 from pipeline.downstream.classify.task import training_transform
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.sampling import Sampler, prepare, seeded
 from pipeline.downstream.saved import load_model
 from pipeline.downstream.schedule import make_schedule
@@ -104,7 +105,8 @@ def test_a_forward_draws_by_the_seed_as_the_starting_weights_do(make_job):
 
 
 def test_colours_are_distorted_as_in_mmsegmentation():
-    config = load_config(None, ["segment.size=32", "student.input_size=32", "segment.scales=[1, 1]"])
+    fields = ["finetune.task=segment", "segment.size=32", "student.input_size=32", "segment.scales=[1, 1]"]
+    config = load_config(FinetuneJobConfig, None, fields)
     augment, red = training_colours(config), torch.zeros(3, 32, 32, dtype=torch.uint8)
     red[0] = 200
     hues = []
@@ -127,7 +129,11 @@ def test_an_error_of_a_data_process_arrives_as_it_is():
 
 
 def _rates(steps, *overrides):
-    config = load_config(None, ["train.lr=1", "train.min_lr=0", "train.warmup_epochs=0.5", *overrides])
+    config = load_config(
+        FinetuneJobConfig,
+        None,
+        ["train.lr=1", "train.min_lr=0", "train.warmup_epochs=0.5", *overrides],
+    )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = make_schedule(optimizer, config.train, config.finetune, steps)
     rates = []
@@ -149,8 +155,8 @@ def test_poly_falls_with_power_point_nine():
 
 def test_a_batch_larger_than_the_data_is_refused_unless_steps_are_counted():
     with pytest.raises(UserError, match=r"train.batch_size=256 is more than the 8"):
-        epoch_steps(load_config(None), 8)
-    assert epoch_steps(load_config(None, ["finetune.epoch_steps=7"]), 8) == 7
+        epoch_steps(load_config(FinetuneJobConfig, None), 8)
+    assert epoch_steps(load_config(FinetuneJobConfig, None, ["finetune.epoch_steps=7"]), 8) == 7
 
 
 @pytest.mark.parametrize("name", ["segment"])
@@ -199,7 +205,7 @@ def test_the_start_of_a_distillation_is_not_that_of_a_fine_tuning():
     with pytest.raises(
         UserError, match=r"student\.weights is what a distillation .*: set finetune\.student=models:/x/1 in"
     ):
-        find_start(load_config(None, ["student.weights=models:/x/1"]))
+        find_start(load_config(FinetuneJobConfig, None, ["student.weights=models:/x/1"]))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +218,7 @@ def test_the_start_of_a_distillation_is_not_that_of_a_fine_tuning():
 )
 def test_a_student_that_is_none_is_refused(student, expected):
     with pytest.raises(UserError, match=expected):
-        find_start(load_config(None, [f"finetune.student={student}"]))
+        find_start(load_config(FinetuneJobConfig, None, [f"finetune.student={student}"]))
 
 
 def test_dense_tasks_refuse_a_backbone_without_a_pyramid(make_job):
@@ -262,7 +268,9 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
 
 
 def test_the_strongest_augmentation_of_timm_takes_an_image_to_its_end():
-    transform = training_transform(load_config(None, ["classify.augment=rand-m10-n9-inc1", "student.input_size=32"]))
+    transform = training_transform(
+        load_config(FinetuneJobConfig, None, ["classify.augment=rand-m10-n9-inc1", "student.input_size=32"])
+    )
     image = Image.new("RGB", (40, 40), (10, 120, 240))
     for seed in range(30):  # each draws Posterize to 0 bits, which Pillow 13 refuses, with a probability of one half
         with seeded(seed):

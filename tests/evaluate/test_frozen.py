@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from pipeline.cache.read.reader import PatchReader, read_summaries, scan_images
 from pipeline.errors import UserError
+from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.frozen import FrozenTeacher, cached_encoder, map_levels
 from pipeline.evaluate.job import compute_features, plan_frozen
 from pipeline.evaluate.knn import embed, student_knn
@@ -33,7 +34,7 @@ def computed(photo_config, monkeypatch):
     without_ray(monkeypatch)
 
     def compute(*overrides, grid=None):
-        config = photo_config(*SETTINGS, *overrides)
+        config = photo_config(*SETTINGS, *overrides, root=EvaluateJobConfig)
         return config, compute_features(plan_frozen(config, grid), config)
 
     return compute
@@ -177,9 +178,9 @@ def test_workers_get_a_folder_that_all_nodes_see_and_no_address(
 
 
 def test_images_without_labels_are_refused_before_anything_is_computed(photo_config, tmp_path):
-    config = photo_config(*SETTINGS, f"data.val={tmp_path}/photos/val/class0")
+    config = photo_config(*SETTINGS, f"data.val={tmp_path}/photos/val/class0", root=EvaluateJobConfig)
     with pytest.raises(UserError, match=r"data.val: .*class0 has no labels"):
         plan_frozen(config)
     assert dataclasses.is_dataclass(plan_frozen(config, grid=0))
     with pytest.raises(UserError, match=r"data\.val: an evaluation needs held-out images"):
-        plan_frozen(photo_config(*SETTINGS, "data.val=null"))
+        plan_frozen(photo_config(*SETTINGS, "data.val=null", root=EvaluateJobConfig))

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from pipeline.config.load import load_config
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.saved import SavedModel, find_model
 from pipeline.downstream.training import DOWNSTREAM
 from pipeline.errors import UserError
@@ -189,7 +190,7 @@ def test_a_timm_student_whose_head_does_more_says_how_its_features_are_had(tmp_p
 def classifier(name, live, args):
     encoder = load_student(name, weights="random", args=args).encoder
     kind, classes = DOWNSTREAM["classify"], ("ant", "bee", "cow")
-    config = load_config(None, ["student.input_size=64", "classify.crop_share=0.9"])
+    config = load_config(FinetuneJobConfig, None, ["student.input_size=64", "classify.crop_share=0.9"])
     model = live(kind.build(encoder, classes, config))
     return SavedModel(kind, model, classes, {"model": name.removeprefix("timm/"), "args": args}, config)
 

@@ -16,6 +16,7 @@ from pipeline.cache.layout.dataset import read_meta
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from pipeline.runs.folder import open_run
 from pipeline.storage.store import Store
@@ -167,7 +168,7 @@ def test_a_bad_index_is_refused_by_name(filled):
 
 
 def test_every_bad_run_state_is_refused_by_name(tmp_path):
-    config = load_config(None, [f"work={tmp_path}"])
+    config = load_config(DistillJobConfig, None, [f"work={tmp_path}"])
     state = open_run(config, "distill")
     state.save()
     path = state.folder / "run.json"
@@ -188,5 +189,5 @@ def test_every_bad_recipe_is_refused_by_name_and_not_run(tmp_path, harmful):
         path = tmp_path / f"recipe{number}.yaml"
         path.write_bytes(text)
         with pytest.raises(UserError):
-            load_config(path)
+            load_config(DistillJobConfig, path)
         assert not harmful.marker.exists()

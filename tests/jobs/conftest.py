@@ -1,4 +1,5 @@
 import json
+from typing import get_type_hints
 
 import pytest
 
@@ -10,7 +11,7 @@ def job(capsys):
     """Run a job in this process; gives its printed text and the figures of its last line."""
 
     def start(main, *arguments):
-        run(main, "a job", list(arguments))
+        run(get_type_hints(main)["config"], main, "a job", list(arguments))
         text = capsys.readouterr().out
         return text, json.loads(text.splitlines()[-1])
 
@@ -23,7 +24,7 @@ def refused(capsys):
 
     def start(main, *arguments):
         with pytest.raises(SystemExit) as exit_:
-            run(main, "a job", list(arguments))
+            run(get_type_hints(main)["config"], main, "a job", list(arguments))
         assert exit_.value.code == 2
         error = capsys.readouterr().err.strip()
         assert "Traceback" not in error

@@ -9,6 +9,7 @@ import torch
 
 from jobs import benchmark
 from pipeline.benchmark import benchmark as measuring
+from pipeline.benchmark.config import BenchmarkJobConfig
 from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.student.cost import cost
@@ -25,7 +26,7 @@ def configured(tmp_path, *overrides: str):
         "benchmark.sizes=[32, 64]",
         "benchmark.forms=[eager, fused]",
     ]
-    return load_config(None, [*base, *overrides])
+    return load_config(BenchmarkJobConfig, None, [*base, *overrides])
 
 
 def test_measures_every_model_form_and_size(tmp_path, capsys):

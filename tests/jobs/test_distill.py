@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 
 from jobs import distill, evaluate, precompute
 from jobs._cli import run
+from pipeline.distill.config import DistillJobConfig
 from pipeline.evaluate import job as evaluation
 from pipeline.runs.addresses import fetch_student
 from pipeline.student.loading import load_student
@@ -30,7 +31,7 @@ def first(tmp_path_factory, ray_session):
     arguments = [*SMALL_JOB, f"work={folder}/work", f"outputs={folder}/results"]
     teachers = [f"teachers=[{colours_entry(folder / 'one')}, hog]", "teachers.1.input_size=32"]
     with redirect_stdout(StringIO()) as text:
-        run(distill.main, "a job", [*arguments, *teachers])
+        run(DistillJobConfig, distill.main, "a job", [*arguments, *teachers])
     figures = json.loads(text.getvalue().splitlines()[-1])
     return SimpleNamespace(folder=folder, arguments=arguments, teachers=teachers, text=text.getvalue(), figures=figures)
 

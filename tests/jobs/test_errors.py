@@ -10,9 +10,11 @@ import yaml
 from jobs import distill, evaluate, export, precompute, predict
 from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
-from pipeline.config.load import iter_fields, load_config
+from pipeline.cache.layout.location import cache_store
+from pipeline.config.load import load_config
+from pipeline.config.tree import iter_fields
+from pipeline.distill.config import DistillJobConfig
 from pipeline.downstream.training import DOWNSTREAM
-from pipeline.runs.folder import cache_store
 from tests.fakes import SMALL_JOB, fill_in_process, write_photos
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -78,7 +80,7 @@ def test_pretrained_weights_that_no_hub_gives_stop_the_job_first(tmp_path, refus
 def test_a_cache_made_for_other_data_is_refused(tmp_path, refused):
     write_photos(tmp_path / "photos", 24)
     arguments = [*HOG, f"work={tmp_path}/work", f"data.train={tmp_path}/photos", "data.val=none", "data.name=mine"]
-    config = load_config(DEFAULT_RECIPE, arguments)
+    config = load_config(DistillJobConfig, DEFAULT_RECIPE, arguments)
     fill_in_process(plan_cache(config, cache_store(config)))
     cached = sorted((tmp_path / "work/cache").rglob("*.parquet"))
     (tmp_path / "photos/class0/photo000.jpg").unlink()
@@ -92,10 +94,10 @@ def test_help_lists_every_field_with_its_default(capsys):
     from jobs._cli import run
 
     with pytest.raises(SystemExit) as exit_:
-        run(distill.main, distill.__doc__, ["--help"])
+        run(DistillJobConfig, distill.main, distill.__doc__, ["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for key, _, default, meaning in iter_fields():
+    for key, _, default, meaning, _ in iter_fields(DistillJobConfig):
         line = next(line for line in text.splitlines() if line.split()[:1] == [key])
         assert meaning in line
         assert f"= {'none' if default is None else default}]" in line
@@ -127,7 +129,7 @@ def test_help_and_what_is_mistyped_wait_for_no_torch(script):
 
 
 def test_every_evaluation_and_task_is_known_before_it_is_imported():
-    assert tuple(evaluate.EVALUATIONS) == evaluate.NAMES
+    assert tuple(evaluate.EVALUATIONS) == tuple(evaluate.ROOTS)
     assert tuple(DOWNSTREAM) == predict.TASKS[1:]
 
 
@@ -143,7 +145,7 @@ def test_every_recipe_is_valid():
     recipes = sorted((REPOSITORY / "recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
-        assert load_config(recipe).name == yaml.safe_load(recipe.read_text())["name"]
+        assert load_config(DistillJobConfig, recipe).name == yaml.safe_load(recipe.read_text())["name"]
 
 
 def test_evaluate_asks_for_its_student_and_refuses_what_is_none(tmp_path, refused):

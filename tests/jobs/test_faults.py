@@ -13,6 +13,7 @@ from jobs import precompute
 from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.storage.store import Store
 from tests.cluster.nodes import cluster, running, start_precompute, wait_until
 from tests.fakes import SMALL_JOB, colours_entry, fill_in_process
@@ -45,7 +46,7 @@ def arguments(calls, work):
 @pytest.fixture
 def undisturbed(tmp_path, arguments):
     """Content of the cache that one process makes, one shard after the other."""
-    plan = plan_cache(load_config(DEFAULT_RECIPE, arguments), Store.at(tmp_path / "undisturbed"))
+    plan = plan_cache(load_config(DistillJobConfig, DEFAULT_RECIPE, arguments), Store.at(tmp_path / "undisturbed"))
     assert fill_in_process(plan, batch_size=48) == SHARDS
     (tmp_path / "calls").unlink()
     return content(tmp_path / "undisturbed")

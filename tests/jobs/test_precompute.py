@@ -13,8 +13,9 @@ import pytest
 
 from jobs import distill, precompute
 from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.layout.location import cache_store
 from pipeline.config.load import load_config
-from pipeline.runs.folder import cache_store
+from pipeline.distill.config import DistillJobConfig
 from pipeline.storage.store import Store
 from tests.fakes import SMALL_JOB, colours_entry, without_ray
 
@@ -45,7 +46,7 @@ def start(capsys):
 @pytest.fixture
 def cached(tmp_path, arguments, monkeypatch):
     """A complete cache; gives the Parquet files of its teacher on the training images."""
-    config = load_config(None, arguments)
+    config = load_config(DistillJobConfig, None, arguments)
     plan = plan_cache(config, cache_store(config))
     with monkeypatch.context() as patch:
         without_ray(patch)

@@ -9,6 +9,7 @@ import yaml
 from jobs import distill, precompute
 from pipeline.cache.fill import build
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from tests.fakes import write_photos
 
@@ -61,7 +62,7 @@ def test_there_are_the_recipes_that_the_readme_promises():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_resolves_to_a_plan(recipe, photos, tmp_path, job, quick_teachers):
-    config = load_config(recipe)
+    config = load_config(DistillJobConfig, recipe)
     phases = config.phase_configs()
     overrides = [f"{key}={photos}/{part}" for key, part in DATA.items()]
     overrides += [
@@ -94,7 +95,7 @@ def test_the_cache_is_planned_for_every_phase(photos, tmp_path, job, quick_teach
 def test_the_sizes_of_imagenet_differ_in_their_student_alone():
     trees = []
     for size in "tsml":
-        config = load_config(Path(RECIPES[0].parent, f"imagenet_regla_{size}.yaml"))
+        config = load_config(DistillJobConfig, Path(RECIPES[0].parent, f"imagenet_regla_{size}.yaml"))
         assert config.student.name == f"regla_{size}"
         tree = config.model_dump(exclude={"name"})
         tree["student"].pop("name")
@@ -115,7 +116,7 @@ def test_a_base_is_read_beside_the_recipe_and_changed_field_by_field(tmp_path):
     (tmp_path / "one.yaml").write_text(
         "base: base.yaml\ntrain: {lr: 0.2}\nloss.patches: {cosine: 2}\nteachers: [hog]\n"
     )
-    config = load_config(tmp_path / "one.yaml", ["train.warmup_epochs=0"])
+    config = load_config(DistillJobConfig, tmp_path / "one.yaml", ["train.warmup_epochs=0"])
     assert (config.train.epochs, config.train.lr, config.train.warmup_epochs) == (3, 0.2, 0)
     assert (config.loss.patches, len(config.teachers)) == ({"cosine": 2}, 1)
 
@@ -130,4 +131,4 @@ def test_a_base_is_read_beside_the_recipe_and_changed_field_by_field(tmp_path):
 def test_a_base_that_cannot_be_is_named(tmp_path, base, message):
     (tmp_path / "one.yaml").write_text(f"base: {base}\n")
     with pytest.raises(UserError, match=message):
-        load_config(tmp_path / "one.yaml")
+        load_config(DistillJobConfig, tmp_path / "one.yaml")

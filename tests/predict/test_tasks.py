@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from jobs import predict
 from pipeline.config.load import load_config
 from pipeline.downstream.classify.task import held_out_transform
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.pictures import palette
 from pipeline.downstream.saved import SavedModel
 from pipeline.downstream.segment.task import predict as predict_labels
@@ -40,8 +41,9 @@ def photos(tmp_path_factory):
 def models(tmp_path_factory, live):
     """The folder of a small model of each task, its weights at random."""
     torch.manual_seed(0)
-    parent, config = tmp_path_factory.mktemp("models"), load_config(None, SMALL)
+    parent = tmp_path_factory.mktemp("models")
     for name, kind in DOWNSTREAM.items():
+        config = load_config(FinetuneJobConfig, None, [*SMALL, f"finetune.task={name}"])
         encoder = load_student("regla_t", weights="random", args=ARGS).encoder
         model = live(kind.build(encoder, CLASSES, config))
         SavedModel(kind, model, CLASSES, {"model": "regla_t", "args": ARGS}, config).save(parent / name)

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cache.layout.location import cache_store
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
-from pipeline.runs.folder import cache_store, open_run, work_folder
+from pipeline.runs.folder import open_run, work_folder
 
 
 @pytest.fixture
 def configure(tmp_path):
-    return lambda *overrides: load_config(None, [f"work={tmp_path}/work", "name=my run", *overrides])
+    return lambda *overrides: load_config(DistillJobConfig, None, [f"work={tmp_path}/work", "name=my run", *overrides])
 
 
 @pytest.fixture
@@ -23,22 +25,22 @@ def not_submitted(monkeypatch):
 
 def test_the_work_folder_is_work_in_the_current_directory(tmp_path, monkeypatch, not_submitted):
     monkeypatch.chdir(tmp_path)
-    assert work_folder(load_config(None)) == tmp_path / "work"
+    assert work_folder(load_config(DistillJobConfig, None)) == tmp_path / "work"
 
 
 @pytest.mark.parametrize("variable", ["RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_SUBMISSION_ID"])
 def test_a_submitted_job_works_in_the_home_folder(tmp_path, monkeypatch, not_submitted, variable):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(variable, "raysubmit_1")
-    assert work_folder(load_config(None)) == tmp_path / "regla-distill"
-    assert work_folder(load_config(None, [f"work={tmp_path}/mine"])) == tmp_path / "mine"
+    assert work_folder(load_config(DistillJobConfig, None)) == tmp_path / "regla-distill"
+    assert work_folder(load_config(DistillJobConfig, None, [f"work={tmp_path}/mine"])) == tmp_path / "mine"
 
 
 def test_a_work_folder_that_is_given_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert work_folder(load_config(None, ["work=a/../b"])) == tmp_path / "b"
-    assert work_folder(load_config(None, ["work=~/c"])) == tmp_path / "home/c"
+    assert work_folder(load_config(DistillJobConfig, None, ["work=a/../b"])) == tmp_path / "b"
+    assert work_folder(load_config(DistillJobConfig, None, ["work=~/c"])) == tmp_path / "home/c"
 
 
 def test_the_cache_is_in_the_work_folder_unless_named(tmp_path, configure):

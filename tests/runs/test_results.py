@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.config.load import Config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
 from pipeline.runs.addresses import fetch_student
@@ -46,4 +46,4 @@ def test_what_is_not_there_is_named(bucket):
 
 
 def test_where_results_go_does_not_make_another_run():
-    assert Config(outputs="s3://models/results").fingerprint() == Config().fingerprint()
+    assert DistillJobConfig(outputs="s3://models/results").fingerprint() == DistillJobConfig().fingerprint()

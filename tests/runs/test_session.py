@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from pipeline.runs import session as job_module
 from pipeline.runs.folder import RunState
@@ -13,7 +14,7 @@ from pipeline.runs.session import open_job
 
 @pytest.fixture
 def config(tmp_path):
-    return lambda *overrides: load_config(None, [f"work={tmp_path}/work", *overrides])
+    return lambda *overrides: load_config(DistillJobConfig, None, [f"work={tmp_path}/work", *overrides])
 
 
 @pytest.mark.parametrize("field", ["work", "outputs", "train.checkpoints"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from pipeline.runs import shared_paths as shared
 from pipeline.runs.folder import work_folder
@@ -38,7 +39,7 @@ def config(tmp_path):
     data = [f"data.{split}={tmp_path}/photos/{split}" for split in ("train", "val")]
     cache = f"cache.uri={tmp_path}/cache"
     teachers = f"teachers=[hog, {{model: dinov2/vits14, weights: {tmp_path}/weights.pth}}]"
-    return load_config(None, [*data, cache, teachers, f"work={tmp_path}/work"])
+    return load_config(DistillJobConfig, None, [*data, cache, teachers, f"work={tmp_path}/work"])
 
 
 def test_every_path_of_a_job_is_asked_for_and_the_markers_are_removed(tmp_path, cluster, config):
@@ -70,14 +71,14 @@ def test_a_path_that_one_node_does_not_see_is_refused_with_the_remedy(tmp_path, 
 
 def test_generated_scenes_and_an_object_store_need_no_shared_folder_but_work(tmp_path, cluster, monkeypatch):
     monkeypatch.setattr("pipeline.storage.store.Store.check", lambda store: None)
-    check_shared(load_config(None, [f"work={tmp_path}/work", "cache.uri=s3://bucket/cache"]))
+    check_shared(load_config(DistillJobConfig, None, [f"work={tmp_path}/work", "cache.uri=s3://bucket/cache"]))
     assert [Path(path).parent for path in cluster[0]] == [tmp_path / "work"]
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_on_one_node_nothing_is_asked_or_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "_ask", lambda *_: pytest.fail("asked"))
-    check_shared(load_config(None, [f"work={tmp_path}/work"]))
+    check_shared(load_config(DistillJobConfig, None, [f"work={tmp_path}/work"]))
     assert not (tmp_path / "work").exists()
 
 
@@ -95,4 +96,4 @@ def test_a_node_looks_for_itself_and_one_that_is_gone_is_only_warned_of(tmp_path
 
 def test_a_work_folder_in_an_object_store_is_refused_with_the_remedy():
     with pytest.raises(UserError, match=r"work=s3://bucket/work: .*cache\.uri"):
-        work_folder(load_config(None, ["work=s3://bucket/work"]))
+        work_folder(load_config(DistillJobConfig, None, ["work=s3://bucket/work"]))

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.job import export_student
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError
@@ -180,7 +181,7 @@ def exported(tmp_path):
     """Export the student of overrides with its BatchNorm statistics moved; gives its encoder and folder."""
 
     def export(*overrides):
-        config = load_config(None, ["student.input_size=32", *overrides])
+        config = load_config(DistillJobConfig, None, ["student.input_size=32", *overrides])
         student = build_student(config)
         student.train()(_pixels(4))
         encoder = student.encoder.eval()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.job import export_student
 from pipeline.distill.task import build_student
 from teachers.base import TeacherError, WeightsNotFoundError
@@ -16,7 +17,7 @@ from teachers.registry import create_teacher
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Folder of an exported student, and its encoder."""
-    config = load_config(None, ["student.name=timm/test_resnet", "student.input_size=64"])
+    config = load_config(DistillJobConfig, None, ["student.name=timm/test_resnet", "student.input_size=64"])
     folder = tmp_path_factory.mktemp("student")
     encoder = build_student(config).encoder
     export_student(encoder, config, folder)
@@ -44,7 +45,7 @@ def test_size_and_pooling_may_be_chosen_and_other_weights_are_another_teacher(ex
     folder, _ = exported
     larger = create_teacher("pipeline.student.teacher:student", weights=str(folder), input_size=128, pool=2)
     assert (larger.spec.input_size, larger.spec.grid) == ((128, 128), (4, 4))
-    config = load_config(None, ["student.name=timm/test_resnet", "student.input_size=64", "seed=1"])
+    config = load_config(DistillJobConfig, None, ["student.name=timm/test_resnet", "student.input_size=64", "seed=1"])
     export_student(build_student(config).encoder, config, tmp_path)
     specs = [make_teacher(TeacherConfig(model="student", weights=str(place))).spec for place in (folder, tmp_path)]
     assert specs[0].weights != specs[1].weights

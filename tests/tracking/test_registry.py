@@ -10,8 +10,10 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from pipeline.cache.config import PrecomputeJobConfig
+from pipeline.config.jobs import job_root
 from pipeline.config.load import load_config
-from pipeline.runs.descriptions import run_note, run_title
+from pipeline.distill.config import DistillJobConfig
 from pipeline.runs.folder import RunState
 from pipeline.runs.session import Job
 from pipeline.tracking.models import download_model, log_model_folder, source_run_id
@@ -104,7 +106,7 @@ def test_the_best_is_marked_anew_where_its_alias_was_deleted(job, another):
 def test_generated_scenes_of_every_seed_are_one_held_out_set(job, another):
     run, client, registration = job
     for seed, score, expected in ((0, 70.0, "1"), (1, 60.0, "1"), (2, 80.0, "3")):
-        config = load_config(None, [f"name={registration.name}", f"seed={seed}"])
+        config = load_config(DistillJobConfig, None, [f"name={registration.name}", f"seed={seed}"])
         started = Job(config, "distill", RunState(Path(), {}), run, run.uri)
         registered = started.register(
             "student", another(), metric="knn_after", score=score, held_out=f"scenes-{seed}", lineage={}
@@ -166,22 +168,29 @@ def test_runs_and_experiments_describe_themselves(job):
     assert model_link("models:/photos-classify/3") == "#/models/photos-classify/versions/3"
 
 
-def test_the_name_of_a_run_says_what_it_is_about():
-    config = load_config(None, ["name=photos", "teachers=[hog, timm/resnet18]", "student.name=regla_m", "seed=3"])
-    assert run_title(config, "distill") == "photos-distill regla_m from hog+resnet18 seed3"
-    assert run_title(config, "precompute") == "photos-precompute hog+resnet18 seed3"
-    assert run_title(config, "finetune") == "photos-finetune classify regla_m from scratch seed3"
-    config = load_config(
-        None, ["evaluate.student=work/runs/a/student", "evaluate.model=work/runs/a/model", "name=photos"]
-    )
-    assert run_title(config, "knn") == "photos-knn work/runs/a/student seed0"
-    assert run_title(config, "evaluate-detect") == "photos-evaluate-detect work/runs/a/model seed0"
-    on = load_config(None, ["student.weights=models:/a/1"])
-    assert "The student starts from the weights `models:/a/1`." in run_note(on, "distill")
-    assert not any("weights `models" in line for line in run_note(on, "precompute"))
-    note = "\n\n".join(run_note(load_config(None, ["data.train=photos/train", "teachers=[hog]"]), "distill"))
+def test_the_title_of_a_run_says_what_it_is_about():
+    fields = ["name=photos", "teachers=[hog, timm/resnet18]", "student.name=regla_m", "seed=3"]
+    fields += ["evaluate.student=work/runs/a/student", "evaluate.model=work/runs/a/model"]
+    titles = {
+        "distill": "photos-distill regla_m from hog+resnet18 seed3",
+        "precompute": "photos-precompute hog+resnet18 seed3",
+        "finetune": "photos-finetune classify regla_m from scratch seed3",
+        "knn": "photos-knn work/runs/a/student seed3",
+        "evaluate-detect": "photos-evaluate-detect work/runs/a/model seed3",
+    }
+    for job, title in titles.items():
+        assert load_config(DistillJobConfig, job_root(job), None, fields).title(job) == title
+
+
+def test_the_note_of_a_run_says_what_it_is_made_from():
+    sentence = "The student starts from the weights `models:/a/1`."
+    assert sentence in load_config(DistillJobConfig, None, ["student.weights=models:/a/1"]).note("distill")
+    assert sentence not in load_config(PrecomputeJobConfig, None, ["student.weights=models:/a/1"]).note("precompute")
+    config = load_config(DistillJobConfig, None, ["data.train=photos/train", "teachers=[hog]"])
+    note = "\n\n".join(config.note("distill"))
     assert "Images: `photos/train`, held out: `none`." in note
     assert "| hog | pretrained | 1.0 |" in note
+    assert "Training: 30 epochs of batches of 256 at 256 px, seed 0." in note
 
 
 def test_a_version_is_found_in_its_own_store_whatever_store_the_process_was_told_of(job, tmp_path, monkeypatch):

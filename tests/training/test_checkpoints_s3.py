@@ -7,6 +7,7 @@ import torch
 from pyarrow import fs
 
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from pipeline.training.checkpoint import (
     STATE_FILE,
@@ -59,7 +60,7 @@ def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
 def test_checkpoints_lie_beside_the_run_unless_told_otherwise(tmp_path):
     run = tmp_path / "run"
     assert checkpoint_folder(TrainConfig(), run, "train/phase-1") == f"{run}/train/phase-1"
-    elsewhere = load_config(None, [f"train.checkpoints={tmp_path}/elsewhere"]).train
+    elsewhere = load_config(DistillJobConfig, None, [f"train.checkpoints={tmp_path}/elsewhere"]).train
     assert checkpoint_folder(elsewhere, run, "train") == f"{tmp_path}/elsewhere/run/train"
     with pytest.raises(UserError, match=r"train\.checkpoints: credentials in an address are refused"):
         checkpoint_folder(TrainConfig(checkpoints="s3://me:secret@models"), run, "train")

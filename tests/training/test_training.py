@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline.cache.read.reader import Batch
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.downstream.detect.task import ObjectsBatch
 from pipeline.errors import UserError
 from pipeline.training.checkpoint import STATE_FILE, best_copy_path, delete_previous_best, load_state
@@ -826,7 +827,7 @@ def test_a_run_keeps_the_shares_that_it_started_with(tmp_path):
     assert _shares(_config(batch_size=12, workers=(1, 4)), folder) == 4
     assert _shares(_config(batch_size=12, workers=2), folder) == 4
     with pytest.raises(UserError, match=r"train.batch_size=12 cannot be shared equally by 5 workers; 10 or 15 can"):
-        load_config(None, ["train.batch_size=12", "train.workers=[1, 5]"])
+        load_config(DistillJobConfig, None, ["train.batch_size=12", "train.workers=[1, 5]"])
 
 
 def test_divergence_leaves_keys_and_states_in_a_file_that_the_error_names(whole):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.ingest import Ingest, check_quarantine
 from pipeline.cache.fill.placement import starved
 from pipeline.cache.fill.ray_pipeline import extract_shards, gpus, ingest_shards
@@ -26,7 +27,6 @@ from pipeline.cache.layout.keys import teacher_id, teacher_identity
 from pipeline.cache.layout.phi_s import PhiS, dump_phi_s
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.layout.stats import dump_moments, merge_all
-from pipeline.config.load import Config
 from pipeline.errors import UserError, naming
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.runtime.metrics import export
@@ -96,29 +96,41 @@ class BuildReport:
     quarantined: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
 
-def plan_cache(
-    config: Config, store: Store, teachers: bool = True, snapshot: RecordSnapshot | None = None
-) -> CachePlan:
+def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapshot | None = None) -> CachePlan:
     """Index the sources and name every folder that the job needs.
 
     Args:
-        teachers: whether the teachers are needed, or only the images.
         snapshot: shared with the job's other plans; None: a new one.
 
     Raises:
         UserError, TeacherError: if a source, a teacher or the cache does not match the configuration.
     """
-    snapshot = snapshot or RecordSnapshot()
-    cached = tuple(_cached_teacher(config, index) for index in range(len(config.teachers))) if teachers else ()
+    cached = tuple(_cached_teacher(config, index) for index in range(len(config.teachers)))
     ids = [teacher.id for teacher in cached]
     for twin in {name for name in ids if ids.count(name) > 1}:
         raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; list each teacher once")
-    locations = {"train": config.data.train, "val": config.data.held_out}
-    splits = tuple(_plan_split(config, store, split, where, snapshot) for split, where in locations.items() if where)
-    return CachePlan(store, splits, cached)
+    policy = ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed)
+    return CachePlan(store, plan_splits(config, store, policy, snapshot), cached)
 
 
-def _cached_teacher(config: Config, index: int) -> CachedTeacher:
+def plan_splits(
+    config: CacheJobConfig, store: Store, policy: ViewPolicy = WHOLE, snapshot: RecordSnapshot | None = None
+) -> tuple[SplitPlan, ...]:
+    """Index the sources.
+
+    Args:
+        policy: the views of the training images; held-out images are always whole.
+        snapshot: as of :func:`plan_cache`.
+
+    Raises:
+        UserError: if a source or the cache does not match the configuration.
+    """
+    snapshot = snapshot or RecordSnapshot()
+    splits = {"train": (config.data.train, policy), "val": (config.data.held_out, WHOLE)}
+    return tuple(_plan_split(config, store, split, at, views, snapshot) for split, (at, views) in splits.items() if at)
+
+
+def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
     teacher, cache = config.teachers[index], config.cache
     field, name = (f"teachers.{index}.codec", teacher.codec) if teacher.codec else ("cache.codec", cache.codec)
     with naming(field):
@@ -129,7 +141,9 @@ def _cached_teacher(config: Config, index: int) -> CachedTeacher:
     return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision), name, cache.precision)
 
 
-def _plan_split(config: Config, store: Store, split: str, location: str, snapshot: RecordSnapshot) -> SplitPlan:
+def _plan_split(
+    config: CacheJobConfig, store: Store, split: str, location: str, policy: ViewPolicy, snapshot: RecordSnapshot
+) -> SplitPlan:
     data = config.data
     with naming(f"data.{split}"):
         source = open_source(
@@ -140,14 +154,11 @@ def _plan_split(config: Config, store: Store, split: str, location: str, snapsho
             samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
         )
     name = f"{data.name}-{split}" if data.name else source.name
-    policy = (
-        ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed) if split == "train" else WHOLE
-    )
     dataset, index = plan_dataset(store, source, name, config.cache.shard_size, policy, snapshot)
     return SplitPlan(split, source, index, dataset)
 
 
-def build_cache(plan: CachePlan, config: Config) -> tuple[CachePlan, BuildReport]:
+def build_cache(plan: CachePlan, config: CacheJobConfig) -> tuple[CachePlan, BuildReport]:
     """Compute and commit what is missing.
 
     Returns:

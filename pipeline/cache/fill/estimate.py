@@ -11,12 +11,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import CachePlan, SplitPlan
 from pipeline.cache.fill.extract import out_of_memory
 from pipeline.cache.fill.ray_pipeline import gpus
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
 from pipeline.cache.layout.keys import teacher_id
-from pipeline.config.load import Config
 from pipeline.errors import UserError, naming
 from pipeline.runtime.logs import only_errors
 from teachers.base import Teacher, TeacherError, WeightsNotFoundError
@@ -87,7 +87,7 @@ class TeacherEstimate:
     gpu_hours: float | None
 
 
-def estimate_cache(plan: CachePlan, config: Config, ask: Ask | None = None) -> list[TeacherEstimate]:
+def estimate_cache(plan: CachePlan, config: CacheJobConfig, ask: Ask | None = None) -> list[TeacherEstimate]:
     """Probe every teacher and estimate what it will take.
 
     Args:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 
+from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import BuildReport, CachePlan, build_cache
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_fidelity
-from pipeline.config.load import Config
 from pipeline.tracking.run import Run
 
 log = logging.getLogger(__name__)
 
 
-def precompute(config: Config, plan: CachePlan, run: Run) -> tuple[CachePlan, BuildReport]:
+def precompute(config: CacheJobConfig, plan: CachePlan, run: Run) -> tuple[CachePlan, BuildReport]:
     """Compute what is missing and log it to `run`.
 
     A start that finds everything there leaves what an earlier one of the run has logged of its work.

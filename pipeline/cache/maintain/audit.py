@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.fill.ray_pipeline import run_in_actors
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
@@ -22,7 +23,6 @@ from pipeline.cache.maintain.checks import (
     finding,
 )
 from pipeline.cache.maintain.verify import Verify
-from pipeline.config.load import Config
 from pipeline.errors import UserError
 from pipeline.runtime.progress import Progress
 from teachers.base import WeightsNotFoundError
@@ -50,7 +50,7 @@ class Verification:
     unable: set[str] = field(default_factory=set)
 
 
-def verify_cache(plan: CachePlan, config: Config, only: set[tuple[str, int]] | None = None) -> Verification:
+def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, int]] | None = None) -> Verification:
     """Check every file of the plan's datasets and teachers, and compute a sample of rows again.
 
     Args:

@@ -6,18 +6,18 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, freeze_stats, ingest_missing
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset, discard_stats, write_index
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.maintain.audit import Verification, verify_cache
 from pipeline.cache.maintain.checks import BrokenError, Finding, check_statistics
-from pipeline.config.load import Config
 
 log = logging.getLogger(__name__)
 
 
-def repair_cache(plan: CachePlan, config: Config, found: Verification) -> Verification:
+def repair_cache(plan: CachePlan, config: CacheJobConfig, found: Verification) -> Verification:
     """Bring back what is broken, and verify the shards concerned.
 
     A teacher that cannot be computed here (`Verification.unable`) keeps what it has, broken as it is.

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.config.load import Config
 from pipeline.downstream.backbone import check_takes
+from pipeline.downstream.classify.config import ClassifyConfig
 from pipeline.downstream.classify.task import LabelledBatch
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.saved import SavedModel, find_model, load_model
 from pipeline.errors import UserError
 from pipeline.sources.base import odd_class
@@ -40,14 +41,13 @@ class SoftTargets:
         return batch._replace(images=images, targets=torch.lerp(batch.targets.to(device), told, self.share))
 
 
-def find_soft_teacher(config: Config, classes: Sequence[str], tracking_uri: str) -> SavedModel | None:
+def find_soft_teacher(config: FinetuneJobConfig, classes: Sequence[str], tracking_uri: str) -> SavedModel | None:
     """The classifier that `classify.teacher` names, which must know the same classes; None where none is asked for.
 
     Raises:
         UserError: where it is no fine-tuned classifier, has other classes, or does not take images of `student.input_size`.
     """
-    name = config.classify.teacher
-    if name is None or config.finetune.task != "classify":
+    if config.finetune.task != "classify" or (name := config.section(ClassifyConfig).teacher) is None:
         return None
     saved = find_model(name, tracking_uri)
     if saved is None or saved.kind.name != "classify":

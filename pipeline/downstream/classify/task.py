@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchvision.transforms import v2
 
-from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
+from pipeline.downstream.classify.config import ClassifyConfig
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.images import LabelledImages, open_labelled
 from pipeline.downstream.pictures import caption
 from pipeline.downstream.sampling import Draw, prepare, seeded
@@ -58,24 +59,24 @@ class Classification(Downstream):
 
     name, headline = "classify", "top1"
 
-    def open(self, config: Config, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
+    def open(self, config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
         """Labelled images of a split."""
         if split == "train":
             _refuse_odd(config, config.train.batch_size // max(1, config.train.most_workers))
         return open_labelled(config, split, classes)
 
-    def build(self, encoder: Encoder, classes: Sequence[str], config: Config) -> Classifier:
+    def build(self, encoder: Encoder, classes: Sequence[str], config: FinetuneJobConfig) -> Classifier:
         """Any backbone will do."""
         return Classifier(encoder, len(classes))
 
-    def settings(self, config: Config) -> Mapping[str, Mapping[str, Any]]:
+    def settings(self, config: FinetuneJobConfig) -> Mapping[str, Mapping[str, Any]]:
         """How images are brought to the size that it was trained at."""
         return {
             "student": {"input_size": config.student.input_size},
-            "classify": {"crop_share": config.classify.crop_share},
+            "classify": {"crop_share": config.section(ClassifyConfig).crop_share},
         }
 
-    def batch(self, examples: LabelledImages, config: Config, draws: Sequence[Draw]) -> LabelledBatch:
+    def batch(self, examples: LabelledImages, config: FinetuneJobConfig, draws: Sequence[Draw]) -> LabelledBatch:
         """Each image is augmented by its own seed; mixing is seeded by the first one."""
         _refuse_odd(config, len(draws))
         rows = [draw.row for draw in draws]
@@ -85,7 +86,7 @@ class Classification(Downstream):
             with seeded(config.seed, draw.number):
                 pixels.append(augment(image))
         labels, classes = torch.from_numpy(examples.labels[rows]), len(examples.classes)
-        images, settings = torch.stack(pixels), config.classify
+        images, settings = torch.stack(pixels), config.section(ClassifyConfig)
         if settings.mixup or settings.cutmix:
             with seeded(config.seed, draws[0].number, 1):
                 mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes)
@@ -100,7 +101,7 @@ class Classification(Downstream):
         return F.cross_entropy(logits.float(), batch.targets.to(device, non_blocking=True)), {}
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, examples: LabelledImages, config: Config, worker: Worker) -> Report:
+    def evaluate(self, model: nn.Module, examples: LabelledImages, config: FinetuneJobConfig, worker: Worker) -> Report:
         """Top-1, top-5 and mean class accuracy in percent on centre crops."""
         device, count = device_of(model), len(examples.classes)
         confusion = MulticlassConfusionMatrix(count, validate_args=False).to(device)
@@ -117,15 +118,15 @@ class Classification(Downstream):
         return Report(metrics, table, matrix, pictures)
 
 
-def _refuse_odd(config: Config, images: int) -> None:
+def _refuse_odd(config: FinetuneJobConfig, images: int) -> None:
     """Mixing needs pairs; of how many GPUs there are, only the workers know (`train.workers=0`)."""
-    if (config.classify.mixup or config.classify.cutmix) and images % 2:
+    if (config.section(ClassifyConfig).mixup or config.section(ClassifyConfig).cutmix) and images % 2:
         raise UserError(f"train.batch_size: classify.mixup and cutmix mix pairs, and {images} images a worker are odd")
 
 
-def training_transform(config: Config) -> Callable[[Any], Tensor]:
+def training_transform(config: FinetuneJobConfig) -> Callable[[Any], Tensor]:
     """timm's training augmentation, to float32 [3, S, S] in [0, 1] but where pixels were erased by noise."""
-    settings, size = config.classify, config.student.input_size
+    settings, size = config.section(ClassifyConfig), config.student.input_size
     # Erasing draws noise of the scale of normalised pixels; the model normalises by itself, hence the way back.
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     transform = create_transform(
@@ -142,17 +143,19 @@ def training_transform(config: Config) -> Callable[[Any], Tensor]:
     return v2.Compose([transform, v2.Normalize((-mean / std).tolist(), (1 / std).tolist())])
 
 
-def held_out_transform(config: Config) -> Callable[[Any], Tensor]:
+def held_out_transform(config: FinetuneJobConfig) -> Callable[[Any], Tensor]:
     """timm's resize and centre crop of a PIL image, to float32 [3, S, S] in [0, 1]."""
     size = config.student.input_size
-    share = config.classify.crop_share
+    share = config.section(ClassifyConfig).crop_share
     steps: Callable[[Any], Tensor] = create_transform(
         (3, size, size), interpolation="bicubic", crop_pct=share, mean=(0,) * 3, std=(1,) * 3
     )
     return steps
 
 
-def _held_out(examples: LabelledImages, config: Config, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+def _held_out(
+    examples: LabelledImages, config: FinetuneJobConfig, rows: Sequence[int]
+) -> Iterator[tuple[list[int], Tensor]]:
     steps = held_out_transform(config)
     chunks = [
         list(rows[first : first + config.train.batch_size]) for first in range(0, len(rows), config.train.batch_size)
@@ -184,7 +187,7 @@ def classification_metrics(
     return metrics, table
 
 
-def _pictures(model: nn.Module, examples: LabelledImages, config: Config) -> dict[str, Tensor]:
+def _pictures(model: nn.Module, examples: LabelledImages, config: FinetuneJobConfig) -> dict[str, Tensor]:
     rows = evenly(len(examples), config.finetune.pictures)
     pictures: dict[str, Tensor] = {}
     for chunk, images in _held_out(examples, config, rows):

@@ -12,9 +12,10 @@ import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
-from pipeline.config.load import Config
 from pipeline.downstream.base import Split
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.detect.coco_eval import read_annotations
+from pipeline.downstream.detect.config import DetectConfig
 from pipeline.downstream.images import check_rows, decode, open_scenes, size_on_disk
 from pipeline.errors import UserError
 from pipeline.sources.locations import absolute, below
@@ -246,7 +247,7 @@ def encoded(shape: Any, height: int, width: int) -> dict[str, Any]:
     return dict(shape)
 
 
-def open_objects(config: Config, split: Split) -> CocoImages | SceneObjects | None:
+def open_objects(config: FinetuneJobConfig, split: Split) -> CocoImages | SceneObjects | None:
     """A split for detection.
 
     Raises:
@@ -255,7 +256,7 @@ def open_objects(config: Config, split: Split) -> CocoImages | SceneObjects | No
     scenes = open_scenes(config, split)
     if scenes is not None:
         return SceneObjects(scenes)
-    settings = config.detect
+    settings = config.section(DetectConfig)
     location = config.data.train if split == "train" else config.data.held_out
     if location is None:
         return None

@@ -14,10 +14,11 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.detect.coco import CocoImages, Objects, SceneObjects, open_objects
 from pipeline.downstream.detect.coco_eval import Kind, average_precision, coco_index
+from pipeline.downstream.detect.config import DetectConfig
 from pipeline.downstream.detect.mask_rcnn import build_detector
 from pipeline.downstream.pictures import enlarge, palette, scale_of
 from pipeline.downstream.sampling import Draw, prepare, seeded
@@ -43,35 +44,40 @@ class Detection(Downstream):
 
     name, headline, least_classes = "detect", "box/AP", 1
 
-    def open(self, config: Config, split: Split, classes: Sequence[str] = ()) -> Examples | None:
+    def open(self, config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> Examples | None:
         """Images with objects."""
         return open_objects(config, split)
 
-    def build(self, encoder: Encoder, classes: Sequence[str], config: Config) -> FasterRCNN:
+    def build(self, encoder: Encoder, classes: Sequence[str], config: FinetuneJobConfig) -> FasterRCNN:
         """A hierarchical backbone is needed."""
-        return build_detector(encoder, len(classes), config.detect)
+        return build_detector(encoder, len(classes), config.section(DetectConfig))
 
-    def image_size(self, config: Config) -> tuple[int, int]:
+    def image_size(self, config: FinetuneJobConfig) -> tuple[int, int]:
         """Images of any sides, padded to multiples of 32: the smallest that is not square."""
-        side = -(-config.detect.sizes[0] // 32) * 32
+        side = -(-config.section(DetectConfig).sizes[0] // 32) * 32
         return side, side + 32
 
-    def settings(self, config: Config) -> Mapping[str, Mapping[str, Any]]:
+    def settings(self, config: FinetuneJobConfig) -> Mapping[str, Mapping[str, Any]]:
         """What decides the architecture, and the size of the images that it was made for."""
-        chosen = config.detect
+        chosen = config.section(DetectConfig)
         kept = chosen.model_dump(include={"masks", "anchor", "channels", "max_size"})
         return {"detect": {**kept, "sizes": chosen.sizes[-1:]}}
 
-    def batch(self, examples: Examples, config: Config, draws: Sequence[Draw]) -> ObjectsBatch:
+    def batch(self, examples: Examples, config: FinetuneJobConfig, draws: Sequence[Draw]) -> ObjectsBatch:
         """Images resized to a random short side and flipped, each by its own seed."""
         augment = v2.Compose(
-            [v2.RandomShortestSize(config.detect.sizes, config.detect.max_size), v2.RandomHorizontalFlip()]
+            [
+                v2.RandomShortestSize(config.section(DetectConfig).sizes, config.section(DetectConfig).max_size),
+                v2.RandomHorizontalFlip(),
+            ]
         )
         images, targets = [], []
         for draw in draws:
             image, objects = examples.read(draw.row)
             with seeded(config.seed, draw.number):
-                image, target = augment(tv_tensors.Image(image), _wrapped(objects, image, config.detect.masks))
+                image, target = augment(
+                    tv_tensors.Image(image), _wrapped(objects, image, config.section(DetectConfig).masks)
+                )
             images.append(image.as_subclass(Tensor))
             targets.append({name: value.as_subclass(Tensor) for name, value in target.items()})
         return ObjectsBatch([examples.key(draw.row) for draw in draws], images, targets)
@@ -87,11 +93,11 @@ class Detection(Downstream):
         return torch.stack([loss.float() for loss in losses.values()]).sum(), parts
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, examples: Examples, config: Config, worker: Worker) -> Report:
+    def evaluate(self, model: nn.Module, examples: Examples, config: FinetuneJobConfig, worker: Worker) -> Report:
         """Box and mask AP in [0, 1], as the COCO API prints them, on rank 0."""
         detector = cast(FasterRCNN, model)
-        detector.transform.min_size = (config.detect.sizes[-1],)
-        detector.transform.max_size = config.detect.max_size
+        detector.transform.min_size = (config.section(DetectConfig).sizes[-1],)
+        detector.transform.max_size = config.section(DetectConfig).max_size
         found: list[dict[str, Any]] = []
         rows = worker.own_rows(len(examples))
         for row, (image, _) in zip(rows, prepare(examples.read, rows, config.finetune.data_workers), strict=True):
@@ -99,7 +105,7 @@ class Detection(Downstream):
         results = worker.all_gather_objects(found)
         if worker.rank:
             return Report({})
-        masks = config.detect.masks and detector.roi_heads.has_mask()
+        masks = config.section(DetectConfig).masks and detector.roi_heads.has_mask()
         metrics, table = detection_metrics(examples, results, masks=masks)
         return Report(metrics, table, pictures=_pictures(detector, examples, config))
 
@@ -154,7 +160,7 @@ def detection_metrics(
     return metrics, table
 
 
-def _pictures(detector: FasterRCNN, examples: Examples, config: Config) -> dict[str, Tensor]:
+def _pictures(detector: FasterRCNN, examples: Examples, config: FinetuneJobConfig) -> dict[str, Tensor]:
     """Ground truth beside the detections that score at least `SHOWN`."""
     pictures: dict[str, Tensor] = {}
     for row in evenly(len(examples), config.finetune.pictures):

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.load import Config
 from pipeline.downstream.base import Split
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.images import check_rows, decode, image_files, open_scenes, size_on_disk
+from pipeline.downstream.segment.config import SegmentConfig
 from pipeline.errors import UserError
 from pipeline.imaging.decode import read_label_map
 from pipeline.sources.label_maps import UNLABELLED, masks_beside
@@ -125,7 +126,7 @@ class SceneMasks:
         return torch.from_numpy(scene.image).permute(2, 0, 1), torch.from_numpy(scene.semantic)
 
 
-def open_masked(config: Config, split: Split) -> MaskedImages | SceneMasks | None:
+def open_masked(config: FinetuneJobConfig, split: Split) -> MaskedImages | SceneMasks | None:
     """A split for segmentation.
 
     Raises:
@@ -134,7 +135,7 @@ def open_masked(config: Config, split: Split) -> MaskedImages | SceneMasks | Non
     scenes = open_scenes(config, split)
     if scenes is not None:
         return SceneMasks(scenes)
-    settings = config.segment
+    settings = config.section(SegmentConfig)
     location = config.data.train if split == "train" else config.data.held_out
     if location is None:
         return None

@@ -12,10 +12,11 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pipeline.config.load import Config
 from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
+from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
+from pipeline.downstream.segment.config import SegmentConfig
 from pipeline.downstream.segment.masks import IGNORE, MaskedImages, SceneMasks, open_masked
 from pipeline.downstream.segment.semantic_fpn import SemanticFPN
 from pipeline.student.model import Encoder
@@ -42,25 +43,25 @@ class Segmentation(Downstream):
 
     name, headline = "segment", "miou"
 
-    def open(self, config: Config, split: Split, classes: Sequence[str] = ()) -> Examples | None:
+    def open(self, config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> Examples | None:
         """Images with label maps."""
         return open_masked(config, split)
 
-    def build(self, encoder: Encoder, classes: Sequence[str], config: Config) -> SemanticFPN:
+    def build(self, encoder: Encoder, classes: Sequence[str], config: FinetuneJobConfig) -> SemanticFPN:
         """A hierarchical backbone is needed."""
-        return SemanticFPN(encoder, len(classes), config.segment.channels)
+        return SemanticFPN(encoder, len(classes), config.section(SegmentConfig).channels)
 
-    def image_size(self, config: Config) -> tuple[int, int]:
+    def image_size(self, config: FinetuneJobConfig) -> tuple[int, int]:
         """A training crop is square, a whole image is not."""
         side = config.student.input_size
-        return side, side if config.segment.inference == "slide" else side + 32
+        return side, side if config.section(SegmentConfig).inference == "slide" else side + 32
 
-    def settings(self, config: Config) -> Mapping[str, Mapping[str, Any]]:
+    def settings(self, config: FinetuneJobConfig) -> Mapping[str, Mapping[str, Any]]:
         """The width of the head, and how whole images are shown to it."""
-        chosen = config.segment.model_dump(include={"channels", "size", "inference"})
+        chosen = config.section(SegmentConfig).model_dump(include={"channels", "size", "inference"})
         return {"segment": chosen, "student": {"input_size": config.student.input_size}}
 
-    def batch(self, examples: Examples, config: Config, draws: Sequence[Draw]) -> MaskedBatch:
+    def batch(self, examples: Examples, config: FinetuneJobConfig, draws: Sequence[Draw]) -> MaskedBatch:
         """Crops of images that are resized, flipped and distorted at random, each by its own seed."""
         augment, crops = training_transform(config), []
         for draw in draws:
@@ -79,7 +80,7 @@ class Segmentation(Downstream):
         return total / (labels != IGNORE).sum().clamp(min=1), {}
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, examples: Examples, config: Config, worker: Worker) -> Report:
+    def evaluate(self, model: nn.Module, examples: Examples, config: FinetuneJobConfig, worker: Worker) -> Report:
         """mIoU, mAcc and aAcc in percent at the images' own sizes."""
         device = device_of(model)
         confusion = MulticlassConfusionMatrix(len(examples.classes), ignore_index=IGNORE, validate_args=False)
@@ -123,9 +124,9 @@ class _Colours(v2.RandomPhotometricDistort):
         return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
-def training_transform(config: Config) -> v2.Compose:
+def training_transform(config: FinetuneJobConfig) -> v2.Compose:
     """Of an image uint8 [3, H, W] and its mask: scale jitter, crop, flip, and changes of colour."""
-    low, high = (round(scale * config.segment.size) for scale in config.segment.scales)
+    low, high = (round(scale * config.section(SegmentConfig).size) for scale in config.section(SegmentConfig).scales)
     fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE}  # the mean colour of ImageNet
     return v2.Compose(
         [
@@ -137,14 +138,14 @@ def training_transform(config: Config) -> v2.Compose:
     )
 
 
-def predict(model: nn.Module, image: Tensor, config: Config) -> Tensor:
+def predict(model: nn.Module, image: Tensor, config: FinetuneJobConfig) -> Tensor:
     """Labels int64 [1, H, W] of an image uint8 [3, H, W], by the inference of `segment.inference`."""
     height, width = image.shape[-2:]
-    size = config.segment.size
+    size = config.section(SegmentConfig).size
     factor = min(size / min(height, width), LONGEST * size / max(height, width))
     resized = [max(1, round(side * factor)) for side in (height, width)]
     pixels = v2.functional.resize(image, resized, antialias=True)[None].float() / 255
-    sliding = config.segment.inference == "slide"
+    sliding = config.section(SegmentConfig).inference == "slide"
     logits = slide(model, pixels, config.student.input_size) if sliding else model(pixels).float()
     return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False).argmax(1)
 
@@ -198,7 +199,7 @@ def segmentation_metrics(
     return metrics, table
 
 
-def _pictures(model: nn.Module, examples: Examples, config: Config) -> dict[str, Tensor]:
+def _pictures(model: nn.Module, examples: Examples, config: FinetuneJobConfig) -> dict[str, Tensor]:
     """Image, ground truth and prediction side by side; ignored pixels are black in both."""
     pictures: dict[str, Tensor] = {}
     for row in evenly(len(examples), config.finetune.pictures):

@@ -13,6 +13,7 @@ from pipeline.cache.fill.ingest import Ingest
 from pipeline.cache.layout.dataset import create_dataset
 from pipeline.cache.read.reader import CacheReader
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, write_photos
 from tests.faults import FORK, content, fill_and_die, listed
@@ -28,7 +29,7 @@ def plan(tmp_path):
     """Two shards of ten photos and one teacher, nothing computed."""
     write_photos(tmp_path / "photos", PHOTOS)
     data = [f"data.train={tmp_path}/photos", f"work={tmp_path}/work", "cache.shard_size=10", f"teachers=[{COLOURS}]"]
-    return plan_cache(load_config(None, data), Store.at(tmp_path / "cache"))
+    return plan_cache(load_config(DistillJobConfig, None, data), Store.at(tmp_path / "cache"))
 
 
 @pytest.fixture

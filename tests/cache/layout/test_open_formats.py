@@ -22,13 +22,14 @@ CODECS = ("float16", "pca2-int8-zstd")
 def cache(request, tmp_path_factory):
     """Folder of a teacher that gives 4 x 4 x 8 patches, and its patches by sample id as this repository decodes them."""
     from pipeline.config.load import load_config
+    from pipeline.distill.config import DistillJobConfig
     from tests.fakes import write_photos
 
     root = tmp_path_factory.mktemp("open")
     write_photos(root / "photos", 150)
     teacher = "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}]"
     settings = [f"data.train={root}/photos", "cache.shard_size=100", f"cache.codec={request.param}", teacher]
-    plan = plan_cache(load_config(None, settings), Store.at(root / "cache"))
+    plan = plan_cache(load_config(DistillJobConfig, None, settings), Store.at(root / "cache"))
     fill_in_process(plan)
     dataset, teacher = plan.splits[0].dataset, plan.teachers[0]
     folder = dataset.teacher(teacher.id)

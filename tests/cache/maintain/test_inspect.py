@@ -22,6 +22,7 @@ from pipeline.cache.layout.keys import teacher_id
 from pipeline.cache.maintain.garbage import FILE_AGE_S, FOLDER_AGE_S, find_garbage, remove_garbage
 from pipeline.cache.maintain.inventory import delete_entry, find_entry, take_inventory
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, out_of_memory
@@ -180,7 +181,9 @@ def test_multiply_accumulates_of_a_teacher_are_counted_and_weights_are_not_neede
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     entry = "teachers=[{model: dinov2/vits14, input_size: 56, args: {embed_dim: 64, depth: 1, num_heads: 2}}]"
-    plan = plan_cache(load_config(None, ["data.samples.train=20", entry]), Store.at(tmp_path / "cache"))
+    plan = plan_cache(
+        load_config(DistillJobConfig, None, ["data.samples.train=20", entry]), Store.at(tmp_path / "cache")
+    )
     probe = probe_teacher(plan.teachers[0], 4)
     assert not probe.trained
     tokens, width = 16 + 1, 64

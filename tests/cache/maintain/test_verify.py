@@ -18,6 +18,7 @@ from pipeline.cache.layout.arrays import dump_arrays, load_arrays
 from pipeline.cache.maintain.audit import check_begun, verify_cache
 from pipeline.cache.maintain.repair import repair_cache
 from pipeline.config.load import load_config
+from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
 from tests.conftest import TEACHERS
@@ -47,7 +48,11 @@ def cache_of(originals, tmp_path):
 
     def give(*overrides, photos=originals / "photos"):
         data = [f"data.train={photos}/train", f"data.val={photos}/val", f"work={tmp_path}/work"]
-        config = load_config(None, [*data, "cache.shard_size=100", "cache.codec=float16", TEACHERS, *overrides])
+        config = load_config(
+            DistillJobConfig,
+            None,
+            [*data, "cache.shard_size=100", "cache.codec=float16", TEACHERS, *overrides],
+        )
         made = originals / "caches" / str(abs(hash((*overrides, photos))))
         if not made.exists():
             build_cache(plan_cache(config, Store.at(made)), config)

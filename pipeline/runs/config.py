@@ -1,0 +1,72 @@
+"""What the configurations of all jobs have in common."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.config.tree import JobRoot, operational
+from pipeline.sources.config import DataConfig
+from pipeline.tracking.config import TrackingConfig
+
+
+class JobConfig(JobRoot):
+    """The fields of every job."""
+
+    name: str = operational("distill", description="name of the run")
+    work: str | None = operational(
+        None, description="folder for cache, runs and MLflow; none: ./work, or ~/regla-distill in a submitted job"
+    )
+    outputs: str | None = operational(
+        None,
+        description="folder or s3://, gs:// address that the results of a finished run are copied to; none: they stay in `work` "
+        "and in MLflow",
+    )
+    seed: int = Field(0, ge=0, description="seed of weights, order and generated scenes")
+    tracking: TrackingConfig = operational(TrackingConfig())
+
+    def title(self, job: str) -> str:
+        """The name of a run, which tells it from its neighbours: recipe, job, subject and seed."""
+        return " ".join([f"{self.name}-{job}", *self.subject(), f"seed{self.seed}"])
+
+    def note(self, job: str) -> list[str]:
+        """Paragraphs of Markdown that describe a run: what the job does, with what, on which images."""
+        return [f"**{self.title(job)}**", *self.details()]
+
+    def subject(self) -> list[str]:
+        """What the job works on, for titles."""
+        return []
+
+    def details(self) -> list[str]:
+        """Paragraphs of a run's note, after its title."""
+        return []
+
+    def inputs(self) -> dict[str, str]:
+        """Local paths of images and weights that the job reads, by field."""
+        return {}
+
+    def name_held_out(self, identity: str) -> str:
+        """The name that accuracies on held-out images are compared under; `identity` is that of the images."""
+        return identity
+
+    def shared_folders(self) -> dict[str, str]:
+        """Folders and addresses that the job's processes share beside `work`, by field."""
+        return {}
+
+
+class ImageJobConfig(JobConfig):
+    """A job on images."""
+
+    data: DataConfig = DataConfig()
+
+    def details(self) -> list[str]:
+        """The images."""
+        return [f"Images: `{self.data.train}`, held out: `{self.data.held_out or 'none'}`."]
+
+    def inputs(self) -> dict[str, str]:
+        """Images that are not generated."""
+        locations = {"data.train": self.data.train, "data.val": self.data.held_out}
+        return {field: location for field, location in locations.items() if location not in (None, "samples")}
+
+    def name_held_out(self, identity: str) -> str:
+        """The identity; generated scenes of all seeds are one set."""
+        return "samples" if self.data.held_out == "samples" else identity
