@@ -1,7 +1,7 @@
-"""Where runs are tracked, without what must stay secret.
+"""The tracking URI, without passwords.
 
-Addresses are printed, logged and sent to workers; so a password that MLFLOW_TRACKING_URI holds is moved into the variable
-that the driver reads it from, and neither the address nor MLFLOW_TRACKING_URI holds it any longer.
+URIs are printed, logged and sent to workers. So a password in MLFLOW_TRACKING_URI is moved into the environment variable
+that MLflow or the database driver reads it from.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def resolve_uri(configured: str | None, work: Path, field: str = "tracking.uri")
     """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder.
 
     Args:
-        field: or flag that the configured one comes from.
+        field: or flag of the configured one.
 
     Raises:
-        UserError: where the configured one holds a password, since configurations are logged, or that of the environment
-            one that cannot be taken out; the message repeats none.
+        UserError: if the configured one holds a password, since configurations are logged, or if the password in
+            MLFLOW_TRACKING_URI cannot be moved; the message does not repeat it.
     """
     if configured and _has_password(configured):
         raise UserError(f"{field}: a password in an address is refused, since configurations are logged; {_REMEDY}")

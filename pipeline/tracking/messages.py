@@ -1,4 +1,4 @@
-"""How each kind of message of an buffer is told to MLflow."""
+"""How each kind of message is sent to MLflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from pipeline.tracking.write_buffer import WriteBuffer
 
 BATCH = 1000
-"""Most metrics that one `log_batch` takes."""
+"""Largest number of metrics in one `log_batch`."""
 
 Point = tuple[str, float, int, int]
 """Name, value, time in ms and step."""
@@ -22,12 +22,12 @@ Point = tuple[str, float, int, int]
 
 @dataclass(frozen=True)
 class MlflowWriter:
-    """Sends messages of one run.
+    """Sends the messages of one run.
 
     Attributes:
         client: of the tracking store.
         run_id: of the run.
-        buffer: that the messages lie in; it knows which steps were sent.
+        buffer: of the messages, which records the steps sent.
     """
 
     client: MlflowClient
@@ -35,7 +35,7 @@ class MlflowWriter:
     buffer: WriteBuffer
 
     def send(self, kind: str, content: Any) -> None:
-        """Send one; raises what the store says."""
+        """Send one message; raises the store's error."""
         _SEND[kind](self, content)
 
 
@@ -46,12 +46,12 @@ def _metrics(writer: MlflowWriter, points: Iterable[Point]) -> None:
 
 
 def _curves(writer: MlflowWriter, points: Iterable[Point]) -> None:
-    """Steps that are repeated after a crash were logged by those who died."""
-    marks = writer.buffer.sent_steps()
-    fresh = [point for point in points if point[3] > marks.get(point[0], -1)]
+    """Send the steps that are not logged yet: a run that resumes repeats those since its checkpoint."""
+    sent = writer.buffer.sent_steps()
+    fresh = [point for point in points if point[3] > sent.get(point[0], -1)]
     _metrics(writer, fresh)
     if fresh:
-        writer.buffer.set_sent_steps(marks | {name: step for name, _, _, step in fresh})
+        writer.buffer.set_sent_steps(sent | {name: step for name, _, _, step in fresh})
 
 
 def _params(writer: MlflowWriter, params: Mapping[str, str]) -> None:

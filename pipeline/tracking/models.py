@@ -23,7 +23,7 @@ from pipeline.tracking.write_buffer import retry_until_reachable
 
 STUDENT_FOLDER = "student"
 STUDENT_FILES = ("student.safetensors", "student.json")
-"""Artifacts of a run that trained a student, from which `download_student` fetches it."""
+"""Artifacts of a run that trained a student; :func:`download_student` fetches them."""
 
 
 def log_student(
@@ -35,18 +35,18 @@ def log_student(
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
 ) -> str:
-    """Log a model as a graph of torch.export (pt2): no pickle, and no code of ours is needed to load it.
+    """Log a model as a torch.export graph (pt2): without pickle, and loadable without this package.
 
     Args:
         model: in evaluation mode, on the CPU; takes one float32 tensor.
-        example: [B >= 2, ...]; the batch is dynamic, the other dimensions are as given.
-        metrics: of this model, by which models are searched and compared; named unlike the curves of the run.
+        example: [B >= 2, ...]; only the batch dimension is dynamic.
+        metrics: of the model, for searching and comparing; their names differ from the run's curves.
 
     Returns:
-        Its model URI, which `mlflow.pytorch.load_model` takes.
+        The model URI, for `mlflow.pytorch.load_model`.
 
     Raises:
-        UserError: where the server does not answer for minutes.
+        UserError: if the server does not answer for minutes.
     """
     run.flush()
     with torch.no_grad():
@@ -69,16 +69,20 @@ def log_student(
         tags=dict(tags),
     )
     logged = retry_until_reachable(run.uri, log)
-    for key, value in metrics.items():
-        retry_until_reachable(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
+    _log_model_metrics(run, logged.model_id, metrics)
     return str(logged.model_uri)
 
 
-def download_student(model_uri: str, tracking_uri: str, parent: Path | None = None) -> Path:
-    """A local folder with the exported student of the run that logged a model: safetensors and its description.
+def _log_model_metrics(run: Run, model_id: str, metrics: Mapping[str, float]) -> None:
+    for key, value in metrics.items():
+        retry_until_reachable(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=model_id))
 
-    The logged graph itself is not opened: torch evaluates expressions and looks up functions that a pt2 file names, so
-    that loading one runs what its author wrote, as a pickle does.
+
+def download_student(model_uri: str, tracking_uri: str, parent: Path | None = None) -> Path:
+    """A local folder with the exported student of the run that logged a model: student.safetensors and student.json.
+
+    The logged graph is not opened: like a pickle, a pt2 file can run its author's code, as torch evaluates expressions and
+    looks up functions that it names.
 
     Args:
         model_uri: ``models:/<model id>``, ``models:/<name>/<version>`` (or ``/latest``), ``models:/<name>@<alias>``,
@@ -86,7 +90,7 @@ def download_student(model_uri: str, tracking_uri: str, parent: Path | None = No
         parent: of the folder, as in :func:`~pipeline.storage.fetch.temporary_folder`.
 
     Raises:
-        UserError: where there is no such model, or its run has no exported student.
+        UserError: if there is no such model, or its run has no exported student.
     """
     client = MlflowClient(tracking_uri)
     try:
@@ -94,11 +98,11 @@ def download_student(model_uri: str, tracking_uri: str, parent: Path | None = No
             client.download_artifacts(source_run_id(client, model_uri), STUDENT_FOLDER, str(temporary_folder(parent)))
         )
         for name in STUDENT_FILES:
-            (folder / name).stat()  # some stores give nothing for what is not there
+            (folder / name).stat()  # some stores return nothing for a missing artifact
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"{model_uri} cannot be loaded from {tracking_uri}: {one_line(error)}; models are read "
-            f"from {STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
+            f"{model_uri} cannot be loaded from {tracking_uri}: {one_line(error)}; students are read from the artifact "
+            f"{STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
         ) from error
     return folder
 
@@ -107,9 +111,9 @@ def source_run_id(client: MlflowClient, model_uri: str) -> str:
     """The run that logged a model.
 
     Raises:
-        MlflowException: where there is no such model.
+        MlflowException: if there is no such model.
     """
-    scheme, head, _ = _taken_apart(model_uri)
+    scheme, head, _ = _split_uri(model_uri)
     if scheme == "runs" and head:
         return head
     if scheme != "models" or not head:
@@ -118,16 +122,16 @@ def source_run_id(client: MlflowClient, model_uri: str) -> str:
     return str(version.run_id if version else client.get_logged_model(head).source_run_id)
 
 
-def _taken_apart(model_uri: str) -> tuple[str, str, str]:
-    """Scheme, first part and the rest of a URI."""
+def _split_uri(model_uri: str) -> tuple[str, str, str]:
+    """Scheme, first part and rest of a URI."""
     scheme, _, rest = model_uri.partition(":/")
     head, _, tail = rest.strip("/").partition("/")
     return scheme, head, tail
 
 
 def _version(client: MlflowClient, model_uri: str) -> ModelVersion | None:
-    """What a URI with a version or an alias names in the registry; None for any other URI."""
-    scheme, head, tail = _taken_apart(model_uri)
+    """The registered version that a URI with a version or alias names; None for any other URI."""
+    scheme, head, tail = _split_uri(model_uri)
     name, _, alias = head.partition("@")
     alias = alias or ("latest" if tail == "latest" else "")
     if scheme != "models" or not (tail or alias):
@@ -138,24 +142,23 @@ def _version(client: MlflowClient, model_uri: str) -> ModelVersion | None:
 def log_model_folder(
     run: Run, folder: Path, *, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]
 ) -> str:
-    """Log the files of a model that torch.export has no form for; :func:`download_model` gives them back.
+    """Log the files of a model that torch.export does not support; :func:`download_model` fetches them.
 
     Args:
-        metrics: of this model, by which models are searched and compared.
+        metrics: of the model, for searching and comparing.
 
     Returns:
-        Its model URI.
+        The model URI.
 
     Raises:
-        UserError: where the server does not answer for minutes.
+        UserError: if the server does not answer for minutes.
     """
     run.flush()
     create = partial(run.client.create_logged_model, run.experiment_id, name, run.run_id, dict(tags))
     logged = retry_until_reachable(run.uri, create)
     retry_until_reachable(run.uri, partial(run.client.log_model_artifacts, logged.model_id, str(folder)))
     retry_until_reachable(run.uri, partial(run.client.finalize_logged_model, logged.model_id, "READY"))
-    for key, value in metrics.items():
-        retry_until_reachable(run.uri, partial(run.client.log_metric, run.run_id, key, value, model_id=logged.model_id))
+    _log_model_metrics(run, logged.model_id, metrics)
     return f"models:/{logged.model_id}"
 
 
@@ -163,18 +166,18 @@ def download_model(model_uri: str, tracking_uri: str) -> Path:
     """A local folder with the files of a logged model.
 
     Raises:
-        UserError: where there is no such model.
+        UserError: if there is no such model.
     """
     try:
-        place = _place(MlflowClient(tracking_uri), model_uri)
-        return Path(mlflow.artifacts.download_artifacts(place, tracking_uri=tracking_uri))
+        location = _location(MlflowClient(tracking_uri), model_uri)
+        return Path(mlflow.artifacts.download_artifacts(location, tracking_uri=tracking_uri))
     except (MlflowException, OSError) as error:
         raise UserError(f"{model_uri} cannot be loaded from {tracking_uri}: {one_line(error)}") from error
 
 
-def _place(client: MlflowClient, model_uri: str) -> str:
-    """Where a model's files lie: MLflow itself looks models up in the store that the process was told of last."""
+def _location(client: MlflowClient, model_uri: str) -> str:
+    """Where a model's files lie; MLflow's own lookup ignores the client's store and uses a global one."""
     version = _version(client, model_uri)
     source = str(version.source) if version else model_uri
-    scheme, logged, tail = _taken_apart(source)
+    scheme, logged, tail = _split_uri(source)
     return str(client.get_logged_model(logged).artifact_location) if scheme == "models" and not tail else source

@@ -1,4 +1,4 @@
-"""What an experiment holds: its runs, and the curves of a run."""
+"""Reads an experiment: its runs and their curves."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from pipeline.errors import UserError, one_line
 from pipeline.tracking.run import connecting
 
 PAGE = 1000
-"""Runs that one search gives."""
+"""Largest number of runs of one search."""
 IN_CONTEXT = "mlflow.data.context"
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """A run as it is in the store.
+    """A run in the store.
 
     Attributes:
         run_id, name: as MLflow has them.
-        parent: id of the run that this one is nested in, or None.
+        parent: id of the parent run, or None.
         status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
         started: milliseconds since 1970.
-        params, tags, metrics: as logged; of a metric its latest value.
-        data: location and content-addressed name of the images by what they were for (``train``, ``val``).
+        params, tags, metrics: as logged; the latest value of each metric.
+        data: (location, content-addressed name) of the images by context (``train``, ``val``).
     """
 
     run_id: str
@@ -54,7 +54,7 @@ class Experiment:
         uri: of the store.
         experiment_id, name: as MLflow has them.
         runs: all that are not deleted, oldest first.
-        chosen: ids of those that the filter lets through.
+        chosen: ids of those that match the filter.
     """
 
     uri: str
@@ -68,11 +68,11 @@ class Experiment:
         return {point.step: point.value for point in MlflowClient(self.uri).get_metric_history(run_id, metric)}
 
     def link(self, run_id: str) -> str | None:
-        """Address of a run in MLflow's own pages, where the store has any."""
+        """URL of a run in MLflow's interface; None for a store without one."""
         scheme, host, path, *_ = urlsplit(self.uri)
         if scheme not in ("http", "https"):
             return None
-        host = host.rpartition("@")[2]  # no password in a page that is passed on
+        host = host.rpartition("@")[2]  # without a password
         return f"{scheme}://{host}{path.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
 
@@ -83,7 +83,7 @@ def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
         only: a filter in MLflow's syntax, ``tags.job = 'distill' and params.student.name LIKE 'regla%'``.
 
     Raises:
-        UserError: where the store cannot be reached, has no such experiment, or does not understand the filter.
+        UserError: if the store cannot be reached, has no such experiment, or cannot parse the filter.
     """
     _refuse_missing_file(uri)
     with connecting(uri, "--tracking-uri"):
@@ -105,7 +105,7 @@ def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
 
 
 def _refuse_missing_file(uri: str) -> None:
-    """MLflow would make an empty store where there is none."""
+    """Refuse a SQLite file that does not exist: MLflow would create an empty store."""
     file = uri.partition("?")[0].removeprefix("sqlite:///")
     if file != uri.partition("?")[0] and not Path(file).is_file():
         raise UserError(f"--tracking-uri: there is no MLflow store at {uri}; name the one that the runs are in")
@@ -137,4 +137,4 @@ def _location(dataset: Any) -> tuple[str, str]:
     try:
         return str(json.loads(dataset.source)["location"]), dataset.name
     except (ValueError, KeyError, TypeError):
-        return "", dataset.name  # logged by something else
+        return "", dataset.name  # logged by another program

@@ -1,7 +1,7 @@
-"""What people find in MLflow: models in its registry, with the best one marked, and descriptions of runs.
+"""Models in MLflow's registry, the best one marked, and descriptions of runs.
 
-The newest version of a registered model is `models:/<name>/latest`, which MLflow keeps by itself; `models:/<name>@best` is
-set here. In the interface: Model training, the experiment, and the link at the head of its description.
+MLflow itself keeps `models:/<name>/latest` for the newest version; `models:/<name>@best` is set here. The interface links
+to the best version at the top of the experiment's description.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Registration:
-    """A model that is to be registered.
+    """A model to register.
 
     Attributes:
-        name: of the registered model; it may hold neither a slash nor a colon.
+        name: of the registered model, without slash or colon.
         model_uri: of the logged model.
-        metric: by which versions are compared, higher being better.
-        score: its value; None where nothing was measured, and the version is never the best.
-        held_out: identity of the images that it was measured on: others say nothing about these scores.
-        lineage: where it comes from, by tag: teachers, licences, cache, manifests.
+        metric: for comparing versions; higher is better.
+        score: value of the metric; None: not measured, and the version is never the best.
+        held_out: identity of the images that the score was measured on; scores on other images are not comparable.
+        lineage: the model's origin, by tag: teachers, licences, cache, manifests.
     """
 
     name: str
@@ -45,16 +45,16 @@ class Registration:
 
 
 def register(run: Run, registration: Registration) -> str | None:
-    """Register a model as the next version, and mark the best of those that were measured alike.
+    """Register a model as the next version, and mark the best among versions with the same metric and images.
 
-    A run that has registered its model, and is started again, keeps that version. A store without a registry, or one
-    that fails, does not stop what has been trained: the log says so.
+    A run that is started again keeps the version that it has registered. A store that fails, or has no registry, causes a
+    warning.
 
     Args:
-        run: of the job, which the version's description links to.
+        run: of the job; the version's description links to it.
 
     Returns:
-        ``models:/<name>/<version>``, or None where it could not be registered.
+        ``models:/<name>/<version>``, or None if it could not be registered.
     """
     try:
         version = _create(run, registration)
@@ -99,9 +99,9 @@ def _create(run: Run, registration: Registration) -> ModelVersion:
 
 
 def _mark_best(client: MlflowClient, registration: Registration, registered: str) -> None:
-    """Among versions with the same metric on the same images, the alias goes to the best, the earlier one of equals.
+    """Set the alias to the best version with the same metric and images, the earliest of equals.
 
-    Where it is at a version that was measured otherwise, it stays there.
+    An alias of a version with another metric or images stays there.
     """
     if registration.score is None:
         return
@@ -109,7 +109,7 @@ def _mark_best(client: MlflowClient, registration: Registration, registered: str
     marked = client.get_registered_model(registration.name).aliases.get(BEST)
     if marked is not None and _measured(client.get_model_version(registration.name, str(marked))) != measured:
         log.warning(
-            "%s was measured on other images (%s) than the best one, version %s, which keeps the alias `%s` until it is "
+            "%s was measured on other images (%s) than the best version, %s, which keeps the alias `%s` until it is "
             "deleted",
             registered,
             registration.held_out,
@@ -127,12 +127,12 @@ def _mark_best(client: MlflowClient, registration: Registration, registered: str
 
 
 def _measured(version: ModelVersion) -> tuple[str | None, str | None]:
-    """The metric of a version, and the images that it was measured on."""
+    """Metric and held-out images of a version's score."""
     return version.tags.get("metric"), version.tags.get("held_out")
 
 
 def _show_best(run: Run) -> None:
-    """Let the description of the run's experiment begin with the best version of each of its models."""
+    """Put the best version of each model at the top of the experiment's description."""
     names = {version.name for version in run.client.search_model_versions(f"tags.{EXPERIMENT} = '{run.experiment_id}'")}
     found = [run.client.get_registered_model(name) for name in sorted(names)]
     best = [run.client.get_model_version(model.name, model.aliases[BEST]) for model in found if BEST in model.aliases]
@@ -150,7 +150,7 @@ def _show_best(run: Run) -> None:
 
 _BEST = "Best: "
 _MODEL_NOTE = """Newest: `models:/{name}/latest`. Best by `{metric}`: `models:/{name}@best`, among versions measured on the
-same held-out images (tag `held_out`) as the first one that was marked."""
+same held-out images (tag `held_out`) as the first marked version."""
 
 
 def _version_note(run: Run, registration: Registration) -> str:
@@ -166,6 +166,6 @@ def describe(run: Run, lines: Sequence[str]) -> None:
 
 
 def model_link(registered: str) -> str:
-    """Where the interface shows ``models:/<name>/<version>``, from any of its pages."""
+    """Link to ``models:/<name>/<version>`` that works on every page of the interface."""
     name, _, version = registered.removeprefix("models:/").rpartition("/")
     return f"#/models/{name}/versions/{version}"

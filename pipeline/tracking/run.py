@@ -1,4 +1,4 @@
-"""A run: its metrics, parameters, artifacts and data."""
+"""A run in MLflow: its metrics, parameters, artifacts and data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlflow
 import yaml
@@ -36,10 +36,10 @@ from pipeline.tracking.write_buffer import (
 )
 
 PARAM_LENGTH = 6000
-"""Longest value of a parameter; the whole configuration is an artifact anyway."""
+"""Longest value of a parameter; the artifact `config.yaml` holds values in full."""
 
 NOTE = "mlflow.note.content"
-"""Tag of what the interface shows as the description, in Markdown."""
+"""Tag that the interface shows as the description, in Markdown."""
 
 for _logger in ("mlflow", "alembic"):
     logging.getLogger(_logger).setLevel(logging.ERROR)  # after the import, which sets the level
@@ -47,16 +47,18 @@ for _logger in ("mlflow", "alembic"):
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """One MLflow run. Picklable: what Ray Train's controller logs is sent by the process that opened the run.
+    """One MLflow run.
 
-    What is logged is put into the buffer and sent from there; none of these methods fails for a server that is down.
+    Logging appends to a buffer, so that no method that logs fails while the server is down. Only the process that opened the
+    run sends the buffer, in a thread that the first call starts and :meth:`finish` ends. Pickled copies, such as the one in
+    Ray Train's controller, only append and have no `uri`.
 
     Attributes:
-        uri: of the tracking store; "" in a process that the run travelled to, so that no address travels.
-        experiment_id, run_id: as MLflow names them.
-        buffer: what is still to be sent.
+        uri: of the tracking store; "" in copies.
+        experiment_id, run_id: in MLflow.
+        buffer: of messages that are not sent yet.
     """
 
     uri: str
@@ -64,35 +66,39 @@ class Run:
     run_id: str
     buffer: WriteBuffer
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"uri": "", "experiment_id": self.experiment_id, "run_id": self.run_id, "buffer": self.buffer}
+    def __post_init__(self) -> None:
+        self._running: Sender | None = None
+
+    def __reduce__(self) -> tuple[type[Run], tuple[str, str, str, WriteBuffer]]:
+        return Run, ("", self.experiment_id, self.run_id, self.buffer)
 
     @cached_property
     def client(self) -> MlflowClient:
         """The client of the process that opened the run."""
         return MlflowClient(self.uri)
 
-    @cached_property
+    @property
     def _sender(self) -> Sender:
-        return Sender(self.buffer, MlflowWriter(self.client, self.run_id, self.buffer).send, self.uri)
+        if self._running is None:
+            write = MlflowWriter(self.client, self.run_id, self.buffer).send
+            self._running = Sender(self.buffer, write, self.uri)
+        return self._running
 
     def child(self, name: str, run_id: str | None = None) -> Run:
-        """A nested run; the one of `run_id` is continued if it is still there.
+        """A nested run: a new one, or run `run_id` if it still exists.
 
         Raises:
-            UserError: where the server does not answer for minutes.
+            UserError: if the server does not answer for minutes.
         """
-        note = f"Part of [the job]({run_link(self)}), which says what it is."
-        tags, beside = {"mlflow.parentRunId": self.run_id, NOTE: note}, self.buffer.store.uri.rpartition("/")[0]
-        return cast(
-            Run,
-            retry_until_reachable(
-                self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, Store(beside))
-            ),
+        note = f"Part of [the job]({run_link(self)}), which describes it."
+        tags, buffers = {"mlflow.parentRunId": self.run_id, NOTE: note}, Store(self.buffer.store.uri.rpartition("/")[0])
+        opened: Run = retry_until_reachable(
+            self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers)
         )
+        return opened
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log parameters; values that are too long are cut, and a value that changed is left as it was first logged."""
+        """Log parameters: long values are cut, and a parameter that is logged already keeps its value."""
         self._post("params", {key: str(value)[:PARAM_LENGTH] for key, value in params.items()})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -100,18 +106,18 @@ class Run:
         self._post("tags", {key: str(value)[:PARAM_LENGTH] for key, value in tags.items()})
 
     def set_student_run(self, run_id: str | None) -> None:
-        """Name the run that trained the student which this one judges or goes on with, where known."""
+        """Tag this run with the one that trained its student, if that is known."""
         if run_id:
             self.set_tags({"student_run": run_id})
 
     def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Log curves: metrics by step, of which none is logged twice. Values that are not finite are left out."""
+        """Log curves, (step, metrics): steps that are logged already and values that are not finite are left out."""
         history = list(history)
         export_training(history)
         self._post("curves", _points(history))
 
     def log_metric_dict(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics of one step; of several values the last one counts."""
+        """Log metrics of one step; MLflow shows the last value logged."""
         self._post("metrics", _points([(step, metrics)]))
 
     def log_text(self, text: str, path: str) -> None:
@@ -119,39 +125,39 @@ class Run:
         self._post("text", [text, path])
 
     def log_dict(self, value: Mapping[str, Any], path: str) -> None:
-        """Log a JSON or YAML artifact, by the ending of `path`."""
+        """Log a JSON or YAML artifact, by the extension of `path`."""
         self._post("dict", [dict(value), path])
 
     def log_file(self, file: Path, folder: str) -> None:
-        """Log a file, as it is when it is sent, into an artifact folder."""
+        """Log a file into an artifact folder, with its content at the time of sending."""
         self._post("file", [str(file), folder])
 
     def log_reference(self, file: Path, place: str, path: str) -> None:
-        """Log where a large file lies (`file` is it, or a copy), its size and SHA-256, as the JSON artifact `path`."""
+        """Log the location, size and SHA-256 of a large file (`file` is the file or a copy) as the JSON artifact `path`."""
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         self.log_dict({"file": place, "bytes": file.stat().st_size, "sha256": digest}, path)
 
     def log_folder(self, source: Path, folder: str) -> None:
-        """Log everything in a local folder, as it is when it is sent, into an artifact folder."""
+        """Log the files of a local folder into an artifact folder, with their content at the time of sending."""
         self._post("folder", [str(source), folder])
 
     def log_dataset(self, name: str, source: str, digest: str, context: str) -> None:
-        """Log which data a run used: its content-addressed name, where it came from, and for what it was used."""
+        """Log a dataset as an input: its content-addressed name, its location, and what it was used for."""
         self._post("dataset", [name, digest[:36], source, context])
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED.
 
         Raises:
-            UserError: where a run that is FINISHED cannot be sent in minutes; what is left waits for the next start.
+            UserError: if a FINISHED run cannot be sent within minutes; the next start sends the rest.
         """
         self._post("status", [status, int(time.time() * 1000)])
         done = status == "FINISHED"
         sent = self._sender.flush(PATIENCE_S if done else None)
         problem = self._sender.problem
         self._sender.close()
-        del self.__dict__["_sender"]
+        self._running = None
         if done and not sent:
             raise unreachable_error(self.uri, problem)
         if done:
@@ -161,7 +167,7 @@ class Run:
         """Wait until everything is sent.
 
         Raises:
-            UserError: where the server does not answer for minutes.
+            UserError: if the server does not answer for minutes.
         """
         if not self._sender.flush(PATIENCE_S):
             raise unreachable_error(self.uri, self._sender.problem)
@@ -176,7 +182,7 @@ class Run:
 
 
 def _points(history: Iterable[tuple[int, Mapping[str, float]]]) -> list[Point]:
-    """Every finite value: stores refuse or alter what is not finite."""
+    """Every finite value; stores refuse or alter others."""
     now = int(time.time() * 1000)
     return [
         (name, float(value), now, step)
@@ -187,7 +193,7 @@ def _points(history: Iterable[tuple[int, Mapping[str, float]]]) -> list[Point]:
 
 
 def run_link(run: Run) -> str:
-    """Where the interface shows a run, from any of its pages."""
+    """Link to a run that works on every page of the interface."""
     return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
@@ -202,19 +208,19 @@ def start_run(
     folder: Path | None = None,
     run_id: str | None = None,
 ) -> Run:
-    """Open the parent run of a job: a new one, or the one of `run_id` if it is still there.
+    """Open the parent run of a job: a new one, or run `run_id` if it still exists.
 
-    The store is created here, by one process, before any worker writes to it: SQLite's first use does not stand a race.
+    One process creates the store here, before workers write to it: concurrent first uses of a SQLite file fail.
 
     Args:
-        config: the resolved configuration, logged flat as parameters and whole as `config.yaml`.
-        work: where artifacts go when the store is the SQLite file there.
-        folder: of the run, where what is still to be sent waits; None: the work folder.
+        config: the resolved configuration, logged as flat parameters and as the artifact `config.yaml`.
+        work: folder of the artifacts if the store is a SQLite file.
+        folder: of the run, for messages that are not sent yet; None: the work folder.
 
     Raises:
-        UserError: where the store cannot be reached or opened.
+        UserError: if the store cannot be reached or opened.
     """
-    with connecting(uri), _alone(uri):
+    with connecting(uri), _locked(uri):
         mlflow.set_tracking_uri(uri)
         buffers = Store.at((folder or work) / "unsent")
         run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id, buffers)
@@ -226,7 +232,7 @@ def start_run(
 
 @contextmanager
 def connecting(uri: str, field: str = "tracking.uri") -> Iterator[None]:
-    """While a store is first asked: one that does not answer is an error soon, naming the field that it came from."""
+    """Let the first contact with a store fail within seconds, naming the field that holds its address."""
     retries, timeout = os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     try:
@@ -240,8 +246,8 @@ def connecting(uri: str, field: str = "tracking.uri") -> Iterator[None]:
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Jobs that start at once open a SQLite store one after the other."""
+def _locked(uri: str) -> Iterator[None]:
+    """Let jobs that start at the same time open a SQLite store one after the other."""
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -252,9 +258,8 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
-_EXPERIMENT_NOTE = """Runs of ReGLA Distill. Each job is a run that says what it does, with its phases nested in it; the
-images that it used are its inputs. What came out is in the [model registry](#/models): of each model, the version with the
-alias `best` is the one to take."""
+_EXPERIMENT_NOTE = """Runs of ReGLA Distill. Each job is a run that describes what it does, with its stages as nested runs and
+its images as inputs. The trained models are in the [model registry](#/models); take the version with the alias `best`."""
 
 
 def _experiment(uri: str, name: str, work: Path) -> str:
@@ -266,7 +271,7 @@ def _experiment(uri: str, name: str, work: Path) -> str:
     try:
         return str(client.create_experiment(name, artifact_location=artifacts, tags={NOTE: _EXPERIMENT_NOTE}))
     except MlflowException:
-        # Another process may have created it in between.
+        # another process may have created it in the meantime
         known = client.get_experiment_by_name(name)
         if known is None:
             raise
@@ -279,12 +284,12 @@ def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id:
         try:
             client.update_run(run_id, status="RUNNING")
             buffer = WriteBuffer(buffers.sub(run_id))
-            buffer.discard("status")  # of a start whose end the server was not told
+            buffer.discard("status")  # a former start ended while the server was down
             return Run(uri, experiment_id, run_id, buffer)
         except MlflowException as error:
             if not is_permanent(error):
                 raise
-            # It was deleted, or is in another store: start anew.
+            # deleted, or in another store: create a new run
     created = client.create_run(experiment_id, tags=tags, run_name=name)
     return Run(uri, experiment_id, created.info.run_id, WriteBuffer(buffers.sub(created.info.run_id)))
 

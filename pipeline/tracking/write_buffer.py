@@ -1,10 +1,9 @@
-"""What a run has still to tell MLflow: a folder of small files beside its checkpoints, sent by the job's own process.
+"""Messages to MLflow that are not sent yet: small files in the run's folder, which the job's own process sends.
 
-Whoever logs writes a file and goes on; one thread of the process that opened the run sends the files in order and removes
-each when it is sent. So training never waits for a server that is down, workers and Ray Train's controller need neither
-an address nor credentials, memory stays bounded, and what a process that is killed has not sent is sent by the next start.
-A file that is sent twice, since a process died in between, does no harm: stores drop a metric of the same value, step
-and time.
+Logging writes a file. One thread of the process that opened the run sends the files in order and deletes each afterwards.
+So training never waits for a server that is down, workers and Ray Train's controller need neither an address nor
+credentials, memory stays bounded, and the next start sends what a killed process has left. Sending a file twice, if a
+process dies in between, is harmless: stores drop a metric with the same value, step and time.
 """
 
 from __future__ import annotations
@@ -25,42 +24,41 @@ from pipeline.errors import UserError, one_line
 from pipeline.storage.store import Store
 
 WAIT_S = 10.0
-"""Longest time that a call waits for a server that answered so far; for one that does not, no call waits."""
+"""Longest wait of a call while the server answers; while it does not, calls return at once."""
 PATIENCE_S = 300.0
-"""Time that a job waits, where it cannot go on without the server, for one that does not answer."""
+"""Longest wait for a server that does not answer, where a job cannot continue without it."""
 POLL_S = 0.5
-"""How often the buffer is looked into for what other processes have put there."""
+"""Seconds between checks for messages of other processes."""
 LONGEST_PAUSE_S = 8.0
 
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
-"""Error codes of what the server will never take; whatever else fails is tried again."""
+"""Error codes of requests that never succeed; all others are retried."""
 
-MARKS = "marks"
-"""File with the highest step that was sent of each curve."""
+SENT_STEPS = "marks"
+"""File with the highest step sent of each curve."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WriteBuffer:
-    """A folder of messages, in order. Picklable: every process of a job may post.
+    """A folder of messages, in order. Picklable: every process of a job may append.
 
     Attributes:
-        store: the folder, which the process that sends must see.
+        store: the folder, which the sending process must see.
     """
 
     store: Store
 
     def append(self, kind: str, content: Any) -> None:
-        """Put a message in: what it is, and its content, of which JSON can be made."""
+        """Append a message of a kind with JSON-serialisable content."""
         latest = max((int(name.split("-")[0]) for name in self.pending()), default=0)
-        # A clock that is set back must not bring a message before one that waits already.
-        number = max(time.time_ns(), latest + 1)
+        number = max(time.time_ns(), latest + 1)  # in order even after the clock was set back
         message = {"kind": kind, "content": content}
         self.store.put(f"{number:020d}-{uuid.uuid4().hex[:8]}.json", json.dumps(message).encode())
 
     def pending(self) -> list[str]:
-        """Names of the messages that wait, oldest first."""
+        """Names of the messages, oldest first."""
         return sorted(name for name in self.store.files() if name.endswith(".json"))
 
     def read(self, name: str) -> tuple[str, Any]:
@@ -69,43 +67,43 @@ class WriteBuffer:
         return message["kind"], message["content"]
 
     def discard(self, kind: str) -> None:
-        """Throw away the messages of a kind that wait."""
+        """Delete the messages of a kind."""
         for name in self.pending():
             if self.read(name)[0] == kind:
                 self.store.delete(name)
 
     def sent_steps(self) -> dict[str, int]:
-        """Highest step that was sent of each curve."""
-        known: dict[str, int] = json.loads(self.store.get(MARKS)) if self.store.exists(MARKS) else {}
-        return known
+        """Highest step sent of each curve."""
+        steps: dict[str, int] = json.loads(self.store.get(SENT_STEPS)) if self.store.exists(SENT_STEPS) else {}
+        return steps
 
-    def set_sent_steps(self, marks: dict[str, int]) -> None:
-        """Remember these steps as sent."""
-        self.store.put(MARKS, json.dumps(marks).encode())
+    def set_sent_steps(self, steps: dict[str, int]) -> None:
+        """Record these steps as sent."""
+        self.store.put(SENT_STEPS, json.dumps(steps).encode())
 
 
 class Sender:
-    """Sends what is in an buffer, in a thread, until it is closed.
+    """A thread that sends the messages of a buffer until it is closed.
 
     Args:
-        buffer: where messages wait.
-        send: takes kind and content of one; raises what the server says.
-        address: of the server, for people.
+        buffer: of messages.
+        send: sends the kind and content of one; raises the server's error.
+        address: of the server, for log messages.
     """
 
     def __init__(self, buffer: WriteBuffer, send: Callable[[str, Any], None], address: str) -> None:
         self.buffer, self.send, self.address = buffer, send, address
         self.state = threading.Condition()
         self.woken = self.closed = False
-        self.problem = ""  # why the server could not be told, while it cannot
+        self.problem = ""  # why sending fails, while it does
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self.thread.start()
 
     def flush(self, patience: float | None = None) -> bool:
-        """Wait until nothing is left to send; gives whether that is so.
+        """Wait until nothing is left to send; returns whether that is so.
 
         Args:
-            patience: seconds; None: `WAIT_S`, and none at all while the server does not answer.
+            patience: seconds; None: `WAIT_S`, but no wait while the server does not answer.
         """
         deadline = time.monotonic() + (WAIT_S if patience is None else patience)
         with self.state:
@@ -119,7 +117,7 @@ class Sender:
         return True
 
     def close(self) -> None:
-        """Send no more."""
+        """Stop sending."""
         with self.state:
             self.closed = True
             self.state.notify_all()
@@ -135,7 +133,7 @@ class Sender:
                     self._send(messages[0])
                     self._recovered()
                     pause = POLL_S
-            except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+            except Exception as error:  # noqa: BLE001  whatever it is, training continues
                 self._failed(error)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             with self.state:
@@ -151,13 +149,13 @@ class Sender:
         except Exception as error:
             if not is_permanent(error):
                 raise
-            log.warning("MLflow at %s does not take %s: %s", self.address, kind, one_line(error))
+            log.warning("MLflow at %s refuses %s: %s", self.address, kind, one_line(error))
         self.buffer.store.delete(name)
 
     def _failed(self, error: Exception) -> None:
         if not self.problem:
             log.warning(
-                "MLflow at %s cannot be told (%s); what is logged waits in %s and is sent when it answers",
+                "MLflow at %s is unreachable (%s); messages are kept in %s and sent when it answers",
                 self.address,
                 one_line(error),
                 self.buffer.store.uri,
@@ -171,10 +169,10 @@ class Sender:
 
 
 def retry_until_reachable(address: str, call: Callable[[], Any]) -> Any:
-    """What `call` gives, tried again while the server does not answer.
+    """The result of `call`, retried while the server does not answer.
 
     Raises:
-        UserError: where it does not within `PATIENCE_S`; the same command goes on from here.
+        UserError: if it does not answer within `PATIENCE_S`; the same command resumes from here.
     """
     deadline, pause = time.monotonic() + PATIENCE_S, POLL_S
     while True:
@@ -191,15 +189,15 @@ def retry_until_reachable(address: str, call: Callable[[], Any]) -> Any:
 
 
 def unreachable_error(address: str, reason: str) -> UserError:
-    """What a user is told where a job cannot end without the server."""
+    """The error of a job that cannot end without the server."""
     return UserError(
-        f"MLflow at {address} does not answer ({reason}); nothing is lost: start that server again, and the same command "
-        "sends what is left"
+        f"MLflow at {address} does not answer ({reason}); nothing is lost: restart that server, and the same command sends "
+        "the rest"
     )
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether an error is an answer that stays the same, and not a server or a network that is down."""
+    """Whether retrying is pointless: the server has answered, and would answer the same again."""
     if isinstance(error, MlflowException):
         return error.error_code in REFUSALS
     if isinstance(error, HTTPError):

@@ -1,4 +1,4 @@
-"""Letters to MLflow while it is up, down, and of another opinion; no server is needed."""
+"""Messages to MLflow while it answers, is down, or refuses them; no server is needed."""
 
 import json
 import pickle
@@ -77,7 +77,7 @@ def test_a_server_that_is_down_keeps_nobody_waiting_and_gets_everything_later(bo
     assert [number for _, number in server.taken] == list(range(50))
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2, told
-    assert told[0].startswith("MLflow at http://there cannot be told (connection refused); what is logged waits in ")
+    assert told[0].startswith("MLflow at http://there is unreachable (connection refused); messages are kept in ")
     assert told[1] == "MLflow at http://there answers again"
 
 
@@ -86,7 +86,7 @@ def test_what_is_refused_is_named_and_does_not_hold_up_the_rest(box, server, sen
     box.append("tags", "taken")
     assert sender.flush()
     assert server.taken == [("tags", "taken")]
-    assert "does not take tags: no such thing" in caplog.text
+    assert "refuses tags: no such thing" in caplog.text
 
 
 def test_what_another_process_posts_is_sent_without_being_told(box, server, sender):
