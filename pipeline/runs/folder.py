@@ -1,4 +1,4 @@
-"""The work folder and the state of a run: what makes a second start of the same command go on with the first.
+"""The work folder and the state of a run, by which a second start of the same command resumes the first.
 
     <work>/cache/                      the feature cache, unless cache.uri names another place
     <work>/runs/<name>-<hash>[-<n>]/   one run: run.json, checkpoints, the exported student
@@ -26,10 +26,10 @@ from pipeline.storage.names import folder_name
 def work_folder(config: JobConfig) -> Path:
     """The absolute work folder.
 
-    A submitted job runs in a copy of the working directory that Ray deletes, so that its default is the home folder.
+    The default of a submitted job is in the home folder, as Ray deletes the copy of the working directory that it runs in.
 
     Raises:
-        UserError: where `work` is the address of an object store.
+        UserError: if `work` is the address of an object store.
     """
     if config.work and "://" in config.work:
         raise UserError(
@@ -42,19 +42,19 @@ def work_folder(config: JobConfig) -> Path:
 
 
 SAVED = ("mlflow", "finished", "hours", "gpu_hours")
-"""Fields of a run's state that its folder keeps."""
+"""Fields of a run's state in run.json."""
 
 
 @dataclass
 class RunState:
-    """State of one run, kept in its folder.
+    """State of one run; run.json in its folder holds it.
 
     Attributes:
         folder: of the run.
         mlflow: MLflow run ids by role (``job``, ``precompute``, ``distill``).
-        finished: whether everything was done.
+        finished: whether the job is complete.
         resumed: whether this process found the run unfinished.
-        hours, gpu_hours: that its starts have taken.
+        hours, gpu_hours: of all its starts.
     """
 
     folder: Path
@@ -65,10 +65,10 @@ class RunState:
     gpu_hours: float = 0.0
 
     def save(self) -> None:
-        """Write run.json as a whole.
+        """Write run.json atomically.
 
         Raises:
-            UserError: where it cannot be written.
+            UserError: if it cannot be written.
         """
         file = self.folder / "run.json"
         known = {field: getattr(self, field) for field in SAVED}

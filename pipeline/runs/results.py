@@ -1,4 +1,4 @@
-"""What a run leaves behind, copied to a folder or an object store, and fetched from there by its address.
+"""Copies of a run's results in a folder or an object store.
 
 <outputs>/<run>/student/ or model/, figures/, evaluation/
 """
@@ -15,10 +15,10 @@ PARTS = ("student", "model", "figures", "evaluation")
 
 
 def outputs_store(outputs: str) -> Store:
-    """The place of all runs' results.
+    """The store of all runs' results.
 
     Raises:
-        UserError: where it cannot be written.
+        UserError: if it cannot be written.
     """
     with naming("outputs"):
         store = Store.at(outputs)
@@ -27,16 +27,16 @@ def outputs_store(outputs: str) -> Store:
 
 
 def publish(run: Path, store: Store) -> str:
-    """Copy the results of a run's folder, replacing those of an earlier start; gives their address.
+    """Copy the results of a run's folder, replacing those of an earlier start; returns their address.
 
     Raises:
-        UserError: where the store refuses them; they stay in the run's folder.
+        UserError: if the store fails; the results stay in the run's folder.
     """
-    place = store.sub(run.name)
+    target = store.sub(run.name)
     files = [file for part in PARTS for file in sorted((run / part).rglob("*")) if file.is_file()]
     try:
         for file in files:
-            place.put(file.relative_to(run).as_posix(), file.read_bytes())
+            target.put(file.relative_to(run).as_posix(), file.read_bytes())
     except UserError as error:
         raise UserError(f"outputs: {error}; the results are in {run}") from error
-    return place.uri
+    return target.uri

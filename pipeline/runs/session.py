@@ -1,4 +1,4 @@
-"""One job from start to end: its run folder, its MLflow run, its Ray session, and their end whatever happens."""
+"""One job from start to end: its run folder, MLflow run and Ray session, which end however the job ends."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Job:
     Attributes:
         config: the whole tree.
         name: of the job.
-        state: its run folder and what is known of it.
+        state: its run folder and progress.
         run: the parent MLflow run.
-        tracking_uri: where that is.
+        tracking_uri: of MLflow.
     """
 
     config: JobConfig
@@ -44,24 +44,24 @@ class Job:
 
     @contextmanager
     def child_run(self, name: str) -> Iterator[Run]:
-        """A nested MLflow run; the one of an interrupted start is continued."""
+        """A nested MLflow run, resumed after an interruption."""
         run = self.run.child(name, run_id=self.state.mlflow.get(name))
         self.state.mlflow[name] = run.run_id
         self.state.save()
-        with _ended(run), logs.context(stage=name):
+        with _finish(run), logs.context(stage=name):
             yield run
 
     def register(
         self, kind: str, model_uri: str, *, metric: str, score: float | None, held_out: str, lineage: Mapping[str, str]
     ) -> str | None:
-        """Put a model into MLflow's registry as `<recipe>-<kind>`, and say so in the run's description.
+        """Register a model in MLflow as `<recipe>-<kind>`, and link to it in the run's description.
 
         Args:
-            kind: `student`, or the task that it was fine-tuned for.
+            kind: `student`, or the task of a fine-tuned model.
             model_uri, metric, score, held_out, lineage: as in :class:`pipeline.tracking.registry.Registration`.
 
         Returns:
-            Its URI in the registry; None where there is no registry, which the log says.
+            Its URI in the registry; None, with a warning, if it could not be registered.
         """
         filled = {f"manifests{key.removeprefix('precompute')}": f"runs:/{run}/manifests" for key, run in self._filled()}
         name = f"{folder_name(self.config.name)}-{kind}"
@@ -70,9 +70,9 @@ class Job:
             self.run,
             Registration(name, model_uri, metric, score, held_out, {**lineage, **filled, "run": self.run.run_id}),
         )
-        told = "nothing was measured" if score is None else f"{metric} {score:.4g}"
+        result = "nothing was measured" if score is None else f"{metric} {score:.4g}"
         where = f"[{registered}]({model_link(registered)})" if registered else f"`{model_uri}`"
-        describe(self.run, [*self.config.note(self.name), f"Result: {told}, {where}."])
+        describe(self.run, [*self.config.note(self.name), f"Result: {result}, {where}."])
         return registered
 
     def _filled(self) -> list[tuple[str, str]]:
@@ -81,10 +81,10 @@ class Job:
 
 @contextmanager
 def open_job(config: JobConfig, name: str) -> Iterator[Job]:
-    """Connect to Ray; resume the unfinished run of this job and configuration, or start one; end both.
+    """Connect to Ray, and resume the unfinished run of this job and configuration or start one.
 
     Raises:
-        UserError: where MLflow, Ray or a place that is written cannot be used, or a node does not see the job's files.
+        UserError: if MLflow, Ray or a location for writing cannot be used, or a node does not see the job's files.
     """
     outputs = outputs_store(config.outputs) if config.outputs else None
     _check_writable({"work": str(work_folder(config)), **config.shared_folders()})
@@ -93,21 +93,21 @@ def open_job(config: JobConfig, name: str) -> Iterator[Job]:
         print(hardware_line(), flush=True)
         check_shared(config)
         run, state = _start(config, uri, name)
-        with _ended(run), _metered(run, state), logs.context(run=state.folder.name):
+        with _finish(run), _log_hours(run, state), logs.context(run=state.folder.name):
             yield Job(config, name, state, run, uri)
             if outputs:
                 run.set_tags({"outputs": publish(state.folder, outputs)})
-        # Not before everything is sent: a second start sends what is left.
+        # only after everything is sent: otherwise the next start sends the rest
         state.finished = True
         state.save()
 
 
-def _check_writable(places: Mapping[str, str]) -> None:
-    """Refuse a place, by its field, before anything is computed for it."""
-    for field, place in places.items():
+def _check_writable(locations: Mapping[str, str]) -> None:
+    """Refuse locations that cannot be written, by field, before anything is computed."""
+    for field, location in locations.items():
         if field != "cache.uri":  # a complete cache may be read-only
             with naming(field):
-                Store.at(place).check_writable()
+                Store.at(location).check_writable()
 
 
 def _start(config: JobConfig, uri: str, name: str) -> tuple[Run, RunState]:
@@ -129,15 +129,15 @@ def _start(config: JobConfig, uri: str, name: str) -> tuple[Run, RunState]:
 
 
 @contextmanager
-def _metered(run: Run, state: RunState) -> Iterator[None]:
-    """Hours, and GPU hours where there are GPUs, of all starts of a run; one that is killed outright tells nothing."""
+def _log_hours(run: Run, state: RunState) -> Iterator[None]:
+    """Log the hours, and GPU hours if there are GPUs, of all starts of a run except those that were killed."""
     started = time.monotonic()
     try:
         yield
     finally:
         try:
             _add_hours(run, state, (time.monotonic() - started) / 3600)
-        except Exception as error:  # noqa: BLE001  it must not take the place of what ended the job
+        except Exception as error:  # noqa: BLE001  must not replace the error that ended the job
             log.warning("the hours of this start are not recorded: %s", one_line(error))
 
 
@@ -150,7 +150,7 @@ def _add_hours(run: Run, state: RunState, hours: float) -> None:
 
 
 @contextmanager
-def _ended(run: Run) -> Iterator[None]:
+def _finish(run: Run) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -1,4 +1,4 @@
-"""Whether all nodes of a cluster see the files of a job: asked once, before anything expensive."""
+"""Checks once, before anything expensive, that all nodes of a cluster see the files of a job."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pipeline.sources.locations import absolute, expand
 from pipeline.storage.store import Store
 
 PATIENCE_S = 60.0
-"""Seconds that the other nodes have to answer."""
+"""Seconds to wait for answers of the other nodes."""
 
 log = logging.getLogger(__name__)
 
 
 def check_shared(config: JobConfig) -> None:
-    """Refuse paths that another node does not see; on one node there is nothing to ask.
+    """Refuse paths that another node does not see.
 
-    Folders that are written must be the same everywhere: a marker is put into them, which the others look for. Of what
-    is only read, a copy under the same path will do. Nodes that join later are not asked.
+    Folders for writing must be the same everywhere: the other nodes look for a marker file in them. Files that are only read
+    may be copies at the same path. Nodes that join later are not checked.
 
     Raises:
         UserError: naming the field, the path, the node, and the remedy.
@@ -62,7 +62,7 @@ def _read(config: JobConfig) -> dict[str, str]:
 
 @contextmanager
 def _marked(folder: Path) -> Iterator[Path]:
-    """A new file in a folder, whose name nobody has looked up before: network file systems remember what was not there."""
+    """A marker file with a new name in a folder: network file systems cache the absence of names already looked up."""
     marker = folder / f".seen-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _marked(folder: Path) -> Iterator[Path]:
 
 
 def _other_nodes() -> dict[str, str]:
-    """Address by id of the living nodes beside this process's own."""
+    """Address by id of the alive nodes except this process's own."""
     import ray
 
     own = ray.get_runtime_context().get_node_id()
@@ -86,7 +86,7 @@ def _other_nodes() -> dict[str, str]:
 
 
 def _ask(nodes: Mapping[str, str], paths: Sequence[str]) -> dict[str, list[str]]:
-    """By address of the nodes that answer, the paths that are not there."""
+    """The missing paths by address of the nodes that answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -107,5 +107,5 @@ def _ask(nodes: Mapping[str, str], paths: Sequence[str]) -> dict[str, list[str]]
             silent.append(reference)
     if silent:
         addresses = ", ".join(pinned[reference] for reference in silent)
-        log.warning("nodes did not say whether they see the work folder: %s", addresses)
+        log.warning("nodes did not answer whether they see the work folder: %s", addresses)
     return answers

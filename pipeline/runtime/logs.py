@@ -1,9 +1,9 @@
-"""Logs that say of which run, stage and shard they are: plain lines, or JSON lines where REGLA_LOG=json.
+"""Log records with run, stage and shard: plain lines, or JSON lines if REGLA_LOG=json.
 
     {"time": "2026-11-24T12:00:00.000+00:00", "level": "warning", "message": "cannot read ...", "logger": "pipeline.storage...",
      "run": "photos-distill-41b70301", "stage": "extract", "shard": "train/12"}
 
-The fields travel with the work: a row of a Ray Data pipeline and the payload of a training worker carry those of the job.
+The fields travel with the work, in the rows of a Ray Data pipeline and the payload of a training worker.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def json_lines() -> bool:
 
 
 def fields() -> dict[str, str]:
-    """What the records of this thread say of themselves."""
+    """Fields of this thread's records."""
     return dict(_current.get())
 
 
 @contextmanager
 def context(**known: str) -> Iterator[None]:
-    """Within, records say this too: ``run``, ``stage``, ``shard``."""
+    """Add fields (``run``, ``stage``, ``shard``) to the records within."""
     token = _current.set({**_current.get(), **known})
     try:
         yield
@@ -43,13 +43,13 @@ def context(**known: str) -> Iterator[None]:
 
 
 def set_context(**known: str) -> None:
-    """From here on, records of this process's thread say this too."""
+    """Add fields to all further records of this thread."""
     _current.set({**_current.get(), **known})
 
 
 @contextmanager
 def only_errors(name: str) -> Iterator[None]:
-    """Within, the logger of this name tells nothing but errors."""
+    """Silence the logger of this name below errors."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -74,7 +74,7 @@ def row_context() -> dict[str, str]:
 
 
 def configure() -> None:
-    """Write records of this process to stderr; where a handler is there already, nothing changes."""
+    """Write records of this process to stderr, unless a handler exists already."""
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(_handler())
@@ -91,7 +91,7 @@ def _handler() -> logging.Handler:
 
 
 def configure_worker() -> None:
-    """Write records of our own in a Ray worker: its root logger is Ray's."""
+    """Write this package's records in a Ray worker, whose root logger is Ray's."""
     logger = logging.getLogger("pipeline")
     if logger.propagate:
         logger.addHandler(_handler())
@@ -106,7 +106,7 @@ def _configure_where_ray_runs_it() -> None:
 
 
 class Plain(logging.Formatter):
-    """``WARNING: message [stage shard]``; the run goes without saying on a terminal."""
+    """``WARNING: message [stage shard]``, without the run."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One record, for people."""
@@ -116,7 +116,7 @@ class Plain(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line; `extra={"figures": {...}}` of a record goes into it."""
+    """One JSON object per line, with `figures` of the record's `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One record, for machines."""

@@ -1,6 +1,6 @@
-"""Figures of a running job for Prometheus: Ray exports them on every node, beside its own, with the prefix ``ray_``.
+"""Gauges of a running job for Prometheus: Ray exports them on every node with its own, with the prefix ``ray_``.
 
-`docs/grafana.json` shows them. MLflow keeps the curves; these tell how a job fares now.
+`docs/grafana.json` shows them. MLflow keeps the curves; these show the present state.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ GAUGES = {
     "regla_data_wait_share": "share of the time that training spent waiting for data",
     "regla_loss": "loss that is trained on",
 }
-"""By name, what it is. Each has the tag `stage`: index, extract, train."""
+"""Description by name. Each gauge has the tag `stage`: index, extract, train."""
 
 
 def export(stage: str, figures: Mapping[str, float]) -> None:
-    """Set the gauges of these names, without their prefix; what is no gauge is passed over.
-
-    Nothing happens where there is no Ray session.
-    """
+    """Set the gauges with these names (without prefix) and ignore other figures; without a Ray session do nothing."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return
@@ -35,7 +32,7 @@ def export(stage: str, figures: Mapping[str, float]) -> None:
 
 
 def export_training(history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-    """The latest values of a training's history (step, metrics); one without a loss is of something else."""
+    """Export the latest values of a history, (step, metrics), if it has a loss."""
     latest: dict[str, float] = {}
     for _, metrics in history:
         latest |= metrics

@@ -1,4 +1,4 @@
-"""Progress with rate and time left: a bar on a terminal, a plain line now and then in a log."""
+"""Progress with rate and time left: a bar on a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Progress:
     """Counts work done.
 
     Args:
-        total: units of work in all.
-        unit: what is counted (``img``, ``step``).
-        label: what is going on.
-        initial: units that were done before.
-        clock: seconds; given by tests.
+        total: units of work.
+        unit: of the count (``img``, ``step``).
+        label: name of the work.
+        initial: units done before.
+        clock: in seconds.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Progress:
             self._print()
 
     def update(self, count: int = 1, **postfix: Any) -> None:
-        """Add work done; `postfix` is shown beside it."""
+        """Add work done; `postfix` is shown after it."""
         self.done += count
         self.postfix = postfix or self.postfix
         if self.bar is not None:
@@ -78,7 +78,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, and hours where there are any; `?` for infinity."""
+    """``m:ss`` or ``h:mm:ss``; `?` for infinity."""
     if seconds == float("inf"):
         return "?"
     hours, rest = divmod(round(seconds), 3600)

@@ -53,7 +53,7 @@ def is_submitted_job() -> bool:
 
 
 def is_cluster() -> bool:
-    """Whether jobs run on a cluster that RAY_ADDRESS names, and not in a session of their own."""
+    """Whether RAY_ADDRESS names a cluster; otherwise jobs run in an embedded session."""
     return _address() != "local"
 
 
@@ -63,7 +63,7 @@ def _address() -> str:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the Ray session has: nodes, logical CPUs, GPUs and their types."""
+    """Nodes, logical CPUs, GPUs and GPU types of the Ray session."""
 
     nodes: int
     cpus: int
@@ -76,7 +76,7 @@ class Hardware:
 
 
 def hardware() -> Hardware:
-    """What there is now, without what an autoscaler may add."""
+    """The present hardware, without what an autoscaler may add."""
     import ray
 
     there = ray.cluster_resources()
@@ -86,23 +86,23 @@ def hardware() -> Hardware:
 
 
 def alive_node_resources() -> list[dict[str, float]]:
-    """Resources of every node that is up."""
+    """Resources of every alive node."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def worker_slots(cpus: int) -> int:
-    """How many workers of so many CPUs, and of a GPU where there are any, the nodes that are up have room for."""
+    """Number of workers with `cpus` CPUs, and one GPU if there are GPUs, that fit on the alive nodes."""
     nodes = alive_node_resources()
     gpus = any(node.get("GPU") for node in nodes)
     return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpus else inf)) for node in nodes)
 
 
 def cpus_per_worker(workers: int, most: int) -> int:
-    """CPUs for each of so many workers, `most` at most, so that nodes have room for them and a CPU is left for Ray's tasks.
+    """CPUs per worker, at most `most`, such that the nodes have room for all workers and for Ray's own tasks.
 
-    Ray would wait for ever for workers that want more than any node has.
+    Ray would wait forever for workers that need more than any node has.
     """
     there, fit = hardware().cpus, min(workers, worker_slots(1))
     return next((cpus for cpus in range(most, 1, -1) if worker_slots(cpus) >= fit and fit * cpus < there), 1)
@@ -151,7 +151,7 @@ def connect() -> Iterator[None]:
 
 
 def devices() -> tuple[float, str]:
-    """Number of GPUs in the session, and what it computes on, in words."""
+    """Number of GPUs of the session, and its devices in words."""
     import ray
 
     resources = ray.cluster_resources()
@@ -163,7 +163,7 @@ def devices() -> tuple[float, str]:
 
 
 def hardware_line() -> str:
-    """What the session computes on, as a line to print.
+    """The session's hardware, as a line to print.
 
     Raises:
         UserError: as `check_devices`.
@@ -172,10 +172,10 @@ def hardware_line() -> str:
 
 
 def check_devices() -> str:
-    """What a session on this machine computes on, in words.
+    """The devices of an embedded session, in words.
 
     Raises:
-        UserError: where that is GPUs that torch cannot use.
+        UserError: if torch cannot use its GPUs.
     """
     import torch
 
@@ -183,7 +183,7 @@ def check_devices() -> str:
     if gpus and not torch.cuda.is_available():
         raise UserError(
             f"there are {kind}, which torch {torch.__version__} cannot use: is the driver too old for CUDA {torch.version.cuda}? "
-            "Renew it, or set CUDA_VISIBLE_DEVICES= (nothing) to compute on the CPU"
+            "Update it, or set CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU"
         )
     return kind
 
@@ -285,7 +285,7 @@ def _embedded_arguments() -> dict[str, Any]:
     return {
         "address": "local",
         "include_dashboard": False,
-        # Logical CPUs: a worker or actor, and one more for the tasks that feed it.
+        # logical: a worker or actor needs a second CPU for the tasks that feed it
         "num_cpus": max(4, os.cpu_count() or 1),
         "object_store_memory": 512 << 20,  # features never travel through it
         # Ray Train warns every second that there is no dashboard.

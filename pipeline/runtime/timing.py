@@ -1,4 +1,4 @@
-"""Times of several calls measured side by side, so that drift of the machine falls on all of them alike."""
+"""Interleaved timing of several calls, so that drift of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of one call over the rounds: median and quartiles in seconds, and the same of its ratio to the reference.
-
-    The ratio is taken within each round, where both were measured under the same conditions.
-    """
+    """Median and quartiles over the rounds of a call's time, in seconds, and of its ratio to the reference in each round."""
 
     median: float
     quartiles: tuple[float, float]
@@ -32,30 +29,30 @@ def interleave(
     seconds: float = 0.05,
     seed: int = 0,
 ) -> dict[Key, Timing]:
-    """Time every call once a round, in an order drawn anew for each round.
+    """Time every call once per round, in a new random order each round.
 
-    A visit runs the call once untimed, then repeats it for at least ``seconds`` and keeps the mean. Each call must
-    return only when its work is done (synchronise the device in it).
+    A measurement is one untimed call, then the mean of calls for at least ``seconds``. Each call must return only when its
+    work is done (synchronise the device in it).
 
     Args:
-        calls: what to time, by name.
-        reference: from each name, the one that its ratio refers to.
-        rounds: visits of each call.
-        seconds: time that a visit lasts at least.
+        calls: by name.
+        reference: name of the call that the ratio of a name refers to.
+        rounds: measurements of each call.
+        seconds: shortest duration of a measurement.
         seed: of the order.
 
     Returns:
-        the timing of each call, in the order of ``calls``.
+        The timing of each call, in the order of ``calls``.
     """
     order = random.Random(seed)
     samples: dict[Key, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in order.sample(list(calls), len(calls)):
-            samples[name].append(_visit(calls[name], seconds))
+            samples[name].append(_mean_time(calls[name], seconds))
     return {name: _summary(times, samples[reference(name)]) for name, times in samples.items()}
 
 
-def _visit(call: Callable[[], object], seconds: float) -> float:
+def _mean_time(call: Callable[[], object], seconds: float) -> float:
     call()
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds or count == 0:

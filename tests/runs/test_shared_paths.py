@@ -91,7 +91,7 @@ def test_a_node_looks_for_itself_and_one_that_is_gone_is_only_warned_of(tmp_path
     paths = [f"{tmp_path}/there", f"{tmp_path}/absent"]
     with caplog.at_level(logging.WARNING):
         assert shared._ask({here: "here", gone: "gone"}, paths) == {"here": [f"{tmp_path}/absent"]}
-    assert "nodes did not say whether they see the work folder: gone" in caplog.text
+    assert "nodes did not answer whether they see the work folder: gone" in caplog.text
 
 
 def test_a_work_folder_in_an_object_store_is_refused_with_the_remedy():
