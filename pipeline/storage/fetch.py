@@ -1,4 +1,4 @@
-"""Local copies of folders that lie in an object store."""
+"""Local copies of folders in an object store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fetch(address: str, parent: Path | None = None) -> Path:
     store = Store.at(address)
     names = store.files()
     if not names:
-        raise UserError(f"{address}: there is no such folder, or it is empty")
+        raise UserError(f"{address}: the folder does not exist or is empty")
     folder = temporary_folder(parent)
     for name in names:
         (folder / name).write_bytes(store.get(name))

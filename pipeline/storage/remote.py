@@ -1,6 +1,6 @@
-"""File systems of object stores, and one rule for which failures are tried again.
+"""File systems of object stores, and one retry rule for all of them.
 
-Credentials come from the environment or from the role of the machine, never from an address: addresses are logged.
+Credentials come from the environment or the machine's role, never from a URI, because URIs are logged.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pyarrow import fs
 from pipeline.errors import UserError
 
 ATTEMPTS = 6
-"""Times that an operation is tried, each of which the driver itself tries more than once."""
+"""Attempts at an operation; within each, the driver itself retries."""
 
 FIRST_DELAY_S = 1.0
-"""Longest pause after the first failure, in seconds; it doubles with each further one."""
+"""Longest pause after the first failure in seconds; it doubles with every further failure."""
 
 CONNECT_TIMEOUT_S = 5.0
 STALL_TIMEOUT_S = 20.0
@@ -45,11 +45,7 @@ Result = TypeVar("Result")
 
 
 def check_address(uri: str) -> None:
-    """Refuse what an address must not hold; the message repeats none of it.
-
-    Raises:
-        UserError: where there are credentials or options in it.
-    """
+    """Raise `UserError` if a URI contains credentials or options; the message does not repeat them."""
     scheme, _, rest = uri.partition("://")
     if "@" in rest and (scheme in _REMEDIES or ":" in rest.split("@")[0]):
         raise UserError(f"credentials in an address are refused, since addresses are logged; {_remedy(scheme)}")
@@ -60,11 +56,11 @@ def check_address(uri: str) -> None:
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of an address and the path within it; connections are shared within a process.
+    """The file system of a URI and the path within it; connections are shared within a process.
 
     Raises:
-        UserError: where no driver for it is installed, or AWS_ENDPOINT_URL is no address.
-        OSError: where the region of the bucket cannot be found out.
+        UserError: if no driver for it is installed, or AWS_ENDPOINT_URL is malformed.
+        OSError: if the region of the bucket cannot be determined.
     """
     scheme, _, root = uri.partition("://")
     if scheme == "s3":
@@ -74,7 +70,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme == "gs":
         return _gcs(), root
     try:
-        # Without its cache of listings, a driver sees what other processes have written since.
+        # Without the listings cache, the driver sees what other processes have written since.
         filesystem, path = fsspec.url_to_fs(uri, use_listings_cache=False)
     except ImportError as error:
         raise UserError(f"{uri} needs a driver that is not there: {error}") from error
@@ -90,7 +86,7 @@ def _s3(bucket: str, endpoint: str | None) -> fs.S3FileSystem:
         "request_timeout": STALL_TIMEOUT_S,
         # Small objects then take one request instead of three.
         "allow_delayed_open": True,
-        # Mends hiccups within milliseconds, part by part; `attempt` waits for what takes longer.
+        # Bridges failures of milliseconds, part by part; `attempt` waits for longer ones.
         "retry_strategy": fs.AwsDefaultS3RetryStrategy(max_attempts=2),
     }
     if not endpoint:
@@ -107,14 +103,14 @@ def _gcs() -> fs.GcsFileSystem:
 
 
 def attempt(doing: str, uri: str, call: Callable[[], Result]) -> Result:
-    """What `call` returns, tried again with growing random pauses where its failure may mend.
+    """Return `call()`, retried with exponential, randomised pauses while its failure may be temporary.
 
     Args:
-        doing: what is done to `uri`, as ``read``.
+        doing: the verb for messages about `uri`, such as ``read``.
 
     Raises:
-        FileNotFoundError: at once.
-        UserError: at once for what does not mend with time, else after `ATTEMPTS` failures.
+        FileNotFoundError: immediately.
+        UserError: immediately for permanent failures, otherwise after `ATTEMPTS` failures.
     """
     for failures in range(1, ATTEMPTS + 1):
         try:
@@ -122,7 +118,7 @@ def attempt(doing: str, uri: str, call: Callable[[], Result]) -> Result:
         except FileNotFoundError:
             raise
         except (OSError, pa.ArrowInvalid, NotImplementedError) as error:
-            remedy = _lasting(error, uri.partition("://")[0])
+            remedy = _permanent(error, uri.partition("://")[0])
             if remedy or failures == ATTEMPTS:
                 remedy = remedy or f"tried {ATTEMPTS} times; check the network, and run the same command again"
                 raise UserError(f"cannot {doing} {uri}: {_line(error)}; {remedy}") from error
@@ -132,8 +128,8 @@ def attempt(doing: str, uri: str, call: Callable[[], Result]) -> Result:
     raise AssertionError
 
 
-def _lasting(error: Exception, scheme: str) -> str:
-    """The remedy for a failure that does not mend with time, or ""."""
+def _permanent(error: Exception, scheme: str) -> str:
+    """The remedy for a permanent failure, or ""."""
     if isinstance(error, PermissionError) or _REFUSED.search(str(error)):
         return _remedy(scheme)
     if "NO_SUCH_BUCKET" in str(error):
@@ -153,7 +149,7 @@ def _line(error: Exception) -> str:
 
 
 class RetriedFile:
-    """A file for `pyarrow.PythonFile` of which every read goes through :func:`attempt`."""
+    """A file for `pyarrow.PythonFile` whose reads are retried by :func:`attempt`."""
 
     def __init__(self, file: pa.NativeFile, uri: str) -> None:
         self._file, self._uri = file, uri

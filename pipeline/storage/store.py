@@ -1,4 +1,4 @@
-"""A folder, local or in an object store, in which a file appears whole or not at all."""
+"""A folder, local or in an object store, whose files appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pipeline.storage.atomic import atomic_write
 from pipeline.storage.remote import RetriedFile, attempt, check_address, resolve
 
 LEFTOVER_AGE_S = 3600.0
-"""Age in seconds from which on a temporary file is taken for that of a writer that was killed."""
+"""Age in seconds at which a temporary file counts as left by a killed writer."""
 
 _TRIAL = "write-trial"
-"""File that is written to a place, and deleted, before anything is computed for it."""
+"""File that is written and deleted to test that a destination is writable."""
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 
@@ -34,14 +34,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Store:
-    """Reads and atomically writes the files below `uri`. Picklable: it travels to Ray workers.
+    """Reads and atomically writes the files below `uri`. Picklable.
 
-    On object stores every operation is tried again where its failure may mend (`pipeline.storage.remote.attempt`). Any
-    operation raises UserError where the store cannot be reached or refuses; a missing file is a FileNotFoundError.
+    Operations on object stores are retried if the failure may be temporary (`pipeline.storage.remote.attempt`). Every
+    operation raises UserError if the store is unreachable or refuses it, and FileNotFoundError for a missing file.
 
     Attributes:
-        uri: an absolute local path, or ``s3://bucket/folder``, ``gs://bucket/folder``, or the address of any other store
-            that fsspec knows. It is taken literally: nothing in it is percent-encoded.
+        uri: an absolute local path, ``s3://bucket/folder``, ``gs://bucket/folder``, or the URI of another store that fsspec
+            supports. It is taken literally: nothing in it is percent-encoded.
     """
 
     uri: str
@@ -51,7 +51,7 @@ class Store:
         """The store at a local path (made absolute) or a URI.
 
         Raises:
-            UserError: where there are credentials or options in the URI.
+            UserError: if the URI contains credentials or options.
         """
         text = str(location)
         if text.startswith("file://"):
@@ -71,10 +71,10 @@ class Store:
         return "://" not in self.uri
 
     def check(self) -> None:
-        """Find out early whether an object store can be used.
+        """Check early that an object store can be used.
 
         Raises:
-            UserError: where there is no driver, no endpoint, no such bucket or no permission to list it.
+            UserError: if the driver, the endpoint, the bucket or the permission to list it is missing.
         """
         if self._list() or not self.uri.startswith("s3://"):
             return
@@ -83,30 +83,30 @@ class Store:
             raise UserError(f"{bucket} does not exist: create the bucket, or correct its name")
 
     def check_writable(self) -> None:
-        """Find out early whether files can be written and deleted here; makes a local folder that is not there.
+        """Check early that files can be written and deleted here; creates a missing local folder.
 
         Raises:
-            UserError: as `check`, or where the place refuses a write.
+            UserError: as `check`, or if a write is refused.
         """
         self.check()
         try:
             self.put(_TRIAL, b"")
             self.delete(_TRIAL)
         except UserError as error:
-            raise UserError(f"{error}; name a place that can be written") from error
+            raise UserError(f"{error}; name a writable location") from error
 
     def free_bytes(self) -> int | None:
-        """Free space in bytes where a local folder is, or would be; None for object stores."""
+        """Free space in bytes at a local folder, which need not exist; None for object stores."""
         if not self.is_local:
             return None
         folder = Path(self.uri)
         return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
     def put(self, path: str, data: bytes | pa.Buffer) -> None:
-        """Write a file so that a reader sees all of it or none of it, even after a crash or a power cut.
+        """Write a file so that readers see all of it or none, even after a crash or a power cut.
 
         Raises:
-            UserError: where the destination is full, read-only or otherwise refuses the write.
+            UserError: if the destination is full, read-only or otherwise refuses the write.
         """
         try:
             if self.is_local:
@@ -120,7 +120,7 @@ class Store:
         """The bytes of a file.
 
         Raises:
-            FileNotFoundError: where there is none.
+            FileNotFoundError: if it does not exist.
         """
         return self._run("read", path, _download)
 
@@ -128,30 +128,30 @@ class Store:
         """A file for random access.
 
         Raises:
-            FileNotFoundError: where there is none.
+            FileNotFoundError: if it does not exist.
         """
         if self.is_local:
-            # Not mapped into memory: what a failing disk or a file cut short would raise here, kills the process there.
+            # Not memory-mapped: a failing disk or a truncated file would kill the process instead of raising an error.
             return self._run("read", path, lambda _, target: pa.OSFile(target))
         file = self._run("read", path, lambda system, target: system.open_input_file(target))
         return pa.PythonFile(RetriedFile(file, f"{self.uri}/{path}"), mode="r")
 
     def exists(self, path: str) -> bool:
-        """Whether a file is there."""
+        """Whether a file exists."""
         return self._info(path).type == fs.FileType.File
 
     def size(self, path: str) -> int | None:
-        """Size of a file in bytes, or None where there is none."""
+        """Size of a file in bytes, or None if it does not exist."""
         size: int | None = self._info(path).size
         return size
 
     def files(self, age: float = 0.0) -> dict[str, int]:
-        """Name and size in bytes of the files directly in this folder; empty where there is no folder.
+        """Name and size in bytes of the files directly in this folder; empty if the folder does not exist.
 
-        Temporary files of local writers are not among them.
+        Temporary files of local writers are left out.
 
         Args:
-            age: seconds since they were written, at least.
+            age: least age of the files in seconds.
         """
         files = [info for info in self._list() if _is_file(info) and not _is_temporary(info)]
         latest = time.time() - age
@@ -168,12 +168,12 @@ class Store:
         return {info.base_name: info.size for info in old if _is_file(info)}
 
     def delete(self, path: str) -> None:
-        """Delete a file; one that is not there is no error."""
+        """Delete a file; a missing file is no error."""
         with contextlib.suppress(FileNotFoundError):
             self._run("delete", path, lambda system, target: system.delete_file(target))
 
     def delete_folder(self) -> None:
-        """Delete everything below this store's uri; nothing there is no error."""
+        """Delete everything below `uri`; a missing folder is no error."""
         with contextlib.suppress(FileNotFoundError):
             self._run("delete", "", _delete_folder)
 
@@ -186,7 +186,7 @@ class Store:
         return self._run("read", path, lambda system, target: system.get_file_info(target))
 
     def _run(self, doing: str, path: str, call: Callable[[fs.FileSystem, str], Result]) -> Result:
-        """Call with the file system and the full path of a file, or of this folder."""
+        """Call with the file system and the full path of a file or, for "", of this folder."""
         suffix = f"/{path}" if path else ""
         if self.is_local:
             try:
@@ -205,10 +205,10 @@ class Store:
 
 @contextlib.contextmanager
 def report_damage(uri: str) -> Iterator[None]:
-    """While a file of the cache is taken apart: what is broken in it becomes one line that names it.
+    """Turn errors while parsing a file of the cache into one line that names the file and the remedy.
 
     Raises:
-        UserError: where it is gone or damaged.
+        UserError: if the file is missing or damaged.
     """
     try:
         yield
@@ -233,8 +233,8 @@ def _write_local(target: str, data: bytes | pa.Buffer) -> None:
 
 
 def _upload(system: fs.FileSystem, target: str, data: bytes | pa.Buffer) -> None:
-    # An object appears when its upload completes, so there is nothing to rename. All of it goes in one write: a stream
-    # that is closed, or let go of, completes its object with what was written until then.
+    # An object appears when its upload completes, so no rename is needed. All data goes in one write: closing or dropping
+    # a stream completes the object with whatever was written until then.
     with system.open_output_stream(target) as stream:
         stream.write(data)
 
@@ -242,13 +242,13 @@ def _upload(system: fs.FileSystem, target: str, data: bytes | pa.Buffer) -> None
 def _download(system: fs.FileSystem, target: str) -> bytes:
     with system.open_input_file(target) as file:
         size = file.size()
-        data: bytes = file.read(size)  # without a size it would come in requests of 256 KiB
+        data: bytes = file.read(size)  # without a size, pyarrow reads in requests of 256 KiB
     if len(data) != size:
-        raise OSError(f"{len(data)} of {size} bytes came")
+        raise OSError(f"received {len(data)} of {size} bytes")
     return data
 
 
 def _delete_folder(system: fs.FileSystem, root: str) -> None:
-    # A bucket itself stays: making one is not ours either.
+    # Keep the bucket itself, which we did not create either.
     delete = system.delete_dir if "/" in root.strip("/") else system.delete_dir_contents
     delete(root)

@@ -105,7 +105,7 @@ def test_a_disk_that_fills_up_or_is_read_only_is_named_and_loses_nothing(disk, a
     assert job(precompute.main, *arguments)[1]["shards_computed"] == 0
     line = refused(precompute.main, *arguments, "teachers=['tests.faults:unloadable']")
     assert line.startswith(f"error: cache.uri: cannot write {cache}/")
-    assert line.endswith(": Read-only file system; name a place that can be written")
+    assert line.endswith(": Read-only file system; name a writable location")
 
 
 def test_a_cache_below_a_file_is_refused_before_a_teacher_is_loaded(tmp_path, arguments, refused):
@@ -114,7 +114,7 @@ def test_a_cache_below_a_file_is_refused_before_a_teacher_is_loaded(tmp_path, ar
         precompute.main, *arguments, f"cache.uri={tmp_path}/file/cache", "teachers=['tests.faults:unloadable']"
     )
     assert line.startswith(f"error: cache.uri: cannot write {tmp_path}/file/cache/")
-    assert line.endswith(": Not a directory; name a place that can be written")
+    assert line.endswith(": Not a directory; name a writable location")
 
 
 @pytest.mark.slow

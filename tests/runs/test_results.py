@@ -39,7 +39,7 @@ def test_results_are_copied_and_a_student_is_loaded_from_its_address(bucket, tmp
 
 
 def test_what_is_not_there_is_named(bucket):
-    with pytest.raises(UserError, match="s3://models/nowhere/student: there is no such folder, or it is empty"):
+    with pytest.raises(UserError, match="s3://models/nowhere/student: the folder does not exist or is empty"):
         fetch("s3://models/nowhere/student")
     with pytest.raises(UserError, match=r"outputs: .*s3://elsewhere does not exist"):
         outputs_store("s3://elsewhere/results")

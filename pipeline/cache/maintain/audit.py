@@ -1,4 +1,4 @@
-"""Verify the cache of a plan as a whole; `pipeline/cache/maintain/repair.py` mends what is found."""
+"""Verify the whole cache of a plan; `pipeline/cache/maintain/repair.py` repairs the findings."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from pipeline.cache.maintain.checks import (
     check_description,
     check_index,
     check_projection,
-    check_statistics,
     finding,
 )
+from pipeline.cache.maintain.values import check_statistics
 from pipeline.cache.maintain.verify import Verify
 from pipeline.errors import UserError
 from pipeline.runtime.progress import Progress
 from teachers.base import WeightsNotFoundError
 
 SAMPLE_GROUPS = 8
-"""Row groups of a dataset, spread evenly over it, that every teacher is asked about again: 512 images."""
+"""Row groups of a dataset, evenly spaced, that every teacher recomputes: 512 images."""
 
 
 @dataclass
 class Verification:
-    """What verifying found.
+    """Result of a verification.
 
     Attributes:
-        findings: what is wrong; nothing, where all is well.
+        findings: problems; empty if the cache is intact.
         files: Parquet files of shards that were read.
-        recomputed: rows times teachers that were computed again and compared.
-        skipped: by label, why a teacher could not be asked again; its files were checked all the same.
-        unable: ids of the teachers that cannot be computed here: without weights, or with others than the cache's.
+        recomputed: rows times teachers that were recomputed and compared.
+        skipped: why a teacher could not recompute rows, by label; its files were checked all the same.
+        unable: ids of the teachers that cannot be computed here, without weights or with other weights than the cache's.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -51,13 +51,13 @@ class Verification:
 
 
 def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, int]] | None = None) -> Verification:
-    """Check every file of the plan's datasets and teachers, and compute a sample of rows again.
+    """Check every file of the plan's datasets and teachers, and recompute a sample of rows.
 
     Args:
-        only: (split, shard) of the shards to look at; None: all. What belongs to all shards is checked in any case.
+        only: (split, shard) of the shards to check; None: all. Files that belong to all shards are always checked.
 
     Raises:
-        UserError, TeacherError: where the cache cannot be used, or a teacher cannot be made as asked.
+        UserError, TeacherError: if the cache cannot be used, or a teacher cannot be created.
     """
     check_begun(plan)
     for split in plan.splits:
@@ -88,11 +88,7 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
 
 
 def check_begun(plan: CachePlan) -> None:
-    """Refuse to verify what is not there at all.
-
-    Raises:
-        UserError: naming the dataset of which nothing is cached.
-    """
+    """Raise `UserError` if nothing of a dataset is cached."""
     for split in plan.splits:
         if not split.dataset.store.exists("dataset.json"):
             raise UserError(
@@ -101,7 +97,7 @@ def check_begun(plan: CachePlan) -> None:
 
 
 def _computed(plan: CachePlan, found: Verification) -> list[CachedTeacher]:
-    """The teachers that can be asked again, with the digest of their weights."""
+    """The teachers that can recompute rows, with the digest of their weights."""
     labels = teacher_labels(plan.teachers)
     able = []
     for cached in plan.teachers:
@@ -130,14 +126,14 @@ def _other_weights(plan: CachePlan, cached: CachedTeacher, present: str) -> Iter
             continue  # found by _check_folders
         if recorded != present:
             problem = (
-                f"tells of other weights (SHA-256 {recorded[:12]}) than the present ones ({present[:12]}): name their file "
-                f"in weights, or --delete {split.dataset.id}/{split.dataset.policy.id}/{cached.id}"
+                f"names other weights (SHA-256 {recorded[:12]}) than the present ones ({present[:12]}): set weights to their "
+                f"file, or --delete {split.dataset.id}/{split.dataset.policy.id}/{cached.id}"
             )
             yield finding(split.dataset, cached.id, folder.store, None, BrokenError("teacher.json", problem))
 
 
 def _check_folders(dataset: Dataset, teachers: Iterable[CachedTeacher]) -> Iterator[Finding]:
-    """Check what belongs to all shards."""
+    """Check the files that belong to all shards."""
     try:
         check_index(dataset)
     except BrokenError as broken:
@@ -152,12 +148,12 @@ def _check_folders(dataset: Dataset, teachers: Iterable[CachedTeacher]) -> Itera
             try:
                 check(folder, teacher)
             except BrokenError as broken:
-                if not broken.file.startswith("shard-"):  # those are found with their shard
+                if not broken.file.startswith("shard-"):  # found with their shard
                     yield finding(dataset, teacher.id, folder.store, None, broken)
 
 
 def _sample(dataset: Dataset) -> dict[int, list[int]]:
-    """By shard, the row groups that are computed again."""
+    """The row groups to be recomputed, by shard."""
     sampled: defaultdict[int, list[int]] = defaultdict(list)
     for sample in evenly_spaced(row_groups(dataset.images.listed().values()), SAMPLE_GROUPS):
         sampled[sample.shard].append(sample.group)

@@ -1,6 +1,6 @@
-"""What can be told of the cache's files without a teacher: hashes, types, counts, keys, values, statistics.
+"""Checks of the cache's files that need no teacher: hashes, types, counts and keys.
 
-Every check raises :class:`BrokenError`, which names the file and what is wrong with it. Imports neither Ray nor MLflow.
+Every check raises :class:`BrokenError`, which names the file and the problem. Imports neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -12,29 +12,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection, load_projection
+from pipeline.cache.layout.codec import Codec, Projection, load_projection
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import index_fingerprint
-from pipeline.cache.layout.phi_s import PhiS, load_phi_s
-from pipeline.cache.layout.shards import ShardFolder, ShardRecord, fixed_width, keys_of, record_name
-from pipeline.cache.layout.stats import Moments, load_moments, merge_all
+from pipeline.cache.layout.shards import ShardFolder, ShardRecord, keys_of, record_name
 from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, views_of
 from pipeline.errors import one_line
 from pipeline.storage.store import Store
-
-TOLERANCE = {"float32": 0.05, "bfloat16": 0.15}
-"""Relative error that another device may put between two computations of the same features, by `cache.precision`.
-
-A rounding costs 5e-4 (TF32, which cuDNN uses for float32) or 4e-3 (bfloat16), and a deep network adds up dozens. What is
-wrong differs by far more: unrelated vectors by 1.4 (sqrt 2), features of another image by 0.3 and more.
-"""
 
 T = TypeVar("T")
 
@@ -44,7 +33,7 @@ class BrokenError(Exception):
 
     Attributes:
         file: its name in its folder.
-        problem: what is wrong, in words that follow the name.
+        problem: what is wrong, as a phrase that follows the name.
     """
 
     def __init__(self, file: str, problem: str) -> None:
@@ -54,14 +43,14 @@ class BrokenError(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with the cache.
+    """A problem found in the cache.
 
     Attributes:
         dataset: its id.
         part: ``index``, ``images``, ``rows``, or a teacher's id.
         shard: its number, or None for a file that belongs to all shards.
         file: path below the cache.
-        problem: what is wrong with it.
+        problem: what is wrong with the file.
     """
 
     dataset: str
@@ -72,7 +61,7 @@ class Finding:
 
 
 def finding(dataset: Dataset, part: str, folder: Store, shard: int | None, broken: BrokenError) -> Finding:
-    """What was found in a folder of a dataset."""
+    """The finding for a broken file in a folder of a dataset."""
     cache = dataset.store.uri.rpartition("/")[0]
     path = f"{folder.uri.removeprefix(f'{cache}/')}/{broken.file}"
     return Finding(dataset.id, part, shard, path, broken.problem)
@@ -80,7 +69,7 @@ def finding(dataset: Dataset, part: str, folder: Store, shard: int | None, broke
 
 @dataclass(frozen=True)
 class Shard:
-    """A committed shard whose bytes are those that its record names."""
+    """A committed shard whose bytes match its record."""
 
     record: ShardRecord
     file: pq.ParquetFile
@@ -109,16 +98,16 @@ class Shard:
             raise self.broken(f"cannot be read as Parquet: {one_line(error)}") from error
 
     def fact(self, *path: str) -> Any:
-        """What its record tells under this path of keys."""
+        """The value under this path of keys in its record."""
         value: Any = self.record.facts
         for key in path:
             if not isinstance(value, dict) or key not in value:
-                raise BrokenError(record_name(self.record.shard), f"does not tell {'.'.join(path)}")
+                raise BrokenError(record_name(self.record.shard), f"lacks {'.'.join(path)}")
             value = value[key]
         return value
 
     def broken(self, problem: str) -> BrokenError:
-        """What is wrong with its Parquet file."""
+        """The error for its Parquet file."""
         return BrokenError(self.record.file, problem)
 
 
@@ -127,7 +116,7 @@ def open_shard(folder: ShardFolder, shard: int) -> Shard:
     try:
         record = folder.read_record(shard)
     except FileNotFoundError:
-        raise BrokenError(record_name(shard), "is missing: the shard is not there") from None
+        raise BrokenError(record_name(shard), "is missing, and with it the shard") from None
     except ValueError as error:
         raise BrokenError(record_name(shard), str(error)) from error
     data = _get(folder.store, record.file)
@@ -163,8 +152,8 @@ def _check_layout(shard: Shard, group_size: int) -> None:
 
 
 def check_images(opened: Shard, index: pa.Table | None) -> pa.Table:
-    """The images of a shard: those of its part of the index in that order, less the quarantined ones."""
-    _check_schema(opened, IMAGES_SCHEMA)
+    """Check and return a shard's images: those of its part of the index, in order, without the quarantined ones."""
+    check_schema(opened, IMAGES_SCHEMA)
     images = opened.read()
     if index is not None:
         bad = {sample["sample_id"] for sample in opened.fact("bad")}
@@ -176,8 +165,8 @@ def check_images(opened: Shard, index: pa.Table | None) -> pa.Table:
 
 
 def check_rows_shard(dataset: Dataset, opened: Shard, images: pa.Table | None) -> pa.Table:
-    """The crops of a shard: every view of every image, in order."""
-    _check_schema(opened, ROWS_SCHEMA)
+    """Check and return the crops of a shard: every view of every image, in order."""
+    check_schema(opened, ROWS_SCHEMA)
     rows = opened.read()
     if images is not None:
         views = range(dataset.policy.rows_per_image)
@@ -188,7 +177,7 @@ def check_rows_shard(dataset: Dataset, opened: Shard, images: pa.Table | None) -
 
 
 def check_derived_from(opened: Shard, files: Mapping[str, str]) -> None:
-    """A derived shard names these files as its sources, if it names any: records of older versions do not."""
+    """Check that a derived shard names these files as its sources, if it names any: older versions did not."""
     for part, file in files.items():
         source = opened.record.facts.get(part, file)
         if source != file:
@@ -203,20 +192,20 @@ def _check_geometry(opened: Shard, rows: pa.Table) -> None:
 
 
 def check_features(teacher: CachedTeacher, opened: Shard, rows: pa.Table | None) -> None:
-    """Types and keys of a teacher's shard; the values are a matter of `check_values`."""
+    """Check the types and keys of a teacher's shard; `check_values` checks the values."""
     codecs = teacher.codecs(None)
     if not Codec.parse(teacher.codec).pca:
         widths = {kind: codec.row_bytes for kind, codec in codecs.items()}
-        _check_schema(opened, features_schema(widths))
+        check_schema(opened, features_schema(widths))
     metadata = opened.file.schema_arrow.metadata or {}
     due = {b"teacher": teacher.id, b"codec": teacher.codec, b"projection": opened.record.projection}
     for name, value in due.items():
         found = metadata.get(name, b"").decode()
         if found != value:
-            raise opened.broken(f"says {name.decode()} {found or 'nothing'}, {value or 'none'} is due")
+            raise opened.broken(f"has {name.decode()} {found or 'none'} in its metadata instead of {value or 'none'}")
     for kind, shape in teacher.shapes.items():
         if metadata.get(f"{kind}.shape".encode()) != json.dumps(shape).encode():
-            raise opened.broken(f"does not say that {kind} are of shape {shape}")
+            raise opened.broken(f"does not have the shape {shape} of {kind} in its metadata")
     if rows is not None:
         _check_keys(opened, keys_of(rows), opened.read_keys())
 
@@ -227,73 +216,8 @@ def features_schema(widths: dict[str, int]) -> pa.Schema:
     return pa.schema([*keys, *(pa.field(kind, pa.binary(width), nullable=False) for kind, width in widths.items())])
 
 
-def check_values(folder: ShardFolder, teacher: CachedTeacher, opened: Shard, codecs: dict[str, FeatureCodec]) -> None:
-    """Every stored value is finite, and all together have the statistics that were taken before they were encoded."""
-    _check_schema(opened, features_schema({kind: codec.row_bytes for kind, codec in codecs.items()}))
-    moments = check_moments(folder, opened.record, teacher)
-    sums = {kind: _Sums(codec.shape[-1]) for kind, codec in codecs.items()}
-    for table in opened.groups():
-        for kind, codec in codecs.items():
-            values = decode(table[kind], codec)
-            finite = torch.isfinite(values).flatten(1).all(dim=1)
-            if not finite.all():
-                row = int((~finite).nonzero()[0])
-                raise opened.broken(f"holds {kind} that are not finite, first of {table['sample_id'][row]}")
-            sums[kind].add(values)
-    for kind, total in sums.items():
-        if total.count:
-            loss = opened.fact("fidelity", kind, "relative_error")
-            total.check(opened, kind, moments[kind], 2 * loss + TOLERANCE[teacher.precision])
-
-
-def decode(column: pa.ChunkedArray, codec: FeatureCodec) -> Tensor:
-    """A column of stored rows as features [N, *shape] float32."""
-    return codec.decode(torch.from_numpy(fixed_width(column).copy()))
-
-
-class _Sums:
-    """Mean and mean square of stored values, beside the moments of the features that they were made of.
-
-    The root mean square of a difference bounds that of its means, and the difference of the root mean squares. The
-    fidelity that a record tells is that of the shard's first batch, hence twice that loss is allowed to its mean.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.count, self.sum, self.square = 0, torch.zeros(channels, dtype=torch.float64), 0.0
-
-    def add(self, values: Tensor) -> None:
-        flat = values.reshape(-1, len(self.sum)).double()
-        self.count += len(flat)
-        self.sum += flat.sum(dim=0)
-        self.square += float(flat.square().sum())
-
-    def check(self, opened: Shard, kind: str, moments: Moments, bound: float) -> None:
-        if moments.count != self.count:
-            raise BrokenError(opened.record.moments, f"counts {moments.count} {kind}, the shard holds {self.count}")
-        size = float(np.sqrt(np.trace(moments.scatter) / moments.count + np.sum(moments.mean**2)))
-        drift = float(np.linalg.norm((self.sum / self.count).numpy() - moments.mean))
-        drift = max(drift, abs(float(np.sqrt(self.square / self.count)) - size))
-        if drift > bound * size:
-            share = f"{drift / size:.3f}, the codec allows {bound:.3f}"
-            raise opened.broken(f"holds {kind} unlike their statistics ({share})")
-
-
-def check_moments(folder: ShardFolder, record: ShardRecord, teacher: CachedTeacher) -> dict[str, Moments]:
-    """The statistics of a teacher's shard."""
-    if not record.rows:
-        return {}
-    if not record.moments:
-        raise BrokenError(record_name(record.shard), "names no statistics")
-    moments = _load(folder.store, record.moments, load_moments)
-    if {kind: part.mean.shape for kind, part in moments.items()} != {k: s[-1:] for k, s in teacher.shapes.items()}:
-        raise BrokenError(record.moments, f"does not hold the statistics of {' and '.join(teacher.shapes)}")
-    if not all(np.isfinite(part.mean).all() and np.isfinite(part.scatter).all() for part in moments.values()):
-        raise BrokenError(record.moments, "holds statistics that are not finite")
-    return moments
-
-
-def _load(store: Store, name: str, load: Callable[[bytes], T]) -> T:
-    """What an .npz file holds, whose checksums find changed bytes."""
+def load_file(store: Store, name: str, load: Callable[[bytes], T]) -> T:
+    """The content of an .npz file, whose checksums reveal changed bytes."""
     data = _get(store, name)
     try:
         return load(data)
@@ -302,7 +226,7 @@ def _load(store: Store, name: str, load: Callable[[bytes], T]) -> T:
 
 
 def check_index(dataset: Dataset) -> None:
-    """The index is the one whose fingerprint names the dataset."""
+    """Check that the index has the fingerprint that names the dataset."""
     name = "index.parquet"
     try:
         index = pq.ParquetFile(pa.BufferReader(_get(dataset.store, name)))
@@ -316,7 +240,7 @@ def check_index(dataset: Dataset) -> None:
 
 
 def check_description(folder: ShardFolder, teacher: CachedTeacher) -> str:
-    """The SHA-256 of the weights that a teacher's folder was made with."""
+    """Check teacher.json; returns the SHA-256 of the weights that the folder was made with."""
     name = "teacher.json"
     data = _get(folder.store, name)
     try:
@@ -330,7 +254,7 @@ def check_description(folder: ShardFolder, teacher: CachedTeacher) -> str:
 
 
 def check_projection(folder: ShardFolder, teacher: CachedTeacher) -> Projection | None:
-    """What the patches of a teacher's folder are projected on; None where they are stored as they are."""
+    """Check and return the projection of a teacher's patches; None if they are stored unprojected."""
     if not Codec.parse(teacher.codec).pca:
         return None
     name = folder.projection
@@ -338,52 +262,25 @@ def check_projection(folder: ShardFolder, teacher: CachedTeacher) -> Projection 
         named = {record.projection for record in folder.listed().values()}
         raise BrokenError(min(named, default="projection"), "is missing: the shards cannot be decoded without it")
     if hashlib.sha256(_get(folder.store, name)).hexdigest()[:8] != name.removeprefix("projection-")[:8]:
-        raise BrokenError(name, "does not hold the bytes that its name says")
-    projection = _load(folder.store, name, load_projection)
+        raise BrokenError(name, "does not have the content that its name says")
+    projection = load_file(folder.store, name, load_projection)
     channels = teacher.patches_shape[-1]
     if projection and (projection.basis.shape[1:] != (channels,) or not torch.isfinite(projection.basis).all()):
         raise BrokenError(name, f"is no projection of {channels} channels")
     return projection
 
 
-def check_statistics(folder: ShardFolder, teacher: CachedTeacher) -> None:
-    """The frozen statistics are those of all shards together, and PHI-S levels them.
-
-    Shards that were computed again, on another device, may have moved them by `TOLERANCE`.
-    """
-    records = [record for record in folder.listed().values() if record.rows]
-    frozen = _load(folder.store, "stats.npz", load_moments)
-    rotations = _load(folder.store, "phi_s.npz", load_phi_s)
-    due = merge_all(check_moments(folder, record, teacher) for record in records)
-    for kind in teacher.shapes:
-        if kind not in frozen or not _alike(frozen[kind], due[kind], TOLERANCE[teacher.precision]):
-            raise BrokenError("stats.npz", f"does not hold the statistics of the shards' {kind}")
-        if kind not in rotations or not _levels(rotations[kind], frozen[kind]):
-            raise BrokenError("phi_s.npz", f"does not level the variances of stats.npz over the {kind}")
-
-
-def _alike(frozen: Moments, due: Moments, tolerance: float) -> bool:
-    size = np.sqrt(np.trace(due.scatter) / due.count + np.sum(due.mean**2))
-    mean = np.linalg.norm(frozen.mean - due.mean) <= tolerance * size
-    scatter = np.linalg.norm(frozen.scatter - due.scatter) <= tolerance * np.linalg.norm(due.scatter)
-    return bool(frozen.count == due.count and mean and scatter)
-
-
-def _levels(phi: PhiS, moments: Moments) -> bool:
-    variances = np.diagonal(phi.rotation @ moments.covariance @ phi.rotation.T)
-    return bool(np.allclose(phi.mean, moments.mean) and np.allclose(variances, phi.scale**2, rtol=1e-2))
-
-
-def _check_schema(opened: Shard, due: pa.Schema) -> None:
+def check_schema(opened: Shard, due: pa.Schema) -> None:
+    """Check the columns of a shard and their types."""
     found = opened.file.schema_arrow.remove_metadata()
     if not found.equals(due):
         unlike = next((field for field in due if field not in found), due)
-        raise opened.broken(f"has columns {', '.join(f'{f.name} {f.type}' for f in found)}; due is {unlike}")
+        raise opened.broken(f"has columns {', '.join(f'{f.name} {f.type}' for f in found)}; expected {unlike}")
 
 
 def _check_keys(opened: Shard, due: list[T], found: list[T], what: str = "key") -> None:
     if len(due) != len(found):
-        raise opened.broken(f"has {len(found)} rows, {len(due)} are due")
+        raise opened.broken(f"has {len(found)} rows instead of {len(due)}")
     for row, (wanted, given) in enumerate(zip(due, found, strict=True)):
         if wanted != given:
-            raise opened.broken(f"has {what} {given} in row {row}, where {wanted} is due")
+            raise opened.broken(f"has {what} {given} in row {row} instead of {wanted}")

@@ -1,8 +1,8 @@
-"""Files of a cache that nothing refers to: of writers that were killed, and of shards that were computed again.
+"""Files of a cache that nothing refers to: left by killed writers, or replaced when a shard was computed again.
 
-Only names that the cache itself gives are ever taken for garbage, and only once they are old: a running job writes a
-shard's files moments before the record that lists them (`FILE_AGE_S`), and a teacher's description possibly hours before
-its first shard (`FOLDER_AGE_S`). A training that began before shards were repaired may still read the replaced files.
+Only files with names that the cache itself gives count as garbage, and only once they are old: a running job writes a
+shard's files moments before their record (`FILE_AGE_S`), and a teacher's description possibly hours before its first shard
+(`FOLDER_AGE_S`). A training that started before a repair may still read the replaced files.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pipeline.cache.layout.shards import RECORD, ShardFolder
 from pipeline.storage.store import Store
 
 FILE_AGE_S = 3600.0
-"""Age in seconds from which on a file that no record names is garbage."""
+"""Age in seconds at which a file that no record names counts as garbage."""
 
 FOLDER_AGE_S = 24 * 3600.0
-"""Age in seconds of its newest file from which on a folder without any record is garbage."""
+"""Age in seconds of its newest file at which a folder without any record counts as garbage."""
 
 _SHARD_FILE = re.compile(r"shard-(\d{5,})-[0-9a-f]{8}\.(parquet|npz)")
 _PROJECTION = re.compile(r"projection-[0-9a-f]{8}\.npz")
@@ -31,7 +31,7 @@ _DATASET = re.compile(r".+-[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file to be removed, and why."""
+    """A file to be removed, and the reason."""
 
     store: Store
     name: str
@@ -40,17 +40,17 @@ class Garbage:
 
     @property
     def path(self) -> str:
-        """Where it is."""
+        """Its full path or URI."""
         return f"{self.store.uri}/{self.name}"
 
 
 def find_garbage(cache: Store) -> list[Garbage]:
-    """All garbage of a cache; removes nothing."""
+    """List all garbage of a cache; removes nothing."""
     return [item for name in cache.folders() if _DATASET.fullmatch(name) for item in _dataset(cache.sub(name))]
 
 
 def remove_garbage(items: Iterable[Garbage]) -> None:
-    """Remove these files, and the folders that are empty then."""
+    """Remove these files and the folders that become empty."""
     folders = []
     for item in items:
         item.store.delete(item.name)
@@ -92,7 +92,7 @@ def _teacher(store: Store) -> Iterator[Garbage]:
 def _unnamed(store: Store) -> Iterator[Garbage]:
     folder = ShardFolder(store)
     listed = folder.listed()
-    # What belongs to a record that cannot be read is a matter for --verify.
+    # Files of a shard whose record cannot be read are left to --verify.
     doubtful = {int(match[1]) for name in store.files() if (match := RECORD.fullmatch(name))} - set(listed)
     named = {name for record in listed.values() for name in (record.file, record.moments, record.projection)}
     for name, size in store.files(FILE_AGE_S).items():
@@ -104,7 +104,7 @@ def _unnamed(store: Store) -> Iterator[Garbage]:
 
 def _leftovers(store: Store) -> Iterator[Garbage]:
     for name, size in store.leftovers().items():
-        yield Garbage(store, name, size, "of a writer that was killed")
+        yield Garbage(store, name, size, "left by a killed writer")
 
 
 def _all_if_old(folders: Sequence[Store], why: str) -> Iterator[Garbage]:

@@ -1,4 +1,4 @@
-"""What a cache holds, read from the cache alone: no source, no teacher and no recipe is needed."""
+"""The contents of a cache, read from the cache alone, without source, teacher or recipe."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pipeline.storage.store import Store
 
 @dataclass(frozen=True)
 class Entry:
-    """Something in a cache that has an address: a dataset, the crops of one, or a teacher's features.
+    """A part of a cache that has an address: a dataset, its crops, or a teacher's features.
 
     Attributes:
         address: ``<dataset>``, ``<dataset>/<view>`` or ``<dataset>/<view>/<teacher>``.
         folder: path below the cache.
-        what: in words.
-        shards, of: complete ones, and how many there will be.
-        bytes: of all files below the folder.
-        fidelity: mean cosine between a patch and what is kept of it; None for what is not features.
-        licence: of a teacher's weights, or "".
+        what: description.
+        shards, of: number of complete shards, and of all shards.
+        bytes: size of all files below the folder.
+        fidelity: mean cosine between a patch and its decoded value; None for images and crops.
+        licence: of a teacher's weights; "" for images and crops.
     """
 
     address: str
@@ -41,15 +41,15 @@ class Entry:
 
 
 def take_inventory(cache: Store) -> list[Entry]:
-    """Everything in a cache: each dataset, then its crops and teachers."""
+    """All entries of a cache: each dataset, followed by its crops and teachers."""
     return [entry for name in cache.folders() for entry in _dataset(cache.sub(name), name)]
 
 
 def find_entry(cache: Store, address: str) -> Entry:
-    """What has this address.
+    """The entry with this address.
 
     Raises:
-        UserError: where nothing has, naming the nearest that there is.
+        UserError: if there is none, naming the closest one.
     """
     entries = {entry.address: entry for entry in take_inventory(cache)}
     if address in entries:
@@ -70,7 +70,7 @@ def _dataset(store: Store, name: str) -> Iterator[Entry]:
     try:
         meta = read_meta(store)
     except UserError:
-        yield Entry(name, name, "of another version of the cache, or damaged", 0, 0, bytes_below(store))
+        yield Entry(name, name, "another version of the cache, or damaged", 0, 0, bytes_below(store))
         return
     shards = -(-meta["count"] // meta["shard_size"])
     done = len(ShardFolder(store.sub(f"views/{WHOLE.id}/images")).records())
@@ -103,12 +103,12 @@ def _description(store: Store) -> dict[str, Any]:
     try:
         described = json.loads(store.get("teacher.json"))
     except (FileNotFoundError, ValueError):
-        return {}  # --verify says so
+        return {}  # --verify reports it
     return described if isinstance(described, dict) else {}
 
 
 def delete_entry(cache: Store, entry: Entry) -> None:
-    """Delete all files of an entry. Of a dataset, the file that makes it one goes first: it is whole or it is not there."""
+    """Delete all files of an entry. A dataset's dataset.json goes first, so that half a dataset is never taken for a whole."""
     folder = cache.sub(entry.folder)
     folder.delete("dataset.json")
     folder.delete_folder()

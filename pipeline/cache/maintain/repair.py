@@ -1,4 +1,4 @@
-"""Repair a cache: take out just what verifying found broken, bring that back, and verify it."""
+"""Repair a cache: unlist just what verification found broken, compute it again, and verify it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset, discard_stats, write_index
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.maintain.audit import Verification, verify_cache
-from pipeline.cache.maintain.checks import BrokenError, Finding, check_statistics
+from pipeline.cache.maintain.checks import BrokenError, Finding
+from pipeline.cache.maintain.values import check_statistics
 
 log = logging.getLogger(__name__)
 
 
 def repair_cache(plan: CachePlan, config: CacheJobConfig, found: Verification) -> Verification:
-    """Bring back what is broken, and verify the shards concerned.
+    """Compute what is broken again, and verify the affected shards.
 
-    A teacher that cannot be computed here (`Verification.unable`) keeps what it has, broken as it is.
+    Shards of a teacher that cannot be computed here (`Verification.unable`) stay as they are, even if broken.
 
     Returns:
-        What is wrong still.
+        The findings that are left.
 
     Raises:
-        UserError: where the source does not give the images of a broken shard any more.
-        TeacherError: as `pipeline.cache.fill.build.build_cache`.
+        UserError: if the source no longer provides the images of a broken shard.
+        TeacherError: see `pipeline.cache.fill.build.build_cache`.
     """
     for split in plan.splits:
         mine = [item for item in found.findings if item.dataset == split.dataset.id and item.part not in found.unable]
-        _mend_images(split, mine)
+        _repair_images(split, mine)
         for item in mine:
             if item.part not in ("index", "images", "rows"):
-                _take_out(split.dataset.teacher(item.part), item)
+                _remove(split.dataset.teacher(item.part), item)
         split.dataset.refresh()
     able = replace(plan, teachers=tuple(teacher for teacher in plan.teachers if teacher.id not in found.unable))
     able, _ = build_cache(able, config)
     for split in able.splits:
         for teacher in able.teachers:
-            _refreeze(split.dataset, teacher)
-    return verify_cache(plan, config, set(_concerned(plan, found)))
+            _merge_again(split.dataset, teacher)
+    return verify_cache(plan, config, set(_affected(plan, found)))
 
 
-def _concerned(plan: CachePlan, found: Verification) -> Iterator[tuple[str, int]]:
-    """(split, shard) of every finding; a file that belongs to all shards concerns them all."""
+def _affected(plan: CachePlan, found: Verification) -> Iterator[tuple[str, int]]:
+    """(split, shard) of every finding; a file that belongs to all shards affects them all."""
     splits = {split.dataset.id: split for split in plan.splits}
     for item in found.findings:
         split = splits[item.dataset]
@@ -53,8 +54,8 @@ def _concerned(plan: CachePlan, found: Verification) -> Iterator[tuple[str, int]
         yield from ((split.split, shard) for shard in shards)
 
 
-def _mend_images(split: SplitPlan, found: Iterable[Finding]) -> None:
-    """Bring back index, images and crops, which need no teacher."""
+def _repair_images(split: SplitPlan, found: Iterable[Finding]) -> None:
+    """Write the index, images and crops again, which needs no teacher."""
     dataset = split.dataset
     if any(item.part == "index" for item in found):
         write_index(dataset, split.index)
@@ -73,7 +74,7 @@ def _shards(found: Iterable[Finding], part: str) -> set[int]:
     return {item.shard for item in found if item.part == part and item.shard is not None}
 
 
-def _take_out(folder: ShardFolder, item: Finding) -> None:
+def _remove(folder: ShardFolder, item: Finding) -> None:
     if item.shard is not None:
         folder.unlist(item.shard)
     elif item.file.endswith(("/stats.npz", "/phi_s.npz")):
@@ -82,12 +83,12 @@ def _take_out(folder: ShardFolder, item: Finding) -> None:
         folder.store.delete(item.file.rpartition("/")[2])
 
 
-def _refreeze(dataset: Dataset, teacher: CachedTeacher) -> None:
-    """Shards that were wrong may have entered the frozen statistics."""
+def _merge_again(dataset: Dataset, teacher: CachedTeacher) -> None:
+    """Merge the statistics again if broken shards have gone into them."""
     folder = dataset.teacher(teacher.id)
     try:
         check_statistics(folder, teacher)
     except BrokenError as broken:
-        log.warning("%s/%s: taken from the repaired shards again", folder.store.uri, broken)
+        log.warning("%s/%s: merged from the repaired shards again", folder.store.uri, broken)
         discard_stats(folder)
         freeze_stats(dataset, teacher)

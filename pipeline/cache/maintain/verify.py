@@ -1,4 +1,4 @@
-"""Verify shards: their files are checked, and a sample of rows is computed again and compared with what is stored.
+"""Verify a shard: check its files, recompute a sample of rows and compare them with the stored ones.
 
 This module imports neither Ray nor MLflow; `pipeline/cache/maintain/audit.py` runs it over all shards.
 """
@@ -11,8 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from pipeline.cache.fill.extract import USER_ERRORS, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher
@@ -21,7 +19,6 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA, ViewRows
 from pipeline.cache.maintain.checks import (
-    TOLERANCE,
     BrokenError,
     Finding,
     Shard,
@@ -30,25 +27,23 @@ from pipeline.cache.maintain.checks import (
     check_images,
     check_projection,
     check_rows_shard,
-    check_values,
-    decode,
     finding,
     open_shard,
 )
+from pipeline.cache.maintain.values import check_values, compare
 from pipeline.runtime import logs
-from teachers.base import TeacherOutput
 
 
 class Verify:
-    """Verifies one shard of images, of crops and of every teacher a call; a Ray Data row is a shard.
+    """Verifies one shard of images, crops and every teacher per call; a Ray Data row is a shard.
 
     Args:
         datasets: by split (``train``, ``val``).
         teachers: whose shards are verified.
-        computed: those of them that are asked again; they are loaded once.
-        sampled: by (split, shard), the row groups of images that they are asked about.
-        unindexed: ids of the datasets whose index is broken, so that keys cannot be held against it.
-        device, threads, batch_size: as of `Extract`.
+        computed: the teachers among them that recompute rows; they are loaded once.
+        sampled: row groups of images to be recomputed, by (split, shard).
+        unindexed: ids of the datasets whose index is broken, so that keys cannot be compared with it.
+        device, threads, batch_size: see `Extract`.
     """
 
     def __init__(
@@ -70,7 +65,7 @@ class Verify:
 
         Returns:
             The row with ``findings`` (JSON list of `Finding`), ``files`` (Parquet files read), ``recomputed`` (rows times
-            teachers), and as ``error`` a failure that the user can mend.
+            teachers) and ``error`` (a user-fixable failure in one line, or "").
         """
         work = _ShardCheck(self, row["split"], int(row["shard"]))
         error = ""
@@ -84,7 +79,7 @@ class Verify:
 
 
 class _ShardCheck:
-    """The checks of one shard, and what they find."""
+    """The checks of one shard, and their findings."""
 
     def __init__(self, verify: Verify, split: str, shard: int) -> None:
         self.verify, self.split, self.shard = verify, split, shard
@@ -96,8 +91,8 @@ class _ShardCheck:
     def run(self) -> None:
         images = self._images()
         rows = self._rows(images)
-        healthy = {teacher.id: self._teacher(teacher, rows) for teacher in self.verify.teachers}
-        asked = {name: shard for name, shard in healthy.items() if shard and name in self.verify.extract.teachers}
+        intact = {teacher.id: self._teacher(teacher, rows) for teacher in self.verify.teachers}
+        asked = {name: shard for name, shard in intact.items() if shard and name in self.verify.extract.teachers}
         for group in self.verify.sampled.get((self.split, self.shard), ()):
             if images is not None and rows is not None and asked:
                 self._recompute(ViewRows(images, rows, self.sources), asked, group)
@@ -116,7 +111,7 @@ class _ShardCheck:
         return images
 
     def _rows(self, images: pa.Table | None) -> pa.Table | None:
-        """The keys that every teacher is to hold, if they can be told."""
+        """The rows that every teacher's shard must have, or None if they are broken."""
         if not self.dataset.policy.crops:
             return None if images is None else images.select(ROWS_SCHEMA.names)
         folder = self.dataset.rows
@@ -132,7 +127,7 @@ class _ShardCheck:
         return rows
 
     def _teacher(self, teacher: CachedTeacher, rows: pa.Table | None) -> Shard | None:
-        """The shard, if it is healthy as far as its own files tell."""
+        """The shard, or None if its own files are broken."""
         folder = self.dataset.teacher(teacher.id)
         try:
             self.files += 1
@@ -151,14 +146,14 @@ class _ShardCheck:
             return None
 
     def _codecs(self, teacher: CachedTeacher) -> dict[str, FeatureCodec] | None:
-        """Decoders, or None where the projection is broken: that is found once for the folder, not for every shard."""
+        """Codecs, or None if the projection is broken, which is reported once per folder and not for every shard."""
         try:
             return teacher.codecs(check_projection(self.dataset.teacher(teacher.id), teacher))
         except BrokenError:
             return None
 
     def _recompute(self, shard: ViewRows, asked: dict[str, Shard], group: int) -> None:
-        """Compute a row group of images again with these teachers; one that differs is not asked again."""
+        """Recompute a row group of images with these teachers; a teacher that differs is dropped from `asked`."""
         views = shard.slice(group * ROW_GROUP_SIZE, ROW_GROUP_SIZE)
         outputs = list(self.verify.extract.features(views, list(asked)))
         for name, opened in list(asked.items()):
@@ -172,38 +167,3 @@ class _ShardCheck:
                 del asked[name]
                 folder = self.dataset.teacher(name).store
                 self.findings.append(finding(self.dataset, name, folder, self.shard, broken))
-
-
-def compare(
-    teacher: CachedTeacher, codecs: dict[str, FeatureCodec], opened: Shard, group: int, outputs: Sequence[TeacherOutput]
-) -> None:
-    """Compare a row group with what the teacher says of the same pixels now.
-
-    The triangle inequality gives the bound of a row's relative error: what the codec loses of these very features, and
-    what the arithmetic of another device may change (`TOLERANCE`). The fidelity in the shard's record is a mean over
-    other rows, and would cry wolf at the ones that are hardest to keep.
-
-    Raises:
-        BrokenError: where a row differs by more.
-    """
-    stored = opened.read_group(group)
-    for kind, codec in codecs.items():
-        features: Tensor = torch.cat([getattr(output, kind) for output in outputs]).cpu()
-        try:
-            kept = codec.decode(torch.from_numpy(codec.encode(features)))
-        except ValueError as error:
-            raise opened.broken(f"is of images of which the teacher now gives {kind} {error}") from error
-        loss = relative_errors(features, decode(stored[kind], codec))
-        bound = relative_errors(features, kept) + TOLERANCE[teacher.precision]
-        if wrong := (loss > bound).nonzero().flatten().tolist():
-            row = wrong[0]
-            raise opened.broken(
-                f"holds other {kind} than the teacher gives: {len(wrong)} of {len(loss)} rows computed again differ, first "
-                f"{stored['sample_id'][row]} view {stored['view'][row]} by {loss[row]:.3f}, allowed {bound[row]:.3f}"
-            )
-
-
-def relative_errors(features: Tensor, kept: Tensor) -> Tensor:
-    """Norm of the difference over that of the features, by row [N]; next to nothing counts as a thousandth of the mean."""
-    sizes = features.flatten(1).norm(dim=1)
-    return (kept - features).flatten(1).norm(dim=1) / sizes.clamp_min(float(sizes.mean()) * 1e-3 + 1e-30)

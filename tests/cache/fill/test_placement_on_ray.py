@@ -34,12 +34,12 @@ def main():
     import ray
 
     from pipeline.cache.fill.placement import Measured
-    from pipeline.cache.fill.ray_pipeline import _in_actors
+    from pipeline.cache.fill.ray_pipeline import run_in_actors
 
     ray.init(num_cpus=6, num_gpus=GPUS, include_dashboard=False, log_to_driver=False)
     measured = Measured(memory=30 << 30, total=80 << 30, device_s=1e-3, host_s=1e-3)
     rows = [{"shard": number} for number in range(ROWS)]
-    print(json.dumps(list(_in_actors(Recorder, rows, (), 8, measured))))
+    print(json.dumps(list(run_in_actors(Recorder, rows, (), 8, measured))))
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_garbage_is_found_and_only_that_is_removed(cache, filled):
     garbage = {
         folder / "shard-00000-00000000.parquet": "no record names it",
         folder / "shard-00000-00000000.npz": "no record names it",
-        folder / ".shard-00001.json.0123abcd": "of a writer that was killed",
+        folder / ".shard-00001.json.0123abcd": "left by a killed writer",
         folder.parent / "gone-0123456789/teacher.json": "its folder has no shard",
         Path(cache.uri, "dead-01234567/views/full/images/shard-00000.json"): "it belongs to no dataset",
     }

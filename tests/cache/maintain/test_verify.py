@@ -162,7 +162,7 @@ def _damaged_record(cache):
 def _record_without_facts(cache):
     folder = _teacher(cache)
     _path(folder, "shard-00001.json").write_text(json.dumps(asdict(replace(folder.read_record(1), facts={}))))
-    return "shard-00001.json", "does not tell fidelity.summary.relative_error"
+    return "shard-00001.json", "lacks fidelity.summary.relative_error"
 
 
 def _swapped_teachers(cache):
@@ -182,7 +182,7 @@ def _swapped_shards(cache):
     first, second = folder.read_record(0), folder.read_record(1)
     for number, record in ((0, second), (1, first)):
         _path(folder, f"shard-{number:05d}.json").write_text(json.dumps(asdict(replace(record, shard=number))))
-    return second.file, "rows, 100 are due"
+    return second.file, "rows instead of 100"
 
 
 def _wrong_keys(cache):
@@ -194,13 +194,13 @@ def _wrong_keys(cache):
 def _missing_rows(cache):
     folder = _teacher(cache)
     _rewrite(folder, 0, lambda table: table.slice(1))
-    return folder.read_record(0).file, "has 99 rows, 100 are due"
+    return folder.read_record(0).file, "has 99 rows instead of 100"
 
 
 def _missing_images(cache):
     folder = cache.val.images
     _rewrite(folder, 0, lambda table: table.slice(1))
-    return folder.read_record(0).file, "has 39 rows, 40 are due"
+    return folder.read_record(0).file, "has 39 rows instead of 40"
 
 
 def _wrong_labels(cache):
@@ -225,7 +225,7 @@ def _rows_of_other_images(cache):
     """Values that are true of other images: hash, keys and statistics are all right."""
     folder = _teacher(cache)
     _rewrite(folder, 0, lambda table: _with_column(table, "patches", table["patches"].to_pylist()[::-1]))
-    return folder.read_record(0).file, "holds other patches than the teacher gives: "
+    return folder.read_record(0).file, "holds other patches than the teacher computes: "
 
 
 def _empty_past_the_first_batch(cache):
@@ -349,7 +349,7 @@ def test_a_changed_projection_is_found(projected):
     arrays = load_arrays(folder.store.get(folder.projection))
     folder.store.put(folder.projection, dump_arrays({**arrays, "basis": arrays["basis"][::-1]}))
     found = verify_cache(projected.plan, projected.config)
-    assert [item.problem for item in found.findings] == ["does not hold the bytes that its name says"]
+    assert [item.problem for item in found.findings] == ["does not have the content that its name says"]
 
 
 def test_a_teacher_that_changed_is_found_and_its_shards_are_left_alone(filled, monkeypatch):
@@ -378,7 +378,7 @@ def test_weights_that_changed_unnoticed_are_found_by_recomputing(filled, monkeyp
     monkeypatch.setattr(ColourGrid, "__init__", changed)
     found = verify_cache(filled.plan, filled.config)
     assert len(found.findings) == 6
-    assert all("than the teacher gives" in item.problem for item in found.findings)
+    assert all("than the teacher computes" in item.problem for item in found.findings)
 
 
 def test_without_weights_the_rest_is_verified_and_repaired(filled, monkeypatch):

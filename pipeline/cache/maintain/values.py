@@ -1,0 +1,158 @@
+"""Checks of stored features: they are finite, have their recorded statistics, and are what the teacher computes now.
+
+This module imports neither Ray nor MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.codec import FeatureCodec
+from pipeline.cache.layout.phi_s import PhiS, load_phi_s
+from pipeline.cache.layout.shards import ShardFolder, ShardRecord, fixed_width, record_name
+from pipeline.cache.layout.stats import Moments, load_moments, merge_all
+from pipeline.cache.maintain.checks import BrokenError, Shard, check_schema, features_schema, load_file
+from teachers.base import TeacherOutput
+
+TOLERANCE = {"float32": 0.05, "bfloat16": 0.15}
+"""Relative error allowed between features computed on two devices, by `cache.precision`.
+
+One rounding costs 5e-4 (TF32, which cuDNN uses for float32) or 4e-3 (bfloat16), and a deep network accumulates dozens. Wrong
+features differ by far more: unrelated vectors by 1.4 (sqrt 2), features of another image by 0.3 and more.
+"""
+
+
+def check_values(
+    folder: ShardFolder, teacher: CachedTeacher, opened: Shard, codecs: Mapping[str, FeatureCodec]
+) -> None:
+    """Check that every stored value is finite, and that all have the statistics taken before encoding."""
+    check_schema(opened, features_schema({kind: codec.row_bytes for kind, codec in codecs.items()}))
+    moments = check_moments(folder, opened.record, teacher)
+    sums = {kind: _Sums(codec.shape[-1]) for kind, codec in codecs.items()}
+    for table in opened.groups():
+        for kind, codec in codecs.items():
+            values = decode(table[kind], codec)
+            finite = torch.isfinite(values).flatten(1).all(dim=1)
+            if not finite.all():
+                row = int((~finite).nonzero()[0])
+                raise opened.broken(f"holds {kind} that are not finite, first of {table['sample_id'][row]}")
+            sums[kind].add(values)
+    for kind, total in sums.items():
+        if total.count:
+            loss = opened.fact("fidelity", kind, "relative_error")
+            total.check(opened, kind, moments[kind], 2 * loss + TOLERANCE[teacher.precision])
+
+
+def decode(column: pa.ChunkedArray, codec: FeatureCodec) -> Tensor:
+    """A column of stored rows as features [N, *shape] float32."""
+    return codec.decode(torch.from_numpy(fixed_width(column).copy()))
+
+
+class _Sums:
+    """Mean and mean square of stored values, to compare with the moments of the features before encoding.
+
+    The root mean square of a difference bounds both the difference of the means and that of the root mean squares. The
+    fidelity in a record is that of the shard's first batch; twice that loss is allowed for the whole shard.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count, self.sum, self.square = 0, torch.zeros(channels, dtype=torch.float64), 0.0
+
+    def add(self, values: Tensor) -> None:
+        flat = values.reshape(-1, len(self.sum)).double()
+        self.count += len(flat)
+        self.sum += flat.sum(dim=0)
+        self.square += float(flat.square().sum())
+
+    def check(self, opened: Shard, kind: str, moments: Moments, bound: float) -> None:
+        if moments.count != self.count:
+            raise BrokenError(opened.record.moments, f"counts {moments.count} {kind}, the shard holds {self.count}")
+        size = float(np.sqrt(np.trace(moments.scatter) / moments.count + np.sum(moments.mean**2)))
+        drift = float(np.linalg.norm((self.sum / self.count).numpy() - moments.mean))
+        drift = max(drift, abs(float(np.sqrt(self.square / self.count)) - size))
+        if drift > bound * size:
+            share = f"{drift / size:.3f}, the codec allows {bound:.3f}"
+            raise opened.broken(f"holds {kind} unlike their statistics ({share})")
+
+
+def check_moments(folder: ShardFolder, record: ShardRecord, teacher: CachedTeacher) -> dict[str, Moments]:
+    """Check and return the statistics of a teacher's shard."""
+    if not record.rows:
+        return {}
+    if not record.moments:
+        raise BrokenError(record_name(record.shard), "names no statistics")
+    moments = load_file(folder.store, record.moments, load_moments)
+    if {kind: part.mean.shape for kind, part in moments.items()} != {k: s[-1:] for k, s in teacher.shapes.items()}:
+        raise BrokenError(record.moments, f"does not hold the statistics of {' and '.join(teacher.shapes)}")
+    if not all(np.isfinite(part.mean).all() and np.isfinite(part.scatter).all() for part in moments.values()):
+        raise BrokenError(record.moments, "holds statistics that are not finite")
+    return moments
+
+
+def check_statistics(folder: ShardFolder, teacher: CachedTeacher) -> None:
+    """Check that the merged statistics are those of all shards, and that PHI-S equalises the variances.
+
+    Shards recomputed on another device may have moved the statistics by `TOLERANCE`.
+    """
+    records = [record for record in folder.listed().values() if record.rows]
+    frozen = load_file(folder.store, "stats.npz", load_moments)
+    rotations = load_file(folder.store, "phi_s.npz", load_phi_s)
+    due = merge_all(check_moments(folder, record, teacher) for record in records)
+    for kind in teacher.shapes:
+        if kind not in frozen or not _alike(frozen[kind], due[kind], TOLERANCE[teacher.precision]):
+            raise BrokenError("stats.npz", f"does not hold the statistics of the shards' {kind}")
+        if kind not in rotations or not _equalises(rotations[kind], frozen[kind]):
+            raise BrokenError("phi_s.npz", f"does not equalise the variances of the {kind} in stats.npz")
+
+
+def _alike(frozen: Moments, due: Moments, tolerance: float) -> bool:
+    size = np.sqrt(np.trace(due.scatter) / due.count + np.sum(due.mean**2))
+    mean = np.linalg.norm(frozen.mean - due.mean) <= tolerance * size
+    scatter = np.linalg.norm(frozen.scatter - due.scatter) <= tolerance * np.linalg.norm(due.scatter)
+    return bool(frozen.count == due.count and mean and scatter)
+
+
+def _equalises(phi: PhiS, moments: Moments) -> bool:
+    variances = np.diagonal(phi.rotation @ moments.covariance @ phi.rotation.T)
+    return bool(np.allclose(phi.mean, moments.mean) and np.allclose(variances, phi.scale**2, rtol=1e-2))
+
+
+def compare(
+    teacher: CachedTeacher, codecs: dict[str, FeatureCodec], opened: Shard, group: int, outputs: Sequence[TeacherOutput]
+) -> None:
+    """Compare a stored row group with what the teacher computes from the same pixels now.
+
+    By the triangle inequality, a row's relative error is at most the codec's loss on these features plus what the
+    arithmetic of another device may change (`TOLERANCE`). The fidelity in the shard's record is a mean over other rows,
+    and would raise false alarms on the rows that are hardest to encode.
+
+    Raises:
+        BrokenError: if a row differs by more.
+    """
+    stored = opened.read_group(group)
+    for kind, codec in codecs.items():
+        features: Tensor = torch.cat([getattr(output, kind) for output in outputs]).cpu()
+        try:
+            kept = codec.decode(torch.from_numpy(codec.encode(features)))
+        except ValueError as error:
+            raise opened.broken(f"cannot be compared: the teacher now computes {kind} {error}") from error
+        loss = relative_errors(features, decode(stored[kind], codec))
+        bound = relative_errors(features, kept) + TOLERANCE[teacher.precision]
+        if wrong := (loss > bound).nonzero().flatten().tolist():
+            row = wrong[0]
+            raise opened.broken(
+                f"holds other {kind} than the teacher computes: {len(wrong)} of {len(loss)} recomputed rows differ, first "
+                f"{stored['sample_id'][row]} view {stored['view'][row]} by {loss[row]:.3f}, allowed {bound[row]:.3f}"
+            )
+
+
+def relative_errors(features: Tensor, kept: Tensor) -> Tensor:
+    """Norm of the difference relative to that of the features, by row [N]; tiny norms count as a thousandth of the mean."""
+    sizes = features.flatten(1).norm(dim=1)
+    return (kept - features).flatten(1).norm(dim=1) / sizes.clamp_min(float(sizes.mean()) * 1e-3 + 1e-30)
