@@ -46,7 +46,7 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ShardFolder
-from pipeline.cache.read.reader import Batch, CacheReader
+from pipeline.cache.read.reader import Batch, CacheReader, PartialBatch
 from pipeline.storage.store import Store
 
 TEACHERS = {"dinov2-s": (384, 384, 16), "clip-b16": (512, 768, 14), "sam-b": (None, 256, 16)}
@@ -103,8 +103,8 @@ def _speed(codec: str, options: argparse.Namespace) -> dict[str, float]:
 class Undecoded(CacheReader):
     """A reader that leaves JPEGs as they are."""
 
-    def _pixels(self, draft: Any) -> torch.Tensor:
-        return torch.tensor([len(image.as_py()) for image in draft.images])
+    def _decode_images(self, partial: PartialBatch) -> torch.Tensor:
+        return torch.tensor([len(image.as_py()) for image in partial.images])
 
 
 def _reader(

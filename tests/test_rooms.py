@@ -15,7 +15,7 @@ ARROWS = {
     "sections": "errors config",
     "runtime": "errors",
     "storage": "errors",
-    "imaging": "errors teachers",
+    "imaging": "errors runtime teachers",
     "sources": "errors imaging",
     "student": "errors sections teachers",
     "tracking": "errors runtime storage",

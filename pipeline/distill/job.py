@@ -14,7 +14,8 @@ import torch
 from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.read.reader import check_per_step, has_labels
+from pipeline.cache.read.order import check_per_step
+from pipeline.cache.read.scan import has_labels
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import feature_map_size
 from pipeline.distill.figures import FigureWriter

@@ -13,7 +13,8 @@ from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_sp
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_stats
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.location import cache_store
-from pipeline.cache.read.reader import NO_LABEL, PatchReader, read_summaries
+from pipeline.cache.read.scan import PatchReader, read_summaries
+from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.confusion import SegmentationScores

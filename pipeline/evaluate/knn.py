@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.read.reader import NO_LABEL, read_summaries, scan_images
+from pipeline.cache.read.scan import read_summaries, scan_images
+from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.errors import UserError
 from pipeline.evaluate.config import KnnConfig
 from pipeline.sources.base import odd_class

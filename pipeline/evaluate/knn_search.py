@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.read.reader import NO_LABEL, read_summaries
+from pipeline.cache.read.scan import read_summaries
+from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.evaluate.knn import Neighbours, labelled, merge, nearest, vote
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.runtime.ray_session import worker_slots

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.cache.read.reader import PatchReader
+from pipeline.cache.read.scan import PatchReader
 from pipeline.evaluate.confusion import confusion
 from pipeline.evaluate.linear import Batches, LinearHeads
 from pipeline.runtime.prefetch import map_ahead

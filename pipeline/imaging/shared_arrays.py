@@ -1,4 +1,4 @@
-"""Memory that is used again: the first write to fresh pages costs several times the copy that it is for."""
+"""Pools of reusable arrays: the first write to freshly mapped pages costs several times the copy itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import weakref
 from bisect import bisect
 from collections import defaultdict
+from math import prod
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -15,36 +16,36 @@ import numpy as np
 
 
 class ArrayPool:
-    """Lends uint8 arrays, and takes their memory back when the array, and every tensor made of it, is gone.
+    """Allocates uint8 arrays, and reuses their memory once an array and every tensor made from it are garbage-collected.
 
-    Tensors of `torch.from_numpy` hold the array; numpy's own views of it do not, and must not outlive it.
+    `torch.from_numpy` tensors keep the array alive; numpy views of it do not, and must not outlive it.
     """
 
     def __init__(self) -> None:
         self.free: defaultdict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
 
     def empty(self, *shape: int) -> np.ndarray:
-        """An array of this shape, its content undefined."""
+        """An uninitialised array of this shape."""
         free = self.free[shape]
         try:
             memory = free.pop()
         except IndexError:
             memory = self._allocate(shape)
-        lent = memory.view()
-        weakref.finalize(lent, free.append, memory).atexit = False
-        return lent
+        array = memory.view()
+        weakref.finalize(array, free.append, memory).atexit = False
+        return array
 
     def _allocate(self, shape: tuple[int, ...]) -> np.ndarray:
         return np.empty(shape, np.uint8)
 
 
 class ArrayHandle(NamedTuple):
-    """Where an array of a `SharedArrayPool` lies, for other processes of this machine.
+    """Address of an array of a `SharedArrayPool` for other processes of this machine. Picklable.
 
     Attributes:
-        pid, file: process and number of the open file that is the memory.
+        pid, file: process and descriptor of the open file that holds the memory.
         size: of that file in bytes.
-        start: of the array in it.
+        start: offset of the array in it.
         shape: of the array.
     """
 
@@ -54,59 +55,64 @@ class ArrayHandle(NamedTuple):
     start: int
     shape: tuple[int, ...]
 
+    def part(self, offset: int, shape: tuple[int, ...]) -> ArrayHandle:
+        """The handle of an array of this shape, `offset` bytes into this one."""
+        return self._replace(start=self.start + offset, shape=shape)
+
 
 class SharedArrayPool(ArrayPool):
-    """Lends arrays that other processes of this user can write to.
+    """Allocates arrays that other processes of this user can write to. Linux only.
 
-    Their memory belongs to no file system (`memfd_create`): it is limited by the machine's memory alone, and gone with the
-    last process that has it, however that ends. Linux only.
+    Their memory belongs to no file system (`memfd_create`): its size is limited by the machine's memory alone, and the kernel
+    frees it with the last process that has it open, however that process ends.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.lock = threading.Lock()
-        # Start, file and size of each; a new tuple for every block, so that who looks one up meets no half of a change.
-        self.blocks: tuple[tuple[int, int, int], ...] = ()
+        # Address, descriptor and size of each segment, sorted. Replaced as a whole, so that lookups need no lock.
+        self.segments: tuple[tuple[int, int, int], ...] = ()
         self.files: list[int] = []
         weakref.finalize(self, _close, self.files)
 
     def _allocate(self, shape: tuple[int, ...]) -> np.ndarray:
-        size = int(np.prod(shape))
-        file = os.memfd_create("arrays")
+        size, file = prod(shape), os.memfd_create("arrays")
         os.ftruncate(file, size)
         memory = np.frombuffer(mmap.mmap(file, size), np.uint8)
         self.files.append(file)
         with self.lock:
-            self.blocks = tuple(sorted([*self.blocks, (_address(memory), file, size)]))
+            self.segments = tuple(sorted([*self.segments, (_address(memory), file, size)]))
         return memory.reshape(shape)
 
     def handle(self, array: np.ndarray) -> ArrayHandle:
-        """Where a contiguous array lies that is, or is a view of, one that was lent."""
-        address, blocks = _address(array), self.blocks
-        start, file, size = blocks[bisect(blocks, address, key=itemgetter(0)) - 1]
+        """The handle of a contiguous array of this pool, or of a contiguous view of one."""
+        address, segments = _address(array), self.segments
+        start, file, size = segments[bisect(segments, address, key=itemgetter(0)) - 1]
         return ArrayHandle(os.getpid(), file, size, address - start, array.shape)
 
     def row_handles(self, array: np.ndarray) -> list[ArrayHandle]:
-        """The places of the rows of such an array."""
-        pid, file, size, start, shape = self.handle(array)
-        step = int(np.prod(shape[1:]))
-        return [ArrayHandle(pid, file, size, start + row * step, shape[1:]) for row in range(len(array))]
+        """The handle of each row of such an array."""
+        whole, shape = self.handle(array), array.shape[1:]
+        return [whole.part(row * prod(shape), shape) for row in range(len(array))]
 
 
 class AttachedArrays:
-    """The arrays at places of another process; each of its files is mapped once."""
+    """Arrays of another process's pool; each segment is mapped once."""
 
     def __init__(self) -> None:
-        self.files: dict[tuple[int, int], mmap.mmap] = {}
+        self.segments: dict[tuple[int, int], mmap.mmap] = {}
 
-    def array(self, place: ArrayHandle) -> np.ndarray:
-        """The array there, to write to."""
-        key = place.pid, place.file
-        if key not in self.files:
-            with open(f"/proc/{place.pid}/fd/{place.file}", "r+b") as file:
-                self.files[key] = mmap.mmap(file.fileno(), place.size)
-        count = int(np.prod(place.shape))
-        return np.frombuffer(self.files[key], np.uint8, count, place.start).reshape(place.shape)
+    def array(self, handle: ArrayHandle) -> np.ndarray:
+        """The array itself, writable.
+
+        Raises:
+            OSError: if the process that allocated it has ended.
+        """
+        key = handle.pid, handle.file
+        if key not in self.segments:
+            with open(f"/proc/{handle.pid}/fd/{handle.file}", "r+b") as file:
+                self.segments[key] = mmap.mmap(file.fileno(), handle.size)
+        return np.frombuffer(self.segments[key], np.uint8, prod(handle.shape), handle.start).reshape(handle.shape)
 
 
 def _close(files: list[int]) -> None:

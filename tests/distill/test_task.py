@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.cache.layout.cached_teacher import teacher_stats
-from pipeline.cache.read import reader
-from pipeline.cache.read.reader import NO_LABEL
+from pipeline.cache.read import scan
+from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.distill import task as module
 from pipeline.distill.held_out import compare_with_teachers
 from pipeline.distill.job import make_job
@@ -168,7 +168,7 @@ def test_held_out_images_without_labels_are_compared_with_the_teachers_alone(job
 
 def test_there_is_no_knn_where_labels_are_missing(job, monkeypatch, caplog):
     assert job().val is not None
-    monkeypatch.setattr(reader, "_labels", lambda images: np.full(len(images), NO_LABEL))
+    monkeypatch.setattr(scan, "labels_of", lambda images: np.full(len(images), NO_LABEL))
     assert (job().val, job().held_out is None) == (None, False)
     assert "no kNN" in caplog.text
 
@@ -177,7 +177,7 @@ def test_a_worker_makes_its_task_from_a_job_that_travelled(job):
     payload = pickle.loads(pickle.dumps({"job": job()}))  # noqa: S301
     task = make_distill_task(payload, 1, 2)
     assert isinstance(task, DistillTask)
-    assert (task.reader.rank, task.reader.world, task.reader.batch_size) == (1, 2, 8)
+    assert (task.reader.order.rank, task.reader.order.world, task.reader.batch_size) == (1, 2, 8)
     assert next(iter(task.batches(0, 0))).images.shape[0] == 8
 
 

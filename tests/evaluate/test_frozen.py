@@ -10,7 +10,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline.cache.read.reader import PatchReader, read_summaries, scan_images
+from pipeline.cache.read.scan import PatchReader, read_summaries, scan_images
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.evaluate.frozen import FrozenTeacher, cached_encoder, map_levels

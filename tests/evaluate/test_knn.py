@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.cache.read.reader import NO_LABEL
+from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.errors import UserError
 from pipeline.evaluate import knn
 from pipeline.evaluate.knn import knn_accuracies, knn_accuracy, merge, nearest

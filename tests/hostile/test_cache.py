@@ -14,7 +14,8 @@ from pipeline.cache.fill.build import freeze_stats, plan_cache
 from pipeline.cache.layout.cached_teacher import projection_of, teacher_stats
 from pipeline.cache.layout.dataset import read_meta
 from pipeline.cache.layout.shards import ShardFolder
-from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images
+from pipeline.cache.read.reader import CacheReader
+from pipeline.cache.read.scan import read_summaries, scan_images
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError

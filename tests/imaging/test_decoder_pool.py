@@ -90,7 +90,7 @@ def test_a_killed_process_costs_nothing():
 
 def test_work_over_which_processes_are_killed_again_and_again_ends(monkeypatch):
     decoders, given = DecoderPool(1, processes=True), []
-    monkeypatch.setattr(decoders, "_given", lambda work: given.append(work) or decoders._start().submit(os._exit, 1))
+    monkeypatch.setattr(decoders, "_submit", lambda tasks: given.append(tasks) or decoders._start().submit(os._exit, 1))
     with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
         decoders.finish([decoders.submit([])])
     assert len(given) == ATTEMPTS

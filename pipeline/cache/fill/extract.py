@@ -273,7 +273,7 @@ class _Batches:
 
     def wait_for_unused(self) -> None:
         """Wait for what nobody will use: its arrays may be lent again only then."""
-        wait([pending.done for some in self.pending.values() for pending in some])
+        wait([pending.future for some in self.pending.values() for pending in some])
 
 
 class ShardBuilder:

@@ -1,8 +1,8 @@
-"""A reader in a process of its own, for training on a GPU.
+"""A cache reader in a process of its own, for training on a GPU.
 
-What a reader does between its reads and copies is bytecode, for which it takes turns with the thread that launches the GPU's
-work. Of that nothing is left here: the other process reads, joins and decodes into memory that both share, and says where
-each batch lies. When a batch is gone here its memory is used again there.
+Between its reads and copies a reader runs Python bytecode, which competes for the interpreter lock with the thread that
+launches GPU kernels. Here another process reads, joins and decodes into shared memory, and sends only where each batch lies.
+Once a batch has been garbage-collected in this process, the other one reuses its memory.
 """
 
 from __future__ import annotations
@@ -15,27 +15,38 @@ from contextlib import suppress
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.read.reader import Batch, CacheReader, ShuffleQuality
-from pipeline.imaging.decoder_pool import helper_process_context, init_helper_process
+from pipeline.cache.read.order import ShuffleQuality
+from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.imaging.shared_arrays import ArrayHandle, AttachedArrays, SharedArrayPool
 from pipeline.runtime.allocator import keep_freed_memory
+from pipeline.runtime.helper_process import helper_process_context, init_helper_process
 
 AHEAD = 2
-"""Batches that are ready before they are asked for."""
+"""Batches that are sent before they are asked for."""
 
 
-Name = tuple[str, str]
-"""Of an array: teacher id and token type; `IMAGES` for the pixels."""
-IMAGES: Name = ("", "images")
+class BatchMessage(NamedTuple):
+    """A batch on its way between the processes.
 
-Said = tuple[int, list[str], np.ndarray, tuple[int, int], dict[Name, ArrayHandle]]
-"""Number of a batch, its keys, labels and place in the order of training, and where its arrays lie."""
+    Attributes:
+        number: by which its memory is released.
+        keys, labels, position: of the batch.
+        images: where its images lie.
+        features: where its features lie, by teacher id and token type.
+    """
+
+    number: int
+    keys: list[str]
+    labels: np.ndarray
+    position: tuple[int, int]
+    images: ArrayHandle
+    features: dict[str, dict[str, ArrayHandle]]
 
 
 class ReaderProcess:
@@ -49,107 +60,109 @@ class ReaderProcess:
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        self.reader = CacheReader(*args, **settings)  # for the order, which is a function of the settings
-        self.work = args, {**settings, "processes": True}
-        self.gone: deque[int] = deque()
+        self.order = CacheReader(*args, **settings).order
+        self.arguments = args, {**settings, "processes": True}
+        self.released: deque[int] = deque()
         self.process: Any = None
         self.attached: AttachedArrays
         self.pipe: Connection
 
     def steps(self, epoch: int) -> int:
-        """Batches of an epoch."""
-        return self.reader.steps(epoch)
+        """As `CacheReader.steps`."""
+        return self.order.steps(epoch)
 
     def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
-        """As of `CacheReader`."""
-        return self.reader.shuffle_quality(epoch)
+        """As `CacheReader.shuffle_quality`."""
+        return self.order.shuffle_quality(epoch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on.
 
         Raises:
             UserError: as `CacheReader.batches`.
-            RuntimeError: where the other process was killed.
+            RuntimeError: if the other process was killed.
         """
         if self.process is None:
             self._start()
-        self._tell("read", epoch, start)
+        self._send("read", epoch, start)
         try:
-            while (said := self._hear()) is not None:
-                self._tell("took")
-                yield self._received(said)
+            while (message := self._receive()) is not None:
+                self._send("next")
+                yield self._batch(message)
         except GeneratorExit:
-            if self.pipe.closed:  # this process ends
+            if self.pipe.closed:  # at interpreter exit
                 return
-            self._tell("stop")
-            while (said := self._hear()) is not None:
-                self.gone.append(said[0])
+            self._send("stop")
+            while (message := self._receive()) is not None:
+                self.released.append(message.number)
             raise
 
     def _start(self) -> None:
         context = helper_process_context(__name__)
-        self.gone = deque()  # what is left of a process that was killed notes its end in the old one
+        self.released = deque()  # a new one: batches of a process that was killed report to the old one
         self.attached = AttachedArrays()
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, *self.work))
+        self.process = context.Process(target=_serve, args=(theirs, *self.arguments))
         self.process.start()
         theirs.close()
-        util.Finalize(self, self.pipe.close, exitpriority=10)  # before this process waits for the other one to end
+        util.Finalize(self, self.pipe.close, exitpriority=10)  # before multiprocessing joins the other process at exit
 
-    def _tell(self, what: str, *order: int) -> None:
-        """Say something, and with it which batches are gone."""
-        gone = [self.gone.popleft() for _ in range(len(self.gone))]
+    def _send(self, command: str, *arguments: int) -> None:
+        """Send a command, and with it the numbers of the batches that were released."""
+        released = [self.released.popleft() for _ in range(len(self.released))]
         try:
-            self.pipe.send((what, gone, order))
+            self.pipe.send((command, arguments, released))
         except OSError as error:
             raise self._killed() from error
 
-    def _hear(self) -> Said | None:
+    def _receive(self) -> BatchMessage | None:
         """The next batch, or None after the last."""
         try:
-            said: Said | Exception | None = self.pipe.recv()
+            message: BatchMessage | Exception | None = self.pipe.recv()
         except (EOFError, OSError) as error:
             raise self._killed() from error
-        if isinstance(said, Exception):
-            raise said
-        return said
+        if isinstance(message, Exception):
+            raise message
+        return message
 
     def _killed(self) -> RuntimeError:
         self.process.join(5)
         code, self.process = self.process.exitcode, None
         return RuntimeError(
-            f"the process that reads the cache has ended with {code}; if memory ran out, lower train.shuffle_window"
+            f"the process that reads the cache ended with exit code {code}; if memory ran out, lower train.shuffle_window"
         )
 
-    def _received(self, said: Said) -> Batch:
-        number, keys, labels, place, places = said
+    def _batch(self, message: BatchMessage) -> Batch:
+        lease = _Lease(message.number, 1 + sum(map(len, message.features.values())), self.released)
         try:
-            arrays = {name: self.attached.array(where).view() for name, where in places.items()}
-        except OSError as error:  # it said so, and was killed before its memory was reached
+            images = self._tensor(message.images, lease)
+            features = {
+                teacher: {kind: self._tensor(handle, lease) for kind, handle in kinds.items()}
+                for teacher, kinds in message.features.items()
+            }
+        except OSError as error:  # killed after it had sent the message: its memory can no longer be opened
             raise self._killed() from error
-        loan = _Loan(number, len(arrays), self.gone)
-        for array in arrays.values():
-            weakref.finalize(array, loan.end).atexit = False
-        images = torch.from_numpy(arrays.pop(IMAGES))
-        features: dict[str, dict[str, Tensor]] = {}
-        for (teacher, kind), rows in arrays.items():
-            features.setdefault(teacher, {})[kind] = torch.from_numpy(rows)
-        return Batch(keys, images, torch.from_numpy(labels), features, place)
+        return Batch(message.keys, images, torch.from_numpy(message.labels), features, message.position)
+
+    def _tensor(self, handle: ArrayHandle, lease: _Lease) -> Tensor:
+        array = self.attached.array(handle).view()
+        weakref.finalize(array, lease.release_array).atexit = False
+        return torch.from_numpy(array)
 
 
-class _Loan:
-    """Counts what is left of a batch. Its end may come in any thread, in the middle of anything: it is only noted."""
+class _Lease:
+    """Counts the arrays of a batch that are still in use. Finalizers run in any thread at any point: no lock is safe."""
 
-    def __init__(self, number: int, parts: int, gone: deque[int]) -> None:
-        self.number, self.parts, self.gone = number, deque(range(parts)), gone
+    def __init__(self, number: int, arrays: int, released: deque[int]) -> None:
+        self.number, self.left, self.released = number, deque(range(arrays)), released
 
-    def end(self) -> None:
-        if self.parts.pop() == 0:
-            self.gone.append(self.number)
+    def release_array(self) -> None:
+        if self.left.pop() == 0:
+            self.released.append(self.number)
 
 
 def _serve(pipe: Connection, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    """The other process."""
+    """Entry point of the other process."""
     init_helper_process()
     keep_freed_memory()
     _Server(pipe, CacheReader(*args, **settings)).run()
@@ -158,54 +171,55 @@ def _serve(pipe: Connection, args: tuple[Any, ...], settings: dict[str, Any]) ->
 class _Server:
     def __init__(self, pipe: Connection, reader: CacheReader) -> None:
         self.pipe, self.reader = pipe, reader
-        self.lent: dict[int, Batch] = {}
-        self.number = 0
-        self.orders: SimpleQueue[tuple[int, ...] | None] = SimpleQueue()
-        self.room, self.stopped = threading.Semaphore(AHEAD), threading.Event()
+        self.leased: dict[int, Batch] = {}
+        self.sent = 0
+        self.requests: SimpleQueue[tuple[int, ...] | None] = SimpleQueue()
+        self.credits, self.stopped = threading.Semaphore(AHEAD), threading.Event()
 
     def run(self) -> None:
         """Serve until the other side is gone."""
         threading.Thread(target=self._listen, daemon=True).start()
-        while order := self.orders.get():
+        while request := self.requests.get():
             answer = None
             try:
-                self._send_batches(*order)
-            except Exception as error:  # noqa: BLE001  the other side's to handle
+                self._send_batches(*request)
+            except Exception as error:  # noqa: BLE001  raised on the other side
                 answer = error
             with suppress(OSError):
                 self.pipe.send(answer)
         self.reader.close()
 
     def _listen(self) -> None:
-        """Take orders, and hear which memory is free."""
         while True:
             try:
-                what, gone, order = self.pipe.recv()
+                command, arguments, released = self.pipe.recv()
             except (EOFError, OSError):
-                self.orders.put(None)
+                self.requests.put(None)
                 self.stopped.set()
-                self.room.release()
+                self.credits.release()
                 return
-            for number in gone:
-                del self.lent[number]
-            if what == "read":
-                # Its own release, below, makes room for one more.
-                self.room, self.stopped = threading.Semaphore(AHEAD - 1), threading.Event()
-                self.orders.put(order)
-            elif what == "stop":
+            for number in released:
+                del self.leased[number]
+            if command == "read":
+                # The release below adds the last credit.
+                self.credits, self.stopped = threading.Semaphore(AHEAD - 1), threading.Event()
+                self.requests.put(arguments)
+            elif command == "stop":
                 self.stopped.set()
-            self.room.release()
+            self.credits.release()
 
     def _send_batches(self, epoch: int, start: int) -> None:
-        arrays, room, stopped = self.reader.arrays, self.room, self.stopped
+        arrays, credits, stopped = self.reader.arrays, self.credits, self.stopped
         assert isinstance(arrays, SharedArrayPool)
         for batch in self.reader.batches(epoch, start):
-            room.acquire()
+            credits.acquire()
             if stopped.is_set():
                 return
-            self.lent[self.number] = batch
-            features = {(name, kind): raw for name, kinds in batch.features.items() for kind, raw in kinds.items()}
-            places = {name: arrays.handle(raw.numpy()) for name, raw in {IMAGES: batch.images, **features}.items()}
-            said: Said = (self.number, batch.keys, batch.labels.numpy(), batch.position, places)
-            self.number += 1
-            self.pipe.send(said)
+            self.leased[self.sent] = batch
+            features = {
+                teacher: {kind: arrays.handle(rows.numpy()) for kind, rows in kinds.items()}
+                for teacher, kinds in batch.features.items()
+            }
+            images = arrays.handle(batch.images.numpy())
+            self.pipe.send(BatchMessage(self.sent, batch.keys, batch.labels.numpy(), batch.position, images, features))
+            self.sent += 1

@@ -10,7 +10,8 @@ import torch
 
 from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.layout.cached_teacher import teacher_stats
-from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images
+from pipeline.cache.read.reader import CacheReader
+from pipeline.cache.read.scan import read_summaries, scan_images
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.storage.store import Store

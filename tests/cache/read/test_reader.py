@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.read.reader import CacheReader, read_summaries, scan_images
+from pipeline.cache.read.reader import CacheReader
+from pipeline.cache.read.scan import read_summaries, scan_images
 from pipeline.errors import UserError
 from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image

@@ -59,7 +59,7 @@ def test_memory_is_used_again(readers):
             assert len(places) == 3
             del batch
     gc.collect()
-    files = {file for _, file in there.attached.files}
+    files = {file for _, file in there.attached.segments}
     assert len(files) <= 5 * (2 + 4 + 3)  # arrays of a batch: ready, in the window, being finished
 
 
@@ -93,7 +93,7 @@ def test_a_killed_process_is_said_and_another_one_started(readers):
     batches = there.batches(0)
     kept = next(batches)
     os.kill(there.process.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="has ended with -9; if memory ran out"):
+    with pytest.raises(RuntimeError, match="ended with exit code -9; if memory ran out"):
         list(batches)
     for ours, theirs in zip(here.batches(0, 3), there.batches(0, 3), strict=True):
         kept = None  # its memory was the dead one's, and is not the other one's to lend again
@@ -108,8 +108,8 @@ def test_a_process_killed_between_its_word_and_its_memory_is_said(readers, monke
     assert there.pipe.poll(60)
     os.kill(there.process.pid, signal.SIGKILL)
     there.process.join()
-    monkeypatch.setattr(there, "_tell", lambda *_: None)  # the kernel closes the pipe a moment after the memory's files
-    with pytest.raises(RuntimeError, match="has ended with -9; if memory ran out"):
+    monkeypatch.setattr(there, "_send", lambda *_: None)  # the kernel closes the pipe a moment after the memory's files
+    with pytest.raises(RuntimeError, match="ended with exit code -9; if memory ran out"):
         list(batches)
 
 
