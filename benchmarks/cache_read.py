@@ -1,24 +1,23 @@
-"""What does a training worker's reader cost beside a bare read of the same files? And does its memory stay flat?
+"""Measure a training worker's reader against a plain scan of the same files, and its memory over time.
 
     python benchmarks/cache_read.py
     python benchmarks/cache_read.py --memory --images 50000
 
-A cache of three teachers with the shapes of DINOv2-S, CLIP and SAM is written into a temporary folder, features random, and
-its files are read in turn by
+Writes a cache of random features of three teachers, in the shapes of DINOv2-S, CLIP and SAM, into a temporary folder, and reads
+its files in four ways:
 
-- the bare scan: pyarrow's `read_row_group` of every row group of the images and the features, the reader's columns, on
-  as many threads as pyarrow likes; every byte is copied out of the page cache into Arrow's memory;
-- the reader: `CacheReader.batches` with the join by key, the shuffle and the gathering into batches of torch tensors,
-  without decoding JPEGs, which any loader has to do and which costs more than all the rest;
-- the same with `FeatureCodec.decode` to float32, which in training is done on the device;
+- plain scan: pyarrow's `read_row_group` of every row group of images and features, with the reader's columns and pyarrow's
+  default threads; it copies every byte from the page cache into Arrow's memory;
+- reader: `CacheReader.batches` with join by key, shuffle and collation into torch tensors, without decoding JPEGs, which
+  every loader must do and which costs more than all the rest;
+- the same with `FeatureCodec.decode` to float32, which training does on the device;
 - the same with JPEGs decoded and resized.
 
-Rounds are interleaved, and each figure is the median over the rounds of the ratio within one, so that other work on the
-machine falls on all alike. Bytes read are those that an epoch of a new reader asks of the files, footers included, over
-what the files hold. Prints a table and one line of JSON: the least `ratio` of the reader and the most bytes over the codecs.
+Rounds are interleaved; each figure is the median over the rounds of the ratio within a round, so that other programs affect all
+alike. "Bytes read" is what one epoch of a new reader reads, footers included, over the size of the files. Prints a table and
+one line of JSON: the minimum `ratio` of the reader and the maximum of bytes read over the codecs.
 
-With `--memory` one teacher's features of many small images are read, JPEGs decoded, epoch after epoch, and resident
-memory is drawn over time.
+`--memory` reads one teacher's features of many small images, with JPEG decoding, and plots resident memory over time.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(_memory(folder, options)))
         return
     print(
-        f"{'codec':<10}{'KiB a row':>10}{'bare rows/s':>13}{'reader':>9}{'+ float32':>11}{'+ JPEG':>9}{'bytes read':>12}"
+        f"{'codec':<10}{'KiB per row':>10}{'bare rows/s':>13}{'reader':>9}{'+ float32':>11}{'+ JPEG':>9}{'bytes read':>12}"
     )
     results = {codec: _speed(codec, options) for codec in options.codecs}
     worst = {
@@ -101,7 +101,7 @@ def _speed(codec: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 class Undecoded(CacheReader):
-    """A reader that leaves JPEGs as they are."""
+    """A reader that does not decode JPEGs."""
 
     def _decode_images(self, partial: PartialBatch) -> torch.Tensor:
         return torch.tensor([len(image.as_py()) for image in partial.images])
@@ -115,7 +115,7 @@ def _reader(
 
 
 def _bare_scan(dataset: Dataset, teachers: Sequence[CachedTeacher]) -> Iterator[int]:
-    """Rows of every row group of the images and, beside them, of the features; nothing is done with them."""
+    """Read every row group of images and features; yields its number of rows."""
     columns: dict[ShardFolder, list[str] | None] = {dataset.images: None}
     columns |= {dataset.teacher(teacher.id): ["sample_id", "view", *teacher.shapes] for teacher in teachers}
     listed = {folder: folder.records() for folder in columns}
@@ -140,7 +140,7 @@ def _rate(rows: Iterator[int]) -> float:
 
 
 class CountedFile:
-    """A file for `pyarrow.PythonFile` that writes down the size of every read."""
+    """A file for `pyarrow.PythonFile` that records the size of every read."""
 
     def __init__(self, file: pa.NativeFile, sizes: list[int]) -> None:
         self._file, self._sizes = file, sizes
@@ -160,7 +160,7 @@ class CountedFile:
 
 
 def _bytes_read(batches: Callable[[], Iterator[Batch]]) -> int:
-    """Bytes that are asked of the files for these batches."""
+    """Bytes that are read from files for these batches."""
     sizes: list[int] = []
     original = Store.open
     counted = lambda store, path: pa.PythonFile(CountedFile(original(store, path), sizes), mode="r")  # noqa: E731

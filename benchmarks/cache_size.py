@@ -1,10 +1,10 @@
-"""How small may features become, and what is left of them? Bytes against fidelity, per teacher and codec.
+"""Measure bytes and fidelity of stored features, per teacher and codec.
 
     python benchmarks/cache_size.py recipes/photos.yaml data.train=<photos> teachers.1.weights=<file> --images 1024
 
-Projections are fitted on one half of the images and judged, with every codec, on the other. Bytes are those of a Parquet
-file of that half, so that zstd counts. Prints a table and one line of JSON: of the recipe's own codec the bytes of float32
-over its bytes (`ratio`) and the mean cosine of a token (`min_cosine`), each the least over the trained teachers.
+Projections are fitted on one half of the images; every codec is evaluated on the other half. Bytes are those of a Parquet file
+of that half, including zstd. Prints a table and one line of JSON: for the recipe's own codec the bytes of float32 over its bytes
+(`ratio`) and the mean cosine of a patch (`min_cosine`), each the minimum over the trained teachers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from benchmarks.synthetic_cache import binary_column
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
 from pipeline.cache.layout.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         untrained = teacher.spec.weights.startswith("random")
         height, width, channels = *teacher.spec.grid, teacher.spec.patch_dim
         name = f"{teacher.spec.name} {height}x{width}x{channels}{' (untrained)' if untrained else ''}"
-        print(f"\n{name}: {len(images) // 2} images to fit, as many to judge")
+        print(f"\n{name}: {len(images) // 2} images to fit, as many to evaluate")
         rows = _measure(entry, config, teacher, _features(teacher, images, config.cache.batch_size))
         results[name] = {"untrained": untrained, "codec": entry.codec or config.cache.codec, **rows}
     if options.figure:
@@ -96,13 +98,13 @@ def _measure(
     fixed = [f"pca{channels // part}-int8" for part in DIVISORS if channels // part >= 4]
     names = dict.fromkeys([*CODECS, "pca-int8", "pca-int8-zstd", *fixed, entry.codec or config.cache.codec])
     print(
-        f"  {'codec':<18}{'components':>11}{'bytes an image':>16}{'of float32':>12}{'cosine':>9}{'1st pct':>9}{'error':>8}"
+        f"  {'codec':<18}{'components':>11}{'bytes per image':>16}{'of float32':>12}{'cosine':>9}{'1st pct':>9}{'error':>8}"
     )
     rows: dict[str, dict[str, float]] = {}
     for name in names:
         codec = Codec.parse(name)
         projection = fit_projection(codec, features["patches"][::2]) if codec.pca else None
-        rows[name] = _judge(codec, projection, {kind: values[1::2] for kind, values in features.items()})
+        rows[name] = _evaluate(codec, projection, {kind: values[1::2] for kind, values in features.items()})
         row, first = rows[name], rows["float32"]["bytes"]
         kept = len(projection.basis) if projection else channels
         print(
@@ -112,14 +114,11 @@ def _measure(
     return rows
 
 
-def _judge(codec: Codec, projection: Projection | None, features: dict[str, Tensor]) -> dict[str, float]:
+def _evaluate(codec: Codec, projection: Projection | None, features: dict[str, Tensor]) -> dict[str, float]:
     """Bytes an image over all token types, and the fidelity of the patches."""
     codecs = codec.build({kind: tuple(values.shape[1:]) for kind, values in features.items()}, projection)
     encoded = {kind: codecs[kind].encode(values) for kind, values in features.items()}
-    columns = {
-        kind: pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
-        for kind, rows in encoded.items()
-    }
+    columns = {kind: binary_column(rows) for kind, rows in encoded.items()}
     sink = pa.BufferOutputStream()
     compression = "zstd" if codec.zstd else "none"
     pq.write_table(pa.table(columns), sink, compression=compression, use_dictionary=False, write_statistics=False)
@@ -142,7 +141,7 @@ def _draw(results: dict[str, dict], path: Path) -> None:
     axes.axhline(TARGET_COSINE, color="grey", linewidth=0.8, linestyle="--")
     axes.set(
         xscale="log",
-        xlabel="KiB an image",
+        xlabel="KiB per image",
         ylabel="mean cosine of a token",
         title="Stars: the default codec; lines: PCA and int8",
     )

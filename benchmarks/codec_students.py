@@ -1,12 +1,12 @@
-"""What does a codec cost the student? The same student, data and seeds, distilled from features stored in several codecs.
+"""Compare students that are distilled from features stored in different codecs, with equal data and seeds.
 
     python benchmarks/codec_students.py recipes/photos.yaml data.train=train.parquet data.val=test.parquet data.name=cifar \
         teachers.1.weights=mobilenetv2.safetensors train.epochs=4 --seeds 0 1 2
 
-Runs of one seed start with equal weights and take the same images in the same order: only the targets differ, in every codec
-against the first. Ray fills the cache; training runs in this process. Finished runs are kept in `--results` and not repeated.
-Prints a table of kNN on the held-out images after the last epoch, and one line of JSON: `difference`, the mean over the seeds
-in points, with its standard error.
+Runs of one seed start with equal weights and see the same images in the same order: only the targets differ. Ray fills the
+cache; training runs in this process. Finished runs are kept in `--results` and not repeated. Prints a table of kNN on the
+held-out images after the last epoch, and one line of JSON: `difference` to the first codec in points, averaged over the seeds,
+and its standard error.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
-from benchmarks.measure_once import measure_once
+from benchmarks.results import measure_once
 from pipeline.cache.fill.build import CachePlan, build_cache, plan_cache
 from pipeline.cache.layout.location import cache_store
 from pipeline.config.load import load_config
@@ -39,7 +40,7 @@ from pipeline.training.worker import Worker
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is not in the results file yet, then print the table."""
+    """Train what the results file lacks, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("items", nargs="+", help="a recipe and overrides, as for the jobs")
     parser.add_argument("--codecs", nargs="+", default=["float32", "pca-int8-zstd"])
@@ -68,7 +69,7 @@ def _run(recipe: str, overrides: Sequence[str], results: Path) -> float:
 
 
 def plan_of(config: DistillJobConfig) -> CachePlan:
-    """The plan of a complete cache: Ray computes what is missing."""
+    """Plan of a complete cache; Ray computes missing features."""
     plan = plan_cache(config, cache_store(config))
     if any(split.missing(teacher) for split in plan.splits for teacher in plan.teachers):
         with connect():
@@ -76,8 +77,8 @@ def plan_of(config: DistillJobConfig) -> CachePlan:
     return plan
 
 
-def train_unjudged(task: Task, config: TrainConfig) -> nn.Module:
-    """Train in this process; the module with its averaged weights, in evaluation mode."""
+def train_silently(task: Task, config: TrainConfig) -> nn.Module:
+    """Train in this process without evaluations; returns the module with its averaged weights, in eval mode."""
     snapshots: list[Snapshot] = []
     train(task, config, Worker(), None, snapshots.append)
     state = snapshots[-1].state
@@ -86,20 +87,20 @@ def train_unjudged(task: Task, config: TrainConfig) -> nn.Module:
     return task.module.eval()
 
 
-def make_task(config: DistillJobConfig, plan: CachePlan) -> JudgedAtTheEnd:
+def make_task(config: DistillJobConfig, plan: CachePlan) -> EvaluatedAtEnd:
     """Distillation from a complete cache, from random weights."""
     if config.student.weights != "random":
-        raise SystemExit("student.weights: students are compared from random weights")
+        raise SystemExit("student.weights: this benchmark compares students from random weights")
     datasets = {split.split: split.dataset for split in plan.splits}
-    return JudgedAtTheEnd(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
+    return EvaluatedAtEnd(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
 
 
 def _distil(config: DistillJobConfig) -> float:
     task = make_task(config, plan_of(config))
-    return DistillTask.evaluate(task, train_unjudged(task, config.train), None)["knn"]
+    return DistillTask.evaluate(task, train_silently(task, config.train), None)["knn"]
 
 
-class JudgedAtTheEnd(DistillTask):
+class EvaluatedAtEnd(DistillTask):
     """Distillation without kNN before and after each epoch."""
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:

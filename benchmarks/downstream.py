@@ -1,4 +1,4 @@
-"""What is a distilled backbone worth afterwards? Fine-tuned from it, from scratch, and with it frozen; and other backbones.
+"""Compare fine-tuning of a distilled backbone with training from scratch, with the frozen backbone, and with other networks.
 
     python benchmarks/downstream.py recipes/segment.yaml data.train=images/train data.val=images/val \
         --student work/runs/<run>/student --others iformer_t --seeds 0 1 2
@@ -16,22 +16,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure_once import measure_once
+from benchmarks.results import mean_and_deviation, measure_once
 from pipeline.config.load import load_config
 from pipeline.downstream.config import FinetuneJobConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fine-tune what is not in the results file yet, then print the table."""
+    """Fine-tune what the results file lacks, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("items", nargs="+", help="a recipe of jobs/finetune.py and overrides")
     parser.add_argument("--student", type=Path, required=True, help="an exported, distilled student")
-    parser.add_argument("--others", nargs="*", default=[], help="timm names trained from scratch beside it")
+    parser.add_argument("--others", nargs="*", default=[], help="further timm models, trained from scratch")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path("work/downstream.jsonl"), help="where runs are kept")
     options = parser.parse_args(arguments)
@@ -72,15 +73,14 @@ def _run(items: Sequence[str], start: str, overrides: Sequence[str], seed: int, 
 
 
 def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Print the table; the mean of every metric by start."""
+    """Print the table; returns the mean of every metric by start."""
     metrics = [name.removesuffix("_before") for name in rows[0]["figures"] if name.endswith("_before")]
     print(f"{'start':<12}" + "".join(f"{name:>22}" for name in metrics))
     means: dict[str, Any] = {}
     for start in dict.fromkeys(row["start"] for row in rows):
         values = {name: [row["figures"][name] for row in rows if row["start"] == start] for name in metrics}
-        spread = {name: stdev(found) if len(found) > 1 else 0.0 for name, found in values.items()}
         means[start] = {name: round(mean(found), 3) for name, found in values.items()}
-        print(f"{start:<12}" + "".join(f"{f'{means[start][name]:.2f} ± {spread[name]:.2f}':>22}" for name in metrics))
+        print(f"{start:<12}" + "".join(f"{mean_and_deviation(values[name]):>22}" for name in metrics))
     return means
 
 

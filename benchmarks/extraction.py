@@ -1,24 +1,22 @@
-"""How much of a teacher's own rate is left in the extraction? And does its memory stay flat?
+"""Measure extraction against the rate of the teacher alone, and its memory over time.
 
     python benchmarks/extraction.py --teacher dinov2/vits14 --images 256
     python benchmarks/extraction.py --device cuda --teacher dinov2/vitb14 --precision bfloat16 --batch-size 256 \
         --images 16384 --shard-size 512 --threads 14
     python benchmarks/extraction.py --memory --images 50000
 
-Stages alone, on the first images and the same threads: `teacher`, the bare forward over batches that are rendered already
-and lie in host memory (page-locked beside a GPU, and without waiting between batches); `render`, JPEG decode and resize;
-`encode`, the codec and the statistics of features that are there already. Then `Extract` over whole shards, as many at once
-as in its actor: it reads images, renders, asks the teacher, encodes, takes statistics and commits. Rounds are interleaved,
-and `ratio` is the median over the rounds of the rate of `Extract` over that of its slowest stage, `teacher_ratio` over that
-of the teacher. `cpu_ratio` is the first of processor time: what share of all work the slowest stage is. On a CPU, where the
-stages share the cores, no pipeline has a larger ratio when it has the machine to itself; where others share the machine too,
-`ratio` flatters the one with more threads, and `cpu_ratio` alone tells. `render_own_us` is what rendering an image takes of
-this process, beside what processes render for it: the thread that feeds a GPU waits for that. `--actors` are processes that
-share the device, of which Ray starts as many as fit into the memory of a GPU. Weights are random unless `--weights` names
-a file; the projection of `pca` is fitted beforehand. Prints a table and one line of JSON.
+First each stage alone, on the first images and the same threads: `teacher`, forward passes over resized batches in host memory
+(pinned for a GPU, without a synchronisation between batches); `render`, JPEG decode and resize; `encode`, codec and statistics
+of given features. Then `Extract` over whole shards, as many in parallel as in its actor, from reading images to committing
+features. Rounds are interleaved. Medians over the rounds: `ratio`, the rate of `Extract` over that of its slowest stage;
+`teacher_ratio`, over that of the teacher; `cpu_ratio`, the share of the slowest stage in processor time. On a CPU the stages
+share the cores: `cpu_ratio` then bounds `ratio`, and if other programs run, only `cpu_ratio` is meaningful. `render_own_us` is
+the time per image that rendering takes from the thread that feeds the GPU, while other processes decode. `--actors` are
+processes that share the device; Ray starts as many as fit into GPU memory. Weights are random unless `--weights` names a file;
+the PCA projection is fitted beforehand. Prints a table and one line of JSON.
 
-With `--memory` HOG is asked about many small images through Ray, and the resident memory of the driver and of the actor is
-drawn over time. Neither Ray nor MLflow is needed without `--memory`.
+`--memory` extracts HOG from many small images through Ray, and plots the resident memory of driver and actor over time. Only this
+needs Ray and MLflow.
 """
 
 from __future__ import annotations
@@ -36,7 +34,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.runtime.allocator import keep_freed_memory
 
@@ -47,21 +46,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import growth, report, watch_memory
-from benchmarks.synthetic_cache import jpegs, write_dataset
+from benchmarks.synthetic_cache import jpegs, read_photos, write_dataset
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs, make_teacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.cache.layout.stats import MomentSums
-from pipeline.cache.layout.view_rows import ROWS_SCHEMA
+from pipeline.cache.layout.view_rows import read_view_rows
 from pipeline.imaging.decoder_pool import DecoderPool
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_extract.png"
 _actor: Extract
 
 ALONE = 2048
-"""Images that the stages alone are measured on, at most."""
+"""Images for measuring stages alone, at most."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     count = options.images or 256
     shard_size = options.shard_size or -(-count // SHARDS_AT_ONCE[options.device])
-    photos = sorted(options.photos.rglob("*.[jJ][pP]*[gG]")) if options.photos else []
-    dataset = write_dataset(folder, count, [photo.read_bytes() for photo in photos] or jpegs(256), shard_size)
+    dataset = write_dataset(folder, count, read_photos(options.photos) if options.photos else jpegs(256), shard_size)
     config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
     teacher = _cached(config, options)
     actor = partial(Extract, {"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
@@ -104,7 +102,7 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     print(f"{teacher.spec.name}, {options.codec}, {options.device}, {options.precision}")
     print("\n".join(f"  {name:<10}{rate:>10,.1f} images/s" for name, rate in rates.items()))
     spent = ", ".join(f"{name} {1e6 * seconds:,.0f}" for name, seconds in stages.seconds.items())
-    print(f"of an image, the threads that work on shards spend in us: {spent}")
+    print(f"microseconds per image of the threads that process shards: {spent}")
     return {**figures, "images_per_second": rates, "teacher": teacher.spec.name, "weights": options.weights}
 
 
@@ -164,7 +162,7 @@ def _extract(extract: Extract, rows: Sequence[dict[str, object]]) -> Extracted:
 
 
 class Stages:
-    """What is measured, on the shards of one dataset."""
+    """The measured stages, on the shards of one dataset."""
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher, extract: Extract, actors: Actors | None) -> None:
         self.dataset, self.cached, self.extractor, self.actors = dataset, teacher, extract, actors
@@ -182,7 +180,7 @@ class Stages:
         self.codecs = {kind: codec.to(self.device) for kind, codec in load_codecs(dataset, teacher).items()}
 
     def forward(self) -> int:
-        """The teacher over rendered batches; returns how many images those are, as all of these do."""
+        """Forward passes over resized batches; returns the number of images, as all stages do."""
         for pixels in self.pixels:
             self.teacher.encode(pixels)
         if self.device == "cuda":
@@ -205,7 +203,7 @@ class Stages:
         return sum(len(output.patches) for output in self.features)
 
     def extract(self) -> int:
-        """Everything, several shards at once."""
+        """All stages, several shards in parallel."""
         self._forget()
         images, stages = self.actors(self._rows()) if self.actors else _extract(self.extractor, self._rows())
         self.seconds = {name: seconds / images for name, seconds in stages.items()}
@@ -213,8 +211,7 @@ class Stages:
 
     def _rendered(self) -> Iterator[Tensor]:
         for record in self.alone:
-            images = self.dataset.images.read(record)
-            for batch in self.extractor.rendered(images, images.select(ROWS_SCHEMA.names), [self.cached.id]):
+            for batch in self.extractor.rendered(read_view_rows(self.dataset, record.shard), [self.cached.id]):
                 yield batch[self.cached.id]
 
     def _rows(self) -> list[dict[str, object]]:
@@ -226,7 +223,7 @@ class Stages:
 
 
 def _timed(run: Callable[[], int]) -> tuple[float, float]:
-    """Seconds for an image by the clock, and of the processor."""
+    """Seconds per image of wall-clock and of processor time."""
     clock, processor = time.perf_counter(), time.process_time()
     images = run()
     return (time.perf_counter() - clock) / images, (time.process_time() - processor) / images
@@ -253,9 +250,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--codec", default="pca-int8-zstd")
-    parser.add_argument("--photos", type=Path, help="folder of JPEGs; without it they are generated at 256 px")
+    parser.add_argument("--photos", type=Path, help="folder of JPEGs; default: synthetic images of 256 px")
     parser.add_argument("--images", type=int, help="256, or 50,000 with --memory")
-    parser.add_argument("--shard-size", type=int, help="images; without it, as many shards as are worked on at once")
+    parser.add_argument("--shard-size", type=int, help="images; default: as many shards as are processed in parallel")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU: for decoding, and for a teacher there")
     parser.add_argument("--processes", action="store_true", help="render in processes on a CPU too, as beside a GPU")

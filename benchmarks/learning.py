@@ -1,31 +1,34 @@
-"""How well do networks of one size learn from scratch? Same images, recipe and number of samples, several seeds.
+"""Train networks of one size from scratch on the same images, with one schedule and several seeds.
 
     python benchmarks/learning.py train.parquet test.parquet --models regla_t iformer_t mobilevitv2_075 --seeds 0 1 2
 
-A model may carry arguments of its constructor, as in `regla_t {gate_act: none, local_kernel: 0}`. Prints a table of top-1 on
-the held-out images after the last epoch, mean and standard deviation over the seeds, and one line of JSON. Every run is
-one process on one thread; `--jobs` of them run at once. Finished runs are kept in `--results` and not repeated.
+A model may carry constructor arguments, as in `regla_t {gate_act: none, local_kernel: 0}`. Prints a table of top-1 on the
+held-out images after the last epoch, as mean and standard deviation over the seeds, and one line of JSON. Each run uses one
+thread; `--jobs` runs are processed in parallel. Finished runs are kept in `--results` and not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean, stdev
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+from benchmarks.results import mean_and_deviation, measure_once
 from pipeline.benchmark.models import create_model
 from pipeline.imaging.decode import decode_image
 from pipeline.sources.open import open_source
@@ -35,20 +38,20 @@ SHIFT = 0.125  # largest translation in training, as a share of the side: 4 of 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is not in the results file yet, then print the table."""
+    """Train what the results file lacks, then print the table."""
     options = _parse(arguments)
-    done = _read(options.results)
     runs = [(model, seed) for seed in options.seeds for model in options.models]
-    keys = {run: _key(options, *run) for run in runs}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(train, *run, options): run for run in runs if keys[run] not in done}
-        for future in as_completed(waiting):
-            key, figures = keys[waiting[future]], future.result()
-            done[key] = figures
-            with options.results.open("a") as file:
-                file.write(json.dumps({"run": key, **figures}) + "\n")
-            print(f"{key}  top-1 {figures['top1']:.2f} %  {figures['seconds']:.0f} s", flush=True)
-    _report({model: [done[keys[model, seed]] for seed in options.seeds] for model in options.models})
+        rows = dict(zip(runs, pool.map(_run, *zip(*runs, strict=True), repeat(options)), strict=True))
+    _report({model: [rows[model, seed] for seed in options.seeds] for model in options.models})
+
+
+def _run(model: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    settings = f"epochs={options.epochs} size={options.size} batch={options.batch_size} lr={options.lr:g}"
+    key = f"{model} seed={seed} {settings} {options.train} {options.test}"
+    row = measure_once(options.results, {"run": key}, lambda: train(model, seed, options))
+    print(f"{key}  top-1 {row['top1']:.2f} %  {row['seconds']:.0f} s", flush=True)
+    return row
 
 
 def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
@@ -94,7 +97,7 @@ def load(location: str, split: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Normalise, mirror half of them, and translate each by up to an eighth of its side over a border of zeros."""
+    """Normalise, flip half of the images, and translate each by up to an eighth of its side, padded with zeros."""
     x = normalise(images)
     count, _, height, width = x.shape
     x = torch.where((torch.rand(count) < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
@@ -121,27 +124,17 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def _report(results: dict[str, list[dict[str, float]]]) -> None:
     width = max(map(len, results))
-    print(f"\n{'model':<{width}}  parameters  top-1 %         seconds a run")
+    print(f"\n{'model':<{width}}  parameters  top-1 %           seconds per run")
     figures = {}
     for model, runs in results.items():
         tops = [run["top1"] for run in runs]
-        mean, std = statistics.mean(tops), statistics.stdev(tops) if len(tops) > 1 else 0.0
-        seconds = statistics.mean(run["seconds"] for run in runs)
-        print(f"{model:<{width}}  {runs[0]['parameters'] / 1e6:8.2f} M  {mean:5.2f} ± {std:.2f}  {seconds:12.0f}")
-        figures[model] = {"top1_mean": round(mean, 2), "top1_std": round(std, 2), "top1": tops}
+        seconds = mean(run["seconds"] for run in runs)
+        print(
+            f"{model:<{width}}  {runs[0]['parameters'] / 1e6:8.2f} M  {mean_and_deviation(tops):<14}  {seconds:12.0f}"
+        )
+        std = stdev(tops) if len(tops) > 1 else 0.0
+        figures[model] = {"top1_mean": round(mean(tops), 2), "top1_std": round(std, 2), "top1": tops}
     print(json.dumps(figures))
-
-
-def _key(options: argparse.Namespace, model: str, seed: int) -> str:
-    data = f"{options.train} {options.test}"
-    return f"{model} seed={seed} epochs={options.epochs} size={options.size} batch={options.batch_size} lr={options.lr:g} {data}"
-
-
-def _read(results: Path) -> dict[str, dict[str, float]]:
-    if not results.exists():
-        return {}
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    return {row.pop("run"): row for row in rows}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -154,13 +147,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=64, help="side of the input in pixels")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak of the cosine, after a tenth of linear warm-up")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one thread")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs, each on one thread")
     parser.add_argument(
         "--results", type=Path, default=Path("work/learning.jsonl"), help="where finished runs are kept"
     )
-    options = parser.parse_args(arguments)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

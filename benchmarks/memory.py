@@ -1,4 +1,4 @@
-"""Resident memory of this process and of those below it, over time. From /proc, hence on Linux alone."""
+"""Resident memory of this process and its descendants over time; Linux only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTERVAL_S = 0.5
 PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 Curves = dict[str, list[tuple[float, float]]]
-"""By process, (seconds, MiB)."""
+"""(seconds, MiB) by process."""
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def watch_memory(this: str, below: dict[str, str] | None = None, interval: float
 
     Args:
         this: label of this process.
-        below: label by a part of the title of a process below it; those of one label are added up.
+        below: labels of descendants by a part of their titles; processes with the same label are summed.
         interval: seconds between samples.
     """
     curves: Curves = defaultdict(list)
@@ -52,9 +52,9 @@ def watch_memory(this: str, below: dict[str, str] | None = None, interval: float
 
 
 def report(curves: Curves, figure: Path, title: str) -> dict[str, dict[str, float]]:
-    """Draw the curves; print and return means in MiB of the second and of the last quarter of the time, by process.
+    """Plot the curves; print and return mean MiB of the second and the last quarter, and the peak, by process.
 
-    The first quarter is left to start and to warm up.
+    The first quarter is start and warm-up.
     """
     from matplotlib.figure import Figure
 
@@ -77,7 +77,7 @@ def report(curves: Curves, figure: Path, title: str) -> dict[str, dict[str, floa
 
 
 def growth(means: dict[str, dict[str, float]]) -> float:
-    """The most that any process has grown: its last quarter over its second."""
+    """Largest growth of a process: its last quarter over its second."""
     return round(max(part["last_quarter"] / part["second_quarter"] for part in means.values()), 3)
 
 

@@ -1,4 +1,4 @@
-"""Which operator costs what: time of a model's inference form by operator and shape, in ONNX Runtime on one thread.
+"""Profile a model's inference form in ONNX Runtime on one thread: time by operator and by shape.
 
     python benchmarks/operators.py regla_m --size 512
 
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import onnxruntime
 import torch
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def profile(name: str, size: int, runs: int) -> list[dict[str, Any]]:
-    """ONNX Runtime's record of every operator in ``runs`` passes over one image, after two that warm up."""
+    """ONNX Runtime's profile of ``runs`` passes over one image, after two warm-up passes."""
     image = torch.randn(1, 3, size, size)
     model = inference_form(create_model(name), image)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""What does each part of the distillation bring? The same student, samples and seeds; labels alone, one teacher, all, ...
+"""Ablation: the contribution of each part of the distillation, with equal student, samples and seeds.
 
     python benchmarks/proof.py recipes/photos.yaml data.train=train.parquet data.val=test.parquet data.name=cifar \
         teachers.1.weights=mobilenetv2.safetensors train.epochs=6 --seeds 0 1 2
 
 Students of one seed start with equal weights and see equally many samples. Ray fills the caches, which the arms share;
-training runs in this process. A student is judged by kNN and by a linear probe on the frozen features of its averaged
-weights. Finished runs are kept in `--results` and not repeated. Prints a table with mean and standard deviation over the
-seeds, and each arm's difference to `all` with the standard error over the pairs of a seed; then one line of JSON.
+training runs in this process. Scores are kNN and a linear probe on frozen features of the averaged weights. Finished runs are
+kept in `--results` and not repeated. Prints a table of means and standard deviations over the seeds, and each arm's difference
+to `all` with its standard error over pairs of equal seed; then one line of JSON.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import nn
 
-from benchmarks.codec_students import make_task, plan_of, train_unjudged
-from benchmarks.measure_once import measure_once
+from benchmarks.codec_students import make_task, plan_of, train_silently
+from benchmarks.results import mean_and_deviation, measure_once
 from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
@@ -40,7 +41,7 @@ SCORES = ("knn", "linear")
 
 
 def changed(**sections: Any) -> Arm:
-    """An arm that differs from the recipe in some fields of these sections."""
+    """An arm that changes some fields of these sections of the recipe."""
 
     def change(config: DistillJobConfig) -> DistillJobConfig:
         return config.model_copy(
@@ -56,12 +57,12 @@ def only(number: int) -> Arm:
 
 
 def crops(count: int) -> Arm:
-    """Cached crops in place of whole images; fewer epochs, so that equally many samples are seen."""
+    """Cached crops instead of whole images, and fewer epochs, so that the number of samples stays the same."""
 
     def change(config: DistillJobConfig) -> DistillJobConfig:
         epochs, warmup = config.train.epochs, config.train.warmup_epochs
         if epochs % count:
-            raise SystemExit(f"train.epochs={epochs} is no multiple of {count} crops an image")
+            raise SystemExit(f"train.epochs={epochs} is not divisible by {count} crops per image")
         train = {"epochs": epochs // count, "warmup_epochs": warmup / count}
         return changed(views={"crops": count}, train=train)(config)
 
@@ -94,7 +95,7 @@ ARMS: dict[str, Arm] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is not in the results file yet, then print the table."""
+    """Train what the results file lacks, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("items", nargs="+", help="a recipe and overrides, as for the jobs")
     parser.add_argument(
@@ -115,7 +116,7 @@ def _run(recipe: str, overrides: Sequence[str], arm: str, seed: int, results: Pa
         plan = plan_of(config)
         encoder = _labels_alone(config) if arm == "labels" else _distilled(config, plan)
         datasets = {split.split: split.dataset for split in plan.splits}
-        scores = _judge(encoder, datasets["train"], datasets["val"], config)
+        scores = _score(encoder, datasets["train"], datasets["val"], config)
         seconds, shown = time.perf_counter() - started, "  ".join(f"{name} {scores[name]:.2f} %" for name in SCORES)
         print(f"{arm} seed {seed}  {shown}  {seconds:.0f} s", flush=True)
         return {**scores, "seconds": round(seconds)}
@@ -124,17 +125,17 @@ def _run(recipe: str, overrides: Sequence[str], arm: str, seed: int, results: Pa
 
 
 def _distilled(config: DistillJobConfig, plan: CachePlan) -> nn.Module:
-    module: Any = train_unjudged(make_task(config, plan), config.train)
+    module: Any = train_silently(make_task(config, plan), config.train)
     encoder: nn.Module = module.student.encoder
     return encoder
 
 
 def _labels_alone(config: DistillJobConfig) -> nn.Module:
-    """The backbone after classification with the augmentation of recipes/classify.yaml."""
+    """The backbone of a classifier, trained with the augmentation of recipes/classify.yaml."""
     from pipeline.downstream.job import plan_finetune, with_absolute_paths
     from pipeline.downstream.training import FinetuneJob, FinetuneTask
 
-    class Unjudged(FinetuneTask):
+    class Unevaluated(FinetuneTask):
         def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
             return {}
 
@@ -142,13 +143,13 @@ def _labels_alone(config: DistillJobConfig) -> nn.Module:
     config = changed(classify=mild)(with_absolute_paths(config))
     with TemporaryDirectory() as folder:
         plan_finetune(config).start.save(config.student.input_size, Path(folder, "start"))
-        task = Unjudged(FinetuneJob(config, Path(folder, "start"), Path(folder)))
-        module: Any = train_unjudged(task, config.train)
+        task = Unevaluated(FinetuneJob(config, Path(folder, "start"), Path(folder)))
+        module: Any = train_silently(task, config.train)
     encoder: nn.Module = module.encoder
     return encoder
 
 
-def _judge(encoder: nn.Module, train: Dataset, val: Dataset, config: DistillJobConfig) -> dict[str, float]:
+def _score(encoder: nn.Module, train: Dataset, val: Dataset, config: DistillJobConfig) -> dict[str, float]:
     """kNN and the best linear probe in percent, with all training images as the bank."""
     settings, size = config.evaluate, config.student.input_size
     ([bank], labels), ([queries], expected) = (
@@ -163,7 +164,7 @@ def _judge(encoder: nn.Module, train: Dataset, val: Dataset, config: DistillJobC
 
 
 def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Print the table; the figures of every arm."""
+    """Print the table; returns the figures of every arm."""
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         by_arm.setdefault(row["arm"], {})[row["seed"]] = row
@@ -176,17 +177,10 @@ def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             gaps = [
                 row[name] - by_arm["all"][seed][name] for seed, row in seeds.items() if seed in by_arm.get("all", {})
             ]
-            line += f"{_spread(values, 1):>16}{_spread(gaps, len(gaps) ** 0.5) if arm != 'all' else '':>18}"
+            line += f"{mean_and_deviation(values, 1):>16}{mean_and_deviation(gaps, len(gaps) ** 0.5) if arm != 'all' else '':>18}"
             figures[arm][name] = round(mean(values), 2)
         print(f"{line}{len(seeds):>7}")
     return figures
-
-
-def _spread(values: Sequence[float], divisor: float) -> str:
-    """Mean, and standard deviation over `divisor`."""
-    if not values:
-        return ""
-    return f"{mean(values):.2f}" + (f" ± {stdev(values) / divisor:.2f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

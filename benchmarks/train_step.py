@@ -1,28 +1,27 @@
-"""What does a training step cost beyond the student itself? Cached teachers, online teachers, and Ray Train around it.
+"""Measure the cost of a training step beyond the student itself: cached teachers, online teachers, and Ray Train.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --device cuda --batch-size 256 --images 8192 --threads 14 --steps 20 --online-images 16
     python benchmarks/train_step.py --ray --no-online
 
-Steps of the engine (forward, backward, clipping, AdamW, average) with ReGLA and three teachers' features of the real
-shapes (DINOv2-S, CLIP-B, SAM-B), in blocks that take turns; the first steps of a block warm up. Features are stored by the
-cache's default codec. Their values are noise, which it neither projects nor compresses: reading takes more than in a real
-cache. Augmentation, which a student trained alone has too, is left out on both sides.
+A step is forward, backward, clipping, AdamW and weight average of ReGLA, with features of three teachers in their real shapes
+(DINOv2-S, CLIP-B, SAM-B). Kinds of steps run in interleaved blocks; the first steps of a block warm up. Features are stored
+with the cache's default codec. Their values are noise, which cannot be compressed, so reading costs more than in a real cache.
+Neither side augments images.
 
-    student     the student alone on images in the device's memory; its loss is the mean square of what it gives
-    in memory   student, heads and losses on a batch in the device's memory, features as they are stored
-    cached      the same on batches that are read, joined, and decoded from JPEG while the step before is computed
+    student     the student alone on images in device memory; its loss is the mean square of its outputs
+    in memory   student, heads and losses on a batch in device memory, with encoded features
+    cached      the same on batches that are read, joined and decoded during the previous step
 
-`cached_over_student` and `cached_over_in_memory` are medians over the rounds of the ratio within a round. `online` is a
-step in memory after all three teachers, with random weights, on the same device, encoded the batch, rendered to each one's
-own size beforehand; `--online-images` of them are measured and the time is scaled to the batch. `--ray` runs the same
-epochs of steps in memory in this process and under Ray Train, in turns. Prints a table and one line of JSON.
+`cached_over_student` and `cached_over_in_memory` are medians over the rounds of the ratio within a round. `online` is a step in
+memory plus the forward passes of all three teachers, with random weights, on the same device; images are resized beforehand, and
+the time of `--online-images` is scaled to the batch. `--ray` runs equal epochs in this process and under Ray Train, interleaved.
+Prints a table and one line of JSON.
 
-`operators_over_student` is counted: operators that compute something, forward to average, of a step in memory over those of
-the student. On a GPU each is a kernel or more that is launched, and launching is what a small student waits for.
+`operators_over_student` counts computing operators of a step in memory, relative to those of the student alone. On a GPU each
+launches at least one kernel, and launches are what limits a small student.
 
-Beside the time by the clock stands the processor time of the whole process (`cpu_time`, on a CPU): where other programs
-share the cores, as on the machine of docs/results.md, that is the figure to go by.
+On a CPU `cpu_time` gives the same ratios of processor time of the whole process: trust these if other programs share the cores.
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads that wait count as work, where others have the cores
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.synthetic_cache import jpegs, write_dataset
+from benchmarks.synthetic_cache import commit_features, jpegs, write_dataset
 from pipeline.cache.config import CacheConfig, TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec
@@ -102,14 +101,14 @@ class DistillStep(Task):
         self.module, self.step = module, 0
 
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `DistillTask`, without augmentation."""
+        """The loss of `DistillTask`, without augmentation."""
         step = torch.tensor(self.step).to(device, non_blocking=True)
         self.step += 1
         result: tuple[Tensor, dict[str, Tensor]] = module(batch.images, batch.features, step=step)
         return result
 
     def steps(self, epoch: int) -> int:
-        """Of no consequence here."""
+        """Any number: nothing here depends on it."""
         return 1_000_000
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -131,7 +130,7 @@ class StudentStep(DistillStep):
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that compute something: views of tensors do not."""
+    """Counts operators that compute something; views do not."""
 
     count = 0
 
@@ -142,7 +141,7 @@ class Operators(TorchDispatchMode):
 
 
 class Bench:
-    """One cache, and a step of each kind."""
+    """A cache, and a stepper for each kind of step."""
 
     def __init__(self, options: argparse.Namespace, folder: str) -> None:
         self.options, self.device = options, torch.device(options.device)
@@ -174,7 +173,7 @@ class Bench:
         )
 
     def measure(self) -> dict[str, Any]:
-        """Ratios between steps of each kind, made in turns."""
+        """Ratios between the kinds of steps, measured in interleaved blocks."""
         ways: dict[str, Callable[[], Times]] = {
             "student": lambda: self._block("student", repeat(self.batch)),
             "in memory": lambda: self._block("cached", repeat(self.batch)),
@@ -263,7 +262,7 @@ def train_config(options: argparse.Namespace, **changes: Any) -> TrainConfig:
 
 
 def make_student(name: str) -> Student:
-    """Seeded."""
+    """A student with seeded random weights."""
     torch.manual_seed(0)
     return Student(Encoder(create_backbone(name)), 256)
 
@@ -292,25 +291,20 @@ def write_features(dataset: Dataset, model: str, codec: str) -> CachedTeacher:
         for kind, codec in teacher.codecs().items()
     }
     for record in dataset.images.records().values():
-        table = dataset.images.read(record, ["sample_id", "view"])
-        for kind, rows in drawn.items():
-            repeated = np.resize(rows, (len(table), rows.shape[1]))
-            kind_of = pa.binary(rows.shape[1])
-            column = pa.FixedSizeBinaryArray.from_buffers(kind_of, len(repeated), [None, pa.py_buffer(repeated)])
-            table = table.append_column(pa.field(kind, column.type, nullable=False), column)
-        dataset.teacher(teacher.id).commit(record.shard, table, compression=compression)
+        rows = {kind: np.resize(encoded, (record.rows, encoded.shape[1])) for kind, encoded in drawn.items()}
+        commit_features(dataset, teacher.id, record, rows, compression)
     return teacher
 
 
 def load_teacher(model: str, device: torch.device) -> Teacher:
-    """With random weights."""
+    """A teacher with random weights."""
     teacher = make_teacher(TeacherConfig(model=model, weights="random"))
     teacher.load(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return teacher
 
 
 class EpochTask(DistillStep):
-    """Epochs on one batch in memory, whose steps write down when they began."""
+    """Epochs on one batch in memory; records the start of every step."""
 
     def __init__(self, options: argparse.Namespace, batch: Batch, module: nn.Module, file: str) -> None:
         super().__init__(module)
@@ -331,13 +325,13 @@ class EpochTask(DistillStep):
         return super().loss(module, batch, device)
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
-        """Writes the times down."""
+        """Write the recorded times."""
         Path(self.file).write_text(json.dumps(self.began), encoding="utf-8")
         return {}
 
 
 def make_epoch_task(payload: dict[str, Any], rank: int, world: int) -> EpochTask:
-    """In a worker of Ray Train, or here."""
+    """Build the task, in a worker of Ray Train or in this process."""
     options = payload["options"]
     bench = Bench.__new__(Bench)
     bench.options, bench.dataset, bench.teachers = options, payload["dataset"], payload["teachers"]

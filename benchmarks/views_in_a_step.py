@@ -1,10 +1,10 @@
-"""What decoding an image once for all of its views in a step is worth: images that the reader hands out per CPU second.
+"""Measure the gain of decoding an image once for all of its views in a step: views per second of processor time.
 
-    python benchmarks/views_in_a_step.py                       made-up JPEGs of 448 px, 4 crops of each at 224 px
-    python benchmarks/views_in_a_step.py --images photos/train  real ones
+    python benchmarks/views_in_a_step.py                        synthetic JPEGs of 448 px, four crops each at 224 px
+    python benchmarks/views_in_a_step.py --images photos/train  photographs
 
-All settings take turns in one run; the median of the rounds counts. Seconds are those of all threads on their processors,
-which other work on the machine hardly moves. Prints one line of JSON.
+Settings are interleaved; the median over the rounds counts. Processor time of all threads hardly depends on other programs.
+Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.synthetic_cache import jpegs, write_dataset
+from benchmarks.synthetic_cache import jpegs, read_photos, write_dataset
 from pipeline.cache.fill.ingest import commit_crops
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import CacheReader
@@ -33,7 +34,7 @@ PER_STEP = (1, 2, 4)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = _parse(arguments)
-    files = [file.read_bytes() for file in sorted(options.images.rglob("*.[jJ][pP]*[gG]"))] if options.images else None
+    files = read_photos(options.images) if options.images else None
     with TemporaryDirectory() as folder:
         dataset = write_dataset(folder, options.count, files or jpegs(options.side), 256)
         dataset = replace(dataset, policy=ViewPolicy(crops=max(PER_STEP)))
@@ -60,8 +61,8 @@ def _rate(dataset: Dataset, views: int, epoch: int, options: argparse.Namespace)
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="folder of JPEGs, at any depth; none: made-up ones")
-    parser.add_argument("--side", type=int, default=448, help="of made-up images in pixels")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs, at any depth; default: synthetic images")
+    parser.add_argument("--side", type=int, default=448, help="of synthetic images in pixels")
     parser.add_argument("--size", type=int, default=224, help="side of the student's input in pixels")
     parser.add_argument("--count", type=int, default=512, help="images in the cache")
     parser.add_argument("--threads", type=int, default=2, help="that decode")

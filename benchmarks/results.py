@@ -1,0 +1,34 @@
+"""Results of benchmarks that take hours: one JSON line per run, so that no run is repeated; and their table cells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+
+def measure_once(results: Path, run: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Read a run from the JSON lines of `results`; if it is not there, measure it and append its line.
+
+    Args:
+        run: identifies the run.
+        measure: returns the other values of its line.
+    """
+    lines = results.read_text().splitlines() if results.exists() else []
+    for row in map(json.loads, lines):
+        if run.items() <= row.items():
+            return dict(row)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    row = {**run, **measure()}
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def mean_and_deviation(values: Sequence[float], divisor: float = 1.0) -> str:
+    """Mean ± sample standard deviation over `divisor`, with two digits; the mean alone for one value, "" for none."""
+    if not values:
+        return ""
+    return f"{mean(values):.2f}" + (f" ± {stdev(values) / divisor:.2f}" if len(values) > 1 else "")
