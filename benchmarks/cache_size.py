@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -135,7 +136,7 @@ def _draw(results: dict[str, dict], path: Path) -> None:
         codecs = {name: (row["bytes"] / 1024, row["cosine"]) for name, row in rows.items() if isinstance(row, dict)}
         projected = sorted(codecs[name] for name in codecs if name[:3] == "pca" and name[3].isdecimal())
         (line,) = axes.plot(*zip(*projected, strict=True), "-", linewidth=0.8)
-        points = {"linestyle": "none", "color": line.get_color()}
+        points: Any = {"linestyle": "none", "color": line.get_color()}
         axes.plot(*zip(*codecs.values(), strict=True), marker=".", label=teacher, **points)
         axes.plot(*codecs[rows["codec"]], marker="*", markersize=15, markeredgecolor="black", **points)
     axes.axhline(TARGET_COSINE, color="grey", linewidth=0.8, linestyle="--")

@@ -92,7 +92,9 @@ def load(location: str, split: str, size: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, size, size) uint8 and labels (N,) int64, in the order of the source's index."""
     source = open_source(location, split=split)
     index = source.index()
-    images = [decode_image(data).resize((size, size)) for data in source.read(index) if isinstance(data, bytes)]
+    images = [
+        np.asarray(decode_image(data).resize((size, size))) for data in source.read(index) if isinstance(data, bytes)
+    ]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(index["label"].to_pylist())
 
 

@@ -82,4 +82,4 @@ def growth(means: dict[str, dict[str, float]]) -> float:
 
 
 def _resident_mib(pid: int) -> float:
-    return int((read_proc(pid, "statm").split() or [0, 0])[1]) * PAGE_MIB
+    return int((read_proc(pid, "statm").split() or ["0", "0"])[1]) * PAGE_MIB

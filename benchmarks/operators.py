@@ -62,7 +62,7 @@ def profile(name: str, size: int, runs: int) -> list[dict[str, Any]]:
     image = torch.randn(1, 3, size, size)
     model = inference_form(create_model(name), image)
     with tempfile.TemporaryDirectory() as folder:
-        file = export_onnx(model, Path(folder) / "model.onnx", image, dynamic=False)
+        file = export_onnx(model, Path(folder) / "model.onnx", image, dynamic=())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.enable_profiling = True

@@ -33,8 +33,10 @@ from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
+from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.knn import embed, knn_accuracies
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
+from pipeline.student.config import NamedBackboneConfig
 
 Arm = Callable[[DistillJobConfig], DistillJobConfig]
 SCORES = ("knn", "linear")
@@ -132,6 +134,7 @@ def _distilled(config: DistillJobConfig, plan: CachePlan) -> nn.Module:
 
 def _labels_alone(config: DistillJobConfig) -> nn.Module:
     """The backbone of a classifier, trained with the augmentation of recipes/classify.yaml."""
+    from pipeline.downstream.config import FinetuneJobConfig
     from pipeline.downstream.job import plan_finetune, with_absolute_paths
     from pipeline.downstream.training import FinetuneJob, FinetuneTask
 
@@ -140,10 +143,13 @@ def _labels_alone(config: DistillJobConfig) -> nn.Module:
             return {}
 
     mild = {"augment": None, "min_area": 0.5, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
-    config = changed(classify=mild)(with_absolute_paths(config))
+    root = FinetuneJobConfig.of_task("classify")
+    shared = config.model_dump(include=set(root.model_fields))
+    student = config.student.model_dump(include=set(NamedBackboneConfig.model_fields))
+    settings = with_absolute_paths(root.model_validate({**shared, "student": student, "classify": mild}))
     with TemporaryDirectory() as folder:
-        plan_finetune(config).start.save(config.student.input_size, Path(folder, "start"))
-        task = Unevaluated(FinetuneJob(config, Path(folder, "start"), Path(folder)))
+        plan_finetune(settings).start.save(config.student.input_size, Path(folder, "start"))
+        task = Unevaluated(FinetuneJob(settings, Path(folder, "start"), Path(folder)))
         module: Any = train_silently(task, config.train)
     encoder: nn.Module = module.encoder
     return encoder
@@ -151,7 +157,7 @@ def _labels_alone(config: DistillJobConfig) -> nn.Module:
 
 def _score(encoder: nn.Module, train: Dataset, val: Dataset, config: DistillJobConfig) -> dict[str, float]:
     """kNN and the best linear probe in percent, with all training images as the bank."""
-    settings, size = config.evaluate, config.student.input_size
+    settings, size = EvaluateConfig(), config.student.input_size
     ([bank], labels), ([queries], expected) = (
         embed([encoder.eval()], split, size, config.knn.batch_size) for split in (train, val)
     )

@@ -64,9 +64,8 @@ def distill(
     from jobs.distill import main
     from pipeline.distill.config import DistillJobConfig
 
-    return _trained(
-        main(_configure(DistillJobConfig, "quickstart.yaml", recipe, images, held_out, fields), False), "student"
-    )
+    config = _configure(DistillJobConfig, "quickstart.yaml", recipe, images, held_out, fields)
+    return _trained(main(config, False), "student")
 
 
 def finetune(
@@ -87,9 +86,8 @@ def finetune(
     from jobs.finetune import main
     from pipeline.downstream.config import FinetuneJobConfig
 
-    return _trained(
-        main(_configure(FinetuneJobConfig, "classify.yaml", recipe, images, held_out, fields), False), "model"
-    )
+    config = _configure(FinetuneJobConfig, "classify.yaml", recipe, images, held_out, fields)
+    return _trained(main(config, False), "model")
 
 
 def precompute(
@@ -127,14 +125,14 @@ def evaluate(
     Raises:
         UserError: as :func:`distill`, or for another name.
     """
-    from jobs.evaluate import EVALUATIONS, ROOTS
+    from jobs.evaluate import EVALUATIONS
     from pipeline.errors import UserError
+    from pipeline.evaluate.config import EvaluateJobConfig
 
-    if name not in EVALUATIONS:
-        raise UserError(f"there is no evaluation {name}; there are {', '.join(EVALUATIONS)}")
-    return _numbers(
-        EVALUATIONS[name](_configure(ROOTS[name], "quickstart.yaml", recipe, images, held_out, fields), False)
-    )
+    if name not in ("knn", "linear", "seg-probe"):
+        raise UserError(f"evaluate: there is no {name}; name knn, linear or seg-probe")
+    config = _configure(EvaluateJobConfig, "quickstart.yaml", recipe, images, held_out, fields)
+    return _numbers(EVALUATIONS[name](config, False))
 
 
 def load_predictor(model: str | Path, **options: Any) -> Predictor:
@@ -167,11 +165,20 @@ def _configure(
 
     def load(extra: Mapping[str, Any]) -> C:
         tree = recipe if isinstance(recipe, Mapping) else find_recipe(str(recipe or default))
-        return load_config(root, tree, {**fields, **extra})
+        return load_config(root, tree, _plain({**fields, **extra}))
 
     work = work_folder(load({})) / "images"
     given = {"data.train": images, "data.val": held_out}
     return load({key: locate(value, work) for key, value in given.items() if value is not None})
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, however deep they lie: fields hold no paths."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _trained(figures: Mapping[str, Any], folder: str) -> TrainedModel:

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 import regla
+from pipeline.distill.config import DistillJobConfig
 from regla.api import _configure
 from regla.images import locate
 from tests.fakes import write_photos
@@ -47,12 +48,14 @@ def test_what_is_no_image_is_named(tmp_path, arrays):
 
 def test_fields_are_nested_or_dotted_and_go_before_the_recipe(tmp_path):
     fields = {"work": str(tmp_path), "train": {"epochs": 3}, "student.input_size": 64}
-    config = _configure("quickstart.yaml", "photos.yaml", "photos", None, fields)
-    assert (config.train.epochs, config.student.input_size, config.data.train) == (3, 64, "photos")
-    assert config.train.batch_size == _configure("photos.yaml", None, None, None, {}).train.batch_size
-    assert _configure("quickstart.yaml", {"train.epochs": 7, "teachers": ["hog"]}, None, None, {}).train.epochs == 7
+    config = _configure(DistillJobConfig, "quickstart.yaml", "photos.yaml", tmp_path / "photos", None, fields)
+    assert (config.train.epochs, config.student.input_size, config.data.train) == (3, 64, str(tmp_path / "photos"))
+    plain = _configure(DistillJobConfig, "photos.yaml", None, None, None, {"work": tmp_path})
+    assert config.train.batch_size == plain.train.batch_size
+    tree = {"train.epochs": 7, "teachers": ["hog"]}
+    assert _configure(DistillJobConfig, "quickstart.yaml", tree, None, None, {}).train.epochs == 7
     with pytest.raises(regla.UserError, match=r"did you mean train\.epochs"):
-        _configure("quickstart.yaml", None, None, None, {"train": {"epoch": 3}})
+        _configure(DistillJobConfig, "quickstart.yaml", None, None, None, {"train": {"epoch": 3}})
 
 
 @pytest.mark.slow
@@ -67,4 +70,4 @@ def test_arrays_are_distilled_in_five_lines(tmp_path, arrays):
     assert 0 <= trained.metrics["knn_after"] <= 100
     assert trained.model_uri == "models:/quickstart-student/1"
     assert len(trained.load().features(arrays)) == len(arrays)
-    assert 0 <= regla.evaluate("knn", evaluate={"student": str(trained.folder)}, **small)["knn"] <= 100
+    assert 0 <= regla.evaluate("knn", evaluate={"student": trained.folder}, **small)["knn"] <= 100
