@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from jobs._cli import grid, table
+from pipeline.downstream.base import make_task
 from pipeline.downstream.config import CocoResultsJobConfig, EvaluateModelJobConfig
 from pipeline.downstream.detect.coco_eval import NUMBERS, evaluate_files
 from pipeline.downstream.job import as_saved, evaluate_model, open_held_out, open_model
-from pipeline.downstream.training import DOWNSTREAM
 from pipeline.errors import UserError
 from pipeline.runs.session import open_job
 
 
-def evaluate_saved(
-    task: str, config: EvaluateModelJobConfig, dry_run: bool, given: Collection[str] = ()
-) -> dict[str, Any]:
-    """Metrics of `evaluate.model` on data.val, with the settings of the model but for the fields that are given."""
-    saved = open_model(config, task)
+def evaluate_saved(config: EvaluateModelJobConfig, dry_run: bool, given: Collection[str] = ()) -> dict[str, Any]:
+    """Metrics of `evaluate.model` on data.val, with the settings of the model except for the fields that are given."""
+    saved = open_model(config)
     config = as_saved(config, saved, given)
-    val = open_held_out(config, saved)
-    settings = saved.kind.settings(config).items()
+    val, task = open_held_out(config, saved), make_task(config)
+    settings = task.saved_settings().items()
     shown = ", ".join(f"{section}.{name}={value}" for section, fields in settings for name, value in fields.items())
-    print(f"{task} of {config.evaluate.model} on {len(val)} images from {val.location}: {shown}", flush=True)
+    print(f"{task.name} of {config.evaluate.model} on {len(val)} images from {val.location}: {shown}", flush=True)
     if dry_run:
         return {"dry_run": True}
-    with open_job(config, f"evaluate-{task}") as job:
+    with open_job(config, f"evaluate-{task.name}") as job:
         report = evaluate_model(config, saved, val, job.run, job.state.folder)
     rows = {
         **{name: f"{value:.3f}" for name, value in report.metrics.items()},
@@ -53,9 +50,3 @@ def evaluate_results(config: CocoResultsJobConfig, dry_run: bool) -> dict[str, A
     ]
     print(grid(rows))
     return {f"{kind}/{name}": value for kind, score in scores.items() for name, value in score.numbers.items()}
-
-
-DOWNSTREAM_EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    **{name: partial(evaluate_saved, name) for name in DOWNSTREAM},
-    "coco-results": evaluate_results,
-}

@@ -5,6 +5,7 @@ python jobs/evaluate.py linear    evaluate.student=models:/m-... data.train=imag
 python jobs/evaluate.py seg-probe evaluate.student=timm/<name> evaluate.weights=<file> evaluate.input_size=512
                                   data.train=ade20k/images/training data.val=ade20k/images/validation
 python jobs/evaluate.py classify|segment|detect evaluate.model=work/runs/<run>/model data.val=photos/val
+python jobs/evaluate.py package.module:Class evaluate.model=work/runs/<run>/model data.val=photos/val
 python jobs/evaluate.py coco-results annotations=instances_val2017.json results=detections.json
 """
 
@@ -22,16 +23,16 @@ if not __package__:  # a script imports from its own checkout
 
 from jobs._cli import DEFAULT_RECIPE, RECIPES, later, percent, run, size, table
 from jobs._completion import complete
-from pipeline.downstream.config import TASK_SECTIONS, CocoResultsJobConfig, EvaluateModelJobConfig
+from pipeline.downstream.config import TASKS, CocoResultsJobConfig, EvaluateModelJobConfig
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.runs.config import JobConfig
 
 ROOTS: dict[str, type[JobConfig]] = {
     **dict.fromkeys(("knn", "linear", "seg-probe"), EvaluateJobConfig),
-    **{task: EvaluateModelJobConfig.of_task(task) for task in TASK_SECTIONS},
+    **{task: EvaluateModelJobConfig.of_task(task) for task in TASKS},
     "coco-results": CocoResultsJobConfig,
 }
-"""The configuration of each evaluation, by its name."""
+"""The configuration of each evaluation, by its name; tasks of one's own come beside these."""
 
 
 def start(arguments: Sequence[str]) -> None:
@@ -40,7 +41,7 @@ def start(arguments: Sequence[str]) -> None:
     listed: Sequence[type[JobConfig]] = ()
     if name in ("-h", "--help"):
         name, others, listed = "knn", ["--help"], [*ROOTS.values()]
-    if name not in ROOTS:
+    if name not in ROOTS and ":" not in name:
         parser = argparse.ArgumentParser()
         parser.add_argument("evaluation", choices=ROOTS)
         complete(parser)
@@ -50,8 +51,10 @@ def start(arguments: Sequence[str]) -> None:
     own = RECIPES / f"{name}.yaml"
     body = partial(later("jobs.evaluate", "named"), name, {argument.partition("=")[0] for argument in others})
     items = [_long_name(name, argument) for argument in others]
+    if name in TASKS or ":" in name:
+        items.append(f"finetune.task={name}")
     recipe = own if own.exists() else DEFAULT_RECIPE
-    run(ROOTS[name], body, __doc__ or "", items, recipe=recipe, listed=listed)
+    run(ROOTS.get(name, EvaluateModelJobConfig), body, __doc__ or "", items, recipe=recipe, listed=listed)
 
 
 def _long_name(evaluation: str, argument: str) -> str:
@@ -64,9 +67,8 @@ if __name__ == "__main__":
     start(sys.argv[1:])
     sys.exit()
 
-from jobs._downstream import DOWNSTREAM_EVALUATIONS
+from jobs._downstream import evaluate_results, evaluate_saved
 from pipeline.cache.fill.estimate import check_space
-from pipeline.downstream.training import DOWNSTREAM
 from pipeline.evaluate import job as evaluation
 from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
 from pipeline.runs.session import open_job
@@ -122,11 +124,13 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knn": knn,
     "linear": linear,
     "seg-probe": seg_probe,
-    **DOWNSTREAM_EVALUATIONS,
+    "coco-results": evaluate_results,
 }
-"""What follows `jobs/evaluate.py`; those of a task also take the fields that the command line has `given`."""
+"""What follows `jobs/evaluate.py`, beside downstream tasks."""
 
 
-def named(name: str, given: Collection[str], config: JobConfig, dry_run: bool) -> dict[str, Any]:
-    """Run an evaluation; those of a task also look at which fields the command line has given."""
-    return EVALUATIONS[name](config, dry_run, **({"given": given} if name in DOWNSTREAM else {}))
+def named(name: str, given: Collection[str], config: Any, dry_run: bool) -> dict[str, Any]:
+    """Run an evaluation; that of a task also looks at which fields the command line has given."""
+    if name in EVALUATIONS:
+        return EVALUATIONS[name](config, dry_run)
+    return evaluate_saved(config, dry_run, given)

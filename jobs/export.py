@@ -1,4 +1,4 @@
-"""Export a backbone or a fine-tuned classifier to the formats of other runtimes, compare each with eager, and write a model card.
+"""Export a backbone or a fine-tuned model to the formats of other runtimes, compare each with eager, and write a model card.
 
 python jobs/export.py work/runs/<run>/student --format torch_export onnx hf
 python jobs/export.py work/runs/<run>/model --to classifier
@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
-from pipeline.export.bundle import ExportBundle, make_bundle, make_classifier_bundle
+from pipeline.export.bundle import ExportBundle, make_bundle, make_task_bundle
 from pipeline.export.folder import export_bundle
 
 
@@ -79,7 +79,7 @@ def load_bundle(options: argparse.Namespace) -> ExportBundle:
         return make_bundle(loaded, size, heads=options.heads)
     if options.heads:
         raise UserError(f"--heads: {options.model} is fine-tuned, and has left the heads of its teachers behind")
-    return make_classifier_bundle(saved, options.size)
+    return make_task_bundle(saved, options.size)
 
 
 def _shown(entry: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Fine-tune a backbone for classification, segmentation or detection.
+"""Fine-tune a backbone for classification, segmentation, detection, or a task of one's own.
 
 python jobs/finetune.py                                            classification of generated scenes, from scratch
 python jobs/finetune.py recipes/segment.yaml finetune.student=work/runs/<run>/student
@@ -22,9 +22,8 @@ if __name__ == "__main__":
     run(FinetuneJobConfig, later("jobs.finetune"), __doc__, recipe=RECIPES / "classify.yaml")
     sys.exit()
 
-from pipeline.downstream.classify.config import ClassifyConfig
+from pipeline.downstream.base import load_task
 from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
-from pipeline.downstream.training import DOWNSTREAM
 from pipeline.runs.session import open_job
 
 
@@ -46,12 +45,12 @@ def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 1),
         }
         job.run.log_metric_dict(figures)
-        headline = DOWNSTREAM[config.finetune.task].headline
+        task = load_task(config.finetune.task)
         registered = job.register(
-            config.finetune.task,
+            task.name,
             result.model_uri,
-            metric=headline,
-            score=result.after.get(headline),
+            metric=task.headline,
+            score=result.after.get(task.headline),
             held_out=result.held_out,
             lineage=result.lineage,
         )
@@ -73,16 +72,11 @@ def plan_rows(config: FinetuneJobConfig, plan: FinetunePlan) -> dict[str, str | 
     held_out = f"{len(plan.val)} from {plan.val.location}" if plan.val else "none: no metrics"
     frozen = ", frozen" if config.finetune.frozen else ""
     return {
-        "task": f"{config.finetune.task}, {len(plan.train.classes)} classes",
+        "task": config.finetune.task + (f", {len(classes)} classes" if (classes := plan.train.classes) else ""),
         "training images": f"{len(plan.train)} from {plan.train.location}",
         "held-out images": held_out,
         "backbone": f"{plan.start.model} from {config.finetune.student or 'scratch'}{frozen}",
-        "soft targets": _soft_targets(config) if plan.teacher else None,
+        "soft targets": plan.teacher.summary if plan.teacher else None,
         "training": f"{config.train.epochs} epochs of {plan.steps} steps of {config.train.batch_size} images",
         "passed over": "; ".join(plan.notes) or None,
     }
-
-
-def _soft_targets(config: FinetuneJobConfig) -> str:
-    settings = config.section(ClassifyConfig)
-    return f"{settings.teacher_share:.0%} from {settings.teacher}"

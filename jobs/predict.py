@@ -19,8 +19,7 @@ if not __package__:  # a script imports from its own checkout
 from jobs._backbone import naming, tracking_uri
 from jobs._cli import finish, later, table
 from jobs._completion import complete
-
-TASKS = ("features", "classify", "segment", "detect")
+from pipeline.downstream.config import TASKS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,12 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finish(lambda: later("jobs.predict", "predict")(options))
 
 
+def task_name(text: str) -> str:
+    """A value of `--task`."""
+    if text not in ("features", *TASKS) and ":" not in text:
+        raise argparse.ArgumentTypeError(f"there is no {text}; choose from features, {', '.join(TASKS)}")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     naming(parser, "fine-tuned model or exported student folder, MLflow model URI (models:/m-...), or timm name")
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders to search for them")
-    parser.add_argument("--task", choices=TASKS, help="default: what the model was fine-tuned for, else features")
+    parser.add_argument(
+        "--task",
+        type=task_name,
+        help=f"features, {', '.join(TASKS)}, or package.module:Class; default: what the model was fine-tuned for, else features",
+    )
     parser.add_argument(
         "--to", type=Path, help="*.parquet or *.json for features (features.parquet), else a folder (predictions)"
     )
@@ -76,11 +86,16 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
     task = asked or predictor.task or "features"
     if task == "features":
         return features(predictor, paths, options.to or Path("features.parquet"))
-    predictor.must_be(task)
+    predictor.check_task(task)
     written = write_predictions(predictor, paths, options.to or Path("predictions"))
     count = len(list(predictor.readable(paths)))
     print(table({"images": count, task: ", ".join(map(str, written))}))
-    return {"task": task, "images": count, "files": [str(file.resolve()) for file in written], **left_out(predictor)}
+    return {
+        "task": predictor.task,
+        "images": count,
+        "files": [str(file.resolve()) for file in written],
+        **left_out(predictor),
+    }
 
 
 def features(predictor: Predictor, paths: Sequence[Path], file: Path) -> Mapping[str, Any]:

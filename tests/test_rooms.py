@@ -30,10 +30,10 @@ ARROWS = {
     "cache.layout cache.fill cache.read",
     "distill": "errors sections teachers imaging storage student tracking runs training cache.layout cache.fill "
     "cache.read evaluate",
-    "downstream": "errors sections imaging runtime sources storage student tracking runs training distill",
+    "downstream": "errors config sections imaging runtime sources storage student tracking runs training distill",
     "export": "errors sections runtime student distill downstream",
     "predict": "errors sections imaging runtime storage student runs downstream",
-    "compare": "errors config student tracking downstream",
+    "compare": "errors config sections student tracking downstream",
     "jobs": "errors config sections teachers imaging runtime sources storage student tracking runs benchmark cache.layout "
     "cache.fill cache.maintain training distill evaluate downstream export predict compare",
     "regla": "errors config sections storage runs predict jobs",

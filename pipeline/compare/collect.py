@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection as Collection_
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline.compare.describe import configuration, describe, given, held_by, student_arguments, student_key
 from pipeline.compare.latency import Latencies, find_latencies
+from pipeline.compare.measures import Measure, columns_of, measures_of
 from pipeline.compare.size import counted_size
+from pipeline.downstream.base import Column, DownstreamTask, load_task
+from pipeline.downstream.config import TASKS
 from pipeline.errors import UserError
 from pipeline.tracking.reading import Experiment, LoggedRun
 
@@ -17,20 +23,18 @@ NO_ROWS = ("compare", "precompute", "benchmark")
 TRAINING = ("distill", "finetune")
 """Names of the nested runs that train."""
 SIZE = ("parameters", "macs")
-DOWNSTREAM = {
-    "top1": ("top1", 1.0),
-    "miou": ("miou", 1.0),
-    "box/AP": ("box_ap", 100.0),
-    "mask/AP": ("mask_ap", 100.0),
+PROBES = {
+    "knn": (Column("knn", "knn", "kNN"),),
+    "linear": (Column("top1", "linear", "linear"),),
+    "seg-probe": (Column("miou", "probe_miou", "mIoU of the probe"),),
 }
-JUDGED: dict[str, dict[str, tuple[str, float]]] = {
-    "knn": {"knn": ("knn", 1.0)},
-    "linear": {"top1": ("linear", 1.0)},
-    "seg-probe": {"miou": ("probe_miou", 1.0)},
-    "finetune": DOWNSTREAM,
-    **{f"evaluate-{task}": DOWNSTREAM for task in ("classify", "segment", "detect")},
-}
-"""By job, the measure (and the factor to its unit) that a metric is."""
+"""By job, its metric as a column."""
+
+
+def judges(run: LoggedRun) -> bool:
+    """Whether a run evaluates the student of another one, or goes on with it."""
+    job = run.tags.get("job", "")
+    return job in PROBES or job == "finetune" or job.startswith("evaluate-")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Entry:
         run_id, name, started: as MLflow has them; milliseconds since 1970.
         link: address in MLflow's pages, where there are any.
         texts: by :data:`~pipeline.compare.measures.TEXTS`.
-        measures: by :data:`~pipeline.compare.measures.MEASURES`; what is not known is not there.
+        measures: by the keys of :attr:`Collection.measures`; what is not known is not there.
         curve: kNN by epoch.
         config: what its group goes by.
         held_out: the images that accuracies are on; None: not known.
@@ -76,11 +80,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Collection:
-    """The rows, how latencies were measured, and how many runs of a job are no rows."""
+    """The rows, how latencies were measured, how many runs of a job are no rows, and what is compared, by key."""
 
     entries: tuple[Entry, ...]
     latency: str | None
     left_out: Mapping[str, int]
+    measures: Mapping[str, Measure]
 
 
 def collect(experiment: Experiment) -> Collection:
@@ -96,9 +101,9 @@ def collect(experiment: Experiment) -> Collection:
     parts = {run.run_id: [part for part in experiment.runs if part.parent == run.run_id] for run in jobs}
     job_of = {part.run_id: job for job, nested in parts.items() for part in nested} | {job: job for job in parts}
     chosen = {run.run_id for run in jobs if run.run_id in experiment.chosen and run.tags.get("job") not in NO_ROWS}
-    rows = {run.run_id: [run] for run in jobs if run.run_id in chosen and run.tags.get("job") not in JUDGED}
+    rows = {run.run_id: [run] for run in jobs if run.run_id in chosen and not judges(run)}
     for run in jobs:
-        if run.tags.get("job") not in JUDGED:
+        if not judges(run):
             continue
         origin = job_of.get(_origin(run, parts) or "")
         if origin in rows:
@@ -108,10 +113,11 @@ def collect(experiment: Experiment) -> Collection:
             rows.setdefault(run.run_id if alone else origin or student_key(run), []).append(run)
     if not rows:
         raise UserError(_nothing(experiment, jobs))
-    entries = [_entry(experiment, runs, parts) for runs in rows.values()]
+    columns = columns_of(_own_tasks(jobs))
+    entries = [_entry(experiment, runs, parts, columns.values()) for runs in rows.values()]
     entries, setting = _with_latencies(entries, [run for run in jobs if run.tags.get("job") == "benchmark"])
     left_out = Counter(run.tags["job"] for run in jobs if run.tags.get("job") in NO_ROWS)
-    return Collection(tuple(entries), setting, left_out)
+    return Collection(tuple(entries), setting, left_out, measures_of(columns.values()))
 
 
 def _nothing(experiment: Experiment, jobs: Iterable[LoggedRun]) -> str:
@@ -127,8 +133,23 @@ def _origin(run: LoggedRun, parts: Mapping[str, list[LoggedRun]]) -> str | None:
     return next((found for part in (run, *parts[run.run_id]) if (found := part.tags.get("student_run"))), None)
 
 
-def _entry(experiment: Experiment, runs: list[LoggedRun], parts: Mapping[str, list[LoggedRun]]) -> Entry:
-    trained = [run for run in runs if run.tags.get("job") not in JUDGED]
+def _own_tasks(jobs: Iterable[LoggedRun]) -> Iterator[type[DownstreamTask[Any]]]:
+    """Tasks of the user's own that these runs are of; one that cannot be imported here has no columns."""
+    named = (given(run, "finetune.task") for run in jobs if judges(run) and run.tags["job"] not in PROBES)
+    for task in dict.fromkeys(task for task in named if task and task not in TASKS):
+        try:
+            yield load_task(task)
+        except UserError as error:
+            logging.getLogger(__name__).warning("the metrics of %s are left out: %s", task, error)
+
+
+def _entry(
+    experiment: Experiment,
+    runs: list[LoggedRun],
+    parts: Mapping[str, list[LoggedRun]],
+    columns: Collection_[Column],
+) -> Entry:
+    trained = [run for run in runs if not judges(run)]
     run = next(iter(trained or [run for run in runs if run.status == "FINISHED"] or runs))
     nested = parts[run.run_id]
     data = {split: used for part in (run, *nested) for split, used in part.data.items()}
@@ -140,7 +161,7 @@ def _entry(experiment: Experiment, runs: list[LoggedRun], parts: Mapping[str, li
         started=run.started,
         link=experiment.link(run.run_id),
         texts=describe(run, data),
-        measures={**_judgements(other for other in runs if other not in trained), **size, **own},
+        measures={**_judgements((other for other in runs if other not in trained), columns), **size, **own},
         curve=_curve(experiment, nested),
         config=configuration(run, data),
         held_out=held_by(run, data, "val"),
@@ -168,14 +189,18 @@ def _own_measures(run: LoggedRun, nested: Iterable[LoggedRun]) -> dict[str, floa
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _judgements(judges: Iterable[LoggedRun]) -> dict[str, float]:
-    """What evaluations say, the latest last; of those that did not come to their end, nothing."""
+def _judgements(runs: Iterable[LoggedRun], columns: Collection_[Column]) -> dict[str, float]:
+    """What evaluations say, the latest last; those that did not come to their end say nothing.
+
+    Args:
+        columns: of the downstream tasks.
+    """
     return {
-        key: factor * judge.metrics[metric]
-        for judge in judges
-        if judge.status == "FINISHED"
-        for metric, (key, factor) in JUDGED[judge.tags["job"]].items()
-        if judge.metrics.get(metric, -1.0) >= 0  # -1 is COCO's word for "there is none"
+        column.key: column.factor * value
+        for run in runs
+        if run.status == "FINISHED"
+        for column in PROBES.get(run.tags["job"], columns)
+        if (value := run.metrics.get(column.metric)) is not None and value != column.missing
     }
 
 

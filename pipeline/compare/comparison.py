@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.compare.collect import Collection, Entry, collect
 from pipeline.compare.group import Group, Summary, changes, group
 from pipeline.compare.judge import Difference, differences, fronts, statement
-from pipeline.compare.measures import ACCURACIES, COSTS, MEASURES, TEXTS, Measure
+from pipeline.compare.measures import COSTS, TEXTS, Measure, accuracies_of
 from pipeline.tracking.reading import Experiment
 
 
@@ -41,7 +41,8 @@ class Comparison:
         """
         collection = collect(experiment)
         groups = tuple(group(collection.entries))
-        judged = fronts(groups), tuple(differences(groups))
+        accuracies = accuracies_of(collection.measures)
+        judged = fronts(groups, accuracies), tuple(differences(groups, accuracies))
         return cls(experiment.name, experiment.uri, only, collection, groups, *judged)
 
     @property
@@ -50,14 +51,19 @@ class Comparison:
         return self.collection.entries
 
     @property
+    def all_measures(self) -> Mapping[str, Measure]:
+        """By key, in the order of the tables."""
+        return self.collection.measures
+
+    @property
     def measures(self) -> list[Measure]:
         """Those that a run has."""
-        return [measure for key, measure in MEASURES.items() if any(key in entry.measures for entry in self.entries)]
+        return [m for key, m in self.all_measures.items() if any(key in entry.measures for entry in self.entries)]
 
     @property
     def accuracies(self) -> list[str]:
         """Keys of those that a group has."""
-        return [key for key in ACCURACIES if any(key in group.measures for group in self.groups)]
+        return [key for key in accuracies_of(self.all_measures) if any(key in group.measures for group in self.groups)]
 
     @property
     def costs(self) -> list[str]:
@@ -106,7 +112,7 @@ class Comparison:
         """What there is to say of every group beside the best one, in the chief accuracy."""
         best = set(self.best.values())
         told = [d for d in self.differences if d.measure == self.chief and {d.first, d.second} & best]
-        return [statement(d, self.groups) for d in told]
+        return [statement(d, self.groups, self.all_measures[d.measure]) for d in told]
 
     def notes(self) -> list[str]:
         """What a reader must know."""

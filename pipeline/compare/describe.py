@@ -9,6 +9,8 @@ from functools import cache
 from pipeline.config.dotted import is_field, keys_of
 from pipeline.config.jobs import all_roots, job_root
 from pipeline.config.tree import iter_fields
+from pipeline.downstream.config import TASKS
+from pipeline.errors import UserError
 from pipeline.tracking.reading import LoggedRun
 
 NONE = ("", "None")
@@ -141,14 +143,11 @@ def _fields(job: str, task: str) -> tuple[tuple[str, ...], tuple[str, ...], tupl
     """
     lines = list(iter_fields(*(variant for root in all_roots() for variant in root.variants())))
     known = tuple(line.key for line in lines)
-    root = job_root(job)
-    own = (
-        keys_of(
-            root.select({"finetune": {"task": job.removeprefix("evaluate-") if job.startswith("evaluate-") else task}})
-        )
-        if root
-        else known
-    )
+    root, name = job_root(job), job.removeprefix("evaluate-")
+    try:
+        own = keys_of(root.select({"finetune": {"task": name if name in TASKS else task}})) if root else known
+    except UserError:  # a user's own task that cannot be imported here
+        own = known
     return own, known, tuple(line.key for line in lines if line.operational)
 
 

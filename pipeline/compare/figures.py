@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.group import Group
-from pipeline.compare.measures import MEASURES
+from pipeline.compare.measures import KNN, PARAMETERS, Measure
 from pipeline.compare.style import Style, styles
 
 matplotlib.use("Agg")
@@ -82,13 +82,13 @@ def cost_figure(comparison: Comparison) -> Figure | None:
         line = []
         for number, group, style in chosen(comparison):
             if {accuracy, cost} <= group.measures.keys():
-                at = _point(panel, group, style, cost, accuracy)
+                at = _point(panel, group, style, comparison.all_measures[cost], accuracy)
                 line += [at] if number in comparison.fronts.get((accuracy, cost), ()) else []
         if line:
             across, up = zip(*sorted(line), strict=True)
             panel.step(across, up, where="post", color="0.5", linewidth=1, linestyle="--", zorder=0)
-        panel.set(xlabel=MEASURES[cost].title)
-    panels[0].set_ylabel(MEASURES[accuracy].title)
+        panel.set(xlabel=comparison.all_measures[cost].title)
+    panels[0].set_ylabel(comparison.all_measures[accuracy].title)
     _legend(figure, panels[0])
     return figure
 
@@ -123,19 +123,21 @@ def size_figure(comparison: Comparison) -> Figure | None:
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     panel = figure.subplots()
     for members in drawn:
-        points = [_point(panel, group, style, "parameters", "knn", label=False) for _, group, style in members]
+        points = [_point(panel, group, style, PARAMETERS, KNN.key, label=False) for _, group, style in members]
         panel.plot(*zip(*points, strict=True), color=members[0][2].colour, linewidth=1.4, label=family_name(members))
         for at, (_, group, _) in zip(points, members, strict=True):
             name = group.texts.get("student", "")
             panel.annotate(name, at, xytext=(7, -10), textcoords="offset points", fontsize=7)
     panel.margins(x=0.15)
-    panel.set(xlabel=MEASURES["parameters"].title, ylabel=MEASURES["knn"].title)
+    panel.set(xlabel=PARAMETERS.title, ylabel=KNN.title)
     _legend(figure, panel)
     return figure
 
 
-def _point(panel: Any, group: Group, style: Style, cost: str, accuracy: str, label: bool = True) -> tuple[float, float]:
-    x, y = group.measures[cost].mean / MEASURES[cost].scale, group.measures[accuracy]
+def _point(
+    panel: Any, group: Group, style: Style, cost: Measure, accuracy: str, label: bool = True
+) -> tuple[float, float]:
+    x, y = group.measures[cost.key].mean / cost.scale, group.measures[accuracy]
     look = {"fmt": style.marker, "color": style.colour, "markersize": 7, "capsize": 2, "elinewidth": 1}
     panel.errorbar(x, y.mean, y.std, label=group.label if label else None, **look)
     return x, y.mean

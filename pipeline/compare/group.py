@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from pipeline.compare.collect import Entry
-from pipeline.compare.measures import MEASURES
 
 TEACHER_DETAIL = re.compile(r"teachers\.\d+\.(?!model$)")
 LABEL_FIELDS = 3
@@ -115,7 +114,7 @@ def _group(label: str, runs: list[Entry]) -> Group:
         counted=counted,
         measures={
             key: Summary.of(values)
-            for key in MEASURES
+            for key in dict.fromkeys(key for entry in entries for key in entry.measures)
             if (values := [entry.measures[key] for entry in entries if key in entry.measures])
         },
         curve=tuple(_curve(entries)),

@@ -19,7 +19,7 @@ from pipeline.compare.collect import Entry
 from pipeline.compare.comparison import Comparison, shown
 from pipeline.compare.group import Group
 from pipeline.compare.judge import statement
-from pipeline.compare.measures import MEASURES, TEXTS
+from pipeline.compare.measures import TEXTS
 from pipeline.compare.plots import cost_plots, curves_plot, seeds, size_plot
 from pipeline.compare.tables import common
 
@@ -41,7 +41,7 @@ def render_page(comparison: Comparison) -> str:
         measures=comparison.measures,
         accuracies=[measure for measure in comparison.measures if measure.better == "higher"],
         others=[measure for measure in comparison.measures if measure.better != "higher"],
-        all_measures=MEASURES,
+        all_measures=comparison.all_measures,
         texts=TEXTS,
         shown=shown,
         seeds=seeds,
@@ -76,7 +76,10 @@ def _json(value: Any) -> Markup:
 
 def _pairs(comparison: Comparison) -> dict[str, str]:
     """What there is to say of two groups, under measure, first and second."""
-    return {f"{d.measure} {d.first} {d.second}": statement(d, comparison.groups) for d in comparison.differences}
+    groups, measures = comparison.groups, comparison.all_measures
+    return {
+        f"{d.measure} {d.first} {d.second}": statement(d, groups, measures[d.measure]) for d in comparison.differences
+    }
 
 
 def cheapest(comparison: Comparison) -> dict[str, Group]:

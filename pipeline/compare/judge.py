@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import isfinite
@@ -11,7 +11,7 @@ from statistics import mean
 from scipy import stats
 
 from pipeline.compare.group import Group
-from pipeline.compare.measures import ACCURACIES, COSTS
+from pipeline.compare.measures import COSTS, Measure
 
 SIGNIFICANT = 0.05
 PAIRED, WELCH = "paired by seed", "Welch"
@@ -29,10 +29,10 @@ def front(points: Sequence[tuple[float, float]]) -> set[int]:
     }
 
 
-def fronts(groups: Sequence[Group]) -> dict[tuple[str, str], set[int]]:
+def fronts(groups: Sequence[Group], accuracies: Sequence[str]) -> dict[tuple[str, str], set[int]]:
     """Numbers of the groups on the Pareto front, by accuracy and cost; each set of held-out images has its own."""
     found: dict[tuple[str, str], set[int]] = {}
-    for accuracy in ACCURACIES:
+    for accuracy in accuracies:
         for cost in COSTS:
             for held_out in {group.held_out for group in groups}:
                 numbers = [n for n, group in enumerate(groups) if _stands(group, held_out, accuracy, cost)]
@@ -69,18 +69,15 @@ class Difference:
     interval: tuple[float, float] | None = None
 
 
-def differences(groups: Sequence[Group]) -> list[Difference]:
+def differences(groups: Sequence[Group], accuracies: Sequence[str]) -> list[Difference]:
     """Of every two groups on the same held-out images, in every accuracy that both have."""
     return [
-        difference for one, other in combinations(range(len(groups)), 2) for difference in _pair(groups, one, other)
+        difference(measure, groups, one, other)
+        for one, other in combinations(range(len(groups)), 2)
+        for measure in accuracies
+        if groups[one].held_out == groups[other].held_out
+        and measure in groups[one].measures.keys() & groups[other].measures.keys()
     ]
-
-
-def _pair(groups: Sequence[Group], one: int, other: int) -> Iterator[Difference]:
-    first, second = groups[one], groups[other]
-    for measure in ACCURACIES:
-        if first.held_out == second.held_out and measure in first.measures and measure in second.measures:
-            yield difference(measure, groups, one, other)
 
 
 def difference(measure: str, groups: Sequence[Group], one: int, other: int) -> Difference:
@@ -109,12 +106,16 @@ def _values(group: Group, measure: str) -> dict[str, float]:
     return {seed: entry.measures[measure] for seed, entry in sorted(group.counted.items()) if measure in entry.measures}
 
 
-def statement(found: Difference, groups: Sequence[Group]) -> str:
+def statement(found: Difference, groups: Sequence[Group], measure: Measure) -> str:
     """A difference in a sentence; the group with more comes first."""
+    unit, points = (" %", " points") if measure.unit == "%" else (f" {measure.unit}".rstrip(), "")
     sign = 1 if found.delta >= 0 else -1
     more, less = (groups[number] for number in (found.first, found.second)[::sign])
     a, b = (group.measures[found.measure].mean for group in (more, less))
-    told = f"{more.label} ({a:.1f} %) is {abs(found.delta):.1f} points above {less.label} ({b:.1f} %)"
+    told = (
+        f"{more.label} ({measure.show(a)}{unit}) is {measure.show(abs(found.delta))}{points or unit} above "
+        f"{less.label} ({measure.show(b)}{unit})"
+    )
     n = found.n[::sign]
     if found.test is None or found.p is None or found.interval is None:
         why = f"{n[0]} and {n[1]} seeds, two of each are needed" if min(n) < 2 else "there is no spread over the seeds"
@@ -123,4 +124,5 @@ def statement(found: Difference, groups: Sequence[Group]) -> str:
     test = f"paired by seed, {n[0]} seeds" if found.test == PAIRED else f"Welch, {n[0]} and {n[1]} seeds"
     verdict = "significant" if found.p < SIGNIFICANT else "not significant"
     p = "p < 0.0001" if found.p < 1e-4 else f"p = {found.p:.2g}"
-    return f"{told}; 95 % confidence interval {low:.1f} to {high:.1f}, {p} (t-test, {test}): {verdict} at 5 %."
+    interval = f"95 % confidence interval {measure.show(low)} to {measure.show(high)}"
+    return f"{told}; {interval}, {p} (t-test, {test}): {verdict} at 5 %."

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from pipeline.downstream.base import Column, DownstreamTask, load_task
+from pipeline.downstream.config import TASKS
 
 
 @dataclass(frozen=True)
@@ -38,31 +42,43 @@ class Measure:
         return f"{scaled:.3g}" if abs(scaled) < 1000 else f"{scaled:.0f}"
 
 
-MEASURES = {
-    measure.key: measure
-    for measure in (
-        Measure("knn", "kNN", "%", "higher", digits=1),
-        Measure("linear", "linear", "%", "higher", digits=1),
-        Measure("top1", "top-1", "%", "higher", digits=1),
-        Measure("box_ap", "box AP", "%", "higher", digits=1),
-        Measure("mask_ap", "mask AP", "%", "higher", digits=1),
-        Measure("miou", "mIoU", "%", "higher", digits=1),
-        Measure("probe_miou", "mIoU of the probe", "%", "higher", digits=1),
-        Measure("parameters", "parameters", "M", "lower", 1e6, 2),
-        Measure("macs", "MACs", "G", None, 1e9),
-        Measure("latency", "latency", "ms", "lower"),
-        Measure("cache_bytes", "cache", "MiB", "lower", 2.0**20),
-        Measure("samples_seen", "samples seen", "k", "lower", 1e3),
-        Measure("hours", "time", "h", None),
-        Measure("gpu_hours", "GPU hours", "", None),
-        Measure("cost", "cost", "", None, digits=2),
-        Measure("knn_raw", "kNN of raw weights", "%", None, digits=1),
-        Measure("knn_before", "kNN before", "%", None, digits=1),
-    )
-}
-"""By key, in the order of the tables. Accuracies are in percent, AP too."""
+KNN = Measure("knn", "kNN", "%", "higher", digits=1)
+PARAMETERS = Measure("parameters", "parameters", "M", "lower", 1e6, 2)
+BEFORE_TASKS = (KNN, Measure("linear", "linear", "%", "higher", digits=1))
+AFTER_TASKS = (
+    Measure("probe_miou", "mIoU of the probe", "%", "higher", digits=1),
+    PARAMETERS,
+    Measure("macs", "MACs", "G", None, 1e9),
+    Measure("latency", "latency", "ms", "lower"),
+    Measure("cache_bytes", "cache", "MiB", "lower", 2.0**20),
+    Measure("samples_seen", "samples seen", "k", "lower", 1e3),
+    Measure("hours", "time", "h", None),
+    Measure("gpu_hours", "GPU hours", "", None),
+    Measure("cost", "cost", "", None, digits=2),
+    Measure("knn_raw", "kNN of raw weights", "%", None, digits=1),
+    Measure("knn_before", "kNN before", "%", None, digits=1),
+)
 
-ACCURACIES = tuple(key for key, measure in MEASURES.items() if measure.better == "higher")
+
+def columns_of(tasks: Iterable[type[DownstreamTask[Any]]]) -> dict[str, Column]:
+    """Columns of the built-in tasks and of others, by metric; of two for one metric the first counts."""
+    every = dict.fromkeys([*map(load_task, TASKS), *tasks])
+    return {column.metric: column for task in reversed(every) for column in reversed(task.columns)}
+
+
+def measures_of(columns: Iterable[Column]) -> dict[str, Measure]:
+    """All measures by key, in the order of the tables. Accuracies of built-in tasks are in percent, AP too."""
+    own = (
+        Measure(c.key, c.label, c.unit, "higher" if c.higher_is_better else "lower", digits=c.digits) for c in columns
+    )
+    return {measure.key: measure for measure in (*BEFORE_TASKS, *own, *AFTER_TASKS)}
+
+
+def accuracies_of(measures: Mapping[str, Measure]) -> list[str]:
+    """Keys of those of which more is better."""
+    return [key for key, measure in measures.items() if measure.better == "higher"]
+
+
 COSTS = ("parameters", "latency", "cache_bytes", "samples_seen")
 """What accuracy is held against."""
 

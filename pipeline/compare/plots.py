@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.compare.comparison import Comparison, shown
 from pipeline.compare.figures import chosen, families, family_name
 from pipeline.compare.group import Group, Summary
-from pipeline.compare.measures import MEASURES
+from pipeline.compare.measures import KNN, PARAMETERS, Measure
 from pipeline.compare.style import Style
 
 Plot = dict[str, Any]
@@ -32,10 +32,12 @@ def cost_plots(comparison: Comparison) -> dict[str, dict[str, Plot]]:
 
 def _cost_plot(comparison: Comparison, accuracy: str, cost: str) -> Plot:
     front = comparison.fronts.get((accuracy, cost), set())
+    measures = comparison.all_measures
+    x, y, others = measures[cost], measures[accuracy], [measures[key] for key in comparison.costs]
     traces, line = [], []
     for number, group, style in chosen(comparison):
         if {accuracy, cost} <= group.measures.keys():
-            trace = _point(number, group, style, (cost, accuracy), comparison.costs)
+            trace = _point(number, group, style, (x, y), others)
             traces.append(trace)
             if number in front:
                 trace["marker"] |= {"size": 14, "line": {"width": 2}}
@@ -43,7 +45,7 @@ def _cost_plot(comparison: Comparison, accuracy: str, cost: str) -> Plot:
     costs = [trace["x"][0] for trace in traces]
     kind = "log" if costs and min(costs) > 0 and max(costs) / min(costs) > LOG_FROM else "linear"
     joined = _line("Pareto front", sorted(line), "front", shape="hv", width=1.5, dash="dash")
-    return _plot([joined, *traces], MEASURES[cost].title, MEASURES[accuracy].title, kind)
+    return _plot([joined, *traces], x.title, y.title, kind)
 
 
 def curves_plot(comparison: Comparison) -> Plot:
@@ -52,7 +54,7 @@ def curves_plot(comparison: Comparison) -> Plot:
     for number, group, style in chosen(comparison):
         if len(group.curve) > 1:
             traces += _curves(number, group, style)
-    plot = _plot(traces, "epoch", MEASURES["knn"].title)
+    plot = _plot(traces, "epoch", KNN.title)
     epochs = max((point.epoch for group in comparison.groups for point in group.curve), default=0)
     plot["layout"]["xaxis"]["dtick"] = max(1, ceil(epochs / TICKS))
     return plot
@@ -76,13 +78,13 @@ def _curves(number: int, group: Group, style: Style) -> Iterator[Trace]:
 
 
 def _curve(number: int, group: Group, role: str, words: str, points: Sequence[tuple[float, Summary]]) -> Trace:
-    title, knn = f"<b>{_plain(group.label)}</b>", MEASURES["knn"]
+    title = f"<b>{_plain(group.label)}</b>"
     return {
         **_named(number, group, role),
         "x": [epoch for epoch, _ in points],
         "y": [summary.mean for _, summary in points],
         "text": [
-            f"{title}<br>epoch {epoch:g}, {words}<br>kNN {shown(summary, knn)} % ({seeds(summary.n)})"
+            f"{title}<br>epoch {epoch:g}, {words}<br>kNN {shown(summary, KNN)} % ({seeds(summary.n)})"
             for epoch, summary in points
         ],
     }
@@ -108,12 +110,12 @@ def size_plot(comparison: Comparison) -> Plot:
     """kNN against the parameters of students that learned from one cache."""
     traces = []
     for members in families(comparison):
-        points = [_point(*member, ("parameters", "knn"), ()) for member in members]
+        points = [_point(*member, (PARAMETERS, KNN), ()) for member in members]
         line = [(point["x"][0], point["y"][0]) for point in points]
         joined = _line(family_name(members), line, "family", color=members[0][2].colour, width=2)
         joined["meta"]["groups"] = [number for number, _, _ in members]
         traces += [joined, *(point | {"showlegend": len(members) == 1} for point in points)]
-    return _plot(traces, MEASURES["parameters"].title, MEASURES["knn"].title)
+    return _plot(traces, PARAMETERS.title, KNN.title)
 
 
 def _named(number: int, group: Group, role: str) -> Trace:
@@ -126,17 +128,17 @@ def _named(number: int, group: Group, role: str) -> Trace:
     }
 
 
-def _point(number: int, group: Group, style: Style, axes: tuple[str, str], others: Sequence[str]) -> Trace:
+def _point(number: int, group: Group, style: Style, axes: tuple[Measure, Measure], others: Sequence[Measure]) -> Trace:
     """A group at its means, with its standard deviation in the second measure; the hover tells others as well."""
     x, y = axes
-    known = [MEASURES[key] for key in dict.fromkeys([y, x, *others]) if key in group.measures]
+    known = [measure for measure in dict.fromkeys([y, x, *others]) if measure.key in group.measures]
     lines = [f"{m.label} {shown(group.measures[m.key], m)} {m.unit}" for m in known]
-    std = group.measures[y].std
+    std = group.measures[y.key].std
     return {
         **_named(number, group, "point"),
         "mode": "markers",
-        "x": [group.measures[x].mean / MEASURES[x].scale],
-        "y": [group.measures[y].mean],
+        "x": [group.measures[x.key].mean / x.scale],
+        "y": [group.measures[y.key].mean],
         "error_y": {"type": "data", "array": [std or 0], "visible": bool(std), "thickness": 1.2, "width": 4},
         "text": ["<br>".join([f"<b>{_plain(group.label)}</b>", *lines, seeds(len(group.counted))])],
         "marker": {"symbol": style.symbol, "color": style.colour, "size": 11, "line": {"width": 0}},

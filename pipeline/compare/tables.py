@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.compare.comparison import Comparison, shown
-from pipeline.compare.measures import MEASURES, TEXTS
+from pipeline.compare.measures import TEXTS
 
 Rows = list[list[str]]
 """The first one has the names of the columns."""
@@ -19,7 +19,7 @@ def groups_table(comparison: Comparison) -> Rows:
     measures = comparison.measures
     rows = [["group", "seeds", *(measure.title for measure in measures), "on the front"]]
     for number, group in enumerate(comparison.groups):
-        marks = [MEASURES[cost].label for cost in comparison.on_fronts(number, comparison.chief)]
+        marks = [comparison.all_measures[cost].label for cost in comparison.on_fronts(number, comparison.chief)]
         values = [shown(group.measures.get(measure.key), measure) for measure in measures]
         rows.append([group.label, str(len(group.counted)), *values, ", ".join(marks)])
     return rows
@@ -86,13 +86,13 @@ def render_markdown(comparison: Comparison, figures: Iterable[tuple[str, str]]) 
 
 def write_runs_csv(comparison: Comparison, file: Path) -> None:
     """All texts and measures of all runs, in whole units; what is not known is blank."""
-    header = ["run_id", "name", "group", "held_out", *TEXTS, *MEASURES]
+    header = ["run_id", "name", "group", "held_out", *TEXTS, *comparison.all_measures]
     group_of = {entry.run_id: group.label for group in comparison.groups for entry in group.entries}
     rows = (
         [
             *(entry.run_id, entry.name, group_of[entry.run_id], entry.held_out or ""),
             *(entry.texts.get(key, "") for key in TEXTS),
-            *(entry.measures.get(key) for key in MEASURES),
+            *(entry.measures.get(key) for key in comparison.all_measures),
         ]
         for entry in comparison.entries
     )
@@ -101,7 +101,7 @@ def write_runs_csv(comparison: Comparison, file: Path) -> None:
 
 def write_groups_csv(comparison: Comparison, file: Path) -> None:
     """Mean, standard deviation and number of seeds of each measure by group."""
-    columns = [(key, part) for key in MEASURES for part in ("mean", "std", "n")]
+    columns = [(key, part) for key in comparison.all_measures for part in ("mean", "std", "n")]
     header = ["group", "held_out", *(f"{key}_{part}" for key, part in columns), "front"]
     rows = (
         [

@@ -1,10 +1,12 @@
-"""What every fine-tuning has in common."""
+"""Downstream tasks by name, and the configuration of the jobs that train and evaluate them."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast
+from importlib import import_module
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 from pydantic import Field, PositiveInt, create_model
 
@@ -12,24 +14,70 @@ from pipeline.config.tree import Section, operational
 from pipeline.downstream.classify.config import ClassifyConfig
 from pipeline.downstream.detect.config import DetectConfig
 from pipeline.downstream.segment.config import SegmentConfig
+from pipeline.errors import UserError, one_line
 from pipeline.runs.config import ImageJobConfig, JobConfig
 from pipeline.student.config import NamedBackboneConfig
 from pipeline.training.config import TrainConfig
 
-S = TypeVar("S", bound=Section)
 
-TASK_SECTIONS: dict[str, type[Section]] = {
-    "classify": ClassifyConfig,
-    "segment": SegmentConfig,
-    "detect": DetectConfig,
+class BuiltInTask(NamedTuple):
+    """The section of a task, and where its class lies: `--help` needs the one without importing the other, and torch."""
+
+    section: type[Section]
+    location: str
+
+
+TASKS: dict[str, BuiltInTask] = {
+    "classify": BuiltInTask(ClassifyConfig, "pipeline.downstream.classify.task:Classification"),
+    "segment": BuiltInTask(SegmentConfig, "pipeline.downstream.segment.task:Segmentation"),
+    "detect": BuiltInTask(DetectConfig, "pipeline.downstream.detect.task:Detection"),
 }
-"""The section of each built-in task, by the task's name, which is also the section's."""
+"""Tasks with a short name; a user's own plugs in as `package.module:Class`."""
+
+
+def import_task(task: str) -> Any:
+    """The class of a task, by its short name or as `package.module:Class`.
+
+    Raises:
+        UserError: if there is no such task.
+    """
+    if task not in TASKS and ":" not in task:
+        near = difflib.get_close_matches(task, TASKS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"finetune.task: there is no task {task}; {hint}known are {', '.join(TASKS)}, and package.module:Class"
+        )
+    location = TASKS[task].location if task in TASKS else task
+    module, _, name = location.partition(":")
+    try:
+        found = getattr(import_module(module), name, None)
+    except (ImportError, ValueError, TypeError) as error:
+        raise UserError(
+            f"finetune.task: {task} cannot be imported ({one_line(error)}); its folder must be on PYTHONPATH or installed"
+        ) from error
+    if not all(hasattr(found, attribute) for attribute in ("name", "headline", "section", "locations")):
+        raise UserError(
+            f"finetune.task: {name or 'nothing'} in {module} is not a subclass of pipeline.downstream.base.DownstreamTask"
+        )
+    return found
+
+
+def section_of(task: str) -> tuple[str, type[Section]]:
+    """Name and class of a task's configuration section.
+
+    Raises:
+        UserError: if there is no such task.
+    """
+    if task in TASKS:
+        return task, TASKS[task].section
+    found = import_task(task)
+    return found.name, found.section
 
 
 class FinetuneConfig(Section):
     """What `jobs/finetune.py` trains, and from what."""
 
-    task: Literal["classify", "segment", "detect"] = Field("classify", description="classify, segment or detect")
+    task: str = Field("classify", description="classify, segment, detect, or package.module:Class of one's own")
     student: str | None = Field(
         None,
         description="exported student folder, MLflow model URI, or timm name (`timm/<name>.<tag>`: with the hub's weights); "
@@ -49,11 +97,6 @@ class FinetuneConfig(Section):
     pictures: int = operational(8, ge=0, description="held-out images that are drawn with their predictions")
 
 
-def task_section(task: str) -> tuple[str, type[Section]] | None:
-    """The name and the class of a task's section; None for a task that does not exist."""
-    return (task, TASK_SECTIONS[task]) if task in TASK_SECTIONS else None
-
-
 class FinetuneJobConfig(ImageJobConfig):
     """`jobs/finetune.py`: a backbone and a head. :meth:`of_task` adds the section of the chosen task."""
 
@@ -68,13 +111,17 @@ class FinetuneJobConfig(ImageJobConfig):
 
     @classmethod
     def of_task(cls, task: str) -> type[Self]:
-        """The variant with the section of a task."""
+        """The variant with the section of a task.
+
+        Raises:
+            UserError: if there is no such task, or another section has its name.
+        """
         return _of_task(cls, task)
 
     @classmethod
     def variants(cls) -> tuple[type[Self], ...]:
         """One for each built-in task."""
-        return (cls,) if cls.root else tuple(map(cls.of_task, TASK_SECTIONS))
+        return (cls,) if cls.root else tuple(map(cls.of_task, TASKS))
 
     @classmethod
     def select(cls, tree: Mapping[str, Any]) -> type[Self]:
@@ -82,17 +129,6 @@ class FinetuneJobConfig(ImageJobConfig):
         section = tree.get("finetune")
         task = section.get("task") if isinstance(section, Mapping) else None
         return cls if cls.root else cls.of_task(str(task or FinetuneConfig().task))
-
-    def section(self, kind: type[S]) -> S:
-        """The section of this class.
-
-        Raises:
-            LookupError: where the chosen task has another one.
-        """
-        for _, value in self:
-            if isinstance(value, kind):
-                return value
-        raise LookupError(f"{type(self).__name__} has no {kind.__name__}")
 
     def subject(self) -> list[str]:
         """The task, and the backbone."""
@@ -112,10 +148,9 @@ class FinetuneJobConfig(ImageJobConfig):
 
 @cache
 def _of_task(root: Any, task: str) -> Any:
-    found = task_section(task)
-    if found is None:
-        return root
-    name, section = found
+    name, section = section_of(task)
+    if name in root.model_fields:
+        raise UserError(f"finetune.task: {task} is called {name}, which is another section of the configuration")
     fields: dict[str, Any] = {name: (section, section())}
     variant = cast(Any, create_model(f"{root.__name__}[{name}]", __base__=root, __doc__=root.__doc__, **fields))
     variant.root, variant.task = root, task

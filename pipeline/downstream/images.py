@@ -75,25 +75,19 @@ def decode(data: bytes | Exception, name: str) -> Image.Image:
         raise UserError(f"{name}: {error}; fetch it again or remove it") from error
 
 
-class LabelledImages:
-    """Images with labels.
+class SourceImages:
+    """The images of a source, in rows.
 
     Args:
         source: of the images.
-        classes: names that the labels count where the source tells none; (): the labels themselves.
     """
 
-    def __init__(self, source: Source, classes: tuple[str, ...] = ()) -> None:
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, source: Source) -> None:
         self.source, self.location = source, source.location
         self.block = 1 if source.random_access else PARQUET_BLOCK
         self.index = source.index()
-        labels = self.index["label"]
-        if labels.null_count:
-            first = self.key(pc.index(labels.is_null(), True).as_py())
-            raise UserError(f"{self.location}: {first} has no label; classification needs one for every image")
-        self.labels: np.ndarray = labels.to_numpy()
-        numbers = tuple(str(number) for number in range(int(self.labels.max()) + 1))
-        self.classes = source.classes or classes or numbers
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -103,17 +97,11 @@ class LabelledImages:
         return str(self.index["sample_id"][row].as_py())
 
     def check(self) -> list[str]:
-        """Labels within the classes and no empty file; whether pixels decode is found when they are read.
+        """No file is empty; whether pixels decode is found when they are read.
 
         Raises:
             UserError: naming the first image that is wrong.
         """
-        beyond = np.flatnonzero(self.labels >= len(self.classes))
-        if len(beyond):
-            row = int(beyond[0])
-            raise UserError(
-                f"{self.location}: {self.key(row)} has label {self.labels[row]}, but there are {len(self.classes)} classes"
-            )
         sizes = self.index["size"].to_numpy()
         empty = np.flatnonzero((sizes == 0) & (self.location != SAMPLES))
         if len(empty):
@@ -129,9 +117,38 @@ class LabelledImages:
         order = np.argsort(rows, kind="stable")
         decoded = {}
         read = self.source.read(self.index.take(np.asarray(rows)[order]))
-        for place, data in zip(order.tolist(), read, strict=True):
-            decoded[place] = decode(data, f"{self.location}: {self.key(rows[place])}")
-        return [decoded[place] for place in range(len(rows))]
+        for position, data in zip(order.tolist(), read, strict=True):
+            decoded[position] = decode(data, f"{self.location}: {self.key(rows[position])}")
+        return [decoded[position] for position in range(len(rows))]
+
+
+class LabelledImages(SourceImages):
+    """Images with labels.
+
+    Args:
+        source: of the images.
+        classes: names by label, for a source without names; (): the labels themselves.
+    """
+
+    def __init__(self, source: Source, classes: tuple[str, ...] = ()) -> None:
+        super().__init__(source)
+        labels = self.index["label"]
+        if labels.null_count:
+            first = self.key(pc.index(labels.is_null(), True).as_py())
+            raise UserError(f"{self.location}: {first} has no label; classification needs one for every image")
+        self.labels: np.ndarray = labels.to_numpy()
+        numbers = tuple(str(number) for number in range(int(self.labels.max()) + 1))
+        self.classes = source.classes or classes or numbers
+
+    def check(self) -> list[str]:
+        """Every label is one of the classes, and no file is empty."""
+        beyond = np.flatnonzero(self.labels >= len(self.classes))
+        if len(beyond):
+            row = int(beyond[0])
+            raise UserError(
+                f"{self.location}: {self.key(row)} has label {self.labels[row]}, but there are {len(self.classes)} classes"
+            )
+        return super().check()
 
 
 def open_labelled(config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:

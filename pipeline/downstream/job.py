@@ -13,14 +13,12 @@ import torch
 
 from pipeline.distill.provenance import all_licences, all_teachers
 from pipeline.downstream.backbone import Start, check_takes, find_start
-from pipeline.downstream.base import Examples, Report
-from pipeline.downstream.classify.config import ClassifyConfig
-from pipeline.downstream.classify.soft import find_soft_teacher, load_soft_targets
+from pipeline.downstream.base import Examples, Report, SoftTeacher, load_task, make_task
 from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.downstream.images import refuse_other_classes
 from pipeline.downstream.pictures import write_report
-from pipeline.downstream.saved import SavedModel, find_model, finished_model
-from pipeline.downstream.training import DOWNSTREAM, FinetuneJob, FinetuneTask, build_model, epoch_steps
+from pipeline.downstream.saved import SavedModel, find_model, finished_model, load_model
+from pipeline.downstream.training import FinetuneJob, FinetuneTask, build_model, epoch_steps
 from pipeline.errors import UserError
 from pipeline.runs.folder import work_folder
 from pipeline.sources.locations import SAMPLES, absolute
@@ -38,13 +36,13 @@ SOFT = "soft-teacher"
 
 @dataclass(frozen=True)
 class FinetunePlan:
-    """What will be trained: checked data, the backbone to start from, a teacher of soft targets, steps an epoch, and notes on
-    the data."""
+    """What will be trained: checked data, the backbone to start from, a teacher of soft targets, steps per epoch, and notes
+    on the data."""
 
     train: Examples
     val: Examples | None
     start: Start
-    teacher: SavedModel | None
+    teacher: SoftTeacher | None
     steps: int
     notes: list[str]
 
@@ -78,20 +76,20 @@ def plan_finetune(config: FinetuneJobConfig) -> FinetunePlan:
     Raises:
         UserError: naming the first file or field that is wrong.
     """
-    kind = DOWNSTREAM[config.finetune.task]
+    task = make_task(config)
     tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
     start = find_start(config, tracking_uri)
-    train = kind.open(config, "train")
+    train = task.open("train")
     assert train is not None
-    val = kind.open(config, "val", train.classes)
-    if len(train.classes) < kind.least_classes:
+    val = task.open("val", train.classes)
+    if len(train.classes) < task.min_classes:
         raise UserError(
-            f"data.train ({train.location}): one class leaves nothing to tell apart; finetune.task={kind.name} needs "
-            f"{kind.least_classes} or more"
+            f"data.train ({train.location}): one class leaves nothing to tell apart; finetune.task={task.name} needs "
+            f"{task.min_classes} or more"
         )
-    kind.build(start.encoder, train.classes, config)
-    check_takes(start.encoder, kind.image_size(config), f"finetune.student: {start.model}")
-    teacher = find_soft_teacher(config, train.classes, tracking_uri)
+    task.build(start.encoder, train.classes)
+    check_takes(start.encoder, task.image_size(), f"finetune.student: {start.model}")
+    teacher = task.find_teacher(train.classes, tracking_uri)
     steps = epoch_steps(config, len(train))
     notes = [f"{split}: {note}" for split, data in (("train", train), ("val", val)) if data for note in data.check()]
     if val is not None:
@@ -110,7 +108,7 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
     run.set_student_run(plan.start.provenance.get("run_id"))
     plan.start.save(config.student.input_size, folder / "start")
     if plan.teacher:
-        plan.teacher.save(folder / SOFT)
+        plan.teacher.saved.save(folder / SOFT)
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
     checkpoints = checkpoint_folder(config.train, folder, "train")
     checkpoint = fit(make_finetune_task, {"job": job}, config.train, checkpoints, partial(_log_commit, run))
@@ -124,9 +122,9 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
     finished_model(model, job, plan.train.classes, origin).save(folder / "model")
     if (folder / "evaluation").is_dir():
         run.log_folder(folder / "evaluation", "evaluation")
-    tags = {"task": job.kind.name, "student": config.finetune.student or config.student.name}
+    tags = {"task": job.task.name, "student": config.finetune.student or config.student.name}
     final = {f"final/{name}": value for name, value in after.items()}
-    uri = log_model_folder(run, folder / "model", name=job.kind.name, metrics=final, tags=tags)
+    uri = log_model_folder(run, folder / "model", name=job.task.name, metrics=final, tags=tags)
     return FinetuneResult(
         before,
         after,
@@ -142,25 +140,22 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
 def make_finetune_task(payload: dict[str, Any], rank: int, world: int) -> FinetuneTask:
     """The task of one Ray Train worker; `payload` holds the job under ``job``."""
     job: FinetuneJob = payload["job"]
-    folder = job.folder / SOFT
-    share = job.config.section(ClassifyConfig).teacher_share if folder.is_dir() else 0
-    return FinetuneTask(job, rank, world, load_soft_targets(folder, share))
+    teacher = job.folder / SOFT
+    softener = job.task.make_softener(load_model(teacher).model) if teacher.is_dir() else None
+    return FinetuneTask(job, rank, world, softener)
 
 
 def provenance(
     plan: FinetunePlan, config: FinetuneJobConfig, run: Run, samples: int, metrics: dict[str, float]
 ) -> dict[str, Any]:
     """What a fine-tuned model comes from, JSON-ready: that of its student, with the data, budget and metrics of this run."""
+    teacher = plan.teacher
     return {
         "run_id": run.run_id,
         "student": dict(plan.start.provenance),
         "data": [{"location": plan.train.location, "images": len(plan.train), "classes": len(plan.train.classes)}],
         "training": {"epochs": config.train.epochs, "samples_seen": samples},
-        **(
-            {"soft_targets": {"teacher": config.section(ClassifyConfig).teacher, **plan.teacher.provenance}}
-            if plan.teacher
-            else {}
-        ),
+        **({"soft_targets": {"teacher": teacher.source, **teacher.saved.provenance}} if teacher else {}),
         "metrics": metrics,
     }
 
@@ -174,14 +169,9 @@ def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
 def with_absolute_paths(config: FinetuneJobConfig) -> FinetuneJobConfig:
     """The configuration as a worker with another working directory must read it."""
     changed = {}
-    for section, fields in {
-        "data": ("train", "val"),
-        "segment": ("classes", "train_masks", "val_masks"),
-        "detect": ("train_annotations", "val_annotations"),
-    }.items():
-        given = getattr(config, section, None)
-        if given is None:
-            continue
+    task = make_task(config)
+    for section, fields in {"data": ("train", "val"), task.name: task.locations}.items():
+        given = getattr(config, section)
         paths = {name: absolute(path) for name in fields if (path := getattr(given, name)) not in (None, SAMPLES)}
         changed[section] = given.model_copy(update=paths)
     return config.model_copy(update=changed)
@@ -211,11 +201,11 @@ def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> str:
     return held_out
 
 
-def open_model(config: EvaluateModelJobConfig, task: str) -> SavedModel:
+def open_model(config: EvaluateModelJobConfig) -> SavedModel:
     """What `evaluate.model` names.
 
     Raises:
-        UserError: where it is not given, not there, or of another task.
+        UserError: if it is not given, not there, or of another task than `finetune.task`.
     """
     name = config.evaluate.model
     if not name:
@@ -223,15 +213,15 @@ def open_model(config: EvaluateModelJobConfig, task: str) -> SavedModel:
     saved = find_model(name, resolve_uri(config.tracking.uri, work_folder(config)))
     if saved is None:
         raise UserError(f"evaluate.model: {name} is not a fine-tuned model")
-    if saved.kind.name != task:
-        raise UserError(f"evaluate.model: {name} was made for {saved.kind.name}, not for {task}")
+    if saved.task.name != (asked := load_task(config.finetune.task).name):
+        raise UserError(f"evaluate.model: {name} was made for {saved.task.name}, not for {asked}")
     return saved
 
 
 def as_saved(config: EvaluateModelJobConfig, saved: SavedModel, given: Collection[str]) -> EvaluateModelJobConfig:
-    """The configuration with the settings that a model was saved with, but for the fields that the user has given."""
+    """The configuration with the settings that a model was saved with, except for the fields that the user has given."""
     changed = {}
-    for section, fields in saved.kind.settings(saved.config).items():
+    for section, fields in saved.task.saved_settings().items():
         kept = {name: value for name, value in fields.items() if not {section, f"{section}.{name}"} & set(given)}
         changed[section] = getattr(config, section).model_copy(update=kept)
     return config.model_copy(update=changed)
@@ -243,7 +233,7 @@ def open_held_out(config: FinetuneJobConfig, saved: SavedModel) -> Examples:
     Raises:
         UserError: naming what is missing or wrong.
     """
-    val = saved.kind.open(config, "val", saved.classes)
+    val = make_task(config).open("val", saved.classes)
     if val is None:
         raise UserError("data.val: evaluation needs held-out images")
     refuse_other_classes(saved.classes, val.classes, "evaluate.model", val.location)
@@ -254,7 +244,7 @@ def open_held_out(config: FinetuneJobConfig, saved: SavedModel) -> Examples:
 def evaluate_model(config: EvaluateModelJobConfig, saved: SavedModel, val: Examples, run: Run, folder: Path) -> Report:
     """Evaluate a saved model on held-out images, and log metrics, tables and pictures."""
     model = saved.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    report = saved.kind.evaluate(model, val, config, ALONE)
+    report = make_task(config).evaluate(model, val, ALONE)
     write_report(report, folder / "evaluation", val.classes)
     log_lineage(None, val, run)
     run.log_metric_dict(report.metrics)

@@ -15,9 +15,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.downstream.base import Downstream
+from pipeline.downstream.base import DownstreamTask, make_task
 from pipeline.downstream.config import FinetuneJobConfig
-from pipeline.downstream.training import DOWNSTREAM, FinetuneJob
+from pipeline.downstream.training import FinetuneJob
 from pipeline.errors import UserError, one_line
 from pipeline.runs.addresses import fetch_model
 from pipeline.student.model import Encoder, build_encoder, load_weights
@@ -28,18 +28,16 @@ class SavedModel:
     """A fine-tuned model in evaluation mode.
 
     Attributes:
-        kind: its task.
+        task: under the configuration that it was made with; fields that the task does not keep are at their default.
         classes: names by number.
         backbone: ``model`` and ``args`` that timm builds the backbone from.
-        config: settings that it was made with; whatever the task does not keep is at its default.
         provenance: what is known of its origin, JSON-ready.
     """
 
-    kind: Downstream
+    task: DownstreamTask[Any]
     model: nn.Module
     classes: tuple[str, ...]
     backbone: Mapping[str, Any]
-    config: FinetuneJobConfig
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -58,10 +56,10 @@ class SavedModel:
         weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
         description = {
-            "task": self.kind.name,
+            "task": self.task.config.finetune.task,
             "backbone": dict(self.backbone),
             "classes": list(self.classes),
-            "settings": dict(self.kind.settings(self.config)),
+            "settings": dict(self.task.saved_settings()),
         }
         (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
         if self.provenance:
@@ -74,7 +72,7 @@ def finished_model(
     """What a fine-tuning job has trained."""
     start = json.loads((job.start / "student.json").read_text(encoding="utf-8"))
     backbone = {"model": start["model"], "args": start["args"]}
-    return SavedModel(job.kind, model.eval(), tuple(classes), backbone, job.config, provenance or {})
+    return SavedModel(job.task, model.eval(), tuple(classes), backbone, provenance or {})
 
 
 def load_model(folder: Path) -> SavedModel:
@@ -85,15 +83,16 @@ def load_model(folder: Path) -> SavedModel:
     """
     try:
         described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        kind, classes = DOWNSTREAM[described["task"]], tuple(described["classes"])
-        config = FinetuneJobConfig.of_task(kind.name).model_validate(described["settings"])
-        model = kind.build(build_encoder(described["backbone"]), classes, config)
+        root = FinetuneJobConfig.of_task(described["task"])
+        task = make_task(root.model_validate({**described["settings"], "finetune": {"task": described["task"]}}))
+        classes = tuple(described["classes"])
+        model = task.build(build_encoder(described["backbone"]), classes)
         load_weights(model, folder / "model.safetensors")
         origin = folder / "provenance.json"
         known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
     except Exception as error:  # as in `load_encoder`
         raise UserError(f"{folder} is not a fine-tuned model: {one_line(error)}") from error
-    return SavedModel(kind, model.eval(), classes, described["backbone"], config, known)
+    return SavedModel(task, model.eval(), classes, described["backbone"], known)
 
 
 def find_model(name: str, tracking_uri: str) -> SavedModel | None:

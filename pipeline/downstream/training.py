@@ -14,19 +14,14 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from pipeline.downstream.backbone import load_start
-from pipeline.downstream.base import Downstream, Examples
-from pipeline.downstream.classify.task import Classification
+from pipeline.downstream.base import DownstreamTask, Examples, make_task
 from pipeline.downstream.config import FinetuneJobConfig
-from pipeline.downstream.detect.task import Detection
 from pipeline.downstream.pictures import write_report
-from pipeline.downstream.sampling import Draw, Sampler, prepare, seeded
+from pipeline.downstream.sampling import Sampler, prepare, seeded
 from pipeline.downstream.schedule import make_schedule
-from pipeline.downstream.segment.task import Segmentation
 from pipeline.errors import UserError
 from pipeline.training.config import TrainConfig
 from pipeline.training.task import Task, TrainingBatch
-
-DOWNSTREAM: dict[str, Downstream] = {kind.name: kind for kind in (Classification(), Segmentation(), Detection())}
 
 
 @dataclass(frozen=True)
@@ -44,16 +39,15 @@ class FinetuneJob:
     folder: Path
 
     @property
-    def kind(self) -> Downstream:
+    def task(self) -> DownstreamTask[Any]:
         """The downstream task."""
-        return DOWNSTREAM[self.config.finetune.task]
+        return make_task(self.config)
 
 
 def build_model(job: FinetuneJob, classes: Sequence[str]) -> nn.Module:
     """The model with its starting weights; those of the head are seeded."""
-    config = job.config
-    with seeded(config.seed):
-        return job.kind.build(load_start(job.start, config.finetune.frozen), classes, config)
+    with seeded(job.config.seed):
+        return job.task.build(load_start(job.start, job.config.finetune.frozen), classes)
 
 
 class FinetuneTask(Task):
@@ -67,15 +61,14 @@ class FinetuneTask(Task):
         self, job: FinetuneJob, rank: int = 0, world: int = 1, soften: Callable[[Any, torch.device], Any] | None = None
     ) -> None:
         self.soften = soften
-        self.job, self.kind = job, job.kind
-        config = job.config
-        self.seed, self.world = config.seed, world
-        train = self.kind.open(config, "train")
+        self.job, self.task = job, job.task
+        self.seed, self.world = job.config.seed, world
+        train = self.task.open("train")
         assert train is not None
         self.train: Examples = train
-        self.val = self.kind.open(config, "val", train.classes)
+        self.val = self.task.open("val", train.classes)
         self.module = build_model(job, train.classes)
-        self.sampler = make_sampler(config, train, rank, world)
+        self.sampler = make_sampler(job.config, train, rank, world)
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch."""
@@ -85,7 +78,7 @@ class FinetuneTask(Task):
         """This rank's batches of an epoch."""
         steps, config = self.steps(epoch), self.job.config
         numbers = range(epoch * steps + start, (epoch + 1) * steps)
-        return prepare(partial(_batch, self.job, self.train, self.sampler), numbers, config.finetune.data_workers)
+        return prepare(partial(_batch, self.task, self.train, self.sampler), numbers, config.finetune.data_workers)
 
     def with_share(self, share: int) -> FinetuneTask:
         """This task with the batches of another share."""
@@ -100,21 +93,20 @@ class FinetuneTask(Task):
 
     def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the downstream task."""
-        return self.kind.loss(module, self.soften(batch, device) if self.soften else batch, device)
+        return self.task.loss(module, self.soften(batch, device) if self.soften else batch, device)
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
         """Of the averaged weights on held-out images, where there are any; tables and pictures go to `<run>/evaluation`."""
         if self.val is None:
             return {}
-        report = self.kind.evaluate(averaged, self.val, self.job.config, self.worker)
+        report = self.task.evaluate(averaged, self.val, self.worker)
         if self.worker.rank == 0:
             write_report(report, self.job.folder / "evaluation", self.val.classes)
         return report.metrics
 
 
-def _batch(job: FinetuneJob, train: Examples, sampler: Sampler, number: int) -> TrainingBatch:
-    draws: list[Draw] = sampler.batch(number)
-    return job.kind.batch(train, job.config, draws)
+def _batch(task: DownstreamTask[Any], train: Examples, sampler: Sampler, number: int) -> TrainingBatch:
+    return task.batch(train, sampler.batch(number))
 
 
 def make_sampler(config: FinetuneJobConfig, train: Examples, rank: int, world: int) -> Sampler:

@@ -1,4 +1,4 @@
-"""What an export starts from: a backbone, a student with the heads of its teachers, or a fine-tuned classifier."""
+"""What an export starts from: a backbone, a student with the heads of its teachers, or a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distill.kept_heads import StudentWithHeads, load_heads
-from pipeline.downstream.classify.config import ClassifyConfig
 from pipeline.downstream.saved import SavedModel
 from pipeline.errors import UserError
 from pipeline.export.graphs import OUTPUT
@@ -37,6 +36,7 @@ class ExportBundle:
         provenance: of its origin, JSON-ready.
         heads: the heads that are kept, else None.
         saved: the fine-tuned model that it is, else None.
+        classifier: as in :class:`~pipeline.downstream.base.ExportForm`.
     """
 
     name: str
@@ -50,6 +50,7 @@ class ExportBundle:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     heads: StudentWithHeads | None = None
     saved: SavedModel | None = None
+    classifier: tuple[nn.BatchNorm1d, nn.Linear] | None = None
 
     @property
     def encoder(self) -> Encoder:
@@ -111,31 +112,33 @@ def make_bundle(loaded: LoadedStudent, size: int, *, heads: bool = False) -> Exp
 _KINDS = {"summary": "its vector of the image", "patches": "its grid of patches, on the student's own grid"}
 
 
-def make_classifier_bundle(saved: SavedModel, size: int | None = None) -> ExportBundle:
-    """A fine-tuned classifier.
+def make_task_bundle(saved: SavedModel, size: int | None = None) -> ExportBundle:
+    """A fine-tuned model, if its task has an export form.
 
     Args:
         size: side of the input in pixels; None: as it was trained.
 
     Raises:
-        UserError: where it is fine-tuned for something else.
+        UserError: if its task has none.
     """
-    if saved.kind.name != "classify":
+    form, task = saved.task.export_form(saved.model), saved.task
+    if form is None:
         raise UserError(
-            f"a model that was fine-tuned for {saved.kind.name} is not exported: only backbones and classifiers are; "
+            f"a model that was fine-tuned for {task.name} is not exported: its task has no export form, as classify has; "
             "jobs/predict.py runs it"
         )
     return ExportBundle(
-        f"{saved.backbone['model']} classifier",
+        f"{saved.backbone['model']} {'classifier' if saved.classes else task.name}",
         str(saved.backbone["model"]),
         saved.backbone["args"],
         saved.model,
-        {"logits": "a score for each class; softmax gives probabilities"},
-        size or saved.config.student.input_size,
-        saved.config.section(ClassifyConfig).crop_share,
+        {form.output: form.meaning},
+        size or task.config.student.input_size,
+        form.crop_share,
         saved.classes,
         saved.provenance,
         saved=saved,
+        classifier=form.classifier,
     )
 
 

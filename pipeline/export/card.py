@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from pipeline.distill.provenance import all_licences, all_teachers
+from pipeline.export.graphs import OUTPUT
 from pipeline.export.hub import MAPS
 
 
@@ -66,7 +67,8 @@ _SPDX = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "bsd-3-cla
 def _head(described: dict[str, Any]) -> list[str]:
     steps = described["preprocessing"]
     side, outputs = steps["resize"][0], described["outputs"]
-    what = "An image classifier" if described["classes"] else "An image encoder"
+    tuned = outputs[0]["name"] != OUTPUT
+    what = "An image classifier" if described["classes"] else "A fine-tuned model" if tuned else "An image encoder"
     lines = [
         f"# {described['model']}",
         "",
@@ -104,7 +106,8 @@ def _block(described: dict[str, Any], form: str) -> list[str]:
     """Four lines that load one file, from inside its folder."""
     side = described["preprocessing"]["resize"][0]
     many = len(described["outputs"]) > 1
-    name = "logits" if described["classes"] else "features"
+    output = described["outputs"][0]["name"]
+    name = "features" if output == OUTPUT else output
     code: dict[str, list[str]] = {
         "torch_export": [
             "import torch",

@@ -24,6 +24,7 @@ from pipeline.student.layers import NormLinear
 from pipeline.student.model import create_backbone
 
 OWN_CODE = "regla.py"
+LEAVE_OUT = "leave hf out: --format safetensors torch_export onnx"
 MAPS = "model.forward_intermediates(images, intermediates_only=True)"
 """The maps of a model's stages, in Python."""
 _POOLED = f"{MAPS}[-1].mean((2, 3))"
@@ -39,7 +40,7 @@ def write_hub(bundle: ExportBundle, folder: Path) -> str:
     Raises:
         UserError: where timm's form of the network has no place for the head.
     """
-    model = _with_classifier(bundle) if bundle.classes else bundle.encoder.backbone
+    model = _with_classifier(bundle) if bundle.saved else bundle.encoder.backbone
     args = {**bundle.args, "num_classes": len(bundle.classes)}
     steps = preprocessing(bundle)
     config = {
@@ -51,7 +52,7 @@ def write_hub(bundle: ExportBundle, folder: Path) -> str:
     save_for_hf(model, str(folder), {"pretrained_cfg": config, **named}, args, safe_serialization=True)
     if is_ours(bundle):
         (folder / OWN_CODE).write_text(one_file(), encoding="utf-8")
-    return "model(images)" if bundle.classes or _pools(model, bundle.size) else _POOLED
+    return "model(images)" if bundle.saved or _pools(model, bundle.size) else _POOLED
 
 
 def load_hub(folder: Path, bundle: ExportBundle, expression: str) -> Callable[[Tensor], Tensor]:
@@ -95,10 +96,9 @@ def _pools(model: nn.Module, size: int) -> bool:
 @torch.no_grad()
 def _with_classifier(bundle: ExportBundle) -> nn.Module:
     """timm's network with our norm and linear layer in the place of its classifier."""
-    assert bundle.saved is not None
-    norm, head = bundle.saved.model.norm, bundle.saved.model.head
-    assert isinstance(norm, nn.BatchNorm1d)
-    assert isinstance(head, nn.Linear)
+    if bundle.classifier is None:
+        raise UserError(f"hf: timm has no place for the head of {bundle.name}; {LEAVE_OUT}")
+    norm, head = bundle.classifier
     encoder, images = bundle.encoder, torch.rand(2, 3, bundle.size, bundle.size)
     model = create_backbone(bundle.timm_name, {**bundle.args, "num_classes": len(bundle.classes)}).eval()
     model.load_state_dict(encoder.backbone.state_dict(), strict=False)
@@ -115,8 +115,8 @@ def _with_classifier(bundle: ExportBundle) -> nn.Module:
     # A norm or an attention pool before timm's classifier, say, is not ours.
     if not _agree(model((images - encoder.mean) / encoder.std), bundle.model(images)):
         raise UserError(
-            f"hf: timm's {bundle.timm_name} has other layers between its last map and its classes than this classifier; "
-            "leave hf out: --format safetensors torch_export onnx"
+            f"hf: timm's {bundle.timm_name} has other layers between its last map and its classes than this "
+            f"classifier; {LEAVE_OUT}"
         )
     return model
 

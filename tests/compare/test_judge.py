@@ -3,6 +3,7 @@ import pytest
 
 from pipeline.compare.group import group
 from pipeline.compare.judge import difference, differences, front, fronts, statement
+from pipeline.compare.measures import KNN
 from tests.compare.experiments import entry
 
 
@@ -32,7 +33,7 @@ def test_each_cost_has_its_front_and_each_set_of_images_its_own():
         entry("regla_m", knn=24.0, parameters=9e6),
         entry("elsewhere", knn=2.0, parameters=9e9, held_out="others"),
     ]
-    assert fronts(group(rows)) == {("knn", "parameters"): {0, 1, 3}, ("knn", "latency"): {1}}
+    assert fronts(group(rows), ["knn", "linear"]) == {("knn", "parameters"): {0, 1, 3}, ("knn", "latency"): {1}}
 
 
 def test_groups_with_the_same_seeds_are_compared_seed_by_seed():
@@ -43,7 +44,7 @@ def test_groups_with_the_same_seeds_are_compared_seed_by_seed():
     assert found.delta == pytest.approx(-1.1)
     assert found.p == pytest.approx(0.002744, rel=1e-3)
     assert found.interval == (pytest.approx(-1.3484, abs=1e-4), pytest.approx(-0.8516, abs=1e-4))
-    assert statement(found, two) == (
+    assert statement(found, two, KNN) == (
         "regla_s (23.1 %) is 1.1 points above regla_t (22.0 %); 95 % confidence interval 0.9 to 1.3, p = 0.0027 "
         "(t-test, paired by seed, 3 seeds): significant at 5 %."
     )
@@ -54,23 +55,22 @@ def test_groups_with_other_seeds_are_compared_by_welch():
     found = difference("knn", two, 0, 1)
     # By hand: means 22 and 22, variances 4 and 2, so t = 0 and p = 1.
     assert (found.test, found.n, found.delta, found.p) == ("Welch", (3, 2), 0.0, pytest.approx(1.0))
-    assert "p = 1 (t-test, Welch, 3 and 2 seeds): not significant at 5 %" in statement(found, two)
+    assert "p = 1 (t-test, Welch, 3 and 2 seeds): not significant at 5 %" in statement(found, two, KNN)
 
 
 def test_what_cannot_be_told_is_said_to_be_so():
     one = groups(regla_t={0: 20.0, 1: 22.0}, regla_s={0: 20.5})
-    assert statement(difference("knn", one, 0, 1), one) == (
+    assert statement(difference("knn", one, 0, 1), one, KNN) == (
         "regla_t (21.0 %) is 0.5 points above regla_s (20.5 %). Whether this is more than chance cannot be told: 2 and 1 "
         "seeds, two of each are needed."
     )
     flat = groups(regla_t={0: 20.0, 1: 22.0}, regla_s={0: 21.0, 1: 23.0})
     found = difference("knn", flat, 0, 1)
     assert (found.test, found.p) == (None, None)
-    assert "cannot be told: there is no spread over the seeds" in statement(found, flat)
+    assert "cannot be told: there is no spread over the seeds" in statement(found, flat, KNN)
 
 
 def test_only_groups_on_the_same_images_and_with_the_figure_are_compared():
     rows = [entry("a", 0, knn=1.0), entry("b", 0, knn=2.0, linear=3.0), entry("c", 0, knn=2.0, held_out="others")]
-    assert [(found.measure, found.first, found.second) for found in differences(group([*rows, entry("d", 0)]))] == [
-        ("knn", 0, 1)
-    ]
+    found = group([*rows, entry("d", 0)])
+    assert [(d.measure, d.first, d.second) for d in differences(found, ["knn", "linear"])] == [("knn", 0, 1)]

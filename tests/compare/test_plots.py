@@ -8,6 +8,7 @@ from pipeline.compare.figures import write_figures
 from pipeline.compare.group import group
 from pipeline.compare.html import render_page, usual
 from pipeline.compare.judge import differences, fronts
+from pipeline.compare.measures import accuracies_of, measures_of
 from pipeline.compare.plots import cost_plots, curves_plot, size_plot
 from pipeline.compare.style import styles
 from tests.compare.experiments import entry
@@ -16,10 +17,10 @@ MARKUP = "</script><b>$x_1$</b>&amp;"
 
 
 def compare(*rows):
-    groups = group(rows)
-    return Comparison(
-        "a", "sqlite:///a", "", Collection(rows, None, {}), tuple(groups), fronts(groups), tuple(differences(groups))
-    )
+    groups, measures = group(rows), measures_of([])
+    accuracies = accuracies_of(measures)
+    judged = fronts(groups, accuracies), tuple(differences(groups, accuracies))
+    return Comparison("a", "sqlite:///a", "", Collection(rows, None, {}, measures), tuple(groups), *judged)
 
 
 def test_points_are_in_the_units_of_the_axis_and_the_front_joins_the_best():

@@ -5,7 +5,6 @@ from pipeline.cache.config import PrecomputeJobConfig
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.downstream.config import FinetuneJobConfig
-from pipeline.downstream.detect.config import DetectConfig
 from pipeline.errors import UserError
 
 
@@ -125,7 +124,7 @@ def test_a_recipe_serves_several_jobs_and_each_reads_its_sections():
     recipe = {"train": {"epochs": 3}, "detect.anchor": 8, "finetune": {"task": "detect"}, "student.token_dim": 64}
     assert load_config(DistillJobConfig, recipe).student.token_dim == 64
     config = load_config(FinetuneJobConfig, recipe)
-    assert (config.train.epochs, config.section(DetectConfig).anchor) == (3, 8)
+    assert (config.train.epochs, config.detect.anchor) == (3, 8)
     assert not hasattr(config, "classify")
     assert not hasattr(config.student, "token_dim")
     assert "train" not in load_config(PrecomputeJobConfig, recipe).model_dump()

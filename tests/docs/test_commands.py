@@ -20,6 +20,7 @@ from jobs.evaluate import ROOTS
 from pipeline.config.jobs import job_root
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
+from pipeline.downstream.config import EvaluateModelJobConfig
 from pipeline.errors import UserError
 from regla.cli import COMMANDS as COMMANDS_OF_REGLA
 from tests.docs.commands import REPOSITORY, Command, collect, parse
@@ -100,6 +101,14 @@ def trained(place, ray_session):
             start(command, RUN[command])
             patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return place
+
+
+@pytest.fixture(autouse=True)
+def own_task(tmp_path, monkeypatch):
+    """The module that docs/howto/own-task.md has its readers save."""
+    page = (REPOSITORY / "docs/howto/own-task.md").read_text(encoding="utf-8")
+    (tmp_path / "my_tasks.py").write_text("".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)))
+    monkeypatch.syspath_prepend(str(tmp_path))
 
 
 def test_no_declared_command_is_left_over():
@@ -183,7 +192,7 @@ def root_of(words):
     """The configuration of a script."""
     name = Path(words[0]).stem
     if name == "evaluate":
-        return ROOTS[words[1]]
+        return EvaluateModelJobConfig if ":" in words[1] else ROOTS[words[1]]
     return job_root("finetune" if name == "downstream" else name) or DistillJobConfig
 
 

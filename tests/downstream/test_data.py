@@ -15,7 +15,7 @@ from pipeline.config.load import load_config
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.detect.coco import CocoImages
 from pipeline.downstream.images import LabelledImages, open_labelled
-from pipeline.downstream.segment.masks import IGNORE, MaskedImages, open_masked, read_classes
+from pipeline.downstream.segment.masks import IGNORE, MaskedImages, read_classes
 from pipeline.errors import UserError
 from pipeline.sources.open import open_source
 from tests.downstream.drawings import CLASSES, SIDE, write_set
@@ -109,7 +109,7 @@ def test_classes_come_from_lines_or_from_tables(tmp_path):
 def test_ade20k_lies_as_it_is_published(shared_data, make_job):
     folder = shared_data / "seg_mini/ade150"
     names = ["data.val=null", f"segment.classes={folder}/object150_info.csv", "segment.reduce_zero_label=true"]
-    data = open_masked(make_job("segment", f"data.train={folder}/images/train", *names).config, "train")
+    data = make_job("segment", f"data.train={folder}/images/train", *names).task.open("train")
     assert len(data) == 7
     assert len(data.classes) == 150
     assert data.check() == []

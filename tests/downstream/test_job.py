@@ -6,6 +6,7 @@ import pytest
 
 from jobs import evaluate
 from pipeline.config.load import load_config
+from pipeline.downstream.base import make_task
 from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.downstream.job import as_saved, open_held_out, open_model, plan_finetune
 from pipeline.downstream.saved import finished_model
@@ -54,12 +55,18 @@ def test_an_evaluation_goes_by_the_settings_of_the_model_and_the_command_line(sa
 
 @pytest.mark.parametrize("given", [[], ["detect.masks=true"]])
 def test_a_detector_without_masks_is_evaluated_on_boxes(save, drawings, given):
-    settings = [save("detect", "detect.masks=false"), *locations(drawings, "detect"), "finetune.data_workers=0", *given]
-    config = load_config(EvaluateModelJobConfig.of_task("detect"), None, settings)
-    saved = open_model(config, "detect")
+    settings = [
+        "finetune.task=detect",
+        save("detect", "detect.masks=false"),
+        *locations(drawings, "detect"),
+        "finetune.data_workers=0",
+        *given,
+    ]
+    config = load_config(EvaluateModelJobConfig, None, settings)
+    saved = open_model(config)
     config = as_saved(config, saved, [item.partition("=")[0] for item in given])
     assert (config.detect.masks, config.detect.sizes) == (bool(given), [48])
-    metrics = saved.kind.evaluate(saved.model, open_held_out(config, saved), config, ALONE).metrics
+    metrics = make_task(config).evaluate(saved.model, open_held_out(config, saved), ALONE).metrics
     assert {name.partition("/")[0] for name in metrics} == {"box"}
 
 

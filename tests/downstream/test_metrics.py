@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from jobs import evaluate
 from pipeline.downstream.classify.task import classification_metrics
 from pipeline.downstream.detect.coco_eval import NUMBERS, average_precision, coco_index, evaluate_files
-from pipeline.downstream.detect.task import detections
+from pipeline.downstream.detect.task import Objects, coco_results
 from pipeline.downstream.segment.masks import IGNORE
 from pipeline.downstream.segment.task import segmentation_metrics
 from pipeline.errors import UserError
@@ -90,16 +90,12 @@ def _truth(boxes):
 
 
 def test_a_perfect_detector_scores_one_on_boxes_and_masks():
-    masks = torch.zeros(2, 1, 40, 60)
-    masks[0, 0, 5:15, 10:30] = 1
-    masks[1, 0, 20:38, 40:55] = 1
-    output = {
-        "boxes": torch.tensor([[10.0, 5, 30, 15], [40, 20, 55, 38]]),
-        "labels": torch.tensor([1, 1]),
-        "scores": torch.tensor([0.9, 0.8]),
-        "masks": masks,
-    }
-    results = detections(output, 1, [4])
+    masks = torch.zeros(2, 40, 60, dtype=torch.bool)
+    masks[0, 5:15, 10:30] = True
+    masks[1, 20:38, 40:55] = True
+    boxes = torch.tensor([[10.0, 5, 30, 15], [40, 20, 55, 38]])
+    found = Objects(boxes, torch.tensor([0, 0]), ["thing", "thing"], torch.tensor([0.9, 0.8]), masks)
+    results = coco_results(found, 1, [4])
     truth = _truth([(10, 5, 20, 10), (40, 20, 15, 18)])
     for kind in ("bbox", "segm"):
         scores = average_precision(truth, results, kind)

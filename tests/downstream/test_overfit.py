@@ -32,7 +32,7 @@ def test_eight_images_are_learned_by_heart(name, make_job, tmp_path):
     task.module.load_state_dict(snapshots[-1].state["ema"])
     finished_model(task.module, job, task.train.classes).save(tmp_path / "model")
     saved = load_model(tmp_path / "model")
-    report = saved.kind.evaluate(saved.model, task.val, job.config, ALONE)
+    report = job.task.evaluate(saved.model, task.val, ALONE)
     assert {metric: report.metrics[metric] >= least for metric, least in expected.items()} == dict.fromkeys(
         expected, True
     ), report.metrics

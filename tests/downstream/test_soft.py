@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from pipeline.config.load import load_config
-from pipeline.downstream.classify.soft import find_soft_teacher, load_soft_targets
+from pipeline.downstream.base import make_task
+from pipeline.downstream.classify.soft import find_soft_teacher
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.job import SOFT, make_finetune_task, plan_finetune
-from pipeline.downstream.saved import finished_model
+from pipeline.downstream.saved import finished_model, load_model
 from pipeline.downstream.training import FinetuneTask, build_model
 from pipeline.errors import UserError
 from tests.downstream.conftest import SMALL
@@ -32,11 +33,11 @@ def taught(make_job, tmp_path):
 def test_targets_are_mixed_with_the_probabilities_of_the_same_pixels(make_job, taught):
     task = FinetuneTask(make_job("classify"))
     batch = next(iter(task.batches(0, 0)))
-    soften = load_soft_targets(taught, 0.25)
-    told = soften.model(batch.images).softmax(1)
-    mixed = soften(batch, CPU)
+    softener = make_job("classify", "classify.teacher_share=0.25").task.make_softener(load_model(taught).model)
+    probabilities = softener.model(batch.images).softmax(1)
+    mixed = softener(batch, CPU)
     assert torch.equal(mixed.images, batch.images)
-    torch.testing.assert_close(mixed.targets, 0.75 * batch.targets + 0.25 * told)
+    torch.testing.assert_close(mixed.targets, 0.75 * batch.targets + 0.25 * probabilities)
     torch.testing.assert_close(mixed.targets.sum(1), torch.ones(len(batch.keys)))
     assert not mixed.targets.requires_grad
 
@@ -62,9 +63,9 @@ def test_without_a_teacher_labels_are_all(make_job):
 def test_another_task_another_set_of_classes_and_no_model_are_refused(make_job, drawings, taught, tmp_path):
     settings = [*SMALL, *locations(drawings, "classify"), "finetune.task=classify", f"work={tmp_path}/work"]
     plan = plan_finetune(load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={taught}"]))
-    assert plan.teacher.classes == plan.train.classes
+    assert plan.teacher.saved.classes == plan.train.classes
     with pytest.raises(UserError, match=r"classify\.teacher: .*nowhere is no fine-tuned classifier"):
         plan_finetune(load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={tmp_path}/nowhere"]))
     config = load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={taught}"])
     with pytest.raises(UserError, match=r"differ in their classes: (zebra|square)"):
-        find_soft_teacher(config, [*plan.train.classes[:-1], "zebra"], "")
+        find_soft_teacher(make_task(config), [*plan.train.classes[:-1], "zebra"], "")

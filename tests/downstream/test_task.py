@@ -13,13 +13,12 @@ from torchvision import tv_tensors
 
 from pipeline.config.load import load_config
 from pipeline.downstream.backbone import FrozenEncoder, find_start, load_start
-from pipeline.downstream.classify.task import training_transform
+from pipeline.downstream.classify.task import Classification
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.sampling import Sampler, prepare, seeded
 from pipeline.downstream.saved import load_model
 from pipeline.downstream.schedule import make_schedule
-from pipeline.downstream.segment.task import slide
-from pipeline.downstream.segment.task import training_transform as training_colours
+from pipeline.downstream.segment.task import Segmentation, slide
 from pipeline.downstream.training import FinetuneTask, epoch_steps
 from pipeline.errors import UserError
 from pipeline.student.model import save_encoder
@@ -107,7 +106,7 @@ def test_a_forward_draws_by_the_seed_as_the_starting_weights_do(make_job):
 def test_colours_are_distorted_as_in_mmsegmentation():
     fields = ["finetune.task=segment", "segment.size=32", "student.input_size=32", "segment.scales=[1, 1]"]
     config = load_config(FinetuneJobConfig, None, fields)
-    augment, red = training_colours(config), torch.zeros(3, 32, 32, dtype=torch.uint8)
+    augment, red = Segmentation(config).training_transform(), torch.zeros(3, 32, 32, dtype=torch.uint8)
     red[0] = 200
     hues = []
     for seed in range(40):
@@ -268,9 +267,8 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
 
 
 def test_the_strongest_augmentation_of_timm_takes_an_image_to_its_end():
-    transform = training_transform(
-        load_config(FinetuneJobConfig, None, ["classify.augment=rand-m10-n9-inc1", "student.input_size=32"])
-    )
+    config = load_config(FinetuneJobConfig, None, ["classify.augment=rand-m10-n9-inc1", "student.input_size=32"])
+    transform = Classification(config).training_transform()
     image = Image.new("RGB", (40, 40), (10, 120, 240))
     for seed in range(30):  # each draws Posterize to 0 bits, which Pillow 13 refuses, with a probability of one half
         with seeded(seed):

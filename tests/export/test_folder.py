@@ -14,12 +14,12 @@ import torch
 import yaml
 
 from pipeline.config.load import load_config
+from pipeline.downstream.base import make_task
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.saved import SavedModel, find_model
-from pipeline.downstream.training import DOWNSTREAM
 from pipeline.errors import UserError
 from pipeline.export import folder as export_folder
-from pipeline.export.bundle import make_bundle, make_classifier_bundle
+from pipeline.export.bundle import make_bundle, make_task_bundle
 from pipeline.export.card import hub_card
 from pipeline.export.folder import export_bundle
 from pipeline.student.loading import LoadedStudent, load_student
@@ -189,17 +189,17 @@ def test_a_timm_student_whose_head_does_more_says_how_its_features_are_had(tmp_p
 
 def classifier(name, live, args):
     encoder = load_student(name, weights="random", args=args).encoder
-    kind, classes = DOWNSTREAM["classify"], ("ant", "bee", "cow")
-    config = load_config(FinetuneJobConfig, None, ["student.input_size=64", "classify.crop_share=0.9"])
-    model = live(kind.build(encoder, classes, config))
-    return SavedModel(kind, model, classes, {"model": name.removeprefix("timm/"), "args": args}, config)
+    classes = ("ant", "bee", "cow")
+    task = make_task(load_config(FinetuneJobConfig, None, ["student.input_size=64", "classify.crop_share=0.9"]))
+    model = live(task.build(encoder, classes))
+    return SavedModel(task, model, classes, {"model": name.removeprefix("timm/"), "args": args})
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "args"), [("regla_t", SHALLOW), ("timm/test_resnet", {})])
 def test_a_fine_tuned_classifier_keeps_its_classes_and_its_way_with_images(name, args, tmp_path, live):
     saved = classifier(name, live, args)
-    described = export_bundle(make_classifier_bundle(saved), ["safetensors", "hf"], tmp_path)
+    described = export_bundle(make_task_bundle(saved), ["safetensors", "hf"], tmp_path)
     assert described["classes"] == ["ant", "bee", "cow"]
     assert described["outputs"][0]["shape"] == ["batch", 3]
     images = torch.rand(2, 3, 64, 64)
@@ -220,7 +220,7 @@ def test_a_fine_tuned_classifier_keeps_its_classes_and_its_way_with_images(name,
 def test_a_classifier_that_timm_has_no_place_for_is_named(name, args, tmp_path, live):
     expected = rf"hf: timm's {name} has other layers between its last map .*: --format safetensors torch_export onnx"
     with pytest.raises(UserError, match=expected.replace("timm/", "")):
-        export_bundle(make_classifier_bundle(classifier(name, live, args)), ["hf"], tmp_path)
+        export_bundle(make_task_bundle(classifier(name, live, args)), ["hf"], tmp_path)
 
 
 def test_what_differs_from_eager_is_not_exported(tmp_path, monkeypatch):

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import distill, evaluate, export, precompute, predict
+from jobs import distill, evaluate, export, precompute
 from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.layout.location import cache_store
 from pipeline.config.load import load_config
 from pipeline.config.tree import iter_fields
 from pipeline.distill.config import DistillJobConfig
-from pipeline.downstream.training import DOWNSTREAM
+from pipeline.downstream.base import load_task
+from pipeline.downstream.config import TASKS
 from tests.fakes import SMALL_JOB, fill_in_process, write_photos
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -129,8 +130,10 @@ def test_help_and_what_is_mistyped_wait_for_no_torch(script):
 
 
 def test_every_evaluation_and_task_is_known_before_it_is_imported():
-    assert tuple(evaluate.EVALUATIONS) == tuple(evaluate.ROOTS)
-    assert tuple(DOWNSTREAM) == predict.TASKS[1:]
+    assert {*evaluate.EVALUATIONS, *TASKS} == {*evaluate.ROOTS}
+    for name, (section, _) in TASKS.items():
+        task = load_task(name)
+        assert (task.name, task.section) == (name, section)
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, job):

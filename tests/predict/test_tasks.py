@@ -11,12 +11,10 @@ from pycocotools.coco import COCO
 
 from jobs import predict
 from pipeline.config.load import load_config
-from pipeline.downstream.classify.task import held_out_transform
-from pipeline.downstream.config import FinetuneJobConfig
+from pipeline.downstream.base import make_task
+from pipeline.downstream.config import TASKS, FinetuneJobConfig
 from pipeline.downstream.pictures import palette
 from pipeline.downstream.saved import SavedModel
-from pipeline.downstream.segment.task import predict as predict_labels
-from pipeline.downstream.training import DOWNSTREAM
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image, read_label_map
 from pipeline.predict.images import find_images
@@ -42,11 +40,11 @@ def models(tmp_path_factory, live):
     """The folder of a small model of each task, its weights at random."""
     torch.manual_seed(0)
     parent = tmp_path_factory.mktemp("models")
-    for name, kind in DOWNSTREAM.items():
-        config = load_config(FinetuneJobConfig, None, [*SMALL, f"finetune.task={name}"])
+    for name in TASKS:
+        task = make_task(load_config(FinetuneJobConfig, None, [*SMALL, f"finetune.task={name}"]))
         encoder = load_student("regla_t", weights="random", args=ARGS).encoder
-        model = live(kind.build(encoder, CLASSES, config))
-        SavedModel(kind, model, CLASSES, {"model": "regla_t", "args": ARGS}, config).save(parent / name)
+        model = live(task.build(encoder, CLASSES))
+        SavedModel(task, model, CLASSES, {"model": "regla_t", "args": ARGS}).save(parent / name)
     return parent
 
 
@@ -64,7 +62,7 @@ def pictures(folder):
 def test_a_classifier_gives_its_likeliest_classes_as_in_the_evaluation(photos, models, tmp_path, capsys):
     predictor = load_predictor(str(models / "classify"), device="cpu", batch_size=2)
     paths = find_images([photos])
-    steps = held_out_transform(predictor.config)
+    steps = predictor.saved.task.held_out_transform()
     logits = predictor.model(torch.stack([steps(decode_image(path.read_bytes())) for path in paths]))
     found = list(predictor.classify(photos))
     assert [[name for name, _ in best] for best in found] == [
@@ -85,7 +83,7 @@ def test_segmentation_gives_maps_at_the_images_own_size_and_writes_them_as_png(p
     image = torch.from_numpy(np.array(decode_image(paths[1].read_bytes()))).permute(2, 0, 1)
     maps = list(predictor.segment(photos))
     with torch.inference_mode():
-        assert torch.equal(maps[1], predict_labels(predictor.model, image, predictor.config)[0])
+        assert torch.equal(maps[1], predictor.saved.task.label_map(predictor.model, image))
     run(capsys, models / "segment", photos, "--to", tmp_path)
     written = json.loads((tmp_path / "predictions.json").read_text())
     assert written["classes"] == list(CLASSES)
@@ -118,7 +116,7 @@ def test_detections_are_written_in_cocos_results_format_beside_their_images(phot
     assert len(pictures(tmp_path)) == 5
 
 
-@pytest.mark.parametrize("task", DOWNSTREAM)
+@pytest.mark.parametrize("task", TASKS)
 def test_images_that_cannot_be_read_are_left_out_of_the_predictions(task, photos, models, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "photos")
     paths = find_images([tmp_path / "photos"])
@@ -158,6 +156,6 @@ def test_a_model_of_another_task_is_refused_with_the_remedy(photos, models, tmp_
 
 
 def test_another_input_size_is_for_classifiers_alone(models):
-    assert load_predictor(str(models / "classify"), input_size=96).config.student.input_size == 96
+    assert load_predictor(str(models / "classify"), input_size=96).saved.task.config.student.input_size == 96
     with pytest.raises(UserError, match="of the size that it was fine-tuned to detect at"):
         load_predictor(str(models / "detect"), input_size=96)

@@ -8,18 +8,19 @@ consistent" (2022), section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from pipeline.downstream.backbone import check_takes
-from pipeline.downstream.classify.config import ClassifyConfig
-from pipeline.downstream.classify.task import LabelledBatch
-from pipeline.downstream.config import FinetuneJobConfig
-from pipeline.downstream.saved import SavedModel, find_model, load_model
+from pipeline.downstream.base import SoftTeacher
+from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
 from pipeline.sources.base import odd_class
+
+if TYPE_CHECKING:
+    from pipeline.downstream.classify.task import Classification, LabelledBatch
 
 
 class SoftTargets:
@@ -37,27 +38,24 @@ class SoftTargets:
     def __call__(self, batch: LabelledBatch, device: torch.device) -> LabelledBatch:
         """The same images with mixed targets, both on the device."""
         images = batch.images.to(device, non_blocking=True)
-        told = self.model.to(device)(images).float().softmax(1)
-        return batch._replace(images=images, targets=torch.lerp(batch.targets.to(device), told, self.share))
+        probabilities = self.model.to(device)(images).float().softmax(1)
+        targets = torch.lerp(batch.targets.to(device), probabilities, self.share)
+        return batch._replace(images=images, targets=targets)
 
 
-def find_soft_teacher(config: FinetuneJobConfig, classes: Sequence[str], tracking_uri: str) -> SavedModel | None:
-    """The classifier that `classify.teacher` names, which must know the same classes; None where none is asked for.
+def find_soft_teacher(task: Classification, classes: Sequence[str], tracking_uri: str) -> SoftTeacher | None:
+    """The classifier that `classify.teacher` names; None if it names none.
 
     Raises:
-        UserError: where it is no fine-tuned classifier, has other classes, or does not take images of `student.input_size`.
+        UserError: if it is no fine-tuned classifier, has other classes, or does not take images of `student.input_size`.
     """
-    if config.finetune.task != "classify" or (name := config.section(ClassifyConfig).teacher) is None:
+    name = task.settings.teacher
+    if name is None:
         return None
     saved = find_model(name, tracking_uri)
-    if saved is None or saved.kind.name != "classify":
+    if saved is None or saved.task.name != task.name:
         raise UserError(f"classify.teacher: {name} is no fine-tuned classifier; jobs/finetune.py makes one")
     if (odd := odd_class(saved.classes, classes)) is not None:
         raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd}")
-    check_takes(saved.model, saved.kind.image_size(config), f"classify.teacher: {name}")
-    return saved
-
-
-def load_soft_targets(folder: Path, share: float) -> SoftTargets | None:
-    """What a worker mixes in: the classifier that the job has put into this folder, or None where it put none."""
-    return SoftTargets(load_model(folder).model, share) if folder.is_dir() else None
+    check_takes(saved.model, task.image_size(), f"classify.teacher: {name}")
+    return SoftTeacher(saved, name, f"{task.settings.teacher_share:.0%} from {name}")

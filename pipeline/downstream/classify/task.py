@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,16 +14,29 @@ from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
+from pipeline.downstream.base import (
+    Column,
+    DownstreamTask,
+    ExportForm,
+    Report,
+    SoftTeacher,
+    Split,
+    device_of,
+    evenly,
+)
 from pipeline.downstream.classify.config import ClassifyConfig
-from pipeline.downstream.config import FinetuneJobConfig
+from pipeline.downstream.classify.soft import SoftTargets, find_soft_teacher
 from pipeline.downstream.images import LabelledImages, open_labelled
 from pipeline.downstream.pictures import caption
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder
 from pipeline.training.worker import Worker
+
+PICTURE_SIDE = 512
+"""Longest side in pixels of the picture of a classified image."""
 
 
 class LabelledBatch(NamedTuple):
@@ -54,41 +68,43 @@ class Classifier(nn.Module):
         return logits
 
 
-class Classification(Downstream):
+class Classification(DownstreamTask[ClassifyConfig]):
     """Classification with soft targets, as mixing and smoothing make them."""
 
-    name, headline = "classify", "top1"
+    name, headline, section = "classify", "top1", ClassifyConfig
+    columns = (Column("top1", "top1", "top-1"),)
+    min_classes = 2
+    batched = any_input_size = True
 
-    def open(self, config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
+    def open(self, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
         """Labelled images of a split."""
         if split == "train":
-            _refuse_odd(config, config.train.batch_size // max(1, config.train.most_workers))
-        return open_labelled(config, split, classes)
+            train = self.config.train
+            self._refuse_odd(train.batch_size // max(1, train.most_workers))
+        return open_labelled(self.config, split, classes)
 
-    def build(self, encoder: Encoder, classes: Sequence[str], config: FinetuneJobConfig) -> Classifier:
+    def build(self, encoder: Encoder, classes: Sequence[str]) -> Classifier:
         """Any backbone will do."""
         return Classifier(encoder, len(classes))
 
-    def settings(self, config: FinetuneJobConfig) -> Mapping[str, Mapping[str, Any]]:
+    def saved_settings(self) -> Mapping[str, Mapping[str, Any]]:
         """How images are brought to the size that it was trained at."""
         return {
-            "student": {"input_size": config.student.input_size},
-            "classify": {"crop_share": config.section(ClassifyConfig).crop_share},
+            "student": {"input_size": self.config.student.input_size},
+            "classify": {"crop_share": self.settings.crop_share},
         }
 
-    def batch(self, examples: LabelledImages, config: FinetuneJobConfig, draws: Sequence[Draw]) -> LabelledBatch:
+    def batch(self, examples: LabelledImages, draws: Sequence[Draw]) -> LabelledBatch:
         """Each image is augmented by its own seed; mixing is seeded by the first one."""
-        _refuse_odd(config, len(draws))
-        rows = [draw.row for draw in draws]
-        augment = training_transform(config)
-        pixels = []
+        self._refuse_odd(len(draws))
+        settings, seed, rows = self.settings, self.config.seed, [draw.row for draw in draws]
+        augment, pixels = self.training_transform(), []
         for draw, image in zip(draws, examples.images(rows), strict=True):
-            with seeded(config.seed, draw.number):
+            with seeded(seed, draw.number):
                 pixels.append(augment(image))
-        labels, classes = torch.from_numpy(examples.labels[rows]), len(examples.classes)
-        images, settings = torch.stack(pixels), config.section(ClassifyConfig)
+        images, labels, classes = torch.stack(pixels), torch.from_numpy(examples.labels[rows]), len(examples.classes)
         if settings.mixup or settings.cutmix:
-            with seeded(config.seed, draws[0].number, 1):
+            with seeded(seed, draws[0].number, 1):
                 mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes)
                 images, targets = mix(images, labels)
         else:
@@ -100,13 +116,21 @@ class Classification(Downstream):
         logits = module(batch.images.to(device, non_blocking=True))
         return F.cross_entropy(logits.float(), batch.targets.to(device, non_blocking=True)), {}
 
+    def find_teacher(self, classes: Sequence[str], tracking_uri: str) -> SoftTeacher | None:
+        """The classifier that `classify.teacher` names, which must know the same classes."""
+        return find_soft_teacher(self, classes, tracking_uri)
+
+    def make_softener(self, teacher: nn.Module) -> Callable[[LabelledBatch, torch.device], LabelledBatch]:
+        """Mixes the teacher's probabilities into the targets."""
+        return SoftTargets(teacher, self.settings.teacher_share)
+
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, examples: LabelledImages, config: FinetuneJobConfig, worker: Worker) -> Report:
+    def evaluate(self, model: nn.Module, examples: LabelledImages, worker: Worker) -> Report:
         """Top-1, top-5 and mean class accuracy in percent on centre crops."""
         device, count = device_of(model), len(examples.classes)
         confusion = MulticlassConfusionMatrix(count, validate_args=False).to(device)
         fifth = MulticlassAccuracy(count, top_k=min(5, count), average="micro", validate_args=False).to(device)
-        for rows, images in _held_out(examples, config, worker.own_rows(len(examples))):
+        for rows, images in self._held_out(examples, worker.own_rows(len(examples))):
             logits = model(images.to(device)).float()
             labels = torch.from_numpy(examples.labels[rows]).to(device)
             confusion.update(logits.argmax(1), labels)
@@ -114,57 +138,91 @@ class Classification(Downstream):
         matrix, top5 = confusion.compute().cpu(), 100 * float(fifth.compute())
         metrics, table = classification_metrics(matrix, examples.classes)
         metrics["top5"] = top5
-        pictures = {} if worker.rank else _pictures(model, examples, config)
-        return Report(metrics, table, matrix, pictures)
+        return Report(metrics, table, matrix, {} if worker.rank else self._pictures(model, examples))
+
+    def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Tensor]:
+        """Probabilities by class, float32 [K] each, on centre crops."""
+        steps = self.held_out_transform()
+        pixels = torch.stack([steps(to_pil_image(image)) for image in images])
+        return list(model(pixels.to(device_of(model))).float().softmax(1).cpu())
+
+    def draw(self, image: Tensor, result: Tensor, classes: Sequence[str]) -> Tensor:
+        """The likeliest classes below the image."""
+        small = to_pil_image(image)
+        small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        return caption(
+            pil_to_tensor(small) / 255, [f"{name} ({share:.0%})" for name, share in likeliest(result, classes)]
+        )
+
+    def describe(
+        self, image: Tensor, result: Tensor, classes: Sequence[str], folder: Path, stem: str
+    ) -> dict[str, Any]:
+        """The likeliest classes with their probabilities."""
+        return {"top": [{"class": name, "probability": share} for name, share in likeliest(result, classes)]}
+
+    def export_form(self, model: nn.Module) -> ExportForm:
+        """Logits of the classes."""
+        assert isinstance(model, Classifier)
+        meaning = "a score for each class; softmax gives probabilities"
+        return ExportForm("logits", meaning, self.settings.crop_share, (model.norm, model.head))
+
+    def _refuse_odd(self, images: int) -> None:
+        """Mixing needs pairs; with `train.workers=0` only the workers know how many GPUs there are."""
+        if (self.settings.mixup or self.settings.cutmix) and images % 2:
+            raise UserError(
+                f"train.batch_size: classify.mixup and cutmix mix pairs, and {images} images a worker are odd"
+            )
+
+    def training_transform(self) -> Callable[[Any], Tensor]:
+        """timm's training augmentation of a PIL image, to float32 [3, S, S] in [0, 1] except where noise erased pixels."""
+        settings, size = self.settings, self.config.student.input_size
+        # Erasing draws noise of the scale of normalised pixels; the model normalises by itself, hence the way back.
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        transform = create_transform(
+            (3, size, size),
+            is_training=True,
+            scale=(settings.min_area, 1.0),
+            auto_augment=settings.augment,
+            interpolation="bicubic",
+            re_prob=settings.erase,
+            re_mode="pixel",
+            mean=tuple(mean.tolist()),
+            std=tuple(std.tolist()),
+        )
+        return v2.Compose([transform, v2.Normalize((-mean / std).tolist(), (1 / std).tolist())])
+
+    def held_out_transform(self) -> Callable[[Any], Tensor]:
+        """timm's resize and centre crop of a PIL image, to float32 [3, S, S] in [0, 1]."""
+        size, share = self.config.student.input_size, self.settings.crop_share
+        steps: Callable[[Any], Tensor] = create_transform(
+            (3, size, size), interpolation="bicubic", crop_pct=share, mean=(0,) * 3, std=(1,) * 3
+        )
+        return steps
+
+    def _held_out(self, examples: LabelledImages, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        steps, size = self.held_out_transform(), self.config.train.batch_size
+        chunks = [list(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+        def make(chunk: list[int]) -> tuple[list[int], Tensor]:
+            return chunk, torch.stack([steps(image) for image in examples.images(chunk)])
+
+        yield from prepare(make, chunks, self.config.finetune.data_workers)
+
+    def _pictures(self, model: nn.Module, examples: LabelledImages) -> dict[str, Tensor]:
+        rows = evenly(len(examples), self.config.finetune.pictures)
+        pictures: dict[str, Tensor] = {}
+        for chunk, images in self._held_out(examples, rows):
+            confidence, predicted = model(images.to(device_of(model))).float().softmax(1).cpu().max(1)
+            for row, image, share, label in zip(chunk, images, confidence, predicted, strict=True):
+                true, guess = examples.classes[examples.labels[row]], examples.classes[int(label)]
+                pictures[examples.key(row)] = caption(image, [f"true: {true}", f"predicted: {guess} ({share:.0%})"])
+        return pictures
 
 
-def _refuse_odd(config: FinetuneJobConfig, images: int) -> None:
-    """Mixing needs pairs; of how many GPUs there are, only the workers know (`train.workers=0`)."""
-    if (config.section(ClassifyConfig).mixup or config.section(ClassifyConfig).cutmix) and images % 2:
-        raise UserError(f"train.batch_size: classify.mixup and cutmix mix pairs, and {images} images a worker are odd")
-
-
-def training_transform(config: FinetuneJobConfig) -> Callable[[Any], Tensor]:
-    """timm's training augmentation, to float32 [3, S, S] in [0, 1] but where pixels were erased by noise."""
-    settings, size = config.section(ClassifyConfig), config.student.input_size
-    # Erasing draws noise of the scale of normalised pixels; the model normalises by itself, hence the way back.
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    transform = create_transform(
-        (3, size, size),
-        is_training=True,
-        scale=(settings.min_area, 1.0),
-        auto_augment=settings.augment,
-        interpolation="bicubic",
-        re_prob=settings.erase,
-        re_mode="pixel",
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
-    )
-    return v2.Compose([transform, v2.Normalize((-mean / std).tolist(), (1 / std).tolist())])
-
-
-def held_out_transform(config: FinetuneJobConfig) -> Callable[[Any], Tensor]:
-    """timm's resize and centre crop of a PIL image, to float32 [3, S, S] in [0, 1]."""
-    size = config.student.input_size
-    share = config.section(ClassifyConfig).crop_share
-    steps: Callable[[Any], Tensor] = create_transform(
-        (3, size, size), interpolation="bicubic", crop_pct=share, mean=(0,) * 3, std=(1,) * 3
-    )
-    return steps
-
-
-def _held_out(
-    examples: LabelledImages, config: FinetuneJobConfig, rows: Sequence[int]
-) -> Iterator[tuple[list[int], Tensor]]:
-    steps = held_out_transform(config)
-    chunks = [
-        list(rows[first : first + config.train.batch_size]) for first in range(0, len(rows), config.train.batch_size)
-    ]
-
-    def make(chunk: list[int]) -> tuple[list[int], Tensor]:
-        return chunk, torch.stack([steps(image) for image in examples.images(chunk)])
-
-    yield from prepare(make, chunks, config.finetune.data_workers)
+def likeliest(probabilities: Tensor, classes: Sequence[str], top: int = 5) -> list[tuple[str, float]]:
+    """Names and probabilities of the `top` likeliest classes, best first, from probabilities [K]."""
+    best = probabilities.topk(min(top, len(classes)))
+    return [(classes[number], value) for number, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 def classification_metrics(
@@ -185,14 +243,3 @@ def classification_metrics(
         for name, images, accuracy in zip(classes, counts, share, strict=True)
     ]
     return metrics, table
-
-
-def _pictures(model: nn.Module, examples: LabelledImages, config: FinetuneJobConfig) -> dict[str, Tensor]:
-    rows = evenly(len(examples), config.finetune.pictures)
-    pictures: dict[str, Tensor] = {}
-    for chunk, images in _held_out(examples, config, rows):
-        confidence, predicted = model(images.to(device_of(model))).float().softmax(1).cpu().max(1)
-        for row, image, share, label in zip(chunk, images, confidence, predicted, strict=True):
-            true, guess = examples.classes[examples.labels[row]], examples.classes[int(label)]
-            pictures[examples.key(row)] = caption(image, [f"true: {true}", f"predicted: {guess} ({share:.0%})"])
-    return pictures

@@ -22,7 +22,7 @@ from pipeline.sources.locations import absolute, below
 from pipeline.sources.sample_scenes import SampleScenes
 
 
-class Objects(NamedTuple):
+class ObjectTargets(NamedTuple):
     """boxes float32 [n, 4] (left, top, right, bottom) in pixels; labels int64 [n] from 1 on; masks uint8 [n, H, W]."""
 
     boxes: Tensor
@@ -142,7 +142,7 @@ class CocoImages:
                 f"{said[0]} x {said[1]}"
             )
 
-    def read(self, row: int) -> tuple[Tensor, Objects]:
+    def read(self, row: int) -> tuple[Tensor, ObjectTargets]:
         """Image uint8 [3, H, W] and its usable objects.
 
         Raises:
@@ -162,7 +162,7 @@ class CocoImages:
             masks[place] = rle.decode(encoded(entry["mask"], height, width))
         boxes = torch.tensor([entry["box"] for entry in objects], dtype=torch.float32).reshape(-1, 4)
         labels = torch.tensor([self.category_ids.index(entry["category"]) + 1 for entry in objects], dtype=torch.int64)
-        return torch.from_numpy(pixels).permute(2, 0, 1), Objects(boxes, labels, torch.from_numpy(masks))
+        return torch.from_numpy(pixels).permute(2, 0, 1), ObjectTargets(boxes, labels, torch.from_numpy(masks))
 
     def truth(self) -> dict[str, Any]:
         """The annotations that detections are held against."""
@@ -195,10 +195,10 @@ class SceneObjects:
         """There is nothing to check."""
         return []
 
-    def read(self, row: int) -> tuple[Tensor, Objects]:
+    def read(self, row: int) -> tuple[Tensor, ObjectTargets]:
         """As :meth:`CocoImages.read`."""
         scene = self.scenes.scene(row)
-        objects = Objects(
+        objects = ObjectTargets(
             torch.from_numpy(scene.boxes), torch.from_numpy(scene.classes) + 1, torch.from_numpy(scene.masks).byte()
         )
         return torch.from_numpy(scene.image).permute(2, 0, 1), objects
@@ -247,7 +247,7 @@ def encoded(shape: Any, height: int, width: int) -> dict[str, Any]:
     return dict(shape)
 
 
-def open_objects(config: FinetuneJobConfig, split: Split) -> CocoImages | SceneObjects | None:
+def open_objects(config: FinetuneJobConfig, settings: DetectConfig, split: Split) -> CocoImages | SceneObjects | None:
     """A split for detection.
 
     Raises:
@@ -256,7 +256,6 @@ def open_objects(config: FinetuneJobConfig, split: Split) -> CocoImages | SceneO
     scenes = open_scenes(config, split)
     if scenes is not None:
         return SceneObjects(scenes)
-    settings = config.section(DetectConfig)
     location = config.data.train if split == "train" else config.data.held_out
     if location is None:
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,9 +16,8 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
-from pipeline.downstream.config import FinetuneJobConfig
-from pipeline.downstream.detect.coco import CocoImages, Objects, SceneObjects, open_objects
+from pipeline.downstream.base import Column, DownstreamTask, Report, Split, device_of, evenly
+from pipeline.downstream.detect.coco import CocoImages, ObjectTargets, SceneObjects, open_objects
 from pipeline.downstream.detect.coco_eval import Kind, average_precision, coco_index
 from pipeline.downstream.detect.config import DetectConfig
 from pipeline.downstream.detect.mask_rcnn import build_detector
@@ -39,45 +40,63 @@ class ObjectsBatch(NamedTuple):
     targets: list[dict[str, Tensor]]
 
 
-class Detection(Downstream):
+@dataclass(frozen=True)
+class Objects:
+    """What a detector found in one image, best first.
+
+    Attributes:
+        boxes: float32 [n, 4], left, top, right, bottom in pixels of the image.
+        labels: int64 [n], numbers of the classes from 0.
+        names: of the classes, n of them.
+        scores: float32 [n] in [0, 1].
+        masks: bool [n, H, W], or None of a detector without masks.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    names: list[str]
+    scores: Tensor
+    masks: Tensor | None
+
+
+class Detection(DownstreamTask[DetectConfig]):
     """Object detection, with instance masks unless `detect.masks` is false."""
 
-    name, headline, least_classes = "detect", "box/AP", 1
+    name, headline, section = "detect", "box/AP", DetectConfig
+    locations = ("train_annotations", "val_annotations")
+    columns = (
+        Column("box/AP", "box_ap", "box AP", factor=100.0, missing=-1.0),
+        Column("mask/AP", "mask_ap", "mask AP", factor=100.0, missing=-1.0),
+    )
+    min_classes = 1
 
-    def open(self, config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> Examples | None:
+    def open(self, split: Split, classes: Sequence[str] = ()) -> Examples | None:
         """Images with objects."""
-        return open_objects(config, split)
+        return open_objects(self.config, self.settings, split)
 
-    def build(self, encoder: Encoder, classes: Sequence[str], config: FinetuneJobConfig) -> FasterRCNN:
+    def build(self, encoder: Encoder, classes: Sequence[str]) -> FasterRCNN:
         """A hierarchical backbone is needed."""
-        return build_detector(encoder, len(classes), config.section(DetectConfig))
+        return build_detector(encoder, len(classes), self.settings)
 
-    def image_size(self, config: FinetuneJobConfig) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """Images of any sides, padded to multiples of 32: the smallest that is not square."""
-        side = -(-config.section(DetectConfig).sizes[0] // 32) * 32
+        side = -(-self.settings.sizes[0] // 32) * 32
         return side, side + 32
 
-    def settings(self, config: FinetuneJobConfig) -> Mapping[str, Mapping[str, Any]]:
+    def saved_settings(self) -> Mapping[str, Mapping[str, Any]]:
         """What decides the architecture, and the size of the images that it was made for."""
-        chosen = config.section(DetectConfig)
-        kept = chosen.model_dump(include={"masks", "anchor", "channels", "max_size"})
-        return {"detect": {**kept, "sizes": chosen.sizes[-1:]}}
+        kept = self.settings.model_dump(include={"masks", "anchor", "channels", "max_size"})
+        return {"detect": {**kept, "sizes": self.settings.sizes[-1:]}}
 
-    def batch(self, examples: Examples, config: FinetuneJobConfig, draws: Sequence[Draw]) -> ObjectsBatch:
+    def batch(self, examples: Examples, draws: Sequence[Draw]) -> ObjectsBatch:
         """Images resized to a random short side and flipped, each by its own seed."""
-        augment = v2.Compose(
-            [
-                v2.RandomShortestSize(config.section(DetectConfig).sizes, config.section(DetectConfig).max_size),
-                v2.RandomHorizontalFlip(),
-            ]
-        )
+        settings = self.settings
+        augment = v2.Compose([v2.RandomShortestSize(settings.sizes, settings.max_size), v2.RandomHorizontalFlip()])
         images, targets = [], []
         for draw in draws:
             image, objects = examples.read(draw.row)
-            with seeded(config.seed, draw.number):
-                image, target = augment(
-                    tv_tensors.Image(image), _wrapped(objects, image, config.section(DetectConfig).masks)
-                )
+            with seeded(self.config.seed, draw.number):
+                image, target = augment(tv_tensors.Image(image), _wrapped(objects, image, settings.masks))
             images.append(image.as_subclass(Tensor))
             targets.append({name: value.as_subclass(Tensor) for name, value in target.items()})
         return ObjectsBatch([examples.key(draw.row) for draw in draws], images, targets)
@@ -93,51 +112,100 @@ class Detection(Downstream):
         return torch.stack([loss.float() for loss in losses.values()]).sum(), parts
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, examples: Examples, config: FinetuneJobConfig, worker: Worker) -> Report:
+    def evaluate(self, model: nn.Module, examples: Examples, worker: Worker) -> Report:
         """Box and mask AP in [0, 1], as the COCO API prints them, on rank 0."""
         detector = cast(FasterRCNN, model)
-        detector.transform.min_size = (config.section(DetectConfig).sizes[-1],)
-        detector.transform.max_size = config.section(DetectConfig).max_size
+        detector.transform.min_size = (self.settings.sizes[-1],)
+        detector.transform.max_size = self.settings.max_size
         found: list[dict[str, Any]] = []
         rows = worker.own_rows(len(examples))
-        for row, (image, _) in zip(rows, prepare(examples.read, rows, config.finetune.data_workers), strict=True):
-            found += detections(find_objects(detector, image), examples.image_id(row), examples.category_ids)
+        images = prepare(examples.read, rows, self.config.finetune.data_workers)
+        for row, (image, _) in zip(rows, images, strict=True):
+            found += coco_results(
+                self._find(detector, image, examples.classes), examples.image_id(row), examples.category_ids
+            )
         results = worker.all_gather_objects(found)
         if worker.rank:
             return Report({})
-        masks = config.section(DetectConfig).masks and detector.roi_heads.has_mask()
+        masks = self.settings.masks and detector.roi_heads.has_mask()
         metrics, table = detection_metrics(examples, results, masks=masks)
-        return Report(metrics, table, pictures=_pictures(detector, examples, config))
+        return Report(metrics, table, pictures=self._pictures(detector, examples))
+
+    def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Objects]:
+        """The objects in each image.
+
+        Images go through one by one: padded to the size of others, they would score otherwise than in the evaluation.
+        """
+        return [self._find(model, image, classes) for image in images]
+
+    def draw(self, image: Tensor, result: Objects, classes: Sequence[str]) -> Tensor:
+        """The image under masks and boxes of the objects that score at least `SHOWN`."""
+        shown = result.scores >= SHOWN
+        masks = torch.zeros(0, *image.shape[1:]) if result.masks is None else result.masks[shown]
+        scored = zip(result.names, result.scores, shown, strict=True)
+        names = [f"{name} {score:.2f}" for name, score, kept in scored if kept]
+        return draw_objects(image, ObjectTargets(result.boxes[shown], result.labels[shown] + 1, masks), names)
+
+    def describe(
+        self, image: Tensor, result: Objects, classes: Sequence[str], folder: Path, stem: str
+    ) -> dict[str, Any]:
+        """The size of the image and its objects; masks are COCO's compressed run lengths."""
+        objects = coco_results(result, 0, range(1, len(classes) + 1))
+        for entry in objects:
+            if "segmentation" in entry:
+                entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
+        return {"width": image.shape[2], "height": image.shape[1], "objects": objects}
+
+    def documents(self, rows: list[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+        """Detections in COCO's results format; their ids are those of `images.json`, in COCO's annotation format."""
+        images = [
+            {"id": number, "file_name": row["path"], "width": row["width"], "height": row["height"]}
+            for number, row in enumerate(rows, start=1)
+        ]
+        results = [
+            {**entry, "image_id": number} for number, row in enumerate(rows, start=1) for entry in row["objects"]
+        ]
+        categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+        described = {"images": images, "categories": categories, "annotations": []}
+        return {"predictions.json": results, "images.json": described}
+
+    def _find(self, model: nn.Module, image: Tensor, classes: Sequence[str]) -> Objects:
+        (output,) = model([image.to(device_of(model)).float() / 255])
+        output = {name: value.cpu() for name, value in output.items()}
+        labels = output["labels"] - 1  # the detector's 0 is the background
+        names = [classes[number] for number in labels.tolist()]
+        masks = output["masks"][:, 0] > 0.5 if "masks" in output else None
+        return Objects(output["boxes"], labels, names, output["scores"], masks)
+
+    def _pictures(self, detector: FasterRCNN, examples: Examples) -> dict[str, Tensor]:
+        """Ground truth beside the detections that score at least `SHOWN`."""
+        pictures: dict[str, Tensor] = {}
+        for row in evenly(len(examples), self.config.finetune.pictures):
+            image, objects = examples.read(row)
+            truth = draw_objects(image, objects, [examples.classes[label - 1] for label in objects.labels])
+            found = self.draw(image, self._find(detector, image, examples.classes), examples.classes)
+            pictures[examples.key(row)] = torch.cat([truth, found], dim=2)
+        return pictures
 
 
-def _wrapped(objects: Objects, image: Tensor, masks: bool) -> dict[str, Tensor]:
+def _wrapped(objects: ObjectTargets, image: Tensor, masks: bool) -> dict[str, Tensor]:
     size = (int(image.shape[-2]), int(image.shape[-1]))
     boxes = tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=size)
     target: dict[str, Tensor] = {"boxes": boxes, "labels": objects.labels}
     return {**target, "masks": tv_tensors.Mask(objects.masks)} if masks else target
 
 
-def find_objects(detector: FasterRCNN, image: Tensor) -> dict[str, Tensor]:
-    """A detector's output for an image uint8 [3, H, W], on the CPU: boxes, labels from 1, scores, masks [n, 1, H, W]."""
-    (output,) = detector([image.to(device_of(detector)).float() / 255])
-    return {name: value.cpu() for name, value in output.items()}
-
-
-def detections(output: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """A detector's output for one image in COCO's results format.
-
-    Args:
-        output: boxes [n, 4], labels [n], scores [n] and, with masks, their probabilities [n, 1, H, W].
-        category_ids: by label - 1.
-    """
-    sides = output["boxes"].clone()
+def coco_results(objects: Objects, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The objects of one image in COCO's results format; `category_ids` by number of the class from 0."""
+    sides = objects.boxes.clone()
     sides[:, 2:] -= sides[:, :2]
     results: list[dict[str, Any]] = [
-        {"image_id": image_id, "category_id": category_ids[label - 1], "score": score, "bbox": box}
-        for label, score, box in zip(output["labels"].tolist(), output["scores"].tolist(), sides.tolist(), strict=True)
+        {"image_id": image_id, "category_id": category_ids[label], "score": score, "bbox": box}
+        for label, score, box in zip(objects.labels.tolist(), objects.scores.tolist(), sides.tolist(), strict=True)
     ]
-    for result, mask in zip(results, output.get("masks", ()), strict=False):
-        result["segmentation"] = rle.encode(np.asfortranarray((mask[0] > 0.5).numpy().astype(np.uint8)))
+    if objects.masks is not None:
+        for result, mask in zip(results, objects.masks, strict=True):
+            result["segmentation"] = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
     return results
 
 
@@ -160,29 +228,11 @@ def detection_metrics(
     return metrics, table
 
 
-def _pictures(detector: FasterRCNN, examples: Examples, config: FinetuneJobConfig) -> dict[str, Tensor]:
-    """Ground truth beside the detections that score at least `SHOWN`."""
-    pictures: dict[str, Tensor] = {}
-    for row in evenly(len(examples), config.finetune.pictures):
-        image, objects = examples.read(row)
-        output = find_objects(detector, image)
-        shown = output["scores"] >= SHOWN
-        labels = output["labels"][shown]
-        masks = output["masks"][shown, 0] > 0.5 if "masks" in output else torch.zeros(0, *image.shape[1:])
-        names = [f"{examples.classes[n - 1]} {s:.2f}" for n, s in zip(labels, output["scores"][shown], strict=True)]
-        truth = [examples.classes[label - 1] for label in objects.labels]
-        sides = [
-            draw_objects(image, Objects(*objects), truth, len(examples.classes)),
-            draw_objects(image, Objects(output["boxes"][shown], labels, masks), names, len(examples.classes)),
-        ]
-        pictures[examples.key(row)] = torch.cat(sides, dim=2)
-    return pictures
-
-
-def draw_objects(image: Tensor, objects: Objects, names: list[str], classes: int) -> Tensor:
+def draw_objects(image: Tensor, objects: ObjectTargets, names: list[str]) -> Tensor:
     """An image uint8 [3, H, W], enlarged where it is small, with masks and named boxes over it."""
     canvas, factor = enlarge(image), scale_of(image.shape[-2:])
-    colours = [tuple(colour) for colour in palette(classes)[objects.labels.numpy() - 1].tolist()]
+    numbers = objects.labels.numpy()
+    colours = [tuple(colour) for colour in palette(numbers.max(initial=0))[numbers - 1].tolist()]
     if len(objects.masks):
         masks = objects.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colours)

@@ -126,7 +126,7 @@ class SceneMasks:
         return torch.from_numpy(scene.image).permute(2, 0, 1), torch.from_numpy(scene.semantic)
 
 
-def open_masked(config: FinetuneJobConfig, split: Split) -> MaskedImages | SceneMasks | None:
+def open_masked(config: FinetuneJobConfig, settings: SegmentConfig, split: Split) -> MaskedImages | SceneMasks | None:
     """A split for segmentation.
 
     Raises:
@@ -135,7 +135,6 @@ def open_masked(config: FinetuneJobConfig, split: Split) -> MaskedImages | Scene
     scenes = open_scenes(config, split)
     if scenes is not None:
         return SceneMasks(scenes)
-    settings = config.section(SegmentConfig)
     location = config.data.train if split == "train" else config.data.held_out
     if location is None:
         return None

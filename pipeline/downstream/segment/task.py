@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pipeline.downstream.base import Downstream, Report, Split, device_of, evenly
-from pipeline.downstream.config import FinetuneJobConfig
+from pipeline.downstream.base import Column, DownstreamTask, Report, Split, device_of, evenly
 from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.downstream.segment.config import SegmentConfig
@@ -38,59 +40,119 @@ class MaskedBatch(NamedTuple):
     labels: Tensor
 
 
-class Segmentation(Downstream):
+class Segmentation(DownstreamTask[SegmentConfig]):
     """Semantic segmentation."""
 
-    name, headline = "segment", "miou"
+    name, headline, section = "segment", "miou", SegmentConfig
+    locations = ("classes", "train_masks", "val_masks")
+    columns = (Column("miou", "miou", "mIoU"),)
+    min_classes = 2
+    folders = ("labels", "pictures")
 
-    def open(self, config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> Examples | None:
+    def open(self, split: Split, classes: Sequence[str] = ()) -> Examples | None:
         """Images with label maps."""
-        return open_masked(config, split)
+        return open_masked(self.config, self.settings, split)
 
-    def build(self, encoder: Encoder, classes: Sequence[str], config: FinetuneJobConfig) -> SemanticFPN:
+    def build(self, encoder: Encoder, classes: Sequence[str]) -> SemanticFPN:
         """A hierarchical backbone is needed."""
-        return SemanticFPN(encoder, len(classes), config.section(SegmentConfig).channels)
+        return SemanticFPN(encoder, len(classes), self.settings.channels)
 
-    def image_size(self, config: FinetuneJobConfig) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """A training crop is square, a whole image is not."""
-        side = config.student.input_size
-        return side, side if config.section(SegmentConfig).inference == "slide" else side + 32
+        side = self.config.student.input_size
+        return side, side if self.settings.inference == "slide" else side + 32
 
-    def settings(self, config: FinetuneJobConfig) -> Mapping[str, Mapping[str, Any]]:
+    def saved_settings(self) -> Mapping[str, Mapping[str, Any]]:
         """The width of the head, and how whole images are shown to it."""
-        chosen = config.section(SegmentConfig).model_dump(include={"channels", "size", "inference"})
-        return {"segment": chosen, "student": {"input_size": config.student.input_size}}
+        kept = self.settings.model_dump(include={"channels", "size", "inference"})
+        return {"segment": kept, "student": {"input_size": self.config.student.input_size}}
 
-    def batch(self, examples: Examples, config: FinetuneJobConfig, draws: Sequence[Draw]) -> MaskedBatch:
+    def batch(self, examples: Examples, draws: Sequence[Draw]) -> MaskedBatch:
         """Crops of images that are resized, flipped and distorted at random, each by its own seed."""
-        augment, crops = training_transform(config), []
+        augment, crops = self.training_transform(), []
         for draw in draws:
             image, labels = examples.read(draw.row)
-            with seeded(config.seed, draw.number):
+            with seeded(self.config.seed, draw.number):
                 crops.append(augment(tv_tensors.Image(image), tv_tensors.Mask(labels)))
         images, masks = zip(*crops, strict=True)
         keys = [examples.key(draw.row) for draw in draws]
         return MaskedBatch(keys, _plain(images), _plain(masks))
 
     def loss(self, module: nn.Module, batch: MaskedBatch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy over the pixels that count; 0 where there are none."""
+        """Mean cross-entropy over the labelled pixels; 0 if there are none."""
         logits = module(batch.images.to(device, non_blocking=True).float() / 255).float()
         labels = batch.labels.to(device, non_blocking=True).long()
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         return total / (labels != IGNORE).sum().clamp(min=1), {}
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, examples: Examples, config: FinetuneJobConfig, worker: Worker) -> Report:
+    def evaluate(self, model: nn.Module, examples: Examples, worker: Worker) -> Report:
         """mIoU, mAcc and aAcc in percent at the images' own sizes."""
         device = device_of(model)
         confusion = MulticlassConfusionMatrix(len(examples.classes), ignore_index=IGNORE, validate_args=False)
         confusion = confusion.to(device)
-        for image, labels in prepare(examples.read, worker.own_rows(len(examples)), config.finetune.data_workers):
-            confusion.update(predict(model, image.to(device), config), labels[None].to(device).long())
+        rows = worker.own_rows(len(examples))
+        for image, labels in prepare(examples.read, rows, self.config.finetune.data_workers):
+            confusion.update(self.label_map(model, image), labels.to(device).long())
         matrix = confusion.compute().cpu()
         metrics, table = segmentation_metrics(matrix, examples.classes)
-        pictures = {} if worker.rank else _pictures(model, examples, config)
-        return Report(metrics, table, matrix, pictures)
+        return Report(metrics, table, matrix, {} if worker.rank else self._pictures(model, examples))
+
+    def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Tensor]:
+        """The number of the class of each pixel, int64 [H, W] at the image's own size."""
+        return [self.label_map(model, image).cpu() for image in images]
+
+    def draw(self, image: Tensor, result: Tensor, classes: Sequence[str]) -> Tensor:
+        """The image under the colours of its classes."""
+        return overlay(image, result, len(classes))
+
+    def describe(
+        self, image: Tensor, result: Tensor, classes: Sequence[str], folder: Path, stem: str
+    ) -> dict[str, Any]:
+        """The file of the label map: a PNG that holds the number of the class of each pixel."""
+        numbers = Image.fromarray(result.numpy().astype(np.uint8), mode="P")
+        numbers.putpalette(palette(len(classes)).ravel().tolist())
+        numbers.save(folder / "labels" / f"{stem}.png")
+        return {"labels": f"labels/{stem}.png"}
+
+    def documents(self, rows: list[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+        """The names of the classes with the label maps."""
+        return {"predictions.json": {"classes": list(classes), "images": rows}}
+
+    def training_transform(self) -> v2.Compose:
+        """Of an image uint8 [3, H, W] and its mask: scale jitter, crop, flip, and changes of colour."""
+        low, high = (round(scale * self.settings.size) for scale in self.settings.scales)
+        fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE}  # the mean colour of ImageNet
+        return v2.Compose(
+            [
+                v2.RandomResize(low, high + 1, antialias=True),
+                _Crop(self.config.student.input_size, pad_if_needed=True, fill=fill),
+                v2.RandomHorizontalFlip(),
+                _Colours(),
+            ]
+        )
+
+    def label_map(self, model: nn.Module, image: Tensor) -> Tensor:
+        """Labels int64 [H, W] of an image uint8 [3, H, W], on the model's device, by `segment.inference`."""
+        height, width = image.shape[-2:]
+        size = self.settings.size
+        factor = min(size / min(height, width), LONGEST * size / max(height, width))
+        resized = [max(1, round(side * factor)) for side in (height, width)]
+        pixels = v2.functional.resize(image.to(device_of(model)), resized, antialias=True)[None].float() / 255
+        sliding = self.settings.inference == "slide"
+        logits = slide(model, pixels, self.config.student.input_size) if sliding else model(pixels).float()
+        return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False).argmax(1)[0]
+
+    def _pictures(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
+        """Image, ground truth and prediction side by side; ignored pixels are black in both."""
+        pictures: dict[str, Tensor] = {}
+        for row in evenly(len(examples), self.config.finetune.pictures):
+            image, labels = examples.read(row)
+            guess = self.label_map(model, image).cpu()
+            guess[labels == IGNORE] = IGNORE
+            maps = [overlay(image, part, len(examples.classes)) for part in (labels, guess)]
+            pictures[examples.key(row)] = torch.cat([enlarge(part) for part in (image, *maps)], dim=2)
+        return pictures
 
 
 def _plain(tensors: Sequence[Tensor]) -> Tensor:
@@ -122,32 +184,6 @@ class _Colours(v2.RandomPhotometricDistort):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {**super().make_params(flat_inputs), "channel_permutation": None}
-
-
-def training_transform(config: FinetuneJobConfig) -> v2.Compose:
-    """Of an image uint8 [3, H, W] and its mask: scale jitter, crop, flip, and changes of colour."""
-    low, high = (round(scale * config.section(SegmentConfig).size) for scale in config.section(SegmentConfig).scales)
-    fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE}  # the mean colour of ImageNet
-    return v2.Compose(
-        [
-            v2.RandomResize(low, high + 1, antialias=True),
-            _Crop(config.student.input_size, pad_if_needed=True, fill=fill),
-            v2.RandomHorizontalFlip(),
-            _Colours(),
-        ]
-    )
-
-
-def predict(model: nn.Module, image: Tensor, config: FinetuneJobConfig) -> Tensor:
-    """Labels int64 [1, H, W] of an image uint8 [3, H, W], by the inference of `segment.inference`."""
-    height, width = image.shape[-2:]
-    size = config.section(SegmentConfig).size
-    factor = min(size / min(height, width), LONGEST * size / max(height, width))
-    resized = [max(1, round(side * factor)) for side in (height, width)]
-    pixels = v2.functional.resize(image, resized, antialias=True)[None].float() / 255
-    sliding = config.section(SegmentConfig).inference == "slide"
-    logits = slide(model, pixels, config.student.input_size) if sliding else model(pixels).float()
-    return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False).argmax(1)
 
 
 def slide(model: nn.Module, pixels: Tensor, side: int) -> Tensor:
@@ -197,18 +233,6 @@ def segmentation_metrics(
         for name, pixels, i, a in zip(classes, true, iou, accuracy, strict=True)
     ]
     return metrics, table
-
-
-def _pictures(model: nn.Module, examples: Examples, config: FinetuneJobConfig) -> dict[str, Tensor]:
-    """Image, ground truth and prediction side by side; ignored pixels are black in both."""
-    pictures: dict[str, Tensor] = {}
-    for row in evenly(len(examples), config.finetune.pictures):
-        image, labels = examples.read(row)
-        guess = predict(model, image.to(device_of(model)), config)[0].cpu()
-        guess[labels == IGNORE] = IGNORE
-        maps = [overlay(image, part, len(examples.classes)) for part in (labels, guess)]
-        pictures[examples.key(row)] = torch.cat([enlarge(part) for part in (image, *maps)], dim=2)
-    return pictures
 
 
 def overlay(image: Tensor, labels: Tensor, classes: int) -> Tensor:
