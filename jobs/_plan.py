@@ -22,7 +22,7 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
     for split in plan.splits:
         dataset = split.dataset
         missing = len(split.missing_images())
-        there = f"{dataset.id}: {dataset.shards - missing} of {dataset.shards} shards there"
+        there = f"{dataset.id}: {dataset.shards - missing} of {dataset.shards} shards cached"
         rows[f"{split.split} images"] = f"{dataset.count} from {dataset.location}; view {dataset.policy.id}; {there}"
     labels = teacher_labels(plan.teachers)
     for teacher in plan.teachers:
@@ -37,8 +37,8 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
-        f"weights {spec.weights[:20]}; {teacher.precision}, kept as {teacher.codec}: {_stored(plan, teacher)}; "
-        f"{teacher.id}: {shards - missing} of {shards} shards there"
+        f"weights {spec.weights[:20]}; {teacher.precision}, stored as {teacher.codec}: {_stored(plan, teacher)}; "
+        f"{teacher.id}: {shards - missing} of {shards} shards cached"
     )
 
 
@@ -51,7 +51,7 @@ def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
     bound = "at most " if open_ended else ""
     views = [split.dataset.count * split.dataset.policy.rows_per_image for split in plan.splits]
     total = sum(count * row for count, row in zip(views, rows, strict=True))
-    return f"{bound}{size(rows[0])} a view, {size(total)} total"
+    return f"{bound}{size(rows[0])} per view, {size(total)} total"
 
 
 def cost_plan(

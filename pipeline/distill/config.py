@@ -46,7 +46,7 @@ class AugmentConfig(Section):
     brightness: float = Field(0.4, ge=0, description="largest relative change of brightness")
     contrast: float = Field(0.4, ge=0, description="largest relative change of contrast")
     saturation: float = Field(0.2, ge=0, description="largest relative change of saturation")
-    hue: float = Field(0.1, ge=0, le=0.5, description="largest turn of the hue, as a share of the circle")
+    hue: float = Field(0.1, ge=0, le=0.5, description="largest rotation of the hue, as a share of the circle")
     grey: Share = Field(0.0, description="probability that an image loses its colour; 0.2 is usual")
     blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")
 

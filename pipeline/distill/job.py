@@ -94,11 +94,11 @@ def training_plan(phase: Phase) -> dict[str, str]:
     grid, labels = feature_map_size(student, config.student.input_size), teacher_labels(teachers)
     strides = ", ".join(map(str, student.tap_strides))
     rows = {
-        "student": f"{config.student.name} at {config.student.input_size} px, tokens of strides {strides}",
+        "student": f"{config.student.name} at {config.student.input_size} px, feature maps of strides {strides}",
         **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
         "training": f"{config.train.epochs} epochs of {steps_per_epoch(phase)} steps of {config.train.batch_size} images",
         "learning rate": config.train.lr_rule,
-        "kNN": f"of {config.knn.k} neighbours" if _labelled(phase.plan) else "none, for want of labels",
+        "kNN": f"{config.knn.k} neighbours" if _labelled(phase.plan) else "none: the images have no labels",
     }
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
 

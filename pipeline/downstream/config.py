@@ -83,18 +83,18 @@ class FinetuneConfig(Section):
         description="exported student folder, MLflow model URI, or timm name (`timm/<name>.<tag>`: with the hub's weights); "
         "none: student.name from scratch",
     )
-    frozen: bool = Field(False, description="whether the backbone stays as it is and the head alone learns")
+    frozen: bool = Field(False, description="whether the backbone is frozen and only the head trains")
     schedule: Literal["cosine", "poly", "multistep"] = Field(
-        "cosine", description="learning rate after the warm-up: cosine, poly (power 0.9), or steps at the milestones"
+        "cosine", description="learning rate after warm-up: cosine, poly (power 0.9), or multistep at the milestones"
     )
     milestones: list[PositiveInt] = Field(
         [8, 11], description="epochs after which multistep divides the learning rate by 10"
     )
-    epoch_steps: int = Field(0, ge=0, description="optimiser steps that make an epoch; 0: one pass over the images")
+    epoch_steps: int = Field(0, ge=0, description="optimiser steps per epoch; 0: one pass over the images")
     data_workers: int | None = operational(
-        None, ge=0, description="processes that prepare images, per training worker; none: its CPUs less one"
+        None, ge=0, description="processes per training worker that prepare images; none: its CPUs less one"
     )
-    pictures: int = operational(8, ge=0, description="held-out images that are drawn with their predictions")
+    pictures: int = operational(8, ge=0, description="number of held-out images drawn with their predictions")
 
 
 class FinetuneJobConfig(ImageJobConfig):
@@ -188,7 +188,7 @@ class EvaluateModelJobConfig(FinetuneJobConfig):
 class CocoResultsConfig(Section):
     """Detections in a file, and what they are compared with."""
 
-    annotations: str | None = Field(None, description="COCO JSON that evaluate.results are held against")
+    annotations: str | None = Field(None, description="COCO JSON with the ground truth for evaluate.results")
     results: str | None = Field(None, description="detections in COCO's results format")
 
 

@@ -21,7 +21,7 @@ class JobConfig(JobRoot):
         description="folder or s3://, gs:// address that the results of a finished run are copied to; none: they stay in `work` "
         "and in MLflow",
     )
-    seed: int = Field(0, ge=0, description="seed of weights, order and generated scenes")
+    seed: int = Field(0, ge=0, description="seed of initial weights, data order and generated scenes")
     tracking: TrackingConfig = operational(TrackingConfig())
 
     def title(self, job: str) -> str:

@@ -26,7 +26,7 @@ class DataConfig(Section):
     image_column: str | None = Field(None, description="Parquet column that holds the images; none: found by type")
     label_column: str | None = Field(None, description="Parquet column that holds the labels; none: label, fine_label")
     max_bad: float = operational(
-        0.05, ge=0, le=1, description="share of unreadable images that is quarantined before the job stops"
+        0.05, ge=0, le=1, description="maximum share of unreadable images; above it the job stops"
     )
     samples: SamplesConfig = SamplesConfig()
 

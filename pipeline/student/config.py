@@ -31,11 +31,11 @@ class NamedBackboneConfig(BackboneConfig):
 class StudentConfig(NamedBackboneConfig):
     """The network that learns."""
 
-    token_dim: int = Field(256, ge=1, description="channels of the tokens that the neck fuses for the patch heads")
+    token_dim: int = Field(256, ge=1, description="channels of the fused feature map that the patch heads read")
     taps: list[Literal[4, 8, 16, 32]] = Field(
         [16, 32],
         min_length=1,
-        description="strides of the pyramid that the neck fuses into tokens of stride 16; 16 is always among them",
+        description="strides that the neck fuses into one feature map of stride 16; must include 16",
     )
     head_dim: int = Field(1024, ge=1, description="hidden channels of the distillation heads")
-    keep_heads: bool = Field(False, description="export neck and heads too, beside the student")
+    keep_heads: bool = Field(False, description="also export neck and heads")

@@ -13,46 +13,49 @@ class TrainConfig(Section):
     """The training run."""
 
     epochs: int = Field(30, ge=1, description="passes over the training images")
-    batch_size: int = Field(256, ge=2, description="images per step over all workers, however many there are")
+    batch_size: int = Field(256, ge=2, description="images per step, over all workers")
     micro_batch: int | None = Field(
-        None, ge=1, description="most images per forward of a worker, gradients are accumulated; none: all at once"
+        None, ge=1, description="maximum images per forward pass of a worker; gradients are accumulated; none: no limit"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW at train.lr_batch_size")
     lr_batch_size: int | None = Field(
-        None, ge=1, description="batch size that train.lr is for, scaled linearly to train.batch_size; none: as it is"
+        None,
+        ge=1,
+        description="batch size that train.lr refers to; the rate is scaled linearly to train.batch_size; none: not scaled",
     )
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: float = Field(1.5, ge=0, description="epochs of linear warm-up")
     weight_decay: float = Field(
-        0.05, ge=0, description="AdamW weight decay; none on norms, biases and what the network exempts"
+        0.05, ge=0, description="AdamW weight decay; norms, biases and what the network exempts have none"
     )
-    clip_grad: float = Field(1.0, gt=0, description="largest L2 norm of the gradient")
+    clip_grad: float = Field(1.0, gt=0, description="maximum L2 norm of the gradient")
     ema_decay: float = Field(
         0.9998,
         ge=0,
         lt=1,
-        description="decay of the averaged student that is evaluated and kept; (1 + steps) / (10 + steps) while that is less",
+        description="decay of the averaged student, which is evaluated and saved; (1 + steps) / (10 + steps) while that is less",
     )
     workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = operational(
-        0, description="training workers, or [least, most] as the cluster has them; 0: one per GPU, one without GPUs"
+        0,
+        description="training workers, or [least, most] depending on the cluster; 0: one per GPU, or one without GPUs",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="arithmetic of the student; auto: bfloat16 or float16 where the device is fast in it"
+        "auto", description="numeric precision of the student; auto: bfloat16 or float16 on devices that are fast in it"
     )
     compile: bool = Field(False, description="whether torch.compile compiles the student and the loss")
-    shuffle_window: int = Field(1024, ge=1, description="images shuffled together after the shuffle of row groups")
+    shuffle_window: int = Field(1024, ge=1, description="images shuffled together, after row groups are shuffled")
     checkpoint_steps: int = operational(
-        0, ge=0, description="steps between checkpoints within an epoch; 0: at epoch ends"
+        0, ge=0, description="steps between checkpoints within an epoch; 0: only at the end of an epoch"
     )
-    keep_checkpoints: int = operational(2, ge=1, description="latest checkpoints that are kept")
+    keep_checkpoints: int = operational(2, ge=1, description="number of latest checkpoints to keep")
     checkpoints: str | None = operational(
         None, description="folder or s3://, gs:// address of the checkpoints; none: in the run's folder below `work`"
     )
     best_metric: str | None = operational(
-        None, description="evaluated metric (knn, ...) whose best checkpoint is kept as well; none: the latest alone"
+        None, description="evaluation metric (knn, ...) whose best checkpoint is also kept; none: only the latest"
     )
     best_is: Literal["highest", "lowest"] = operational(
-        "highest", description="which value of train.best_metric is best"
+        "highest", description="whether the highest or the lowest value of train.best_metric is best"
     )
 
     @field_validator("workers")
@@ -91,9 +94,9 @@ class TrainConfig(Section):
     @property
     def lr_rule(self) -> str:
         """How `peak_lr` came about, in words."""
-        peak = f"{self.peak_lr:.3g} at {self.batch_size} images a step"
+        peak = f"{self.peak_lr:.3g} at {self.batch_size} images per step"
         scaled = f", scaled linearly from {self.lr:.3g} at {self.lr_batch_size}"
-        return peak + (scaled if self.lr_batch_size else ", as given")
+        return peak + (scaled if self.lr_batch_size else ", not scaled")
 
 
 def check_shares(batch_size: int, shares: int) -> None:

@@ -249,7 +249,7 @@ def test_a_kill_in_either_phase_costs_nothing_that_was_committed(planned, tmp_pa
 
 def test_every_phase_has_a_plan(planned):
     first, second = (training_plan(phase) for phase in planned())
-    assert first["student"] == "timm/test_resnet at 32 px, tokens of strides 16, 32"
+    assert first["student"] == "timm/test_resnet at 32 px, feature maps of strides 16, 32"
     assert first["training"] == "2 epochs of 9 steps of 16 images"
     assert second["student"].startswith("timm/test_resnet at 48 px")
     assert second["training"].startswith("1 epochs of 9 steps")
@@ -264,8 +264,8 @@ def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp
     write_photos(tmp_path / "flat", 20, classes=1)
     labelled, flat = tmp_path / "photos/val", tmp_path / "flat/class0"
     for metric in ("knn", "knn_raw", "val_loss/colours8/summary"):
-        assert plan(metric, labelled)[0]["kNN"] == "of 20 neighbours"
-    assert plan("val_cosine/colours4/patches", flat)[0]["kNN"] == "none, for want of labels"
+        assert plan(metric, labelled)[0]["kNN"] == "20 neighbours"
+    assert plan("val_cosine/colours4/patches", flat)[0]["kNN"] == "none: the images have no labels"
     with pytest.raises(UserError, match=r"best_metric=knn is not among what is evaluated: val_cosine/colours8/"):
         plan("knn", flat)
     with pytest.raises(UserError, match=r"evaluated: nothing: there are no held-out images"):

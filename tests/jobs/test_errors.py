@@ -33,7 +33,7 @@ HOG = ["teachers=[hog]", "teachers.0.input_size=32"]
         (["data.train=no/such/folder"], "error: data.train: "),
         (["data.train=samples", "data.val=no/such/folder"], "error: data.val: "),
         (["teachers=[dinov9]"], "dinov9"),
-        (["teachers=[hog, hog]"], "give each teacher once"),
+        (["teachers=[hog, hog]"], "list each teacher once"),
         (["teachers=[hog]", "teachers.0.weights=/no/file.pth"], "hog"),
         (["teachers=[dinov2/vits14]", "teachers.0.weights=/no/file.pth"], "/no/file.pth"),
         (["teachers=[no_such_module:factory]"], "no_such_module"),
@@ -139,7 +139,7 @@ def test_every_evaluation_and_task_is_known_before_it_is_imported():
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, job):
     text, figures = job(distill.main, *SMALL_JOB, *HOG, f"work={tmp_path}/work", "--dry-run")
     assert figures == {"dry_run": True}
-    for expected in ("144 from samples", "0 of 4 shards there", "2 epochs of 6 steps", "grid hog", "total"):
+    for expected in ("144 from samples", "0 of 4 shards cached", "2 epochs of 6 steps", "grid hog", "total"):
         assert expected in text
     assert not (tmp_path / "work").exists()
 

@@ -698,7 +698,7 @@ def test_the_learning_rate_is_scaled_linearly_from_the_batch_that_it_is_for(caps
     task, config = TinyTask(), _config(epochs=1, batch_size=4, lr=0.08, lr_batch_size=16, warmup_epochs=0)
     assert config.peak_lr == pytest.approx(0.02)
     assert _losses(_train(task, config))[0][1]["learning_rate"] == pytest.approx(0.02)
-    assert "learning rate 0.02 at 4 images a step, scaled linearly from 0.08 at 16" in capsys.readouterr().out
+    assert "learning rate 0.02 at 4 images per step, scaled linearly from 0.08 at 16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("best", "expected"), [("highest", [0, 1, 3]), ("lowest", [0, 2])])

@@ -18,10 +18,12 @@ class ClassifyConfig(Section):
     cutmix: float = Field(1.0, ge=0, description="alpha of CutMix; 0: none")
     smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
     erase: float = Field(0.25, ge=0, le=1, description="probability of random erasing")
-    crop_share: float = Field(0.95, gt=0, le=1, description="share of the resized image's side in the centre crop")
+    crop_share: float = Field(
+        0.95, gt=0, le=1, description="side of the centre crop as a share of the resized image's side"
+    )
     teacher: str | None = Field(
         None,
         description="fine-tuned classifier of the same classes (folder, address or MLflow URI) whose probabilities go "
-        "into the targets; none: labels alone",
+        "into the targets; none: only labels",
     )
     teacher_share: float = Field(0.5, gt=0, le=1, description="share of the teacher's probabilities in the targets")

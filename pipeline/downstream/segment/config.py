@@ -12,17 +12,21 @@ from pipeline.config.tree import Section
 class SegmentConfig(Section):
     """Semantic segmentation; the side of a training crop, and of a sliding window, is student.input_size."""
 
-    classes: str | None = Field(None, description="file of class names: one a line, or a table with a name column")
-    reduce_zero_label: bool = Field(False, description="whether mask value 0 is ignored and classes count from 1")
+    classes: str | None = Field(None, description="file of class names: one per line, or a table with a name column")
+    reduce_zero_label: bool = Field(False, description="whether mask value 0 is ignored, so that classes count from 1")
     train_masks: str | None = Field(
-        None, description="folder of the masks of data.train; none: its path with `images` as `annotations` or `masks`"
+        None,
+        description="folder of the masks of data.train; none: its path with `images` replaced by `annotations` or `masks`",
     )
-    val_masks: str | None = Field(None, description="the same of data.val")
-    size: int = Field(512, ge=16, description="short side in pixels that images are resized to, jitter apart")
+    val_masks: str | None = Field(None, description="the same for data.val")
+    size: int = Field(512, ge=16, description="short side in pixels that images are resized to, before jitter")
     scales: list[PositiveFloat] = Field(
         [0.5, 2.0], min_length=2, max_length=2, description="smallest and largest factor of the scale jitter"
     )
-    inference: Literal["whole", "slide"] = Field("whole", description="the whole image at once, or sliding windows")
+    inference: Literal["whole", "slide"] = Field("whole", description="evaluate the whole image, or sliding windows")
     channels: int = Field(
-        128, ge=32, multiple_of=32, description="channels of the Semantic FPN head; its pyramid has twice"
+        128,
+        ge=32,
+        multiple_of=32,
+        description="channels of the Semantic FPN head; its pyramid has twice as many",
     )
