@@ -1,1 +1,1 @@
-"""Images as pixels: decoding, geometry, and pools that do both ahead of use."""
+"""Images as pixels: decoding, view geometry, and the pool that does both ahead of use."""

@@ -14,18 +14,18 @@ from teachers.base import Interpolation
 def crop_and_resize(
     image: np.ndarray | Image.Image, view: View, size: tuple[int, ...], interpolation: Interpolation
 ) -> np.ndarray:
-    """Cut the view's box, at whole pixels, from an RGB image, resize once with antialiasing, then flip.
+    """Cut the view's box from an RGB image at whole pixels, resize once with antialiasing, then flip.
 
-    The resizing is torch's of 8-bit pixels, which is within one level of Pillow's and four times as fast.
+    Uses torch's 8-bit resizing, which is within one level of Pillow's and four times as fast.
 
     Args:
-        image: [H, W, 3] uint8, or Pillow's.
-        view: what is cut.
+        image: [H, W, 3] uint8, or a Pillow image.
+        view: box and flip.
         size: (height, width) in pixels.
-        interpolation: of the resizing.
+        interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
-        [3, height, width] uint8, contiguous, as torch's resizing gives it: numpy takes as long to turn it round.
+        [3, height, width] uint8, contiguous. Channels come first as in torch's result: a transpose takes as long again.
     """
     pixels = image if isinstance(image, np.ndarray) else np.array(image)
     (top, bottom), (left, right) = (
@@ -34,11 +34,11 @@ def crop_and_resize(
     planes = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
     if planes.shape[1:] != size:
         planes = F.interpolate(planes[None], size, mode=interpolation, align_corners=False, antialias=True)[0]
-    drawn: np.ndarray = (planes.flip(-1) if view.flip else planes).contiguous().numpy()
-    return drawn
+    resized: np.ndarray = (planes.flip(-1) if view.flip else planes).contiguous().numpy()
+    return resized
 
 
 def _whole_pixels(start: float, end: float, length: int) -> tuple[int, int]:
-    """The nearest pixels to a stretch given as fractions of a length; one at least."""
+    """First and last pixel (exclusive) nearest to an interval in fractions of `length`; at least one pixel."""
     first = min(round(start * length), length - 1)
     return first, max(round(end * length), first + 1)

@@ -1,4 +1,4 @@
-"""Decode images: encoded bytes -> upright 8-bit RGB pixels, or the class numbers of a label map."""
+"""Decode images: encoded bytes to upright 8-bit RGB pixels, or to the class numbers of a label map."""
 
 import io
 from pathlib import Path
@@ -8,28 +8,26 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
-"""Larger images are refused before they are decoded: Pillow's own bound, kept here because libraries lift that one."""
-
+"""Maximum size of an image, checked before decoding: Pillow's default limit, which some libraries lift."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-"""Pillow's other decoders are kept away from what may be hostile: that of PostScript, for one, starts a program."""
+"""Formats that untrusted bytes may have. Pillow's other decoders are riskier: the one for PostScript starts a program."""
 
-
-_TURNED = (b"Exif\x00\x00", b"http://ns.adobe.com/xap/")
-"""Of a JPEG that may say which way is up."""
-
+_ORIENTATION_MARKERS = (b"Exif\x00\x00", b"http://ns.adobe.com/xap/")
+"""A JPEG with one of these may have an orientation."""
 
 _LABEL_MODES = ("1", "L", "P", "I", "I;16")
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode all pixels of an encoded image to 8-bit RGB, upright by its EXIF orientation.
+    """Decode an encoded image to 8-bit RGB, upright by its EXIF orientation.
 
-    Alpha is dropped, as the loaders that teachers were trained with do; 16-bit grey keeps its high byte. Pillow stays
-    silent about bytes changed inside JPEG scan data that libjpeg decodes around: such an image passes, smeared.
+    Alpha is dropped, as in the loaders that teachers were trained with; 16-bit grey keeps its high byte. libjpeg decodes
+    around some damage inside JPEG scan data without an error: such an image passes, smeared.
 
     Raises:
-        ValueError: truncated, corrupt, unknown format, or more than `MAX_PIXELS` pixels; the message is a short reason.
+        ValueError: if the image is truncated, corrupt, of an unknown format, or has more than `MAX_PIXELS` pixels; the
+            message is a short reason.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -43,15 +41,16 @@ def decode_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError("empty file" if not data else "not an image in a known format") from error
     except Exception as error:
-        # Each of Pillow's decoders raises its own kinds on damaged bytes: OSError, SyntaxError, struct.error, ...
+        # Pillow's decoders raise different exceptions on damaged bytes: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"cannot be decoded: {error}") from error
 
 
 def read_label_map(path: str | Path) -> np.ndarray:
-    """The numbers [H, W] that a label map's file holds: one channel or palette indices, of 1, 8, 16 or 32 bits.
+    """The values [H, W] of a label map's file: one channel or palette indices, of 1, 8, 16 or 32 bits.
 
     Raises:
-        ValueError: no readable image, more than one channel, or over `MAX_PIXELS` pixels; the message is a short reason.
+        ValueError: if it is not a readable image, or has several channels or more than `MAX_PIXELS` pixels; the message is
+            a short reason.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -62,22 +61,22 @@ def read_label_map(path: str | Path) -> np.ndarray:
     except Exception as error:  # as in `decode_image`
         raise ValueError(f"cannot be read: {error}") from error
     if mode not in _LABEL_MODES:
-        raise ValueError(f"has {mode} pixels; a label map has one channel with the class's number")
+        raise ValueError(f"has {mode} pixels; a label map has one channel of class numbers")
     return numbers.astype(np.uint8) if mode == "1" else numbers
 
 
 def image_size(data: bytes | str) -> tuple[int, int]:
-    """(width, height) in pixels of an image that `decode_image` takes, or of its file, upright, without its pixels."""
+    """Upright (width, height) in pixels of an encoded image or of an image file, read from its header."""
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else (image.width, image.height)
+        transposed = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.height, image.width) if transposed else (image.width, image.height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB pixels as :func:`decode_image` gives them.
+    """Convert to 8-bit RGB as :func:`decode_image` does.
 
     Raises:
-        ValueError: for floating-point pixels, or integers beyond 16 bits.
+        ValueError: for floating-point pixels, or integers of more than 16 bits.
     """
     if image.mode == "RGB":
         return image
@@ -91,36 +90,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-    # convert("RGB") clips 16-bit grey at 255, which turns a photograph white.
+    # convert("RGB") would clip 16-bit grey at 255: a photograph would turn white.
     levels = np.asarray(image)
     if levels.min() < 0 or levels.max() > 0xFFFF:
-        raise ValueError("integer pixels beyond 16 bits have no known range")
+        raise ValueError("integer pixels of more than 16 bits have no known range")
     return Image.fromarray((levels >> 8).astype(np.uint8))
 
 
 def decode_pixels(data: bytes) -> np.ndarray:
-    """The pixels [H, W, 3] uint8 of :func:`decode_image`, at once where it is an upright JPEG.
+    """The pixels [H, W, 3] uint8 of :func:`decode_image`, faster for an upright JPEG.
 
     Raises:
-        ValueError: as there.
+        ValueError: as :func:`decode_image`.
     """
-    pixels = decode_plain(data)
+    pixels = decode_upright_jpeg(data)
     return np.array(decode_image(data)) if pixels is None else pixels
 
 
-def decode_plain(data: bytes) -> np.ndarray | None:
-    """The pixels [H, W, 3] uint8 of an upright JPEG without damage, and None for all that Pillow must look at.
+def decode_upright_jpeg(data: bytes) -> np.ndarray | None:
+    """The pixels [H, W, 3] uint8 of an intact JPEG without orientation; None for anything that Pillow must decode.
 
-    Pillow takes a JPEG apart in Python, which threads cannot do beside each other: on 16 cores they decoded 2,000 images a
-    second, whatever their number.
+    Pillow parses JPEG headers in Python, under the interpreter lock: on 16 cores, threads decoded 2,000 images a second,
+    however many there were.
     """
-    if not data.startswith(b"\xff\xd8") or any(mark in data for mark in _TURNED):
+    if not data.startswith(b"\xff\xd8") or any(marker in data for marker in _ORIENTATION_MARKERS):
         return None
     try:
         height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
         if stored not in ("YCbCr", "Gray") or height * width > MAX_PIXELS:
             return None
         pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-    except ValueError:  # Pillow reads more of what is damaged, and says what it cannot
+    except ValueError:  # Pillow accepts more damage, and reports the rest
         return None
     return pixels

@@ -1,4 +1,4 @@
-"""Geometry that teachers and student share: decode once, cut a view from the original pixels, resize once."""
+"""View geometry shared by teachers and student: a view is cut from the original pixels and resized once."""
 
 import hashlib
 import json
@@ -12,11 +12,12 @@ import numpy as np
 class View:
     """One view of an image.
 
-    `box` is (left, top, right, bottom) as fractions of the upright image in [0, 1]; `flip` mirrors left and right after
-    the cut.
+    Attributes:
+        box: (left, top, right, bottom) as fractions of the upright image, in [0, 1].
+        flip: whether left and right are mirrored after the cut.
 
     Raises:
-        ValueError: the box is empty or leaves the image.
+        ValueError: if the box is empty or leaves the image.
     """
 
     box: tuple[float, float, float, float]
@@ -31,19 +32,19 @@ class View:
 FULL = View((0.0, 0.0, 1.0, 1.0))
 
 _ATTEMPTS = 10
-"""Crops tried for one that fits into the image, as torchvision's RandomResizedCrop does, before its whole is taken."""
+"""Crops to try, as in torchvision's RandomResizedCrop, until one fits into the image; then the whole image is used."""
 
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """Which views of every image are cached.
+    """The views of each image that are cached.
 
     Attributes:
-        crops: views of an image, random resized crops; 0: one view, the whole image, and the rest is of no effect.
-        min_area: smallest share of the image's area.
-        max_ratio: largest ratio of a crop's sides.
+        crops: random resized crops per image; 0: one view, the whole image, and the other fields have no effect.
+        min_area: minimum share of the image's area.
+        max_ratio: maximum aspect ratio of a crop, in either direction.
         flip: probability that a crop is mirrored.
-        seed: of the draw, with the sample's id.
+        seed: of the random crops, together with the sample id.
     """
 
     crops: int = 0
@@ -54,12 +55,12 @@ class ViewPolicy:
 
     @property
     def rows_per_image(self) -> int:
-        """Views of one image."""
+        """Number of views of one image."""
         return self.crops or 1
 
     @property
     def id(self) -> str:
-        """``full``, or ``crops<n>-`` and a short hash of everything that decides the crops."""
+        """``full``, or ``crops<n>-`` and a short hash of all fields."""
         if not self.crops:
             return "full"
         return f"crops{self.crops}-{hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]}"
@@ -86,4 +87,4 @@ class ViewPolicy:
 
 
 WHOLE = ViewPolicy()
-"""One view of every image: `FULL`."""
+"""One view per image: `FULL`."""

@@ -1,28 +1,27 @@
-"""What the C library does with memory that tensors have left."""
+"""How the C library handles memory that tensors have freed."""
 
 from __future__ import annotations
 
 import ctypes
 
-# /usr/include/malloc.h
+# glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
-
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
-"""For processes that have threads before they can call :func:`keep_freed_memory`, as Ray's do.
+"""For processes that have threads before they can call :func:`keep_freed_memory`, such as Ray workers.
 
-Each thread gets an arena of its own, none of which holds more than 64 MiB in one piece: what is larger is mapped anew whatever
-was asked for, and arenas that are there already are handed to new threads.
+By default each thread gets an arena of its own. An arena cannot hold more than 64 MiB in one piece, so larger tensors are
+mapped anew whatever `mallopt` says, and new threads reuse existing arenas.
 """
 
 
 def keep_freed_memory() -> None:
-    """Let this process use freed memory again, in place of giving it back and asking for it anew; for glibc, else nothing.
+    """Make this process reuse freed memory instead of returning it to the system. No effect without glibc.
 
-    By default every tensor of more than some MiB is mapped into the process when it is made and taken out when it is freed, and
-    each of its pages is faulted in again: a forward pass on a CPU may spend more time in the kernel than in convolutions
-    (figures: docs/results.md, Extraction). The process stays as large as it was at its largest. Threads have their part in this
-    where it is called before there are any, or in an environment with `ENVIRONMENT`.
+    By default a tensor of more than a few MiB is mapped when it is created and unmapped when it is freed, and each of its
+    pages is faulted in again: a forward pass on a CPU may spend more time in the kernel than in convolutions (figures:
+    docs/results.md, Extraction). The price is that the process stays at its peak size. Covers all threads only if it is
+    called before they start, or if the process runs with `ENVIRONMENT`.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Work done ahead of its use, on threads: bounded, in order, errors raised where the result is used."""
+"""Results computed ahead of their use: in order, bounded, errors raised where a result is used."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ R = TypeVar("R")
 
 
 def map_ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Results of `function` over `items` in order, with at most `ahead` of them computed or waiting in the pool.
+    """Yield the results of `function` over `items` in order, at most `ahead` of them ahead of use.
 
-    Unlike ``Executor.map``, which submits everything at once, memory stays bounded. Pending work is cancelled when the
-    consumer stops early.
+    ``Executor.map`` submits all items immediately; this keeps memory bounded. Pending calls are cancelled when the consumer
+    stops early.
     """
     pending: deque[Future[R]] = deque()
     try:

@@ -1,4 +1,4 @@
-"""What every image source gives: an index of samples, and the encoded bytes of any of its rows."""
+"""Interface of an image source: an index of samples, and the encoded bytes of any of its rows."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -21,32 +21,31 @@ INDEX_SCHEMA = pa.schema(
 )
 """One row per sample.
 
-`sample_id` is stable across machines and runs; `label` is null where there is none; `uri` is the absolute path of the
-file that holds the image ("" for generated scenes); `offset` is the byte offset in a tar, the row in a Parquet file,
-the number of a generated scene, else 0; `size` is in bytes: the encoded image, or the array of a raw one, or 0 where
-there is nothing to measure.
+`sample_id` is stable across machines and runs; `label` is null for a sample without one; `uri` is the absolute path of
+the file that holds the image ("" for generated scenes); `offset` is the byte offset in a tar, the row in a Parquet file,
+the number of a generated scene, else 0; `size` is in bytes: of the encoded image or of a raw array, 0 if unknown.
 """
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""Lower case, in order of preference where one sample has several."""
+"""Lower case, in order of preference if a sample has several."""
 
 MAX_BYTES = 256 << 20
-"""Larger files, tar members and arrays are not read: this is the largest image that `decode_image` takes, uncompressed."""
+"""Maximum size of a file, tar member or array: the largest image that `decode_image` accepts, uncompressed."""
 
 
 def odd_class(expected: Sequence[str], found: Sequence[str]) -> str | None:
-    """The first class that only one of two lists has, or that their order differs; None where they are the same."""
+    """The first class that is in only one of two lists, or a note that their order differs; None if they are equal."""
     if tuple(expected) == tuple(found):
         return None
     return min(set(expected) ^ set(found), default="the order of the classes")
 
 
 class Source(Protocol):
-    """A set of images. Small and picklable: it travels to Ray workers and holds no open file."""
+    """A set of images. Small and picklable, for Ray workers: it holds no open file."""
 
     @property
     def name(self) -> str:
-        """Readable and safe as a file name, such as `imagenette224-train`."""
+        """Readable name, safe as a file name, such as `imagenette224-train`."""
 
     @property
     def location(self) -> str:
@@ -54,28 +53,25 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by label; empty where the source does not tell them."""
+        """Class names by label; empty if the source does not have them."""
 
     @property
     def random_access(self) -> bool:
-        """Whether rows are quick to read in any order; else neighbours of the index share what must be read whole."""
+        """Whether rows are fast to read in any order; if not, neighbours in the index share a block that is read as a whole."""
 
     def index(self) -> pa.Table:
         """Table of `INDEX_SCHEMA`, sorted by sample id, ids unique, never empty.
 
         Raises:
-            UserError: nothing found, an id occurs twice, or a file that the index needs cannot be read.
+            UserError: if nothing is found, an id occurs twice, or a file that the index needs cannot be read.
         """
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """Encoded image bytes of these index rows, in their order.
-
-        A sample that cannot be read is given as its exception, so that the others still arrive.
-        """
+        """Encoded image bytes of these index rows, in order; an exception instead for each sample that cannot be read."""
 
 
 def foreign_name(name: str) -> bytes | None:
-    """The bytes of a file's name that is not valid UTF-8, or None: an index can hold no such name."""
+    """The bytes of a file name that is not valid UTF-8, which an index cannot hold; None for a valid one."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -84,12 +80,12 @@ def foreign_name(name: str) -> bytes | None:
 
 
 def oversize(size: int) -> ValueError | None:
-    """Why a sample of this many bytes is not read, or None."""
+    """The error for a sample of this many bytes if that is too many, or None."""
     return ValueError(f"{size} bytes are over the {MAX_BYTES} allowed") if size > MAX_BYTES else None
 
 
 class Extent(NamedTuple):
-    """Where one sample lies in its file: `offset` and `size` of its index row."""
+    """Position of a sample in its file: `offset` and `size` of its index row."""
 
     offset: int
     size: int
@@ -98,11 +94,11 @@ class Extent(NamedTuple):
 def finish_index(table: pa.Table, *, location: str, looked_for: str) -> pa.Table:
     """Cast to `INDEX_SCHEMA`, sort by sample id and refuse an empty index or repeated ids.
 
-    Negative labels mean "no label" (as in Hugging Face test sets) and become null.
+    Negative labels mean "no label", as in Hugging Face test sets, and become null.
 
     Raises:
-        UserError: the table has no rows (the message says what was `looked_for`), repeats a sample id, or has one that
-            holds a control character.
+        UserError: if the table has no rows (the message says what was `looked_for`), or a sample id is repeated or contains
+            a control character.
     """
     if table.num_rows == 0:
         raise UserError(f"{location}: no images found; looked for {looked_for}")
@@ -129,11 +125,11 @@ def _refuse_repeats(table: pa.Table, location: str) -> None:
 
 
 def _refuse_control_characters(table: pa.Table, location: str) -> None:
-    """Ids are printed: a line break would forge a line of a log, and an escape would command a terminal."""
+    """Ids are printed: a line break would forge a log line, an escape sequence would control the terminal."""
     found = pc.index(pc.match_substring_regex(table["sample_id"], r"[\x00-\x1f\x7f]"), True).as_py()
     if found >= 0:
         name = table["sample_id"][found].as_py()
-        raise UserError(f"{location}: sample id {name!r} holds a control character; rename it")
+        raise UserError(f"{location}: sample id {name!r} contains a control character; rename it")
 
 
 def by_file(rows: pa.Table) -> Iterator[tuple[str, list[Extent]]]:

@@ -1,4 +1,4 @@
-"""Where images come from."""
+"""Configuration of the image sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.config.tree import Section, operational
 
 
 class SamplesConfig(Section):
-    """The generated sample scenes, used where `data.train` is `samples`."""
+    """The generated sample scenes, used when `data.train` is `samples`."""
 
     train: int = Field(1000, ge=1, description="number of generated training scenes")
     val: int = Field(300, ge=0, description="number of generated held-out scenes")

@@ -18,8 +18,8 @@ from pipeline.sources.locations import readable_name, refuse_several_splits
 class ImageFolder:
     """`<location>/<class>/**/<image>`, labelled by sorted class folder, or `<location>/<image>` without labels.
 
-    A sample id is the path below `location` with forward slashes. Hidden files and folders are left out. An empty class
-    folder keeps its label, so that splits of one set agree.
+    A sample id is the path below `location` with forward slashes. Hidden files and folders are ignored. An empty class
+    folder keeps its label, so that the splits of a dataset agree.
     """
 
     random_access: ClassVar[bool] = True
@@ -29,17 +29,17 @@ class ImageFolder:
 
     @classmethod
     def open(cls, location: str) -> "ImageFolder":
-        """Look at the top level of an absolute folder path.
+        """Inspect the top level of an absolute folder path.
 
         Raises:
-            UserError: it cannot be listed, mixes images with class folders, or holds splits in place of classes.
+            UserError: if it cannot be listed, mixes images with class folders, or contains splits instead of classes.
         """
         entries = _entries(location)
         classes = tuple(sorted(entry.name for entry in entries if entry.is_dir()))
         loose = next((entry.name for entry in entries if _is_image(entry)), None)
         if classes and loose:
             raise UserError(
-                f"{location}: holds images ({loose}) beside class folders ({classes[0]}); "
+                f"{location}: contains both images ({loose}) and class folders ({classes[0]}); "
                 "move them into class folders, or into a folder of their own"
             )
         refuse_several_splits(location, classes)
@@ -47,11 +47,11 @@ class ImageFolder:
 
     @property
     def name(self) -> str:
-        """Last two components of the folder's path."""
+        """The last two components of the folder's path."""
         return readable_name(self.location)
 
     def index(self) -> pa.Table:
-        """One row per image file; sizes are those on disk."""
+        """One row per image file, with its size on disk."""
         labelled: list[tuple[os.DirEntry[str], int | None]]
         if self.classes:
             labelled = [
@@ -76,7 +76,7 @@ class ImageFolder:
         return finish_index(table, location=self.location, looked_for=looked_for)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """File contents of these index rows; a file that cannot be read, or is too large, is given as its exception."""
+        """File contents of these index rows; an exception instead of a file that cannot be read or is too large."""
         for uri in rows["uri"].to_pylist():
             try:
                 yield _read(Path(uri))
@@ -87,7 +87,7 @@ class ImageFolder:
 def _read(path: Path) -> bytes | Exception:
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
-        return OSError(f"{path}: not a regular file")  # a pipe would be waited for, and a device never ends
+        return OSError(f"{path}: not a regular file")  # reading a pipe may block, reading a device may never end
     return oversize(info.st_size) or path.read_bytes()
 
 
@@ -100,15 +100,15 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def images_below(folder: str) -> Iterator[os.DirEntry[str]]:
-    """The image files below a folder, in no order; hidden files and folders, and linked folders, are left out.
+    """The image files below a folder, in no particular order, without hidden files, hidden folders and linked folders.
 
     Raises:
-        UserError: where a folder cannot be listed.
+        UserError: if a folder cannot be listed.
     """
     pending = [folder]
     while pending:
         for entry in _entries(pending.pop()):
-            # A linked folder inside a class may lead back up and never end; a linked class folder or file is followed.
+            # A link to a folder may form a cycle. Links to files, and class folders that are links, are followed.
             if entry.is_dir(follow_symlinks=False):
                 pending.append(entry.path)
             elif _is_image(entry):
@@ -123,7 +123,7 @@ def _size(entry: os.DirEntry[str]) -> int:
     try:
         return entry.stat().st_size
     except OSError:
-        # A broken link stays in the index: reading it reports that sample, and the others go on.
+        # A broken link stays in the index: reading it fails for that sample alone.
         return 0
 
 

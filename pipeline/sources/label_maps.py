@@ -1,4 +1,4 @@
-"""Dense labels beside images: mask files in ADE20K's layout, or those of the generated scenes."""
+"""Label maps for semantic segmentation: mask files in ADE20K's layout, or those of the generated scenes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.sample_scenes import SEGMENTATION_CLASSES, SampleScenes
 
 IGNORE = -1
-"""Label of a pixel that has none."""
+"""Label of a pixel without a class."""
 
 UNLABELLED = 255
-"""Value of a mask file for the same, beside 0."""
+"""Value of such a pixel in a mask file, as is 0."""
 
 _MASK_FOLDERS = ("annotations", "masks")
 
@@ -30,24 +30,24 @@ class LabelMaps(Protocol):
     """The label maps of a source, by sample id. Picklable."""
 
     def read(self, sample_id: str) -> np.ndarray:
-        """Class of every pixel: int64 [H, W], `IGNORE` where there is none."""
+        """Class of every pixel: int64 [H, W], `IGNORE` for none."""
 
     def check(self) -> int:
-        """The number of classes that occur: the largest class and one.
+        """The number of classes: the largest class in any label map, plus one.
 
         Raises:
-            UserError: naming the first image without a fitting label map.
+            UserError: naming the first image without a matching label map.
         """
 
 
 @dataclass(frozen=True)
 class MaskFolder:
-    """`<masks>/<path of the image>.png`: 0 and 255 are ignored, else value v is class v - 1, as in ADE20K's SceneParse150.
+    """`<masks>/<path of the image>.png`: 0 and 255 are ignored, any other value v is class v - 1, as in ADE20K's SceneParse150.
 
     Attributes:
         images: folder of the images.
         masks: folder of the masks.
-        sample_ids: paths of the images below theirs.
+        sample_ids: paths of the images below `images`.
     """
 
     images: str
@@ -55,7 +55,7 @@ class MaskFolder:
     sample_ids: tuple[str, ...]
 
     def path(self, sample_id: str) -> Path:
-        """The mask of an image."""
+        """File of an image's mask."""
         return Path(self.masks, sample_id).with_suffix(".png")
 
     def read(self, sample_id: str) -> np.ndarray:
@@ -68,7 +68,7 @@ class MaskFolder:
         return np.where(values == UNLABELLED, IGNORE, values - 1)
 
     def check(self) -> int:
-        """See :class:`LabelMaps`; a mask must be as large as its upright image."""
+        """See :class:`LabelMaps`; a mask must be as large as its image when upright."""
         with ThreadPoolExecutor(8) as pool:
             largest = max(pool.map(self._largest, self.sample_ids))
         if largest == IGNORE:
@@ -91,7 +91,7 @@ class MaskFolder:
 
 @dataclass(frozen=True)
 class SceneLabels:
-    """Label maps of generated scenes: background is class 0, and nothing is ignored."""
+    """Label maps of generated scenes: the background is class 0, and no pixel is ignored."""
 
     source: SampleScenes
 
@@ -100,37 +100,37 @@ class SceneLabels:
         return self.source.scene(int(sample_id.rpartition("-")[2])).semantic.astype(np.int64)
 
     def check(self) -> int:
-        """See :class:`LabelMaps`; every class counts, whether or not a scene shows it."""
+        """See :class:`LabelMaps`; counts all classes, whether or not they occur."""
         return len(SEGMENTATION_CLASSES)
 
 
 def open_label_maps(source: Source, sample_ids: Sequence[str]) -> LabelMaps:
     """The label maps of a source.
 
-    Those of an image folder lie beside it, in the folder of the same path with `images` replaced by `annotations` or
-    `masks`: `ade20k/images/training` has `ade20k/annotations/training`.
+    For an image folder, `images` in its path is replaced by `annotations` or `masks`: the label maps of
+    `ade20k/images/training` are in `ade20k/annotations/training`.
 
     Raises:
-        UserError: where the source cannot have any, or they are not there.
+        UserError: if the source cannot have label maps, or they do not exist.
     """
     if isinstance(source, SampleScenes):
         return SceneLabels(source)
     if not isinstance(source, ImageFolder):
         raise UserError(f"{source.location}: label maps need a folder of images, or `samples`")
-    masks = masks_beside(source.location)
+    masks = masks_folder(source.location)
     if masks is None:
         raise UserError(
-            f"{source.location}: there are no label maps beside it: they are looked for in the folder of the same path with "
-            f"`images` replaced by `annotations` or `masks`, as in ade20k/images/training and ade20k/annotations/training"
+            f"{source.location}: found no label maps; put them into the folder of the same path with `images` replaced by "
+            "`annotations` or `masks`, as in ade20k/images/training and ade20k/annotations/training"
         )
     return MaskFolder(source.location, masks, tuple(sample_ids))
 
 
-def masks_beside(images: str) -> str | None:
-    """The folder of label maps that belongs to a folder of images by its path, or None where there is none."""
+def masks_folder(images: str) -> str | None:
+    """The existing folder of label maps that belongs to a folder of images by its path, or None."""
     parts = images.rstrip(os.sep).split(os.sep)
     if "images" not in parts:
         return None
-    place = len(parts) - 1 - parts[::-1].index("images")
-    looked = [os.sep.join([*parts[:place], name, *parts[place + 1 :]]) for name in _MASK_FOLDERS]
-    return next((folder for folder in looked if os.path.isdir(folder)), None)
+    last = len(parts) - 1 - parts[::-1].index("images")
+    candidates = [os.sep.join([*parts[:last], name, *parts[last + 1 :]]) for name in _MASK_FOLDERS]
+    return next((folder for folder in candidates if os.path.isdir(folder)), None)

@@ -1,4 +1,4 @@
-"""Locations as the user writes them: folders, files, glob and brace patterns."""
+"""Locations as users write them: folders, files, glob and brace patterns."""
 
 import glob
 import os
@@ -16,10 +16,10 @@ _SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:ing|id|idation)?\d*(?=$|[-_.
 
 
 def absolute(location: str) -> str:
-    """Absolute path of a location, so that a worker with another working folder finds it.
+    """Absolute path of a location, which also holds for a worker with another working folder.
 
     Raises:
-        UserError: the location is a URI.
+        UserError: if the location is a URI.
     """
     if "://" in location:
         raise UserError(f"{location}: images are read from paths; mount the store, or copy the data to a local folder")
@@ -27,12 +27,10 @@ def absolute(location: str) -> str:
 
 
 def below(folder: str, name: str) -> str:
-    """Path of a file that an annotation names, within its folder.
-
-    Links within the folder are the user's own, and are followed.
+    """Path of a file that an annotation names, within its folder. Links in the folder are the user's own and are followed.
 
     Raises:
-        UserError: the name leads out of the folder.
+        UserError: if the name leads out of the folder.
     """
     if not name or os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
         raise UserError(f"{folder}: the annotations name {name!r}, which is not a file below it; correct that entry")
@@ -40,10 +38,10 @@ def below(folder: str, name: str) -> str:
 
 
 def expand(path: str) -> tuple[str, ...]:
-    """Files that a path, glob (`*.parquet`) or brace pattern (`x-{000..012}.tar`, `{a,b}.tar`) names, sorted.
+    """The files that match a path, glob (`*.parquet`) or brace pattern (`x-{000..012}.tar`, `{a,b}.tar`), sorted.
 
     Raises:
-        UserError: a named file is missing, or a pattern matches nothing.
+        UserError: if a file is missing or a pattern matches nothing.
     """
     if os.path.exists(path):
         return (path,)
@@ -76,19 +74,21 @@ def _options(body: str) -> list[str]:
 
 
 def readable_name(path: str) -> str:
-    """Name from the last two path components, safe as a file name: `/d/cifar/train.parquet` gives `cifar-train`."""
+    """A name from the last two path components, safe as a file name: `/d/cifar/train.parquet` gives `cifar-train`."""
     stem = re.sub(r"\.(tar|parquet)$", "", path, flags=re.IGNORECASE)
     parts = [part for part in stem.split(os.sep) if part][-2:]
     return re.sub(r"[^\w.]+|\.{2,}", "-", "-".join(parts)).strip("-._") or "images"
 
 
 def refuse_several_splits(location: str, names: Iterable[str], *, extension: str = "") -> None:
-    """Refuse a folder whose entries belong to several splits: training data would leak into the evaluation.
+    """Refuse a folder with several splits, which would leak training data into the evaluation.
 
     Raises:
-        UserError: two of the names carry different split names (train, val, test).
+        UserError: if the names contain different split names (train, val, test).
     """
     splits = sorted({match[1].lower() for name in names if (match := _SPLIT.search(name.removesuffix(extension)))})
     if len(splits) > 1:
         example = f"{location}/{splits[0]}" + (f"*{extension}" if extension else "")
-        raise UserError(f"{location}: holds several splits ({', '.join(splits)}); name one of them, such as {example}")
+        raise UserError(
+            f"{location}: contains several splits ({', '.join(splits)}); name one of them, such as {example}"
+        )

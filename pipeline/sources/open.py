@@ -19,14 +19,17 @@ def open_source(
     label_column: str | None = None,
     samples: SceneSettings | None = None,
 ) -> Source:
-    """Open the images at a location; its kind follows from what is there.
+    """Open the images at a location, whose content decides the kind of source.
 
-    `samples` -> generated scenes of `split`, by the given settings. A folder of class folders or images ->
-    `ImageFolder`. Folder, file, glob or brace pattern of `.tar` or `.parquet` -> `TarShards` or `ParquetImages`. The
-    columns concern Parquet alone; None finds them.
+    Args:
+        location: `samples` for generated scenes; a folder of class folders or images for `ImageFolder`; a folder, file, glob
+            or brace pattern of `.tar` or `.parquet` files for `TarShards` or `ParquetImages`.
+        split: of the generated scenes.
+        image_column, label_column: of Parquet files; None: found by type and name.
+        samples: settings of the generated scenes.
 
     Raises:
-        UserError: nothing there, a mix of kinds or splits, or no image column; one line with the remedy.
+        UserError: if nothing is found, kinds or splits are mixed, or no column holds images.
     """
     if location == SAMPLES:
         settings = samples or SceneSettings()
@@ -41,13 +44,13 @@ def open_source(
     if kinds == {".parquet"}:
         return ParquetImages.open(path, files, image_column, label_column)
     raise UserError(
-        f"{path}: names {', '.join(sorted(kind or 'folders' for kind in kinds))}; "
+        f"{path}: matches {', '.join(sorted(kind or 'folders' for kind in kinds))}; "
         "give a folder of images, or .tar files, or .parquet files"
     )
 
 
 def _archives_in(folder: str) -> tuple[str, ...]:
-    """Tar or Parquet files directly in a folder; none where it holds images or class folders alone."""
+    """The tar or Parquet files directly in a folder; empty if it contains only images or class folders."""
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
@@ -60,7 +63,7 @@ def _archives_in(folder: str) -> tuple[str, ...]:
     kind = archives[0]
     if others or len(archives) > 1:
         raise UserError(
-            f"{folder}: holds {kind} files beside other data; name the files you mean, such as {folder}/*{kind}"
+            f"{folder}: contains {kind} files and other data; name the files you mean, such as {folder}/*{kind}"
         )
     refuse_several_splits(folder, found[kind], extension=kind)
     return tuple(os.path.join(folder, name) for name in found[kind])

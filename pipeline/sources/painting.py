@@ -1,7 +1,7 @@
-"""Random surfaces for sample scenes: colour, shading and texture that tell nothing about an object's class.
+"""Random surfaces for sample scenes: colour, shading and texture that are independent of an object's class.
 
-Arrays see only sums, products and resizing, no transcendental function: those differ in the last bit between
-processors, and the pixels must not.
+Arrays go through sums, products and resizing alone. Transcendental functions differ in the last bit between processors, and
+the pixels must not.
 """
 
 import math
@@ -13,7 +13,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def surface(random: np.random.Generator, size: int) -> np.ndarray:
-    """A colour with a linear shading, cloudy texture and a grating: float32 [size, size, 3] around 0..255."""
+    """A colour with linear shading, cloudy texture and a grating: float32 [size, size, 3], roughly in 0..255."""
     colour = random.uniform(70, 185) + random.uniform(-50, 50, 3)
     tint = random.uniform(0.6, 1.0, 3)
     steps = np.linspace(-1, 1, size, dtype=np.float32)
@@ -41,13 +41,13 @@ def _clouds(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def blend(random: np.random.Generator, image: np.ndarray, cover: np.ndarray) -> np.ndarray:
-    """Paint an object with the given coverage, brighter or darker than what it hides: float32 like `image`."""
+    """Paint an object with the given coverage, brighter or darker than the pixels it hides: float32 like `image`."""
     paint = surface(random, len(image))
     hidden = _mean_luma(image, cover)
     contrast = random.uniform(35, 90) * random.choice((-1, 1))
     if not 20 < hidden + contrast < 235:
         contrast = -contrast
-    # Whole levels: the last bits of a sum depend on the processor.
+    # Rounded, because the last bits of a sum depend on the processor.
     shift = round(hidden + contrast - _mean_luma(paint, cover))
     return image + cover[..., None] * (paint + np.float32(shift) - image)
 

@@ -1,4 +1,4 @@
-"""Which columns of a Parquet file hold the image, the label and the class names."""
+"""Find the columns of a Parquet file that hold the images and labels, and the class names."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
     """Open a Parquet file and read its footer.
 
     Raises:
-        UserError: the file is missing, truncated or not Parquet.
+        UserError: if the file is missing, truncated or not Parquet.
     """
     with readable(path):
         return pq.ParquetFile(path)
@@ -43,23 +43,22 @@ def open_parquet(path: str) -> pq.ParquetFile:
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """While a Parquet file is read.
+    """Context in which a Parquet file is read.
 
     Raises:
-        UserError: it is damaged, or not Parquet.
+        UserError: if the file is damaged or not Parquet.
     """
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
+        raise UserError(f"{path}: not a readable Parquet file ({one_line(error)}); fetch it again") from error
 
 
 def find_image_column(path: str, named: str | None) -> ImageColumn:
-    """The named column, or the one that can hold images (by its usual name where several can).
+    """The named column, or the only one that can hold images; of several, the one with a usual name.
 
     Raises:
-        UserError: no column fits, several do, or the named one is missing or of another type.
+        UserError: if no column or several columns fit, or the named one is missing or of another type.
     """
     with open_parquet(path) as file:
         schema = file.schema_arrow
@@ -83,10 +82,10 @@ def fits(column: ImageColumn, schema: pa.Schema) -> bool:
 
 
 def find_label_column(path: str, named: str | None) -> str | None:
-    """The named integer column, or the first usual one, or None.
+    """The named integer column, or the first one with a usual name, or None.
 
     Raises:
-        UserError: the named column is missing or not of an integer type.
+        UserError: if the named column is missing or not of an integer type.
     """
     schema = _schema(path)
     integers = [field.name for field in schema if pa.types.is_integer(field.type)]
@@ -97,7 +96,7 @@ def find_label_column(path: str, named: str | None) -> str | None:
 
 
 def class_names(path: str, label_column: str | None) -> tuple[str, ...]:
-    """Names of a Hugging Face `ClassLabel` from the schema's metadata; empty where there are none."""
+    """Names of a Hugging Face `ClassLabel` from the schema's metadata; empty if it has none."""
     metadata = _schema(path).metadata or {}
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
@@ -129,7 +128,7 @@ def _layouts(kind: pa.DataType) -> tuple[Layout, ...]:
 
 
 def is_square(count: int) -> bool:
-    """Whether `count` values fill three square planes."""
+    """Whether `count` values make three square planes."""
     return count > 0 and count == 3 * math.isqrt(count // 3) ** 2
 
 
@@ -142,7 +141,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _sniff(file: pq.ParquetFile, name: str) -> Layout:
-    """Raw planes carry no header, so one stored value tells encoded images and arrays apart."""
+    """Tell encoded images from raw planes, which have no header, by the first stored value."""
     batch = next(file.iter_batches(batch_size=16, columns=[name]), None)
     values = pc.drop_null(batch.column(0)) if batch is not None else []
     if not len(values):

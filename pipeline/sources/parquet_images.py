@@ -27,16 +27,16 @@ from pipeline.sources.raw_arrays import byte_counts, to_png
 
 _INDEX_BATCH = 256
 _MAX_GROUP = 2 << 30
-"""Bytes that the images of one row group unpack to, at most: a row group is read whole."""
+"""Maximum uncompressed bytes of the images in a row group, which is read as a whole."""
 _MEASURED = pa.schema({"label": pa.int64(), "size": pa.int64(), "path": pa.string()})
 
 
 @dataclass(frozen=True)
 class ParquetImages:
-    """Rows of Parquet files of one schema; `files` are their absolute paths.
+    """Rows of Parquet files with one schema; `files` are their absolute paths.
 
-    A sample id is the image struct's `path` where those are unique and reading in their order goes through each row
-    group once; otherwise `<file name>#<row>`, the row in eight digits so that ids sort in file order.
+    A sample id is the image struct's `path` if paths are unique and reading in their order visits each row group once;
+    otherwise `<file name>#<row>`, the row in eight digits so that ids sort in file order.
     """
 
     random_access: ClassVar[bool] = False
@@ -54,7 +54,7 @@ class ParquetImages:
         """Find the columns in the first file.
 
         Raises:
-            UserError: the file is unreadable, or holds no such columns; the message lists those it has.
+            UserError: if the file is unreadable or lacks such columns; the message lists the columns it has.
         """
         label_column = find_label_column(files[0], label_column)
         image = find_image_column(files[0], image_column)
@@ -62,11 +62,11 @@ class ParquetImages:
 
     @property
     def name(self) -> str:
-        """Last two components of the location, without `.parquet`."""
+        """The last two components of the location, without `.parquet`."""
         return readable_name(self.location)
 
     def index(self) -> pa.Table:
-        """One row per Parquet row; reads the image column once for its byte lengths and decodes nothing."""
+        """One row per Parquet row; reads the image column once for its byte lengths, without decoding."""
         tables = [self._index_file(path, number) for number, path in enumerate(self.files)]
         table = pa.concat_tables(tables)
         if _paths_are_ids(table):
@@ -98,9 +98,7 @@ class ParquetImages:
             if name not in schema.names:
                 raise UserError(f"{path}: has no column '{name}', unlike {self.files[0]}; name files of one schema")
         if not fits(self.image, schema) or (label and not pa.types.is_integer(schema.field(label).type)):
-            raise UserError(
-                f"{path}: its columns have other types than those of {self.files[0]}; name files of one schema"
-            )
+            raise UserError(f"{path}: the types of its columns differ from {self.files[0]}; name files of one schema")
 
     def _refuse_large_groups(self, path: str, metadata: pq.FileMetaData) -> None:
         for group in range(metadata.num_row_groups):
@@ -108,8 +106,8 @@ class ParquetImages:
             size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self.image.name)
             if not 0 <= size <= _MAX_GROUP:
                 raise UserError(
-                    f"{path}: the images of row group {group} unpack to {size / 2**30:.1f} GiB, more than the "
-                    f"{_MAX_GROUP >> 30} GiB allowed; write it again with smaller row groups"
+                    f"{path}: the images of row group {group} take {size / 2**30:.1f} GiB uncompressed, more than the "
+                    f"{_MAX_GROUP >> 30} GiB allowed; rewrite the file with smaller row groups"
                 )
 
     def _measure_all(self, path: str, file: pq.ParquetFile) -> pa.Table:
@@ -130,7 +128,7 @@ class ParquetImages:
         return pa.record_batch([label, byte_counts(image, self.image.layout), path], schema=_MEASURED)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """Image bytes of these index rows; raw arrays arrive as PNG. Each row group is read once, however they lie in it."""
+        """Image bytes of these index rows, raw arrays as PNG. Each row group is read once, whatever the order of the rows."""
         stored = pc.sort_indices(rows, [("uri", "ascending"), ("offset", "ascending")])
         images = list(self._read_stored(rows.take(stored)))
         yield from (images[place] for place in pc.sort_indices(stored).to_pylist())
@@ -170,7 +168,7 @@ def _group_starts(file: pq.ParquetFile) -> np.ndarray:
 def _image_bytes(value: pa.Scalar, layout: Layout) -> bytes | Exception:
     stored = value["bytes"] if layout == "struct" and value.is_valid else value
     if not stored.is_valid:
-        return ValueError("the row holds no image bytes")
+        return ValueError("the row has no image bytes")
     try:
         return stored.as_py() if layout in ("struct", "encoded") else to_png(stored, layout)
     except ValueError as error:
@@ -181,6 +179,6 @@ def _paths_are_ids(table: pa.Table) -> bool:
     path = table["path"]
     if path.null_count or pc.count_distinct(path).as_py() < len(path):
         return False
-    # Ids decide the order of shards: shuffled paths would make every shard read every row group of a large set.
+    # Shards follow the order of ids: with shuffled paths every shard would read every row group of a large dataset.
     groups = table["group"].take(pc.sort_indices(path)).to_numpy()
     return np.count_nonzero(np.diff(groups)) == len(np.unique(groups)) - 1

@@ -12,7 +12,7 @@ from pipeline.sources.parquet_columns import Layout, is_square
 
 
 def byte_counts(column: pa.Array, layout: Layout) -> pa.Array:
-    """Bytes of each image as int64, 0 for null: encoded length, or 3 n² for arrays, without decoding any."""
+    """Bytes of each image as int64, without decoding: the encoded length, 3 n² for arrays, 0 for null."""
     kind = column.type
     if pa.types.is_fixed_size_binary(kind):
         counts = pc.if_else(column.is_valid(), kind.byte_width, 0)
@@ -25,10 +25,10 @@ def byte_counts(column: pa.Array, layout: Layout) -> pa.Array:
 
 
 def to_png(value: pa.Scalar, layout: Layout) -> bytes:
-    """One stored array, planes (3, n, n) or nested n x n x 3, as PNG bytes.
+    """Encode a stored array, planes (3, n, n) or nested n x n x 3, as PNG.
 
     Raises:
-        ValueError: the array is not square with three channels, or a value is not in 0..255.
+        ValueError: if the array is not square with three channels, or a value is not in 0..255.
     """
     pixels = _nested_pixels(value) if layout == "nested" else _plane_pixels(value)
     buffer = io.BytesIO()
@@ -39,7 +39,7 @@ def to_png(value: pa.Scalar, layout: Layout) -> bytes:
 def _plane_pixels(value: pa.Scalar) -> np.ndarray:
     flat = value.values.to_numpy() if pa.types.is_nested(value.type) else np.frombuffer(value.as_buffer(), np.uint8)
     if not is_square(len(flat)):
-        raise ValueError(f"{len(flat)} values are not three square planes")
+        raise ValueError(f"{len(flat)} values do not make three square planes")
     side = math.isqrt(len(flat) // 3)
     return np.ascontiguousarray(flat.reshape(3, side, side).transpose(1, 2, 0))
 

@@ -1,7 +1,7 @@
-"""Seeded sample scenes with labels, boxes, masks and a dense label map: the data of a machine that has none.
+"""Generated sample scenes with labels, boxes, masks and a label map, for machines without a dataset.
 
-A scene holds one dominant object, whose shape is the image's label, and smaller ones around it. Colour, brightness,
-texture, size and place say nothing about the class; only shape does.
+A scene has one dominant object, whose shape is the image's label, and smaller objects around it. Only shape depends on the
+class; colour, brightness, texture, size and position do not.
 """
 
 import io
@@ -21,18 +21,22 @@ from pipeline.sources.painting import blend, surface
 from pipeline.sources.shapes import CLASSES, coverage
 
 SEGMENTATION_CLASSES = ("background", *CLASSES)
-"""Values of `Scene.semantic`: 0 is background, a class like any other (nothing is ignored); object class c is c + 1."""
+"""Classes of `Scene.semantic`: 0 is the background, a class like any other; object class c is c + 1."""
 
 _MIN_VISIBLE = 1 / 400
-"""Objects with a smaller visible share of the image are left out of the scene altogether."""
+"""Minimum visible share of the image; objects with less are left out of the scene."""
 
 
 class Scene(NamedTuple):
-    """One image with annotations that agree with each other; the dominant object comes first.
+    """One image with consistent annotations; the dominant object comes first.
 
-    image: uint8 [H, W, 3] RGB. label: class of the dominant object. boxes: float32 [n, 4], (left, top, right, bottom)
-    in pixels, right and bottom exclusive, tight around the visible mask. classes: int64 [n]. masks: bool [n, H, W],
-    visible pixels only, so no two overlap. semantic: uint8 [H, W], see `SEGMENTATION_CLASSES`.
+    Attributes:
+        image: uint8 [H, W, 3] RGB.
+        label: class of the dominant object.
+        boxes: float32 [n, 4], (left, top, right, bottom) in pixels, right and bottom exclusive, tight around the mask.
+        classes: int64 [n].
+        masks: bool [n, H, W] of the visible pixels; no two overlap.
+        semantic: uint8 [H, W], see `SEGMENTATION_CLASSES`.
     """
 
     image: np.ndarray
@@ -45,7 +49,7 @@ class Scene(NamedTuple):
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """How many scenes, their side in pixels, and the seed they are drawn from."""
+    """Number of scenes, their side in pixels, and their seed."""
 
     count: int = 800
     size: int = 96
@@ -54,7 +58,7 @@ class SceneSettings:
 
 @dataclass(frozen=True)
 class SampleScenes:
-    """`count` scenes of `size` x `size` pixels; scene i depends on (seed, split, i) and the size alone."""
+    """`count` scenes of `size` x `size` pixels; scene i is a function of (seed, split, i, size)."""
 
     random_access: ClassVar[bool] = True
 
@@ -71,12 +75,12 @@ class SampleScenes:
 
     @property
     def name(self) -> str:
-        """Every parameter that decides the pixels, such as `samples-train-n800-s96-seed0`."""
+        """All parameters of the scenes, such as `samples-train-n800-s96-seed0`."""
         return f"samples-{self.split}-n{self.count}-s{self.size}-seed{self.seed}"
 
     @property
     def location(self) -> str:
-        """`samples`: there is no file."""
+        """`samples`."""
         return SAMPLES
 
     @property
@@ -86,11 +90,11 @@ class SampleScenes:
 
     @property
     def segmentation_classes(self) -> tuple[str, ...]:
-        """Names of the values in a dense label map, background first."""
+        """Names of the classes of a label map, background first."""
         return SEGMENTATION_CLASSES
 
     def index(self) -> pa.Table:
-        """One row per scene; `offset` is its number, `size` 0 (nothing is rendered), labels go round the classes."""
+        """One row per scene: `offset` is its number, `size` is 0 as nothing is rendered, labels cycle through the classes."""
         number = np.arange(self.count)
         table = pa.table(
             {
@@ -104,7 +108,7 @@ class SampleScenes:
         return finish_index(table, location=self.location, looked_for="data.samples")
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """Scenes as PNG, so that the decoded pixels are exactly `scene(i).image`."""
+        """Scenes as PNG, which decodes to exactly `scene(i).image`."""
         for number in rows["offset"].to_pylist():
             buffer = io.BytesIO()
             Image.fromarray(self.scene(number).image).save(buffer, "PNG", compress_level=1)
@@ -149,7 +153,7 @@ def _draw_object(random: np.random.Generator, label: int, centre: np.ndarray, ex
 
 
 def _visible(labels: list[int], covers: list[np.ndarray]) -> tuple[list[int], list[np.ndarray], np.ndarray]:
-    """Objects that can be seen, with their visible masks: bool [n, H, W]."""
+    """The objects that are visible, and their visible masks: bool [n, H, W]."""
     taken = np.zeros(covers[0].shape, bool)
     seen = []
     for label, cover in zip(labels, covers, strict=True):

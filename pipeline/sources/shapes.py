@@ -8,7 +8,7 @@ _TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
 
 
 def _polar(radii: list[float], start: float = -np.pi / 2) -> np.ndarray:
-    """Corners at equal angles, clockwise from the top; their distances from the centre repeat `radii`."""
+    """Corners at equal angles, clockwise from the top, at these distances from the centre."""
     angles = start + np.arange(len(radii)) * 2 * np.pi / len(radii)
     return np.stack([np.cos(angles), np.sin(angles)], 1) * np.array(radii)[:, None]
 
@@ -50,7 +50,7 @@ _OUTLINES: dict[str, list[np.ndarray]] = {
 }
 
 CLASSES = tuple(_OUTLINES)
-"""Object classes, sorted by name: a label is an index into this."""
+"""Object classes by label, sorted by name."""
 
 
 def _area(polygon: np.ndarray) -> float:
@@ -59,7 +59,7 @@ def _area(polygon: np.ndarray) -> float:
 
 
 def _of_unit_area(outlines: list[np.ndarray]) -> list[np.ndarray]:
-    """Scaled to equal area and centred on its bounds, so that no class is larger or brighter than another."""
+    """The outlines scaled to unit area and centred on their bounds, so that no class is larger or brighter than another."""
     outer = outlines[0]
     middle = (outer.min(0) + outer.max(0)) / 2
     area = _area(outer) - sum(map(_area, outlines[1:]))
@@ -72,8 +72,12 @@ _UNIT = [_of_unit_area(outlines) for outlines in _OUTLINES.values()]
 def coverage(label: int, centre: np.ndarray, extent: float, linear: np.ndarray, size: int) -> np.ndarray:
     """Share of each pixel that the object covers: float32 [size, size] in [0, 1].
 
-    `centre` is (x, y) in pixels, `extent` the square root of the object's area in pixels, `linear` a 2 x 2 matrix of
-    determinant 1 (rotation, stretch).
+    Args:
+        label: class of the object.
+        centre: (x, y) in pixels.
+        extent: square root of the object's area in pixels.
+        linear: 2 x 2 matrix of determinant 1, rotation and stretch.
+        size: side of the image in pixels.
     """
     fine = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING))
     draw = ImageDraw.Draw(fine)

@@ -1,4 +1,4 @@
-"""Images in tar files in the WebDataset layout: neighbouring members with the same basename are one sample."""
+"""Images in tar files in the WebDataset layout: adjacent members with the same basename are one sample."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from pipeline.sources.locations import readable_name
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")
 _MAX_TEXT = 1 << 20
-"""Bytes of a label member or of an extended header, at most: both are read whole."""
+"""Maximum bytes of a label member or an extended header, which are read as a whole."""
 _COLUMNS = ("sample_id", "label", "uri", "offset", "size")
 
 
@@ -25,8 +25,8 @@ _COLUMNS = ("sample_id", "label", "uri", "offset", "size")
 class TarShards:
     """Uncompressed tar files; `shards` are their absolute paths.
 
-    A sample id is `<tar file name>/<key>`. Labels come from a `.cls` member (decimal text) or from `label` in a `.json`
-    member; class names are not part of the layout.
+    A sample id is `<tar file name>/<key>`. A label is the decimal text of a `.cls` member or `label` in a `.json` member.
+    The layout has no class names.
     """
 
     random_access: ClassVar[bool] = True
@@ -37,25 +37,25 @@ class TarShards:
 
     @property
     def name(self) -> str:
-        """Last two components of the location, without `.tar`."""
+        """The last two components of the location, without `.tar`."""
         return readable_name(self.location)
 
     def index(self) -> pa.Table:
-        """One row per sample that has an image; `offset` and `size` are those of the image's bytes in the tar."""
+        """One row per sample with an image; `offset` and `size` locate the image's bytes in the tar."""
         rows = [row for shard in self.shards for row in _index_tar(shard)]
         columns = zip(*rows, strict=True) if rows else [()] * len(_COLUMNS)
         table = pa.table(dict(zip(_COLUMNS, map(list, columns), strict=True)))
         return finish_index(table, location=self.location, looked_for=f"{', '.join(IMAGE_EXTENSIONS)} members")
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """Bytes of these index rows; a tar that cannot be opened or ends early gives an OSError for each row in it."""
+        """Bytes of these index rows; an OSError instead for each row that cannot be read."""
         for shard, extents in by_file(rows):
             yield from _read_shard(shard, extents)
 
 
 def _read_shard(shard: str, extents: list[Extent]) -> Iterator[bytes | Exception]:
     try:
-        file = open(shard, "rb")  # noqa: SIM115  (inside `with`, an OSError of the consumer would be taken for ours)
+        file = open(shard, "rb")  # noqa: SIM115  (a `with` inside `try` would also catch an OSError of the consumer)
     except OSError as error:
         yield from [error] * len(extents)
         return
@@ -107,19 +107,19 @@ def _index_tar(path: str) -> Iterator[tuple[str, int | None, str, int, int]]:
 
 
 def _refuse_dotted(sample: dict[str, tarfile.TarInfo]) -> None:
-    """An image would be lost in silence: in WebDataset's layout all that follows the first dot is the extension."""
+    """Refuse names such as `a.b.jpg`: WebDataset takes all after the first dot as the extension, and would lose the image."""
     for extension, member in sample.items():
         if extension.endswith(IMAGE_EXTENSIONS):
-            raise ValueError(f"member '{member.name}' is no sample's image, as its extension begins at the first dot")
+            raise ValueError(f"member '{member.name}' is not an image, because its extension starts at the first dot")
 
 
 class _Member(tarfile.TarInfo):
-    """Refuses what would read all of an archive, or more memory than there is, as an extended header."""
+    """Refuses sizes that would read a whole archive, or exhaust memory, as an extended header."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        # The hook that tarfile has for subclasses. Before CVE-2025-8194 was mended, it went backwards for ever.
+        # tarfile's hook for subclasses. Versions before the fix of CVE-2025-8194 loop forever on a negative size.
         if self.size < 0 or (self.size > _MAX_TEXT and self.type in _EXTENDED):
-            raise tarfile.ReadError(f"a header says that {self.size} bytes follow")
+            raise tarfile.ReadError(f"a header claims that {self.size} bytes follow")
         return super()._proc_member(tar)  # type: ignore[misc]
 
 
@@ -133,10 +133,10 @@ _EXTENDED = (
 
 
 def _advancing(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members; one that says it ends before it begins would come again and again."""
+    """The members. A member that claims to end before it starts would be returned again and again."""
     for member in tar:
         if member.size < 0 or tar.offset <= member.offset:
-            raise tarfile.ReadError(f"member '{member.name}' says that it has {member.size} bytes")
+            raise tarfile.ReadError(f"member '{member.name}' claims a size of {member.size} bytes")
         yield member
 
 
@@ -148,7 +148,7 @@ def _image_or_label(member: tarfile.TarInfo) -> re.Match[str] | None:
 
 
 def _refuse_missing_end(tar: tarfile.TarFile) -> None:
-    # tarfile takes a damaged or cut header for the end of the archive; only a block of zeros is a real one.
+    # tarfile treats a damaged or truncated header as the end of the archive; the real end is a block of zeros.
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:

@@ -149,6 +149,6 @@ def test_a_name_that_would_forge_a_line_of_a_log_is_refused(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / name).write_bytes(b"")
-        with pytest.raises(UserError, match="holds a control character; rename it") as refused:
+        with pytest.raises(UserError, match="contains a control character; rename it") as refused:
             open_source(str(folder), split="train").index()
         assert str(refused.value).isprintable()

@@ -82,7 +82,7 @@ def test_a_missing_or_broken_mask_is_named(layout, tmp_path):
 def test_folders_that_cannot_have_masks_are_refused_with_the_layout(layout, tmp_path):
     layout()
     (tmp_path / "ade/annotations").rename(tmp_path / "ade/labels")
-    with pytest.raises(UserError, match=r"ade/images/training: there are no label maps beside it: .*annotations"):
+    with pytest.raises(UserError, match=r"ade/images/training: found no label maps; .*annotations"):
         layout.opened(tmp_path / "ade/images/training")
     (tmp_path / "ade/images").rename(tmp_path / "ade/photos")
     with pytest.raises(UserError, match="ade20k/images/training and ade20k/annotations/training"):

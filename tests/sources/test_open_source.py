@@ -21,7 +21,7 @@ def test_a_uri_is_refused_with_its_remedy() -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"")
-    with pytest.raises(UserError, match=r"names \.zip; give"):
+    with pytest.raises(UserError, match=r"matches \.zip; give"):
         open_source(str(tmp_path / "a.zip"), split="train")
 
 
@@ -30,7 +30,7 @@ def test_a_folder_of_mixed_kinds_is_refused(tmp_path: Path, other: str) -> None:
     (tmp_path / "a.tar").write_bytes(b"")
     (tmp_path / other).parent.mkdir(exist_ok=True)
     (tmp_path / other).write_bytes(b"")
-    with pytest.raises(UserError, match=r"beside other data; name the files you mean, such as .*/\*\.tar"):
+    with pytest.raises(UserError, match=r"and other data; name the files you mean, such as .*/\*\.tar"):
         open_source(str(tmp_path), split="train")
 
 

@@ -73,7 +73,7 @@ def test_json_labels_other_members_and_extensions_in_any_case(tmp_path: Path) ->
 def test_an_image_that_would_be_lost_for_a_dot_in_its_name_is_named(tmp_path: Path) -> None:
     members = {"a.jpg": encode(0), "Screenshot at 10.15.23.jpg": encode(1)}
     source = open_source(str(write_tar(tmp_path / "x.tar", members)), split="train")
-    with pytest.raises(UserError, match=r"x\.tar: member 'Screenshot at 10\.15\.23\.jpg' is no sample's image"):
+    with pytest.raises(UserError, match=r"x\.tar: member 'Screenshot at 10\.15\.23\.jpg' is not an image"):
         source.index()
 
 

@@ -23,7 +23,7 @@ from pipeline.cache.layout.dataset import Dataset, discard_stats
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord
 from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, view_row
 from pipeline.errors import UserError
-from pipeline.imaging.decode import decode_image, decode_plain, image_size
+from pipeline.imaging.decode import decode_image, decode_upright_jpeg, image_size
 from pipeline.imaging.geometry import FULL
 from pipeline.runtime import logs
 from pipeline.sources.base import Source
@@ -144,7 +144,7 @@ def _unreadable(data: bytes | Exception) -> str:
     """
     if isinstance(data, Exception):
         return f"{type(data).__name__}: {data}"
-    if decode_plain(data) is not None:
+    if decode_upright_jpeg(data) is not None:
         return ""
     try:
         decode_image(data)

@@ -16,7 +16,7 @@ from pipeline.downstream.images import check_rows, decode, image_files, open_sce
 from pipeline.downstream.segment.config import SegmentConfig
 from pipeline.errors import UserError
 from pipeline.imaging.decode import read_label_map
-from pipeline.sources.label_maps import UNLABELLED, masks_beside
+from pipeline.sources.label_maps import UNLABELLED, masks_folder
 from pipeline.sources.locations import absolute
 from pipeline.sources.sample_scenes import SampleScenes
 
@@ -148,7 +148,7 @@ def open_masked(config: FinetuneJobConfig, settings: SegmentConfig, split: Split
 
 
 def _masks_beside(images: Path, split: Split) -> Path:
-    found = masks_beside(str(images))
+    found = masks_folder(str(images))
     if found is None:
         raise UserError(
             f"{images}: no annotations or masks folder beside `images` in its path; set segment.{split}_masks to the folder"
