@@ -135,7 +135,10 @@ def test_a_recipe_serves_several_jobs_and_each_reads_its_sections():
     [
         (["detect.anchr=8"], "unknown key detect.anchr; did you mean detect.anchor?"),
         (["detect.anchor=0"], "detect.anchor: input should be greater than or equal to 1, not 0"),
-        (["finetune.task=dream"], "finetune.task: input should be 'classify', 'segment' or 'detect', not 'dream'"),
+        (
+            ["finetune.task=dream"],
+            "finetune.task: there is no task dream; known are classify, segment, detect, and package.module:Class",
+        ),
         (
             ["phases=[{detect.anchor: 8}]"],
             "phases.0: detect.anchor cannot change between phases; a phase may change data,",

@@ -109,7 +109,8 @@ sys.argv[1:] = {arguments}
 try:
     runpy.run_path({script!r}, run_name="__main__")
 except SystemExit as end:
-    print(end.code, [name for name in ("torch", "mlflow", "ray") if name in sys.modules], file=sys.stderr)"""
+    heavy = ("torch", "mlflow", "ray", "timm", "pyarrow", "numpy")
+    print(end.code, [name for name in heavy if name in sys.modules], file=sys.stderr)"""
 
 
 MISTYPED = {
