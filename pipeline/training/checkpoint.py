@@ -1,10 +1,11 @@
-"""What a checkpoint holds. Its directory has one file:
+"""The content of a checkpoint. Its directory has one file:
 
     state.pt    model, EMA, optimiser, loss scale, position (epoch, batch, step), evaluations, metrics of the steps since
-                the checkpoint before; loads with weights_only
+                the previous checkpoint; loads with weights_only
 
-There is no random state in it: what a forward draws is a function of (seed, step, share), see `step.py`. Metrics are
-committed with a checkpoint, and by who resumes from it once more, in case that nobody lived to log them: a step is logged once.
+It needs no random state: the random numbers of a forward are a function of (seed, step, share), see `step.py`. Metrics are
+committed with their checkpoint, and again on resumption if the previous process died before logging them; each step is
+logged once.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
-    """Absolute path or address of the checkpoints of a part (`name`) of a run (its folder).
+    """Absolute path or URI of the checkpoints of the stage `name` of a run (its folder).
 
     Raises:
-        UserError: where there are credentials in the address.
+        UserError: if the URI holds credentials.
     """
     if config.checkpoints is None:
         return str(run / name)
@@ -44,17 +45,17 @@ def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
 
 
 def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a folder of checkpoints, and the path within it.
+    """The file system of a checkpoint folder, and the path in it.
 
     Raises:
-        UserError: where no driver for it is installed.
+        UserError: if no driver for it is installed.
     """
     return resolve(folder) if "://" in folder else (fs.LocalFileSystem(), folder.rstrip("/"))
 
 
 @dataclass
 class TrainingPosition:
-    """Where training stands: `batch` is the next one of `epoch`, `step` counts optimiser steps, `samples` images seen."""
+    """`batch` is the next one of `epoch`; `step` counts optimiser steps, `samples` images."""
 
     epoch: int = 0
     batch: int = 0
@@ -63,20 +64,20 @@ class TrainingPosition:
 
     @property
     def name(self) -> str:
-        """Of a checkpoint here: unique, and in order."""
+        """Name of a checkpoint at this position; names sort by position."""
         return f"checkpoint-{self.epoch:04d}-{self.batch:06d}"
 
 
 @dataclass
 class Snapshot:
-    """What a checkpoint commits.
+    """A checkpoint to commit.
 
     Attributes:
-        name: of the checkpoint directory, unique and ordered.
-        state: everything that resuming needs, or None on ranks other than 0. Its tensors are those that are trained:
-            who writes them later takes :func:`copy_to_cpu`.
-        history: metrics since the last checkpoint.
-        best: whether the evaluation in it is the best yet by `train.best_metric`.
+        name: of the checkpoint directory.
+        state: for resumption, or None on ranks other than 0. Its tensors are those in training: use :func:`copy_to_cpu`
+            to write them later.
+        history: metrics since the previous checkpoint.
+        best: whether its evaluation is the best so far by `train.best_metric`.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Snapshot:
 
 
 def copy_to_cpu(value: Any) -> Any:
-    """A state whose tensors are copies on the CPU, as they are now."""
+    """A copy of a state with its tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -95,10 +96,10 @@ def copy_to_cpu(value: Any) -> Any:
 
 
 def load_state(directory: str | Path) -> dict[str, Any]:
-    """The state in a checkpoint directory, on the CPU; nothing is unpickled but tensors and plain values.
+    """The state in a checkpoint directory, on the CPU; only tensors and plain values are unpickled.
 
     Raises:
-        UserError: where the file is gone, damaged, or no state.
+        UserError: if the file is missing, damaged, or not a state.
     """
     file = Path(directory) / STATE_FILE
     try:
@@ -106,25 +107,25 @@ def load_state(directory: str | Path) -> dict[str, Any]:
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         raise UserError(_refusal(file, one_line(error))) from error
     if not isinstance(state, dict) or not {"model", "ema", "position", "evaluations"} <= state.keys():
-        raise UserError(_refusal(file, "it holds no state of a training"))
+        raise UserError(_refusal(file, "it holds no training state"))
     return state
 
 
 def _refusal(file: Path, reason: str) -> str:
     return (
-        f"the checkpoint {file} cannot be read ({reason}): remove {file.parent.parent}, and the same command trains anew "
-        "from the cache, which is kept"
+        f"the checkpoint {file} cannot be read ({reason}): remove {file.parent.parent}, and the same command restarts the "
+        "training from the cache, which is kept"
     )
 
 
 def best_copy_path(path: str) -> str:
-    """Where the copy of a checkpoint lies that was the best when it was written."""
+    """Path of the copy of a checkpoint that is kept as the best."""
     source = PurePosixPath(path)
     return str(source.parent / "best" / source.name)
 
 
 def delete_previous_best(filesystem: fs.FileSystem, path: str) -> None:
-    """Remove the copies of those checkpoints that were the best before this one."""
+    """Delete the copies of checkpoints that were the best before this one."""
     best = PurePosixPath(best_copy_path(path))
     try:
         for known in filesystem.get_file_info(fs.FileSelector(str(best.parent), allow_not_found=True)):

@@ -83,7 +83,7 @@ class TrainConfig(Section):
 
     @property
     def most_workers(self) -> int:
-        """Most workers that are asked for; 0: as many as there are GPUs."""
+        """Largest number of workers; 0: one per GPU."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
@@ -93,17 +93,17 @@ class TrainConfig(Section):
 
     @property
     def lr_rule(self) -> str:
-        """How `peak_lr` came about, in words."""
+        """`peak_lr` and its derivation, in words."""
         peak = f"{self.peak_lr:.3g} at {self.batch_size} images per step"
         scaled = f", scaled linearly from {self.lr:.3g} at {self.lr_batch_size}"
         return peak + (scaled if self.lr_batch_size else ", not scaled")
 
 
 def check_shares(batch_size: int, shares: int) -> None:
-    """Refuse a global batch that is not shared equally.
+    """Refuse a global batch that cannot be divided into equal shares.
 
     Raises:
-        ValueError: naming the nearest batch sizes that are.
+        ValueError: naming the nearest batch sizes that can.
     """
     if batch_size % shares or batch_size < shares:
         below = batch_size // shares * shares

@@ -15,7 +15,7 @@ from pipeline.runtime.interpreter import launch_promptly
 from pipeline.runtime.progress import Progress
 from pipeline.training.checkpoint import Snapshot, TrainingPosition
 from pipeline.training.config import TrainConfig
-from pipeline.training.meter import DivergedError, Meter, starved
+from pipeline.training.meter import DivergedError, Meter, data_bound
 from pipeline.training.step import Stepper
 from pipeline.training.task import History, Task, check_best_metric
 from pipeline.training.upload import prefetch_to_device
@@ -24,7 +24,7 @@ from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_NOTICES = 5.0
-"""How often it is looked whether training should save or end."""
+"""Seconds between checks for a notice to save or stop."""
 
 
 def train(
@@ -39,13 +39,13 @@ def train(
 
     Args:
         task: of this worker's first share of the global batch; its module is trained.
-        commit: called on every rank at each checkpoint, first of all with the evaluation before training.
-        others: tasks of its further shares, of which nothing but their batches is used.
+        commit: called on every rank at each checkpoint; the first holds the evaluation before training.
+        others: tasks of the worker's further shares; only their batches are used.
 
     Raises:
-        DivergedError: where the loss is not finite, naming the first such batch and the file that holds the states.
-        StoppedError: after `worker.notice` gave `STOP_REQUESTED`, and everything was committed.
-        UserError: where `train.best_metric` is not among what is evaluated, or `state` is of another training.
+        DivergedError: if the loss is not finite, naming the first such batch and the file with the states.
+        StoppedError: after `worker.notice` returned `STOP_REQUESTED` and everything was committed.
+        UserError: if `train.best_metric` is not evaluated, or `state` is of another training.
     """
     keep_freed_memory()
     if worker.device.type == "cuda":
@@ -74,7 +74,7 @@ class _Loop:
         others: Sequence[Task],
     ) -> None:
         self.task, self.config, self.worker, self.on_commit = task, config, worker, commit
-        self.feeds = [task, *others]
+        self.tasks = [task, *others]
         task.worker = worker
         steps = [task.steps(epoch) for epoch in range(config.epochs)]
         self.all_steps = sum(steps)
@@ -83,7 +83,7 @@ class _Loop:
         self.evaluations: History = []
         self.history: History = []
         self.best = False
-        self.heeded: str | None = None
+        self.handled_notice: str | None = None
         if not worker.rank:
             print(f"learning rate {config.lr_rule}", flush=True)
 
@@ -91,13 +91,13 @@ class _Loop:
         try:
             self.stepper.restore(state)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # RuntimeErrors too, and no fault of the checkpoint
+            raise  # subclasses of RuntimeError that are not the checkpoint's fault
         except (KeyError, RuntimeError, ValueError) as error:
             reason = one_line(error)
             raise UserError(
-                f"the checkpoint of step {state['position']['step']} is not of this training, as where an older version of "
-                f"the code wrote it ({reason}): remove the folder of the run, and the same command trains anew from the "
-                "cache, which is kept"
+                f"the checkpoint of step {state['position']['step']} is not of this training; an older version of the code may "
+                f"have written it ({reason}): remove the folder of the run, and the same command restarts the training from "
+                "the cache, which is kept"
             ) from error
         self.position = TrainingPosition(**state["position"])
         self.evaluations = [(step, metrics) for step, metrics in state["evaluations"]]
@@ -113,7 +113,7 @@ class _Loop:
         self.on_commit(Snapshot(self.position.name, state, history, best))
 
     def commit_left(self) -> None:
-        """Metrics of a checkpoint that was the last, where nobody lived to log them."""
+        """Commit the last metrics again if the previous process died before logging them."""
         if self.history:
             self.on_commit(Snapshot(self.position.name, None, self.history))
 
@@ -129,7 +129,7 @@ class _Loop:
         self.evaluations.append((step, metrics))
         self.history.append((step, metrics))
         if metrics:
-            # Those by teacher, `val_loss/...`, are for the curves.
+            # metrics by teacher, `val_loss/...`, are for the curves
             chief = {name: value for name, value in metrics.items() if "/" not in name} or metrics
             shown = "  ".join(f"{name} {value:.4g}" for name, value in chief.items())
             print(f"evaluated at step {step}  {shown}", flush=True)
@@ -151,10 +151,10 @@ class _Loop:
         label = f"train epoch {position.epoch + 1}/{config.epochs}"
         with Progress(steps, "step", label, initial=position.batch) as progress:
             device = self.worker.device
-            streams = [prefetch_to_device(feed.batches(position.epoch, position.batch), device) for feed in self.feeds]
+            feeds = [prefetch_to_device(task.batches(position.epoch, position.batch), device) for task in self.tasks]
             for _ in range(steps - position.batch):
                 with meter.clock.waiting():
-                    batches = [next(stream) for stream in streams]
+                    batches = [next(feed) for feed in feeds]
                 meter.add(batches, self.stepper(batches, position.step, meter.clock))
                 self._advance(len(batches[0].keys))
                 if meter.due:
@@ -163,7 +163,7 @@ class _Loop:
                     progress.update(1, **meter.postfix(self.all_steps - position.step))
                 self._save_when_due(meter, steps)
         on_gpu = not self.worker.rank and self.worker.device.type == "cuda"
-        if on_gpu and meter.latest and (reason := starved(meter.latest)):
+        if on_gpu and meter.latest and (reason := data_bound(meter.latest)):
             log.warning(reason)
         position.epoch, position.batch = position.epoch + 1, 0
         self.evaluate()
@@ -185,28 +185,28 @@ class _Loop:
             self.history.append((position.step, {**metrics, **where}))
 
     def _save_when_due(self, meter: Meter, steps: int) -> None:
-        """Also at the end of an epoch: its evaluation may take longer than a node that is taken away has left."""
+        """Save also at the end of an epoch: its evaluation may outlast a node that is preempted."""
         every, step = self.config.checkpoint_steps, self.position.step
         notice = self._notice(meter)
         if notice or self.position.batch == steps or (every and step % every == 0):
             self._log(meter, steps)
             self.commit()
         if notice == STOP_REQUESTED:
-            raise StoppedError(f"training was stopped at step {step} and goes on from there when it is started again")
+            raise StoppedError(f"training was stopped at step {step}; the same command resumes from there")
 
     def _notice(self, meter: Meter) -> str | None:
-        """A notice that has not been heeded yet; asked for after equally many steps on every rank."""
+        """A new notice; checked after equally many steps on every rank."""
         seconds = meter.seconds_per_step
         every = meter.every if seconds is None else max(1, int(SECONDS_BETWEEN_NOTICES / max(seconds, 1e-9)))
         if self.position.step % every:
             return None
         notice = self.worker.notice()
-        fresh = notice if notice != self.heeded else None
-        self.heeded = notice
+        fresh = notice if notice != self.handled_notice else None
+        self.handled_notice = notice
         return fresh
 
     def dumped(self, error: DivergedError) -> DivergedError:
-        """The error, with the file that holds what an inquiry needs."""
+        """The error, with the file that holds the states for a diagnosis."""
         content = {**self.state(), "diverged": {"step": error.step, "keys": error.keys, "message": str(error)}}
         file = None if self.worker.rank else self.worker.dump(f"diverged-step-{error.step:08d}.pt", content)
         state = f"weights and optimiser state of step {self.position.step}"

@@ -1,4 +1,4 @@
-"""Losses, rate and where the time goes, gathered on the device and read a few times an epoch."""
+"""Losses, rate and shares of the time, accumulated on the device and read a few times per epoch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pipeline.training.task import TrainingBatch
 from pipeline.training.worker import Worker
 
 POINTS_PER_EPOCH = 50
-"""Points of a loss curve per epoch; each is the mean over the steps since the last one, and over all workers."""
+"""Points of a loss curve per epoch; each is the mean over all workers and the steps since the previous one."""
 
 BUSY = 0.9
-"""Share of the time that forward and backward should span on a GPU."""
+"""Share of the time that forward and backward should take on a GPU."""
 
 
 class DivergedError(UserError):
@@ -28,7 +28,7 @@ class DivergedError(UserError):
 
     Attributes:
         step: the first such step.
-        keys: of the images of that step, on the worker that found it.
+        keys: of its images, on the worker that found it.
     """
 
     def __init__(self, message: str, step: int = 0, keys: Sequence[str] = ()) -> None:
@@ -36,12 +36,12 @@ class DivergedError(UserError):
         self.step, self.keys = step, list(keys)
 
 
-def starved(metrics: Mapping[str, float]) -> str:
-    """That a GPU waits for data during training, and what helps; "" where something else takes most of its time.
+def data_bound(metrics: Mapping[str, float]) -> str:
+    """A warning, with the remedy, if a GPU mostly waits for data; else "".
 
     Args:
-        metrics: that :meth:`Meter.read` gave on a GPU, whose shares are then spans on the GPU: from the first kernel of a
-            forward or backward to its last one, gaps between kernels included.
+        metrics: of :meth:`Meter.read` on a GPU, where shares are spans from the first kernel of a forward or backward to its
+            last, gaps included.
     """
     spanned, data = metrics["forward_share"] + metrics["backward_share"], metrics["data_wait_share"]
     if spanned >= BUSY or data < (1 - spanned) / 2:
@@ -53,7 +53,7 @@ def starved(metrics: Mapping[str, float]) -> str:
 
 
 class StepTimer:
-    """Seconds by part of a step; on a GPU spans between events, which are read when everything before them is done anyway."""
+    """Seconds by part of a step; on a GPU between CUDA events, which are read without an extra synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -62,14 +62,14 @@ class StepTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time what is done within."""
+        """Time a part of a step."""
         started = self._now()
         yield
         self.laps.append((name, started, self._now()))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time that this process waits within, whatever the device does."""
+        """Time this process's waiting for data, whatever the device does."""
         started = time.perf_counter()
         yield
         self.waited += time.perf_counter() - started
@@ -82,7 +82,7 @@ class StepTimer:
         return event
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last reading, ``data`` for the waiting; the device must have come to the end."""
+        """Seconds by part since the last reading, ``data`` for waiting; the device must be synchronised."""
         totals = {"data": self.waited, "forward": 0.0, "backward": 0.0}
         for name, start, end in self.laps:
             totals[name] += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
@@ -95,7 +95,7 @@ class Meter:
 
     Args:
         steps: of the epoch.
-        finite_gradient: whether a gradient that is not finite means divergence; in float16 it is no surprise.
+        finite_gradient: whether a gradient that is not finite means divergence; in float16 it is expected.
     """
 
     def __init__(self, worker: Worker, steps: int, finite_gradient: bool) -> None:
@@ -108,7 +108,7 @@ class Meter:
         self.seconds_per_step: float | None = None
 
     def add(self, batches: Sequence[TrainingBatch], parts: dict[str, Tensor]) -> None:
-        """A step that was done."""
+        """Add a finished step."""
         keys = [key for batch in batches for key in batch.keys]
         self.pending.append((keys, parts))
         self.images += len(keys)
@@ -119,13 +119,13 @@ class Meter:
         return len(self.pending) >= self.every
 
     def read(self, step: int) -> dict[str, float]:
-        """Mean metrics of the steps since the last reading, over all workers; empty where there were none.
+        """Mean metrics over all workers and the steps since the last reading; empty without steps.
 
         Args:
-            step: that are done.
+            step: number of steps done.
 
         Raises:
-            DivergedError: on all workers, where a loss is not finite on one of them.
+            DivergedError: on all workers, if a loss is not finite on one of them.
         """
         if not self.pending:
             return {}
@@ -134,7 +134,7 @@ class Meter:
         self._check_finite(values, names, step)
         seconds = time.perf_counter() - self.started
         times = self.clock.read()
-        # Workers may have unequal shares: losses are weighted by images; times are means over the workers.
+        # workers may have unequal shares: losses are weighted by images, times averaged over the workers
         own = torch.cat([values.double().mean(dim=0) * self.images, torch.tensor([*times.values(), seconds]).double()])
         total = self.worker.all_reduce(torch.cat([own, torch.tensor([self.images]).double()]))
         images, seconds = int(total[-1]), float(total[-2]) / self.worker.world
@@ -156,7 +156,7 @@ class Meter:
         if not self.worker.any_rank(bool(bad.any())):
             return
         losses = values[:, names.index("loss")]
-        # All ranks share the gradient: the rank whose loss is not finite has the cause, at the earliest step.
+        # all ranks share the gradient: the cause is on the rank whose loss is not finite, at the earliest step
         bad_loss = ~torch.isfinite(losses)
         found = self._first(bad_loss, losses, step) if bad_loss.any() else None
         if not self.worker.any_rank(found is not None):
@@ -169,16 +169,12 @@ class Meter:
         keys, step, loss = self.pending[first][0], done - len(self.pending) + first + 1, losses[first].item()
         message = (
             f"the loss is {loss}{', its gradient not finite,' if math.isfinite(loss) else ''} at step {step}; the batch "
-            f"holds {', '.join(keys[:8])} ({len(keys)} images); lower train.lr or train.clip_grad, or look at those images"
+            f"holds {', '.join(keys[:8])} ({len(keys)} images); lower train.lr or train.clip_grad, or inspect those images"
         )
         return step, message, keys
 
     def postfix(self, steps_left: int) -> dict[str, str]:
-        """What progress shows beside the count.
-
-        Args:
-            steps_left: of the whole run.
-        """
+        """Figures for the progress line; `steps_left` counts to the end of the run."""
         if not self.latest or self.seconds_per_step is None:
             return {}
         return {

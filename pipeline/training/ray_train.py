@@ -1,13 +1,13 @@
 """Ray Train around the loop: workers, DDP, checkpoints with retention, elasticity, preemption and SIGTERM.
 
-    <folder>/shares                    shares of the global batch, fixed when the run starts
+    <folder>/shares                                   shares of the global batch, fixed when the run starts
     <folder>/checkpoint-<epoch>-<batch>/state.pt      the last `train.keep_checkpoints`
     <folder>/best/<checkpoint>/state.pt               the best by `train.best_metric`
-    <folder>/diverged-step-<step>.pt   what a loss that is not finite left: keys, weights, optimiser
-    <folder>/stop                      asks the workers to save and to end; SIGTERM writes it, the next start removes it
-    <folder>/refused                   why a worker cannot go on, though it were started again; the next start removes it
+    <folder>/diverged-step-<step>.pt                  keys, weights and optimiser when the loss was not finite
+    <folder>/stop                                     asks the workers to save and stop; written on SIGTERM
+    <folder>/refused                                  an error that a restart of the worker would repeat
 
-Ray is imported inside functions only.
+The next start removes `stop` and `refused`. Only functions import Ray.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
     from ray.train import Checkpoint
 
 RETRIES = 3
-"""Failures of a worker that a run survives; nodes that are taken away are not counted."""
+"""Failures of workers that a run survives; preempted nodes do not count."""
 
 REFUSED_FILE = "refused"
 
 _ENDINGS: dict[str, type[BaseException]] = {"diverged": DivergedError, "stopped": StoppedError, "refused": UserError}
-"""What ends a training early, by what the workers return: what they raise makes Ray Train start them again."""
+"""Errors that end a training, by the name that workers return: Ray Train restarts workers that raise."""
 
 
 def fit(
@@ -63,20 +63,20 @@ def fit(
 ) -> Checkpoint:
     """Train on Ray Train workers, from the last checkpoint in `folder` if there is one.
 
-    SIGTERM, like the notice that a node will be taken away, makes the workers save a checkpoint within some seconds.
+    On SIGTERM, and when a node will be preempted, the workers save a checkpoint within seconds.
 
     Args:
-        make_task: called in every worker with `payload`, the number of a share of the global batch and of all shares.
-        folder: where checkpoints go, as :func:`checkpoint_folder` gives it: seen by all nodes.
-        on_commit: called in Ray Train's controller with the metrics that a registered checkpoint commits, and its path.
+        make_task: called once per worker with `payload`, the number of its first share and the number of shares.
+        folder: of the checkpoints, from :func:`checkpoint_folder`; all nodes must see it.
+        on_commit: called in Ray Train's controller with the metrics and path of a registered checkpoint.
 
     Returns:
-        The final checkpoint, whose directory :func:`load_state` reads.
+        The final checkpoint; :func:`load_state` reads its directory.
 
     Raises:
         DivergedError: as in :func:`train`.
-        StoppedError: after SIGTERM, when the checkpoint is registered.
-        UserError: as a worker raised it, or where workers cannot share the batch equally.
+        StoppedError: after SIGTERM, once the checkpoint is registered.
+        UserError: as raised by a worker, or if the workers cannot share the batch equally.
     """
     from ray.train.torch import TorchTrainer
 
@@ -85,7 +85,7 @@ def fit(
     stop = StopFile(filesystem, f"{path}/{STOP_FILE}")
     for left in (stop, StopFile(filesystem, f"{path}/{REFUSED_FILE}")):
         left.remove()
-    worker_loop: Any = _train_worker  # whose annotations Ray Train finds too narrow
+    worker_loop: Any = _train_worker  # Ray Train's annotations allow no return value
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={
@@ -99,23 +99,23 @@ def fit(
         run_config=_run_config(config, folder, on_commit),
     )
     with on_sigterm(stop.write):
-        result: Any = trainer.fit()  # of Ray Train v2, whose class its annotations do not name
+        result: Any = trainer.fit()  # its annotation is the class of Ray Train v1
     if result.return_value is not None:
         kind, message = result.return_value
         raise _ENDINGS[kind](message)
-    if stop.exists():  # after the workers had looked for the last time
-        raise StoppedError("training was stopped at its end, and the job goes on from there when it is started again")
+    if stop.exists():  # written after the workers' last check
+        raise StoppedError("training was stopped at its end; the same command resumes from there")
     checkpoint: Checkpoint = result.checkpoint
     return checkpoint
 
 
 def _shares(config: TrainConfig, folder: str) -> int:
-    """Shares of the global batch: those that this run started with, or as many as it may have workers."""
+    """Shares of the global batch, as recorded in `folder` or for a run that starts now."""
     filesystem, path = open_folder(folder)
     file = f"{path}/shares"
     if filesystem.get_file_info(file).type == fs.FileType.File:
         with filesystem.open_input_stream(file) as stream:
-            if content := stream.read():  # empty where the disk was full, or the job was killed
+            if content := stream.read():  # empty if the disk was full, or the job was killed
                 return int(content)
     shares = count_shares(config)
     filesystem.create_dir(path, recursive=True)
@@ -125,10 +125,10 @@ def _shares(config: TrainConfig, folder: str) -> int:
 
 
 def count_shares(config: TrainConfig) -> int:
-    """Shares of the global batch of a run that starts now: as many as it may have workers.
+    """Shares of the global batch of a run that starts now: the largest number of its workers.
 
     Raises:
-        UserError: where they do not divide it.
+        UserError: if they do not divide it.
     """
     shares = config.most_workers or _gpus() or 1
     try:
@@ -149,13 +149,12 @@ def _scaling(config: TrainConfig, shares: int) -> Any:
 
     gpus = _gpus()
     wanted = config.workers or gpus or 1
-    workers: Any  # an int, or least and most, which Ray's annotations lack
+    workers: Any  # an int or (least, most); Ray's annotations lack the latter
     if isinstance(wanted, tuple):
         most = min(wanted[1], shares)
         workers = (min(wanted[0], most), most)
     else:
         workers = most = min(wanted, shares)
-    # A worker decodes images on its CPUs.
     each = cpus_per_worker(most, 16 if gpus else os.cpu_count() or 1)
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": each})
 
@@ -186,10 +185,10 @@ def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, 
 def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     import ray.train
 
-    logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; below it Ray Train prints every report in full
+    logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; at INFO Ray Train prints every report in full
     logs.configure_worker()
     logs.set_context(**{**loop["log"], "stage": "train"})
-    refused = StopFile(*_place(REFUSED_FILE))
+    refused = StopFile(*_in_folder(REFUSED_FILE))
     if refused.exists():
         return "refused", refused.read()
     try:
@@ -199,11 +198,11 @@ def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     except StoppedError as error:
         return "stopped", str(error)
     except (UserError, torch.OutOfMemoryError) as error:
-        told = _out_of_memory(loop) if isinstance(error, torch.OutOfMemoryError) else str(error)
+        reason = _out_of_memory(loop) if isinstance(error, torch.OutOfMemoryError) else str(error)
         if ray.train.get_context().get_world_size() == 1:
-            return "refused", told
-        # The others wait for this one: it fails, and all that are started again find the reason.
-        refused.write(told)
+            return "refused", reason
+        # The other workers wait in a collective: this one fails, and after the restart all of them find the reason.
+        refused.write(reason)
         raise
     return None
 
@@ -212,7 +211,7 @@ def _out_of_memory(loop: dict[str, Any]) -> str:
     images = loop["config"]["micro_batch"] or loop["config"]["batch_size"] // loop["shares"]
     return (
         f"the GPU has too little memory for {images} images at once: set train.micro_batch to less, lower train.batch_size, or "
-        "train on more GPUs; what was saved is kept"
+        "train on more GPUs; saved checkpoints are kept"
     )
 
 
@@ -245,13 +244,13 @@ def _make_worker(shares: int) -> Worker:
     context = ray.train.get_context()
 
     def wrap(module: torch.nn.Module, uses_all_parameters: bool) -> torch.nn.Module:
-        # With SyncBN all ranks come to the same buffers by themselves.
+        # with SyncBN the buffers of all ranks are equal
         options = {"find_unused_parameters": not uses_all_parameters, "broadcast_buffers": not synchronised(alone)}
         wrapped: torch.nn.Module = prepare_model(module, parallel_strategy_kwargs=options)
         return wrapped
 
     alone = Worker(context.get_world_rank(), context.get_world_size(), get_device())
-    stop = StopFile(*_place(STOP_FILE))
+    stop = StopFile(*_in_folder(STOP_FILE))
 
     def notice() -> str | None:
         if alone.any_rank(not alone.rank and stop.exists()):
@@ -262,8 +261,8 @@ def _make_worker(shares: int) -> Worker:
     return Worker(alone.rank, alone.world, alone.device, wrap, shares, notice, _dump)
 
 
-def _place(name: str) -> tuple[fs.FileSystem, str]:
-    """File system and path of something in the run's folder."""
+def _in_folder(name: str) -> tuple[fs.FileSystem, str]:
+    """File system and path of a file in the folder of the checkpoints."""
     import ray.train
 
     storage = ray.train.get_context().get_storage()
@@ -271,16 +270,16 @@ def _place(name: str) -> tuple[fs.FileSystem, str]:
 
 
 def _dump(name: str, content: dict[str, Any]) -> str:
-    filesystem, path = _place(name)
+    filesystem, path = _in_folder(name)
     with filesystem.open_output_stream(path) as stream:
         torch.save(content, stream)
     return path
 
 
 class _Reporter:
-    """Commits snapshots while training goes on: copy_to_cpu to the CPU at once, written and registered on a thread.
+    """Commits snapshots while training continues: copied to the CPU at once, then written and registered by a thread.
 
-    One copy waits to be written at most, so that memory stays bounded.
+    At most one copy waits to be written, so that memory stays bounded.
     """
 
     def __init__(self) -> None:
@@ -296,7 +295,7 @@ class _Reporter:
             ray.train.report(metrics, checkpoint_upload_mode=mode)
             return
         self.written.acquire()
-        filesystem, path = _place(snapshot.name)
+        filesystem, path = _in_folder(snapshot.name)
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint(path, filesystem),
@@ -307,8 +306,8 @@ class _Reporter:
         )
 
     def _write(self, state: dict[str, Any], best: bool, checkpoint: Any, _: str) -> Checkpoint:
-        # Ray Train's own retention knows the latest or the best, not both. The copy comes first: who finds the checkpoint
-        # registered, after a crash, does not evaluate again whether it is the best.
+        # Ray Train's retention keeps the latest or the best checkpoints, not both. The copy comes first: after a crash, a run
+        # that resumes from a registered checkpoint does not check again whether it is the best.
         paths = [best_copy_path(checkpoint.path), checkpoint.path] if best else [checkpoint.path]
         try:
             for path in paths:

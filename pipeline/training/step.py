@@ -1,12 +1,11 @@
 """One optimiser step over this worker's shares of the global batch.
 
-A share is cut into pieces where `train.micro_batch` asks for it, and gradients are accumulated over all pieces of all
-shares, each weighted by its images: the gradient is the mean over the global batch however it is cut. (BatchNorm's
-statistics are those of a piece, as ever; SyncBN's of the pieces that the workers compute at once.)
+`train.micro_batch` splits a share into micro-batches. Gradients are accumulated over all micro-batches of all shares, each
+weighted by its images, so that the gradient is the mean over the global batch however it is split. (BatchNorm's statistics
+are those of a micro-batch; SyncBN's of the micro-batches that the workers compute at the same time.)
 
-A step whose gradient is not finite changes no weight: in float16 the scale of the loss is halved, as usual; in float32
-and bfloat16 it says that training has diverged, and weights from before are worth more than none. (BatchNorm's statistics
-have moved when that is found.)
+A step whose gradient is not finite changes no weight: in float16 the loss scale is halved, as usual; in float32 and bfloat16
+training has diverged, and the weights before the step are kept. (BatchNorm's statistics have changed by then.)
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from pipeline.training.task import Task, TrainingBatch
 from pipeline.training.worker import Worker
 
 NEVER = 2**31 - 1
-"""Steps between growths of the scale of the loss where it is not to grow."""
+"""Growth interval of a loss scale that stays constant."""
 
 
 def synchronised(worker: Worker) -> bool:
-    """Whether BatchNorm takes its statistics over the batches of all workers; torch has that for GPUs alone."""
+    """Whether BatchNorm's statistics are over the batches of all workers (SyncBN), which torch supports on GPUs only."""
     return worker.world > 1 and worker.device.type == "cuda"
 
 
@@ -43,7 +42,7 @@ class Stepper:
     """Module, averaged module, optimiser and schedule of a run.
 
     Args:
-        task: whose module is trained.
+        task: its module is trained.
         steps: of every epoch.
     """
 
@@ -52,17 +51,17 @@ class Stepper:
         device = worker.device
         module = task.module.to(device).to(memory_format=torch.channels_last)
         if synchronised(worker):
-            module = convert_sync_batchnorm(module)  # timm's: torch's drops the activations within timm's norms
+            module = convert_sync_batchnorm(module)  # timm's: torch's drops the activations in timm's norms
         self.module: nn.Module = module
         self.average = ModelEma(module, config.ema_decay)
         if config.compile:
             module.compile()
         self.wrapped = worker.wrap(module, task.uses_all_parameters)
-        groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=not_decayed(module))
+        groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=exempt_from_decay(module))
         self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=True)
-        self.dtype = arithmetic(config, device)
+        self.dtype = autocast_dtype(config, device)
         self.half = self.dtype == torch.float16
-        # On a GPU even where nothing is scaled: it skips a step that is not finite without waiting for the device.
+        # on a GPU also without scaling: it skips a step that is not finite without a GPU sync
         self.scaler = torch.amp.GradScaler(
             device.type,
             init_scale=65536.0 if self.half else 1.0,
@@ -84,7 +83,7 @@ class Stepper:
         )
 
     def state(self) -> dict[str, Any]:
-        """Of a checkpoint."""
+        """The state for a checkpoint."""
         return {
             "model": self.module.state_dict(),
             "ema": self.average.module.state_dict(),
@@ -93,22 +92,22 @@ class Stepper:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        # The module last: what the average shares with it is the module's, also where an older state averaged it.
+        """Restore the state of a checkpoint."""
+        # the module last: it owns the buffers that the average shares
         self.average.module.load_state_dict(state["ema"])
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # written where nothing was scaled, as on a CPU
+        if state["scaler"]:  # empty if written without scaling, as on a CPU
             self.scaler.load_state_dict(state["scaler"])
 
     def __call__(self, batches: Sequence[TrainingBatch], step: int, clock: StepTimer) -> dict[str, Tensor]:
-        """Optimiser step number `step`, from 0 on.
+        """Run optimiser step number `step`, from 0.
 
         Args:
             batches: one of each own share.
 
         Returns:
-            Means over this worker's images, on its device: ``loss``, ``loss/<part>``; and ``grad_norm`` of all workers.
+            Means over this worker's images, on its device: ``loss``, ``loss/<part>``; and the global ``grad_norm``.
         """
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +116,7 @@ class Stepper:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)
         if self.scaler.is_enabled() or torch.isfinite(norm):
             self.scaler.step(self.optimizer)
-            # Where the scaler skips a step, on the device, this takes in the weights from before once more.
+            # after a step that the scaler skips on the device, this averages in the previous weights again
             self.average.update(step + 1)
         self.scaler.update()
         self.task.after_step(batches)
@@ -133,11 +132,10 @@ class Stepper:
             _seed_forward(self.task.seed, step, share)
             pieces = self.task.split(batch, cuts[own])
             for number in range(cuts[own]):
-                # More pieces than images are the last one again, without weight: the others wait for these forwards.
+                # beyond its images, a share repeats the last micro-batch with weight 0, as the other ranks wait for a forward
                 piece = pieces[min(number, len(pieces) - 1)]
                 count = len(piece.keys) if number < len(pieces) else 0
-                # DDP's gradient is the mean over the workers.
-                weight = count * worker.world / everywhere
+                weight = count * worker.world / everywhere  # DDP averages gradients over the workers
                 for name, value in self._backward(piece, weight, (own, number) == last, clock).items():
                     sums[name] = sums.get(name, 0) + value.float() * (count / images)
         return sums
@@ -154,10 +152,10 @@ class Stepper:
         return {"loss": loss.detach(), **{f"loss/{name}": part for name, part in parts.items()}}
 
 
-def not_decayed(module: nn.Module) -> list[str]:
-    """Names of the parameters that a network within the module wants no weight decay of, as timm's have it.
+def exempt_from_decay(module: nn.Module) -> list[str]:
+    """Parameters that timm networks in the module exempt from weight decay (`no_weight_decay`).
 
-    Norms, biases and other vectors are not decayed either way.
+    Norms, biases and other vectors are exempt anyway.
     """
     return [
         f"{prefix}.{name}" if prefix else name
@@ -167,8 +165,8 @@ def not_decayed(module: nn.Module) -> list[str]:
     ]
 
 
-def arithmetic(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Of the forward: `train.precision`, and for ``auto`` the fastest that the device is made for."""
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the forward: `train.precision`; for ``auto`` the fastest that the device supports natively."""
     if config.precision != "auto":
         dtype: torch.dtype = getattr(torch, config.precision)
         return dtype

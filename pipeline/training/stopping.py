@@ -1,4 +1,4 @@
-"""How a run is told to save and to end: a file beside the checkpoints, which SIGTERM writes."""
+"""Stopping a run after a checkpoint: a file in the folder of the checkpoints, which SIGTERM writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOP_FILE = "stop"
 
 
 class StopFile:
-    """Tells workers wherever they are to stop, through the folder that they all see.
+    """A file that asks all workers to stop, in a folder that all of them see.
 
     Args:
         filesystem, path: of the file.
@@ -24,29 +24,29 @@ class StopFile:
         self.filesystem, self.path = filesystem, path
 
     def write(self, reason: str = "") -> None:
-        """Ask them to."""
+        """Ask the workers to stop."""
         with self.filesystem.open_output_stream(self.path) as stream:
             stream.write(reason.encode())
 
     def read(self) -> str:
-        """Why they are asked to."""
+        """The reason."""
         with self.filesystem.open_input_stream(self.path) as stream:
             return str(stream.read().decode())
 
     def exists(self) -> bool:
-        """Whether they are asked to."""
+        """Whether the workers are asked to stop."""
         there: bool = self.filesystem.get_file_info(self.path).type == fs.FileType.File
         return there
 
     def remove(self) -> None:
-        """Ask no longer."""
+        """Withdraw the request."""
         if self.exists():
             self.filesystem.delete_file(self.path)
 
 
 @contextmanager
 def on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
-    """What the first SIGTERM does; a second one ends the process as usual."""
+    """Call `act` on the first SIGTERM; a second one ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What is trained, on what, and how it is judged."""
+"""The interface of a training task: model, data, loss and evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ History = list[tuple[int, dict[str, float]]]
 
 
 class TrainingBatch(Protocol):
-    """What the engine needs to know of a batch."""
+    """The part of a batch that the engine uses."""
 
     @property
     def keys(self) -> list[str]:
@@ -29,15 +29,15 @@ class TrainingBatch(Protocol):
 
 
 class Task(ABC):
-    """What is trained, on what, and how it is judged; made for one share of the global batch.
+    """A training task, made for one share of the global batch.
 
     Attributes:
-        module: whose forward gives the loss of a batch; on the CPU until the engine moves it.
-        seed: of what a forward draws (dropout and the like): torch's generators are seeded with (seed, step, share)
-            before it, so that a resumed run draws what it would have drawn.
+        module: its forward gives the loss of a batch; on the CPU until the engine moves it.
+        seed: of random numbers in a forward, such as dropout: torch's generators are seeded with (seed, step, share) before
+            each, so that a resumed run draws the same numbers.
         uses_all_parameters: whether every loss depends on all trained parameters: DDP then waits for all gradients
             without checking in every step for those that will not come.
-        worker: this process among the workers, set by the engine; there may be fewer of them than shares.
+        worker: set by the engine; there may be fewer workers than shares.
     """
 
     module: nn.Module
@@ -47,11 +47,11 @@ class Task(ABC):
 
     @abstractmethod
     def steps(self, epoch: int) -> int:
-        """Steps of an epoch, equal for every share."""
+        """Number of steps of an epoch, the same for every share."""
 
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:
-        """This share's batches of an epoch from number `start` on: a function of both, of equal length for every share."""
+        """This share's batches of an epoch from number `start` on, determined by both arguments."""
 
     def with_share(self, share: int) -> Task:
         """This task with the batches of another share and the same module, for a worker that computes several shares."""
@@ -59,13 +59,10 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss of a batch on the device, and its parts by name, detached; called under autocast.
-
-        Both are means over the images of the batch: that is how the engine weighs pieces of a larger one.
-        """
+        """Total loss of a batch on the device, and its detached parts by name, all means over the images; runs under autocast."""
 
     def after_step(self, batches: Sequence[Any]) -> None:  # noqa: B027  optional
-        """What is kept of a step for those that follow, on every rank once it is done; by default nothing.
+        """Called on every rank after a step; does nothing by default.
 
         Args:
             batches: of the own shares, on the device.
@@ -73,34 +70,30 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
-        """Metrics on held-out data, which all ranks may compute together (`worker`); those that rank 0 gives count.
+        """Metrics on held-out data, which all ranks may compute together (`worker`); rank 0's result counts.
 
         Args:
-            averaged, raw: the module with the EMA weights and with those of the last step, in evaluation mode, on the training
-                device, with equal weights on every rank; before the first step there is nothing to average, and no `raw`.
+            averaged, raw: the module with the EMA weights and with the present ones, in evaluation mode on the training
+                device, equal on every rank; `raw` is None before the first step.
         """
 
     def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
-        """A learning rate by step of the task's own; None: linear warm-up, then a cosine."""
+        """A learning-rate schedule by step; None: linear warm-up, then a cosine."""
         return None
 
     def split(self, batch: Any, pieces: int) -> list[Any]:
-        """A batch in pieces whose gradients are accumulated; see :func:`split_batch`."""
+        """The micro-batches of a batch, see :func:`split_batch`."""
         return split_batch(batch, pieces)
 
     def draw(self, module: nn.Module, evaluations: History) -> None:  # noqa: B027  optional
-        """Draw what there is to see, on rank 0 after every evaluation, with the EMA weights; by default nothing."""
+        """Draw figures on rank 0 after every evaluation, with the EMA weights; does nothing by default."""
 
 
 def check_best_metric(name: str | None, evaluated: Collection[str]) -> None:
-    """Refuse a metric that is not evaluated.
-
-    Args:
-        name: of `train.best_metric`.
-        evaluated: names of metrics.
+    """Refuse a `train.best_metric` that is not evaluated.
 
     Raises:
-        UserError: naming the field and what there is.
+        UserError: naming the field and the known metrics.
     """
     if name is not None and name not in evaluated:
         known = ", ".join(evaluated) or "nothing: there are no held-out images"
@@ -108,10 +101,10 @@ def check_best_metric(name: str | None, evaluated: Collection[str]) -> None:
 
 
 def split_batch(batch: Any, pieces: int) -> list[Any]:
-    """A batch in `pieces`, or one an image where that is fewer, whose sizes differ by one image at most.
+    """A batch in `pieces` of nearly equal size, at most one per image.
 
     Args:
-        batch: a dataclass or NamedTuple whose tensors and lists, and mappings of them, all have one entry an image first.
+        batch: a dataclass or NamedTuple of tensors and lists, and mappings of them, with the images as first dimension.
     """
     images = len(batch.keys)
     pieces = min(pieces, images)
@@ -124,7 +117,7 @@ def _cut(batch: Any, part: slice) -> Any:
 
 
 def map_parts(value: Any, function: Callable[[Any], Any]) -> Any:
-    """The like of a dataclass, NamedTuple or mapping, however they are nested, with `function` of each of their parts."""
+    """A copy of nested dataclasses, NamedTuples and mappings with `function` applied to their leaves."""
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{part.name: map_parts(getattr(value, part.name), function) for part in fields(value)})
     if isinstance(value, tuple) and hasattr(value, "_fields"):

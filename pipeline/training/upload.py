@@ -1,4 +1,4 @@
-"""Batches brought to the training device while the step before is computed."""
+"""Copies of batches to the training device, during the previous step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Batch = TypeVar("Batch")
 def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches with all their tensors on `device`.
 
-    On a GPU they are copy_to_cpu one batch ahead, on a thread and a CUDA stream of their own: from memory that is not
-    page-locked, a copy on the stream of the training would wait for the step before, and the next step for the copy.
+    To a GPU they are copied one batch ahead, by a thread on a side stream: a copy from pageable memory on the training
+    stream would wait for the previous step, and the next step for the copy.
     """
     if device.type != "cuda":
         yield from batches
@@ -35,12 +35,12 @@ def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterat
     with ThreadPoolExecutor(1) as pool:
         for batch in map_ahead(pool, upload, batches, ahead=1):
             for tensor in list_tensors(batch):
-                tensor.record_stream(torch.cuda.current_stream(device))  # whose work is to end before it is used again
+                tensor.record_stream(torch.cuda.current_stream(device))  # or its memory is reused too early
             yield batch
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The like of a batch (`map_parts`) with all its tensors, and those in its lists, on a device."""
+    """A copy of a batch (`map_parts`) with all tensors, also those in lists, on a device."""
 
     def moved(part: Any) -> Any:
         if isinstance(part, list):
@@ -51,7 +51,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def list_tensors(batch: Any) -> list[Tensor]:
-    """All tensors that :func:`to_device` takes to a device."""
+    """All tensors of a batch that :func:`to_device` moves."""
     found: list[Tensor] = []
 
     def note(part: Any) -> None:

@@ -1,9 +1,8 @@
-"""This process among the training workers, and its shares of the global batch.
+"""Rank and collectives of a training process, and its shares of the global batch.
 
-The global batch is cut into as many equal shares as the run may have workers, and the order of the data is that of the
-shares. A worker computes one share, or several one after the other where fewer workers are alive. So neither the global
-batch nor the order of the data depends on how many there are: a run that loses or regains workers in the middle of an
-epoch sees every image that it would have seen, once.
+The global batch is divided into as many equal shares as the run may have workers. A worker computes one share, or several
+in turn if fewer workers are alive. So neither the global batch nor the order of the data depends on their number: a run
+that loses or regains workers within an epoch still sees every image once.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 Item = TypeVar("Item")
 
 STOP_REQUESTED = "stop"
-"""The notice after which training saves and ends; any other is followed by saving alone."""
+"""The notice on which training saves and ends; on any other it only saves."""
 
 
 class StoppedError(KeyboardInterrupt):
-    """Training was told to end, and has saved what a second start goes on from; to a job it is an interruption."""
+    """Training was asked to stop and has saved a checkpoint; jobs handle it as an interruption."""
 
 
 def _nothing(name: str, content: dict[str, Any]) -> str | None:
@@ -32,15 +31,15 @@ def _nothing(name: str, content: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Worker:
-    """This process among the training workers.
+    """A training process.
 
     Attributes:
-        rank, world: of this process.
-        device: where it computes.
-        wrap: makes a module compute with those of the other workers; told whether each loss depends on all its parameters.
-        shares: of the global batch, at least `world`; 0: one each.
-        notice: why training should save now, `STOP_REQUESTED` why it should end, or None; called on all ranks alike.
-        dump: writes a file of this name with this content beside the checkpoints, and returns where it lies.
+        rank, world: of the process.
+        device: of its module.
+        wrap: wraps a module for distributed training (DDP), given whether each loss depends on all parameters.
+        shares: of the global batch, at least `world`; 0: one per worker.
+        notice: a reason to save a checkpoint now, `STOP_REQUESTED` to stop as well, or None; called on all ranks alike.
+        dump: writes a file of this name and content to the folder of the checkpoints, and returns its path.
     """
 
     rank: int = 0
@@ -58,18 +57,18 @@ class Worker:
 
     @property
     def own_shares(self) -> range:
-        """Numbers of the shares that this worker computes."""
+        """Numbers of this worker's shares."""
         return range(self.rank, self.all_shares, self.world)
 
     def pieces(self, images: int, most: int | None) -> list[int]:
-        """Into how many pieces each of the own shares is cut.
+        """Number of micro-batches of each of the own shares.
 
-        All workers run equally many forwards a step, since those of SyncBN and the last one's gradients wait for each
-        other. Where that is more than a share has images, its last piece is computed again, without weight.
+        All workers run equally many forwards per step, as SyncBN and the gradients of the last one synchronise them. If a
+        share has fewer images than that, its last micro-batch is repeated with weight 0.
 
         Args:
             images: of a share.
-            most: images of a piece; None: all.
+            most: images per micro-batch; None: all.
         """
         each = math.ceil(images / (most or images))
         forwards = each * math.ceil(self.all_shares / self.world)
@@ -77,7 +76,7 @@ class Worker:
         return [forwards // own + (number < forwards % own) for number in range(own)]
 
     def own_rows(self, count: int) -> range:
-        """Of `count` rows that all ranks evaluate between them, this one's: every `world`-th."""
+        """This rank's part of `count` rows that all ranks evaluate together: every `world`-th."""
         return range(self.rank, count, self.world)
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -88,10 +87,10 @@ class Worker:
         return values.cpu()
 
     def all_gather(self, own: Sequence[Tensor]) -> Tensor:
-        """[shares * B, ...] on every rank: tensors [B, ...] of all shares of the global batch, in their order.
+        """Tensors [B, ...] of all shares, in order, as [shares * B, ...] on every rank.
 
         Args:
-            own: those of the own shares, of equal shapes on every rank, on the device.
+            own: tensors of the own shares, on the device, of the same shape on every rank.
         """
         if self.world == 1:
             return torch.cat(list(own))
@@ -101,15 +100,15 @@ class Worker:
         return every.flatten(0, 1)
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank, so that all of them stop together."""
+        """Whether the flag is set on any rank."""
         return bool(self.all_reduce(torch.tensor(float(flag))))
 
     def earliest_failure(self, found: tuple[int, str, list[str]] | None) -> tuple[int, str, list[str]]:
-        """What was found at the lowest step on any rank, on all of them; one at least has found something."""
+        """The (step, message, keys) of the lowest step on any rank; at least one rank must have one."""
         return min(item for item in self.all_gather_objects([found]) if item)
 
     def all_gather_objects(self, items: list[Item]) -> list[Item]:
-        """The items of all ranks, on all of them, in the order of the ranks; tensors among them are on the CPU."""
+        """The items of all ranks, in the order of the ranks; tensors in them must be on the CPU."""
         if self.world == 1:
             return items
         every: list[list[Item]] = [[]] * self.world
@@ -117,11 +116,11 @@ class Worker:
         return [item for some in every for item in some]
 
     def broadcast_state(self, module: nn.Module) -> None:
-        """Give all ranks rank 0's parameters and buffers: without SyncBN each has BatchNorm statistics of its own."""
+        """Broadcast rank 0's parameters and buffers: without SyncBN, BatchNorm statistics differ by rank."""
         if self.world > 1:
             for value in module.state_dict().values():
                 torch.distributed.broadcast(value, 0)
 
 
 ALONE = Worker()
-"""The only one, on the CPU."""
+"""A single process on the CPU."""
