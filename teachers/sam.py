@@ -1,7 +1,7 @@
 """SAM image encoders (Kirillov et al. 2023, "Segment Anything") through timm: `sam[/<variant>]`.
 
 There is no summary. Patches are the neck's 256 channels; at 1024 px the 64 x 64 grid is averaged exactly to 16 x 16.
-For a smaller input the squares shrink with it: the grid stays 16 x 16 as long as it can.
+At smaller inputs fewer patches are averaged, so that the grid stays 16 x 16 where possible.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PATCH = 16
 GRID = 16
 NORM_EPS = 1e-6
 FLASH_CHANNELS = 256
-"""Of a head, that FlashAttention takes at most."""
+"""Most channels per head that FlashAttention accepts."""
 
 
 class SAM(TimmTeacher):
@@ -34,25 +34,35 @@ class SAM(TimmTeacher):
 
     def _create(self, **changes: Any) -> nn.Module:
         model = super()._create(**changes)
-        for module in model.modules():
+        for name, module in list(model.named_modules()):
             if isinstance(module, nn.LayerNorm):
                 module.eps = NORM_EPS
-            if type(module) is Attention and module.use_rel_pos:
-                module.__class__ = FusedAttention
+            elif isinstance(module, Attention) and module.use_rel_pos:
+                model.set_submodule(name, FusedAttention(module))
         return model
 
 
 class FusedAttention(Attention):
-    """timm's attention, on a GPU without its table of N x N biases and weights a head: at 1024 px that is 400 MB an image.
+    """timm's attention, on a GPU without its N x N biases and weights per head, which take 400 MB per image at 1024 px.
 
-    A kernel that needs no such table knows of no bias. But SAM's is a product of the query, with the embedding of the rows
-    and of the columns that lie between it and the key: so it goes into the product of query and key
-    (:func:`with_positions`). On a CPU, where the longer product takes longer than the table, timm's own way is taken.
+    Fused attention kernels accept no such bias without its table. But SAM's bias is a product of the query with embeddings of
+    the relative row and column, so it moves into the product of query and key (:func:`with_positions`). On a CPU that longer
+    product takes longer than the table, so timm's forward is used.
+
+    Args:
+        plain: attention with relative positions, whose layers and tables become those of this module.
     """
+
+    def __init__(self, plain: Attention) -> None:
+        with torch.device("meta"):
+            super().__init__(plain.proj.in_features, plain.num_heads, use_rel_pos=True, input_size=(1, 1))
+        self.qkv, self.q_norm, self.k_norm, self.proj = plain.qkv, plain.q_norm, plain.k_norm, plain.proj
+        self.rel_pos_h, self.rel_pos_w = plain.rel_pos_h, plain.rel_pos_w
+        self.train(plain.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, D] -> [B, H, W, D]."""
-        if not _pays(x):
+        if not _use_fused(x):
             attended: Tensor = super().forward(x)
             return attended
         batch, height, width, _ = x.shape
@@ -62,7 +72,7 @@ class FusedAttention(Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = with_positions(q * self.scale, k, *(table / self.scale for table in tables))
         channels, length = v.shape[-1], q.shape[-1]
-        # FlashAttention is for 16-bit numbers, and wants all of one length.
+        # FlashAttention takes 16-bit numbers, and queries, keys and values of one length.
         flash = v.dtype != torch.float32 and length <= FLASH_CHANNELS
         padded = F.pad(v, (0, length - channels)) if flash else v
         out = F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., :channels]
@@ -70,44 +80,47 @@ class FusedAttention(Attention):
         return projected
 
 
-def _pays(x: Tensor) -> bool:
+def _use_fused(x: Tensor) -> bool:
     return x.is_cuda
 
 
 def with_positions(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose product is ``q @ k.T`` and the bias of decomposed relative positions (Li et al. 2022, MViTv2, 4.1).
+    """Queries and keys whose product is ``q @ k.T`` plus the bias of decomposed relative positions (Li et al. 2022, MViTv2, 4.1).
 
-    A query is continued by what it says of every row and of every column, a key by the one-hot codes of its own.
+    Each query is extended by its products with the embeddings of every row and column, each key by the one-hot codes of its
+    own row and column.
 
     Args:
-        q, k: [B, heads, H * W, C], places row by row.
+        q, k: [B, heads, H * W, C], positions in row-major order.
         rows, columns: [H, H, C] and [W, W, C], embeddings by the query's and the key's row, and column.
 
     Returns:
-        Both [B, heads, H * W, C + H + W], and zeros to a multiple of eight.
+        Both [B, heads, H * W, C + H + W], zero-padded to a multiple of eight channels.
     """
     height, width = len(rows), len(columns)
     spare = -(q.shape[-1] + height + width) % 8
     grid = q.unflatten(2, (height, width))
     of_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rows)
     of_columns = torch.einsum("bnhwc,wkc->bnhwk", grid, columns)
-    nothing = grid.new_zeros(*grid.shape[:-1], spare)
-    place = torch.arange(height * width, device=k.device)
-    codes = torch.cat([F.one_hot(place // width, height), F.one_hot(place % width, width + spare)], dim=-1).to(k.dtype)
-    queries = torch.cat([grid, of_rows, of_columns, nothing], dim=-1).flatten(2, 3)
+    padding = grid.new_zeros(*grid.shape[:-1], spare)
+    position = torch.arange(height * width, device=k.device)
+    codes = torch.cat([F.one_hot(position // width, height), F.one_hot(position % width, width + spare)], dim=-1).to(
+        k.dtype
+    )
+    queries = torch.cat([grid, of_rows, of_columns, padding], dim=-1).flatten(2, 3)
     return queries, torch.cat([k, codes.expand(*k.shape[:2], -1, -1)], dim=-1)
 
 
 def sam(options: TeacherOptions) -> Teacher:
-    """Factory of SAM; without a variant it is ViT-B.
+    """Factory of SAM; the default variant is ViT-B.
 
-    `weights` may be a file in timm's layout or in the authors' own, whose prompt encoder and mask decoder are left out.
+    `weights` may be a file with timm's keys or with the authors' own, whose prompt encoder and mask decoder are ignored.
     """
     variant, model = choose_variant("sam", options.variant, VARIANTS, DEFAULT)
     size = options.input_size or INPUT_SIZE
     side = size // PATCH
     pool = side // GRID if side >= GRID and side % GRID == 0 else 1
-    # The tables are made for the published size; timm resamples them to the input's in every forward.
+    # The tables have the published size; timm resamples them to the input's in every forward pass.
     options = replace(options, args={"img_size": INPUT_SIZE, **options.args})
     return SAM(f"sam/{variant}", model, options, has_summary=False, pool=pool, key_filter=_to_timm)
 

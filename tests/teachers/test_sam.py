@@ -133,7 +133,7 @@ def build(weights, side, table=None, pool=None, **args):
 @pytest.mark.parametrize("way", ["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize(("side", "table"), [(8, 8), (6, 6), (6, 8)], ids=["whole windows", "padding", "resampled"])
 def test_a_file_of_the_authors_gives_the_published_forward(tmp_path, monkeypatch, side, table, way):
-    monkeypatch.setattr(sam, "_pays", lambda x: way == "as on a GPU")
+    monkeypatch.setattr(sam, "_use_fused", lambda x: way == "as on a GPU")
     tensors = draw_file(table)
     torch.save(tensors, tmp_path / "authors.pth")
     teacher = build(tmp_path / "authors.pth", side, table)
@@ -147,13 +147,13 @@ def test_a_file_of_the_authors_gives_the_published_forward(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_in_half_precision_values_are_padded_and_nothing_changes(monkeypatch, qk_norm):
-    attention = sam.FusedAttention(32, num_heads=2, qk_norm=qk_norm, use_rel_pos=True, input_size=(5, 6))
-    attention.requires_grad_(False)
-    for table in (attention.rel_pos_h, attention.rel_pos_w):
+    plain = sam.Attention(32, num_heads=2, qk_norm=qk_norm, use_rel_pos=True, input_size=(5, 6))
+    for table in (plain.rel_pos_h, plain.rel_pos_w):
         torch.nn.init.normal_(table)
+    attention = sam.FusedAttention(plain).requires_grad_(False)
     x = torch.randn(3, 5, 6, 32)
     expected = attention(x)
-    monkeypatch.setattr(sam, "_pays", lambda x: True)
+    monkeypatch.setattr(sam, "_use_fused", lambda x: True)
     torch.testing.assert_close(attention(x), expected)
     torch.testing.assert_close(attention.bfloat16()(x.bfloat16()).float(), expected, atol=0.03, rtol=0.03)
 
