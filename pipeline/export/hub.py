@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.export.bundle import ExportBundle, preprocessing
-from pipeline.student import layers, regla
+from pipeline.student import blocks, layers, regla
 from pipeline.student.layers import NormLinear
 from pipeline.student.model import create_backbone
 
@@ -77,10 +77,10 @@ def is_ours(bundle: ExportBundle) -> bool:
 
 
 def one_file() -> str:
-    """ReGLA and its bricks as one module that imports nothing but torch and timm."""
-    bricks, network = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in (layers, regla))
-    network = re.sub(r"^from pipeline\.student\.layers import .*\n", "", network, flags=re.MULTILINE)
-    return f'"""ReGLA for timm: `import regla` registers {", ".join(regla.SIZES)}."""\n\n{bricks}\n\n{network}'
+    """ReGLA with its blocks and layers as one module that imports nothing but torch and timm."""
+    parts = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in (layers, blocks, regla))
+    code = re.sub(r"^from pipeline\.student\.\w+ import .*\n", "", "\n\n".join(parts), flags=re.MULTILINE)
+    return f'"""ReGLA for timm: `import regla` registers {", ".join(regla.SIZES)}."""\n\n{code}'
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""The bricks of ReGLA (specification, section 1) and how each one folds for inference (section 6).
+"""The layers of ReGLA and how each one folds for inference.
 
 Marks in the docstrings: [paper] stated in the ReGLA paper, arXiv 2602.05262; [2nd] stated only by third-party summaries
 of it; [family: X] taken from the published relative X; [ours] our choice, with the reason. All maps are (B, C, H, W).
 
-A brick with a method ``fuse() -> nn.Module`` returns what stands in for it at inference, so both :func:`fuse_children`
+A layer with a method ``fuse() -> nn.Module`` returns what stands in for it at inference, so both :func:`fuse_children`
 and ``timm.utils.reparameterize_model`` fold a whole network. Folding is done in float64 and cast back once.
 """
 

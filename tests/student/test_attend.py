@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.student.regla import RGMA, attend
+from pipeline.student.blocks import RGMA, attend
 
 
 def qkv(tokens: int, *, batch: int = 2, heads: int = 2, d: int = 32, e: int = 64) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The bricks, each with its folded form."""
+"""The layers, each with its folded form."""
 
 import pytest
 import torch
@@ -9,28 +9,28 @@ from pipeline.student.layers import FFN, Classifier, ConvBN, RepDW, Residual, fu
 
 @pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (3, 2, 1), (5, 1, 4), (3, 1, 2)])
 def test_conv_bn_folds_into_one_convolution(live, kernel, stride, groups):
-    brick = live(ConvBN(4, 8, kernel, stride, groups))
+    layer = live(ConvBN(4, 8, kernel, stride, groups))
     x = torch.randn(2, 4, 7, 6)
-    fused = brick.fuse()
+    fused = layer.fuse()
     assert type(fused) is nn.Conv2d
     assert not fused.training
-    assert torch.allclose(fused(x), brick(x), atol=1e-5)
+    assert torch.allclose(fused(x), layer(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 8)])
 @pytest.mark.parametrize(("kernel", "small"), [(3, 0), (3, 1), (5, 3), (7, 5), (7, 3)])
 @pytest.mark.parametrize("identity", [False, True])
 def test_rep_dw_folds_into_one_depthwise_convolution(live, kernel, small, identity, size):
-    brick = live(RepDW(6, kernel, small, identity))
+    layer = live(RepDW(6, kernel, small, identity))
     x = torch.randn(2, 6, *size)
-    fused = brick.fuse()
+    fused = layer.fuse()
     assert fused.weight.shape == (6, 1, kernel, kernel)
-    assert torch.allclose(fused(x), brick(x), atol=1e-5)
+    assert torch.allclose(fused(x), layer(x), atol=1e-5)
 
 
 def test_folding_keeps_device_dtype_and_layout(live):
-    brick = live(RepDW(6, 3, 1, identity=True)).to(torch.bfloat16)
-    assert brick.fuse().weight.dtype == torch.bfloat16
+    layer = live(RepDW(6, 3, 1, identity=True)).to(torch.bfloat16)
+    assert layer.fuse().weight.dtype == torch.bfloat16
     with torch.device("meta"):
         assert ConvBN(3, 4).fuse().weight.device.type == "meta"
     wide = live(ConvBN(4, 8, 3)).to(memory_format=torch.channels_last)
@@ -38,28 +38,28 @@ def test_folding_keeps_device_dtype_and_layout(live):
 
 
 def test_folding_leaves_the_original_alone(live):
-    brick = live(RepDW(6, 3, 1, identity=True)).double()
-    before = {name: value.clone() for name, value in brick.state_dict().items()}
-    brick.fuse()
-    assert all(torch.equal(value, before[name]) for name, value in brick.state_dict().items())
+    layer = live(RepDW(6, 3, 1, identity=True)).double()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.fuse()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
 def test_folding_is_done_in_float64(live):
-    brick = live(ConvBN(16, 16, 3))
-    fused = brick.fuse()
+    layer = live(ConvBN(16, 16, 3))
+    fused = layer.fuse()
     exact = live(ConvBN(16, 16, 3)).double()
-    exact.load_state_dict(brick.state_dict())
+    exact.load_state_dict(layer.state_dict())
     weight, bias = exact.folded()
     assert torch.equal(fused.weight, weight.float())
     assert torch.equal(fused.bias, bias.float())
 
 
 def test_residual_with_layer_scale_folds(live):
-    brick = live(Residual(FFN(4, 3, "gelu"), 4, drop_path=0.5, layer_scale=1e-6))
+    layer = live(Residual(FFN(4, 3, "gelu"), 4, drop_path=0.5, layer_scale=1e-6))
     x = torch.randn(2, 4, 5, 5)
-    expected = brick(x)
-    assert torch.allclose(expected, x + brick.gamma * brick.branch(x), atol=1e-6)
-    fused = brick.fuse()
+    expected = layer(x)
+    assert torch.allclose(expected, x + layer.gamma * layer.branch(x), atol=1e-6)
+    fused = layer.fuse()
     assert fused.gamma is None
     assert isinstance(fused.drop_path, nn.Identity)
     assert torch.allclose(fused(x), expected, atol=1e-5)
@@ -79,21 +79,21 @@ def test_ffn_places_the_depthwise_convolution():
 
 @pytest.mark.parametrize("distill_head", [False, True])
 def test_classifier_folds_into_one_linear(live, distill_head):
-    brick = live(Classifier(6, 3, distill_head))
+    layer = live(Classifier(6, 3, distill_head))
     x = torch.randn(5, 6)
-    fused = brick.fuse()
+    fused = layer.fuse()
     assert type(fused) is nn.Linear
-    assert torch.allclose(fused(x), brick(x), atol=1e-6)
+    assert torch.allclose(fused(x), layer(x), atol=1e-6)
 
 
 def test_classifier_returns_both_outputs_only_in_distilled_training():
-    brick = Classifier(6, 3, distill_head=True).train()
+    layer = Classifier(6, 3, distill_head=True).train()
     x = torch.randn(5, 6)
-    assert brick(x).shape == (5, 3)
-    brick.distilled_training = True
-    main, distill = brick(x)
-    assert torch.allclose((main + distill) / 2, (brick.main(x) + brick.distill(x)) / 2, atol=1e-6)
-    assert isinstance(brick.eval()(x), torch.Tensor)
+    assert layer(x).shape == (5, 3)
+    layer.distilled_training = True
+    main, distill = layer(x)
+    assert torch.allclose((main + distill) / 2, (layer.main(x) + layer.distill(x)) / 2, atol=1e-6)
+    assert isinstance(layer.eval()(x), torch.Tensor)
 
 
 def test_fuse_children_reaches_nested_modules(live):
