@@ -60,7 +60,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_state_dict_has_the_keys_and_shapes_of_published_checkpoints(name):
+def test_the_state_dict_has_the_keys_and_shapes_of_earlier_checkpoints(name):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
     listed = "\n".join(f"{key} {tuple(value.shape)}" for key, value in state.items())
