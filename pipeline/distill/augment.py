@@ -1,7 +1,7 @@
-"""Photometric augmentation of the student's images, on the training device, each image with a draw of its own.
+"""Photometric augmentation of the student's images on the training device, with separate random values for each image.
 
-The teachers saw the clean view; geometry belongs to the cached views and is never touched here. The operations are those
-of torchvision.transforms.v2, which draws once for a whole batch, and of one image after the other takes too many kernels.
+Teachers see the clean view. Geometry belongs to the cached views and is not changed here. The operations are those of
+torchvision.transforms.v2, which draws one value for a whole batch, and image by image would launch too many kernels.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ BLUR_SIGMA = (0.1, 2.0)
 """Range of the blur's standard deviation in pixels, as in DINO (Caron et al. 2021) and its successors."""
 
 BLUR_SIDE = 9
-"""Pixels of a side of the blur's kernel, as in DINOv2."""
+"""Side of the blur's kernel in pixels, as in DINOv2."""
 
 GREY = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue (ITU-R BT.601), as torchvision and Pillow have them."""
+"""Weights of red, green and blue (ITU-R BT.601), as in torchvision and Pillow."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What is done to each image of a batch; [B, 1, 1, 1] float32 each.
+    """Random values of each image of a batch; [B, 1, 1, 1] float32 each.
 
     Attributes:
-        brightness, contrast, saturation: factors, 1: unchanged.
-        hue: shift as a share of the circle, 0: unchanged.
-        grey: 1 where the image loses its colour.
-        sigma: of the blur in pixels, 0: none.
+        brightness, contrast, saturation: factors; 1: unchanged.
+        hue: shift as a share of the circle; 0: unchanged.
+        grey: 1: the image becomes grey.
+        sigma: standard deviation of the blur in pixels; 0: no blur.
     """
 
     brightness: Tensor
@@ -44,7 +44,7 @@ class Draws:
 
     @classmethod
     def of(cls, count: int, config: AugmentConfig) -> Draws:
-        """Draw for `count` images, from torch's generator of the CPU, so that a seed means the same on every device."""
+        """Draw for `count` images with torch's CPU generator, so that a seed gives the same values on every device."""
         uniform = torch.rand(8, count, 1, 1, 1)
         jittered, blurred = uniform[0] < config.jitter, uniform[1] < config.blur
 
@@ -63,7 +63,7 @@ class Draws:
         )
 
     def to(self, device: torch.device) -> Draws:
-        """The same on a device."""
+        """A copy on a device."""
         return Draws(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
 
@@ -74,28 +74,28 @@ def augment(pixels: Tensor, config: AugmentConfig) -> Tensor:
         pixels: [B, 3, H, W] uint8 RGB on any device.
 
     Returns:
-        The like, a new tensor; `pixels` itself where the configuration changes nothing.
+        A new tensor of the same shape and dtype, or `pixels` itself if the configuration changes nothing.
     """
     if not (config.jitter or config.grey or config.blur):
         return pixels
     draws = Draws.of(len(pixels), config).to(pixels.device)
-    # Autocast would blur in bfloat16, whose steps are as large as those of a pixel.
+    # Autocast would blur in bfloat16, which is no finer than 8-bit pixels.
     with torch.autocast(pixels.device.type, enabled=False):
         return (apply_draws(pixels.float() / 255, draws) * 255).round().to(torch.uint8)
 
 
 def apply_draws(images: Tensor, draws: Draws) -> Tensor:
-    """[B, 3, H, W] float32 in [0, 1] -> the like: brightness, contrast, saturation, hue, grey, blur, in this order."""
+    """Brightness, contrast, saturation, hue, grey and blur, in this order: [B, 3, H, W] float32 in [0, 1] -> the same."""
     images = (images * draws.brightness).clamp(0, 1)
     images = _blend(images, _grey(images).mean(dim=(2, 3), keepdim=True), draws.contrast)
     images = _blend(images, _grey(images), draws.saturation)
-    images = _turn_hue(images, draws.hue)
+    images = _shift_hue(images, draws.hue)
     images = torch.where(draws.grey > 0, _grey(images), images)
     return torch.where(draws.sigma > 0, _blur(images, draws.sigma.clamp_min(BLUR_SIGMA[0])), images)
 
 
 def _grey(images: Tensor) -> Tensor:
-    # Numbers, not a tensor of them: for its copy to the device the processor would wait.
+    # Python numbers: copying a tensor to the device would force a synchronisation.
     red, green, blue = images.split(1, dim=1)
     return GREY[0] * red + GREY[1] * green + GREY[2] * blue
 
@@ -104,7 +104,7 @@ def _blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
     return (share * images + (1 - share) * other).clamp(0, 1)
 
 
-def _turn_hue(images: Tensor, shift: Tensor) -> Tensor:
+def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Through HSV and back (Foley et al. 1990, section 13.3.4)."""
     value, low = images.amax(dim=1, keepdim=True), images.amin(dim=1, keepdim=True)
     chroma = value - low
@@ -115,8 +115,8 @@ def _turn_hue(images: Tensor, shift: Tensor) -> Tensor:
         (green - blue) / span,
         torch.where(value == green, 2 + (blue - red) / span, 4 + (red - green) / span),
     )
-    turned = sixth + 6 * shift
-    distance = torch.cat([turned + corner for corner in (5, 3, 1)], dim=1) % 6
+    shifted = sixth + 6 * shift
+    distance = torch.cat([shifted + corner for corner in (5, 3, 1)], dim=1) % 6
     return value - chroma * torch.minimum(distance, 4 - distance).clamp(0, 1)
 
 

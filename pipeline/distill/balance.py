@@ -1,4 +1,4 @@
-"""How much each teacher counts: weights on a schedule, and teacher dropping."""
+"""Weights of the teachers: schedules, and teacher dropping."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 
 FEATURE_KINDS = ("summary", "patches")
-"""Token types, in the order of the columns of :func:`teacher_weights`."""
+"""Kinds of features, in the order of the columns of :func:`teacher_weights`."""
 
 
 def weight_at(schedule: float | Mapping[float, float], progress: float) -> float:
     """A weight, constant or piecewise linear: {0: 1, 0.5: 0.2} falls to 0.2 in the first half and stays there.
 
     Args:
-        schedule: a number, or weights by the share of the training that is behind them.
-        progress: that share now, in [0, 1].
+        schedule: a number, or weights by progress.
+        progress: share of the training that is done, in [0, 1].
     """
     if not isinstance(schedule, Mapping):
         return float(schedule)
@@ -28,13 +28,13 @@ def weight_at(schedule: float | Mapping[float, float], progress: float) -> float
 
 
 def is_scheduled(teachers: Sequence[CachedTeacher]) -> bool:
-    """Whether any weight changes during the training."""
+    """Whether any weight changes during training."""
     configs = [teacher.config for teacher in teachers]
     return any(isinstance(w, Mapping) for c in configs for w in (c.weight, c.summary_weight, c.patch_weight))
 
 
 def teacher_weights(teachers: Sequence[CachedTeacher], progress: float = 0.0) -> Tensor:
-    """Weights [T, 2] float32 of the summary and patch losses of every teacher; 0 for a summary that a teacher lacks."""
+    """Weights [T, 2] float32 of every teacher's summary and patch losses; 0 if the teacher has no summary."""
     rows = []
     for teacher in teachers:
         config = teacher.config
@@ -48,23 +48,24 @@ def teacher_weights(teachers: Sequence[CachedTeacher], progress: float = 0.0) ->
 
 @torch.no_grad()
 def drop_coefficients(losses: Tensor, weights: Tensor, draws: Tensor, probability: float) -> Tensor:
-    """Teacher dropping as in UNIC (Sariyildiz et al. 2024, section 3.3), with coefficients that are exact per image.
+    """Teacher dropping as in UNIC (Sariyildiz et al. 2024, section 3.3), normalised per image.
 
-    Of every image the teacher of the largest loss is kept, and each other one dropped with `probability`. UNIC divides by
-    the sum over the batch, by which an image that keeps four teachers weighs four times one that keeps one. Here the
-    weights of those that are kept are scaled to the sum of all, so that all images weigh the same.
+    Each image keeps the teacher with the largest loss and drops every other one with `probability`. UNIC divides by the sum
+    over the batch, so an image that keeps four teachers weighs four times as much as one that keeps one. Here the weights of
+    the kept teachers are scaled to the sum of all, so that all images weigh the same.
 
     Args:
-        losses: [B, T], weighted as they enter the total.
-        weights: [T], those weights.
+        losses: [B, T], weighted.
+        weights: [T], their weights.
         draws: [B, T] uniform in [0, 1).
-        probability: that a teacher which is not the worst is dropped.
+        probability: of dropping a teacher that does not have the largest loss.
 
     Returns:
-        [B, T] float32 factors of the losses; for every image, their sum over T weighted by `weights` is that of `weights`.
+        [B, T] float32 coefficients of the losses; for every image their sum over T, weighted by `weights`, is the sum of
+        `weights`.
     """
     kept = draws >= probability
     kept.scatter_(1, losses.argmax(dim=1, keepdim=True), True)
     left = (kept * weights).sum(dim=1, keepdim=True)
-    # An image whose every weight is 0 has no loss to share out.
+    # If all weights are 0, there is no loss to distribute.
     return kept * torch.where(left > 0, weights.sum() / left.clamp_min(torch.finfo(left.dtype).tiny), 0.0)

@@ -1,4 +1,4 @@
-"""How a student is distilled: losses and augmentation."""
+"""Losses and augmentation."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class LossConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Photometric augmentation of the student's images; the teachers saw the clean view."""
+    """Photometric augmentation of the student's images; teachers see the clean view."""
 
-    jitter: Share = Field(0.0, description="probability that an image's colours are jittered; 0.8 is usual")
+    jitter: Share = Field(0.0, description="probability of colour jitter per image; 0.8 is usual")
     brightness: float = Field(0.4, ge=0, description="largest relative change of brightness")
     contrast: float = Field(0.4, ge=0, description="largest relative change of contrast")
     saturation: float = Field(0.2, ge=0, description="largest relative change of saturation")

@@ -1,4 +1,4 @@
-"""What there is to see of a distillation after each epoch, as PNG files: curves, and features as colours."""
+"""PNG figures of a distillation, drawn after each evaluation: curves, and features as colours."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pipeline.storage.atomic import atomic_write
 from pipeline.training.task import History
 
 IMAGES = 6
-"""Images whose features are shown; the same after every epoch."""
+"""Number of images whose features are shown; the same images after every epoch."""
 CELL = 96
-"""Side of a picture in pixels."""
+"""Side of one image in the figure, in pixels."""
 
 
 @dataclass(frozen=True)
 class FigureWriter:
-    """Where figures go, and what they are compared with.
+    """Draws figures into a folder.
 
     Attributes:
-        folder: of the PNG files; on a cluster one that all nodes share.
-        teacher_knn: accuracy in percent by teacher.
+        folder: of the PNG files; on a cluster, one that all nodes share.
+        teacher_knn: accuracy in percent by teacher, for comparison.
         earlier: evaluations of the phases before this one.
     """
 
@@ -44,15 +44,15 @@ class FigureWriter:
         batch: Batch,
         codecs: Mapping[str, Mapping[str, FeatureCodec]] | None,
     ) -> None:
-        """Both figures, in place of those of the last epoch.
+        """Draw both figures over those of the last epoch.
 
         Args:
             evaluations: of this phase, the first before training.
-            batch: with the features of the images to be shown.
-            codecs: decoders of these features by teacher id and token type; None: the training images'.
+            batch: images to show, with features.
+            codecs: decoders of these features by teacher id and kind; None: those of the training images.
         """
         folder = Path(self.folder)
-        # A phase begins with the evaluation that the one before ended with.
+        # A phase begins with the evaluation at the end of the one before.
         curve = [*self.earlier, *evaluations[bool(self.earlier) :]]
         curves_figure(curve, self.teacher_knn, folder / "curves.png")
         features_figure(module, batch, codecs, folder / "features.png")
@@ -61,8 +61,8 @@ class FigureWriter:
 def curves_figure(
     evaluations: Sequence[tuple[int, dict[str, float]]], teacher_knn: Mapping[str, float], path: Path
 ) -> Path:
-    """kNN against the epoch, of the averaged and the raw weights and, dashed, of the teachers (the paper's figure 3);
-    beside it the cosine to every teacher on held-out images.
+    """kNN accuracy by epoch of the averaged and the raw weights and, dashed, of the teachers (the paper's figure 3), and the
+    cosine to every teacher on held-out images.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -99,10 +99,10 @@ def curves_figure(
 def features_figure(
     module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None, path: Path
 ) -> Path:
-    """Images beside every teacher's patch features and what the student makes of them.
+    """Images beside every teacher's patch features and the student's predictions of them.
 
-    Colours are the first three principal components: those of a teacher's features for it and for the student's
-    prediction of it, so that equal colours mean equal features; the student's own for its tokens.
+    Colours are the first three principal components of the teacher's features, for both, so that equal colours mean equal
+    features. The student's own feature map has components of its own.
     """
     from matplotlib.figure import Figure
 
@@ -119,8 +119,8 @@ def features_figure(
         shown = colours(wanted, wanted, target.predict(output)["patches"].float().cpu())
         columns |= {label: shown[0], f"student of {label}": shown[1]}
     own = output.feature_map.float().permute(0, 2, 3, 1).cpu()
-    (columns["student's tokens"],) = colours(own, own)
-    mosaic = torch.cat([_enlarged(pictures) for pictures in columns.values()], dim=1)
+    (columns["student's own"],) = colours(own, own)
+    mosaic = torch.cat([_enlarge(pictures) for pictures in columns.values()], dim=1)
     figure = Figure(figsize=(1.25 * len(columns), 1.25 * count + 0.6), layout="constrained")
     panel = figure.subplots()
     panel.imshow(mosaic.numpy(), interpolation="nearest")
@@ -134,24 +134,24 @@ def colours(fitted: Tensor, *features: Tensor) -> list[Tensor]:
     """The first three principal components of `fitted` as red, green and blue.
 
     Args:
-        fitted: [B, h, w, D], by whose tokens components and ranges (2nd to 98th percentile) are found.
-        features: [B, h', w', D] each, to be shown.
+        fitted: [B, h, w, D], determines the components and their ranges (2nd to 98th percentile).
+        features: [B, h', w', D] each, to show.
 
     Returns:
-        [B, h', w', 3] in [0, 1] of each.
+        [B, h', w', 3] in [0, 1] for each.
     """
-    tokens = fitted.flatten(0, 2)
-    mean = tokens.mean(dim=0)
-    _, _, axes = torch.linalg.svd(tokens - mean, full_matrices=False)
+    vectors = fitted.flatten(0, 2)
+    mean = vectors.mean(dim=0)
+    _, _, axes = torch.linalg.svd(vectors - mean, full_matrices=False)
     axes = axes[:3]
-    # The sign of a component is arbitrary; this one stays the same from epoch to epoch.
+    # The sign of a component is arbitrary; this one does not change from epoch to epoch.
     axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
     axes = F.pad(axes, (0, 0, 0, 3 - len(axes)))
-    low, high = ((tokens - mean) @ axes.T).quantile(torch.tensor([0.02, 0.98]), dim=0)
+    low, high = ((vectors - mean) @ axes.T).quantile(torch.tensor([0.02, 0.98]), dim=0)
     return [(((values - mean) @ axes.T - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for values in features]
 
 
-def _enlarged(pictures: Tensor) -> Tensor:
+def _enlarge(pictures: Tensor) -> Tensor:
     """[B, h, w, 3] -> one column [B * CELL, CELL, 3]."""
     return F.interpolate(pictures.permute(0, 3, 1, 2), (CELL, CELL), mode="nearest").permute(0, 2, 3, 1).flatten(0, 1)
 

@@ -1,4 +1,4 @@
-"""How a student's token grid meets a teacher's patch grid: one declared rule per pair, printed at the start."""
+"""How a student's feature map is aligned with a teacher's patches: one rule per pair, printed at the start."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GridRule:
-    """Aligns tokens and patches on one grid.
+    """Aligns the student's feature map and the teacher's patches on one grid.
 
-    Exact where one grid divides the other: the finer is averaged. Otherwise the student's tokens are resized
+    If one grid divides the other, the finer is averaged, which is exact. Otherwise the student's feature map is resized
     (bilinear), never the teacher's patches, whose statistics are frozen.
 
     Attributes:
@@ -25,22 +25,22 @@ class GridRule:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w) on which they are compared."""
+        """(h, w) of the comparison."""
         return self.student if self._divides(self.student, self.teacher) else self.teacher
 
     @staticmethod
     def _divides(coarse: tuple[int, int], fine: tuple[int, int]) -> bool:
         return fine[0] % coarse[0] == 0 and fine[1] % coarse[1] == 0
 
-    def align_student(self, tokens: Tensor) -> Tensor:
+    def align_student(self, features: Tensor) -> Tensor:
         """[B, D, h, w] of the student -> [B, gh, gw, D]."""
         if self.grid == self.student:
-            return tokens.permute(0, 2, 3, 1)  # an average of single tokens has a slow backward on a GPU
+            return features.permute(0, 2, 3, 1)  # pooling 1 x 1 squares has a slow backward pass on a GPU
         if self._divides(self.grid, self.student):
-            tokens = F.adaptive_avg_pool2d(tokens, self.grid)
+            features = F.adaptive_avg_pool2d(features, self.grid)
         else:
-            tokens = F.interpolate(tokens, size=self.grid, mode="bilinear", align_corners=False)
-        return tokens.permute(0, 2, 3, 1)
+            features = F.interpolate(features, size=self.grid, mode="bilinear", align_corners=False)
+        return features.permute(0, 2, 3, 1)
 
     def align_teacher(self, patches: Tensor) -> Tensor:
         """[B, h, w, D] of the teacher -> [B, gh, gw, D]; an exact average or the identity."""
@@ -59,23 +59,23 @@ class GridRule:
 
 
 def patch_subsets(grid: tuple[int, int], most: int | None) -> Tensor:
-    """The places of a grid, dealt out to as few turns as have no more than `most` places each.
+    """Divide the positions of a grid into as few subsets as possible with at most `most` positions each.
 
-    A turn is a lattice that lies evenly over the grid: of two turns the fields of one colour of a chessboard; of four every
-    fourth field of a row, two further in each next row. Neighbours, whose features are nearly the same, so come in different
-    turns.
+    Each subset is a lattice spread evenly over the grid: two subsets are the colours of a chessboard; of four, each takes every
+    fourth position of a row, shifted by two in the next row. So neighbours, whose features are nearly the same, are in
+    different subsets.
 
     Args:
         grid: (h, w).
-        most: places of a turn; None: all places are one turn.
+        most: positions of a subset; None: one subset of all positions.
 
     Returns:
-        [T, ceil(h * w / T)] int64, numbers of places row by row. All places occur; where they do not divide evenly, some
-        occur in two turns.
+        [S, ceil(h * w / S)] int64, row-major positions. Every position occurs; if they do not divide evenly, some occur in two
+        subsets.
     """
     height, width = grid
     count = 1 if most is None else -(-height * width // most)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    dealt = ((max(1, count // 2) * rows + columns) % count).flatten().argsort(stable=True)
-    starts = torch.arange(count) * len(dealt) // count
-    return dealt[starts.unsqueeze(1) + torch.arange(-(-len(dealt) // count))]
+    order = ((max(1, count // 2) * rows + columns) % count).flatten().argsort(stable=True)
+    starts = torch.arange(count) * len(order) // count
+    return order[starts.unsqueeze(1) + torch.arange(-(-len(order) // count))]

@@ -67,7 +67,7 @@ def steps_per_epoch(phase: Phase) -> int:
     """Optimiser steps of an epoch, if no image is quarantined.
 
     Raises:
-        UserError: where the images do not fill one batch.
+        UserError: if the images do not fill one batch.
     """
     train = phase.plan.split("train")
     assert train is not None
@@ -80,10 +80,10 @@ def steps_per_epoch(phase: Phase) -> int:
 
 
 def training_plan(phase: Phase) -> dict[str, str]:
-    """Student, losses, steps, and how the student's tokens meet every teacher's patches, in words.
+    """Readable rows: student, steps, and how the student's feature map is aligned with every teacher's patches.
 
     Raises:
-        UserError: for what training would be refused for.
+        UserError: if training would be refused.
     """
     config, teachers = phase.config, phase.plan.teachers
     check_losses(config.loss)
@@ -104,10 +104,10 @@ def training_plan(phase: Phase) -> dict[str, str]:
 
 
 def check_session(phase: Phase) -> None:
-    """Refuse, before anything is computed, what the GPUs of this Ray session cannot train.
+    """Refuse a batch that the GPUs of this Ray session cannot divide, before anything is computed.
 
     Raises:
-        UserError: where they do not divide the batch, or too few images are left for each.
+        UserError: if they do not divide the batch, or each would get too few images.
     """
     config = phase.config
     share = config.train.batch_size // count_shares(config.train)
@@ -115,17 +115,17 @@ def check_session(phase: Phase) -> None:
 
 
 def _evaluated(plan: CachePlan) -> list[str]:
-    """What `DistillTask` will evaluate."""
+    """Names of the metrics that `DistillTask` will evaluate."""
     labels = teacher_labels(plan.teachers)
     if plan.split("val") is None:
         return []
-    nearness = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
-    names = [f"val_{measure}/{name}" for measure in ("cosine", "loss") for name in nearness]
+    parts = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
+    names = [f"val_{measure}/{part}" for measure in ("cosine", "loss") for part in parts]
     return ["knn", "knn_raw", *names] if _labelled(plan) else names
 
 
 def _labelled(plan: CachePlan) -> bool:
-    """Whether there are held-out images, and labels of them and of those that they are compared with."""
+    """Whether both splits exist and have labels."""
     labelled = [split.index["label"].null_count < len(split.index) for split in plan.splits]
     return len(labelled) > 1 and all(labelled)
 
@@ -134,10 +134,10 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
     """Train on complete caches, phase after phase, from the last checkpoint below `folder` if there is one.
 
     Raises:
-        UserError: where the data is too small for the batch or the splits do not fit together.
-        DivergedError: where the loss is not finite.
+        UserError: if the data is too small for the batch or the splits do not fit together.
+        DivergedError: if the loss is not finite.
     """
-    ending, before = _begin(phases[0], folder)
+    state, file_before = _initial_state(phases[0], folder)
     teachers: dict[str, float] = {}
     jobs = []
     for number, phase in enumerate(phases, 1):
@@ -145,20 +145,20 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
         file = folder / f"{name}.pt"
         job = make_job(phase.config, phase.plan)
         jobs.append(job)
-        teachers |= evaluate_teachers(job, run, ending.steps)
+        teachers |= evaluate_teachers(job, run, state.steps)
         if not file.exists():
             if len(phases) > 1:
                 print(f"phase {number} of {len(phases)}", flush=True)
-            watch = FigureWriter(str(folder / "figures"), teachers, ending.evaluations)
+            figures = FigureWriter(str(folder / "figures"), teachers, state.evaluations)
             checkpoints = checkpoint_folder(phase.config.train, folder, name)
-            ending = _train(job, run, checkpoints, ending, before, watch)
-            ending.save(file)
-        ending, before = PhaseState.load(file), file
-    return _finish(jobs, run, folder, ending, teachers)
+            state = _train(job, run, checkpoints, state, file_before, figures)
+            state.save(file)
+        state, file_before = PhaseState.load(file), file
+    return _finish(jobs, run, folder, state, teachers)
 
 
-def _begin(first: Phase, folder: Path) -> tuple[PhaseState, Path | None]:
-    """Where a run starts, and the file that tells its workers."""
+def _initial_state(first: Phase, folder: Path) -> tuple[PhaseState, Path | None]:
+    """The state before the first phase, and its file for the workers."""
     file = start_file(folder)
     if first.start and not file.exists():
         PhaseState.before(build_student(first.config), first.start, first.config.student.weights).save(file)
@@ -166,44 +166,44 @@ def _begin(first: Phase, folder: Path) -> tuple[PhaseState, Path | None]:
 
 
 def _train(
-    job: DistillJob, run: Run, folder: str, begun: PhaseState, before: Path | None, watch: FigureWriter
+    job: DistillJob, run: Run, folder: str, before: PhaseState, file_before: Path | None, figures: FigureWriter
 ) -> PhaseState:
-    log_shuffle(job, run, begun.steps)
-    payload = {"job": job, "before": before and str(before), "watch": watch}
-    # It travels to Ray Train's controller.
-    on_commit = partial(_log_commit, run, replace(begun, weights=None), Path(watch.folder))
+    log_shuffle(job, run, before.steps)
+    payload = {"job": job, "before": file_before and str(file_before), "figures": figures}
+    # Without weights, since it is pickled for Ray Train's controller.
+    on_commit = partial(_log_commit, run, replace(before, weights=None), Path(figures.folder))
     checkpoint = fit(make_distill_task, payload, job.config.train, folder, on_commit)
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
-        place = f"{folder}/{Path(checkpoint.path).name}/{STATE_FILE}"
-        run.log_reference(Path(directory, STATE_FILE), place, "checkpoint/reference.json")
-    return begun.then(state, job.config.train.epochs, list(teacher_labels(job.teachers).values()))
+        location = f"{folder}/{Path(checkpoint.path).name}/{STATE_FILE}"
+        run.log_reference(Path(directory, STATE_FILE), location, "checkpoint/reference.json")
+    return before.then(state, job.config.train.epochs, list(teacher_labels(job.teachers).values()))
 
 
 def _finish(
-    jobs: Sequence[DistillJob], run: Run, folder: Path, ending: PhaseState, teachers: dict[str, float]
+    jobs: Sequence[DistillJob], run: Run, folder: Path, state: PhaseState, teachers: dict[str, float]
 ) -> DistillResult:
-    """Export the student that the last phase left, and log it."""
+    """Export the student of the last phase, and log it."""
     job = jobs[-1]
     distiller = build_distiller(job)
-    assert ending.weights is not None
-    distiller.load_state_dict(ending.weights)
+    assert state.weights is not None
+    distiller.load_state_dict(state.weights)
     encoder, student = distiller.student.encoder, folder / "student"
     export_student(encoder, job.config, student)
     if job.config.student.keep_heads:
         save_heads(distiller, job.config.student.head_dim, student)
-    before, after = ending.knn or (None, None)
+    before, after = state.knn or (None, None)
     run.log_metric_dict(_size(encoder, job.config.student.input_size))
-    origin = provenance(jobs, run.run_id, ending.samples, {"knn": after, **teachers}, ending.origin)
+    origin = provenance(jobs, run.run_id, state.samples, {"knn": after, **teachers}, state.origin)
     (student / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
     uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
     held_out = job.val.id if job.val else ""
     tags = lineage(jobs, origin)
-    return DistillResult(before, after, teachers, ending.steps, ending.samples, uri, student, held_out, tags)
+    return DistillResult(before, after, teachers, state.steps, state.samples, uri, student, held_out, tags)
 
 
 def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
-    """Parameters and multiply-accumulates of the inference form; a network that cannot be counted is no reason to fail."""
+    """Parameters and multiply-accumulates of the inference form; nothing if they cannot be counted."""
     try:
         counted = inference_cost(encoder, input_size)
     except (RuntimeError, AssertionError) as error:
@@ -213,16 +213,16 @@ def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
 
 
 def log_shuffle(job: DistillJob, run: Run, step: int) -> None:
-    """How well an epoch is shuffled: its order is known before anything is read."""
+    """Log how well an epoch is shuffled; its order is known before anything is read."""
     world = max(1, job.config.train.most_workers)
     quality = build_reader(job, 0, world).shuffle_quality()
     run.log_metrics([(step, {f"shuffle/{name}": value for name, value in asdict(quality).items()})])
     print(f"shuffle: {quality}", flush=True)
 
 
-def _log_commit(run: Run, begun: PhaseState, figures: Path, history: History, checkpoint: str | None) -> None:
-    """The metrics of a checkpoint, and after an evaluation the figures as they are now."""
-    run.log_metrics(begun.shift(history))
+def _log_commit(run: Run, before: PhaseState, figures: Path, history: History, checkpoint: str | None) -> None:
+    """Log the metrics of a checkpoint, and after an evaluation the current figures."""
+    run.log_metrics(before.shift(history))
     if any("loss" not in metrics for _, metrics in history):
         for figure in sorted(figures.glob("[!.]*.png")):
             run.log_file(figure, "figures")
@@ -231,7 +231,7 @@ def _log_commit(run: Run, begun: PhaseState, figures: Path, history: History, ch
 
 
 def make_job(config: DistillJobConfig, plan: CachePlan) -> DistillJob:
-    """The job on a complete cache; there is no kNN on held-out images without labels, said aloud."""
+    """The job on a complete cache; if held-out images have no labels, it logs a warning and measures no kNN."""
     train, val = plan.split("train"), plan.split("val")
     assert train is not None
     labelled: Dataset | None = None
@@ -254,7 +254,7 @@ def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:
 
 
 def export_student(encoder: Encoder, config: DistillJobConfig, folder: Path) -> None:
-    """Write the backbone for `load_encoder` and timm, without neck and heads."""
+    """Write the backbone, without neck and heads, for `load_encoder` and timm."""
     student = config.student
     save_encoder(encoder, student.name, student.args, student.input_size, folder)
 

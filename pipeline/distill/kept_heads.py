@@ -1,9 +1,9 @@
-"""Neck and heads beside an exported student, for those who want what the teachers would have said.
+"""Neck and heads beside an exported student, which predict the teachers' features.
 
     heads.safetensors    neck, heads and standardisation
-    heads.json           what they are: taps, widths, teachers
+    heads.json           taps, widths and teachers
 
-``load_heads(folder)`` brings them back with the student. A run exports them where `student.keep_heads` is set.
+``load_heads(folder)`` loads them with the student. A run exports them if `student.keep_heads` is set.
 """
 
 from __future__ import annotations
@@ -31,71 +31,71 @@ _ENCODER = "student.encoder."
 
 
 class StudentWithHeads(nn.Module):
-    """A student that answers for its teachers, in each teacher's own scale.
+    """A student that predicts its teachers' features, in each teacher's own scale.
 
     Args:
         student: backbone and neck.
-        teachers: by label, the heads and the standardisation that is undone on what they predict, by token type.
-        described: what :func:`load_heads` builds the heads from.
+        teachers: by label, the heads and the standardisers whose inverse is applied to predictions, each by kind.
+        description: from which :func:`load_heads` builds the heads.
     """
 
     def __init__(
         self,
         student: Student,
         teachers: Mapping[str, tuple[nn.ModuleDict, nn.ModuleDict]],
-        described: Mapping[str, Any],
+        description: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.described = described
+        self.description = description
         self.student = student
-        self.labels = list(teachers)  # a label may hold a dot, which the name of a module must not
+        self.labels = list(teachers)  # not module names, which must not contain dots
         self.heads = nn.ModuleList(heads for heads, _ in teachers.values())
         self.standardisers = nn.ModuleList(standardisers for _, standardisers in teachers.values())
 
     def forward(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
-        """[B, 3, H, W] float32 RGB in [0, 1] -> by teacher and token type: patches [B, h, w, D], summary [B, D].
-
-        The patches lie on the student's own grid.
+        """[B, 3, H, W] float32 RGB in [0, 1] -> by teacher and kind: patches [B, h, w, D] on the student's grid, summary
+        [B, D].
         """
         return self.predict_features(self.student.encode(images))
 
     def predict_features(self, output: StudentOutput) -> dict[str, dict[str, Tensor]]:
-        """The same from what the student gave."""
-        seen = {"patches": output.feature_map.permute(0, 2, 3, 1), "summary": output.summary}
-        answers: dict[str, dict[str, Tensor]] = {}
+        """The same from the student's output."""
+        features = {"patches": output.feature_map.permute(0, 2, 3, 1), "summary": output.summary}
+        predicted: dict[str, dict[str, Tensor]] = {}
         for label, heads, standardisers in zip(self.labels, self.heads, self.standardisers, strict=True):
             pairs = zip(heads.items(), standardisers.values(), strict=True)  # type: ignore[operator]
-            answers[label] = {kind: standardiser.inverse(head(seen[kind])) for (kind, head), standardiser in pairs}
-        return answers
+            predicted[label] = {
+                kind: standardiser.inverse(head(features[kind])) for (kind, head), standardiser in pairs
+            }
+        return predicted
 
 
 def save_heads(distiller: Distiller, hidden: int, folder: Path) -> None:
-    """Write them beside an exported student.
+    """Write neck and heads beside an exported student.
 
     Args:
-        hidden: channels of the heads' hidden layer.
+        hidden: hidden channels of the heads.
     """
     parts = {}
-    described: dict[str, Any] = {"hidden": hidden, "standardise": distiller.loss.standardise, "teachers": []}
+    description: dict[str, Any] = {"hidden": hidden, "standardise": distiller.loss.standardise, "teachers": []}
     for target in distiller.targets:
         assert isinstance(target, TeacherTarget)
         label = distiller.labels[target.teacher.id]
         parts[label] = (target.heads, target.standardisers)
         channels = {kind: shape[-1] for kind, shape in target.teacher.shapes.items()}
-        described["teachers"].append({"label": label, "id": target.teacher.id, "channels": channels})
-    whole = StudentWithHeads(distiller.student, parts, described)
-    write_heads(whole, folder)
+        description["teachers"].append({"label": label, "id": target.teacher.id, "channels": channels})
+    write_heads(StudentWithHeads(distiller.student, parts, description), folder)
 
 
 def write_heads(whole: StudentWithHeads, folder: Path) -> None:
-    """Write the neck and heads of a student beside it."""
+    """Write the neck and heads of a student."""
     state = whole.state_dict()
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(_ENCODER)},
         folder / FILES[0],
     )
     student = whole.student
-    description = {"taps": student.tap_strides, "token_dim": student.token_dim, **whole.described}
+    description = {"taps": student.tap_strides, "token_dim": student.token_dim, **whole.description}
     (folder / FILES[1]).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
@@ -103,7 +103,7 @@ def load_heads(folder: Path) -> StudentWithHeads:
     """An exported student with its heads, in evaluation mode.
 
     Raises:
-        UserError: where the folder holds none, or they do not fit.
+        UserError: if the folder has none, or they do not fit.
     """
     encoder = load_encoder(folder)
     try:
@@ -119,10 +119,10 @@ def load_heads(folder: Path) -> StudentWithHeads:
         whole = StudentWithHeads(student, parts, {key: described[key] for key in ("hidden", "standardise", "teachers")})
         missing, unknown = whole.load_state_dict(load_file(folder / FILES[0]), strict=False)
         if odd := [*unknown, *(name for name in missing if not name.startswith(_ENCODER))]:
-            raise ValueError(f"{odd[0]} is on one side alone")
+            raise ValueError(f"{odd[0]} is in only one of heads.safetensors and heads.json")
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{folder} holds no heads that fit its student ({one_line(error)}): set student.keep_heads=true "
+            f"{folder} has no heads that fit its student ({one_line(error)}): set student.keep_heads=true "
             "in the distillation that exports it"
         ) from error
     return whole.eval()

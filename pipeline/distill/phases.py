@@ -1,12 +1,12 @@
-"""Training in phases: each is a run of the engine in its own folder, from the weights of the one before.
+"""Training in phases: each trains in its own folder and starts from the weights of the one before.
 
     train/                     the only phase
     train/phase-<n>/           one of several
-    train/phase-<n>.pt         what it ended with; where it is there, the phase is over
-    start.pt                   what the first one goes on from, where `student.weights` names something
+    train/phase-<n>.pt         state at its end; if the file exists, the phase is complete
+    start.pt                   state before the first phase, if `student.weights` is not random
 
-A phase starts both the student and its average from the averaged weights of the last one, with a fresh optimiser and
-schedule. Heads go on for teachers of the same name and width; statistics are those of the phase's own cache.
+A phase starts both the student and its average from the averaged weights of the phase before, with a fresh optimiser and
+schedule. Heads keep their weights for teachers of the same label and width; statistics are those of the phase's own cache.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from pipeline.student.model import Student
 from pipeline.tracking.address import resolve_uri
 
 STUDENT = "student."
-"""What the names of the student's weights begin with among those of a distiller."""
+"""Prefix of the student's weights in the state dict of a distiller."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase trains with.
+    """One phase.
 
     Attributes:
         config: the recipe with the changes of the phase.
         plan: of its cache.
-        start: the backbone that the first one starts from; None: random weights, those of the phase before, or those that an
-            interrupted run has already taken in.
+        start: backbone that the first phase starts from; None: random weights, those of the phase before, or those that an
+            interrupted run has already loaded.
     """
 
     config: DistillJobConfig
@@ -54,11 +54,11 @@ class Phase:
 
 
 def plan_phases(config: DistillJobConfig, store: Store) -> tuple[Phase, ...]:
-    """The phases of a recipe, one where it names none.
+    """The phases of a recipe, or one phase if it lists none.
 
     Raises:
-        UserError, TeacherError: as :func:`~pipeline.cache.fill.build.plan_cache`; where the splits differ in their classes, and
-            where `student.weights` cannot be had.
+        UserError, TeacherError: as :func:`~pipeline.cache.fill.build.plan_cache`; if the splits have different classes; if
+            `student.weights` cannot be loaded.
     """
     start = _find_start(config)
     snapshot = RecordSnapshot()
@@ -81,21 +81,21 @@ def _find_start(config: DistillJobConfig) -> LoadedStudent | None:
 
 
 def start_file(folder: Path) -> Path:
-    """What the first phase of a run goes on from, where `student.weights` names something."""
+    """The state before the first phase of a run whose `student.weights` are not random."""
     return folder / "start.pt"
 
 
 @dataclass(frozen=True)
 class PhaseState:
-    """What a phase ended with, counted from the start of the run.
+    """The state of a run at the end of a phase, or before the first.
 
     Attributes:
-        epochs, steps, samples: done.
+        epochs, steps, samples: completed since the start of the run.
         knn: first and last accuracy in percent, or None without labels.
         teachers: labels, in the order of the distiller's targets.
-        weights: averaged, of the distiller.
+        weights: averaged weights of the distiller.
         evaluations: of all phases.
-        origin: what is known of the weights that the run started from, JSON-ready; None: they were random.
+        origin: provenance of the run's initial weights, JSON-ready; None: they were random.
     """
 
     epochs: int = 0
@@ -109,20 +109,20 @@ class PhaseState:
 
     @classmethod
     def before(cls, student: Student, start: LoadedStudent, weights: str) -> PhaseState:
-        """What the first phase goes on from.
+        """The state before the first phase of a run with initial weights.
 
         Args:
-            student: takes on the weights of `start`.
-            weights: how `student.weights` names them.
+            student: gets the weights of `start`.
+            weights: their name, `student.weights`.
         """
         student.encoder.load_state_dict(start.encoder.state_dict())
         state = {f"{STUDENT}{name}": value for name, value in student.state_dict().items()}
-        # Of what was not distilled here nobody but its maker knows under which licence it may be used.
+        # Only the author of weights that were not distilled here knows their licence.
         unknown = {} if "teachers" in start.provenance else {"weights": weights, "licence": "unknown"}
         return cls(weights=state, origin={"named": weights, **unknown, **start.provenance})
 
     def then(self, state: dict[str, Any], epochs: int, teachers: Sequence[str]) -> PhaseState:
-        """With a phase that went on from here, and whose last checkpoint holds this state."""
+        """The state after a further phase, whose last checkpoint holds `state`."""
         curve = [metrics["knn"] for _, metrics in state["evaluations"] if "knn" in metrics]
         first = self.knn[:1] if self.knn else tuple(curve[:1])
         last = curve[-1] if curve else self.knn and self.knn[1]
@@ -139,7 +139,7 @@ class PhaseState:
         )
 
     def shift(self, history: Sequence[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
-        """A history that counts from the start of the phase, counted from that of the run."""
+        """A history of this phase, with steps, epochs and samples counted from the start of the run."""
         offsets = {"epoch": self.epochs, "samples_seen": self.samples}
         return [
             (step + self.steps, {name: value + offsets.get(name, 0) for name, value in metrics.items()})
@@ -147,30 +147,30 @@ class PhaseState:
         ]
 
     def save(self, file: Path) -> None:
-        """Write it as a whole or not at all."""
+        """Write it atomically."""
         with atomic_write(file) as out:
             torch.save(vars(self), out)
 
     @classmethod
     def load(cls, file: Path) -> PhaseState:
-        """The inverse of `save`; nothing is unpickled but tensors and plain values."""
+        """The inverse of `save`; only tensors and plain values are unpickled."""
         return cls(**torch.load(file, map_location="cpu", weights_only=True))
 
 
-def transfer_weights(distiller: Distiller, ending: PhaseState) -> None:
-    """Bring the weights that a phase ended with into the distiller of the next one."""
-    if ending.weights is None:
+def transfer_weights(distiller: Distiller, state: PhaseState) -> None:
+    """Load the student, and the heads of teachers with the same label and width, from the phase before."""
+    if state.weights is None:
         return
     distiller.student.load_state_dict(
-        {name.removeprefix(STUDENT): value for name, value in ending.weights.items() if name.startswith(STUDENT)}
+        {name.removeprefix(STUDENT): value for name, value in state.weights.items() if name.startswith(STUDENT)}
     )
     for target in distiller.targets:
         assert isinstance(target, TeacherTarget)
         label = distiller.labels[target.teacher.id]
-        if label in ending.teachers:
-            prefix = f"targets.{ending.teachers.index(label)}.heads."
+        if label in state.teachers:
+            prefix = f"targets.{state.teachers.index(label)}.heads."
             own = target.heads.state_dict()
-            kept = {name: ending.weights.get(prefix + name, value) for name, value in own.items()}
+            kept = {name: state.weights.get(prefix + name, value) for name, value in own.items()}
             target.heads.load_state_dict(
                 {name: value if value.shape == own[name].shape else own[name] for name, value in kept.items()}
             )

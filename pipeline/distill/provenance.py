@@ -1,4 +1,4 @@
-"""What a student comes from: a file beside it, which travels with it to MLflow and into exports."""
+"""Provenance of a student: a file beside it that goes with it to MLflow and into exports."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def provenance(
 
     Args:
         phases: the jobs of all phases, in order.
-        run_id: of MLflow.
-        samples: seen in all of them.
-        knn: in percent, ``knn`` of the student, the others by the teachers' labels.
-        start: what is known of the weights that the student started from; None: they were random.
+        run_id: in MLflow.
+        samples: seen in all phases.
+        knn: accuracies in percent, ``knn`` of the student, the others by the teachers' labels.
+        start: provenance of the initial weights; None: they were random.
     """
-    # One that was asked at two sizes is one origin.
+    # A teacher with two input sizes is listed once.
     specs = {(t.spec.name, t.spec.weights): t.spec for job in phases for t in job.teachers}
     datasets = {(job.train.id, job.train.policy.id): job.train for job in phases}
     return {
@@ -55,13 +55,13 @@ def _data(dataset: Dataset) -> dict[str, Any]:
 
 
 def all_teachers(origin: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The teachers of a provenance, of the student that was fine-tuned, and of whatever that started from."""
+    """All teachers: of a provenance, of the student that it fine-tuned, and of their initial weights."""
     found = [teacher for part in _parts(origin) for teacher in part.get("teachers", [])]
     return [teacher for number, teacher in enumerate(found) if teacher not in found[:number]]
 
 
 def all_licences(origin: Mapping[str, Any]) -> list[str]:
-    """The licences of these teachers and of the weights that were started from, sorted."""
+    """The licences of all teachers and of initial weights, sorted."""
     own = [part["licence"] for part in _parts(origin) if "licence" in part]
     return sorted({*own, *(teacher["licence"] for teacher in all_teachers(origin))})
 
@@ -74,8 +74,8 @@ def _parts(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def lineage(phases: Sequence[DistillJob], origin: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of a registered student of this provenance: teachers and licences, also those of its start, and what was read in
-    the cache.
+    """Tags of a registered student: teachers and licences, including those of its initial weights, and folders of the cache
+    that it was trained and evaluated on.
     """
     read = dict.fromkeys(
         f"{dataset.id}/{dataset.policy.id}/{t.id}"

@@ -1,7 +1,7 @@
 """Frozen standardisation of a teacher's features: statistics of the cache, never of a batch.
 
 ``mean_std`` divides every channel by its own standard deviation; ``phi_s`` rotates and divides all by one scale
-(`pipeline/cache/layout/phi_s.py`). Either can be undone, which heads that are kept beside a student need.
+(`pipeline/cache/layout/phi_s.py`). Exported heads need the inverse, to predict features in the teacher's own scale.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Standardiser(nn.Module):
     """Features [..., D] <-> their standardised form [..., D], in float32."""
 
     def scale_deviations(self, deviations: Tensor) -> Tensor:
-        """What `forward` makes of features less their mean."""
+        """`forward` of features whose mean is already subtracted."""
         raise NotImplementedError
 
     def inverse(self, features: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class Standardiser(nn.Module):
         raise NotImplementedError
 
     def fold(self, codec: FeatureCodec) -> FeatureCodec | None:
-        """A decoder of projected features whose matrix standardises them on the way; None where nothing is projected."""
+        """A decoder of projected features whose matrix also standardises them; None without a projection."""
         if codec.basis is None or codec.mean is None:
             return None
         projection = Projection(self(codec.mean), self.scale_deviations(codec.basis))
@@ -39,7 +39,7 @@ class Standardiser(nn.Module):
 
 
 class MeanStd(Standardiser):
-    """(features - mean) / std per channel; a channel that never varied says nothing, and becomes 0.
+    """(features - mean) / std per channel; a constant channel becomes 0.
 
     Args:
         mean, std: [D].
@@ -54,7 +54,7 @@ class MeanStd(Standardiser):
         super().__init__()
         self.register_buffer("mean", torch.from_numpy(mean).float())
         self.register_buffer("std", torch.from_numpy(std).float())
-        # Worked out beforehand: in a step they would be eight small kernels of every teacher and token type.
+        # Computed once: in a step they would be eight small kernels per teacher and kind of feature.
         self.register_buffer("factors", torch.empty_like(self.std), persistent=False)
         self.register_buffer("shift", torch.empty_like(self.mean), persistent=False)
         self._prepare()
@@ -66,7 +66,7 @@ class MeanStd(Standardiser):
 
     @classmethod
     def of(cls, moments: Moments) -> MeanStd:
-        """From the statistics of the features."""
+        """From statistics of the features."""
         return cls(moments.mean, moments.std)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ class MeanStd(Standardiser):
 
 
 class Rotation(Standardiser):
-    """(features - mean) @ rotation.T / scale: PHI-S (Ranzinger et al. 2024, arXiv 2410.01680, section 3); 0 without scale.
+    """(features - mean) @ rotation.T / scale: PHI-S (Ranzinger et al. 2024, arXiv 2410.01680, section 3); 0 if the scale is 0.
 
     Args:
-        part: of the cache.
+        part: rotation and scale from the cache.
     """
 
     mean: Tensor
@@ -105,7 +105,7 @@ class Rotation(Standardiser):
 
     def scale_deviations(self, deviations: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        # Features that never vary have no scale; they become 0.
+        # Constant features have no scale; they become 0.
         return deviations @ self.rotation.T * torch.where(self.scale > 0, 1 / self.scale, 0.0)
 
     def inverse(self, features: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Rotation(Standardiser):
 
 
 def make_standardisers(dataset: Dataset, teacher: CachedTeacher, method: str) -> Mapping[str, Standardiser]:
-    """By token type, from a teacher's frozen statistics over a dataset.
+    """By kind of feature, from a teacher's frozen statistics over a dataset.
 
     Args:
         method: ``mean_std`` or ``phi_s``.

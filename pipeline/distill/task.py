@@ -32,14 +32,14 @@ from pipeline.training.task import History, Task
 
 @dataclass(frozen=True)
 class DistillJob:
-    """What travels to every training worker.
+    """What every training worker receives.
 
     Attributes:
         config: the whole tree.
-        train: the dataset that is distilled on.
-        val: held-out images for kNN, or None where there are none or they have no labels.
-        teachers: whose shards are complete in `train` and `held_out`.
-        held_out: held-out images on which the student is compared with its teachers, labelled or not; or None.
+        train: dataset to distil on.
+        val: labelled held-out images for kNN, or None.
+        teachers: with complete shards in `train` and `held_out`.
+        held_out: held-out images, labelled or not, on which student and teachers are compared; or None.
     """
 
     config: DistillJobConfig
@@ -58,7 +58,7 @@ def build_student(config: DistillJobConfig) -> Student:
 
 
 def build_distiller(job: DistillJob) -> Distiller:
-    """Student, heads and frozen statistics, seeded."""
+    """Student, heads and frozen statistics, with seeded initial weights."""
     config = job.config
     student = build_student(config)
     freeze_unused(student, config.student.input_size)
@@ -79,7 +79,7 @@ def build_distiller(job: DistillJob) -> Distiller:
 
 
 def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader | ReaderProcess:
-    """The training images and features, in the order of one rank; beside a GPU they are read by another process."""
+    """Training images and features in the order of one rank; with a GPU, a process of its own reads them."""
     config = job.config
     make = ReaderProcess if torch.cuda.is_available() else CacheReader
     return make(
@@ -100,8 +100,8 @@ class DistillTask(Task):
     """Distils on one rank.
 
     Args:
-        before: file with the ending of the phase that this one goes on from, or None.
-        watch: where figures go, or None.
+        before: file with the state of the phase before, or None.
+        figures: draws after evaluations, or None.
     """
 
     module: Distiller
@@ -113,9 +113,9 @@ class DistillTask(Task):
         rank: int = 0,
         world: int = 1,
         before: str | None = None,
-        watch: FigureWriter | None = None,
+        figures: FigureWriter | None = None,
     ) -> None:
-        self.job, self.watcher, self.world = job, watch, world
+        self.job, self.figures, self.world = job, figures, world
         config = job.config
         self.seed = config.seed
         self.module = build_distiller(job)
@@ -143,11 +143,11 @@ class DistillTask(Task):
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """The distillation loss of a batch.
 
-        In training, augmentation and teacher dropping draw from torch's generator of the CPU, which the engine seeds.
+        In training, augmentation and teacher dropping use torch's CPU generator, which the engine seeds.
 
         Args:
-            module: to be called, on `device`.
-            batch: on `device`, as the engine brings it.
+            module: the wrapped distiller, on `device`.
+            batch: on `device`.
         """
         images, weights, draws, step = batch.images, None, None, None
         if module.training:
@@ -158,7 +158,7 @@ class DistillTask(Task):
         return result
 
     def after_step(self, batches: Sequence[Batch]) -> None:
-        """Remember the summaries of the global batch, on all ranks alike, where a loss compares with past ones."""
+        """Append the summaries of the global batch to the queues, identically on all ranks."""
         for target in self.module.targets_with_queue():
             own = [batch.features[target.teacher.id]["summary"] for batch in batches]
             target.push_summaries(self.worker.all_gather(own))
@@ -168,20 +168,20 @@ class DistillTask(Task):
             return None
         return torch.rand(count, len(self.job.teachers)).to(device, non_blocking=True)
 
-    def _step(self, place: tuple[int, int], device: torch.device) -> Tensor:
-        epoch, number = place
+    def _step(self, position: tuple[int, int], device: torch.device) -> Tensor:
+        epoch, number = position
         return torch.tensor(epoch * self.steps(epoch) + number).to(device, non_blocking=True)
 
-    def _weights(self, place: tuple[int, int], device: torch.device) -> Tensor | None:
+    def _weights(self, position: tuple[int, int], device: torch.device) -> Tensor | None:
         if not is_scheduled(self.job.teachers):
             return None
-        epoch, number = place
+        epoch, number = position
         progress = (epoch + number / self.steps(epoch)) / self.job.config.train.epochs
         return teacher_weights(self.job.teachers, progress).to(device, non_blocking=True)
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
-        """kNN accuracy in percent of labelled held-out images, of both weights from one pass over the images; and how near the
-        teachers the averaged ones come on any.
+        """kNN accuracy in percent of averaged and raw weights on labelled held-out images, from one pass over them, and the
+        averaged weights compared with the teachers on all held-out images.
         """
         assert isinstance(averaged, Distiller)
         metrics = self._knn([averaged.student.encoder, *([raw.student.encoder] if isinstance(raw, Distiller) else [])])
@@ -198,7 +198,7 @@ class DistillTask(Task):
 
     @cached_property
     def held_out(self) -> HeldOut | None:
-        """The held-out images with features; opened where they are first wanted, on rank 0 alone."""
+        """The held-out images with features; opened on first use, on rank 0 only."""
         job, config = self.job, self.job.config
         if job.held_out is None:
             return None
@@ -206,20 +206,20 @@ class DistillTask(Task):
 
     @cached_property
     def shown(self) -> Batch:
-        """Images whose features are drawn: held-out ones where there are any."""
+        """Images whose features are drawn: held-out images if available."""
         return next(self.held_out.batches() if self.held_out else self.reader.batches(0))
 
     def draw(self, module: nn.Module, evaluations: History) -> None:
         """Draw curves, and features as colours."""
-        if self.watcher is not None:
+        if self.figures is not None:
             assert isinstance(module, Distiller)
-            self.watcher.draw(module, evaluations, self.shown, self.held_out.codecs if self.held_out else None)
+            self.figures.draw(module, evaluations, self.shown, self.held_out.codecs if self.held_out else None)
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:
     """The task of one Ray Train worker.
 
     Args:
-        payload: ``job``, and perhaps ``before``, the ending of the phase before it, and ``watch``.
+        payload: ``job``, and optionally ``before`` and ``figures``, as in `DistillTask`.
     """
-    return DistillTask(payload["job"], rank, world, payload.get("before"), payload.get("watch"))
+    return DistillTask(payload["job"], rank, world, payload.get("before"), payload.get("figures"))

@@ -99,7 +99,7 @@ def test_figures_are_drawn_after_every_evaluation_with_what_was_evaluated(job, t
         drawn.append(([step for step, _ in evaluations], batch.keys, sorted(p.name for p in folder.iterdir())))
 
     monkeypatch.setattr(FigureWriter, "draw", spy)
-    task = make_distill_task({"job": job, "watch": FigureWriter(str(folder), {"colours8": 50.0})}, 0, 1)
+    task = make_distill_task({"job": job, "figures": FigureWriter(str(folder), {"colours8": 50.0})}, 0, 1)
     train(task, job.config.train, Worker(), None, lambda _: None)
     steps = task.steps(0)
     assert [seen for seen, _, _ in drawn] == [[0], [0, steps]]
@@ -113,7 +113,7 @@ def test_figures_are_drawn_after_every_evaluation_with_what_was_evaluated(job, t
 
 def test_without_labels_or_held_out_images_there_are_figures_too(job, tmp_path):
     for number, changes in enumerate(({"val": None}, {"val": None, "held_out": None})):
-        task = DistillTask(dataclasses.replace(job, **changes), watch=FigureWriter(str(tmp_path / str(number))))
+        task = DistillTask(dataclasses.replace(job, **changes), figures=FigureWriter(str(tmp_path / str(number))))
         module = task.module.eval()
         task.draw(module, [(0, task.evaluate(module, None))])
         assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == ["curves.png", "features.png"]

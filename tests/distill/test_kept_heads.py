@@ -65,5 +65,5 @@ def test_what_does_not_fit_is_refused_with_the_remedy(exported):
     described = json.loads((folder / "heads.json").read_text())
     for broken in ({**described, "hidden": 31}, {**described, "teachers": described["teachers"][:1]}, {}):
         (folder / "heads.json").write_text(json.dumps(broken))
-        with pytest.raises(UserError, match=r"holds no heads that fit its student .*student\.keep_heads=true"):
+        with pytest.raises(UserError, match=r"has no heads that fit its student .*student\.keep_heads=true"):
             load_heads(folder)
