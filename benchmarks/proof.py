@@ -78,6 +78,7 @@ ARMS: dict[str, Arm] = {
     "all": lambda config: config,
     "drop": changed(loss={"drop": 0.5}),
     "phi_s": changed(loss={"standardise": "phi_s"}),
+    "patch-relation": changed(loss={"patches": {"cosine": 0.9, "smooth_l1": 0.1, "patch_relation": 0.5}}),
     "phi_s-mse": changed(loss={"standardise": "phi_s", "patches": {"mse": 1.0}}),
     "augment": changed(augment={"jitter": 0.8, "grey": 0.2}),
     "no-relation": changed(loss={"summary": {"cosine": 1.0}}),

@@ -1,7 +1,7 @@
-"""What a teacher is: a frozen image encoder that turns pixels into a summary vector and a grid of patch features.
+"""The teacher interface: a frozen image encoder that turns pixels into a summary vector and a grid of patch features.
 
-A teacher is described by a :class:`TeacherSpec`, which is known without its weights, so that plans, cache ids and
-student heads can be made before anything is downloaded. Subclass :class:`Teacher`, and register a factory (see
+A :class:`TeacherSpec` describes a teacher without its weights, so that plans, cache ids and student heads can be made
+before anything is downloaded. Subclass :class:`Teacher`, and register a factory (see
 `teachers/registry.py`) or name it as ``package.module:factory`` in the configuration; `teachers/hog.py` is a complete
 example.
 """
@@ -25,10 +25,10 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says of a batch of B images.
+    """A teacher's features of a batch of B images.
 
     Attributes:
-        summary: [B, D_s] one vector an image, or None where the teacher has none (SAM).
+        summary: [B, D_s], one vector per image, or None if the teacher has none (SAM).
         patches: [B, h, w, D] features in row-major image order.
     """
 
@@ -36,20 +36,20 @@ class TeacherOutput(NamedTuple):
     patches: Tensor
 
     def to(self, device: str) -> TeacherOutput:
-        """The same in the memory of a device."""
+        """A copy on a device."""
         return TeacherOutput(None if self.summary is None else self.summary.to(device), self.patches.to(device))
 
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """What a user may ask of any teacher; a factory raises :class:`TeacherError` on what it cannot honour.
+    """What a user may set for any teacher; a factory raises :class:`TeacherError` for what it does not support.
 
     Attributes:
-        variant: what follows the slash in the teacher's name (``vitb14`` in ``dinov2/vitb14``), or "".
+        variant: the part of the teacher's name after the slash (``vitb14`` in ``dinov2/vitb14``), or "".
         weights: ``pretrained``, ``random``, ``random:<seed>``, or the path of a checkpoint file.
         input_size: side of the square input in pixels, or None for the published one.
         pool: side of the square of patches that is averaged into one, or None for the teacher's default.
-        args: arguments that the underlying library's model constructor takes.
+        args: arguments of the underlying library's model constructor.
     """
 
     variant: str = ""
@@ -61,15 +61,15 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """Everything that decides a teacher's numbers, known before its weights are loaded.
+    """Everything that determines a teacher's numbers, known before its weights are loaded.
 
     Attributes:
-        name: the readable name, as in the configuration (``dinov2/vitb14``).
-        architecture: the library and the model in it (``timm/vit_base_patch14_dinov2``).
+        name: as in the configuration (``dinov2/vitb14``).
+        architecture: library and model (``timm/vit_base_patch14_dinov2``).
         weights: ``hub:<tag>``, ``file:<sha256 of the file>``, ``random:<seed>`` or ``none`` (weight-free).
         input_size: (H, W) in pixels.
         mean, std: per-channel normalisation of RGB in [0, 1].
-        interpolation: ``bicubic`` or ``bilinear``; how the original pixels are resized, once, to `input_size`.
+        interpolation: ``bicubic`` or ``bilinear``, for resizing the original pixels to `input_size`, once.
         summary_dim: channels of the summary, or None.
         patch_dim: channels of a patch.
         grid: (h, w) patches, after pooling.
@@ -93,9 +93,9 @@ class TeacherSpec:
     licence: str = "unknown"
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the numbers, JSON-ready: two specs of equal identity may share a cache.
+        """The fields that determine the numbers, JSON-ready: two specs of equal identity share a cache.
 
-        The readable name and the licence are left out, so that an alias does not compute anything twice.
+        Name and licence are left out, so that an alias computes nothing twice.
         """
         fields = asdict(self)
         del fields["name"], fields["licence"]
@@ -103,10 +103,10 @@ class TeacherSpec:
 
 
 class Teacher(ABC):
-    """A frozen encoder. Cheap to construct; `load` brings the weights.
+    """A frozen encoder. Cheap to construct; `load` loads the weights.
 
     Attributes:
-        spec: what it is and what it gives.
+        spec: description of inputs, outputs and weights.
         weights_sha256: digest of the loaded parameters and buffers, "" before `load` and for weight-free teachers.
     """
 
@@ -117,11 +117,11 @@ class Teacher(ABC):
 
     @abstractmethod
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Bring the weights onto `device`, computing in `dtype`.
+        """Load the weights onto `device`, to compute in `dtype`.
 
         Raises:
-            WeightsNotFoundError: naming the model, the path to put it at, and the flag.
-            TeacherError: where the file does not fit the architecture, naming the keys.
+            WeightsNotFoundError: naming the model, where to put its file, and the flag.
+            TeacherError: if the file does not fit the architecture, naming the keys.
         """
 
     @abstractmethod
@@ -143,7 +143,7 @@ class Teacher(ABC):
             float32 features on the device of `load`: summary [B, D_s] or None, patches [B, h, w, D].
 
         Raises:
-            TeacherError: where the features do not have the shape that the spec promises.
+            TeacherError: if the features do not have the shapes of the spec.
         """
         images = pixels.to(self.device, non_blocking=True).float().div_(255)
         mean, std = (_by_channel(tuple(values), self.device) for values in (self.spec.mean, self.spec.std))
@@ -160,13 +160,13 @@ class Teacher(ABC):
         given = (None if output.summary is None else tuple(output.summary.shape), tuple(output.patches.shape))
         if promised != given:
             raise TeacherError(
-                f"teacher {spec.name}: gave summary and patches of shape {given}, its spec says {promised}"
+                f"teacher {spec.name}: returned summary and patches of shape {given}, its spec says {promised}"
             )
 
 
 @lru_cache
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[1, 3, 1, 1] float32, made once: what is brought to a GPU anew waits for all that the GPU has to do."""
+    """[1, 3, 1, 1] float32, created once: each copy to a GPU waits for all of its pending work."""
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
@@ -186,7 +186,7 @@ def pool_grid(patches: Tensor, pool: int) -> Tensor:
 
 
 def digest_state(module: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a module's state dict, whatever file it came from."""
+    """SHA-256 over the names, dtypes, shapes and bytes of a module's state dict, independent of its file."""
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         tensor = value.detach().cpu().contiguous()

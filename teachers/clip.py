@@ -1,7 +1,7 @@
 """CLIP image towers (Radford et al. 2021) through open_clip: `clip[/<model>[@<tag>]]`.
 
-`<model>` and `<tag>` are open_clip's own names (`ViT-L-14@openai`, `ViT-B-16@laion2b_s34b_b88k`); the tag also decides
-the activation (OpenAI's weights want QuickGELU) and the preprocessing, for `weights: <path>` as well. The summary is the
+`<model>` and `<tag>` are open_clip's own names (`ViT-L-14@openai`, `ViT-B-16@laion2b_s34b_b88k`); the tag also selects
+the activation (QuickGELU for OpenAI's weights) and the preprocessing, also with `weights: <path>`. The summary is the
 projected image embedding; the patches are the last block's tokens (or map) after the final norm, before the projection.
 """
 
@@ -30,7 +30,7 @@ class CLIP(Teacher):
 
     Args:
         model, tag: open_clip's names; tag "" for no published weights.
-        options: of the user; `args` replace fields of open_clip's vision configuration (`layers`, `width`, ...).
+        options: of the user; `args` override fields of open_clip's vision configuration (`layers`, `width`, ...).
     """
 
     tower: nn.Module
@@ -41,13 +41,13 @@ class CLIP(Teacher):
         self.published: dict[str, Any] = open_clip.get_pretrained_cfg(model, tag) if tag else {}
         if tag and not self.published:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-            raise TeacherError(f"teacher {name}: open_clip has no such weights; its tags for {model} are {tags}")
+            raise TeacherError(f"teacher {name}: open_clip has no such weights; the tags of {model} are {tags}")
         self.vision = {**self.config["vision_cfg"], **options.args, "timm_model_pretrained": False}
         size = options.input_size or self.vision.get("image_size", 224)
         self.vision["image_size"] = size
         self.source = parse_weights(options.weights, name, tag)
         if self.source.kind == "hub" and not tag:
-            raise TeacherError(f"teacher {name}: name its weights, as in clip/{model}@<tag>, or set weights")
+            raise TeacherError(f"teacher {name}: add a tag, as in clip/{model}@<tag>, or set weights")
         self.model_name, self.tag = model, tag
         summary_dim, patch_dim, grid = self._probe(name, size)
         self.pool = options.pool or 1
@@ -91,13 +91,13 @@ class CLIP(Teacher):
 
     @staticmethod
     def _features(tower: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-        # A norm that follows the pooling has not seen single tokens.
+        # A final norm after pooling is not meant for single tokens.
         normalise = not isinstance(tower, VisionTransformer) or not tower.final_ln_after_pool
         output = tower.forward_intermediates(images, indices=1, normalize_intermediates=normalise)
         return output["image_features"], output["image_intermediates"][-1].permute(0, 2, 3, 1)
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Bring the weights; see :meth:`teachers.base.Teacher.load`."""
+        """Load the weights; see :meth:`teachers.base.Teacher.load`."""
         tower = self._load()
         self.weights_sha256 = digest_state(tower)
         self.device, self.dtype = torch.device(device), dtype
@@ -117,7 +117,7 @@ class CLIP(Teacher):
         holder = nn.Module()
         holder.visual = tower
         tensors: dict[str, Tensor] = convert_state_dict(holder, read_checkpoint(path, self.spec.name))
-        # In float32 first: tables are resampled, and torch does not do so in the half precision of OpenAI's files.
+        # torch does not resample position tables in the half precision of OpenAI's files.
         tensors = {key: value.float() for key, value in tensors.items() if key.startswith("visual.")}
         with conversion_errors(path, self.spec.name):
             resize_pos_embed(tensors, holder)
@@ -132,7 +132,7 @@ class CLIP(Teacher):
 
 
 def clip(options: TeacherOptions) -> Teacher:
-    """Factory of CLIP; without a model it is ViT-L/14, without a tag OpenAI's weights where there are such."""
+    """Factory of CLIP; the default model is ViT-L/14, the default tag `openai` if the model has it."""
     model, _, tag = options.variant.partition("@")
     model, _ = choose_variant("clip", model, {name: name for name in open_clip.list_models()}, DEFAULT)
     published = open_clip.list_pretrained_tags_by_model(model)

@@ -1,7 +1,7 @@
 """DINOv2 (Oquab et al. 2024; registers: Darcet et al. 2024) through timm: `dinov2[/<variant>]`.
 
 The summary is the normalised class token, the patches the normalised patch tokens without registers. At the default
-224 px the grid is 16 x 16; position tables are resampled from the published 518 px when weights are loaded.
+224 px the grid is 16 x 16; loading resamples position tables from the published 518 px.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ INPUT_SIZE = 224
 
 
 def dinov2(options: TeacherOptions) -> Teacher:
-    """Factory of DINOv2; without a variant it is ViT-B/14 with registers.
+    """Factory of DINOv2; the default variant is ViT-B/14 with registers.
 
-    `weights` may be a file in timm's layout or in the authors' own.
+    `weights` may be a file with timm's keys or with the authors' own.
     """
     variant, model = choose_variant("dinov2", options.variant, VARIANTS, DEFAULT)
     return TimmTeacher(f"dinov2/{variant}", model, options, input_size=INPUT_SIZE, key_filter=_to_timm)
@@ -38,6 +38,6 @@ def _to_timm(tensors: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tenso
     """timm's own conversion from the authors' keys, and its resampling of the position table."""
     registers = "register_tokens" in tensors or "reg_token" in tensors
     if registers != (model.reg_token is not None):
-        return tensors  # of the other kind: the check of the keys says so, where timm would fail on the table
+        return tensors  # the check of the keys reports it better than timm, which fails on the position table
     converted: Mapping[str, Tensor] = checkpoint_filter_fn(tensors, model)  # type: ignore[arg-type]
     return converted

@@ -1,14 +1,14 @@
-"""What may be wrong with a teacher; imports no torch, so that a job can say it at once."""
+"""Errors of teachers; imports no torch, so that a job reports them quickly."""
 
 import textwrap
 
 
 class TeacherError(Exception):
-    """A teacher cannot be made as asked; the message is one line that names what is wrong and the remedy."""
+    """A teacher cannot be created as configured; the message is one line with the problem and the remedy."""
 
 
 class WeightsNotFoundError(TeacherError):
-    """No hub and no local file holds the weights that were asked for."""
+    """The weights are in no local file and no hub."""
 
 
 def one_line(error: object, limit: int = 300) -> str:

@@ -3,7 +3,7 @@
 A target as in MaskFeat (Wei et al. 2022, "Masked Feature Prediction for Self-Supervised Visual Pre-Training", section
 3.2): 9 unsigned orientations, cells of 8 x 8 pixels, one histogram per colour channel, L2-normalised, the cells of a
 patch concatenated. Gradients and hard binning as in Dalal and Triggs 2005 and `skimage.feature.hog`. This file is also
-an example of how small a custom teacher is.
+an example of a complete teacher.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class HOG(Teacher):
         )
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Nothing to bring; histograms are computed in float32 whatever `dtype`."""
+        """Nothing to load; histograms are always computed in float32."""
         self.device = torch.device(device)
 
     def forward(self, images: Tensor) -> TeacherOutput:
@@ -65,8 +65,8 @@ class HOG(Teacher):
 def cell_histograms(images: Tensor, eps: float = 1e-5) -> Tensor:
     """L2-normalised orientation histograms of every cell and channel.
 
-    Central differences (0 on the border), the magnitude voted into one of 9 bins of unsigned orientation and averaged
-    over the cell; then v / sqrt(|v|^2 + eps^2) per cell.
+    Central differences (0 on the border); the magnitude is added to one of 9 bins of unsigned orientation and averaged over
+    the cell; then v / sqrt(|v|^2 + eps^2) per cell.
 
     Args:
         images: [B, C, H, W] float32, H and W multiples of 8.
@@ -90,8 +90,8 @@ def hog(options: TeacherOptions) -> Teacher:
     """Factory of :class:`HOG`.
 
     Raises:
-        TeacherError: for weights, arguments or a variant, of which HOG has none, or an input size that does not fit.
+        TeacherError: for weights, arguments or a variant, which HOG does not have, or an unsuitable input size.
     """
     if options.variant or options.args or options.weights not in ("pretrained", "none"):
-        raise TeacherError("teacher hog: it has no variants, no weights and no args; only input_size and pool")
+        raise TeacherError("teacher hog: it has no variants, weights or args, only input_size and pool")
     return HOG(options.input_size or 224, options.pool or 2)

@@ -18,7 +18,7 @@ FACTORIES: dict[str, str] = {
     "hog": "teachers.hog:hog",
     "timm": "teachers.timm_backbone:timm_backbone",
 }
-"""Name -> `module:factory`; imported when asked for, so that no teacher's library is needed for another's sake."""
+"""Name -> `module:factory`, imported on demand, so that a teacher needs no other teacher's library."""
 
 
 def create_teacher(
@@ -36,7 +36,7 @@ def create_teacher(
         weights, input_size, pool, args: as in :class:`~teachers.base.TeacherOptions`.
 
     Raises:
-        TeacherError: where there is no such teacher, or it cannot be made as asked.
+        TeacherError: if there is no such teacher, or it cannot be created as configured.
     """
     name, _, variant = model.partition("/")
     location = model if ":" in name else FACTORIES.get(name)

@@ -1,11 +1,11 @@
-"""Any timm backbone as a teacher: `timm/<model>`; DINOv2 and SAM build on it.
+"""Any timm backbone as a teacher: `timm/<model>`; the base of DINOv2 and SAM.
 
     teachers:
       - model: timm/mobilenetv2_100
         weights: mobilenetv2.safetensors
         args: {pad_type: same, mean: [0.498, 0.498, 0.498], std: [0.5, 0.5, 0.5]}
 
-`args` go to `timm.create_model`, but for `mean`, `std` and `interpolation`, which replace the published preprocessing.
+`args` are passed to `timm.create_model`, except `mean`, `std` and `interpolation`, which override the published preprocessing.
 """
 
 from __future__ import annotations
@@ -44,24 +44,23 @@ from teachers.weights import (
 PREPROCESSING = ("mean", "std", "interpolation")
 
 LOADING = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
-"""Arguments of timm.create_model that make it read files or a hub, as `weights` alone may."""
+"""Arguments of timm.create_model that make it read files or a hub, which only `weights` may."""
 
 KeyFilter = Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor]]
 """Turns the keys of a published file into timm's, given the model."""
 
 
 class TimmTeacher(Teacher):
-    """A timm model: patches are its last features, the summary is what its head would classify.
+    """A timm model: patches are its last features, the summary is the input of its classifier.
 
     Args:
-        name: readable, as in the configuration.
-        model_name: of timm, with or without a pretrained tag.
+        name: as in the configuration.
+        model_name: in timm, with or without a pretrained tag.
         options: of the user.
-        has_summary: whether the summary means anything.
-        pool: side of the squares of patches averaged, unless the options say.
-        input_size: in pixels, unless the options say; None: as published.
-        key_filter: for files in the original authors' layout.
-        ignored: prefixes of keys in such files that belong to other parts.
+        has_summary: whether the summary is meaningful.
+        pool: default side of the squares of patches that are averaged.
+        input_size: default side in pixels; None: as published.
+        key_filter: for files with the original authors' keys.
     """
 
     model: nn.Module
@@ -76,10 +75,9 @@ class TimmTeacher(Teacher):
         pool: int = 1,
         input_size: int | None = None,
         key_filter: KeyFilter | None = None,
-        ignored: tuple[str, ...] = (),
     ) -> None:
         self.name, self.model_name = name, _known_model(model_name)
-        self.has_summary, self.key_filter, self.ignored = has_summary, key_filter, ignored
+        self.has_summary, self.key_filter = has_summary, key_filter
         published = _published(self.model_name)
         size = options.input_size or input_size or published["input_size"][-1]
         self.model_args = self._model_args(options.args, published, size)
@@ -106,7 +104,7 @@ class TimmTeacher(Teacher):
     def _model_args(self, args: Mapping[str, Any], published: Mapping[str, Any], size: int) -> dict[str, Any]:
         if refused := LOADING & args.keys():
             raise TeacherError(
-                f"teacher {self.name}: args may not hold {', '.join(sorted(refused))}; weights says what it loads"
+                f"teacher {self.name}: args must not contain {', '.join(sorted(refused))}; set weights instead"
             )
         passed = {key: value for key, value in args.items() if key not in PREPROCESSING}
         if published.get("fixed_input_size") and size != published["input_size"][-1]:
@@ -121,7 +119,7 @@ class TimmTeacher(Teacher):
         return model.eval().requires_grad_(False)
 
     def _probe(self, size: int) -> tuple[int, int, tuple[int, int]]:
-        """Channels of summary and patch, and the encoder's own grid, from a forward without data."""
+        """Channels of summary and patch, and the encoder's own grid, from a forward pass on the meta device."""
         with torch.device("meta"):
             model = self._create()
             check_input_size(self.name, size, _patch_size(model))
@@ -129,7 +127,7 @@ class TimmTeacher(Teacher):
                 summary, patches = self._features(model, torch.empty(1, 3, size, size))
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = one_line(error)
-                raise TeacherError(f"teacher {self.name}: input_size {size} does not suit it ({reason})") from error
+                raise TeacherError(f"teacher {self.name}: it does not accept input_size {size} ({reason})") from error
         return summary.shape[-1], patches.shape[-1], (patches.shape[1], patches.shape[2])
 
     @staticmethod
@@ -144,7 +142,7 @@ class TimmTeacher(Teacher):
         return summary, features if channels_last else features.permute(0, 2, 3, 1)
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Bring the weights; see :meth:`teachers.base.Teacher.load`."""
+        """Load the weights; see :meth:`teachers.base.Teacher.load`."""
         model = self._load(self.source)
         self.weights_sha256 = digest_state(model)
         self.device, self.dtype = torch.device(device), dtype
@@ -161,7 +159,7 @@ class TimmTeacher(Teacher):
         if self.key_filter:
             with conversion_errors(source.value, self.name):
                 tensors = self.key_filter(dict(tensors), model)
-        model.load_state_dict(check_keys(tensors, model.state_dict(), self.name, self.ignored))
+        model.load_state_dict(check_keys(tensors, model.state_dict(), self.name))
         return model
 
     def forward(self, images: Tensor) -> TeacherOutput:
@@ -173,7 +171,7 @@ class TimmTeacher(Teacher):
 def timm_backbone(options: TeacherOptions) -> Teacher:
     """Factory of `timm/<model>`."""
     if not options.variant:
-        raise TeacherError("teacher timm: name the model, as in timm/mobilenetv2_100")
+        raise TeacherError("teacher timm: add a model, as in timm/mobilenetv2_100")
     return TimmTeacher(f"timm/{options.variant}", options.variant, options)
 
 
@@ -193,7 +191,7 @@ def _published(model_name: str) -> dict[str, Any]:
         architecture, _, tag = model_name.partition(".")
         tags = [name.partition(".")[2] for name in timm.list_pretrained(architecture)]
         raise TeacherError(
-            f"teacher timm/{model_name}: timm has no weights {tag}; of {architecture} it has {', '.join(tags) or 'none'}"
+            f"teacher timm/{model_name}: timm has no weights {tag}; for {architecture} it has {', '.join(tags) or 'none'}"
         ) from error
     return config.to_dict() if config else {}
 

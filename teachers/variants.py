@@ -1,4 +1,4 @@
-"""Named sizes of a teacher, and the input sizes that suit it."""
+"""Named variants of a teacher, and its valid input sizes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from teachers.base import TeacherError
 
 
 def choose_variant(teacher: str, variant: str, known: Mapping[str, str], default: str) -> tuple[str, str]:
-    """The variant that was asked for (or the default) and what it stands for.
+    """The chosen variant (or the default) and its value in `known`.
 
     Raises:
-        TeacherError: for an unknown one, naming those there are.
+        TeacherError: for an unknown variant, listing the known ones.
     """
     chosen = variant or default
     if chosen in known:
@@ -23,23 +23,23 @@ def choose_variant(teacher: str, variant: str, known: Mapping[str, str], default
 
 
 def check_input_size(teacher: str, input_size: int, unit: int) -> None:
-    """Refuse an input size that leaves a rest of a patch.
+    """Refuse an input size that is not divisible by the patch size.
 
     Raises:
-        TeacherError: naming the next size that fits.
+        TeacherError: naming the next valid size.
     """
     if input_size % unit:
         raise TeacherError(
-            f"teacher {teacher}: input_size {input_size} is no multiple of its {unit} px patches; "
+            f"teacher {teacher}: input_size {input_size} is not divisible by its patch size of {unit} px; "
             f"the next is {-(-input_size // unit) * unit}"
         )
 
 
 def pooled_grid(teacher: str, grid: tuple[int, int], pool: int) -> tuple[int, int]:
-    """The grid whose patches are averages of squares of `pool` x `pool`.
+    """The grid after averaging squares of `pool` x `pool` patches.
 
     Raises:
-        TeacherError: where they do not divide it.
+        TeacherError: if `pool` does not divide it.
     """
     if any(side % pool for side in grid):
         raise TeacherError(f"teacher {teacher}: pool {pool} does not divide its grid of {grid[0]}x{grid[1]} patches")

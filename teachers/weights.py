@@ -1,4 +1,4 @@
-"""Where a teacher's weights come from: a hub, a file, or a seed. Nothing is unpickled but tensors and plain values."""
+"""Weights of teachers from a hub, a file or a seed. Only tensors and plain values are unpickled."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from teachers.errors import one_line
 log = logging.getLogger(__name__)
 
 _RUN_ON_LOADING = re.compile(rb"__setstate__|__torch__\.torch\.classes")
-"""What TorchScript runs when it is loaded: a class that restores itself, or one that is written in C++."""
+"""Code that TorchScript runs on loading: classes with `__setstate__`, and classes written in C++."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """What the `weights` field asks for.
+    """The parsed `weights` field.
 
     Attributes:
         kind: ``hub``, ``file`` or ``random``.
@@ -56,18 +56,18 @@ def parse_weights(weights: str, teacher: str, tag: str) -> WeightSource:
     """Read the `weights` field.
 
     Args:
-        tag: names the published weights of this teacher.
+        tag: of the teacher's published weights.
 
     Raises:
-        TeacherError: for a seed that is no number.
-        WeightsNotFoundError: for a path at which there is no file.
+        TeacherError: for a seed that is not a number.
+        WeightsNotFoundError: for a path without a file.
     """
     if weights == "pretrained":
         return WeightSource("hub", tag, f"hub:{tag}")
     if weights == "random" or weights.startswith("random:"):
         seed = weights.partition(":")[2] or "0"
         if not seed.isdecimal():
-            raise TeacherError(f"teacher {teacher}: weights: random:{seed} needs a whole number as its seed")
+            raise TeacherError(f"teacher {teacher}: weights: the seed of random:{seed} must be a whole number")
         return WeightSource("random", seed, f"random:{seed}")
     path = Path(weights).expanduser().resolve()
     if not path.is_file():
@@ -86,18 +86,18 @@ def _file_sha256(path: Path, modified: int) -> str:
 
 @contextmanager
 def seeded_init(seed: int, teacher: str) -> Iterator[None]:
-    """Initialise under a seed without disturbing the global random state, and say aloud what that means."""
-    log.warning("teacher %s: untrained, its weights are random (seed %d); its features are no knowledge", teacher, seed)
+    """Initialise under a seed without changing the global random state, and log a warning."""
+    log.warning("teacher %s: untrained, its weights are random (seed %d); its features are meaningless", teacher, seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def load_from_hub(teacher: str, fetch: Callable[[], T]) -> T:
-    """Call `fetch`, which downloads or finds weights in the local cache of the hub.
+    """Call `fetch`, which finds weights in the hub's local cache or downloads them.
 
     Raises:
-        WeightsNotFoundError: naming the model, the path to put it at and the flag, whatever went wrong.
+        WeightsNotFoundError: for any failure, naming the model, where to put its file, and the flag.
     """
     try:
         with _offline_if_unreachable():
@@ -108,14 +108,14 @@ def load_from_hub(teacher: str, fetch: Callable[[], T]) -> T:
         reason = one_line(f"{type(error).__name__}: {error}")
         raise WeightsNotFoundError(
             f"teacher {teacher}: its pretrained weights are neither in the local hub cache ({constants.HF_HUB_CACHE}) nor "
-            f"can they be downloaded ({reason}); put its file on this machine and set teachers.<i>.weights=<path of the file>, "
+            f"can they be downloaded ({reason}); put the file on this machine and set teachers.<i>.weights=<path of the file>, "
             "or weights=random for a seeded_init untrained network"
         ) from error
 
 
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
-    """Look in the local cache alone where the hub does not answer: its client would retry for most of a minute."""
+    """Use only the local cache if the hub does not answer: its client would retry for most of a minute."""
     hub = urlsplit(constants.ENDPOINT)
     place = hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)
     before = constants.HF_HUB_OFFLINE
@@ -133,10 +133,10 @@ def _offline_if_unreachable() -> Iterator[None]:
 def read_checkpoint(path: str | Path, teacher: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint file by name: safetensors, a PyTorch file of tensors, or a TorchScript archive.
 
-    Wrappers (``model``, ``state_dict``, ``teacher``) and the ``module.`` prefix of DDP are taken off.
+    Wrappers (``model``, ``state_dict``, ``teacher``) and the ``module.`` prefix of DDP are removed.
 
     Raises:
-        TeacherError: where the file is none of these.
+        TeacherError: if the file is none of these.
     """
     path = Path(path)
     try:
@@ -144,14 +144,16 @@ def read_checkpoint(path: str | Path, teacher: str) -> dict[str, Tensor]:
     except Exception as error:
         reason = one_line(error)
         raise TeacherError(
-            f"teacher {teacher}: weights: {path} is no readable checkpoint ({reason}); it must be safetensors, "
-            "a PyTorch file that holds tensors alone, or a TorchScript archive"
+            f"teacher {teacher}: weights: {path} is not a readable checkpoint ({reason}); it must be safetensors, "
+            "a PyTorch file with tensors only, or a TorchScript archive"
         ) from error
     for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping):
-        raise TeacherError(f"teacher {teacher}: weights: {path} holds a {type(loaded).__name__}, not tensors by name")
+        raise TeacherError(
+            f"teacher {teacher}: weights: {path} contains a {type(loaded).__name__}, not tensors by name"
+        )
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
@@ -163,15 +165,15 @@ def _load_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except RuntimeError:
-        # OpenAI publishes CLIP as TorchScript; loading it builds a graph and runs none of it.
+        # OpenAI publishes CLIP as TorchScript; loading it builds a graph without running it.
         return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what no published checkpoint has, and a hostile one may have; older formats are no archives.
+    """Refuse archives that only a malicious file would contain; older formats are not archives.
 
     Raises:
-        ValueError: for members that unpack to more than the file holds, or code that loading would run.
+        ValueError: for members that unpack to more bytes than the file has, or code that loading would run.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -182,45 +184,45 @@ def _check_archive(path: Path) -> None:
             raise ValueError(f"its members unpack to {size} bytes, more than the file has")
         for member in members:
             if member.filename.endswith((".py", ".pkl")) and _RUN_ON_LOADING.search(archive.read(member)):
-                raise ValueError(f"{member.filename} holds code that is run on loading")
+                raise ValueError(f"{member.filename} contains code that runs on loading")
 
 
 @contextmanager
 def conversion_errors(path: str | Path, teacher: str) -> Iterator[None]:
-    """While a file's keys and position tables are turned into those of the architecture.
+    """Report errors while a file's keys and position tables are converted to those of the architecture.
 
     Raises:
-        TeacherError: where that fails.
+        TeacherError: if the conversion fails.
     """
     try:
         yield
     except (RuntimeError, KeyError, ValueError, IndexError) as error:
         reason = one_line(f"{type(error).__name__}: {error}")
-        raise TeacherError(
-            f"teacher {teacher}: weights: {path} cannot be fitted to this architecture ({reason})"
-        ) from error
+        raise TeacherError(f"teacher {teacher}: weights: {path} does not fit this architecture ({reason})") from error
 
 
 def check_keys(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], teacher: str, ignored: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """The expected tensors, and no others: no key may be silently missing, of another shape or kind of number, or left over.
+    """The expected tensors: no key may be missing, left over, or of another shape or kind of number.
 
     Args:
         expected: the model's own state dict.
-        ignored: prefixes of keys that other parts of the published file hold.
+        ignored: prefixes of keys of other parts of the published file.
 
     Raises:
         TeacherError: naming the first keys.
     """
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
-        raise TeacherError(f"teacher {teacher}: weights: the file lacks {_some(missing)}: is it of this architecture?")
+        raise TeacherError(
+            f"teacher {teacher}: weights: the file lacks {_some(missing)}: does it have this architecture?"
+        )
     prefixes = tuple(ignored)
     surplus = sorted(key for key in tensors.keys() - expected.keys() if not (prefixes and key.startswith(prefixes)))
     if surplus:
         raise TeacherError(
-            f"teacher {teacher}: weights: the file holds {_some(surplus)}, which this architecture has not"
+            f"teacher {teacher}: weights: the file has {_some(surplus)}, which this architecture does not have"
         )
     for key, tensor in expected.items():
         if tensors[key].shape != tensor.shape:

@@ -35,7 +35,7 @@ class StudentConfig(NamedBackboneConfig):
     taps: list[Literal[4, 8, 16, 32]] = Field(
         [16, 32],
         min_length=1,
-        description="strides that the neck fuses into one feature map of stride 16; must include 16",
+        description="strides that the neck fuses into one feature map of stride 16; 16 is always included",
     )
     head_dim: int = Field(1024, ge=1, description="hidden channels of the distillation heads")
     keep_heads: bool = Field(False, description="also export neck and heads")

@@ -1,4 +1,4 @@
-"""What a network costs by counting: parameters, multiply-accumulates, activations, memory."""
+"""Counted cost of a network: parameters, multiply-accumulates, activations, memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Cost:
         macs: multiply-accumulates of convolutions, linear layers and matrix products, attention's included.
         activations: elements of the outputs of the same operators, as fvcore and the RegNet paper (arXiv 2003.13678)
             count them.
-        peak_bytes: largest sum of bytes of all tensors alive at once: weights, buffers, input and intermediate maps; the
-            scratch memory of a kernel is not seen.
+        peak_bytes: largest sum of bytes of all tensors alive at once: weights, buffers, input and intermediate maps, without
+            the scratch memory of kernels.
     """
 
     parameters: int
@@ -40,8 +40,8 @@ class Cost:
 
 @torch.no_grad()
 def cost(model: nn.Module, images: Tensor) -> Cost:
-    """Count the cost of one forward pass of ``model``, in the mode and form it is in, on ``images`` (B, C, H, W)."""
-    # The fused attention kernel of the CPU is unknown to the counter; the plain form consists of matrix products.
+    """Count the cost of one forward pass of ``model``, in its current mode and form, on ``images`` (B, C, H, W)."""
+    # The counter does not know the CPU's fused attention kernel; the plain form consists of matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops, _Activations() as activations:
         model(images)
     with _Memory(chain(model.parameters(), model.buffers(), [images])) as memory:
@@ -55,13 +55,13 @@ def cost(model: nn.Module, images: Tensor) -> Cost:
 
 
 def inference_cost(model: nn.Module, input_size: int) -> Cost:
-    """Cost of the inference form of ``model``, which is left as it is, on one image of this side in pixels."""
+    """Cost of the inference form of ``model``, which is not changed, on one image of this side in pixels."""
     model, images = copy.deepcopy(model).cpu().eval(), torch.zeros(1, 3, input_size, input_size)
     return cost(inference_form(model, images), images)
 
 
 class _Activations(TorchDispatchMode):
-    """Sums the output elements of the operators whose multiplications torch counts."""
+    """Sums the output elements of the operators whose FLOPs torch counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _Activations(TorchDispatchMode):
 
 
 class _Memory(TorchDispatchMode):
-    """Follows the storages that are alive, from those of ``tensors`` on; views share one."""
+    """Tracks live storages, beginning with those of ``tensors``; views share one."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()

@@ -15,17 +15,17 @@ TOLERANCE = 1e-3
 def inference_form(model: nn.Module, example: Tensor) -> nn.Module:
     """Fold ``model`` for inference in place and return it.
 
-    First what the model brings itself (timm's ``reparameterize_model``, which calls every module's ``fuse`` and the
-    like), then every BatchNorm that reads the output of a convolution or linear layer beside it in the same module. A
-    comparison of models is fair only when each is given its inference form.
+    First the model's own folding (timm's ``reparameterize_model``, which calls every module's ``fuse`` and the like), then
+    every BatchNorm that reads the output of a convolution or linear layer in the same parent module. A comparison of models
+    is fair only if each is in its inference form.
 
     Args:
         model: in eval mode.
         example: images (B, C, H, W) that the model accepts.
 
     Raises:
-        RuntimeError: the outputs have changed by more than 1e-3 of their largest value: the model uses the output of a
-            convolution twice, which cannot be seen from outside.
+        RuntimeError: the outputs changed by more than 1e-3 of their largest value, because the model uses the output of a
+            convolution twice, which hooks do not see.
     """
     before = model(example)
     model = reparameterize_model(model, inplace=True)
@@ -40,9 +40,9 @@ def inference_form(model: nn.Module, example: Tensor) -> nn.Module:
 def _foldable(model: nn.Module, example: Tensor) -> list[tuple[nn.Module, str]]:
     """(layer, name of the BatchNorm that reads its output), found by running ``example`` through the model.
 
-    A norm further away than the next sibling often shares its input with a skip connection, so it is left alone.
+    A norm in another parent often shares its input with a skip connection, so it is not folded.
     """
-    outputs: dict[int, tuple[str, Tensor]] = {}  # the tensor is kept, so that its id is not used again
+    outputs: dict[int, tuple[str, Tensor]] = {}  # keeps the tensor, so that its id is not reused
     pairs: list[tuple[nn.Module, str]] = []
 
     def produced(name: str, output: Tensor) -> None:

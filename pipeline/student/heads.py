@@ -1,4 +1,4 @@
-"""Heads that map student features to a teacher's: one per teacher and token type, dropped on export."""
+"""Heads that map student features to a teacher's: one per teacher and kind of feature, not exported by default."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 def distillation_head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """LayerNorm, Linear, GELU, LayerNorm, Linear over the last dimension: [..., in_dim] -> [..., out_dim].
 
-    Two layers as in UNIC (Sariyildiz et al. 2024) and EUPE; the norms keep teachers of unlike scale from steering the
+    Two layers as in UNIC (Sariyildiz et al. 2024) and EUPE; the norms keep teachers of larger scale from dominating the
     hidden layer.
     """
     return nn.Sequential(

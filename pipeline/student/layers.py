@@ -3,8 +3,8 @@
 Marks in the docstrings: [paper] stated in the ReGLA paper, arXiv 2602.05262; [2nd] stated only by third-party summaries
 of it; [family: X] taken from the published relative X; [ours] our choice, with the reason. All maps are (B, C, H, W).
 
-A layer with a method ``fuse() -> nn.Module`` returns what stands in for it at inference, so both :func:`fuse_children`
-and ``timm.utils.reparameterize_model`` fold a whole network. Folding is done in float64 and cast back once.
+A layer's method ``fuse() -> nn.Module`` returns its replacement at inference, so both :func:`fuse_children` and
+``timm.utils.reparameterize_model`` fold a whole network. Folding is done in float64 and cast back once.
 """
 
 from typing import TypeVar
@@ -87,7 +87,7 @@ class Residual(nn.Module):
     """x + DropPath(gamma * branch(x)), with layer scale gamma of shape (1, C, 1, 1) or none [family: iFormer].
 
     Args:
-        branch: maps (B, C, H, W) to the same shape; the ConvBN that it registers last must be the one it ends with.
+        branch: maps (B, C, H, W) to the same shape; it must register its final ConvBN last.
         dim: channels C.
         drop_path: probability of dropping the branch per sample, in training only.
         layer_scale: initial value of gamma; None leaves gamma out.
@@ -130,13 +130,13 @@ class Residual(nn.Module):
 class FFN(nn.Sequential):
     """Two 1x1 convolutions around an activation: (B, C, H, W) -> (B, C, H, W), width C -> ratio * C -> C.
 
-    [family: iFormer FFN2d], with two places for a depthwise convolution, both used by the ELRF block.
+    [family: iFormer FFN2d], with two optional depthwise convolutions, both used by the ELRF block.
 
     Args:
         dim: channels C.
         ratio: expansion of the hidden width.
         act: a key of ``ACTIVATIONS``.
-        before: module on C channels in front of the expansion.
+        before: module on C channels before the expansion.
         inside: module on the hidden channels between the expansion and the activation.
     """
 

@@ -1,4 +1,4 @@
-"""Any backbone that a user may name: an exported student or a timm model."""
+"""Backbones by name: exported students and timm models."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class LoadedStudent(NamedTuple):
 
     Attributes:
         encoder: [B, 3, H, W] float32 RGB in [0, 1] -> [B, C].
-        name: readable.
-        input_size: side in pixels that its weights were trained at, where they are known.
-        args: what timm builds it with beside the name.
-        provenance: what is known of its origin, JSON-ready: teachers, data, training, metrics, or the weights.
-        folder: of an exported student, else None.
+        name: of the model.
+        input_size: side in pixels at which it was trained, if known.
+        args: for `timm.create_model`, besides the name.
+        provenance: JSON-ready: teachers, data, training and metrics, or the weights' origin.
+        folder: of an exported student, or None.
     """
 
     encoder: Encoder
@@ -42,13 +42,13 @@ def load_student(student: str, *, weights: str = "pretrained", args: Mapping[str
     """Load what `student` names.
 
     Args:
-        student: an exported folder, or a name of timm (`regla_m`, `timm/<name>`); for students in MLflow or an object store
+        student: an exported folder, or a name in timm (`regla_m`, `timm/<name>`); for students in MLflow or an object store
             see :func:`pipeline.runs.addresses.fetch_student`.
-        weights: of a timm model: `pretrained`, `random[:seed]`, or the path of a file whose keys all fit.
-        args: for `timm.create_model`; those of an exported student beside the ones that it was built with.
+        weights: of a timm model: `pretrained`, `random[:seed]`, or the path of a file with the same keys.
+        args: for `timm.create_model`; for an exported student, in addition to its own.
 
     Raises:
-        UserError: where it is none of these, or its weights cannot be had, or do not fit what `args` make of it.
+        UserError: if it is none of these, or its weights cannot be loaded or do not fit `args`.
     """
     if (folder := Path(student).expanduser()).is_dir():
         return _from_folder(folder, args or {})
@@ -69,15 +69,15 @@ def load_initial_student(
 
     Args:
         weights: `pretrained`, a checkpoint file, or an exported student: its folder, its address, or its URI in MLflow.
-        fetch: gives the local path of such an address or URI, and other names as they are.
+        fetch: returns the local path of such an address or URI, and other names unchanged.
 
     Returns:
-        Of timm's weights and of a file, ``provenance`` holds their identity and licence.
+        For timm's weights and for a file, ``provenance`` contains their identity and licence.
 
     Raises:
-        UserError: where they cannot be had, or are of another network.
+        UserError: if they cannot be loaded, or belong to another network.
     """
-    create_backbone(name, args)  # its name and arguments are refused before anything is fetched
+    create_backbone(name, args)  # refuses name and arguments before anything is fetched
     if weights.partition(":")[0] == "random":
         raise UserError(f"student.weights={weights}: random weights are those of `seed`; set student.weights=random")
     try:
@@ -89,7 +89,9 @@ def load_initial_student(
     built, asked = ({"num_classes": 0, **some} for some in (loaded.args, args))
     if built != asked:
         needed = {key: value for key, value in loaded.args.items() if (key, value) != ("num_classes", 0)}
-        raise UserError(f"student.weights: {weights} was built otherwise; set student.args={json.dumps(needed)}")
+        raise UserError(
+            f"student.weights: {weights} was built with other arguments; set student.args={json.dumps(needed)}"
+        )
     return loaded
 
 
@@ -116,7 +118,7 @@ def _from_folder(folder: Path, args: Mapping[str, Any]) -> LoadedStudent:
 
 
 def _rebuilt(encoder: Encoder, described: Mapping[str, Any], folder: Path) -> Encoder:
-    """A network of other arguments with the same weights."""
+    """A network with other arguments and the same weights."""
     try:
         rebuilt = build_encoder(described)
         rebuilt.load_state_dict(encoder.state_dict())
@@ -127,14 +129,14 @@ def _rebuilt(encoder: Encoder, described: Mapping[str, Any], folder: Path) -> En
 
 
 def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> tuple[Encoder, int | None]:
-    """The network, and the side in pixels of what its weights were trained at."""
+    """The network, and the side in pixels at which its weights were trained."""
     try:
         source = parse_weights(weights, name, "pretrained")
         if source.kind == "random":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(source.seed)
                 return Encoder(create_backbone(name, args)).eval(), None
-        backbone = create_backbone(name, args)  # refuses name and args before a hub is asked
+        backbone = create_backbone(name, args)  # refuses name and arguments before the hub is asked
         known: Mapping[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
         if source.kind == "hub":
             backbone = load_from_hub(name, lambda: _pretrained(name, args))
@@ -145,8 +147,8 @@ def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> tuple[Encode
             backbone.load_state_dict(state)
     except WeightsNotFoundError as error:
         raise UserError(
-            f"{name}: weights={weights}: neither a file nor in the hub's cache, and no hub gives them; "
-            "name a checkpoint file, or `random` for an untrained network"
+            f"{name}: weights={weights}: neither a file nor in the hub's cache, and no download is possible; "
+            "set a checkpoint file, or `random` for an untrained network"
         ) from error
     except TeacherError as error:
         raise UserError(str(error).removeprefix("teacher ")) from error

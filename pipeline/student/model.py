@@ -1,4 +1,4 @@
-"""The student: any timm backbone (ReGLA registers itself) seen as a summary vector and a grid of tokens."""
+"""The student: any timm backbone, giving a summary vector and a feature map."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pipeline.errors import UserError, one_line
 from pipeline.student.neck import FuseNeck
 from teachers.timm_backbone import LOADING
 
-TOKEN_STRIDE = 16
-"""Pixels of a side of a token."""
+MAP_STRIDE = 16
+"""Stride of the feature map in pixels."""
 
 TAPS = (16, 32)
-"""Strides that are fused unless the configuration says."""
+"""Strides that the neck fuses by default."""
 
 
 class StudentOutput(NamedTuple):
-    """Summary [B, C] (average pool of the last map) and tokens [B, D, h, w] at stride 16 (or the finest at most that)."""
+    """Summary [B, C], the average of the last level, and feature map [B, D, h, w] at stride 16, or the finest that exists."""
 
     summary: Tensor
     feature_map: Tensor
@@ -36,7 +36,7 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Modu
     """A timm model without classifier: `regla_m`, or any backbone as `timm/<name>`.
 
     Raises:
-        UserError: for a name that timm does not know, arguments it refuses, or a model without intermediate features.
+        UserError: for an unknown name, arguments that timm refuses, or a model without intermediate features.
     """
     model_name = name.removeprefix("timm/")
     if not timm.is_model(model_name):
@@ -46,8 +46,8 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Modu
         )
     if refused := LOADING & (args or {}).keys():
         raise UserError(
-            f"student.args may not hold {', '.join(sorted(refused))}: what makes timm read files "
-            "would be forgotten, or asked for again, where the student is loaded; name them by student.weights"
+            f"student.args must not contain {', '.join(sorted(refused))}, which make timm read files; "
+            "set student.weights instead"
         )
     try:
         model: nn.Module = timm.create_model(model_name, pretrained=False, **{"num_classes": 0, **(args or {})})
@@ -59,7 +59,7 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Modu
 
 
 class Encoder(nn.Module):
-    """What ships: normalisation and backbone, giving one vector an image.
+    """The exported part: normalisation and backbone, giving one vector per image.
 
     Args:
         backbone: a timm model with ``feature_info`` and ``forward_intermediates``.
@@ -84,11 +84,11 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
 
     def maps(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
-        """[B, 3, H, W] RGB in [0, 1] -> the maps [B, C_l, H_l, W_l] of these levels."""
+        """[B, 3, H, W] RGB in [0, 1] -> the feature maps [B, C_l, H_l, W_l] of these levels."""
         return self.pyramid((images - self.mean) / self.std, levels)
 
     def pyramid(self, normalised: Tensor, levels: Sequence[int]) -> list[Tensor]:
-        """The same of images that are normalised already."""
+        """The same for normalised images."""
         maps: list[Tensor] = self.backbone.forward_intermediates(  # type: ignore[operator]
             normalised.contiguous(memory_format=torch.channels_last),
             indices=list(levels),
@@ -106,31 +106,30 @@ class Student(nn.Module):
     """Encoder and neck.
 
     Args:
-        encoder: what ships.
-        token_dim: channels D of the tokens.
-        taps: strides that the neck fuses, on the grid of stride 16; 16 is always among them. Each is the deepest level of at
-            most that stride; a student without one has its first there. Where several taps are one level, as in a ViT, it
-            counts once.
+        encoder: the exported part.
+        token_dim: channels D of the feature map.
+        taps: strides that the neck fuses on the grid of stride 16; 16 is always included. Each selects the deepest level of at
+            most that stride, or the first level. Several taps may select one level, as in a ViT; it is fused once.
 
     Attributes:
-        levels: of the pyramid, that are fused; in order.
+        levels: fused levels of the pyramid, in order.
         tap_strides: their strides.
     """
 
     def __init__(self, encoder: Encoder, token_dim: int, taps: Sequence[int] = TAPS) -> None:
         super().__init__()
         self.encoder, self.token_dim = encoder, token_dim
-        self.levels = sorted({level_at_stride(encoder.strides, tap) for tap in (TOKEN_STRIDE, *taps)})
+        self.levels = sorted({level_at_stride(encoder.strides, tap) for tap in (MAP_STRIDE, *taps)})
         self.tap_strides = [encoder.strides[level] for level in self.levels]
-        stride = encoder.strides[level_at_stride(encoder.strides, TOKEN_STRIDE)]
+        stride = encoder.strides[level_at_stride(encoder.strides, MAP_STRIDE)]
         self.neck = FuseNeck([encoder.channels[level] for level in self.levels], self.tap_strides, stride, token_dim)
 
     def forward(self, pixels: Tensor) -> StudentOutput:
-        """[B, 3, H, W] uint8 RGB -> summary [B, C] and tokens [B, D, h, w]."""
+        """[B, 3, H, W] uint8 RGB -> summary [B, C] and feature map [B, D, h, w]."""
         return self.encode(pixels.float() / 255)
 
     def encode(self, images: Tensor) -> StudentOutput:
-        """The same of float32 RGB in [0, 1]."""
+        """The same for float32 RGB in [0, 1]."""
         last = len(self.encoder.channels) - 1
         maps = self.encoder.maps(images, sorted({*self.levels, last}))
         return StudentOutput(maps[-1].mean(dim=(2, 3)), self.neck(maps[: len(self.levels)]))
@@ -138,7 +137,7 @@ class Student(nn.Module):
 
 @torch.enable_grad()
 def freeze_unused(student: Student, image_size: int) -> None:
-    """Train nothing that neither summary nor tokens depend on, like the norm of a classifier that is not there."""
+    """Freeze parameters that affect neither summary nor feature map, such as the norm of an absent classifier."""
     weights, training = [weight for weight in student.parameters() if weight.requires_grad], student.training
     output = student.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
     gradients = torch.autograd.grad(output.summary.sum() + output.feature_map.sum(), weights, allow_unused=True)
@@ -148,17 +147,17 @@ def freeze_unused(student: Student, image_size: int) -> None:
 
 
 def level_at_stride(strides: Sequence[int], stride: int) -> int:
-    """The deepest level of at most this stride, or else of the finest that there is."""
+    """The deepest level of at most this stride, or of the finest stride."""
     within = [level for level, own in enumerate(strides) if own <= max(stride, strides[0])]
     return within[-1]
 
 
 def save_encoder(encoder: Encoder, model: str, args: Mapping[str, Any], input_size: int, folder: Path) -> None:
-    """Write the backbone as safetensors, and beside it what :func:`load_encoder` and timm need.
+    """Write the backbone as safetensors, and a description for :func:`load_encoder` and timm.
 
     Args:
-        model, args: of timm, as :func:`create_backbone` took them.
-        input_size: side in pixels that it was trained at.
+        model, args: as passed to :func:`create_backbone`.
+        input_size: side in pixels at which it was trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
@@ -177,19 +176,19 @@ def load_encoder(folder: Path) -> Encoder:
     """An exported student: `student.safetensors` and `student.json`.
 
     Raises:
-        UserError: where the folder is not an exported student, or the weights do not fit.
+        UserError: if the folder is not an exported student, or the weights do not fit.
     """
     try:
         described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
         encoder = build_encoder(described)
         load_weights(encoder.backbone, folder / "student.safetensors")
-    except Exception as error:  # each of timm's constructors has its own kinds for arguments that it was not made for
+    except Exception as error:  # timm's constructors raise various types for unsuitable arguments
         raise UserError(f"{folder} is not an exported student: {one_line(error)}") from error
     return encoder.eval()
 
 
 def build_encoder(described: Mapping[str, Any]) -> Encoder:
-    """The encoder of a description's ``model`` and ``args``, without its weights.
+    """The encoder with a description's ``model`` and ``args``, without its weights.
 
     Raises:
         UserError: as :func:`create_backbone`.
@@ -198,11 +197,10 @@ def build_encoder(described: Mapping[str, Any]) -> Encoder:
 
 
 def load_weights(module: nn.Module, file: Path) -> None:
-    """Load safetensors, all keys of both sides.
+    """Load safetensors; the keys of file and module must be the same.
 
     Raises:
-        ValueError: for integers in the place of floating-point weights or the reverse, which PyTorch would convert
-            without a word.
+        ValueError: for integers in place of floating-point weights or the reverse, which PyTorch would convert silently.
     """
     weights, expected = load_file(file), module.state_dict()
     for name in weights.keys() & expected.keys():

@@ -1,4 +1,4 @@
-"""The neck: student tokens for dense distillation, from several levels of the pyramid."""
+"""The neck: one feature map for dense distillation, from several levels of the pyramid."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 class FuseNeck(nn.Module):
-    """Project each level to `dim` channels, bring it to the grid, and add.
+    """Project each level to `dim` channels, resize it to the grid, and add.
 
     Coarser levels are up-sampled, as in EdgeSAM (Zhou et al. 2023, section 3.2), which fuses the levels of its CNN student
-    this way for dense targets. A finer one is taken down by its projection, whose kernel is as wide as its stride.
+    this way for dense targets. The projection of a finer level down-samples it: its kernel is as large as its stride.
 
     Args:
         channels, strides: of the levels.
         stride: of the grid.
-        dim: channels of the tokens.
+        dim: channels of the result.
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], stride: int, dim: int) -> None:
@@ -39,5 +39,5 @@ class FuseNeck(nn.Module):
 
 
 def _to(part: Tensor, size: Sequence[int]) -> Tensor:
-    # A finer map of odd size comes down to one row less than the grid.
+    # A finer map of odd size down-samples to one row less than the grid has.
     return part if part.shape[-2:] == size else F.interpolate(part, list(size), mode="bilinear", align_corners=False)

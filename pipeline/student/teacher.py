@@ -4,8 +4,8 @@
       - model: student
         weights: work/runs/<run>/student
 
-The summary is what the student was distilled to give; patches are the levels that the neck fuses unless told otherwise,
-each brought to the grid of stride 16, one after the other in the channels: everything that the student says of a place.
+The summary is the one that the student was distilled to predict. Patches are the levels that the neck fuses by default, each
+resized to the grid of stride 16 and concatenated along the channels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class StudentTeacher(Teacher):
 
     Args:
         folder: with `student.safetensors` and `student.json`.
-        options: of the user; `args` are refused, since the export says them.
+        options: of the user; `args` are refused, since `student.json` has them.
     """
 
     encoder: Encoder
@@ -49,7 +49,7 @@ class StudentTeacher(Teacher):
         described = _description(folder)
         name = f"student/{described['model']}"
         if options.args:
-            raise TeacherError(f"teacher {name}: args are those of {folder / 'student.json'}, and cannot be given")
+            raise TeacherError(f"teacher {name}: args are those of {folder / 'student.json'}; remove them")
         size = options.input_size or described["input_size"]
         summary_dim, patch_dim, grid = self._probe(described, size)
         if any(side % self.pool for side in grid):
@@ -73,7 +73,7 @@ class StudentTeacher(Teacher):
         )
 
     def _probe(self, described: dict[str, Any], size: int) -> tuple[int, int, tuple[int, int]]:
-        """Channels of summary and patch, and the grid, from a forward without data."""
+        """Channels of summary and patch, and the grid, from a forward pass on the meta device."""
         try:
             with torch.device("meta"):
                 encoder = Encoder(create_backbone(described["model"], described["args"])).eval()
@@ -83,12 +83,12 @@ class StudentTeacher(Teacher):
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = one_line(error)
             raise TeacherError(
-                f"teacher student/{described['model']}: input_size {size} does not suit it ({reason})"
+                f"teacher student/{described['model']}: it does not accept input_size {size} ({reason})"
             ) from error
         return summary.shape[-1], patches.shape[-1], (patches.shape[1], patches.shape[2])
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Bring the weights; see :meth:`teachers.base.Teacher.load`."""
+        """Load the weights; see :meth:`teachers.base.Teacher.load`."""
         try:
             encoder = load_encoder(self.folder)
         except UserError as error:
@@ -118,7 +118,7 @@ def _description(folder: Path) -> dict[str, Any]:
         return {key: described[key] for key in ("model", "args", "input_size", "mean", "std")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsNotFoundError(
-            f"teacher student: weights: {folder} is not the folder of an exported student, which holds student.json and "
+            f"teacher student: weights: {folder} is not the folder of an exported student, with student.json and "
             f"student.safetensors ({one_line(error)})"
         ) from error
 
@@ -127,7 +127,7 @@ def student(options: TeacherOptions) -> Teacher:
     """Factory of `student`, as `pipeline.student.teacher:student`."""
     if options.weights == "pretrained" or options.weights.startswith("random"):
         raise TeacherError(
-            f"teacher student: weights={options.weights} names no student; give the folder that a distillation exported, "
+            f"teacher student: weights={options.weights} is not a student; set the folder that a distillation exported, "
             "work/runs/<run>/student"
         )
     return StudentTeacher(Path(options.weights).expanduser().resolve(), replace(options, variant=""))

@@ -110,7 +110,9 @@ def test_arguments_that_an_exported_student_was_built_with_are_asked_for(exporte
     folder, _ = exported
     described = json.loads((folder / "student.json").read_text()) | {"args": {"num_classes": 0, "drop_path_rate": 0.1}}
     (folder / "student.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match=r'student was built otherwise; set student\.args=\{"drop_path_rate": 0\.1\}$'):
+    with pytest.raises(
+        UserError, match=r'student was built with other arguments; set student\.args=\{"drop_path_rate": 0\.1\}$'
+    ):
         load_initial_student(NAME, str(folder), {})
     load_initial_student(NAME, str(folder), {"drop_path_rate": 0.1})
 
@@ -120,7 +122,7 @@ def test_arguments_that_an_exported_student_was_built_with_are_asked_for(exporte
     [
         ({"in_chans": 4}, r"student\.args: the weights of .*student do not fit .*size mismatch"),
         ({"sharpness": 1}, r"student\.args: .* refuses .*sharpness"),
-        ({"pretrained": True}, "args may not hold pretrained"),
+        ({"pretrained": True}, "args must not contain pretrained"),
     ],
 )
 def test_arguments_that_the_weights_of_an_exported_student_do_not_fit_are_named(exported, args, expected):
@@ -152,7 +154,7 @@ def test_random_weights_follow_their_seed():
         ("no/such/folder", "random", "neither an exported student folder, nor an MLflow URI"),
         ("timm/mobilenetv5", "random", "timm has no model mobilenetv5"),
         (NAME, "no/such/file.safetensors", "weights=no/such/file.safetensors: neither a file"),
-        (NAME, "random:many", "random:many needs a whole number"),
+        (NAME, "random:many", "the seed of random:many must be a whole number"),
     ],
 )
 def test_what_is_no_backbone_is_named(student, weights, expected):
@@ -162,11 +164,11 @@ def test_what_is_no_backbone_is_named(student, weights, expected):
 
 def test_a_file_of_another_architecture_and_an_unreachable_hub_are_named(tmp_path, monkeypatch):
     save_file({"odd": torch.zeros(1)}, tmp_path / "odd.safetensors")
-    with pytest.raises(UserError, match=r"weights: the file lacks .*: is it of this architecture"):
+    with pytest.raises(UserError, match=r"weights: the file lacks .*: does it have this architecture"):
         load_student(NAME, weights=str(tmp_path / "odd.safetensors"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match="no hub gives them; name a checkpoint file, or `random`"):
+    with pytest.raises(UserError, match="no download is possible; set a checkpoint file, or `random`"):
         load_student("timm/mobilenetv2_100", weights="pretrained")
 
 

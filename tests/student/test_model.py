@@ -123,7 +123,7 @@ def test_arguments_that_the_model_refuses_are_shown(name, args):
 @pytest.mark.parametrize("args", [{"pretrained": True}, {"pretrained_cfg_overlay": {"file": "no.safetensors"}}])
 def test_arguments_that_make_timm_read_files_are_refused(args):
     with pytest.raises(
-        UserError, match=rf"student\.args may not hold {next(iter(args))}: .* name them by student\.weights"
+        UserError, match=rf"student\.args must not contain {next(iter(args))}, .* set student\.weights instead"
     ):
         create_backbone("regla_t", args)
 

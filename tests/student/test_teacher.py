@@ -54,8 +54,8 @@ def test_size_and_pooling_may_be_chosen_and_other_weights_are_another_teacher(ex
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"weights": "pretrained"}, TeacherError, r"weights=pretrained names no student; give the folder"),
-        ({"weights": "random:1"}, TeacherError, r"weights=random:1 names no student"),
+        ({"weights": "pretrained"}, TeacherError, r"weights=pretrained is not a student; set the folder"),
+        ({"weights": "random:1"}, TeacherError, r"weights=random:1 is not a student"),
         ({"weights": "nowhere"}, WeightsNotFoundError, r"nowhere is not the folder of an exported student"),
         ({"args": {"depth": 2}}, TeacherError, r"args are those of .*student\.json"),
         ({"pool": 3}, TeacherError, r"pool 3 does not divide its grid of 4x4"),

@@ -120,7 +120,7 @@ def test_a_teacher_without_a_summary_gives_none(pixels):
     ],
 )
 def test_features_of_other_shapes_are_refused(pixels, echo):
-    with pytest.raises(TeacherError, match=r"teacher echo: gave summary and patches of shape .*, its spec says"):
+    with pytest.raises(TeacherError, match=r"teacher echo: returned summary and patches of shape .*, its spec says"):
         echo.encode(pixels)
 
 

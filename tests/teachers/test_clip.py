@@ -176,7 +176,7 @@ def test_a_missing_key_is_named(tmp_path):
 def test_a_surplus_key_of_the_tower_is_named(tmp_path):
     tensors = draw(shapes(4)) | {"visual.ln_mid.weight": torch.ones(WIDTH)}
     torch.save(tensors, tmp_path / "openai.pt")
-    with pytest.raises(TeacherError, match=r"holds ln_mid\.weight, which this architecture has not"):
+    with pytest.raises(TeacherError, match=r"has ln_mid\.weight, which this architecture does not have"):
         build(tmp_path / "openai.pt").load()
 
 
@@ -191,7 +191,7 @@ def test_a_position_table_that_is_no_square_names_the_file(tmp_path):
     tensors = draw(shapes(4))
     tensors["visual.positional_embedding"] = tensors["visual.positional_embedding"][:-2]
     torch.save(tensors, tmp_path / "damaged.pt")
-    with pytest.raises(TeacherError, match=r"damaged\.pt cannot be fitted to this architecture"):
+    with pytest.raises(TeacherError, match=r"damaged\.pt does not fit this architecture"):
         build(tmp_path / "damaged.pt").load()
 
 
@@ -253,18 +253,20 @@ def test_an_unknown_model_names_the_nearest():
 
 
 def test_an_unknown_tag_names_those_there_are():
-    with pytest.raises(TeacherError, match="no such weights; its tags for ViT-B-32 are openai, laion400m_e31"):
+    with pytest.raises(TeacherError, match="no such weights; the tags of ViT-B-32 are openai, laion400m_e31"):
         create_teacher("clip/ViT-B-32@nope")
 
 
 def test_a_model_without_a_default_tag_asks_for_one_only_where_it_needs_it():
-    with pytest.raises(TeacherError, match=r"name its weights, as in clip/ViT-B-16-SigLIP@<tag>"):
+    with pytest.raises(TeacherError, match=r"add a tag, as in clip/ViT-B-16-SigLIP@<tag>"):
         create_teacher("clip/ViT-B-16-SigLIP")
     assert create_teacher("clip/ViT-B-16-SigLIP", weights="random").spec.weights == "random:0"
 
 
 def test_an_input_size_with_a_rest_of_a_patch_is_refused():
-    with pytest.raises(TeacherError, match="input_size 100 is no multiple of its 32 px patches; the next is 128"):
+    with pytest.raises(
+        TeacherError, match="input_size 100 is not divisible by its patch size of 32 px; the next is 128"
+    ):
         create_teacher("clip/ViT-B-32", input_size=100)
 
 

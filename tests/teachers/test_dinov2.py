@@ -113,7 +113,7 @@ def test_the_layout_of_the_file_does_not_matter(tmp_path):
 def test_registers_are_no_patches_and_tell_variants_apart(tmp_path):
     torch.save(draw(shapes(4, registers=4)), tmp_path / "authors.pth")
     assert build("vits14_reg", tmp_path / "authors.pth").spec.grid == (4, 4)
-    with pytest.raises(TeacherError, match=r"holds .*register_tokens, which this architecture has not"):
+    with pytest.raises(TeacherError, match=r"has .*register_tokens, which this architecture does not have"):
         build("vits14", tmp_path / "authors.pth").load()
     torch.save(draw(shapes(4)), tmp_path / "plain.pth")
     with pytest.raises(TeacherError, match="lacks reg_token"):
@@ -124,7 +124,7 @@ def test_a_position_table_that_is_no_square_names_the_file(tmp_path):
     tensors = draw(shapes(4))
     tensors["pos_embed"] = tensors["pos_embed"][:, :-2]
     torch.save(tensors, tmp_path / "damaged.pth")
-    with pytest.raises(TeacherError, match=r"damaged\.pth cannot be fitted to this architecture"):
+    with pytest.raises(TeacherError, match=r"damaged\.pth does not fit this architecture"):
         build("vits14", tmp_path / "damaged.pth").load()
 
 
@@ -132,7 +132,7 @@ def test_a_file_of_another_depth_or_width_names_the_key(tmp_path):
     torch.save(draw(shapes(4)), tmp_path / "authors.pth")
     with pytest.raises(TeacherError, match=r"lacks blocks\.2\..*more keys"):
         build("vits14", tmp_path / "authors.pth", depth=3).load()
-    with pytest.raises(TeacherError, match=r"holds blocks\.1\..*which this architecture has not"):
+    with pytest.raises(TeacherError, match=r"has blocks\.1\..*which this architecture does not have"):
         build("vits14", tmp_path / "authors.pth", depth=1).load()
     with pytest.raises(TeacherError, match=r"has shape \(.*64.*\) in the file, \(.*32.*\) in the architecture"):
         build("vits14", tmp_path / "authors.pth", embed_dim=32).load()
@@ -161,7 +161,9 @@ def test_another_input_size_is_another_grid():
 
 
 def test_an_input_size_with_a_rest_of_a_patch_is_refused():
-    with pytest.raises(TeacherError, match=r"input_size 225 is no multiple of its 14 px patches; the next is 238"):
+    with pytest.raises(
+        TeacherError, match=r"input_size 225 is not divisible by its patch size of 14 px; the next is 238"
+    ):
         create_teacher("dinov2/vits14", input_size=225)
 
 

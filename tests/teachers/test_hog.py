@@ -147,6 +147,6 @@ def test_weights_may_be_said_to_be_none():
 
 
 def test_an_input_size_with_a_rest_of_a_patch_is_refused():
-    with pytest.raises(TeacherError, match="input_size 72 is no multiple of its 16 px patches; the next is 80"):
+    with pytest.raises(TeacherError, match="input_size 72 is not divisible by its patch size of 16 px; the next is 80"):
         create_teacher("hog", input_size=72)
     assert create_teacher("hog", input_size=72, pool=1).spec.grid == (9, 9)

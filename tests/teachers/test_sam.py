@@ -235,7 +235,7 @@ def test_a_missing_key_is_named(tmp_path, key):
 def test_a_surplus_key_of_the_encoder_is_named(tmp_path):
     tensors = draw_file(4) | {"image_encoder.blocks.7.norm1.weight": torch.ones(WIDTH)}
     torch.save(tensors, tmp_path / "authors.pth")
-    with pytest.raises(TeacherError, match=r"holds blocks\.7\.norm1\.weight, which this architecture has not"):
+    with pytest.raises(TeacherError, match=r"has blocks\.7\.norm1\.weight, which this architecture does not have"):
         build(tmp_path / "authors.pth", 4).load()
 
 
@@ -258,7 +258,9 @@ def test_the_layout_of_the_file_does_not_matter(tmp_path):
 
 
 def test_an_input_size_with_a_rest_of_a_patch_is_refused():
-    with pytest.raises(TeacherError, match="input_size 1000 is no multiple of its 16 px patches; the next is 1008"):
+    with pytest.raises(
+        TeacherError, match="input_size 1000 is not divisible by its patch size of 16 px; the next is 1008"
+    ):
         create_teacher("sam", input_size=1000)
 
 

@@ -181,7 +181,7 @@ def test_a_replaced_preprocessing_is_what_the_network_sees():
         ({"mean": [0.5]}, r"args\.mean must be three numbers, not \[0\.5\]"),
         ({"std": 0.5}, r"args\.std must be three numbers, not 0\.5"),
         ({"interpolation": "nearest"}, r"args\.interpolation must be bicubic or bilinear, not 'nearest'"),
-        ({"pretrained": True}, r"args may not hold pretrained; weights says what it loads"),
+        ({"pretrained": True}, r"args must not contain pretrained; set weights instead"),
         ({"nope": 1}, r"teacher timm/resnet18: args \{'nope': 1\}: .*'nope'"),
     ],
 )
@@ -197,13 +197,13 @@ def test_an_unknown_model_names_the_nearest():
         create_teacher("timm/mobilenetv2_10")
     with pytest.raises(TeacherError, match=r"timm/xyzzy: timm has no such model$"):
         create_teacher("timm/xyzzy")
-    with pytest.raises(TeacherError, match="name the model, as in timm/mobilenetv2_100"):
+    with pytest.raises(TeacherError, match="add a model, as in timm/mobilenetv2_100"):
         create_teacher("timm")
 
 
 def test_an_unknown_tag_names_those_there_are():
     with pytest.raises(
-        TeacherError, match=r"timm/resnet18\.nope: timm has no weights nope; of resnet18 it has .*a1_in1k"
+        TeacherError, match=r"timm/resnet18\.nope: timm has no weights nope; for resnet18 it has .*a1_in1k"
     ):
         create_teacher("timm/resnet18.nope")
 
@@ -214,7 +214,9 @@ def test_the_tag_is_part_of_the_identity_and_the_default_has_a_name():
 
 
 def test_an_input_size_with_a_rest_of_a_patch_is_refused():
-    with pytest.raises(TeacherError, match="input_size 230 is no multiple of its 16 px patches; the next is 240"):
+    with pytest.raises(
+        TeacherError, match="input_size 230 is not divisible by its patch size of 16 px; the next is 240"
+    ):
         create_teacher("timm/vit_tiny_patch16_224", input_size=230)
 
 

@@ -126,7 +126,7 @@ def test_a_missing_key_is_named(tmp_path, tensors):
 
 def test_a_surplus_key_is_named(tmp_path, tensors):
     torch.save(tensors | {"head.weight": torch.ones(3, 32)}, tmp_path / "file.pth")
-    with pytest.raises(TeacherError, match=r"the file holds head\.weight, which this architecture has not"):
+    with pytest.raises(TeacherError, match=r"the file has head\.weight, which this architecture does not have"):
         small(tmp_path / "file.pth").load()
 
 
@@ -177,7 +177,7 @@ class Harmful:
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, tensors, write):
     marker = tmp_path / "ran"
     write(tensors | {"extra": Harmful(marker)}, tmp_path / "harmful.pth")
-    with pytest.raises(TeacherError, match=r"harmful\.pth is no readable checkpoint"):
+    with pytest.raises(TeacherError, match=r"harmful\.pth is not a readable checkpoint"):
         small(tmp_path / "harmful.pth").load()
     assert not marker.exists()
 
@@ -186,7 +186,10 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, tensors, write):
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", bytes(range(256)) * 8])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TeacherError, match=f"{name} is no readable checkpoint .*must be safetensors, a PyTorch file"):
+    with pytest.raises(
+        TeacherError,
+        match=f"{name} is not a readable checkpoint .*must be safetensors, a PyTorch file with tensors only",
+    ):
         small(tmp_path / name).load()
 
 
@@ -195,14 +198,14 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, tensors, name):
     whole = tmp_path / name
     (safetensors.torch.save_file if whole.suffix == ".safetensors" else torch.save)(tensors, whole)
     whole.write_bytes(whole.read_bytes()[:-1000])
-    with pytest.raises(TeacherError, match=f"{name} is no readable checkpoint"):
+    with pytest.raises(TeacherError, match=f"{name} is not a readable checkpoint"):
         small(whole).load()
 
 
 @pytest.mark.parametrize(("value", "kind"), [([torch.ones(1)], "list"), (torch.ones(1), "Tensor"), (3, "int")])
 def test_a_file_that_holds_something_else_says_what(tmp_path, value, kind):
     torch.save(value, tmp_path / "other.pth")
-    with pytest.raises(TeacherError, match=rf"other\.pth holds a {kind}, not tensors by name"):
+    with pytest.raises(TeacherError, match=rf"other\.pth contains a {kind}, not tensors by name"):
         small(tmp_path / "other.pth").load()
 
 
@@ -254,7 +257,7 @@ def test_a_seed_is_a_whole_number(seed):
     if not seed:
         assert parse_weights("random:", "test", "").identity == "random:0"
         return
-    with pytest.raises(TeacherError, match=f"random:{seed} needs a whole number"):
+    with pytest.raises(TeacherError, match=f"the seed of random:{seed} must be a whole number"):
         parse_weights(f"random:{seed}", "test", "")
 
 
