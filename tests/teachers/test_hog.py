@@ -138,7 +138,7 @@ def test_another_pool_is_another_identity():
     ],
 )
 def test_what_it_has_not_is_refused(name, options):
-    with pytest.raises(TeacherError, match="no variants, no weights and no args; only input_size and pool"):
+    with pytest.raises(TeacherError, match="no variants, weights or args, only input_size and pool"):
         create_teacher(name, **options)
 
 
