@@ -74,7 +74,7 @@ def test_the_recipe_for_photographs_names_a_teacher_that_loads(weights):
 
 def test_a_classifier_is_part_of_the_real_file(weights):
     # Without it the file holds two keys too many; nothing is dropped in silence.
-    with pytest.raises(TeacherError, match=r"holds classifier\.bias, classifier\.weight"):
+    with pytest.raises(TeacherError, match=r"has classifier\.bias, classifier\.weight"):
         create_teacher(REAL["model"], weights=weights, args={**REAL["args"], "num_classes": 0}).load()
 
 

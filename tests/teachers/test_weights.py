@@ -150,13 +150,13 @@ def test_a_teacher_that_was_refused_its_file_says_nothing(tmp_path, tensors):
 def test_only_the_prefixes_that_are_named_are_ignored():
     ones = torch.ones(1)
     assert check_keys({"a": ones, "text.b": ones}, {"a": ones}, "test", ("text.",)) == {"a": ones}
-    with pytest.raises(TeacherError, match=r"holds image\.b"):
+    with pytest.raises(TeacherError, match=r"has image\.b"):
         check_keys({"a": ones, "image.b": ones}, {"a": ones}, "test", ("text.",))
 
 
 def test_many_keys_are_counted_not_listed():
     surplus = {f"key{number}": torch.ones(1) for number in range(8)}
-    with pytest.raises(TeacherError, match=r"holds key0, key1, key2, key3, key4 and 3 more keys, which"):
+    with pytest.raises(TeacherError, match=r"has key0, key1, key2, key3, key4 and 3 more keys, which"):
         check_keys(surplus, {}, "test")
 
 
