@@ -1,4 +1,4 @@
-"""Runs of an experiment as rows: what trained a student, with all that evaluated it."""
+"""The rows of a comparison: each run that trained a student, joined with the runs that evaluated it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.compare.describe import configuration, describe, given, held_by, student_arguments, student_key
+from pipeline.compare.describe import configuration, describe, image_set, parameter, student_arguments, student_key
 from pipeline.compare.latency import Latencies, find_latencies
 from pipeline.compare.measures import Measure, columns_of, measures_of
-from pipeline.compare.size import counted_size
+from pipeline.compare.size import compute_size
 from pipeline.downstream.base import Column, DownstreamTask, load_task
 from pipeline.downstream.config import TASKS
 from pipeline.errors import UserError
 from pipeline.tracking.reading import Experiment, LoggedRun
 
-NO_ROWS = ("compare", "precompute", "benchmark")
-"""Jobs without a student of their own."""
+JOBS_WITHOUT_STUDENT = ("compare", "precompute", "benchmark")
+"""Jobs that have no student."""
 TRAINING = ("distill", "finetune")
 """Names of the nested runs that train."""
 SIZE = ("parameters", "macs")
@@ -31,8 +31,8 @@ PROBES = {
 """By job, its metric as a column."""
 
 
-def judges(run: LoggedRun) -> bool:
-    """Whether a run evaluates the student of another one, or goes on with it."""
+def is_evaluation(run: LoggedRun) -> bool:
+    """Whether a run evaluates or fine-tunes the student of another run."""
     job = run.tags.get("job", "")
     return job in PROBES or job == "finetune" or job.startswith("evaluate-")
 
@@ -48,17 +48,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Entry:
-    """A run beside the others.
+    """A row of a comparison.
 
     Attributes:
-        run_id, name, started: as MLflow has them; milliseconds since 1970.
-        link: address in MLflow's pages, where there are any.
+        run_id, name, started: from MLflow; `started` in milliseconds since 1970.
+        link: address of the run in MLflow's web interface, if the store has one.
         texts: by :data:`~pipeline.compare.measures.TEXTS`.
-        measures: by the keys of :attr:`Collection.measures`; what is not known is not there.
+        measures: by the keys of :attr:`Collection.measures`; unknown ones are missing.
         curve: kNN by epoch.
-        config: what its group goes by.
-        held_out: the images that accuracies are on; None: not known.
-        judged_by: names of the runs that evaluated or fine-tuned its student.
+        config: the fields that define its group.
+        held_out: the images that accuracies were measured on; None: unknown.
+        evaluated_by: names of the runs that evaluated or fine-tuned its student.
     """
 
     run_id: str
@@ -70,17 +70,17 @@ class Entry:
     curve: tuple[Point, ...]
     config: Mapping[str, str]
     held_out: str | None
-    judged_by: tuple[str, ...] = ()
+    evaluated_by: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
-        """Whether its figures are final."""
+        """Whether its measures are final."""
         return self.texts["status"] == "finished"
 
 
 @dataclass(frozen=True)
 class Collection:
-    """The rows, how latencies were measured, how many runs of a job are no rows, and what is compared, by key."""
+    """The rows, the setting of latencies, the number of omitted runs by job, and the measures by key."""
 
     entries: tuple[Entry, ...]
     latency: str | None
@@ -89,38 +89,42 @@ class Collection:
 
 
 def collect(experiment: Experiment) -> Collection:
-    """One row for each student: the run that made it, joined with the runs that evaluated it.
+    """Build one row per student: the run that trained it, joined with the runs that evaluated it.
 
-    Where several runs of a job evaluated one student, the latest counts. A run that evaluated a student of which the
-    experiment knows no origin is a row by itself, with others of the same student.
+    If several runs of one job evaluated a student, the latest counts. Evaluations of a student that no run of the experiment
+    trained form a row of their own.
 
     Raises:
-        UserError: where there is nothing to compare.
+        UserError: if there is nothing to compare.
     """
     jobs = [run for run in experiment.runs if run.parent is None]
     parts = {run.run_id: [part for part in experiment.runs if part.parent == run.run_id] for run in jobs}
     job_of = {part.run_id: job for job, nested in parts.items() for part in nested} | {job: job for job in parts}
-    chosen = {run.run_id for run in jobs if run.run_id in experiment.chosen and run.tags.get("job") not in NO_ROWS}
-    rows = {run.run_id: [run] for run in jobs if run.run_id in chosen and not judges(run)}
+    chosen = {
+        run.run_id
+        for run in jobs
+        if run.run_id in experiment.chosen and run.tags.get("job") not in JOBS_WITHOUT_STUDENT
+    }
+    rows = {run.run_id: [run] for run in jobs if run.run_id in chosen and not is_evaluation(run)}
     for run in jobs:
-        if not judges(run):
+        if not is_evaluation(run):
             continue
         origin = job_of.get(_origin(run, parts) or "")
         if origin in rows:
             rows[origin].append(run)
         elif run.run_id in chosen:
-            alone = run.tags["job"] == "finetune"  # two of one student are two trainings
+            alone = run.tags["job"] == "finetune"  # two runs on one student are two trainings
             rows.setdefault(run.run_id if alone else origin or student_key(run), []).append(run)
     if not rows:
-        raise UserError(_nothing(experiment, jobs))
+        raise UserError(_nothing_to_compare(experiment, jobs))
     columns = columns_of(_own_tasks(jobs))
     entries = [_entry(experiment, runs, parts, columns.values()) for runs in rows.values()]
     entries, setting = _with_latencies(entries, [run for run in jobs if run.tags.get("job") == "benchmark"])
-    left_out = Counter(run.tags["job"] for run in jobs if run.tags.get("job") in NO_ROWS)
+    left_out = Counter(run.tags["job"] for run in jobs if run.tags.get("job") in JOBS_WITHOUT_STUDENT)
     return Collection(tuple(entries), setting, left_out, measures_of(columns.values()))
 
 
-def _nothing(experiment: Experiment, jobs: Iterable[LoggedRun]) -> str:
+def _nothing_to_compare(experiment: Experiment, jobs: Iterable[LoggedRun]) -> str:
     there = Counter(run.tags.get("job", "other") for run in jobs)
     held = ", ".join(f"{count} {job}" for job, count in there.items()) or "no runs"
     if len(experiment.chosen) < len(experiment.runs):
@@ -129,13 +133,13 @@ def _nothing(experiment: Experiment, jobs: Iterable[LoggedRun]) -> str:
 
 
 def _origin(run: LoggedRun, parts: Mapping[str, list[LoggedRun]]) -> str | None:
-    """The run that trained the student of this one, as the run or its parts say."""
+    """Id of the run that trained the student, from the tags of the run or of its nested runs."""
     return next((found for part in (run, *parts[run.run_id]) if (found := part.tags.get("student_run"))), None)
 
 
 def _own_tasks(jobs: Iterable[LoggedRun]) -> Iterator[type[DownstreamTask[Any]]]:
-    """Tasks of the user's own that these runs are of; one that cannot be imported here has no columns."""
-    named = (given(run, "finetune.task") for run in jobs if judges(run) and run.tags["job"] not in PROBES)
+    """The users' own tasks of these runs; a task that cannot be imported here has no columns."""
+    named = (parameter(run, "finetune.task") for run in jobs if is_evaluation(run) and run.tags["job"] not in PROBES)
     for task in dict.fromkeys(task for task in named if task and task not in TASKS):
         try:
             yield load_task(task)
@@ -149,28 +153,28 @@ def _entry(
     parts: Mapping[str, list[LoggedRun]],
     columns: Collection_[Column],
 ) -> Entry:
-    trained = [run for run in runs if not judges(run)]
+    trained = [run for run in runs if not is_evaluation(run)]
     run = next(iter(trained or [run for run in runs if run.status == "FINISHED"] or runs))
     nested = parts[run.run_id]
     data = {split: used for part in (run, *nested) for split, used in part.data.items()}
     own = _own_measures(run, nested) if any(part.name in TRAINING for part in nested) else {}
-    size = {} if own.keys() & set(SIZE) else counted_size(run)
+    size = {} if own.keys() & set(SIZE) else compute_size(run)
     return Entry(
         run_id=run.run_id,
         name=run.name,
         started=run.started,
         link=experiment.link(run.run_id),
         texts=describe(run, data),
-        measures={**_judgements((other for other in runs if other not in trained), columns), **size, **own},
+        measures={**_evaluation_measures((other for other in runs if other not in trained), columns), **size, **own},
         curve=_curve(experiment, nested),
         config=configuration(run, data),
-        held_out=held_by(run, data, "val"),
-        judged_by=tuple(other.name for other in runs if other is not run),
+        held_out=image_set(run, data, "val"),
+        evaluated_by=tuple(other.name for other in runs if other is not run),
     )
 
 
 def _own_measures(run: LoggedRun, nested: Iterable[LoggedRun]) -> dict[str, float]:
-    """What a run that trained says of itself and its student."""
+    """Measures that the training run itself has logged."""
     training = next(part.metrics for part in nested if part.name in TRAINING)
     own = run.metrics
     found = {
@@ -183,14 +187,14 @@ def _own_measures(run: LoggedRun, nested: Iterable[LoggedRun]) -> dict[str, floa
         "hours": own.get("hours", own["seconds"] / 3600 if "seconds" in own else None),
         "gpu_hours": own.get("gpu_hours"),
     }
-    price = given(run, "plan.gpu_hour_price")
+    price = parameter(run, "plan.gpu_hour_price")
     if found["gpu_hours"] is not None and price:
         found["cost"] = found["gpu_hours"] * float(price)
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _judgements(runs: Iterable[LoggedRun], columns: Collection_[Column]) -> dict[str, float]:
-    """What evaluations say, the latest last; those that did not come to their end say nothing.
+def _evaluation_measures(runs: Iterable[LoggedRun], columns: Collection_[Column]) -> dict[str, float]:
+    """Measures from finished evaluations; later runs override earlier ones.
 
     Args:
         columns: of the downstream tasks.
@@ -209,7 +213,7 @@ def _curve(experiment: Experiment, nested: Iterable[LoggedRun]) -> tuple[Point, 
     if part is None:
         return ()
     epochs, knn, raw = (experiment.curve(part.run_id, name) for name in ("epoch", "knn", "knn_raw"))
-    # Before the first step there is no epoch, and averaged and raw weights are the same.
+    # At step 0 there is no epoch, and averaged and raw weights are equal.
     return tuple(
         Point(epochs.get(step, 0.0), value, raw.get(step, None if step else value)) for step, value in knn.items()
     )
@@ -232,5 +236,5 @@ def _with_latency(entry: Entry, found: Latencies) -> Entry:
 
 
 def _plain_student(entry: Entry) -> str | None:
-    """The name that a benchmark gives a student without arguments of its own."""
+    """Name of a student in a benchmark; None if it has constructor arguments."""
     return None if student_arguments(entry.config) else entry.texts.get("student")

@@ -1,7 +1,7 @@
-"""Figures 1, 3 and 4 of the ReGLA paper from one's own runs, as PNG files.
+"""Figures 1, 3 and 4 of the ReGLA paper from the compared runs, as PNG files.
 
 1: accuracy against parameters and latency. 3: kNN over the epochs, of the averaged and the raw weights. 4: kNN against the
-size of students that learned from one cache.
+size of students trained from one cache.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from pipeline.compare.style import Style, styles
 
 matplotlib.use("Agg")
 
-LOOK: Any = {
+RC_PARAMS: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "text.parse_math": False,  # of the name of a run
+    "text.parse_math": False,  # names of runs may hold $
 }
 
 
 def write_figures(comparison: Comparison, folder: Path) -> list[tuple[str, str]]:
-    """Those that there are figures for, as `figure1.png` and so on; gives title and file name of each."""
+    """Write `figure1.png` and so on for the available data; returns title and file name of each."""
     drawn = []
-    with matplotlib.rc_context(LOOK):
+    with matplotlib.rc_context(RC_PARAMS):
         for number, title, draw in (
             (1, "Accuracy against cost", cost_figure),
             (3, "kNN over the epochs", curves_figure),
@@ -48,31 +48,31 @@ def write_figures(comparison: Comparison, folder: Path) -> list[tuple[str, str]]
     return drawn
 
 
-def chosen(comparison: Comparison) -> Iterator[tuple[int, Group, Style]]:
-    """The groups on the held-out images that the most are on, with their numbers and styles."""
+def comparable_groups(comparison: Comparison) -> Iterator[tuple[int, Group, Style]]:
+    """Number, group and style of the groups on the most common held-out images."""
     for number, (group, style) in enumerate(zip(comparison.groups, styles(comparison.groups), strict=True)):
         if group.held_out == comparison.held_out:
             yield number, group, style
 
 
 def families(comparison: Comparison) -> list[list[tuple[int, Group, Style]]]:
-    """Groups with kNN and parameters that differ in the student alone, smallest first."""
+    """Groups with kNN and parameters that differ only in the student, smallest first."""
     found: dict[Any, list[tuple[int, Group, Style]]] = {}
-    for number, group, style in chosen(comparison):
+    for number, group, style in comparable_groups(comparison):
         if {"knn", "parameters"} <= group.measures.keys():
             found.setdefault(group.family, []).append((number, group, style))
     return [sorted(members, key=lambda member: member[1].measures["parameters"].mean) for members in found.values()]
 
 
 def family_name(members: Iterable[tuple[int, Group, Style]]) -> str:
-    """What a family is called: its teachers, or what else its students have in common."""
+    """Name of a family: its teachers, or the label of its first group."""
     (_, first, _), *_ = members
     return first.texts.get("teachers") or first.label
 
 
 def cost_figure(comparison: Comparison) -> Figure | None:
-    """A panel for parameters and one for latency, where they are known; groups on the front are joined by a line."""
-    accuracy = comparison.chief
+    """A panel each for parameters and latency, if known; a line joins the groups on the Pareto front."""
+    accuracy = comparison.main_accuracy
     costs = [cost for cost in comparison.costs if cost in ("parameters", "latency")] or comparison.costs[:1]
     if accuracy is None or not costs:
         return None
@@ -80,7 +80,7 @@ def cost_figure(comparison: Comparison) -> Figure | None:
     panels = figure.subplots(1, len(costs), squeeze=False, sharey=True)[0]
     for panel, cost in zip(panels, costs, strict=True):
         line = []
-        for number, group, style in chosen(comparison):
+        for number, group, style in comparable_groups(comparison):
             if {accuracy, cost} <= group.measures.keys():
                 at = _point(panel, group, style, comparison.all_measures[cost], accuracy)
                 line += [at] if number in comparison.fronts.get((accuracy, cost), ()) else []
@@ -94,8 +94,8 @@ def cost_figure(comparison: Comparison) -> Figure | None:
 
 
 def curves_figure(comparison: Comparison) -> Figure | None:
-    """Averaged weights as lines, raw ones dotted, a standard deviation over the seeds as a band."""
-    drawn = [(group, style) for _, group, style in chosen(comparison) if len(group.curve) > 1]
+    """kNN over the epochs: lines for averaged weights, dotted for raw ones, bands of one standard deviation."""
+    drawn = [(group, style) for _, group, style in comparable_groups(comparison) if len(group.curve) > 1]
     if not drawn:
         return None
     figure = Figure(figsize=(7.4, 4.8), layout="constrained")
@@ -116,7 +116,7 @@ def curves_figure(comparison: Comparison) -> Figure | None:
 
 
 def size_figure(comparison: Comparison) -> Figure | None:
-    """A line for each cache (teachers, data, views and training), through the students that learned from it."""
+    """One line per family: students that differ only in size, trained from one cache."""
     drawn = families(comparison)
     if not drawn:
         return None

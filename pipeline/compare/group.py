@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but the seed, as one: mean, standard deviation and number of seeds."""
+"""Groups of runs that differ only in the seed: mean, standard deviation and number of seeds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pipeline.compare.collect import Entry
 
 TEACHER_DETAIL = re.compile(r"teachers\.\d+\.(?!model$)")
 LABEL_FIELDS = 3
-"""Most fields beside student and teachers in the label of a group."""
+"""Fields in the label of a group, besides student and teachers, at most."""
 SIZE_FIELDS = ("student.name", "student.args", "job")
-"""What the fields begin with that a family of students of several sizes differs in."""
+"""Prefixes of the fields in which students of one family may differ."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and sample standard deviation (None of one run) over `n` seeds."""
+    """Mean and sample standard deviation (None for one run) over `n` seeds."""
 
     mean: float
     std: float | None
@@ -46,7 +46,7 @@ class Group:
     Attributes:
         label: unique among the groups.
         entries: all runs, oldest first.
-        counted: the latest finished run of each seed, by seed; the others' figures count for nothing.
+        counted: the latest finished run of each seed, by seed; only these enter the statistics.
         measures: over `counted`.
         curve: over `counted`.
         config: what all runs share.
@@ -66,12 +66,12 @@ class Group:
 
     @property
     def held_out(self) -> str | None:
-        """Images that the accuracies are on; only on the same are they comparable."""
+        """Held-out images of the accuracies; accuracies on different images are not comparable."""
         return self.entries[-1].held_out
 
     @property
     def family(self) -> tuple[tuple[str, str], ...]:
-        """Equal for students of several sizes that learned from one cache in the same way."""
+        """Equal for students of several sizes that were trained in the same way from one cache."""
         return tuple(sorted((key, value) for key, value in self.config.items() if not key.startswith(SIZE_FIELDS)))
 
 
@@ -85,9 +85,9 @@ def group(entries: Iterable[Entry]) -> list[Group]:
 
 
 def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
-    """Keys whose values are not the same in all, sorted; one that is not there is a value of its own.
+    """Keys whose values differ, sorted; a missing key counts as a value.
 
-    Of a teacher that some lack, the model stands for all its fields that are the same in the others.
+    If some configurations lack a teacher, its model represents all of its fields that are equal in the others.
     """
     keys = sorted({key for config in configs for key in config})
     changed = [key for key in keys if len({config.get(key) for config in configs}) > 1]
@@ -95,7 +95,7 @@ def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def changes(configs: Sequence[Mapping[str, str]]) -> list[str]:
-    """Keys that configurations of one job differ in, sorted; before them the job, where there are several."""
+    """Keys in which configurations of one job differ, sorted; preceded by `job` if there are several jobs."""
     jobs = {config["job"] for config in configs}
     within = {key for job in jobs for key in differing([config for config in configs if config["job"] == job])}
     return [*(["job"] if len(jobs) > 1 else []), *sorted(within)]
@@ -132,7 +132,7 @@ def _curve(entries: Sequence[Entry]) -> Iterable[CurvePoint]:
 
 
 def _labels(members: Sequence[Sequence[Entry]]) -> list[str]:
-    """Student, teachers where they differ, and the fields that tell groups of these apart."""
+    """Student, teachers if they differ, and the fields that distinguish groups of equal student and teachers."""
     latest = [runs[-1] for runs in members]
     names = ["student", *(["teachers"] if len({entry.texts.get("teachers") for entry in latest}) > 1 else [])]
     plain = [" · ".join(entry.texts[name] for name in names if name in entry.texts) or entry.name for entry in latest]

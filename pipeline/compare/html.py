@@ -1,4 +1,4 @@
-"""The page: one file of HTML with its style, script, plotly and figures inside, that asks nobody for anything."""
+"""The page: one self-contained HTML file with style, scripts, plotly and figures, which loads nothing."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pipeline.compare.collect import Entry
-from pipeline.compare.comparison import Comparison, shown
+from pipeline.compare.comparison import Comparison, format_summary
 from pipeline.compare.group import Group
-from pipeline.compare.judge import statement
 from pipeline.compare.measures import TEXTS
 from pipeline.compare.plots import cost_plots, curves_plot, seeds, size_plot
+from pipeline.compare.significance import statement
 from pipeline.compare.tables import common
 
 PAGE = Path(__file__).with_name("page")
-SPARK = (64, 18)
-"""Width and height in pixels of a kNN curve in the table."""
+SPARKLINE_SIZE = (64, 18)
+"""Width and height in pixels of the kNN curve in the table."""
 
 
 def render_page(comparison: Comparison) -> str:
-    """The whole page. Names, tags and parameters are text in it, whatever they hold."""
+    """The whole page; names, tags and parameters are escaped."""
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -43,10 +43,10 @@ def render_page(comparison: Comparison) -> str:
         others=[measure for measure in comparison.measures if measure.better != "higher"],
         all_measures=comparison.all_measures,
         texts=TEXTS,
-        shown=shown,
+        format_summary=format_summary,
         seeds=seeds,
-        spark=spark,
-        usual=usual(comparison),
+        sparkline=sparkline,
+        most_common=most_common(comparison),
         cheapest=cheapest(comparison),
         day=lambda entry: datetime.fromtimestamp(entry.started / 1000, UTC).strftime("%Y-%m-%d %H:%M"),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -60,14 +60,14 @@ def render_page(comparison: Comparison) -> str:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """Content security policy: these scripts alone, and no connection at all."""
+    """Content security policy that allows only these scripts and no connections."""
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def _json(value: Any) -> Markup:
-    """JSON that no HTML parser takes for markup."""
+    """JSON without characters that an HTML parser could take for markup."""
     text = json.dumps(value, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -75,7 +75,7 @@ def _json(value: Any) -> Markup:
 
 
 def _pairs(comparison: Comparison) -> dict[str, str]:
-    """What there is to say of two groups, under measure, first and second."""
+    """A sentence on each difference, by measure, first and second group."""
     groups, measures = comparison.groups, comparison.all_measures
     return {
         f"{d.measure} {d.first} {d.second}": statement(d, groups, measures[d.measure]) for d in comparison.differences
@@ -83,13 +83,13 @@ def _pairs(comparison: Comparison) -> dict[str, str]:
 
 
 def cheapest(comparison: Comparison) -> dict[str, Group]:
-    """By parameters and latency, the group on the front that has the least, where that is not the most accurate one."""
-    chief, best = comparison.chief, set(comparison.best.values())
+    """By parameters and latency, the cheapest group on the front, unless it is also the most accurate one."""
+    main_accuracy, best = comparison.main_accuracy, set(comparison.best.values())
     found: dict[str, Group] = {}
     for cost in ("parameters", "latency"):
         on = [
             n
-            for n in comparison.fronts.get((chief or "", cost), ())
+            for n in comparison.fronts.get((main_accuracy or "", cost), ())
             if comparison.groups[n].held_out == comparison.held_out
         ]
         least = min(on, key=lambda n: comparison.groups[n].measures[cost].mean, default=None)
@@ -98,8 +98,8 @@ def cheapest(comparison: Comparison) -> dict[str, Group]:
     return found
 
 
-def usual(comparison: Comparison) -> dict[str, str | None]:
-    """Of every field that the groups differ in, the value that the most have; None where none is had by several."""
+def most_common(comparison: Comparison) -> dict[str, str | None]:
+    """Most common value of every field in which the groups differ; None if each group has its own."""
     found: dict[str, str | None] = {}
     for key in comparison.changed:
         ((value, count), *_) = Counter(group.config.get(key) for group in comparison.groups).most_common()
@@ -107,13 +107,13 @@ def usual(comparison: Comparison) -> dict[str, str | None]:
     return found
 
 
-def spark(entry: Entry) -> str:
-    """The points of a kNN curve of averaged weights for an SVG polyline, or nothing."""
+def sparkline(entry: Entry) -> str:
+    """Points of the kNN curve of averaged weights for an SVG polyline; "" if there are fewer than two."""
     points = [(point.epoch, point.knn) for point in entry.curve if point.knn is not None]
     if len(points) < 2:
         return ""
     low, high = min(y for _, y in points), max(y for _, y in points)
-    last, (width, height) = max(x for x, _ in points) or 1.0, SPARK
+    last, (width, height) = max(x for x, _ in points) or 1.0, SPARKLINE_SIZE
     spread = (high - low) or 1.0
     return " ".join(
         f"{2 + (width - 4) * x / last:.1f},{2 + (height - 4) * (1 - (y - low) / spread):.1f}" for x, y in points

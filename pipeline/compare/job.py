@@ -1,4 +1,4 @@
-"""Compare the runs of an experiment, write everything there is to see, and log it to a run beside them."""
+"""Compare the runs of an experiment, write all outputs, and log them to an MLflow run in the experiment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.tracking.reading import read_experiment
 from pipeline.tracking.run import start_run
 
 FOLDER = "comparison"
-"""Of the artifacts."""
+"""Folder of the artifacts in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Result:
     run_id: str
 
     def figures(self) -> dict[str, Any]:
-        """What scripts want to know, JSON-ready."""
-        comparison, chief = self.comparison, self.comparison.chief
+        """The figures of the job's JSON line."""
+        comparison, main_accuracy = self.comparison, self.comparison.main_accuracy
         groups = {
             group.label: {
                 "seeds": len(group.counted),
                 **{key: vars(group.measures[key]) for key in comparison.accuracies if key in group.measures},
-                "front": comparison.on_fronts(number, chief),
+                "front": comparison.pareto_costs(number, main_accuracy),
             }
             for number, group in enumerate(comparison.groups)
         }
@@ -40,28 +40,28 @@ class Result:
         return {"runs": len(comparison.entries), "groups": groups, "files": files, "mlflow_run_id": self.run_id}
 
 
-def compare(experiment: str, only: str, uri: str | None, folder: Path) -> Result:
-    """Read, judge, write into the folder, and log.
+def compare(experiment: str, filter_string: str, uri: str | None, folder: Path) -> Result:
+    """Read, compare, write into the folder, and log.
 
     Args:
-        only: MLflow filter of the runs, or nothing.
-        uri: of the store; None: as the jobs find it.
+        filter_string: MLflow filter of the runs, or "".
+        uri: of the store; None: the default of the jobs.
 
     Raises:
-        UserError: where the store, the experiment or the filter is not as it must be, nothing is there to compare, or
-            the folder cannot be written.
+        UserError: if the store, the experiment or the filter is invalid, there is nothing to compare, or the folder
+            cannot be written.
     """
     work = Path("work").resolve()
     store = resolve_uri(uri, work, "--tracking-uri")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to: {folder} is a file; name a folder")
-    comparison = Comparison.of(read_experiment(store, experiment, only), only)
+    comparison = Comparison.of(read_experiment(store, experiment, filter_string), filter_string)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = write(comparison, folder)
     except OSError as error:
         raise UserError(f"--to: {folder} cannot be written ({error.strerror}); name another folder") from error
-    settings = {"experiment": experiment, "filter": only}
+    settings = {"experiment": experiment, "filter": filter_string}
     run = start_run(store, experiment=experiment, name="compare", config=settings, tags={"job": "compare"}, work=work)
     run.log_metric_dict({"runs": len(comparison.entries), "groups": len(comparison.groups)})
     for file in files:

@@ -1,7 +1,7 @@
-"""Latencies that `jobs/benchmark.py` measured, for the students of other runs.
+"""Latencies measured by `jobs/benchmark.py` for the students of other runs.
 
-Those of one setting of one benchmark alone are comparable, since only they were interleaved on one machine: the setting
-that covers the most students is taken for all.
+Only latencies of one setting in one benchmark are comparable, since they were interleaved on one machine. The setting that covers
+the most students applies to all.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from pipeline.tracking.reading import LoggedRun
 
 METRIC = re.compile(r"(?P<model>.+)/(?P<form>\w+)/(?P<precision>\w+)/(?P<batch>\d+)x(?P<size>\d+)/ms")
 FORMS = ("eager", "compiled", "onnx", "fused")
-"""The last one first, where several cover equally many."""
+"""Forms in increasing priority, for settings that cover equally many students."""
 
 
 @dataclass(frozen=True)
 class Latencies:
-    """Milliseconds by model of one setting, and the setting in words."""
+    """Milliseconds by model, and a description of the setting."""
 
     milliseconds: Mapping[str, float]
     setting: str
 
 
 def find_latencies(benchmarks: Sequence[LoggedRun], students: Mapping[str, Collection[str]]) -> Latencies | None:
-    """The latencies that cover the most of these students.
+    """Find the latencies of the setting that covers the most students.
 
     Args:
         benchmarks: oldest first.
-        students: by the name that a benchmark gives them, the sides that they were trained at, as ``64 px``.
+        students: input sizes, such as ``64 px``, by the name of the student in a benchmark.
     """
     found: dict[tuple[int, str, str, int, int], dict[str, float]] = {}
     for number, run in enumerate(benchmarks):

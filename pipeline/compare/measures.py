@@ -1,4 +1,4 @@
-"""What is compared: name, unit, which way is better, and how it is written."""
+"""The measures of a comparison: name, unit, direction and format."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Measure:
     """A number of a run.
 
     Attributes:
-        key: in tables for machines, where the number is in whole units.
+        key: name in CSV files and JSON, where values are not scaled.
         label, unit: for people.
-        better: which way, or None where neither is.
-        scale: whole units of one of `unit`.
-        digits: after the point, or None for three that are significant.
+        better: direction, or None if neither is better.
+        scale: the value of one `unit`.
+        digits: decimals, or None for three significant digits.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Measure:
         return f"{self.label}, {self.unit}" if self.unit else self.label
 
     def show(self, value: float) -> str:
-        """The number in `unit`, without it."""
+        """Format a value in `unit`, without the unit."""
         scaled = value / self.scale
         if self.digits is not None:
             return f"{scaled:.{self.digits}f}"
@@ -61,7 +61,7 @@ AFTER_TASKS = (
 
 
 def columns_of(tasks: Iterable[type[DownstreamTask[Any]]]) -> dict[str, Column]:
-    """Columns of the built-in tasks and of others, by metric; of two for one metric the first counts."""
+    """Columns of the built-in tasks and of others, by metric; the first one for a metric counts."""
     every = dict.fromkeys([*map(load_task, TASKS), *tasks])
     return {column.metric: column for task in reversed(every) for column in reversed(task.columns)}
 
@@ -75,12 +75,12 @@ def measures_of(columns: Iterable[Column]) -> dict[str, Measure]:
 
 
 def accuracies_of(measures: Mapping[str, Measure]) -> list[str]:
-    """Keys of those of which more is better."""
+    """Keys of the measures where higher is better."""
     return [key for key, measure in measures.items() if measure.better == "higher"]
 
 
 COSTS = ("parameters", "latency", "cache_bytes", "samples_seen")
-"""What accuracy is held against."""
+"""The costs that accuracy is compared with."""
 
 TEXTS = {
     "status": "status",
@@ -94,4 +94,4 @@ TEXTS = {
     "seed": "seed",
     "device": "device",
 }
-"""What is known of a run in words, with its label."""
+"""Labels of the texts that describe a run, by key."""

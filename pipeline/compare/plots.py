@@ -1,4 +1,4 @@
-"""The figures of the page as plotly has them: traces and axes, ready for JSON. Colours of text and grid are the page's."""
+"""The figures of the page as plotly traces and axes, ready for JSON; the page sets the colours of text and grid."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any
 
-from pipeline.compare.comparison import Comparison, shown
-from pipeline.compare.figures import chosen, families, family_name
+from pipeline.compare.comparison import Comparison, format_summary
+from pipeline.compare.figures import comparable_groups, families, family_name
 from pipeline.compare.group import Group, Summary
 from pipeline.compare.measures import KNN, PARAMETERS, Measure
 from pipeline.compare.style import Style
@@ -16,14 +16,14 @@ from pipeline.compare.style import Style
 Plot = dict[str, Any]
 Trace = dict[str, Any]
 LOG_FROM = 5.0
-"""Ratio of the largest to the smallest cost from which the axis is logarithmic."""
+"""The axis is logarithmic if the ratio of the largest to the smallest cost exceeds this."""
 
 TICKS = 12
-"""Most epochs that are written at the axis."""
+"""Labelled epochs on the axis, at most."""
 
 
 def cost_plots(comparison: Comparison) -> dict[str, dict[str, Plot]]:
-    """By accuracy and cost."""
+    """Plots by accuracy and cost."""
     return {
         accuracy: {cost: _cost_plot(comparison, accuracy, cost) for cost in comparison.costs}
         for accuracy in comparison.accuracies
@@ -35,7 +35,7 @@ def _cost_plot(comparison: Comparison, accuracy: str, cost: str) -> Plot:
     measures = comparison.all_measures
     x, y, others = measures[cost], measures[accuracy], [measures[key] for key in comparison.costs]
     traces, line = [], []
-    for number, group, style in chosen(comparison):
+    for number, group, style in comparable_groups(comparison):
         if {accuracy, cost} <= group.measures.keys():
             trace = _point(number, group, style, (x, y), others)
             traces.append(trace)
@@ -51,7 +51,7 @@ def _cost_plot(comparison: Comparison, accuracy: str, cost: str) -> Plot:
 def curves_plot(comparison: Comparison) -> Plot:
     """kNN over the epochs."""
     traces: list[Trace] = []
-    for number, group, style in chosen(comparison):
+    for number, group, style in comparable_groups(comparison):
         if len(group.curve) > 1:
             traces += _curves(number, group, style)
     plot = _plot(traces, "epoch", KNN.title)
@@ -84,7 +84,7 @@ def _curve(number: int, group: Group, role: str, words: str, points: Sequence[tu
         "x": [epoch for epoch, _ in points],
         "y": [summary.mean for _, summary in points],
         "text": [
-            f"{title}<br>epoch {epoch:g}, {words}<br>kNN {shown(summary, KNN)} % ({seeds(summary.n)})"
+            f"{title}<br>epoch {epoch:g}, {words}<br>kNN {format_summary(summary, KNN)} % ({seeds(summary.n)})"
             for epoch, summary in points
         ],
     }
@@ -107,7 +107,7 @@ def _band(number: int, group: Group, style: Style, points: Sequence[tuple[float,
 
 
 def size_plot(comparison: Comparison) -> Plot:
-    """kNN against the parameters of students that learned from one cache."""
+    """kNN against the parameters of students trained from one cache."""
     traces = []
     for members in families(comparison):
         points = [_point(*member, (PARAMETERS, KNN), ()) for member in members]
@@ -129,10 +129,10 @@ def _named(number: int, group: Group, role: str) -> Trace:
 
 
 def _point(number: int, group: Group, style: Style, axes: tuple[Measure, Measure], others: Sequence[Measure]) -> Trace:
-    """A group at its means, with its standard deviation in the second measure; the hover tells others as well."""
+    """A group at its means, with the standard deviation of the second measure; hovering also shows the others."""
     x, y = axes
     known = [measure for measure in dict.fromkeys([y, x, *others]) if measure.key in group.measures]
-    lines = [f"{m.label} {shown(group.measures[m.key], m)} {m.unit}" for m in known]
+    lines = [f"{m.label} {format_summary(group.measures[m.key], m)} {m.unit}" for m in known]
     std = group.measures[y.key].std
     return {
         **_named(number, group, "point"),
@@ -165,10 +165,10 @@ def _plot(traces: Sequence[Trace], x: str, y: str, kind: str = "linear") -> Plot
 
 
 def seeds(count: int) -> str:
-    """In words."""
+    """Number of seeds in words."""
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _plain(text: str) -> str:
-    """As it is: plotly reads a little HTML in names and hovers."""
+    """Escaped text: plotly interprets some HTML in names and hovers."""
     return html.escape(text, quote=False)

@@ -11,9 +11,9 @@ from pipeline.compare.group import Group
 T = TypeVar("T")
 
 COLOURS = ("#3b6fd4", "#d9622b", "#2a9d63", "#a55ad6", "#c2417c", "#1a97a6", "#9a7b1f", "#6b7280")
-"""Told apart on white and on black, with a contrast of at least 3 against both."""
+"""Distinguishable on white and on black, with a contrast of at least 3 to both."""
 SYMBOLS = (("circle", "o"), ("square", "s"), ("diamond", "D"), ("triangle-up", "^"), ("star", "*"), ("cross", "P"))
-"""Of plotly, and the same of matplotlib."""
+"""Equal markers of plotly and of matplotlib."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Style:
 
 
 def styles(groups: Sequence[Group]) -> list[Style]:
-    """Teachers by colour and students by marker, where that tells all groups apart; otherwise every group by itself."""
+    """Colour by teachers and marker by student if that distinguishes all groups; otherwise a style per group."""
     teachers = [group.texts.get("teachers", "") for group in groups]
     students = [group.texts.get("student", "") for group in groups]
     if len(set(teachers)) == 1:

@@ -7,26 +7,28 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.compare.comparison import Comparison, shown
+from pipeline.compare.comparison import Comparison, format_summary
 from pipeline.compare.measures import TEXTS
 
 Rows = list[list[str]]
-"""The first one has the names of the columns."""
+"""The first row is the header."""
 
 
 def groups_table(comparison: Comparison) -> Rows:
-    """A row for each group: mean ± standard deviation."""
+    """One row per group: mean ± standard deviation."""
     measures = comparison.measures
     rows = [["group", "seeds", *(measure.title for measure in measures), "on the front"]]
     for number, group in enumerate(comparison.groups):
-        marks = [comparison.all_measures[cost].label for cost in comparison.on_fronts(number, comparison.chief)]
-        values = [shown(group.measures.get(measure.key), measure) for measure in measures]
+        marks = [
+            comparison.all_measures[cost].label for cost in comparison.pareto_costs(number, comparison.main_accuracy)
+        ]
+        values = [format_summary(group.measures.get(measure.key), measure) for measure in measures]
         rows.append([group.label, str(len(group.counted)), *values, ", ".join(marks)])
     return rows
 
 
 def runs_table(comparison: Comparison) -> Rows:
-    """A row for each run, in words what the runs differ in."""
+    """One row per run: the texts in which runs differ, and all measures."""
     measures, texts = comparison.measures, comparison.varying_texts
     rows = [["run", *(TEXTS[key] for key in texts), *(measure.title for measure in measures)]]
     for entry in comparison.entries:
@@ -38,42 +40,42 @@ def runs_table(comparison: Comparison) -> Rows:
 
 
 def changes_table(comparison: Comparison) -> Rows:
-    """A row for each group, with the fields that they differ in."""
+    """One row per group: the fields in which groups differ."""
     rows = [["group", *comparison.changed]]
     return [*rows, *([group.label, *(group.config.get(key, "") for key in rows[0][1:])] for group in comparison.groups)]
 
 
 def common(comparison: Comparison) -> str:
-    """What all runs have in common, in a line."""
+    """The texts that all runs share, in one line."""
     first = comparison.entries[0].texts
     same = [key for key in TEXTS if key in first and key not in comparison.varying_texts]
     return ", ".join(f"{TEXTS[key]} {first[key]}" for key in same)
 
 
 def render_text(comparison: Comparison) -> str:
-    """For the terminal. Characters that would steer it are left out."""
+    """Text for the terminal, without control characters."""
     parts = [f"{comparison.experiment}: {len(comparison.entries)} runs in {len(comparison.groups)} groups"]
     parts += [_aligned(runs_table(comparison)), f"all: {common(comparison)}", _aligned(groups_table(comparison))]
     if comparison.changed:
         parts.append(_aligned(changes_table(comparison)))
-    parts += ["\n".join(comparison.against_best()), "\n".join(comparison.notes())]
+    parts += ["\n".join(comparison.differences_to_best()), "\n".join(comparison.notes())]
     return "\n\n".join(_printable(part) for part in parts if part)
 
 
 def render_markdown(comparison: Comparison, figures: Iterable[tuple[str, str]]) -> str:
-    """A report.
+    """A Markdown report.
 
     Args:
-        figures: title and file.
+        figures: title and file name of each.
     """
-    bullets = [_prose(line) for line in (*comparison.against_best(), *comparison.notes())]
+    bullets = [_prose(line) for line in (*comparison.differences_to_best(), *comparison.notes())]
     parts = [
         f"# {_prose(comparison.experiment)}: {len(comparison.entries)} runs in {len(comparison.groups)} groups",
-        f"Filter: {_prose(comparison.only)}" if comparison.only else "",
+        f"Filter: {_prose(comparison.filter_string)}" if comparison.filter_string else "",
         "## Groups",
         _pipes(groups_table(comparison)),
         *(f"![{title}]({file})" for title, file in figures),
-        "## What the groups differ in" if comparison.changed else "",
+        "## Fields in which the groups differ" if comparison.changed else "",
         _pipes(changes_table(comparison)) if comparison.changed else "",
         "## Differences and notes",
         "\n".join(f"- {line}" for line in bullets),
@@ -85,7 +87,7 @@ def render_markdown(comparison: Comparison, figures: Iterable[tuple[str, str]]) 
 
 
 def write_runs_csv(comparison: Comparison, file: Path) -> None:
-    """All texts and measures of all runs, in whole units; what is not known is blank."""
+    """All texts and unscaled measures of all runs; unknown values are empty."""
     header = ["run_id", "name", "group", "held_out", *TEXTS, *comparison.all_measures]
     group_of = {entry.run_id: group.label for group in comparison.groups for entry in group.entries}
     rows = (
@@ -108,7 +110,7 @@ def write_groups_csv(comparison: Comparison, file: Path) -> None:
             group.label,
             group.held_out or "",
             *(getattr(group.measures.get(key), part, None) for key, part in columns),
-            " ".join(comparison.on_fronts(number, comparison.chief)),
+            " ".join(comparison.pareto_costs(number, comparison.main_accuracy)),
         ]
         for number, group in enumerate(comparison.groups)
     )
@@ -116,7 +118,7 @@ def write_groups_csv(comparison: Comparison, file: Path) -> None:
 
 
 def write_differences_csv(comparison: Comparison, file: Path) -> None:
-    """Every two groups on the same held-out images, in every accuracy."""
+    """All pairs of groups on the same held-out images, in every accuracy."""
     header = ["measure", "first", "second", "difference", "test", "n_first", "n_second", "p", "low", "high"]
     rows = (
         [
@@ -146,7 +148,7 @@ def _write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[str | 
 
 
 def _cell(text: str) -> str:
-    """Text that a spreadsheet would run as a formula gets an apostrophe (OWASP, CSV injection); numbers do not come here."""
+    """Prefix text that a spreadsheet would execute as a formula with an apostrophe (OWASP, CSV injection)."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
@@ -166,5 +168,5 @@ def _pipes(rows: Rows) -> str:
 
 
 def _prose(text: str) -> str:
-    """As it is, whatever it holds: no markup, no HTML, no new cell."""
+    """Escape text for Markdown: no markup, HTML or table cells."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#!" else c for c in " ".join(_printable(text).split()))

@@ -20,7 +20,7 @@ REPORT = "comparison.md"
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write all files into a folder that is there, in place of those of an earlier comparison.
+    """Write all files into an existing folder, replacing those of an earlier comparison.
 
     Returns:
         The files: the page, the report, CSV of the runs, groups, differences and curves, and figures.

@@ -23,7 +23,7 @@ def store(stores):
 @pytest.fixture
 def read(store):
     """The experiment as it is now."""
-    return lambda only="": read_experiment(store.uri, store.experiment, only)
+    return lambda filter_string="": read_experiment(store.uri, store.experiment, filter_string)
 
 
 @pytest.fixture(scope="session")

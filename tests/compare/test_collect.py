@@ -66,7 +66,7 @@ def test_evaluations_are_joined_with_the_run_whose_student_they_judged(store, re
     assert (judged["probe_miou"], judged["box_ap"], judged["top1"]) == (12.0, 25.0, 70.0)
     assert "mask_ap" not in judged
     assert judged["knn"] == 20.0  # its own
-    assert len(found["run1"].judged_by) == 3
+    assert len(found["run1"].evaluated_by) == 3
 
 
 def test_the_filter_chooses_students_and_their_evaluations_come_along(store, read):

@@ -61,7 +61,7 @@ def test_comparisons_are_no_part_of_comparisons(store, compare):
     _, first = compare(store)
     text, second = compare(store)
     assert first["groups"] == second["groups"]
-    assert "which are no rows: 1 compare" in text
+    assert "Runs without a student, not shown: 1 compare" in text
 
 
 def test_figures_without_anything_in_them_are_not_drawn(store, compare, tmp_path):
@@ -80,16 +80,16 @@ def test_an_experiment_that_is_not_there_is_refused_with_those_that_are(proof, r
 
 
 @pytest.mark.parametrize(
-    ("only", "expected"),
+    ("filter_string", "expected"),
     [
         ("tags.job ~ 'distill'", "MLflow does not understand"),
         ("metrics.knn_after > 'much'", "MLflow does not understand"),
         ("metrics.knn_after > 1000", "it leaves no run"),
     ],
 )
-def test_a_filter_that_says_nothing_is_refused(proof, refused, tmp_path, only, expected):
+def test_a_filter_that_says_nothing_is_refused(proof, refused, tmp_path, filter_string, expected):
     where = ("--tracking-uri", proof.uri, "--to", tmp_path / "to")
-    error = refused("--experiment", proof.experiment, "--filter", only, *where)
+    error = refused("--experiment", proof.experiment, "--filter", filter_string, *where)
     assert error.startswith("error: --filter: ")
     assert expected in error
     assert not (tmp_path / "to").exists()

@@ -162,7 +162,7 @@ def test_measures_weights_and_pairs_are_chosen(show):
     assert page.evaluate("[...new Set(document.getElementById('plot-curves').data.map(t => t.meta.role))]") == ["raw"]
     assert "paired by seed, 2 seeds" in page.locator("#statement").text_content()
     page.locator("#pair-measure").select_option("linear")
-    assert "cannot be told: 1 and 1 seeds" in page.locator("#statement").text_content()
+    assert "Significance unknown: 1 and 1 seeds" in page.locator("#statement").text_content()
     page.locator("#pair-second").select_option("0")
     assert page.locator("#statement").text_content() == "Choose two groups."
 

@@ -6,10 +6,10 @@ from pipeline.compare.collect import Collection
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.figures import write_figures
 from pipeline.compare.group import group
-from pipeline.compare.html import render_page, usual
-from pipeline.compare.judge import differences, fronts
+from pipeline.compare.html import most_common, render_page
 from pipeline.compare.measures import accuracies_of, measures_of
 from pipeline.compare.plots import cost_plots, curves_plot, size_plot
+from pipeline.compare.significance import differences, fronts
 from pipeline.compare.style import styles
 from tests.compare.experiments import entry
 
@@ -82,4 +82,4 @@ def test_colours_tell_teachers_and_markers_students_or_each_group_its_own():
 
 def test_the_usual_value_is_the_one_that_the_most_groups_have():
     rows = [entry("a", config={"train.lr": lr, "train.epochs": e}) for lr, e in (("1", "1"), ("1", "2"), ("2", "3"))]
-    assert usual(compare(*rows)) == {"train.epochs": None, "train.lr": "1"}
+    assert most_common(compare(*rows)) == {"train.epochs": None, "train.lr": "1"}

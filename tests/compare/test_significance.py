@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from pipeline.compare.group import group
-from pipeline.compare.judge import difference, differences, front, fronts, statement
 from pipeline.compare.measures import KNN
+from pipeline.compare.significance import difference, differences, front, fronts, statement
 from tests.compare.experiments import entry
 
 
@@ -58,7 +58,7 @@ def test_groups_with_other_seeds_are_compared_by_welch():
     assert "p = 1 (t-test, Welch, 3 and 2 seeds): not significant at 5 %" in statement(found, two, KNN)
 
 
-def test_what_cannot_be_told_is_said_to_be_so():
+def test_the_reason_is_given_if_no_test_is_possible():
     one = groups(regla_t={0: 20.0, 1: 22.0}, regla_s={0: 20.5})
     assert statement(difference("knn", one, 0, 1), one, KNN) == (
         "regla_t (21.0 %) is 0.5 points above regla_s (20.5 %). Whether this is more than chance cannot be told: 2 and 1 "
@@ -67,7 +67,7 @@ def test_what_cannot_be_told_is_said_to_be_so():
     flat = groups(regla_t={0: 20.0, 1: 22.0}, regla_s={0: 21.0, 1: 23.0})
     found = difference("knn", flat, 0, 1)
     assert (found.test, found.p) == (None, None)
-    assert "cannot be told: there is no spread over the seeds" in statement(found, flat, KNN)
+    assert "Significance unknown: no spread over the seeds" in statement(found, flat, KNN)
 
 
 def test_only_groups_on_the_same_images_and_with_the_figure_are_compared():

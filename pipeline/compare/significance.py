@@ -1,4 +1,4 @@
-"""Which groups no other beats, and whether two differ by more than chance."""
+"""Pareto fronts of groups, and t-tests between them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PAIRED, WELCH = "paired by seed", "Welch"
 
 
 def front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Numbers of the points (accuracy, cost) that no other one dominates.
+    """Indices of the points (accuracy, cost) that no other point dominates.
 
-    A point dominates another where it is no worse in both and better in one (Pareto).
+    A point dominates another if it is no worse in both and better in one.
     """
     return {
         number
@@ -30,30 +30,30 @@ def front(points: Sequence[tuple[float, float]]) -> set[int]:
 
 
 def fronts(groups: Sequence[Group], accuracies: Sequence[str]) -> dict[tuple[str, str], set[int]]:
-    """Numbers of the groups on the Pareto front, by accuracy and cost; each set of held-out images has its own."""
+    """Numbers of the groups on the Pareto front, by accuracy and cost; each set of held-out images has its own front."""
     found: dict[tuple[str, str], set[int]] = {}
     for accuracy in accuracies:
         for cost in COSTS:
             for held_out in {group.held_out for group in groups}:
-                numbers = [n for n, group in enumerate(groups) if _stands(group, held_out, accuracy, cost)]
+                numbers = [n for n, group in enumerate(groups) if _has_measures(group, held_out, accuracy, cost)]
                 points = [(groups[n].measures[accuracy].mean, groups[n].measures[cost].mean) for n in numbers]
                 found.setdefault((accuracy, cost), set()).update(numbers[best] for best in front(points))
     return {key: numbers for key, numbers in found.items() if numbers}
 
 
-def _stands(group: Group, held_out: str | None, *keys: str) -> bool:
+def _has_measures(group: Group, held_out: str | None, *keys: str) -> bool:
     return group.held_out == held_out and all(key in group.measures for key in keys)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more one group has than another, and whether that is more than chance.
+    """The difference between two groups, and its significance.
 
     Attributes:
         measure: key.
         first, second: numbers of the groups.
-        delta: mean of the first less that of the second, over the seeds that are compared.
-        test: ``paired by seed`` or ``Welch``, or None where it cannot be told.
+        delta: mean of the first minus mean of the second, over the compared seeds.
+        test: ``paired by seed`` or ``Welch``, or None if no test is possible.
         n: seeds of the first and the second.
         p: two-sided, not corrected for the number of comparisons.
         interval: 95 % confidence interval of the difference.
@@ -70,7 +70,7 @@ class Difference:
 
 
 def differences(groups: Sequence[Group], accuracies: Sequence[str]) -> list[Difference]:
-    """Of every two groups on the same held-out images, in every accuracy that both have."""
+    """Differences between all pairs of groups on the same held-out images, in every accuracy that both have."""
     return [
         difference(measure, groups, one, other)
         for one, other in combinations(range(len(groups)), 2)
@@ -81,9 +81,9 @@ def differences(groups: Sequence[Group], accuracies: Sequence[str]) -> list[Diff
 
 
 def difference(measure: str, groups: Sequence[Group], one: int, other: int) -> Difference:
-    """Student's t-test paired by seed where both have the same seeds, else Welch's t-test (both of scipy.stats).
+    """Student's t-test paired by seed if both groups have the same seeds, else Welch's t-test (scipy.stats).
 
-    With fewer than two seeds on a side, or no spread at all, it cannot be told.
+    No test is possible with fewer than two seeds in a group, or without any spread.
     """
     first, second = _values(groups[one], measure), _values(groups[other], measure)
     paired = first.keys() == second.keys()
@@ -102,27 +102,27 @@ def difference(measure: str, groups: Sequence[Group], one: int, other: int) -> D
 
 
 def _values(group: Group, measure: str) -> dict[str, float]:
-    """By seed."""
+    """Values by seed."""
     return {seed: entry.measures[measure] for seed, entry in sorted(group.counted.items()) if measure in entry.measures}
 
 
 def statement(found: Difference, groups: Sequence[Group], measure: Measure) -> str:
-    """A difference in a sentence; the group with more comes first."""
+    """A sentence on a difference; the group with the higher mean comes first."""
     unit, points = (" %", " points") if measure.unit == "%" else (f" {measure.unit}".rstrip(), "")
     sign = 1 if found.delta >= 0 else -1
     more, less = (groups[number] for number in (found.first, found.second)[::sign])
     a, b = (group.measures[found.measure].mean for group in (more, less))
-    told = (
+    text = (
         f"{more.label} ({measure.show(a)}{unit}) is {measure.show(abs(found.delta))}{points or unit} above "
         f"{less.label} ({measure.show(b)}{unit})"
     )
     n = found.n[::sign]
     if found.test is None or found.p is None or found.interval is None:
-        why = f"{n[0]} and {n[1]} seeds, two of each are needed" if min(n) < 2 else "there is no spread over the seeds"
-        return f"{told}. Whether this is more than chance cannot be told: {why}."
+        why = f"{n[0]} and {n[1]} seeds, at least two of each are needed" if min(n) < 2 else "no spread over the seeds"
+        return f"{text}. Significance unknown: {why}."
     low, high = sorted(sign * bound for bound in found.interval)
     test = f"paired by seed, {n[0]} seeds" if found.test == PAIRED else f"Welch, {n[0]} and {n[1]} seeds"
     verdict = "significant" if found.p < SIGNIFICANT else "not significant"
     p = "p < 0.0001" if found.p < 1e-4 else f"p = {found.p:.2g}"
     interval = f"95 % confidence interval {measure.show(low)} to {measure.show(high)}"
-    return f"{told}; {interval}, {p} (t-test, {test}): {verdict} at 5 %."
+    return f"{text}; {interval}, {p} (t-test, {test}): {verdict} at 5 %."
