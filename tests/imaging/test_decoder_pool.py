@@ -12,7 +12,6 @@ from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_pixels
 from pipeline.imaging.decoder_pool import ATTEMPTS, MIN_CHUNK, CropTask, DecoderPool
 from pipeline.imaging.geometry import FULL, View
-from pipeline.imaging.shared_arrays import AttachedArrays, SharedArrayPool
 
 VIEWS = (FULL, View((0.1, 0.2, 0.8, 0.9)), View((0.0, 0.5, 0.5, 1.0), flip=True))
 
@@ -26,7 +25,7 @@ def _files(count):
         yield sink.getvalue()
 
 
-def _render(decoders, files):
+def _submit_all(decoders, files):
     pixels = decoders.empty(len(files) * len(VIEWS), 3, 24, 32)
     rows = decoders.row_targets(pixels)
     work = [
@@ -48,19 +47,19 @@ def decoders(request):
     return DecoderPool(2, request.param)
 
 
-def test_each_view_is_rendered_to_its_place(decoders):
+def test_each_view_is_written_to_its_target(decoders):
     files = list(_files(20))
     for _ in range(3):  # the last ones into memory that was lent before
-        pixels, pending = _render(decoders, files)
+        pixels, pending = _submit_all(decoders, files)
         decoders.finish(pending)
         assert np.array_equal(pixels, _expected(files))
 
 
-def test_several_threads_may_use_it(decoders):
+def test_several_threads_can_use_it(decoders):
     sets = [[data] * 9 for data in _files(6)]
 
     def run(files):
-        pixels, pending = _render(decoders, files)
+        pixels, pending = _submit_all(decoders, files)
         decoders.finish(pending)
         return np.array_equal(pixels, _expected(files))
 
@@ -68,44 +67,29 @@ def test_several_threads_may_use_it(decoders):
         assert all(pool.map(run, sets))
 
 
-def test_what_cannot_be_decoded_is_said_when_the_rest_is_done(decoders):
+def test_a_damaged_image_is_reported_after_the_rest_is_done(decoders):
     files = list(_files(40))
-    pixels, pending = _render(decoders, [*files[:20], files[20][:200], *files[21:]])
+    pixels, pending = _submit_all(decoders, [*files[:20], files[20][:200], *files[21:]])
     with pytest.raises(ValueError, match=r"."):
         decoders.finish(pending)
     assert np.array_equal(pixels[-3 * len(VIEWS) :], _expected(files[-3:]))
 
 
-def test_a_killed_process_costs_nothing():
+def test_work_of_a_killed_process_is_repeated():
     decoders, files = DecoderPool(2, processes=True), list(_files(64))
-    pixels, pending = _render(decoders, files)
+    pixels, pending = _submit_all(decoders, files)
     for process in list(decoders.pool._processes.values()):
         os.kill(process.pid, signal.SIGKILL)
     decoders.finish(pending)
     assert np.array_equal(pixels, _expected(files))
-    pixels, pending = _render(decoders, files[::-1])
+    pixels, pending = _submit_all(decoders, files[::-1])
     decoders.finish(pending)
     assert np.array_equal(pixels, _expected(files[::-1]))
 
 
-def test_work_over_which_processes_are_killed_again_and_again_ends(monkeypatch):
+def test_attempts_are_limited_when_processes_are_killed_repeatedly(monkeypatch):
     decoders, given = DecoderPool(1, processes=True), []
     monkeypatch.setattr(decoders, "_submit", lambda tasks: given.append(tasks) or decoders._start().submit(os._exit, 1))
     with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
         decoders.finish([decoders.submit([])])
     assert len(given) == ATTEMPTS
-
-
-def test_shared_arrays_are_the_same_memory_at_their_places():
-    pool, attached = SharedArrayPool(), AttachedArrays()
-    arrays = [pool.empty(3, 5, 7), pool.empty(2, 4), pool.empty(3, 5, 7)]
-    for number, array in enumerate(arrays):
-        array[:] = number
-        attached.array(pool.handle(array[1]))[:] = 100 + number
-        assert (array[1] == 100 + number).all()
-        assert (array[0] == number).all()
-    files = pool.files
-    del pool
-    for file in files:
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(file)

@@ -21,7 +21,7 @@ SETTINGS = {"image_size": 32, "batch_size": 16, "window": 64}
 
 @pytest.fixture
 def readers(filled):
-    """The same reader here and in another process."""
+    """A reader in this process and one in another, with the same settings."""
     arguments = filled.train, filled.plan.teachers
     return CacheReader(*arguments, **SETTINGS), ReaderProcess(*arguments, **SETTINGS)
 
@@ -36,7 +36,7 @@ def _assert_equal(here, there):
             assert torch.equal(rows, there.features[teacher][kind])
 
 
-def test_batches_are_those_of_a_reader_here(readers):
+def test_batches_equal_those_of_an_in_process_reader(readers):
     here, there = readers
     assert here.steps(0) == there.steps(0) == 9
     assert here.shuffle_quality(2) == there.shuffle_quality(2)
@@ -45,13 +45,13 @@ def test_batches_are_those_of_a_reader_here(readers):
             _assert_equal(ours, theirs)
 
 
-def test_batches_that_are_kept_stay_as_they_are(readers):
+def test_batches_still_in_use_do_not_change(readers):
     here, there = readers
     for ours, theirs in zip(list(here.batches(0)), list(there.batches(0)), strict=True):
         _assert_equal(ours, theirs)
 
 
-def test_memory_is_used_again(readers):
+def test_memory_is_reused(readers):
     _, there = readers
     for epoch in range(6):
         for batch in there.batches(epoch):
@@ -60,10 +60,10 @@ def test_memory_is_used_again(readers):
             del batch
     gc.collect()
     files = {file for _, file in there.attached.segments}
-    assert len(files) <= 5 * (2 + 4 + 3)  # arrays of a batch: ready, in the window, being finished
+    assert len(files) <= 5 * (2 + 4 + 3)  # arrays per batch; batches sent, in the window, being decoded
 
 
-def test_an_iteration_that_is_left_makes_way_for_another(readers):
+def test_an_abandoned_iteration_does_not_disturb_the_next(readers):
     here, there = readers
     for _ in range(3):
         for number, _ in enumerate(there.batches(0)):
@@ -73,7 +73,7 @@ def test_an_iteration_that_is_left_makes_way_for_another(readers):
             _assert_equal(ours, theirs)
 
 
-def test_what_is_wrong_is_said_here(filled, readers):
+def test_errors_are_raised_in_this_process(filled, readers):
     _, there = readers
     next(iter(there.batches(0)))
     teacher = filled.plan.teachers[0]
@@ -88,7 +88,7 @@ def test_what_is_wrong_is_said_here(filled, readers):
         ReaderProcess(filled.train, filled.plan.teachers, **{**SETTINGS, "batch_size": 1000})
 
 
-def test_a_killed_process_is_said_and_another_one_started(readers):
+def test_a_killed_process_is_named_and_replaced(readers):
     here, there = readers
     batches = there.batches(0)
     kept = next(batches)
@@ -96,12 +96,12 @@ def test_a_killed_process_is_said_and_another_one_started(readers):
     with pytest.raises(RuntimeError, match="ended with exit code -9; if memory ran out"):
         list(batches)
     for ours, theirs in zip(here.batches(0, 3), there.batches(0, 3), strict=True):
-        kept = None  # its memory was the dead one's, and is not the other one's to lend again
+        kept = None  # its memory belonged to the killed process; the new one must not reuse it
         _assert_equal(ours, theirs)
     assert kept is None
 
 
-def test_a_process_killed_between_its_word_and_its_memory_is_said(readers, monkeypatch):
+def test_a_process_killed_between_its_message_and_its_memory_is_named(readers, monkeypatch):
     _, there = readers
     batches = there.batches(0)
     next(batches)
@@ -114,7 +114,7 @@ def test_a_process_killed_between_its_word_and_its_memory_is_said(readers, monke
 
 
 def _started_with(mark):
-    """Processes whose environment has this, and so their parents' had."""
+    """Processes with this in their environment, inherited from their parents."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # it has ended
@@ -125,7 +125,7 @@ def _started_with(mark):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["by itself", "killed"])
-def test_it_ends_with_the_process_that_it_reads_for(filled, tmp_path, end):
+def test_it_exits_with_its_parent(filled, tmp_path, end):
     import cloudpickle
 
     file = tmp_path / "arguments"
@@ -154,7 +154,7 @@ def test_it_ends_with_the_process_that_it_reads_for(filled, tmp_path, end):
             helpers = _started_with(mark)
             process.kill()
             assert reading in helpers
-            assert len(helpers) >= 4  # and those that render, and the servers that they were forked from
+            assert len(helpers) >= 4  # with the decoders and the fork servers
         assert process.wait(60) == (-9 if end == "killed" else 0)
         said = process.stderr.read() if end == "by itself" else ""
     assert said == ""
@@ -164,7 +164,7 @@ def test_it_ends_with_the_process_that_it_reads_for(filled, tmp_path, end):
     assert not _started_with(mark)
 
 
-def test_no_process_is_started_before_it_is_needed(readers):
+def test_no_process_starts_before_it_is_needed(readers):
     before = multiprocessing.active_children()
     readers[1].steps(3)
     assert multiprocessing.active_children() == before
