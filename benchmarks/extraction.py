@@ -48,7 +48,7 @@ from torch import Tensor
 from benchmarks.memory import growth, report, watch_memory
 from benchmarks.synthetic_cache import jpegs, read_photos, write_dataset
 from pipeline.cache.config import TeacherConfig
-from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
+from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs, make_teacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import teacher_id
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     count = options.images or 256
-    shard_size = options.shard_size or -(-count // SHARDS_AT_ONCE[options.device])
+    shard_size = options.shard_size or -(-count // CONCURRENT_SHARDS[options.device])
     dataset = write_dataset(folder, count, read_photos(options.photos) if options.photos else jpegs(256), shard_size)
     config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
     teacher = _cached(config, options)
@@ -153,7 +153,7 @@ def _act(rows: Sequence[dict[str, object]]) -> Extracted:
 
 def _extract(extract: Extract, rows: Sequence[dict[str, object]]) -> Extracted:
     images, stages = 0, Counter[str]()
-    with ThreadPoolExecutor(SHARDS_AT_ONCE[extract.device.name]) as pool:
+    with ThreadPoolExecutor(CONCURRENT_SHARDS[extract.device.name]) as pool:
         for row in pool.map(extract, rows):
             assert row["computed"] == 1, row
             images += row["images"]

@@ -1,4 +1,4 @@
-"""The resolved plan as text: what is there, what is missing, what it will take."""
+"""The plan of the cache as text: what exists, what is missing, and what it costs."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
 
 
 def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
-    """Bytes of a view of an image and of all; at most, while the number of components is still to be found."""
+    """Bytes per view and in total; an upper bound while the number of components is unknown or zstd compresses."""
     folders = [split.dataset.teacher(teacher.id) for split in plan.splits]
     rows = [teacher.row_bytes(projection_of(folder)) for folder in folders]
     codec = Codec.parse(teacher.codec)
-    open_ended = codec.zstd or (codec.pca and not all(folder.projection for folder in folders))
-    bound = "at most " if open_ended else ""
+    bounded = codec.zstd or (codec.pca and not all(folder.projection for folder in folders))
+    bound = "at most " if bounded else ""
     views = [split.dataset.count * split.dataset.policy.rows_per_image for split in plan.splits]
     total = sum(count * row for count, row in zip(views, rows, strict=True))
     return f"{bound}{size(rows[0])} per view, {size(total)} total"
@@ -57,18 +57,18 @@ def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
 def cost_plan(
     plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate], cluster: Hardware | None = None
 ) -> str:
-    """Device hours, price, read rate and space, and what other codecs would take; on a cluster, its GPUs and hours."""
+    """Device hours, price, read rate and space, also with other codecs; on a cluster, its GPUs and hours."""
     hours = [grid([_hours(teacher, config) for teacher in teachers])]
     codecs = [grid([_codecs(teacher) for teacher in teachers])]
     free = plan.store.free_bytes()
     rows = {
         "still to be written": f"at most {size(missing_bytes(plan))}",
-        "free": "unlimited, as far as can be told" if free is None else f"{size(free)} at {plan.store.uri}",
+        "free": "unknown" if free is None else f"{size(free)} at {plan.store.uri}",
         "to read": f"{size(read_rate(plan, config, teachers))}/s for plan.images_per_second="
         f"{config.plan.images_per_second:g}",
         "cluster": cluster and _on_cluster(cluster, teachers),
     }
-    return "\n".join(["time", *hours, "bytes of a view (<: at most)", *codecs, "space", table(rows)])
+    return "\n".join(["time", *hours, "bytes per view (<: at most)", *codecs, "space", table(rows)])
 
 
 def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:
@@ -76,12 +76,12 @@ def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:
     if not cluster.gpus:
         return f"{cluster}: teachers run on CPUs"
     total = None if None in hours else sum(hour for hour in hours if hour is not None)
-    return f"{cluster}: {_number(total and total / cluster.gpus, ' h')} on all of its GPUs"
+    return f"{cluster}: {_number(total and total / cluster.gpus, ' h')} on all GPUs"
 
 
 def _hours(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, str]:
     probe = teacher.probe
-    speed = "no weights, no probe" if probe is None else f"{probe.views_per_second:.1f} views/s on {probe.device}"
+    speed = "no weights, not probed" if probe is None else f"{probe.views_per_second:.1f} views/s on {probe.device}"
     counted = probe is not None and probe.device == "cpu" and probe.macs
     gpu = f" ({probe.macs / 1e9:.2f} GMACs at 40 % of an A100)" if probe and counted else ""
     price = None if teacher.gpu_hours is None else teacher.gpu_hours * config.plan.gpu_hour_price
@@ -89,8 +89,8 @@ def _hours(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, s
         "teacher": teacher.label,
         "shards missing": f"{teacher.missing} of {teacher.shards}",
         "measured": speed + ("" if probe is None or probe.trained else ", random weights"),
-        "left here": _number(teacher.hours, " h"),
-        "on a GPU": _number(teacher.gpu_hours, " h") + gpu,
+        "time here": _number(teacher.hours, " h"),
+        "time on a GPU": _number(teacher.gpu_hours, " h") + gpu,
         "price": _number(price, ""),
         "GPU memory": size(probe.memory) if probe and probe.memory else "not measured",
     }
@@ -109,7 +109,7 @@ def _codecs(teacher: TeacherEstimate) -> dict[str, str]:
 
 
 def read_rate(plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate]) -> float:
-    """Bytes a second that a training at `plan.images_per_second` reads: images and all features."""
+    """Bytes per second that a training at `plan.images_per_second` reads: images and all features."""
     index = plan.splits[0].index
     image = (pc.sum(index["size"]).as_py() or 0) / index.num_rows
     features = sum(teacher.view_bytes[teacher.codec] for teacher in teachers)

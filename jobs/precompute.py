@@ -65,7 +65,7 @@ from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime.ray_session import Hardware, connect, hardware, hardware_line, is_cluster
 
 SHOWN = 50
-"""Lines of a table of findings or garbage; the rest is counted."""
+"""Lines shown of a table of findings or garbage; further ones are counted."""
 
 
 def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
 
 
 def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, CachePlan]]:
-    """The plan of every phase, printed; one where there are no phases."""
+    """Plan every phase (a recipe without phases is one), and print the plans."""
     store, snapshot = cache_store(config), RecordSnapshot()
     planned = [(phase, plan_cache(phase, store, snapshot=snapshot)) for phase in config.phase_configs()]
     for number, (phase, plan) in enumerate(planned, 1):
@@ -115,7 +115,7 @@ def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, Cac
 
 
 def show_plan(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, Any]:
-    """Probe the teachers and print what filling the cache will take; refuse what cannot fit."""
+    """Probe the teachers and print the cost of filling the cache; raise an error if it cannot fit."""
     with connect() if is_cluster() else nullcontext():
         return _plan_costs(config, hardware() if is_cluster() else None)
 
@@ -146,7 +146,7 @@ def _plan_costs(config: PrecomputeJobConfig, cluster: Hardware | None) -> dict[s
 
 
 def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """Check the cache of the recipe; with --repair, compute what is broken again."""
+    """Check the cache of the recipe; with --repair, recompute what is broken."""
     planned = _planned(config)
     for _, plan in planned:
         check_begun(plan)
@@ -170,7 +170,7 @@ def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str
 
 
 def _repaired(config: PrecomputeJobConfig, plan: CachePlan, found: Verification) -> list[Finding]:
-    """What is left after the repair."""
+    """Repair the findings; returns those that are left."""
     if not found.findings:
         return []
     mended = repair_cache(plan, config, found)
@@ -187,7 +187,7 @@ def _show_findings(title: str, found: Verification) -> None:
             "part": item.part,
             "shard": "all" if item.shard is None else str(item.shard),
             "file": item.file.rpartition("/")[2],
-            "what is wrong": item.problem,
+            "problem": item.problem,
         }
         for item in found.findings
     ]
@@ -237,7 +237,7 @@ def delete(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str
 
 
 def collect_garbage(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """Remove what nothing refers to, after asking."""
+    """Remove files that nothing refers to, after asking."""
     store = cache_store(config)
     items = find_garbage(store)
     total = sum(item.bytes for item in items)

@@ -13,7 +13,7 @@ from benchmarks.synthetic_cache import jpegs, write_dataset
 from benchmarks.train_step import DistillStep, make_distiller, make_student, train_config, write_features
 from benchmarks.train_step import _parse as step_options
 from pipeline.cache.config import TeacherConfig
-from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
+from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
 from pipeline.cache.fill.placement import measure
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec, fit_projection
@@ -160,7 +160,7 @@ def test_shards_worked_on_at_once_hold_the_features_of_each_alone(tmp_path, prec
             assert all(row["computed"] == 1 for row in pool.map(extract, rows))
         return _stored(dataset, teacher)
 
-    alone, at_once = features("cuda", 1), features("cuda", SHARDS_AT_ONCE["cuda"])
+    alone, at_once = features("cuda", 1), features("cuda", CONCURRENT_SHARDS["cuda"])
     for kind, values in alone.items():
         torch.testing.assert_close(at_once[kind], values)
     if precision == "float32":

@@ -28,7 +28,7 @@ def test_a_cluster_is_named_with_its_gpus_memory_hours_and_price(filled, estimat
     text = cost_plan(filled.plan, filled.config, estimates, cluster)
     hours = sum(found.gpu_hours for found in estimates)
     assert hours == pytest.approx(2 * (100 + 40) / 0.5 / 3600)
-    assert f"3 nodes, 24 CPUs, 2 GPUs (H100): {hours / 2:.3g} h on all of its GPUs" in text
+    assert f"3 nodes, 24 CPUs, 2 GPUs (H100): {hours / 2:.3g} h on all GPUs" in text
     assert "3.0 GiB" in text
     assert f"{estimates[0].gpu_hours * filled.config.plan.gpu_hour_price:.3g}" in text
 

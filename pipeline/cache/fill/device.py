@@ -1,8 +1,8 @@
-"""The device that teachers run on: one forward after the other, and each thread's other work beside them.
+"""The device that teachers run on: forwards one after the other, and every thread's other work in parallel.
 
-On a GPU a thread works on a CUDA stream of its own. So the codec, the statistics and the copies of one shard run beside
-the forward of another, and the next forward is queued while one runs. Forwards share the default stream, whose memory is
-used again by each of them: what a GPU must hold does not grow with the number of threads.
+On a GPU each thread has a CUDA stream of its own, so that the codec, statistics and copies of one shard overlap the forward
+of another, and the next forward is queued while one runs. Forwards share the default stream and so reuse its memory: the
+GPU memory needed does not grow with the number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from teachers.base import Teacher, TeacherOutput
 
 
 class TeacherDevice:
-    """A device and who has it.
+    """A device, with a lock for the forwards.
 
     Args:
         name: ``cuda`` or ``cpu``.
@@ -30,35 +30,34 @@ class TeacherDevice:
         if name == "cuda":
             launch_promptly()
         self.name = name
-        self.turn = threading.Lock()
-        self.own = threading.local()
+        self.forward_lock = threading.Lock()
+        self.local = threading.local()
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """What this thread does on the device within runs beside the forwards."""
+    def side_stream(self) -> Iterator[None]:
+        """In this block, the thread's work on the device overlaps the forwards."""
         if self.name != "cuda":
             yield
             return
-        if not hasattr(self.own, "stream"):
-            self.own.stream = torch.cuda.Stream()
-        with torch.cuda.stream(self.own.stream):
+        if not hasattr(self.local, "stream"):
+            self.local.stream = torch.cuda.Stream()
+        with torch.cuda.stream(self.local.stream):
             yield
 
     def encode(self, teacher: Teacher, pixels: Tensor) -> tuple[TeacherOutput, float]:
-        """What a teacher says of [B, 3, H, W] uint8, ready for any stream, and the seconds that the device took for it."""
+        """A teacher's output for [B, 3, H, W] uint8 pixels, ready for any stream, and the seconds that the device took."""
         if self.name == "cuda":
-            return self._queued(teacher, pixels)
-        with self.turn:
+            return self._encode_on_gpu(teacher, pixels)
+        with self.forward_lock:
             started = time.perf_counter()
             return teacher.encode(pixels), time.perf_counter() - started
 
-    def _queued(self, teacher: Teacher, pixels: Tensor) -> tuple[TeacherOutput, float]:
+    def _encode_on_gpu(self, teacher: Teacher, pixels: Tensor) -> tuple[TeacherOutput, float]:
         pixels, copied = pixels.to(self.name), torch.cuda.current_stream()
         start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(
-            enable_timing=True, blocking=True
-        )  # a thread that waits must not take a core from decoding
-        with self.turn, torch.cuda.stream(torch.cuda.default_stream()):
+        # A blocking event: a waiting thread must not take a core from decoding.
+        end = torch.cuda.Event(enable_timing=True, blocking=True)
+        with self.forward_lock, torch.cuda.stream(torch.cuda.default_stream()):
             torch.cuda.default_stream().wait_stream(copied)
             start.record()
             output = teacher.encode(pixels)

@@ -1,4 +1,4 @@
-"""What filling the cache will take, before it starts: bytes, device hours, price, and the read rate of a training on it."""
+"""Estimates before the cache is filled: bytes, device hours, and whether they fit."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ ALTERNATIVES = ("float32", "float16", "int8", "pca-int8-zstd")
 """Codecs that a plan compares with the chosen one."""
 
 GPU_MACS_PER_SECOND = {"float32": 4e12, "bfloat16": 62e12}
-"""Multiply-accumulates that a GPU is assumed to do where there is none to measure: 40 % of the peak of an A100 (19.5 and
-312 TFLOP/s in NVIDIA's data sheet), by `cache.precision`."""
+"""Assumed speed of a GPU if there is none to measure, by `cache.precision`: 40 % of the peak of an A100 (19.5 and
+312 TFLOP/s in NVIDIA's data sheet)."""
 
 CPU_PROBE_MACS = 50e9
-"""Multiply-accumulates of a batch of the probe on a CPU, about: seconds, whatever the teacher."""
+"""About how many multiply-accumulates a batch of the probe has on a CPU: it takes seconds with any teacher."""
 
 KEY_BYTES = 128
-"""Allowed for the keys of a row and its share of Parquet's own structures."""
+"""Upper bound for the keys of a row and its share of Parquet's own structures."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How fast a teacher is here.
+    """Measured speed of a teacher.
 
     Attributes:
         device: name of the GPU, or ``cpu``.
-        views_per_second: of the second of two batches, with the copy of its features to the host.
-        macs: multiply-accumulates of one view.
-        trained: whether the weights were at hand; random ones take as long.
-        memory: bytes of the GPU at the peak, without CUDA's own; 0 on a CPU.
+        views_per_second: in the second of two batches, including the copy of the features to the host.
+        macs: multiply-accumulates per view.
+        trained: whether the teacher's own weights were available; random ones take as long.
+        memory: peak GPU memory in bytes, without CUDA's own; 0 on a CPU.
     """
 
     device: str
@@ -55,24 +55,24 @@ class Probe:
 
 
 Ask = Callable[[CachedTeacher, int], Probe | None]
-"""Probes a teacher with batches of so many images."""
+"""Probes a teacher with a batch size."""
 
 
 @dataclass(frozen=True)
 class TeacherEstimate:
-    """What one teacher will take.
+    """Cost of one teacher.
 
     Attributes:
         label: its name.
-        codec: the chosen one.
-        view_bytes: of one view by codec, the chosen one and `ALTERNATIVES`.
-        exact: codecs of which that is measured on shards or known; of the others it is at most that.
+        codec: the chosen codec.
+        view_bytes: bytes of one view by codec, for the chosen one and `ALTERNATIVES`.
+        exact: codecs whose `view_bytes` are known or measured on shards; the others are upper bounds.
         total_bytes: of all views in the chosen codec.
         shards, missing: in all splits.
-        probe: None where the teacher cannot be made without its weights.
-        hours: that this machine's device will take for what is missing, or None.
-        gpu_hours: measured where the device is a GPU, else counted (`GPU_MACS_PER_SECOND`); `hours`, where there is
-            nothing to count; or None.
+        probe: None if the teacher cannot be created without its weights.
+        hours: of this machine's device for the missing shards, or None.
+        gpu_hours: measured on a GPU, otherwise estimated from the multiply-accumulates (`GPU_MACS_PER_SECOND`); equals
+            `hours` if there are none to count; or None.
     """
 
     label: str
@@ -88,7 +88,7 @@ class TeacherEstimate:
 
 
 def estimate_cache(plan: CachePlan, config: CacheJobConfig, ask: Ask | None = None) -> list[TeacherEstimate]:
-    """Probe every teacher and estimate what it will take.
+    """Probe every teacher and estimate its cost.
 
     Args:
         ask: probes a teacher elsewhere; None: on this machine.
@@ -126,7 +126,7 @@ def _views(split: SplitPlan, shards: range | list[int]) -> int:
 
 
 def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
-    """Bytes of one view in a codec, and whether that is exact, or only a bound: measured on shards where there are any."""
+    """Bytes of one view in a codec, measured on shards if there are any; and whether that is exact or an upper bound."""
     other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision))
     datasets = [split.dataset for split in plan.splits]
     records = [record for data in datasets for record in data.records(data.teacher(other.id)).values() if record.rows]
@@ -139,8 +139,8 @@ def probe_teacher(cached: CachedTeacher, batch_size: int) -> Probe | None:
     """Time two batches of random pixels on this machine's device; the first one warms it up.
 
     Raises:
-        UserError: where the GPU's memory does not suffice.
-        TeacherError: where the teacher cannot be made as asked.
+        UserError: if the GPU has too little memory.
+        TeacherError: if the teacher cannot be created.
     """
     try:
         return _probe(cached, batch_size)
@@ -169,7 +169,7 @@ def _probe(cached: CachedTeacher, batch_size: int) -> Probe | None:
 
 
 def probe_on_cluster(teacher: CachedTeacher, batch_size: int) -> Probe | None:
-    """Probe a teacher on one of the cluster's GPUs, or here where it has none; waits until a GPU is free."""
+    """Probe a teacher on one of the cluster's GPUs, once one is free; without GPUs, probe it here."""
     import ray
 
     if not gpus():
@@ -180,7 +180,7 @@ def probe_on_cluster(teacher: CachedTeacher, batch_size: int) -> Probe | None:
 
 def count_macs(teacher: Teacher, pixels: torch.Tensor) -> int:
     """Multiply-accumulates of one forward."""
-    # The fused kernels of attention are unknown to the counter; the plain form consists of matrix products.
+    # The counter does not know the fused attention kernels; the plain form consists of matrix products.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -198,12 +198,12 @@ def _seconds(teacher: Teacher, pixels: torch.Tensor) -> float:
 
 
 def _load(cached: CachedTeacher, device: str) -> tuple[Teacher, bool] | None:
-    """The teacher and whether its weights are its own: where they are not at hand, random ones are as fast."""
+    """The teacher, and whether it has its own weights; if they are not available, random ones are as fast."""
     untrained = replace(cached, config=cached.config.model_copy(update={"weights": "random"}))
     for attempt, trained in ((cached, True), (untrained, False)):
         try:
             teacher = attempt.create()
-            # No warning that random weights know nothing: here they are only timed.
+            # Random weights are only timed here, which needs no warning.
             with only_errors("teachers"):
                 teacher.load(device, getattr(torch, cached.precision))
             return teacher, trained
@@ -216,9 +216,9 @@ def _load(cached: CachedTeacher, device: str) -> tuple[Teacher, bool] | None:
 
 
 def missing_bytes(*plans: CachePlan) -> int:
-    """Bytes that filling the cache for these plans may add, at most; what two of them need counts once.
+    """Upper bound of the bytes that filling the cache for these plans adds; what two of them share counts once.
 
-    Images count with the sizes that their index tells; generated scenes have none there, and are small.
+    Images count with their size in the index; generated scenes have none there, and are small.
     """
     splits = {split.dataset.store.uri: split for plan in plans for split in plan.splits}
     parts = {
@@ -247,16 +247,16 @@ def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:
 
 
 def _moments_bytes(teacher: CachedTeacher) -> int:
-    """Of a shard's statistics: float64 mean and upper triangle by token type."""
+    """Size of a shard's statistics: float64 mean and upper triangle by token type."""
     channels = [shape[-1] for shape in teacher.shapes.values()]
     return sum(8 * (size * (size + 1) // 2 + size) for size in channels)
 
 
 def check_space(*plans: CachePlan) -> None:
-    """Refuse to start what cannot fit, or cannot be written.
+    """Check that what is missing fits, and that the cache is writable.
 
     Raises:
-        UserError: where what is missing may take more than is free at a local destination, or that refuses a write.
+        UserError: if a local destination has too little free space, or the destination refuses a write.
     """
     store = plans[0].store
     free, need = store.free_bytes(), missing_bytes(*plans)

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ingest:
-    """Commits a shard of `images`, and its crops if the view has any, where they are missing. A Ray Data row is a shard.
+    """Commits a shard of `images` and, for a view of crops, its row shard, unless they exist. A Ray Data row is a shard.
 
     Attributes:
         splits: dataset and source by split (``train``, ``val``).

@@ -1,4 +1,4 @@
-"""Precompute under an MLflow run: fill the cache and record what it holds and where it came from."""
+"""Fill the cache under an MLflow run, and log its contents and lineage."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 def precompute(config: CacheJobConfig, plan: CachePlan, run: Run) -> tuple[CachePlan, BuildReport]:
     """Compute what is missing and log it to `run`.
 
-    A start that finds everything there leaves what an earlier one of the run has logged of its work.
+    If nothing is missing, the work metrics that an earlier start of the run has logged stay.
 
     Returns:
-        The plan with the teachers' weight digests, and what was done.
+        The plan with the teachers' weight digests, and a report.
     """
     log_lineage(plan, run)
     plan, report = build_cache(plan, config)
@@ -39,7 +39,7 @@ def precompute(config: CacheJobConfig, plan: CachePlan, run: Run) -> tuple[Cache
 
 
 def log_work(report: BuildReport, run: Run) -> None:
-    """What was computed, and how fast."""
+    """Log what was computed, and how fast."""
     run.log_metric_dict(
         {
             "shards_computed": report.shards_computed,
@@ -52,7 +52,7 @@ def log_work(report: BuildReport, run: Run) -> None:
 
 
 def log_lineage(plan: CachePlan, run: Run) -> None:
-    """Datasets and teachers by their content-addressed ids; untrained teachers are said aloud."""
+    """Log datasets and teachers by their content-addressed ids, and tag untrained teachers."""
     for split in plan.splits:
         dataset = split.dataset
         run.log_dataset(dataset.id, dataset.location, dataset.fingerprint, split.split)
@@ -68,7 +68,7 @@ def is_untrained(teacher: CachedTeacher) -> bool:
 
 
 def log_quarantine(report: BuildReport, run: Run) -> None:
-    """Name every image that was left out, in the log and as an artifact."""
+    """Log every image that was left out, also as an artifact."""
     for split, bad in report.quarantined.items():
         for sample in bad:
             log.warning("quarantined %s image %s: %s", split, sample["sample_id"], sample["reason"])

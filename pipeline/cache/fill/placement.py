@@ -1,7 +1,7 @@
-"""How teachers are placed on a cluster: actors a GPU by measured memory, threads an actor by measured stage times.
+"""Placement of teachers on a cluster: actors per GPU by measured memory, threads per actor by measured stage times.
 
-All teachers that are missing live in one actor, so that an image is decoded once for all of them. What they take is
-measured by a probe on a GPU before the actors start. Imports Ray inside functions only.
+One actor holds all teachers with missing shards, so that an image is decoded once for all of them. A probe on a GPU
+measures what they need before the actors start. Imports Ray inside functions only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract, ShardBuilder
+from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
+from pipeline.cache.fill.shard_builder import ShardBuilder
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.view_rows import read_view_rows
@@ -26,29 +27,29 @@ from teachers.base import TeacherError
 MOST_ACTORS = 4
 """Most extraction actors on one GPU: each brings a CUDA context and a set of weights."""
 SPARE_MEMORY = 0.1
-"""Share of a GPU's memory that is left to fragments and to what a probe does not see."""
+"""Share of a GPU's memory kept free for fragmentation and for what a probe does not see."""
 CONTEXT_BYTES = 600 << 20
-"""Of a process on a GPU beside what torch's allocator knows: CUDA's context and kernels."""
+"""GPU memory of a process outside torch's allocator: CUDA's context and kernels."""
 MOST_THREADS = {"cpu": 8, "cuda": 32}
-"""Most threads of an actor, by its device; beside a GPU they are processes (`pipeline/imaging/decoder_pool.py`)."""
+"""Most threads of an actor, by its device; with a GPU they are processes (`pipeline/imaging/decoder_pool.py`)."""
 SLACK = 1.25
-"""Decoding is given this much more than the device needs, so that it stays ahead."""
+"""Decoding capacity relative to what the device needs, so that it stays ahead."""
 BUSY = 0.9
 """Share of the time that a GPU should be busy."""
 LONG_ENOUGH_S = 60.0
-"""Extractions that are shorter say nothing: loading weights is most of them."""
+"""Shorter extractions are not judged: loading weights dominates them."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one actor with all missing teachers takes.
+    """Cost of one actor with all missing teachers.
 
     Attributes:
-        memory: bytes of the GPU at most, its context included; 0: not measured.
-        total: bytes that the GPU has.
-        device_s: seconds of the GPU for one view.
+        memory: peak GPU memory in bytes, CUDA's context included; 0: not measured.
+        total: the GPU's memory in bytes.
+        device_s: seconds of the GPU per view.
         host_s: seconds of one thread to decode and resize one view for all teachers.
     """
 
@@ -63,9 +64,9 @@ class Placement:
     """A pool of actors.
 
     Attributes:
-        actors: at most.
-        gpus: of each; a fraction where several share one.
-        threads: CPUs of each.
+        actors: largest number of actors.
+        gpus: GPUs per actor; a fraction if several share one.
+        threads: CPUs per actor.
     """
 
     actors: int
@@ -78,29 +79,29 @@ class Placement:
 
 
 def actors_per_gpu(measured: Measured | None) -> int:
-    """How many actors fit on one GPU; 1 where nothing was measured."""
+    """How many actors fit on one GPU; 1 if nothing was measured."""
     if measured is None or not measured.memory:
         return 1
     return max(1, min(MOST_ACTORS, int(measured.total * (1 - SPARE_MEMORY) / measured.memory)))
 
 
-def place(cpus: int, gpus: int, rows: int, room: int, measured: Measured | None = None) -> Placement:
-    """The pool for so many rows on a cluster of so many CPUs and GPUs.
+def place(cpus: int, gpus: int, rows: int, node_cpus: int, measured: Measured | None = None) -> Placement:
+    """The actor pool for `rows` shards on a cluster with these CPUs and GPUs.
 
-    One CPU is left for the tasks that feed the actors: without it Ray Data starves (ray_facts, section 3).
+    One CPU is left to the tasks that feed the actors; without it, Ray Data stalls.
 
     Args:
-        room: CPUs beside a GPU, or where there are none CPUs, of the node that has the fewest: no actor may ask for more.
-        measured: by a probe, or None: one actor a GPU, and as many threads as there are.
+        node_cpus: CPUs per GPU on the node that has fewest (without GPUs: its CPUs); no actor may request more.
+        measured: by a probe; None: one actor per GPU with all available threads.
     """
     if not gpus:
-        threads = max(1, min(MOST_THREADS["cpu"], room, cpus - 1))
+        threads = max(1, min(MOST_THREADS["cpu"], node_cpus, cpus - 1))
         return Placement(min(rows, max(1, (cpus - 1) // threads)), 0, threads)
     each = actors_per_gpu(measured)
-    available = max(1, min((cpus - 1) // gpus, room) // each)
+    available = max(1, min((cpus - 1) // gpus, node_cpus) // each)
     if measured is None or not measured.device_s:
         return Placement(min(rows, gpus * each), 1 / each, min(MOST_THREADS["cuda"], available))
-    # Actors on one GPU take turns: together they need the threads that one alone would need.
+    # Actors that share a GPU take turns: together they need as many threads as one alone.
     needed = math.ceil(SLACK * measured.host_s / measured.device_s / each)
     return Placement(min(rows, gpus * each), 1 / each, max(1, min(MOST_THREADS["cuda"], available, needed)))
 
@@ -108,14 +109,14 @@ def place(cpus: int, gpus: int, rows: int, room: int, measured: Measured | None 
 def measure_on_gpu(
     datasets: Mapping[str, Dataset], teachers: Sequence[CachedTeacher], batch_size: int, row: Mapping[str, Any]
 ) -> Measured | None:
-    """What an actor takes, on one of the cluster's GPUs; None where that cannot be found out, said aloud."""
+    """Measure an actor on one of the cluster's GPUs; None, with a warning, if that fails."""
     import ray
 
     task = ray.remote(num_gpus=1, num_cpus=1, max_retries=1)(measure)
     try:
         measured: Measured = ray.get(task.remote(datasets, teachers, batch_size, dict(row), "cuda"))
     except (ray.exceptions.RayError, UserError, TeacherError) as error:
-        log.warning("teachers were not measured, so that each GPU gets one actor: %s", str(error).splitlines()[-1])
+        log.warning("could not measure the teachers, so each GPU gets one actor: %s", str(error).splitlines()[-1])
         return None
     return measured
 
@@ -127,13 +128,13 @@ def measure(
     row: Mapping[str, Any],
     device: str,
 ) -> Measured:
-    """Load the teachers and ask them about two batches of the shard that a row names."""
+    """Load the teachers and time them on the first images of the shard that a row names."""
     import torch
 
     extract = Extract(datasets, teachers, device, 1, batch_size)
     views = read_view_rows(datasets[row["split"]], int(row["shard"])).slice(0, batch_size)
     rows = views.rows.num_rows
-    for _ in range(2):  # the first round warms up, here as below
+    for _ in range(2):  # the first round warms up, here and below
         started = time.perf_counter()
         batches = list(extract.rendered(views, list(extract.teachers)))
         host = time.perf_counter() - started
@@ -153,35 +154,35 @@ def measure(
 
 
 def _fill_memory(extract: Extract, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Encode and store batches on as many threads as an actor has, so that its memory is at its peak."""
+    """Encode batches on as many threads as an actor uses, so that memory reaches its peak."""
 
     def store(_: int) -> None:
-        with extract.device.beside():
+        with extract.device.side_stream():
             for pixels in batches:
                 for name, batch in pixels.items():
                     ShardBuilder(extract.cached[name], "", None).add(*extract.encode(name, batch))
 
-    threads = SHARDS_AT_ONCE[extract.device.name]
+    threads = CONCURRENT_SHARDS[extract.device.name]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(store, range(threads)))
 
 
 STAGES = {
-    "read": ("reading images from the cache", "bring the cache nearer to the nodes"),
-    "render": ("decoding and resizing", "more CPUs a GPU, or smaller images"),
-    "encode": ("the codec", "another cache.codec, as float16"),
+    "read": ("reading images from the cache", "move the cache closer to the nodes"),
+    "render": ("decoding and resizing", "more CPUs per GPU, or smaller images"),
+    "encode": ("the codec", "another cache.codec, such as float16"),
     "write": ("writing", "a faster store, or a smaller cache.codec"),
 }
-"""What an actor does beside the teacher's forward, and what helps where that is the limit."""
+"""Stages of an actor other than the teacher's forward, and the remedy for each if it is the bottleneck."""
 
 
 def starved(stages: Mapping[str, float], seconds: float, gpus: int) -> str:
-    """Which stage keeps the GPUs waiting, in words; "" where they are busy enough, or the time was too short to tell.
+    """A message that names the stage for which the GPUs wait; "" if they are busy enough or the time was too short.
 
     Args:
-        stages: seconds by stage over all actors: ``teacher``, on the GPU, and those of `STAGES`.
+        stages: seconds by stage over all actors: ``teacher`` (on the GPU) and those of `STAGES`.
         seconds: wall-clock time of the extraction.
-        gpus: that took part.
+        gpus: number of GPUs used.
     """
     busy = stages.get("teacher", 0.0) / max(1e-9, seconds * gpus) if gpus else 1.0
     if busy >= BUSY or seconds < LONG_ENOUGH_S:

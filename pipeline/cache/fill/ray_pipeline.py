@@ -1,6 +1,6 @@
-"""The Ray Data pipelines of the cache: a row is a shard, and what travels is its number and what became of it.
+"""The Ray Data pipelines of the cache: a row is a shard, and carries only its number and the outcome.
 
-Images and features never pass through the object store, where they cost ten times a read (ray_facts, section 3).
+Images and features do not pass through Ray's object store, which would cost ten times as much as reading them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipeline.cache.fill.extract import SHARDS_AT_ONCE, Extract
+from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
 from pipeline.cache.fill.ingest import Ingest
 from pipeline.cache.fill.placement import Measured, measure_on_gpu, place
 from pipeline.errors import UserError
@@ -18,7 +18,7 @@ from pipeline.runtime import logs
 from pipeline.runtime.ray_session import alive_node_resources, is_cluster
 
 WORTH_MEASURING = 16
-"""Shards from which on it pays to load the teachers once more, to measure them."""
+"""Least number of shards for which loading the teachers once more to measure them pays off."""
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
 
 
-def _room() -> int:
-    """CPUs beside a GPU, or where there are none CPUs, of the node that has the fewest; 1 where no node is up yet."""
+def _node_cpus() -> int:
+    """CPUs per GPU on the node that has fewest (without GPUs: its CPUs); 1 while no node is up."""
     nodes = alive_node_resources()
     if gpus():
         return min((int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU")), default=1)
@@ -40,7 +40,7 @@ def _room() -> int:
 
 
 def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[dict[str, Any]]:
-    """Run `ingest` on every row as tasks of one CPU, on any node; results as they come."""
+    """Run `ingest` on every row as tasks of one CPU, on any node; yields results as they arrive."""
     if rows:
         yield from _results(_dataset(rows).map(ingest, num_cpus=1))
 
@@ -48,10 +48,10 @@ def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[di
 def extract_shards(
     rows: Sequence[dict[str, Any]], arguments: tuple[Any, ...], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Run `Extract` on every row; results as they come.
+    """Run `Extract` on every row; yields results as they arrive.
 
     Args:
-        arguments: the first ones of `Extract`: datasets and teachers.
+        arguments: datasets and teachers, for `Extract`.
     """
     datasets, teachers = arguments
     worth_it = len(rows) >= WORTH_MEASURING and gpus()
@@ -66,9 +66,12 @@ def run_in_actors(
     batch_size: int,
     measured: Measured | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A pool of actors, on GPUs where there are any (`pipeline/cache/fill/placement.py`).
+    """Run an actor class on every row, on GPUs if there are any (`pipeline/cache/fill/placement.py`).
 
-    An actor takes several shards at once (`SHARDS_AT_ONCE`): one is on the device while others are decoded or written.
+    An actor works on several shards (`CONCURRENT_SHARDS`): one is on the device while others are decoded or written.
+
+    Args:
+        arguments: the first arguments of `actor`; device, threads and batch size follow.
     """
     if not rows:
         return
@@ -76,14 +79,14 @@ def run_in_actors(
     from ray.data import ActorPoolStrategy
 
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    placed = place(cpus, gpus(), len(rows), _room(), measured)
+    placed = place(cpus, gpus(), len(rows), _node_cpus(), measured)
     if placed.gpus:
         log.info("extraction: %s", placed)
     device = "cuda" if placed.gpus else "cpu"
     pool = ActorPoolStrategy(
         min_size=1,
         max_size=placed.actors,
-        max_concurrent_calls_per_actor=SHARDS_AT_ONCE[device],
+        max_concurrent_calls_per_actor=CONCURRENT_SHARDS[device],
         enable_true_multi_threading=True,
     )
     results = _dataset(rows).map(
@@ -97,10 +100,10 @@ def run_in_actors(
 
 
 def _results(dataset: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset as they come.
+    """The rows of a dataset as they arrive.
 
     Raises:
-        UserError: where none came for longer than Ray Data waits.
+        UserError: if none arrives for longer than Ray Data waits.
     """
     from ray.data.exceptions import ExecutionTimeoutError
 
@@ -109,8 +112,8 @@ def _results(dataset: Any) -> Iterator[dict[str, Any]]:
     except ExecutionTimeoutError as error:
         seconds = dataset.context.execution_no_progress_timeout_s
         raise UserError(
-            f"no shard was finished for {seconds:g} s, and the job gave up; finished ones are kept. If a shard takes that "
-            "long, lower cache.shard_size or raise RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S; else see whether a CPU is free"
+            f"no shard was finished for {seconds:g} s, and the job gave up; finished shards are kept. If a shard takes "
+            "that long, lower cache.shard_size or raise RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S; else check that a CPU is free"
         ) from error
 
 

@@ -1,1 +1,1 @@
-"""What lies where in the cache, and what it means."""
+"""The files of the cache: names, formats and meaning."""

@@ -1,16 +1,16 @@
-"""How features are stored: encoded by the writer on its device, decoded on the training device in one call per batch.
+"""Storage formats of features: encoded on the writer's device, decoded on the training device in one call per batch.
 
 A codec is named ``[pca[<k>]-]<scalar>[-zstd]``:
 
-``scalar``   ``float32``, ``float16``, ``bfloat16``, or ``int8`` with one float16 scale a token (its largest
+``scalar``   ``float32``, ``float16``, ``bfloat16``, or ``int8`` with one float16 scale per token (its largest
              magnitude / 127, rounded up)
-``pca<k>``   patches are first projected on their first k principal components; ``pca`` alone keeps as many as
-             bring the mean cosine of a token to `TARGET_COSINE`, and projects only where that pays
-``zstd``     the Parquet column is compressed, and values lie channel by channel: neighbouring tokens are alike in a
-             channel, and features after a ReLU are zero in most channels, so that a quarter is saved
+``pca<k>``   patches are first projected on their first k principal components; ``pca`` alone keeps as many as needed
+             for a mean cosine of `TARGET_COSINE` per token, and projects only if that saves space
+``zstd``     the Parquet column is compressed, with values stored channel by channel: neighbouring tokens are similar
+             in a channel, and features after a ReLU are zero in most channels, which saves a quarter
 
-A row is an image's features of one token type as bytes, which Parquet keeps as ``fixed_size_binary`` (six times cheaper
-to read than list columns). Imports neither Ray nor MLflow.
+A row holds an image's features of one token type as bytes, which Parquet stores as ``fixed_size_binary`` (six times
+cheaper to read than list columns). Imports neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from pipeline.cache.layout.arrays import dump_arrays, load_arrays
 from pipeline.errors import UserError
 
 TARGET_COSINE = 0.99
-"""Mean cosine between a token and what is kept of it, from which ``pca`` chooses its components."""
+"""Mean cosine between a token and its decoded value that ``pca`` keeps enough components for."""
 
 MARGIN = 0.002
-"""What images beyond the sample may lose of that cosine."""
+"""Loss of that cosine allowed for images outside the sample."""
 
 WORTH = 0.9
-"""``pca`` projects if the rows then take at most this share of what they take as they are."""
+"""``pca`` projects if projected rows take at most this share of the space of unprojected ones."""
 
 COMPONENT_STEP = 8
-"""``pca`` chooses a multiple of this many components, so that rows stay aligned."""
+"""``pca`` chooses a multiple of this number of components, so that rows stay aligned."""
 
 _GRAMMAR = re.compile(
     r"(?P<pca>pca(?P<components>[1-9]\d*)?-)?(?P<scalar>float32|float16|bfloat16|int8)(?P<zstd>-zstd)?"
@@ -49,12 +49,12 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 @dataclass(frozen=True)
 class Codec:
-    """A codec's name, taken apart.
+    """A codec, parsed from its name.
 
     Attributes:
         scalar: number format of a stored value.
         pca: whether patches are projected first.
-        components: how many are kept; None where that is found out from the features.
+        components: number of components; None if it is chosen from the features.
         zstd: whether Parquet compresses the columns.
     """
 
@@ -65,26 +65,26 @@ class Codec:
 
     @classmethod
     def parse(cls, name: str) -> Codec:
-        """The codec of this name.
+        """The codec with this name.
 
         Raises:
-            UserError: where there is no such codec.
+            UserError: if there is no such codec.
         """
         match = _GRAMMAR.fullmatch(name)
         if match is None:
             raise UserError(
-                f"unknown codec {name}; there are float32, float16, bfloat16 and int8, each after pca- or pca<k>- and "
-                f"before -zstd if wanted, as in pca128-int8-zstd"
+                f"unknown codec {name}; there are float32, float16, bfloat16 and int8, optionally with pca- or pca<k>- "
+                f"before and -zstd after, as in pca128-int8-zstd"
             )
         components = match["components"]
         return cls(match["scalar"], bool(match["pca"]), int(components) if components else None, bool(match["zstd"]))
 
     def build(self, shapes: Mapping[str, tuple[int, ...]], fitted: Projection | None) -> dict[str, FeatureCodec]:
-        """The codec of every token type (``summary``, ``patches``); only patches are projected.
+        """The feature codec of every token type (``summary``, ``patches``); only patches are projected.
 
         Args:
             shapes: of one image's features by token type.
-            fitted: of the patches, None where nothing is projected.
+            fitted: the projection of the patches, or None.
         """
         return {
             kind: FeatureCodec(self.scalar, shape, fitted if kind == "patches" else None, self.zstd)
@@ -106,7 +106,7 @@ class Projection:
 
 
 def dump_projection(projection: Projection | None) -> bytes:
-    """A projection, or the decision that there is none, as the bytes of an .npz file."""
+    """A projection, or None as the decision against one, as the bytes of an .npz file."""
     return dump_arrays({"mean": projection.mean.numpy(), "basis": projection.basis.numpy()} if projection else {})
 
 
@@ -122,8 +122,8 @@ class FeatureCodec(nn.Module):
     Args:
         scalar: number format of a stored value.
         shape: of one image's features, (D,) or (h, w, D).
-        projection: or None.
-        by_channel: whether the values of a row lie channel by channel, in place of token by token.
+        projection: of the features, or None.
+        by_channel: whether the values of a row are stored channel by channel instead of token by token.
     """
 
     mean: Tensor | None
@@ -154,7 +154,7 @@ class FeatureCodec(nn.Module):
             [N, row_bytes] uint8 on the host. ``int8``: the float16 scales of all tokens, then the values.
 
         Raises:
-            ValueError: for features that are not finite, or too large for the codec.
+            ValueError: if features are not finite, or too large for the codec.
         """
         values = self._project(features).reshape(len(features), self.num_tokens, self.width)
         if self.scalar == "int8":
@@ -163,7 +163,7 @@ class FeatureCodec(nn.Module):
             parts = [scales, self._ordered(levels.round().to(torch.int8))]
         else:
             parts = [self._ordered(values.to(_DTYPES[self.scalar]))]
-        if not torch.isfinite(parts[0]).all():  # the scales of int8 are not finite where a value is not
+        if not torch.isfinite(parts[0]).all():  # for int8, the scales are not finite if a value is not
             raise ValueError(self._refusal(features.abs().max().item()))
         rows: np.ndarray = torch.cat([part.view(torch.uint8) for part in parts], dim=1).cpu().numpy()
         return rows
@@ -173,30 +173,30 @@ class FeatureCodec(nn.Module):
             return "features that are not finite (NaN or infinity)"
         return f"features up to {largest:.3g}, too large for the codec {self.scalar}"
 
-    def decode(self, rows: Tensor, places: Tensor | None = None) -> Tensor:
-        """Decode stored rows in one call, on the device that they and this module are on.
+    def decode(self, rows: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Decode stored rows in one call, on their and this module's device.
 
         Args:
             rows: [N, row_bytes] uint8.
-            places: [K] int64, numbers of the tokens that are wanted, row by row of the grid; None: all.
+            positions: [K] int64, numbers of the tokens to decode, in row-major order of the grid; None: all.
 
         Returns:
-            [N, *shape] float32, or [N, K, D] where places are given.
+            [N, *shape] float32, or [N, K, D] for K positions.
         """
         if self.scalar == "int8":
             scales = rows[:, : 2 * self.num_tokens].contiguous().view(torch.float16).unsqueeze(-1)
             levels = self._by_token(rows[:, 2 * self.num_tokens :].view(torch.int8))
             # int8 times float32 in one operation is half as fast on a CPU.
-            values = _at(levels, places).float().mul_(_at(scales, places).float())
+            values = _at(levels, positions).float().mul_(_at(scales, positions).float())
         else:
-            values = _at(self._by_token(rows.contiguous().view(_DTYPES[self.scalar])), places).float()
+            values = _at(self._by_token(rows.contiguous().view(_DTYPES[self.scalar])), positions).float()
         kept = values.shape[1]
         if self.basis is not None and self.mean is not None:
             values = torch.addmm(self.mean, values.flatten(0, 1), self.basis)
-        return values.reshape(len(rows), *(self.shape if places is None else (kept, self.shape[-1])))
+        return values.reshape(len(rows), *(self.shape if positions is None else (kept, self.shape[-1])))
 
     def _ordered(self, values: Tensor) -> Tensor:
-        """[N, tokens, width] to [N, tokens * width] as it lies in a row."""
+        """[N, tokens, width] to [N, tokens * width] in the order of a stored row."""
         return (values.transpose(1, 2) if self.by_channel else values).flatten(1)
 
     def _by_token(self, values: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class FeatureCodec(nn.Module):
         return values.unflatten(1, (self.num_tokens, self.width))
 
     def fidelity(self, features: Tensor, rows: np.ndarray) -> dict[str, float]:
-        """How well `rows` keep `features` [N, *shape]: see :func:`fidelity`."""
+        """Fidelity of the encoded `rows` to `features` [N, *shape], see :func:`fidelity`."""
         kept = self.decode(torch.from_numpy(rows).to(features.device))
         return fidelity(features, kept)
 
@@ -217,11 +217,11 @@ class FeatureCodec(nn.Module):
 
 
 def fidelity(features: Tensor, kept: Tensor) -> dict[str, float]:
-    """Likeness of two sets of tokens [..., D].
+    """Similarity of decoded tokens to the original ones, both [..., D].
 
     Returns:
         ``cosine``: mean over the tokens that are not all zero; ``cosine_p1``: its 1st percentile; ``relative_error``:
-        norm of the difference over that of the features, zero tokens included.
+        norm of the difference relative to that of the features, zero tokens included.
     """
     features, kept = features.float().flatten(0, -2), kept.flatten(0, -2)
     directed = features.norm(dim=-1) > 0  # the zero vector has no direction to keep
@@ -236,17 +236,17 @@ def fidelity(features: Tensor, kept: Tensor) -> dict[str, float]:
 
 
 def fit_projection(codec: Codec, patches: Tensor) -> Projection | None:
-    """Principal components of patches, by the eigenvectors of their covariance in float64.
+    """Principal components of patches, from the eigenvectors of their covariance in float64.
 
-    Where the codec leaves their number open, one half of the images is fitted and the smallest number is kept with which
-    the other half comes back with a mean cosine of `TARGET_COSINE` and a `MARGIN`. None, where that would not make the
-    rows smaller: features after a ReLU are sparse, which zstd makes more of than a projection does.
+    If the codec leaves their number open, one half of the images is fitted, and the smallest number is chosen with which
+    the other half has a mean cosine of `TARGET_COSINE` plus `MARGIN` after decoding. Returns None if that would not make
+    the rows smaller: features after a ReLU are sparse, which zstd exploits better than a projection does.
 
     Args:
         patches: [N, h, w, D] float32 of a sample of images.
 
     Raises:
-        UserError: for more components than channels.
+        UserError: if the codec asks for more components than there are channels.
     """
     if codec.components is not None:
         if codec.components > patches.shape[-1]:
@@ -287,12 +287,12 @@ def _principal(patches: Tensor, components: int) -> Projection:
     return Projection(mean.float(), vectors.T.float().contiguous())
 
 
-def _at(values: Tensor, places: Tensor | None) -> Tensor:
-    return values if places is None else values.index_select(1, places)
+def _at(values: Tensor, positions: Tensor | None) -> Tensor:
+    return values if positions is None else values.index_select(1, positions)
 
 
 def _half_rounded_up(values: Tensor) -> Tensor:
-    """The least float16 that is not below each value >= 0, so that no quotient by it leaves the range."""
+    """The smallest float16 not below each value >= 0, so that no quotient by it leaves the int8 range."""
     nearest = values.half()
     following = (nearest.view(torch.int16) + 1).view(torch.float16)  # nextafter has no float16 on CUDA
     return torch.where(nearest.float() < values, following, nearest)

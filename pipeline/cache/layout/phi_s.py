@@ -1,9 +1,9 @@
-"""PHI-S (Ranzinger et al. 2024, arXiv 2410.01680): the one rotation and scale that give every channel unit variance.
+"""PHI-S (Ranzinger et al. 2024, arXiv 2410.01680): a rotation and one scale that give every channel unit variance.
 
 Unlike a division by each channel's own standard deviation, it keeps the shape of the distribution: y = R (x - mean) /
-scale with R orthogonal. R takes the features to their principal axes, then spreads the variance evenly over all
-channels by a Hadamard matrix, every entry of which has the same magnitude. Where no Hadamard matrix of that size is
-constructed here, plane rotations level the variances one channel at a time [ours]; the result has the same property.
+scale with R orthogonal. R rotates the features to their principal axes, then spreads the variance evenly over all
+channels with a Hadamard matrix, whose entries all have the same magnitude. For sizes without a Hadamard matrix here, plane
+rotations equalise the variances one channel at a time [ours]; the result has the same property.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PhiS:
     Attributes:
         mean: [D] float64.
         rotation: [D, D] float64, orthogonal.
-        scale: root of the mean variance of a channel.
+        scale: square root of the mean variance over the channels.
     """
 
     mean: np.ndarray
@@ -37,12 +37,12 @@ class PhiS:
         variances = variances.clip(min=0)
         size = len(variances)
         spread = hadamard(size)
-        rotation = (spread / np.sqrt(size) if spread is not None else _levelling(variances)) @ axes.T
+        rotation = (spread / np.sqrt(size) if spread is not None else _equalising_rotation(variances)) @ axes.T
         return cls(moments.mean, rotation, float(np.sqrt(variances.mean())))
 
 
 def dump_phi_s(parts: dict[str, PhiS]) -> bytes:
-    """By token type, as the bytes of an .npz file; the rotation as float32."""
+    """PHI-S by token type as the bytes of an .npz file, with the rotation as float32."""
     arrays: dict[str, object] = {}
     for kind, part in parts.items():
         rotation = part.rotation.astype(np.float32)
@@ -60,10 +60,10 @@ def load_phi_s(data: bytes) -> dict[str, PhiS]:
 
 
 def hadamard(size: int) -> np.ndarray | None:
-    """A Hadamard matrix (entries ±1, orthogonal rows) of this size, or None where the constructions used here give none.
+    """A Hadamard matrix (entries ±1, orthogonal rows) of this size, or None if the constructions used here give none.
 
     Sylvester's doubling of 1, 2, or a matrix of Paley's first kind (Paley 1933): of size q + 1, q a prime of form 4n + 3.
-    That covers 192, 256, 320, 384, 512, 768, 1024, 1280, 1408 and 1536.
+    They cover 192, 256, 320, 384, 512, 768, 1024, 1280, 1408 and 1536.
     """
     if size <= 2:
         return np.array([[1, 1], [1, -1]])[:size, :size]
@@ -85,7 +85,7 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
-def _levelling(variances: np.ndarray) -> np.ndarray:
+def _equalising_rotation(variances: np.ndarray) -> np.ndarray:
     """An orthogonal Q with every diagonal entry of Q diag(variances) Q^T equal to their mean."""
     size, level = len(variances), variances.mean()
     matrix, rotation = np.diag(variances), np.eye(size)

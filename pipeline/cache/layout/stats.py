@@ -1,10 +1,10 @@
-"""Mean and covariance of features: summed up in float64 batch by batch of a shard, and merged over the shards.
+"""Mean and covariance of features: accumulated in float64 over the batches of a shard, and merged over shards.
 
 The merge is the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
-Sample Variances" (1979), section 2, with the outer product in place of the square. The sums are of data that are shifted by
-about their mean: the same authors' "Algorithms for Computing the Sample Variance" (1983).
+Sample Variances" (1979), section 2, with the outer product in place of the square. The data are first shifted by about
+their mean, see the same authors' "Algorithms for Computing the Sample Variance" (1983).
 
-torch is imported where features are summed up alone: indexing a source, which runs on every CPU of a cluster, needs none.
+torch is imported only to accumulate features: indexing a source, which runs on every CPU of a cluster, does without.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 2**14
-"""Vectors that are taken to float64 at once: of a batch of a large teacher's tokens that would be gigabytes."""
+"""Vectors converted to float64 at a time; a whole batch of a large teacher's tokens would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +60,26 @@ class Moments:
 
 
 class MomentSums:
-    """Moments in the making. They stay on the device of the features, where adding a batch waits for nothing."""
+    """Accumulates moments on the device of the features, without synchronising it."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.waiting: list[Tensor] = []
+        self.pending: list[Tensor] = []
         self.sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, features: Tensor) -> None:
         """Add vectors [..., D], on the device of the first ones."""
         flat = features.reshape(-1, features.shape[-1])
-        self.waiting.append(flat)
+        self.pending.append(flat)
         self.count += len(flat)
-        # Taking a product to the sum costs as much as some D vectors do: a batch of summaries has far fewer.
-        if sum(map(len, self.waiting)) >= 4 * flat.shape[1]:
+        # Adding a product to the sum costs as much as some D vectors do, and a batch of summaries has far fewer.
+        if sum(map(len, self.pending)) >= 4 * flat.shape[1]:
             self._sum_up()
-        else:  # what waits must not hold the tensor that it is a part of, nor memory that another stream gave
-            self.waiting[-1] = flat.clone()
+        else:  # a view would keep the whole tensor alive, and memory that belongs to another stream
+            self.pending[-1] = flat.clone()
 
     def moments(self) -> Moments:
-        """Those of all vectors that were added."""
+        """Moments of all vectors added so far."""
         origin, total, scatter = self._sum_up()
         shift = total / self.count
         scatter = scatter.addr(shift, shift, alpha=-self.count)
@@ -90,10 +90,10 @@ class MomentSums:
         import torch
 
         if self.sums is None:
-            origin = torch.cat(self.waiting).mean(dim=0, dtype=torch.float64)
+            origin = torch.cat(self.pending).mean(dim=0, dtype=torch.float64)
             self.sums = origin, torch.zeros_like(origin), torch.zeros_like(origin.outer(origin))
         origin, total, scatter = self.sums
-        for part in torch.cat(self.waiting).split(PIECE) if self.waiting else ():
+        for part in torch.cat(self.pending).split(PIECE) if self.pending else ():
             deviations = part - origin  # in float64, as the mean is
             total += deviations.sum(dim=0)
             if deviations.is_cuda:
@@ -101,14 +101,14 @@ class MomentSums:
             else:  # numpy sees that the product is symmetric and computes half of it; torch does not
                 rows, sums = deviations.numpy(), scatter.numpy()
                 sums += rows.T @ rows
-        self.waiting.clear()
+        self.pending.clear()
         return self.sums
 
 
 def merge_all(parts: Iterable[Mapping[str, Moments]]) -> Mapping[str, Moments]:
-    """Moments by token type of all parts together; the given order decides the last bit, so callers give shards in order.
+    """Moments of all parts together, by token type. Rounding depends on the order, so callers pass shards in order.
 
-    One part is held at a time: a shard's of a large teacher take 13 MB, and there are thousands of shards.
+    Holds one part at a time: the moments of a large teacher take 13 MB per shard, and there are thousands of shards.
     """
     return reduce(lambda merged, part: {kind: merged[kind].merge(part[kind]) for kind in merged}, parts)
 
@@ -116,7 +116,7 @@ def merge_all(parts: Iterable[Mapping[str, Moments]]) -> Mapping[str, Moments]:
 def dump_moments(moments: Mapping[str, Moments]) -> bytes:
     """Moments by token type (``summary``, ``patches``) as the bytes of an .npz file.
 
-    Of the scatter matrix, which is symmetric, the upper triangle is kept.
+    Only the upper triangle of the symmetric scatter matrix is stored.
     """
     arrays: dict[str, object] = {}
     for kind, part in moments.items():
@@ -129,7 +129,7 @@ def load_moments(data: bytes) -> dict[str, Moments]:
     """The inverse of :func:`dump_moments`.
 
     Raises:
-        ValueError: where the file holds none.
+        ValueError: if there are none.
     """
     arrays = load_arrays(data)
     if not arrays:
@@ -148,5 +148,5 @@ def _symmetric(triangle: np.ndarray) -> np.ndarray:
 
 
 def _upper(size: int) -> np.ndarray:
-    """Where the upper triangle of a matrix is; as a mask, which takes a seventh of the time of indices."""
+    """Mask of the upper triangle of a matrix; it takes a seventh of the time of indices."""
     return np.triu(np.ones((size, size), dtype=bool))

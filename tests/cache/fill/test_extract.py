@@ -69,7 +69,7 @@ def test_a_gpu_of_too_little_memory_is_said_in_a_line_with_the_remedy(filled, mo
 def test_features_that_are_not_finite_stop_the_shard_and_name_the_teacher(tmp_path, photo_config):
     config = photo_config("teachers=[{model: 'tests.fakes:colours', args: {poison: 1}}]")
     plan = plan_cache(config, Store.at(tmp_path / "cache"))
-    with pytest.raises(AssertionError, match="teacher colours8 gave summary features that are not finite"):
+    with pytest.raises(AssertionError, match="teacher colours8 computed summary features that are not finite"):
         fill_in_process(plan)
     assert not plan.split("train").dataset.teacher(plan.teachers[0].id).records()
 

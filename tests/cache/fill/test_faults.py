@@ -25,19 +25,31 @@ COLOURS = "{model: 'tests.fakes:colours', args: {dim: 16}}"  # enough channels f
 
 
 @pytest.fixture
-def plan(tmp_path):
+def crops():
+    """Crops of an image; 0: the whole image."""
+    return 0
+
+
+@pytest.fixture
+def plan(tmp_path, crops):
     """Two shards of ten photos and one teacher, nothing computed."""
     write_photos(tmp_path / "photos", PHOTOS)
-    data = [f"data.train={tmp_path}/photos", f"work={tmp_path}/work", "cache.shard_size=10", f"teachers=[{COLOURS}]"]
+    data = [
+        f"data.train={tmp_path}/photos",
+        f"work={tmp_path}/work",
+        "cache.shard_size=10",
+        f"views.crops={crops}",
+        f"teachers=[{COLOURS}]",
+    ]
     return plan_cache(load_config(DistillJobConfig, None, data), Store.at(tmp_path / "cache"))
 
 
 @pytest.fixture
-def undisturbed(tmp_path, plan):
+def undisturbed(tmp_path, plan, crops):
     """Content of the cache that one process makes, which is then removed."""
     fill_in_process(plan)
     expected = content(tmp_path / "cache")
-    assert len(expected) == 4
+    assert len(expected) == (6 if crops else 4)
     shutil.rmtree(tmp_path / "cache")
     return expected
 
@@ -60,6 +72,7 @@ def _keys_read(plan):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("crops", [0, 2])
 def test_killed_at_every_single_write_the_next_start_does_the_rest(tmp_path, plan, undisturbed):
     step = 2  # before its first file has its name; every second step is such a moment
     while _ended(_start(plan, step)) == KILLED:

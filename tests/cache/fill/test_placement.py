@@ -45,7 +45,7 @@ def test_the_smallest_node_decides_and_one_without_cpus_does_not_count(monkeypat
     def room(gpus, *nodes):
         monkeypatch.setattr(ray_pipeline, "gpus", lambda: gpus)
         monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
-        return ray_pipeline._room()
+        return ray_pipeline._node_cpus()
 
     monkeypatch.setattr(ray_pipeline, "is_cluster", lambda: True)
     head, large, small = {"memory": 1.0}, {"CPU": 16.0}, {"CPU": 4.0}
@@ -75,7 +75,7 @@ def test_what_keeps_a_gpu_waiting_is_named_with_its_remedy():
     line = starved(stages, seconds=100, gpus=2)
     assert line == (
         "the GPUs were busy 50% of the extraction; decoding and resizing takes 62% of the actors' time: "
-        "more CPUs a GPU, or smaller images"
+        "more CPUs per GPU, or smaller images"
     )
     assert "a faster store" in starved({**stages, "write": 900.0}, 100, 2)
 

@@ -29,7 +29,7 @@ def test_sums_over_batches_are_the_moments_of_all_vectors_also_where_the_first_b
 def test_vectors_that_wait_do_not_hold_the_tensor_that_they_are_a_part_of():
     sums, tokens = MomentSums(), torch.randn(2, 257, 384)
     sums.add(tokens[:, 0])
-    (waiting,) = sums.waiting
+    (waiting,) = sums.pending
     assert waiting.untyped_storage().nbytes() == 2 * 384 * 4
     assert sums.moments().count == 2
 
