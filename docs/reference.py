@@ -60,8 +60,9 @@ def _fields() -> Iterator[str]:
     yield from (
         "## Fields",
         "",
-        "Keys of a recipe, and overrides on the command line: `train.epochs=5`. A recipe may serve several jobs; each reads its",
-        "own fields. Fields with ° change no computed number: an unfinished run resumes if they have changed.",
+        "Keys of a recipe, and overrides on the command line: `train.epochs=5`. A recipe may serve several jobs: each reads its",
+        "own fields, and the others are checked and ignored; an override that the job does not read is logged as a warning.",
+        "Fields with ° change no computed number: an unfinished run resumes even if they have changed.",
         "",
     )
     roots = [variant for root in all_roots() for variant in root.variants()]

@@ -101,7 +101,8 @@ def test_another_configuration_is_another_run(configure, change):
 def test_another_job_is_another_run_and_another_place_is_the_same(configure):
     open_run(configure(), "distill").save()
     assert not open_run(configure(), "precompute").resumed
-    assert open_run(configure("tracking.experiment=x"), "distill").resumed
+    for change in ("tracking.experiment=x", "train.workers=2", "train.keep_checkpoints=9", "train.lr=1e-3"):
+        assert open_run(configure(change), "distill").resumed
 
 
 def test_run_json_is_replaced_as_a_whole(configure, monkeypatch):
