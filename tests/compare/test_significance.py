@@ -61,8 +61,8 @@ def test_groups_with_other_seeds_are_compared_by_welch():
 def test_the_reason_is_given_if_no_test_is_possible():
     one = groups(regla_t={0: 20.0, 1: 22.0}, regla_s={0: 20.5})
     assert statement(difference("knn", one, 0, 1), one, KNN) == (
-        "regla_t (21.0 %) is 0.5 points above regla_s (20.5 %). Whether this is more than chance cannot be told: 2 and 1 "
-        "seeds, two of each are needed."
+        "regla_t (21.0 %) is 0.5 points above regla_s (20.5 %). Significance unknown: 2 and 1 seeds, "
+        "at least two of each are needed."
     )
     flat = groups(regla_t={0: 20.0, 1: 22.0}, regla_s={0: 21.0, 1: 23.0})
     found = difference("knn", flat, 0, 1)
