@@ -36,7 +36,7 @@ ROOTS: dict[str, type[JobConfig]] = {
 
 
 def start(arguments: Sequence[str]) -> None:
-    """Run the evaluation that the command line names first."""
+    """Run the evaluation named first on the command line."""
     name, *others = arguments or [""]
     listed: Sequence[type[JobConfig]] = ()
     if name in ("-h", "--help"):
@@ -95,12 +95,12 @@ def seg_probe(config: EvaluateJobConfig, dry_run: bool) -> dict[str, Any]:
 
 
 def evaluate(config: EvaluateJobConfig, dry_run: bool, name: str, plan: FrozenPlan, measure: Measure) -> dict[str, Any]:
-    """Compute the features that are missing, measure, and log; an interrupted job goes on where it stopped."""
+    """Compute the missing features, measure and log; an interrupted job resumes where it stopped."""
     encoder, student = plan.encoder, config.evaluate.student
     spec, count = encoder.spec, plan.train.count + plan.val.count
     print(
         f"{name} of {student} at {spec.input_size[0]} px on {plan.val.location}: features of "
-        f"{spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim} {encoder.codec} an image, {size(count * encoder.row_bytes())} in the "
+        f"{spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim} {encoder.codec} per image, {size(count * encoder.row_bytes())} in the "
         "cache, computed once and without augmentation",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Confusion matrix of a segmentation, and the scores that follow from it."""
+"""Confusion matrix and scores of a segmentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Pixels by true class (row) and predicted class (column): [K, K] int64.
 
     Args:
-        predicted, labels: any equal shape, int64; pixels with a negative label are left out.
+        predicted, labels: int64 of the same shape; pixels with a negative label are ignored.
         classes: K.
     """
     known = labels >= 0
@@ -25,9 +25,9 @@ class SegmentationScores:
 
     Attributes:
         miou: mean intersection over union of the classes that occur in the labels or the predictions.
-        macc: mean share of a class's pixels that are found, over the classes that occur in the labels.
-        aacc: share of all pixels that are right.
-        iou: of every class [K]; NaN where it occurs in neither.
+        macc: mean recall of the classes that occur in the labels.
+        aacc: share of correct pixels.
+        iou: of every class [K]; NaN for a class in neither.
     """
 
     miou: float

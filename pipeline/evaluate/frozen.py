@@ -1,7 +1,7 @@
-"""A frozen backbone in the place of a teacher: the cache then computes, keeps and checks its features.
+"""A frozen backbone as a teacher, so that the cache computes, keeps and checks its features.
 
-So they are computed once for all evaluations of one backbone at one input size, on every node and GPU of the Ray
-session, and what an interrupted job had computed stays. Features are float32 vectors, or float16 maps.
+They are computed once for all evaluations of a backbone at an input size, on all nodes and GPUs of the Ray session, and
+survive an interruption. Features are float32 vectors or float16 maps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from teachers.base import Teacher, TeacherError, TeacherOptions, TeacherOutput, 
 
 
 class FrozenTeacher(Teacher):
-    """The vector of an image as a grid of one patch, or its map.
+    """A backbone whose patches are the image vector, as a 1x1 grid, or its feature map.
 
     Args:
         options: ``args`` are those of :func:`~pipeline.student.loading.load_student`, and ``grid``: None for vectors, 0 for
@@ -60,7 +60,7 @@ class FrozenTeacher(Teacher):
         )
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Move to the device, in the memory format of training: rounded alike, the student votes as it did there."""
+        """Move to the device, in the memory format of training, so that rounding is the same as there."""
         self.device, self.dtype = torch.device(device), dtype
         self.encoder.to(self.device, dtype).to(memory_format=torch.channels_last)
 
@@ -72,9 +72,7 @@ class FrozenTeacher(Teacher):
         if self.grid is None:
             return self.encoder(images)[:, None, None]
         if not isinstance(self.encoder, Encoder):
-            raise TeacherError(
-                "this model in MLflow gives one vector an image and no maps: name the exported student folder"
-            )
+            raise TeacherError("this model gives one vector per image and no maps: name the exported student folder")
         maps = self.encoder.maps(images, map_levels(self.encoder.strides))
         side = (self.grid, self.grid) if self.grid else maps[0].shape[2:]
         sized = [F.interpolate(part, size=side, mode="bilinear", antialias=True) for part in maps]
@@ -82,13 +80,13 @@ class FrozenTeacher(Teacher):
 
 
 def map_levels(strides: Sequence[int]) -> list[int]:
-    """Levels of a pyramid whose maps are put side by side: the deepest of at most stride 16, and the last."""
+    """Pyramid levels whose maps are concatenated: the deepest of stride 16 or less, and the last."""
     last = len(strides) - 1
     return sorted({max((level for level, stride in enumerate(strides) if stride <= 16), default=last), last})
 
 
 def _normalisation(encoder: nn.Module) -> dict[str, list[float]]:
-    """What decides the numbers beside the weights that the digest covers."""
+    """Mean and standard deviation, which the digest of the weights does not cover."""
     if not isinstance(encoder, Encoder):
         return {}
     return {"mean": encoder.mean.flatten().tolist(), "std": encoder.std.flatten().tolist()}
@@ -108,7 +106,7 @@ def cached_encoder(
         student: as in :func:`~pipeline.student.loading.load_student`; a folder that all nodes see.
 
     Raises:
-        TeacherError: where it cannot be loaded, or does not take images of this size.
+        TeacherError: if it cannot be loaded, or does not accept images of this size.
     """
     settings = {"student": student, "args": args, "grid": grid}
     config = TeacherConfig(

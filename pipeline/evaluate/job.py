@@ -1,4 +1,4 @@
-"""Evaluations of a frozen backbone under an MLflow run: its features through the cache, then a vote or a linear layer."""
+"""Evaluations of a frozen backbone under an MLflow run: cached features, then kNN or linear classifiers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.evaluate.frozen import cached_encoder
 from pipeline.evaluate.knn import check_splits
 from pipeline.evaluate.knn_search import search_knn
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
-from pipeline.evaluate.segmentation import confusions, pixel_batches, steps_of
+from pipeline.evaluate.segmentation import confusions, count_batches, pixel_batches
 from pipeline.runs.addresses import fetch_student
 from pipeline.runs.folder import work_folder
 from pipeline.sources.label_maps import LabelMaps, open_label_maps
@@ -31,17 +31,17 @@ from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.run import Run
 
 MAPS_AT_ONCE = 16
-"""Most images of a step of the segmentation probe: each brings `PIXELS` samples."""
+"""Largest number of images per step of the segmentation probe; each contributes `PIXELS` samples."""
 
 
 @dataclass(frozen=True)
 class FrozenPlan:
-    """What an evaluation needs; made before anything expensive starts.
+    """The plan of an evaluation, made before anything expensive starts.
 
     Attributes:
-        cache: the plan of the images and features.
+        cache: plan of the images and features.
         encoder: the frozen backbone in the cache.
-        student_run: MLflow run that trained it, where known.
+        student_run: MLflow run that trained it, if known.
     """
 
     cache: CachePlan
@@ -71,7 +71,7 @@ def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPla
         grid: as in :class:`~pipeline.evaluate.frozen.FrozenTeacher`; None: vectors, which need labelled images.
 
     Raises:
-        UserError, TeacherError: where the student, the images or their labels are not as the evaluation needs them.
+        UserError, TeacherError: if the student, the images or their labels do not suit the evaluation.
     """
     settings = config.evaluate
     if not settings.student:
@@ -96,13 +96,13 @@ def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPla
 
 
 def _absolute(student: str) -> str:
-    """Workers have another working folder."""
+    """The absolute path of a folder, as workers have another working directory; other names unchanged."""
     folder = Path(student).expanduser()
     return str(folder.resolve()) if folder.is_dir() else student
 
 
 def compute_features(plan: FrozenPlan, config: EvaluateJobConfig) -> FrozenPlan:
-    """Compute what is missing of the features, on every node and GPU of the Ray session."""
+    """Compute the missing features on all nodes and GPUs of the Ray session."""
     cache, _ = build_cache(plan.cache, config)
     return replace(plan, cache=cache, encoder=cache.teachers[0])
 
@@ -115,10 +115,7 @@ def knn(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) -> 
 
 
 def linear(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent of the best learning rate, and that rate.
-
-    All features of a split are in memory, 4 N D bytes.
-    """
+    """Top-1 and top-5 accuracy in percent of the best learning rate, and that rate; holds both splits in memory, 4 N D bytes."""
     settings, device = config.evaluate, _device()
     (features, labels), (held_out, expected) = (
         (values[known].to(device), classes[known].to(device))
@@ -144,10 +141,10 @@ class SplitMaps:
 
     @classmethod
     def of(cls, plan: FrozenPlan) -> SplitMaps:
-        """Find and read all of them.
+        """Open and check all label maps.
 
         Raises:
-            UserError: naming the first image without a fitting label map.
+            UserError: naming the first image without a matching label map.
         """
         maps = {s.split: open_label_maps(s.source, s.index["sample_id"].to_pylist()) for s in plan.cache.splits}
         return cls(maps["train"], maps["val"], max(found.check() for found in maps.values()))
@@ -158,14 +155,14 @@ def seg_probe(
 ) -> dict[str, float]:
     """mIoU, mean and overall pixel accuracy in percent of the best learning rate, and that rate.
 
-    Intersection over union of every class goes to MLflow as `iou.json`.
+    Logs the intersection over union of every class as the artifact `iou.json`.
     """
     settings, device = config.evaluate, _device()
     groups = PatchReader(plan.train, plan.encoder)
     images = min(settings.batch_size, MAPS_AT_ONCE)
     heads = make_heads(plan, config, maps.classes).to(device)
     batches = pixel_batches(groups, maps.train, images, config.seed, device)
-    steps, state = steps_of(groups, images), folder / "seg-probe.pt"
+    steps, state = count_batches(groups, images), folder / "seg-probe.pt"
     train_heads(heads, batches, steps, settings.epochs, state, _loss_logger(run, settings.lrs))
     matrices = confusions(heads, PatchReader(plan.val, plan.encoder), maps.val, maps.classes, device)
     scores = [SegmentationScores.of(matrix) for matrix in matrices]
@@ -176,7 +173,7 @@ def seg_probe(
 
 
 def make_heads(plan: FrozenPlan, config: EvaluateJobConfig, classes: int) -> LinearHeads:
-    """Classifiers on the features of a complete plan, standardised by the statistics of the training images."""
+    """Classifiers on the features of a filled cache, standardised by the statistics of the training images."""
     moments = teacher_stats(plan.train, plan.encoder)["patches"]
     mean, std = torch.from_numpy(moments.mean), torch.from_numpy(moments.std)
     return LinearHeads(mean, std, classes, config.evaluate.lrs, config.seed)
@@ -190,7 +187,7 @@ def _loss_logger(run: Run, lrs: Sequence[float]) -> Any:
 
 
 def _best(run: Run, lrs: Sequence[float], found: Mapping[str, list[float]]) -> int:
-    """Number of the learning rate that is best in the first score; all are printed and logged."""
+    """Index of the learning rate with the best first score; prints and logs all scores."""
     for number, lr in enumerate(lrs):
         scores = {name: values[number] for name, values in found.items()}
         print(f"learning rate {lr:<8g}" + "".join(f"{name} {score:7.2f} %  " for name, score in scores.items()))

@@ -23,21 +23,21 @@ from pipeline.sources.locations import SAMPLES
 from pipeline.training.worker import ALONE, Worker
 
 QUERY_CHUNK, BANK_CHUNK = 1024, 65_536
-"""Queries and bank vectors that are compared at once."""
+"""Chunk sizes of queries and bank vectors."""
 
 
 class Neighbours(NamedTuple):
-    """Of M queries, the nearest vectors of a bank: cosines [M, k] in falling order, and their labels [M, k] int64."""
+    """Nearest bank vectors of M queries: cosines [M, k] in descending order, and labels [M, k] int64."""
 
     similarity: Tensor
     labels: Tensor
 
 
 def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Neighbours:
-    """The k bank vectors of largest cosine to every query, or all where there are fewer.
+    """The k bank vectors with the largest cosine to every query, or all if there are fewer.
 
-    Memory beside the arguments and the result: a normalised copy of the bank (4 N D bytes), and the cosines of 1024
-    queries to 65,536 bank vectors, 256 MiB at most.
+    Additional memory: a normalised copy of the bank (4 N D bytes), and at most 256 MiB for the cosines of 1024 queries to
+    65,536 bank vectors.
 
     Args:
         bank: [N, D], with labels [N] int64.
@@ -59,17 +59,16 @@ def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Neigh
 
 
 def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
-    """The k nearest of what was found in several parts of a bank for the same queries."""
+    """The k nearest among the neighbours found in several parts of a bank for the same queries."""
     similarity, labels = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
     best, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
     return Neighbours(best, labels.gather(1, index))
 
 
 def count_correct(near: Neighbours, labels: Tensor, ks: Sequence[int], temperature: float) -> dict[int, int]:
-    """How many of M queries with these labels [M] the first k neighbours classify rightly, for every k.
+    """Number of M queries with labels [M] that the first k neighbours classify correctly, for every k.
 
-    A neighbour votes with weight exp(cosine / temperature), over that of the nearest: of a low temperature the powers are too
-    large for a float32.
+    A neighbour votes with weight exp((cosine - largest cosine) / temperature); the difference avoids overflow in float32.
     """
     weights = ((near.similarity - near.similarity[:, :1]) / temperature).exp()
     classes = int(near.labels.max()) + 1
@@ -82,7 +81,7 @@ def count_correct(near: Neighbours, labels: Tensor, ks: Sequence[int], temperatu
 
 
 def vote(found: Iterable[tuple[Neighbours, Tensor]], ks: Sequence[int], temperature: float) -> dict[int, float]:
-    """Top-1 accuracy in percent for every k, from the neighbours of some queries at a time and the labels [M] of these."""
+    """Top-1 accuracy in percent for every k, from chunks of (neighbours, labels [M])."""
     correct, queries = dict.fromkeys(ks, 0), 0
     for near, labels in found:
         queries += len(labels)
@@ -94,16 +93,16 @@ def vote(found: Iterable[tuple[Neighbours, Tensor]], ks: Sequence[int], temperat
 def knn_accuracies(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int], temperature: float
 ) -> dict[int, float]:
-    """Top-1 accuracy in percent for every k, from one search for the largest of them.
+    """Top-1 accuracy in percent for every k, from one search for the largest k.
 
     Args:
         bank: [N, D], with labels [N] int64.
         queries: [M, D], with labels [M] int64.
 
-    Samples whose label is `NO_LABEL` are left out. Memory: see :func:`nearest`; queries are compared 1024 at a time.
+    Samples with label `NO_LABEL` are left out. Memory: see :func:`nearest`.
 
     Raises:
-        UserError: where no sample of the bank, or no query, has a label.
+        UserError: if no sample of the bank, or no query, has a label.
     """
     bank, bank_labels = labelled(bank, bank_labels)
     queries, query_labels = labelled(queries, query_labels)
@@ -123,7 +122,7 @@ def labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The samples that have a label.
 
     Raises:
-        UserError: where none has.
+        UserError: if none has.
     """
     known = labels != NO_LABEL
     if not known.any():
@@ -132,20 +131,20 @@ def labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_splits(train: Dataset, val: Dataset) -> None:
-    """Refuse two splits of the same place, or whose labels mean different classes.
+    """Refuse splits with the same location or different classes.
 
     Raises:
         UserError: naming the first class that only one of them has.
     """
     if train.location == val.location != SAMPLES:
         raise UserError(
-            f"data.val ({val.location}) are the images of data.train: how a student does on those says nothing; take others, "
-            "or none (data.val=none)"
+            f"data.val ({val.location}) are the images of data.train, on which an evaluation is meaningless; name others, or "
+            "none (data.val=none)"
         )
     if train.classes and val.classes and (odd := odd_class(train.classes, val.classes)) is not None:
         raise UserError(
             f"data.train ({train.location}) and data.val ({val.location}) differ in their classes: {odd}; "
-            "take splits of one set; distillation does without held-out images too (data.val=none)"
+            "use splits of one data set; distillation also works without held-out images (data.val=none)"
         )
 
 
@@ -158,12 +157,12 @@ def embed(
     limit: int | None = None,
     worker: Worker = ALONE,
 ) -> tuple[list[Tensor], Tensor]:
-    """Vectors [N, C] float32 of each encoder, and labels [N] of a dataset, from one pass over its images.
+    """Vectors [N, C] float32 of each encoder and labels [N], from one pass over the images of a dataset.
 
     Args:
         encoders: [B, 3, H, W] float32 RGB in [0, 1] -> [B, C]; in evaluation mode, on one device.
-        limit: about how many images, evenly spaced; None: all.
-        worker: with whose other ranks the images are shared; each gets the vectors of all.
+        limit: approximate number of images, evenly spaced; None: all.
+        worker: the images are divided among its ranks, and every rank gets all vectors.
     """
     device = next(iter(encoders[0].state_dict().values())).device
     found = []
@@ -182,7 +181,7 @@ def student_knn(
     config: KnnConfig,
     worker: Worker = ALONE,
 ) -> list[float]:
-    """kNN accuracy in percent of each encoder on held-out images, with (a subset of) the training images as the bank."""
+    """kNN accuracy in percent of each encoder on held-out images; `config.bank` training images are the bank."""
     banks, known = embed(encoders, train, image_size, config.batch_size, config.bank, worker)
     queries, labels = embed(encoders, val, image_size, config.batch_size, worker=worker)
     pairs = zip(banks, queries, strict=True)
@@ -190,7 +189,7 @@ def student_knn(
 
 
 def teacher_knn(teacher: CachedTeacher, train: Dataset, val: Dataset, config: KnnConfig) -> float:
-    """kNN accuracy in percent of a teacher, from its cached features: no teacher runs."""
+    """kNN accuracy in percent of a teacher, from its cached features."""
     bank = read_summaries(train, teacher, config.bank)
     queries = read_summaries(val, teacher)
     return knn_accuracy(*bank, *queries, config.k, config.temperature)

@@ -1,7 +1,7 @@
-"""kNN over a bank of any size: Ray actors hold parts of it, and every query goes to all of them.
+"""kNN over a bank of any size: each Ray actor holds a part of it and receives all queries.
 
-An actor holds 4 N D bytes of features and as many of a normalised copy, both divided by the number of actors, and
-256 MiB at most while it compares (:func:`~pipeline.evaluate.knn.nearest`). The job holds the queries, 4 M D bytes.
+Of A actors each holds 4 N D / A bytes of features, the same for a normalised copy, and at most 256 MiB while it compares
+(:func:`~pipeline.evaluate.knn.nearest`). The job holds the queries, 4 M D bytes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pipeline.runtime.prefetch import map_ahead
 from pipeline.runtime.ray_session import worker_slots
 
 BLOCK = 8192
-"""Queries that travel at once."""
+"""Queries per call of an actor."""
 
 
 class Placement(NamedTuple):
-    """Actors, and the CPUs and GPUs of each; no actors: this process."""
+    """Number of actors, and CPUs and GPUs of each; 0 actors: in this process."""
 
     actors: int
     cpus: int = 1
@@ -36,9 +36,9 @@ class BankPart:
     """Some shards of a bank in memory.
 
     Args:
-        dataset, teacher: whose vectors they are.
+        dataset, teacher: of the vectors.
         shards: their numbers.
-        device: that compares.
+        device: for comparing.
     """
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher, shards: Sequence[int], device: str = "cpu") -> None:
@@ -47,7 +47,7 @@ class BankPart:
         self.features, self.labels, self.device = features[known].to(device), labels[known].to(device), device
 
     def search(self, queries: Tensor, k: int) -> Neighbours:
-        """The k nearest of this part, or as many as it has, on the CPU, for queries [M, D]."""
+        """The k nearest vectors of this part, or all if it has fewer, for queries [M, D]; on the CPU."""
         near = nearest(self.features, self.labels, queries.to(self.device), k)
         return Neighbours(near.similarity.cpu(), near.labels.cpu())
 
@@ -60,18 +60,18 @@ def search_knn(
     temperature: float,
     placement: Placement | None = None,
 ) -> dict[int, float]:
-    """Top-1 accuracy in percent for every k of the vectors of `val`, with all of `train` as the bank.
+    """Top-1 accuracy in percent on `val` for every k, with all of `train` as the bank.
 
     Args:
-        placement: None: one actor per GPU of the Ray session, or per eight CPUs; this process where that is one
+        placement: None: one actor per GPU of the Ray session, or per eight CPUs; in this process if that makes one actor
             without a GPU.
 
     Raises:
-        UserError: where no image of `val` has a label.
+        UserError: if no image of `val` has a label.
     """
     queries, labels = labelled(*read_summaries(val, teacher))
     search = _searching(train, teacher, max(ks), placement or _placement(train.shards))
-    with ThreadPoolExecutor(1) as pool:  # the next block is searched while this one votes
+    with ThreadPoolExecutor(1) as pool:  # searches the next block during the vote
         found = map_ahead(pool, search, queries.split(BLOCK), ahead=1)
         return vote(zip(found, labels.split(BLOCK), strict=True), ks, temperature)
 

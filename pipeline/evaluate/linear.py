@@ -1,10 +1,10 @@
-"""Linear classifiers on frozen features, one per learning rate, trained side by side in one pass.
+"""Linear classifiers on frozen features, one per learning rate, trained together.
 
-As the linear evaluation of DINOv2 (Oquab et al. 2023, appendix B.3; its `eval/linear.py`): SGD with momentum 0.9, no
-weight decay, a cosine to zero, weights drawn from N(0, 0.01); the best learning rate on the held-out images is
-reported, beside all others. Features are standardised first, as the BatchNorm without affine parameters of MAE's linear
-probe does (He et al. 2022, appendix A.1), here by the statistics of the whole training set. Images are not augmented,
-so that features are computed once. Imports neither Ray nor MLflow.
+As in the linear evaluation of DINOv2 (Oquab et al. 2023, appendix B.3; its `eval/linear.py`): SGD with momentum 0.9, no
+weight decay, cosine decay to zero, weights from N(0, 0.01), and the best learning rate on the held-out images. Features are
+standardised first, like MAE's linear probe with a BatchNorm without affine parameters (He et al. 2022, appendix A.1), but
+with the statistics of the whole training set. Images are not augmented, so that features are computed once. Imports
+neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pipeline.runtime.progress import Progress
 from pipeline.storage.atomic import atomic_write
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
-"""Of an epoch, by its number: features [B, D] float32 and labels [B] int64."""
+"""From the number of an epoch to its batches: features [B, D] float32 and labels [B] int64."""
 
 CHUNK = 1024
-"""Images whose logits are alive at once in evaluation."""
+"""Images per forward in evaluation."""
 
 
 class LinearHeads(nn.Module):
@@ -70,14 +70,14 @@ def train_heads(
     state_file: Path,
     on_epoch: Callable[[int, list[float]], None],
 ) -> None:
-    """Train all classifiers, from the last epoch that `state_file` holds if it is there.
+    """Train all classifiers, from the last epoch in `state_file` if that exists.
 
     Args:
-        steps: batches of an epoch.
+        steps: batches per epoch.
         on_epoch: called after every epoch with its number, from 1, and the mean loss of every classifier.
     """
-    # A learning rate of 1 with each loss weighted by its own is the same as one optimiser each: without weight decay,
-    # momentum SGD is linear in the gradient, and no classifier sees another's.
+    # One optimiser with learning rate 1 and losses weighted by their rates equals one optimiser per classifier: without
+    # weight decay, momentum SGD is linear in the gradient.
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     schedule = CosineAnnealingLR(optimizer, epochs * steps)
     first = _restore(state_file, heads, optimizer, schedule)
@@ -115,7 +115,7 @@ def _save(
 
 
 def shuffled(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> Batches:
-    """Batches of features [N, D] in memory, in an order that is a function of seed and epoch; the last one may be smaller."""
+    """Batches of features [N, D], in an order determined by seed and epoch; the last one may be smaller."""
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed + 1_000_003 * epoch))

@@ -1,8 +1,8 @@
-"""Linear segmentation: a 1x1 convolution on frozen maps, as the linear evaluation of DINOv2 (section 7.4) without augmentation.
+"""Linear segmentation: a 1x1 convolution on frozen maps, as in DINOv2's linear evaluation (section 7.4), without augmentation.
 
-The whole image is brought to the encoder's square input. A 1x1 convolution and bilinear interpolation commute, so that
-training takes the loss at full resolution on `PIXELS` random labelled pixels an image, at the cost of those alone.
-Held-out logits are interpolated to the size of each label map. Imports neither Ray nor MLflow.
+The whole image is resized to the encoder's square input. As a 1x1 convolution and bilinear interpolation commute, training
+computes the loss at full resolution on `PIXELS` random labelled pixels per image only. Held-out logits are interpolated to
+the size of each label map. Imports neither Ray nor MLflow.
 
 Memory: two row groups of 64 maps, 2 * 64 * 4 h w D bytes, and the logits of one image at the size of its label map.
 """
@@ -25,16 +25,16 @@ from pipeline.runtime.progress import Progress
 from pipeline.sources.label_maps import LabelMaps
 
 PIXELS = 1024
-"""Pixels of an image that one step of training sees."""
+"""Sampled pixels per image and training step."""
 
 THREADS = 4
-"""Label maps that are read at once."""
+"""Threads that read label maps."""
 
 
 def pixel_batches(groups: PatchReader, maps: LabelMaps, batch_size: int, seed: int, device: str) -> Batches:
-    """Features [P, D] of random labelled pixels and their classes [P], from `batch_size` images of a row group at a time.
+    """Features [P, D] and classes [P] of random labelled pixels, from up to `batch_size` images of a row group per batch.
 
-    Which pixels, and the order of row groups and images, are a function of seed and epoch.
+    Seed and epoch determine the pixels and the order of row groups and images.
     """
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -51,31 +51,31 @@ def pixel_batches(groups: PatchReader, maps: LabelMaps, batch_size: int, seed: i
     return batches
 
 
-def steps_of(groups: PatchReader, batch_size: int) -> int:
+def count_batches(groups: PatchReader, batch_size: int) -> int:
     """Batches of an epoch of :func:`pixel_batches`."""
     return sum(-(-rows // batch_size) for rows in groups.sizes)
 
 
 def _choose(rng: np.random.Generator, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places of random labelled pixels as x, y in [-1, 1], float32 [P, 2], and their classes [P]; P is 0 where none is."""
+    """Coordinates (x, y) in [-1, 1] of random labelled pixels, float32 [P, 2], and classes [P]; P is 0 without labels."""
     known = np.flatnonzero(labels >= 0)
     pixels = rng.choice(known, PIXELS) if len(known) else known
     height, width = labels.shape
     y, x = np.divmod(pixels, width)
-    places = np.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], axis=1)
-    return places.astype(np.float32), labels.ravel()[pixels]
+    points = np.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], axis=1)
+    return points.astype(np.float32), labels.ravel()[pixels]
 
 
 def _at_pixels(features: Tensor, chosen: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
-    """Maps [B, D, h, w], interpolated at the chosen places of every image, and the classes there."""
+    """Maps [B, D, h, w] interpolated at the chosen coordinates of every image, and the classes there."""
     parts = [
         F.grid_sample(
             image[None],
-            torch.from_numpy(places)[None, None].to(image.device),
+            torch.from_numpy(points)[None, None].to(image.device),
             padding_mode="border",
             align_corners=False,
         )[0, :, 0].T
-        for image, (places, _) in zip(features, chosen, strict=True)
+        for image, (points, _) in zip(features, chosen, strict=True)
     ]
     labels = np.concatenate([classes for _, classes in chosen])
     return torch.cat(parts), torch.from_numpy(labels).to(features.device)

@@ -165,7 +165,7 @@ def test_workers_get_a_folder_that_all_nodes_see_and_no_address(
     photo_config, remote_student, student_folder, tmp_path, monkeypatch
 ):
     overrides, forbidden = remote_student
-    plan = plan_frozen(photo_config(*overrides))
+    plan = plan_frozen(photo_config(*overrides, root=EvaluateJobConfig))
     sent = pickle.dumps(plan.encoder)
     assert not [word for word in forbidden if word.encode() in sent]
     assert tmp_path / "work" in Path(plan.encoder.config.args["student"]).parents
@@ -174,7 +174,10 @@ def test_workers_get_a_folder_that_all_nodes_see_and_no_address(
     config = plan.encoder.config
     teacher = FrozenTeacher(TeacherOptions("", config.weights, config.input_size, None, config.args))
     assert teacher.spec == plan.encoder.spec
-    assert teacher.spec.weights == plan_frozen(photo_config(f"evaluate.student={student_folder}")).encoder.spec.weights
+    assert (
+        teacher.spec.weights
+        == plan_frozen(photo_config(f"evaluate.student={student_folder}", root=EvaluateJobConfig)).encoder.spec.weights
+    )
 
 
 def test_images_without_labels_are_refused_before_anything_is_computed(photo_config, tmp_path):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from pipeline.evaluate.confusion import SegmentationScores
 from pipeline.evaluate.linear import LinearHeads, train_heads
-from pipeline.evaluate.segmentation import _at_pixels, confusions, pixel_batches, steps_of
+from pipeline.evaluate.segmentation import _at_pixels, confusions, count_batches, pixel_batches
 
 CLASSES, GRID = 4, 6
 
@@ -60,7 +60,7 @@ def test_logits_at_pixels_are_those_of_the_whole_map_interpolated(probe):
 
 def test_a_probe_learns_what_a_linear_layer_can(probe, tmp_path):
     groups, maps, heads = probe
-    batches, steps = pixel_batches(groups, maps, 4, 0, "cpu"), steps_of(groups, 4)
+    batches, steps = pixel_batches(groups, maps, 4, 0, "cpu"), count_batches(groups, 4)
     assert len(list(batches(0))) == steps == 4
     train_heads(heads, batches, steps, 10, tmp_path / "state.pt", lambda *_: None)
     scores = [SegmentationScores.of(matrix) for matrix in confusions(heads, groups, maps, CLASSES, "cpu")]
