@@ -33,7 +33,14 @@ def start(capsys):
 
     def run(*arguments):
         try:
-            precompute.run(precompute.main, "", list(arguments), precompute.MODES, precompute.SWITCHES)
+            precompute.run(
+                precompute.PrecomputeJobConfig,
+                precompute.main,
+                "",
+                list(arguments),
+                precompute.MODES,
+                precompute.SWITCHES,
+            )
             code = 0
         except SystemExit as exit_:
             code = exit_.code
