@@ -120,7 +120,7 @@ def plan_splits(
 
     Args:
         policy: the views of the training images; held-out images are always whole.
-        snapshot: as of :func:`plan_cache`.
+        snapshot: see :func:`plan_cache`.
 
     Raises:
         UserError: if a source or the cache does not match the configuration.

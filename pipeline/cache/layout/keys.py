@@ -1,4 +1,4 @@
-"""Content-addressed names: same inputs, same id; another input, another id. Nothing is ever mixed."""
+"""Content-addressed names: equal inputs have equal ids, other inputs other ids, so that nothing is ever mixed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT_VERSION = 2
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON-ready value, whatever the order of its keys."""
+    """SHA-256 of a JSON-ready value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -37,7 +37,7 @@ def dataset_id(name: str, fingerprint: str) -> str:
 
 def teacher_identity(spec: TeacherSpec, codec: str, precision: str) -> dict[str, Any]:
     """Everything that decides the numbers of a cached teacher, JSON-ready."""
-    # Version 0.1 compressed values that lay token by token.
+    # Version 0.1 compressed values in token order.
     order = {"order": "by channel"} if codec.endswith("-zstd") else {}
     return {"format": FORMAT_VERSION, "codec": codec, **order, "precision": precision, **spec.identity()}
 
@@ -45,7 +45,7 @@ def teacher_identity(spec: TeacherSpec, codec: str, precision: str) -> dict[str,
 def teacher_id(spec: TeacherSpec, codec: str, precision: str) -> str:
     """Folder of a teacher: its readable name and a short hash of its identity.
 
-    The readable name is that of the architecture, so that an alias finds what is there under the full name.
+    The readable name is that of the architecture, so that an alias finds the shards cached under the full name.
     """
     identity = json.loads(json.dumps(teacher_identity(spec, codec, precision)))
     return f"{folder_name(spec.architecture.rsplit('/', 1)[-1])}-{digest(identity)[:10]}"

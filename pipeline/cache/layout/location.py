@@ -1,4 +1,4 @@
-"""Where the cache of a job is."""
+"""Location of a job's cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def cache_store(config: CacheJobConfig) -> Store:
     """The folder or object store of the cache.
 
     Raises:
-        UserError: where the object store cannot be used.
+        UserError: if the object store cannot be used.
     """
     with naming("cache.uri"):
         store = Store.at(config.cache.uri or work_folder(config) / "cache")
