@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def naming(parser: argparse.ArgumentParser, what: str) -> None:
-    """The arguments that name a backbone, for :func:`load_named`; `what` says which ones the job takes."""
+    """Add the arguments that name a backbone, for :func:`load_named`; `what` describes what the job takes."""
     parser.add_argument("model", help=what)
     parser.add_argument(
         "--weights", default="pretrained", help="weights of a timm name: pretrained, random[:seed], or a file"

@@ -37,7 +37,7 @@ def evaluate_saved(config: EvaluateModelJobConfig, dry_run: bool, given: Collect
 
 
 def evaluate_results(config: CocoResultsJobConfig, dry_run: bool) -> dict[str, Any]:
-    """The twelve numbers of `evaluate.results`, held against `evaluate.annotations`."""
+    """The twelve COCO metrics of `evaluate.results`, scored against `evaluate.annotations`."""
     given = config.evaluate
     if not given.annotations or not given.results:
         raise UserError("coco-results needs annotations=<COCO JSON> and results=<detections in COCO's results format>")

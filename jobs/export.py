@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     naming(parser, "exported student or fine-tuned model folder, MLflow model URI (models:/m-...), or timm name")
     formats = [form for form in FORMATS if form != "coreml"]

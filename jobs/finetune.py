@@ -28,7 +28,7 @@ from pipeline.runs.session import open_job
 
 
 def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
-    """Train and evaluate; an interrupted run of the same configuration goes on where it stopped."""
+    """Train and evaluate; an interrupted run of the same configuration resumes."""
     started = time.perf_counter()
     plan = plan_finetune(config)
     print(f"plan\n{table(plan_rows(config, plan))}", flush=True)

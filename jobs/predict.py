@@ -38,15 +38,16 @@ def task_name(text: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     naming(parser, "fine-tuned model or exported student folder, MLflow model URI (models:/m-...), or timm name")
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders to search for them")
-    parser.add_argument(
+    task = parser.add_argument(
         "--task",
         type=task_name,
         help=f"features, {', '.join(TASKS)}, or package.module:Class; default: what the model was fine-tuned for, else features",
     )
+    task.completer = lambda **_: ("features", *TASKS)  # type: ignore[attr-defined]
     parser.add_argument(
         "--to", type=Path, help="*.parquet or *.json for features (features.parquet), else a folder (predictions)"
     )
@@ -60,7 +61,7 @@ if __name__ == "__main__":
     sys.exit()
 
 from pipeline.errors import UserError
-from pipeline.predict.features import writer_of
+from pipeline.predict.features import make_writer
 from pipeline.predict.files import write_predictions
 from pipeline.predict.images import find_images
 from pipeline.predict.predictor import Predictor, load_predictor
@@ -72,7 +73,7 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         raise UserError(f"--batch-size={options.batch_size}: at least 1")
     asked = options.task or ("features" if options.to and options.to.suffix else None)
     if asked == "features" and options.to:
-        writer_of(options.to)
+        make_writer(options.to)
     paths = find_images(options.images)
     predictor = load_predictor(
         options.model,
@@ -100,7 +101,7 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
 
 def features(predictor: Predictor, paths: Sequence[Path], file: Path) -> Mapping[str, Any]:
     """Write one row for each image that can be read."""
-    write = writer_of(file)
+    write = make_writer(file)
     vectors = predictor.features([*paths])
     write([*predictor.readable(paths)], vectors)
     images, channels = vectors.shape
@@ -109,7 +110,7 @@ def features(predictor: Predictor, paths: Sequence[Path], file: Path) -> Mapping
 
 
 def left_out(predictor: Predictor) -> dict[str, Any]:
-    """Name the files that could not be read on stderr; figures for exit code 1 where there are any."""
+    """Name unreadable files on stderr; returns the figures for exit code 1 if there are any."""
     for reason in (unreadable := predictor.unreadable or {}).values():
         print(f"left out: {reason}", file=sys.stderr)
     return {"ok": False, "unreadable": [*map(str, unreadable)]} if unreadable else {}

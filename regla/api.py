@@ -71,7 +71,7 @@ def distill(
 def finetune(
     recipe: Recipe = None, *, images: Images | None = None, held_out: Images | None = None, **fields: Any
 ) -> TrainedModel:
-    """Fine-tune a backbone for classification, segmentation or detection.
+    """Fine-tune a backbone for classification, segmentation, detection, or a task of one's own.
 
     Args:
         recipe: as :data:`Recipe`; None: classification of generated scenes (`recipes/classify.yaml`).

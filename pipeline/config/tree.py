@@ -117,7 +117,7 @@ def _iter_fields(model: type[Section], prefix: str = "", operational: bool = Fal
             yield from _iter_fields(section, f"{prefix}{name}." + ("0." if is_list(info) else ""), marked)
         else:
             default = "required" if info.is_required() else _shown(info.default)
-            yield FieldLine(prefix + name, _type_name(info.annotation), default, info.description or "", marked)
+            yield FieldLine(prefix + name, _type_of(info), default, info.description or "", marked)
 
 
 def describe_fields(*roots: type[Section]) -> str:
@@ -147,6 +147,13 @@ def _is_operational(info: FieldInfo) -> bool:
 
 def _shown(default: Any) -> Any:
     return f"[{', '.join(map(str, default))}]" if isinstance(default, list) else default
+
+
+def _type_of(info: FieldInfo) -> str:
+    """The type of a field as users read it: that of its annotation, unless the field names another."""
+    extra = info.json_schema_extra
+    named = extra.get("type") if isinstance(extra, dict) else None
+    return str(named) if named else _type_name(info.annotation)
 
 
 def _type_name(annotation: Any) -> str:

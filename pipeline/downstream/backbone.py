@@ -17,11 +17,11 @@ from pipeline.student.loading import load_student
 from pipeline.student.model import Encoder, load_encoder, save_encoder
 
 PYRAMID = (4, 8, 16, 32)
-"""Strides that dense heads are built on."""
+"""Strides that segmentation and detection heads need."""
 
 
 class FrozenEncoder(Encoder):
-    """A backbone that stays as it is: no gradients, and its norms keep their statistics in training."""
+    """A frozen backbone: no gradients, and its norms keep their statistics in training."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__(encoder.backbone)
@@ -39,7 +39,7 @@ class FrozenEncoder(Encoder):
 
 @dataclass(frozen=True)
 class Start:
-    """A backbone with its weights, the timm name and arguments that it is built by, and what is known of its origin."""
+    """A backbone with its weights, the timm name and arguments that build it, and its provenance."""
 
     encoder: Encoder
     model: str
@@ -55,12 +55,10 @@ def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> Start:
     """What `finetune.student` names: an exported student, a model in MLflow, a timm model, or none, from scratch.
 
     Raises:
-        UserError: where it is none of these, its weights cannot be had, or `student.weights` is given in its place.
+        UserError: if it is none of these, its weights cannot be had, or `student.weights` is given in its place.
     """
     if (weights := config.student.weights) != "random":
-        raise UserError(
-            f"student.weights is what a distillation starts from: set finetune.student={weights} in its place"
-        )
+        raise UserError(f"student.weights is what a distillation starts from: set finetune.student={weights} instead")
     name = config.finetune.student or config.student.name
     tagged = "." in name.rpartition("/")[2]  # a tag names weights of the hub
     weights = "pretrained" if tagged else f"random:{config.seed}"
@@ -78,7 +76,7 @@ def load_start(folder: Path, frozen: bool) -> Encoder:
     return FrozenEncoder(encoder) if frozen else encoder
 
 
-def check_takes(model: nn.Module, size: tuple[int, int], whose: str) -> None:
+def check_input_size(model: nn.Module, size: tuple[int, int], whose: str) -> None:
     """A model in evaluation mode on the CPU must take images of this height and width in pixels.
 
     Args:
@@ -102,7 +100,7 @@ def pyramid_levels(encoder: Encoder) -> list[int]:
     """The last level of each of the strides 4, 8, 16, 32.
 
     Raises:
-        UserError: where the backbone lacks one.
+        UserError: if the backbone lacks one.
     """
     found = {stride: level for level, stride in enumerate(encoder.strides)}
     if not set(PYRAMID) <= set(found):

@@ -1,7 +1,7 @@
 """What a downstream task is: data, a model on a backbone, a loss, a report, predictions, an export and columns of a comparison.
 
 A subclass of :class:`DownstreamTask` is a whole plug-in: the jobs and `pipeline.predict`, `pipeline.export` and
-`pipeline.compare` know of a task only what it says here.
+`pipeline.compare` know nothing else of a task.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Column:
 
 
 class SoftTeacher(NamedTuple):
-    """A fine-tuned model whose answers go into the targets: where it comes from, and in words for the plan."""
+    """A fine-tuned model whose probabilities are mixed into the targets, its address, and a summary for the plan."""
 
     saved: SavedModel
     source: str
@@ -105,7 +105,7 @@ class ExportForm:
     """How a fine-tuned model is exported: a module from images to one tensor.
 
     Attributes:
-        output, meaning: name of the output, and what it holds.
+        output, meaning: name of the output, and its description.
         crop_share: share of the resized image's side in the centre crop; None: the whole image, resized to a square.
         classifier: the BatchNorm and the linear layer that follow the average pool, if the head is nothing else; timm's own
             classifier holds them in the `hf` format, which others do not have.
@@ -137,13 +137,13 @@ class DownstreamTask(ABC, Generic[Settings]):
     """Fields of the section that hold paths, which workers need absolute."""
     columns: ClassVar[tuple[Column, ...]] = ()
     min_classes: ClassVar[int] = 0
-    """With fewer there is nothing to learn."""
+    """The smallest number of classes that can be learned."""
     batched: ClassVar[bool] = False
     """Whether :meth:`predict` takes several images at a time."""
     any_input_size: ClassVar[bool] = False
     """Whether a prediction may change `student.input_size`."""
     folders: ClassVar[tuple[str, ...]] = ("pictures",)
-    """Folders beside `predictions.json` that predictions are written to."""
+    """Folders that predictions are written to, next to `predictions.json`."""
 
     def __init__(self, config: FinetuneJobConfig) -> None:
         self.config = config
@@ -173,7 +173,7 @@ class DownstreamTask(ABC, Generic[Settings]):
         return self.config.student.input_size, self.config.student.input_size
 
     def saved_settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """Fields by section, JSON-ready, that a saved model is built, evaluated and run with; kept beside its weights."""
+        """Fields by section, JSON-ready, that a saved model needs to be built, evaluated and run; stored with its weights."""
         return {
             "student": {"input_size": self.config.student.input_size},
             self.name: self.settings.model_dump(mode="json", exclude=set(self.locations)),
@@ -230,7 +230,7 @@ class DownstreamTask(ABC, Generic[Settings]):
         """A result, JSON-ready.
 
         Args:
-            folder: holds :attr:`folders`; what is too large for JSON goes there.
+            folder: holds :attr:`folders`, for results that are too large for JSON.
             stem: name of the files of this image, without extension.
         """
 
@@ -263,7 +263,7 @@ def make_task(config: FinetuneJobConfig) -> DownstreamTask[Any]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are."""
+    """The device of a model's parameters."""
     return next(model.parameters()).device
 
 

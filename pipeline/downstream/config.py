@@ -77,7 +77,11 @@ def section_of(task: str) -> tuple[str, type[Section]]:
 class FinetuneConfig(Section):
     """What `jobs/finetune.py` trains, and from what."""
 
-    task: str = Field("classify", description="classify, segment, detect, or package.module:Class of one's own")
+    task: str = Field(
+        "classify",
+        description="a task of this project, or a class of one's own",
+        json_schema_extra={"type": "|".join((*TASKS, "package.module:Class"))},
+    )
     student: str | None = Field(
         None,
         description="exported student folder, MLflow model URI, or timm name (`timm/<name>.<tag>`: with the hub's weights); "
@@ -186,7 +190,7 @@ class EvaluateModelJobConfig(FinetuneJobConfig):
 
 
 class CocoResultsConfig(Section):
-    """Detections in a file, and what they are compared with."""
+    """A file of detections, and the annotations that they are scored against."""
 
     annotations: str | None = Field(None, description="COCO JSON with the ground truth for evaluate.results")
     results: str | None = Field(None, description="detections in COCO's results format")

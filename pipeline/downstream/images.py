@@ -27,7 +27,7 @@ PARQUET_BLOCK = 128
 
 
 def open_split(config: FinetuneJobConfig, split: Split) -> Source | None:
-    """The source of `data.train` or `data.val`; None where there are no held-out images.
+    """The source of `data.train` or `data.val`; None if there are no held-out images.
 
     Raises:
         UserError: as :func:`pipeline.sources.open.open_source` does.
@@ -53,7 +53,7 @@ def image_files(folder: Path) -> list[Path]:
     """The image files below a folder, sorted; hidden ones are left out, such as the `._photo.jpg` that macOS writes.
 
     Raises:
-        UserError: where there are none, or a folder cannot be listed.
+        UserError: if there are none, or a folder cannot be listed.
     """
     found = sorted(Path(entry.path) for entry in images_below(str(folder)))
     if not found:
@@ -155,7 +155,7 @@ def open_labelled(config: FinetuneJobConfig, split: Split, classes: Sequence[str
     """A split for classification; `classes` as in :class:`LabelledImages`.
 
     Raises:
-        UserError: where an image has no label.
+        UserError: if an image has no label.
     """
     source = open_split(config, split)
     return None if source is None else LabelledImages(source, tuple(classes))
@@ -175,7 +175,7 @@ def size_on_disk(path: str) -> tuple[int, int]:
     """(width, height) of an upright image file.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: if it cannot be read.
     """
     try:
         return image_size(path)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.distill.provenance import all_licences, all_teachers
-from pipeline.downstream.backbone import Start, check_takes, find_start
+from pipeline.downstream.backbone import Start, check_input_size, find_start
 from pipeline.downstream.base import Examples, Report, SoftTeacher, load_task, make_task
 from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.downstream.images import refuse_other_classes
@@ -49,15 +49,15 @@ class FinetunePlan:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What fine-tuning gave.
+    """The result of a fine-tuning.
 
     Attributes:
-        before, after: metrics on held-out images; empty where there are none.
+        before, after: metrics on held-out images; empty if there are none.
         steps, samples: optimiser steps and images seen.
         model_uri: in MLflow.
         model: folder of the saved model.
         held_out: identity of the images that it was measured on, or "".
-        lineage: what it comes from, by tag.
+        lineage: its origin, by tag.
     """
 
     before: dict[str, float]
@@ -88,7 +88,7 @@ def plan_finetune(config: FinetuneJobConfig) -> FinetunePlan:
             f"{task.min_classes} or more"
         )
     task.build(start.encoder, train.classes)
-    check_takes(start.encoder, task.image_size(), f"finetune.student: {start.model}")
+    check_input_size(start.encoder, task.image_size(), f"finetune.student: {start.model}")
     teacher = task.find_teacher(train.classes, tracking_uri)
     steps = epoch_steps(config, len(train))
     notes = [f"{split}: {note}" for split, data in (("train", train), ("val", val)) if data for note in data.check()]
@@ -101,7 +101,7 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
     """Train, from the last checkpoint below `folder` if there is one, and log curves, tables, pictures and the model.
 
     Raises:
-        UserError: where an image cannot be read.
+        UserError: if an image cannot be read.
         DivergedError: where the loss is not finite.
     """
     held_out = log_lineage(plan.train, plan.val, run)
@@ -178,7 +178,7 @@ def with_absolute_paths(config: FinetuneJobConfig) -> FinetuneJobConfig:
 
 
 def lineage(origin: Mapping[str, Any], student: str) -> dict[str, str]:
-    """Tags of a registered model: the student it started from, whose teachers taught that, and the images."""
+    """Tags of a registered model: its student, that student's teachers, and the images."""
     before = {"student": origin["student"]}
     images = ", ".join(f"{data['images']} of {data['location']}" for data in origin["data"])
     known = {
@@ -190,7 +190,7 @@ def lineage(origin: Mapping[str, Any], student: str) -> dict[str, str]:
 
 
 def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> str:
-    """Which images were used, by the digest of their names; gives the identity of the held-out ones, or ""."""
+    """Log which images were used, by the digest of their names; returns the identity of the held-out ones, or ""."""
     held_out = ""
     for context, data in (("train", train), ("val", val)):
         if data is not None:
@@ -202,7 +202,7 @@ def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> str:
 
 
 def open_model(config: EvaluateModelJobConfig) -> SavedModel:
-    """What `evaluate.model` names.
+    """The model that `evaluate.model` names.
 
     Raises:
         UserError: if it is not given, not there, or of another task than `finetune.task`.
@@ -228,7 +228,7 @@ def as_saved(config: EvaluateModelJobConfig, saved: SavedModel, given: Collectio
 
 
 def open_held_out(config: FinetuneJobConfig, saved: SavedModel) -> Examples:
-    """Checked held-out images whose classes are the model's.
+    """Held-out images, checked, with the classes of the model.
 
     Raises:
         UserError: naming what is missing or wrong.

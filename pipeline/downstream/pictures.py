@@ -20,7 +20,7 @@ from pipeline.storage.names import folder_name
 matplotlib.use("Agg")
 
 LEAST_SIDE = 256
-"""Smaller pictures are enlarged to this, so that what is written on them can be read."""
+"""Short side in pixels that smaller pictures are enlarged to, so that their text is readable."""
 
 
 def palette(count: int) -> np.ndarray:

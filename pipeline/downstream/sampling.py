@@ -33,11 +33,11 @@ class Sampler:
         count: rows.
         batch_size: images per step over all workers.
         seed: of the order.
-        whole_passes: whether the rows that do not fill a batch are left out of each pass, so that a pass is an epoch; or
-            else passes follow each other without a gap.
+        whole_passes: whether each pass drops the rows that do not fill a batch, so that a pass is an epoch; otherwise passes
+            follow each other without a gap.
         block: neighbouring rows that are kept together, where reading one reads the others too.
         window: rows that are shuffled together after the shuffle of blocks.
-        rank, world: whose part of each batch is drawn.
+        rank, world: number of this worker, and of all; each draws its part of every batch.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 class _Prepared(Dataset[Any]):
-    """Item `i` is what `make` gives for item `i` of the list."""
+    """Item `i` is `make` of item `i` of the list."""
 
     def __init__(self, make: Callable[[Any], Any], items: Sequence[Any]) -> None:
         self.make, self.items = make, items
@@ -125,7 +125,7 @@ def prepare(make: Callable[[Any], Any], items: Sequence[Any], processes: int | N
         batch_size=None,
         num_workers=count,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or it draws a seed from the global one, and a resumed run draws one more
+        generator=torch.Generator(),  # else the loader draws from the global one, and a resumed run draws once more
     )
     for batch in loader:
         if isinstance(batch, UserError):

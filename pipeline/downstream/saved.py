@@ -69,17 +69,17 @@ class SavedModel:
 def finished_model(
     model: nn.Module, job: FinetuneJob, classes: Sequence[str], provenance: Mapping[str, Any] | None = None
 ) -> SavedModel:
-    """What a fine-tuning job has trained."""
+    """The model that a fine-tuning job trained."""
     start = json.loads((job.start / "student.json").read_text(encoding="utf-8"))
     backbone = {"model": start["model"], "args": start["args"]}
     return SavedModel(job.task, model.eval(), tuple(classes), backbone, provenance or {})
 
 
 def load_model(folder: Path) -> SavedModel:
-    """What :meth:`SavedModel.save` wrote.
+    """Read what :meth:`SavedModel.save` wrote.
 
     Raises:
-        UserError: where the folder holds no fine-tuned model.
+        UserError: if the folder holds no fine-tuned model.
     """
     try:
         described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
@@ -96,10 +96,10 @@ def load_model(folder: Path) -> SavedModel:
 
 
 def find_model(name: str, tracking_uri: str) -> SavedModel | None:
-    """The fine-tuned model that a folder, its address or an MLflow URI names; None where it names something else.
+    """The fine-tuned model that a folder, its address or an MLflow URI names; None if it names something else.
 
     Raises:
-        UserError: where the URI cannot be resolved, or the model is damaged.
+        UserError: if the URI cannot be resolved, or the model is damaged.
     """
     folder = fetch_model(name, tracking_uri)
     return load_model(folder) if (folder / "model.json").is_file() else None

@@ -26,7 +26,7 @@ from pipeline.training.task import Task, TrainingBatch
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """What travels to every training worker.
+    """The payload of every training worker.
 
     Attributes:
         config: the whole tree.
@@ -87,7 +87,7 @@ class FinetuneTask(Task):
         return other
 
     def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
-        """As `finetune.schedule` says."""
+        """The schedule that `finetune.schedule` names."""
         steps = [self.steps(epoch) for epoch in range(config.epochs)]
         return make_schedule(optimizer, config, self.job.config.finetune, steps)
 
@@ -96,7 +96,7 @@ class FinetuneTask(Task):
         return self.task.loss(module, self.soften(batch, device) if self.soften else batch, device)
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
-        """Of the averaged weights on held-out images, where there are any; tables and pictures go to `<run>/evaluation`."""
+        """Metrics of the averaged weights on held-out images, if there are any; tables and pictures go to `<run>/evaluation`."""
         if self.val is None:
             return {}
         report = self.task.evaluate(averaged, self.val, self.worker)
@@ -110,7 +110,7 @@ def _batch(task: DownstreamTask[Any], train: Examples, sampler: Sampler, number:
 
 
 def make_sampler(config: FinetuneJobConfig, train: Examples, rank: int, world: int) -> Sampler:
-    """The order of the run on one rank."""
+    """The order of the images on one rank."""
     return Sampler(
         len(train),
         config.train.batch_size // world * world,
@@ -127,7 +127,7 @@ def epoch_steps(config: FinetuneJobConfig, images: int) -> int:
     """Optimiser steps of an epoch.
 
     Raises:
-        UserError: where the images do not fill one batch.
+        UserError: if the images do not fill one batch.
     """
     batch = config.train.batch_size
     if not config.finetune.epoch_steps and images < batch:

@@ -70,7 +70,7 @@ def _encoder(model: nn.Module) -> Encoder:
 
 
 class _Heads(nn.Module):
-    """The summary, then for every teacher what its heads say."""
+    """The summary, then the predictions of every teacher's heads."""
 
     def __init__(self, whole: StudentWithHeads) -> None:
         super().__init__()
@@ -87,10 +87,10 @@ def make_bundle(loaded: LoadedStudent, size: int, *, heads: bool = False) -> Exp
 
     Args:
         size: side of the input in pixels.
-        heads: keep neck and heads too, so that it says what its teachers would.
+        heads: keep neck and heads too, so that it also predicts its teachers' features.
 
     Raises:
-        UserError: where it is no student or timm model, or has no heads.
+        UserError: if it is no student or timm model, or has no heads.
     """
     encoder = loaded.encoder
     if not isinstance(encoder, Encoder):
@@ -105,7 +105,7 @@ def make_bundle(loaded: LoadedStudent, size: int, *, heads: bool = False) -> Exp
     outputs = {OUTPUT: FEATURES}
     for label, kinds in zip(whole.labels, whole.heads, strict=True):
         assert isinstance(kinds, nn.ModuleDict)
-        outputs |= {f"{label}.{kind}": f"what {label} would say: {_KINDS[kind]}" for kind in kinds}
+        outputs |= {f"{label}.{kind}": f"prediction of {label}'s features: {_KINDS[kind]}" for kind in kinds}
     return replace(bare, model=_Heads(whole).eval(), outputs=outputs, heads=whole)
 
 

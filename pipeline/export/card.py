@@ -1,4 +1,4 @@
-"""The README of an exported folder: how to load it, how near it is to eager, and what it comes from."""
+"""The README of an exported folder: how to load it, its difference from eager, and its provenance."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _block(described: dict[str, Any], form: str) -> list[str]:
     }
     if form == "hf":
         code["hf"] = [
-            f"import PIL.Image, timm{', regla  # regla.py lies beside the weights' if described['own_code'] else ''}",
+            f"import PIL.Image, timm{', regla  # regla.py lies next to the weights' if described['own_code'] else ''}",
             'model = timm.create_model("local-dir:.", pretrained=True).eval()',
             "images = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
             '(PIL.Image.new("RGB", (640, 480)))[None]  # your picture here',
@@ -176,7 +176,7 @@ def _origin(origin: dict[str, Any]) -> list[str]:
         "",
         f"kNN on held-out images (k = 20): {scores or 'not measured: no labels'}.",
         "",
-        "It knows what its teachers know of images like these; nothing was measured on others.",
+        "Its features are those of its teachers on images like these; it was not measured on others.",
     ]
 
 

@@ -1,9 +1,9 @@
-"""A model as a folder that others can use: in the formats asked for, held against eager, described, with a model card.
+"""A model as a folder for other programs: the chosen formats, compared with eager, a description and a model card.
 
     student.safetensors, student.json   weights as trained, for this project (model.* for a classifier)
     student.pt2                         torch.export; student.onnx: ONNX; student.mlpackage: Core ML
     hf                                  the layout of the Hugging Face hub, for timm
-    export.json                         input, output, preprocessing, classes, parity and latency beside eager, origin
+    export.json                         input, output, preprocessing, classes, parity with eager, latency, provenance
     README.md                           the same for people
 
 The graphs hold the normalisation and are in their inference form (branches merged, BatchNorm folded).
@@ -42,7 +42,7 @@ Run = Callable[[Tensor], Outputs]
 
 
 class Written(NamedTuple):
-    """A file or folder of one format, what runs it where this machine can, and what is to be said of it beside."""
+    """A file or folder of one format, a function that runs it if this machine can, and further fields of its entry."""
 
     path: Path
     run: Run | None
@@ -58,10 +58,10 @@ def export_bundle(
         rounds: of the measurement of latency.
 
     Returns:
-        What export.json says.
+        The content of export.json.
 
     Raises:
-        UserError: where it cannot be exported, or a file does not give what eager gives.
+        UserError: if it cannot be exported, or a file's output differs from eager.
     """
     folder.mkdir(parents=True, exist_ok=True)
     size, backbone = bundle.size, bundle.encoder.backbone

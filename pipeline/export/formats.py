@@ -1,4 +1,4 @@
-"""What a model can be written as; imports nothing, so that a command line is read at once."""
+"""Export formats; imports nothing, so that command lines are parsed quickly."""
 
 from typing import Literal
 
@@ -6,4 +6,4 @@ Format = Literal["safetensors", "torch_export", "onnx", "hf", "coreml"]
 FORMATS: tuple[Format, ...] = ("safetensors", "torch_export", "onnx", "hf", "coreml")
 
 ROUNDS = 15
-"""Rounds in which latencies are measured, each format once a round."""
+"""Rounds of the latency measurement; each round times every format once."""

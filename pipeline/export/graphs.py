@@ -73,7 +73,7 @@ def export_torch(model: nn.Module, path: Path | str, example: Tensor, dynamic: S
         UserError: the model is in training mode.
     """
     _check_eval(model)
-    # A side of one cell at stride 32 would be taken for a constant.
+    # torch.export takes a side of one cell at stride 32 for a constant.
     least = {0: ("batch", 1), 2: ("height", 33), 3: ("width", 33)}
     shapes = {side: torch.export.Dim(name, min=low) for side, (name, low) in least.items() if side in dynamic}
     with torch.no_grad():
@@ -85,7 +85,7 @@ def export_torch(model: nn.Module, path: Path | str, example: Tensor, dynamic: S
 def export_coreml(model: nn.Module, path: Path | str, example: Tensor, outputs: Sequence[str] = (OUTPUT,)) -> Path:
     """Write ``model`` as a Core ML package (ML program, float16, iOS 17 and later) for the shape of ``example``.
 
-    Phones plan their neural engine for a fixed shape, so nothing is left open.
+    Phones plan their neural engine for a fixed shape, so no side is dynamic.
 
     Args:
         model: in eval mode, best in its inference form.
@@ -119,4 +119,4 @@ def export_coreml(model: nn.Module, path: Path | str, example: Tensor, outputs: 
 
 def _check_eval(model: nn.Module) -> None:
     if model.training:
-        raise UserError("an exported model infers: call eval() first")
+        raise UserError("the model is in training mode: call eval() before the export")

@@ -38,7 +38,7 @@ def write_hub(bundle: ExportBundle, folder: Path) -> str:
         does what the export does.
 
     Raises:
-        UserError: where timm's form of the network has no place for the head.
+        UserError: if timm's form of the network has no place for the head.
     """
     model = _with_classifier(bundle) if bundle.saved else bundle.encoder.backbone
     args = {**bundle.args, "num_classes": len(bundle.classes)}
@@ -56,7 +56,7 @@ def write_hub(bundle: ExportBundle, folder: Path) -> str:
 
 
 def load_hub(folder: Path, bundle: ExportBundle, expression: str) -> Callable[[Tensor], Tensor]:
-    """What timm makes of the folder, as a function of images in [0, 1]."""
+    """The folder as timm loads it, as a function of images in [0, 1]."""
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     encoder = bundle.encoder
 
@@ -72,12 +72,12 @@ def load_hub(folder: Path, bundle: ExportBundle, expression: str) -> Callable[[T
 
 
 def is_ours(bundle: ExportBundle) -> bool:
-    """Whether the network is one that plain timm does not have."""
+    """Whether the network is not part of timm."""
     return bundle.timm_name in regla.SIZES
 
 
 def one_file() -> str:
-    """ReGLA with its blocks and layers as one module that imports nothing but torch and timm."""
+    """ReGLA with its blocks and layers as one module that imports only torch and timm."""
     parts = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in (layers, blocks, regla))
     code = re.sub(r"^from pipeline\.student\.\w+ import .*\n", "", "\n\n".join(parts), flags=re.MULTILINE)
     return f'"""ReGLA for timm: `import regla` registers {", ".join(regla.SIZES)}."""\n\n{code}'
@@ -112,7 +112,7 @@ def _with_classifier(bundle: ExportBundle) -> nn.Module:
         weight, bias = both.folded()
         own.weight.copy_(weight)
         own.bias.copy_(bias)
-    # A norm or an attention pool before timm's classifier, say, is not ours.
+    # timm may have a norm or an attention pool before its classifier.
     if not _agree(model((images - encoder.mean) / encoder.std), bundle.model(images)):
         raise UserError(
             f"hf: timm's {bundle.timm_name} has other layers between its last map and its classes than this "

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 
 
-def writer_of(file: Path) -> Callable[[Sequence[Path], Tensor], None]:
+def make_writer(file: Path) -> Callable[[Sequence[Path], Tensor], None]:
     """What writes one row an image to a file: ``path``, and ``features`` as float32.
 
     Args:

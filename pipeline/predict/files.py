@@ -4,7 +4,7 @@ predictions.json    classify: the likeliest classes of each image; segment: the 
                     detect: a list in COCO's results format, whose ids are those of images.json
 images.json         detect: `images` and `categories` in COCO's format
 labels/             segment: a PNG for each image, with the number of the class of each pixel
-pictures/           what was predicted, drawn over the image
+pictures/           the prediction drawn over the image
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pipeline.storage.names import folder_name
 
 
 def write_predictions(predictor: Predictor, paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Predict what the model was made for, and write it.
+    """Predict, and write the results.
 
     Args:
-        paths: of the images.
-        folder: that is written; files of the same names are replaced.
+        paths: image files.
+        folder: where to write; files of the same names are replaced.
 
     Returns:
         The files and folders that were written.
@@ -43,7 +43,7 @@ def write_predictions(predictor: Predictor, paths: Sequence[Path], folder: Path)
             made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    # Predictions first: each tells which files before its own were skipped.
+    # Predictions first: once one is there, all unreadable files before its own are known.
     pairs = zip(predictor.predict_with_images([*paths]), predictor.readable(paths), strict=True)
     for number, ((image, result), path) in enumerate(
         tqdm(pairs, total=len(paths), unit="image", desc="predict", leave=False)

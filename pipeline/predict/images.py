@@ -21,7 +21,7 @@ Images = str | Path | np.ndarray | Image.Image | Sequence[Any]
 One = Path | np.ndarray | Image.Image
 
 THREADS = 4
-"""Images that are decoded at once."""
+"""Threads that decode images."""
 
 
 def list_images(images: Images) -> list[One]:
@@ -61,7 +61,7 @@ def decoded(images: Sequence[One], ahead: int, unreadable: dict[Path, str] | Non
     """Upright RGB pixels of each image, decoded in threads ahead of use.
 
     Args:
-        unreadable: takes the reason by file for each that cannot be read, which is passed over; None: that raises.
+        unreadable: collects the reason by file for each that cannot be read and is skipped; None: the first one raises.
 
     Raises:
         UserError: naming an image that cannot be read.
@@ -87,7 +87,7 @@ def opened(image: One) -> Image.Image:
     """Upright RGB pixels.
 
     Raises:
-        UserError: naming an image that cannot be read, or what is wrong with an array.
+        UserError: naming an image that cannot be read, or the fault of an array.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

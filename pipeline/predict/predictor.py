@@ -1,4 +1,4 @@
-"""A model ready for images of any size: features of a backbone, and what a fine-tuned model was made for."""
+"""A model ready for images of any size: features of a backbone, results of a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Predictor:
         model: the encoder ([B, 3, H, W] float32 RGB in [0, 1] -> [B, C]) or the fine-tuned model; moved to the device.
         name: of the model, for messages.
         input_size: side in pixels that images are resized to for features, once, bicubic.
-        device: of torch; None: a GPU where there is one.
+        device: of torch; None: a GPU if there is one.
         batch_size: images per forward, where all come to one size.
 
     Attributes:
@@ -88,10 +88,10 @@ class Predictor:
         return torch.cat(parts) if parts else torch.empty(0, cast(Encoder, self.encoder).dim)
 
     def predict(self, images: Images) -> Iterator[Any]:
-        """For every image what the model was fine-tuned for: a result as its task's `predict` gives it.
+        """A result for every image, as the `predict` of the model's task returns it.
 
         Raises:
-            UserError: of a backbone, or naming an image that cannot be read.
+            UserError: if the model is a backbone, or naming an image that cannot be read.
         """
         return (result for _, result in self.predict_with_images(images))
 
@@ -100,31 +100,31 @@ class Predictor:
         return self._predict(self._fine_tuned(), images)
 
     def classify(self, images: Images, top: int = 5) -> Iterator[list[tuple[str, float]]]:
-        """For every image the likeliest classes, best first: name and probability.
+        """The likeliest classes of every image, best first: name and probability.
 
         Args:
-            top: classes that are given, at most.
+            top: number of classes per image.
 
         Raises:
-            UserError: of a model that is no classifier, or naming an image that cannot be read.
+            UserError: if the model is no classifier, or naming an image that cannot be read.
         """
         self.check_task("classify")
         return (likeliest(result, self.classes, top) for result in self.predict(images))
 
     def segment(self, images: Images) -> Iterator[Tensor]:
-        """For every image the number of the class of each pixel, int64 [H, W] at its own size.
+        """The class number of each pixel of every image, int64 [H, W] at the image's own size.
 
         Raises:
-            UserError: of a model that does not segment, or naming an image that cannot be read.
+            UserError: if the model does not segment, or naming an image that cannot be read.
         """
         self.check_task("segment")
         return self.predict(images)
 
     def detect(self, images: Images) -> Iterator[Objects]:
-        """For every image the objects in it.
+        """The objects in every image.
 
         Raises:
-            UserError: of a model that is no detector, or naming an image that cannot be read.
+            UserError: if the model is no detector, or naming an image that cannot be read.
         """
         self.check_task("detect")
         return self.predict(images)
@@ -141,14 +141,14 @@ class Predictor:
         return decoded(list_images(images), ahead, self.unreadable)
 
     def readable(self, paths: Sequence[Path]) -> Iterator[Path]:
-        """The files among these that have not been passed over as unreadable, each looked up as it is asked for."""
+        """The files that were not skipped as unreadable, looked up lazily."""
         return (path for path in paths if path not in (self.unreadable or ()))
 
     def check_task(self, task: str) -> None:
         """Refuse a task that is not the model's.
 
         Raises:
-            UserError: that says which model is needed.
+            UserError: that names the model that is needed.
         """
         saved = self._fine_tuned(task)
         if task not in (saved.task.name, saved.task.config.finetune.task):
@@ -181,14 +181,14 @@ def load_predictor(
     """A predictor of a fine-tuned model (folder or MLflow URI), an exported student (the same), or a timm name.
 
     Args:
-        model: what is loaded.
+        model: folder, URI or name.
         weights: as in :func:`~pipeline.student.loading.load_student`.
         tracking_uri: of the MLflow store that knows the URI.
         input_size: in pixels, of a backbone or of a task that takes any; None: as it was trained, else 224.
         device, batch_size: as in :class:`Predictor`.
 
     Raises:
-        UserError: where there is no such model or device.
+        UserError: if there is no such model or device.
     """
     saved = find_model(model, tracking_uri)
     if saved is None:

@@ -121,8 +121,10 @@ def test_its_metrics_are_columns_of_a_comparison(tmp_path):
     found = Comparison.of(read_experiment(store.uri, store.experiment))
     assert [entry.measures["colour_r2"] for entry in found.entries] == [-0.5, 0.25]
     assert [entry.measures["colour_error"] for entry in found.entries] == [pytest.approx(25.5), pytest.approx(5.1)]
-    assert (found.chief, found.changed) == ("colour_r2", ["mean_colour.hidden"])
-    assert found.against_best()[0].startswith("regla_t · hidden=2 (0.25) is 0.75 above regla_t · hidden=1 (-0.50).")
+    assert (found.main_accuracy, found.changed) == ("colour_r2", ["mean_colour.hidden"])
+    assert found.differences_to_best()[0].startswith(
+        "regla_t · hidden=2 (0.25) is 0.75 above regla_t · hidden=1 (-0.50)."
+    )
     assert "colour error, levels" in render_text(found)
 
 

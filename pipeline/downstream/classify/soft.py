@@ -1,4 +1,4 @@
-"""Soft targets: labels mixed with what a trained classifier says of the same augmented images.
+"""Soft targets: labels mixed with a trained classifier's probabilities for the same augmented images.
 
 Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2, at temperature 1; the classifier
 sees the student's own augmentation and mixing, as in Beyer et al., "Knowledge distillation: A good teacher is patient and
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pipeline.downstream.backbone import check_takes
+from pipeline.downstream.backbone import check_input_size
 from pipeline.downstream.base import SoftTeacher
 from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
@@ -57,5 +57,5 @@ def find_soft_teacher(task: Classification, classes: Sequence[str], tracking_uri
         raise UserError(f"classify.teacher: {name} is no fine-tuned classifier; jobs/finetune.py makes one")
     if (odd := odd_class(saved.classes, classes)) is not None:
         raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd}")
-    check_takes(saved.model, task.image_size(), f"classify.teacher: {name}")
+    check_input_size(saved.model, task.image_size(), f"classify.teacher: {name}")
     return SoftTeacher(saved, name, f"{task.settings.teacher_share:.0%} from {name}")

@@ -33,9 +33,8 @@ class ObjectTargets(NamedTuple):
 class CocoImages:
     """Image files with COCO-format annotations.
 
-    For training, crowd regions are left out, boxes are cut at the image's edge, those of less than a pixel are left
-    out, and so are images without any other; for evaluation everything stays as it is written, which the COCO API
-    deals with.
+    For training, crowd regions and boxes of less than a pixel are dropped, boxes are clipped to the image, and images
+    without a usable box are dropped. For evaluation everything stays as written: the COCO API handles it.
 
     Args:
         images: folder that `file_name` refers to.
@@ -44,7 +43,7 @@ class CocoImages:
         training: whether objects are prepared for training.
 
     Raises:
-        UserError: naming what is wrong in the file.
+        UserError: naming the first entry of the file that is wrong.
     """
 
     block = 1
@@ -59,7 +58,7 @@ class CocoImages:
         entries = self._complete(dataset)
         self.images = [image for image in dataset["images"] if not training or entries[image["id"]][1]]
         self.passed_over["empty"] = len(dataset["images"]) - len(self.images)
-        # Text, not objects: processes that are forked from this one share its memory only while nothing counts references.
+        # Text, not objects: forked processes share memory only as long as no reference count in it changes.
         self.objects = [json.dumps(entries[image["id"]][1]).encode() for image in self.images]
         self.dataset = None if training else dataset
         if not self.images:
@@ -165,7 +164,7 @@ class CocoImages:
         return torch.from_numpy(pixels).permute(2, 0, 1), ObjectTargets(boxes, labels, torch.from_numpy(masks))
 
     def truth(self) -> dict[str, Any]:
-        """The annotations that detections are held against."""
+        """The annotations that detections are scored against."""
         assert self.dataset is not None
         return self.dataset
 
@@ -192,7 +191,7 @@ class SceneObjects:
         return row + 1
 
     def check(self) -> list[str]:
-        """There is nothing to check."""
+        """Generated scenes need no check."""
         return []
 
     def read(self, row: int) -> tuple[Tensor, ObjectTargets]:
@@ -251,7 +250,7 @@ def open_objects(config: FinetuneJobConfig, settings: DetectConfig, split: Split
     """A split for detection.
 
     Raises:
-        UserError: where the folder or its annotations are missing or wrong.
+        UserError: if the folder or its annotations are missing or wrong.
     """
     scenes = open_scenes(config, split)
     if scenes is not None:

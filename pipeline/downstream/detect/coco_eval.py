@@ -52,7 +52,7 @@ def coco_index(dataset: Mapping[str, Any]) -> COCO:
 
 def average_precision(truth: COCO, results: Sequence[Mapping[str, Any]], kind: Kind) -> Precision:
     """Box or mask AP of detections in COCO's results format."""
-    # With boxes beside masks the API would take a mask's area for that of its box.
+    # Given both, the API would use the area of the box for the mask.
     unwanted = "bbox" if kind == "segm" else "segmentation"
     detections = [{name: value for name, value in result.items() if name != unwanted} for result in results]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -78,7 +78,7 @@ def evaluate_files(annotations: Path, results: Path) -> dict[Kind, Precision]:
     """Score a results file: boxes where its entries hold `bbox`, masks where they hold `segmentation`.
 
     Raises:
-        UserError: where a file is not in COCO's format, or they do not belong together.
+        UserError: if a file is not in COCO's format, or they do not belong together.
     """
     dataset, detections = read_annotations(annotations, ("width", "height")), read_json(results)
     if not isinstance(detections, list) or not all(isinstance(entry, dict) for entry in detections):
@@ -109,7 +109,7 @@ def read_annotations(path: Path, image_fields: Sequence[str]) -> dict[str, Any]:
     """Read a file in COCO's format whose images, categories and annotations refer to each other.
 
     Args:
-        image_fields: what every image must have beside its id.
+        image_fields: fields that every image must have, other than its id.
 
     Raises:
         UserError: naming the file and the first entry that does not fit.
@@ -150,7 +150,7 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        UserError: where it cannot be read or is not JSON.
+        UserError: if it cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -55,7 +55,7 @@ def build_detector(encoder: Encoder, classes: int, settings: DetectConfig) -> Fa
     In training images come resized; in evaluation it resizes them by itself and gives results in their own pixels.
 
     Raises:
-        UserError: where the backbone lacks a stride.
+        UserError: if the backbone lacks a stride.
     """
     body, hidden = PyramidBody(encoder, settings.channels), HIDDEN * settings.channels
     anchors = AnchorGenerator(tuple((settings.anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)

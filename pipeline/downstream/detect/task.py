@@ -178,7 +178,7 @@ class Detection(DownstreamTask[DetectConfig]):
         return Objects(output["boxes"], labels, names, output["scores"], masks)
 
     def _pictures(self, detector: FasterRCNN, examples: Examples) -> dict[str, Tensor]:
-        """Ground truth beside the detections that score at least `SHOWN`."""
+        """Ground truth next to the detections that score at least `SHOWN`."""
         pictures: dict[str, Tensor] = {}
         for row in evenly(len(examples), self.config.finetune.pictures):
             image, objects = examples.read(row)

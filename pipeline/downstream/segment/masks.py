@@ -1,4 +1,4 @@
-"""Images with label maps: `images/<split>` beside `annotations/<split>` or `masks/<split>`, as in ADE20K."""
+"""Images with label maps: `images/<split>` next to `annotations/<split>` or `masks/<split>`, as in ADE20K."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.sources.locations import absolute
 from pipeline.sources.sample_scenes import SampleScenes
 
 IGNORE = UNLABELLED
-"""Label of pixels that count neither in the loss nor in the metrics."""
+"""Label of pixels that neither the loss nor the metrics count."""
 
 
 class MaskedImages:
@@ -83,7 +83,7 @@ class MaskedImages:
             raise UserError(f"{path}: {error}") from error
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Image uint8 [3, H, W] and labels uint8 [H, W], `IGNORE` where there are none.
+        """Image uint8 [3, H, W] and labels uint8 [H, W], `IGNORE` for unlabelled pixels.
 
         Raises:
             UserError: naming a file that cannot be read.
@@ -117,7 +117,7 @@ class SceneMasks:
         return f"scene-{row:08d}"
 
     def check(self) -> list[str]:
-        """There is nothing to check."""
+        """Generated scenes need no check."""
         return []
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def open_masked(config: FinetuneJobConfig, settings: SegmentConfig, split: Split
     """A split for segmentation.
 
     Raises:
-        UserError: where folders or class names are missing.
+        UserError: if folders or class names are missing.
     """
     scenes = open_scenes(config, split)
     if scenes is not None:
@@ -151,7 +151,7 @@ def _masks_beside(images: Path, split: Split) -> Path:
     found = masks_folder(str(images))
     if found is None:
         raise UserError(
-            f"{images}: no annotations or masks folder beside `images` in its path; set segment.{split}_masks to the folder"
+            f"{images}: no annotations or masks folder next to `images` in its path; set segment.{split}_masks to the folder"
         )
     return Path(found)
 
@@ -163,7 +163,7 @@ def read_classes(path: Path, first: int) -> tuple[str, ...]:
     `idx` or `index` with the mask value; otherwise a name a line, in order.
 
     Raises:
-        UserError: where the file is missing, has no such column, or leaves a gap.
+        UserError: if the file is missing, has no such column, or leaves a gap.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -13,7 +13,7 @@ from pipeline.student.model import Encoder
 
 
 class SemanticFPN(nn.Module):
-    """A feature pyramid whose levels are brought to stride 4, summed and classified pixel by pixel.
+    """A feature pyramid; its levels are upsampled to stride 4, summed, and classified pixel by pixel.
 
     Args:
         encoder: with maps at strides 4, 8, 16 and 32.
@@ -21,7 +21,7 @@ class SemanticFPN(nn.Module):
         channels: of the branches (128 in the paper); the pyramid has twice as many.
 
     Raises:
-        UserError: where the backbone lacks a stride.
+        UserError: if the backbone lacks a stride.
     """
 
     def __init__(self, encoder: Encoder, classes: int, channels: int) -> None:
