@@ -9,8 +9,8 @@ Forward and backward on patches [32, 64, 768] in float32, one CPU thread, proces
     F.cosine_similarity, torch.compile      1.05
 
 A whole step of ReGLA-T with three teachers (`benchmarks/train_step.py`) has 1,443 such operators, 1,493 with
-F.cosine_similarity, and 1,210 without heads and losses. `torch.compile` makes it unnecessary, but costs half a minute at every start and a compiler on every machine, so
-`train.compile` is off by default.
+F.cosine_similarity, and 1,210 without heads and losses. `torch.compile` makes this class unnecessary, but needs time
+at every start and a compiler on every machine, so `train.compile` is off by default.
 """
 
 from __future__ import annotations
