@@ -28,7 +28,7 @@ from pipeline.runs.folder import work_folder
 
 
 def main(config: BenchmarkJobConfig, dry_run: bool) -> dict[str, Any]:
-    """Print the table, write it and its figures into the work folder, and log both to MLflow where it is installed."""
+    """Print the table, write it and its figures into the work folder, and log them to MLflow if it is installed."""
     settings = config.benchmark
     check(settings)
     print(
@@ -56,7 +56,7 @@ def main(config: BenchmarkJobConfig, dry_run: bool) -> dict[str, Any]:
 
 
 def track(config: BenchmarkJobConfig, figures: dict[str, dict[str, float]], files: list[Path]) -> str:
-    """Log the figures and files as one MLflow run; benchmarks also run on machines that have no MLflow."""
+    """Log the figures and files as one MLflow run; benchmarks also run on machines without MLflow."""
     if find_spec("mlflow") is None:
         return "not logged: mlflow is not installed here"
     from pipeline.tracking.address import resolve_uri
@@ -67,7 +67,7 @@ def track(config: BenchmarkJobConfig, figures: dict[str, dict[str, float]], file
     tags, tree = {"job": "benchmark"}, config.model_dump(mode="json")
     name = f"{config.name}-benchmark"
     job = start_run(uri, experiment=config.tracking.experiment, name=name, config=tree, tags=tags, work=work)
-    # MLflow allows no brackets or braces in a name, which the arguments of a model have.
+    # MLflow allows no brackets or braces in names; models with arguments have them.
     named = {re.sub(r"[^\w\-. :/]", "", key): values for key, values in figures.items()}
     job.log_metric_dict({f"{key}/{what}": value for key, values in named.items() for what, value in values.items()})
     for file in files:

@@ -1,4 +1,4 @@
-"""Networks side by side: what they cost by counting, and how long they take, all interleaved in one run."""
+"""Cost and latency of networks, all measured interleaved in one run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pipeline.student.folding import inference_form
 
 @dataclass(frozen=True)
 class Row:
-    """A model in one form at one size: what was set, what was counted, what was timed.
+    """Settings, cost and timing of one model in one form at one size.
 
-    The cost is that of the inference form on one image, except for ``eager``, where it is the model's as trained. The
-    ratio of the timing refers to the reference model in the same form.
+    The cost is that of the inference form on one image; for ``eager`` it is that of the model as trained. The ratio of the
+    timing refers to the reference model in the same form.
     """
 
     model: str
@@ -44,11 +44,11 @@ class Row:
 def benchmark(config: BenchmarkConfig) -> list[Row]:
     """Measure every model in every form at every size, batch size and precision.
 
-    All models and forms of one size, batch size and precision are interleaved, so that drift falls on all alike.
+    All models and forms of one size, batch size and precision are interleaved, so that drift affects all alike.
 
     Raises:
-        UserError: an unknown model, one that does not take a size, no GPU where one is asked for, or ONNX Runtime on
-            anything but the CPU in float32.
+        UserError: for an unknown model, a model that does not accept a size, a missing GPU, or ONNX Runtime other than on
+            the CPU in float32.
     """
     check(config)
     torch.set_num_threads(config.threads)
@@ -76,7 +76,7 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """The rows as a flat table, fastest first within a size, batch, precision and form.
+    """Rows as a flat table, fastest first within a size, batch, precision and form.
 
     Its columns are the fields of :class:`Row` and :class:`~pipeline.student.cost.Cost`, then ``milliseconds`` of one
     forward pass, ``images_per_second``, and ``ratio``, with the quartiles over the rounds under ``_q1`` and ``_q3``.
@@ -101,7 +101,7 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def render(table: pd.DataFrame) -> str:
-    """The table for people: millions and gigas, medians with quartiles."""
+    """Format the table for people: millions, billions, and medians with quartiles."""
     shown = table[["model", "form", "device", "precision", "threads", "size", "batch"]].assign(
         params=table.parameters.map(lambda n: f"{n / 1e6:.2f} M"),
         GMACs=table.macs.map(lambda n: f"{n / 1e9:.3f}"),
@@ -119,7 +119,7 @@ def _spread(table: pd.DataFrame, column: str, form: str) -> list[str]:
 
 
 def check(config: BenchmarkConfig) -> None:
-    """Refuse what cannot be measured, before anything is.
+    """Refuse invalid settings before anything is measured.
 
     Raises:
         UserError: see :func:`benchmark`.

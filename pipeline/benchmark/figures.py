@@ -15,7 +15,7 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 
 
 def latency_figure(table: pd.DataFrame, path: Path) -> Path:
-    """Median latency against the side of the image, one panel per form, both axes logarithmic, quartiles as bands."""
+    """Median latency against image side, one panel per form, log-log, with quartiles as bands."""
     forms = list(dict.fromkeys(table.form))
     figure = Figure(figsize=(5.2 * len(forms), 4.6), layout="constrained")
     panels = figure.subplots(1, len(forms), squeeze=False, sharey=True)[0]
@@ -40,9 +40,9 @@ def latency_figure(table: pd.DataFrame, path: Path) -> Path:
 
 
 def accuracy_figure(path: Path) -> Path:
-    """Published top-1 against parameters (the paper's figure 1); what our own paper claims is drawn hollow.
+    """Published top-1 against parameters (figure 1 of the ReGLA paper); hollow markers are claims of that paper.
 
-    Accuracies are those of :data:`PUBLISHED`, with the source of each; this project has not trained ReGLA on ImageNet-1K.
+    :data:`PUBLISHED` gives the source of each accuracy. This project has not trained ReGLA on ImageNet-1K.
     """
     rows = pd.read_csv(PUBLISHED)
     figure = Figure(figsize=(7.5, 5.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""One network, ready to run in one of the ways that it is shipped in."""
+"""One network, ready to run in one of its forms."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def runner(model: nn.Module, form: Form, images: Tensor, precision: Precision, t
     """Return a call that runs ``model`` once on ``images`` and returns when the work is done.
 
     Args:
-        model: in eval mode and float32, on the device of ``images``; it is left as it is.
+        model: in eval mode and float32, on the device of ``images``; it is not modified.
         form: ``eager`` as trained, ``fused`` in its inference form, ``compiled`` that form under ``torch.compile``,
             ``onnx`` that form in ONNX Runtime.
         images: (B, C, H, W) float32.
         precision: of weights and images.
-        threads: CPU threads; torch's own are set by the caller, since they hold for the whole process.
+        threads: CPU threads of ONNX Runtime; the caller sets those of torch, which apply to the whole process.
 
     Raises:
-        UserError: ONNX Runtime with another precision or device than float32 on the CPU.
+        UserError: for ONNX Runtime other than on the CPU in float32.
     """
     model = copy.deepcopy(model)
     if form != "eager":
@@ -41,7 +41,7 @@ def runner(model: nn.Module, form: Form, images: Tensor, precision: Precision, t
         return _onnx_runner(model, images, precision, threads)
     model, images = model.to(DTYPES[precision]), images.to(DTYPES[precision])
     if form == "compiled":
-        # On a GPU the launches of a small network take longer than its work: a CUDA graph has one.
+        # On a GPU kernel launches dominate a small network; a CUDA graph needs a single one.
         mode = "reduce-overhead" if images.is_cuda else None
         model = torch.compile(model, fullgraph=True, mode=mode)  # type: ignore[assignment]
 
@@ -62,7 +62,7 @@ def _onnx_runner(model: nn.Module, images: Tensor, precision: Precision, threads
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads of one session must not spin while another one is measured.
+    # Threads of one session must not spin while another session is measured.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(model, Path(folder) / "model.onnx", images, dynamic=())

@@ -18,8 +18,8 @@ def test_a_name_alone_and_with_arguments():
     ("text", "message"),
     [
         ("resnet_of_mine", "timm knows no model resnet_of_mine"),
-        ("regla_t depths", "comes a mapping"),
-        ("regla_t {a: [", "comes a mapping"),
+        ("regla_t depths", "must be followed by a mapping"),
+        ("regla_t {a: [", "must be followed by a mapping"),
     ],
 )
 def test_what_is_no_model_is_refused(text, message):
