@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import evaluate, export, finetune, predict
+from jobs import evaluate, export, predict
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.tables import render_text
 from pipeline.config.load import load_config
@@ -147,19 +147,3 @@ def test_an_unknown_field_of_its_section_is_named():
     with pytest.raises(UserError, match=r"unknown key mean_colour\.hiden; did you mean mean_colour\.hidden"):
         load_config(FinetuneJobConfig, None, [f"finetune.task={TASK}", "mean_colour.hiden=3"])
     assert load_task(TASK).name == "mean_colour"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
-def test_the_jobs_train_evaluate_predict_and_compare_it(tmp_path, job, capsys):
-    work = f"work={tmp_path}/work"
-    text, figures = job(finetune.main, *OWN, work, f"finetune.task={TASK}", "train.epochs=1", "name=own")
-    assert f"task                  {TASK}".split() == text.splitlines()[1].split()
-    assert figures["registered"] == "models:/own-mean_colour/1"
-    assert {path.name for path in (tmp_path / "work/runs").glob("*/evaluation/*")} == {"pictures"}
-    evaluate.start([TASK, *SCENES, work, "name=own", "evaluate.model=models:/own-mean_colour@best"])
-    evaluated = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert evaluated["r2"] == pytest.approx(figures["r2"], abs=1e-3)
-    experiment = read_experiment(f"sqlite:///{tmp_path}/work/mlflow.db", "regla-distill")
-    measures = [entry.measures for entry in Comparison.of(experiment).entries]
-    assert {round(found["colour_r2"], 3) for found in measures} == {round(figures["r2"], 3)}
