@@ -56,3 +56,18 @@ def test_an_address_without_a_password_stays_as_it_is(environment, tmp_path, mon
 def test_a_password_is_refused_under_the_name_of_where_it_was_given(environment, tmp_path):
     with pytest.raises(UserError, match=r"^--tracking-uri: a password in an address is refused"):
         resolve_uri("https://me:secret@there:5000", tmp_path, "--tracking-uri")
+
+
+def test_the_store_is_the_configured_one_then_the_environment_s_then_the_work_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
+    assert resolve_uri("http://here:5000", tmp_path) == "http://here:5000"
+    assert resolve_uri(None, tmp_path) == "http://there:5000"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert resolve_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["http://me:secret@there:5000", "postgresql://me:secret@there/mlflow"])
+def test_a_password_in_the_configuration_is_refused_and_not_repeated(tmp_path, uri):
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as refused:
+        resolve_uri(uri, tmp_path)
+    assert "secret" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Against a SQLite file and against a real MLflow server."""
+"""Runs in a SQLite file and on a real MLflow server."""
 
 import hashlib
 import json
@@ -6,103 +6,15 @@ import math
 import os
 import pickle
 import re
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
-from types import SimpleNamespace
 
-import mlflow
 import pytest
-import torch
 import yaml
-from mlflow import MlflowClient
-from safetensors.torch import save_file
-from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.student.model import Encoder, create_backbone, load_encoder
-from pipeline.tracking.address import resolve_uri
-from pipeline.tracking.models import download_student, log_student
 from pipeline.tracking.run import start_run
-
-CONFIG = {
-    "name": "tiny",
-    "train": {"epochs": 3, "lr": 1e-3},
-    "teachers": [{"model": "hog", "args": {}}, {"model": "sam", "weight": 0.5}],
-    "note": "x" * 7000,
-    "sizes": [1, 2],
-}
-
-
-def _free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server_process(tmp_path_factory):
-    """A server of its own for this module: it takes seconds to start, in which other tests run."""
-    folder, port = tmp_path_factory.mktemp("server"), str(_free_port())
-    command = [
-        Path(sys.executable).parent / "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        "--workers",
-        "1",
-    ]
-    stores = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", folder / "artifacts"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*command, *stores], stdout=log, stderr=log, cwd=folder)
-    try:
-        yield SimpleNamespace(process=process, uri=f"http://127.0.0.1:{port}", log=folder / "log")
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def server(server_process):
-    """URI of the server, which answers."""
-    for _ in range(600):
-        assert server_process.process.poll() is None, server_process.log.read_text()
-        try:
-            with urllib.request.urlopen(f"{server_process.uri}/health", timeout=1):
-                return server_process.uri
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(server_process.log.read_text())
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("work") / "deeper"
-
-
-@pytest.fixture(scope="module", params=["sqlite", "server"])
-def uri(request, work):
-    """Both kinds of store; each is made once, since making one takes seconds."""
-    return resolve_uri(None, work) if request.param == "sqlite" else request.getfixturevalue("server")
-
-
-@pytest.fixture
-def start(uri, work):
-    def start(**changes):
-        arguments = {"experiment": "tests", "name": "tiny-distill", "config": CONFIG, "tags": {"job": "distill"}}
-        return start_run(uri, work=work, **{**arguments, **changes})
-
-    return start
-
-
-@pytest.fixture
-def client(uri):
-    return MlflowClient(uri)
+from tests.tracking.conftest import CONFIG, free_port
 
 
 def test_a_job_is_a_run_with_its_configuration_tags_and_commit(start, client, tmp_path):
@@ -243,106 +155,6 @@ def test_a_run_travels_to_other_processes(start, client):
     assert client.get_run(run.run_id).data.metrics == {"before": 1.0, "after": 2.0}
 
 
-class TinyStudent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 5, 3, stride=2)
-        self.norm = nn.BatchNorm2d(5)
-
-    def forward(self, images):
-        return self.norm(self.conv(images)).relu().mean(dim=(2, 3))
-
-
-def test_a_model_that_was_logged_loads_alone_for_any_batch_size(start, client, uri, exported):
-    run = start()
-    model = TinyStudent().eval()
-    nn.init.normal_(model.norm.running_mean)
-    model_uri = log_student(
-        run, model, torch.zeros(2, 3, 16, 16), name="student", metrics={"knn_after": 61.5}, tags={"model": "tiny"}
-    )
-    logged = client.get_logged_model(model_uri.removeprefix("models:/"))
-    assert logged.source_run_id == run.run_id
-    assert logged.tags["model"] == "tiny"
-    assert {metric.key: metric.value for metric in logged.metrics} == {"knn_after": 61.5}
-    _check_loads_alone(model_uri, uri, model)
-    _check_students(run, client, model_uri, uri, exported)
-
-
-def _check_loads_alone(model_uri, uri, model):
-    """MLflow's own loader, as someone without this repository uses it."""
-    mlflow.set_tracking_uri(uri)
-    loaded = mlflow.pytorch.load_model(model_uri)
-    for count in (1, 2, 5):
-        images = torch.rand(count, 3, 16, 16)
-        with torch.no_grad():
-            torch.testing.assert_close(loaded(images), model(images))
-    info = mlflow.models.get_model_info(model_uri)
-    assert info.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
-    assert info.signature.outputs.inputs[0].shape == (-1, 5)
-    files = [file.name for file in Path(mlflow.artifacts.download_artifacts(model_uri)).rglob("*") if file.is_file()]
-    assert not [name for name in files if name.endswith((".pkl", ".pth", ".py"))]
-
-
-@pytest.fixture
-def exported(tmp_path):
-    """A folder `student` as distillation exports it, and the encoder in it."""
-    encoder, folder = Encoder(create_backbone("timm/test_resnet")).eval(), tmp_path / "student"
-    folder.mkdir()
-    save_file(encoder.backbone.state_dict(), folder / "student.safetensors")
-    (folder / "student.json").write_text('{"model": "test_resnet", "args": {"num_classes": 0}}')
-    return encoder, folder
-
-
-def _check_students(run, client, model_uri, uri, exported):
-    """The student comes from the safetensors of the run, whatever graph was logged beside them."""
-    encoder, folder = exported
-    with pytest.raises(UserError, match=r"student/student\.safetensors of the run that logged them"):
-        download_student(model_uri, uri)
-    for file in folder.iterdir():
-        run.log_file(file, "student")
-    client.create_registered_model(f"name-{run.run_id}")
-    version = client.create_model_version(f"name-{run.run_id}", model_uri, run.run_id, model_id=model_uri[8:])
-    client.set_registered_model_alias(version.name, "best", version.version)
-    images = torch.rand(2, 3, 32, 32)
-    for name in (
-        model_uri,
-        f"models:/{version.name}/{version.version}",
-        f"models:/{version.name}@best",
-        f"runs:/{run.run_id}/student",
-    ):
-        torch.testing.assert_close(load_encoder(download_student(name, uri))(images), encoder(images))
-    for name in (
-        "models:/",
-        "file:///model",
-        "models:/no-such-name/1",
-        f"models:/{version.name}@worst",
-        "runs:/none/x",
-    ):
-        with pytest.raises(UserError, match="cannot be loaded from"):
-            download_student(name, uri)
-
-
-def test_a_student_that_is_not_there_is_named(start, uri):
-    start()
-    with pytest.raises(UserError, match="m-0000 cannot be loaded from"):
-        download_student("models:/m-0000", uri)
-
-
-def test_the_store_is_the_configured_one_then_the_environment_s_then_the_work_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
-    assert resolve_uri("http://here:5000", tmp_path) == "http://here:5000"
-    assert resolve_uri(None, tmp_path) == "http://there:5000"
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert resolve_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
-
-
-@pytest.mark.parametrize("uri", ["http://me:secret@there:5000", "postgresql://me:secret@there/mlflow"])
-def test_a_password_in_the_configuration_is_refused_and_not_repeated(tmp_path, uri):
-    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as refused:
-        resolve_uri(uri, tmp_path)
-    assert "secret" not in str(refused.value)
-
-
 @pytest.mark.parametrize("uri", ["sqlite"], indirect=True)
 def test_artifacts_of_the_sqlite_store_are_beside_it(start, work):
     run = start()
@@ -357,7 +169,7 @@ def _start_at(uri, work):
 
 def test_a_server_that_does_not_answer_is_named_soon(tmp_path):
     limits = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_HTTP")}
-    uri, started = f"http://127.0.0.1:{_free_port()}", time.monotonic()
+    uri, started = f"http://127.0.0.1:{free_port()}", time.monotonic()
     with pytest.raises(UserError, match=rf"MLflow at {uri} cannot be used .*tracking\.uri") as error:
         _start_at(uri, tmp_path)
     assert time.monotonic() - started < 20

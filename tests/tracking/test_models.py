@@ -1,0 +1,98 @@
+"""Logged models and students, in a SQLite file and on a real MLflow server."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.student.model import Encoder, create_backbone, load_encoder
+from pipeline.tracking.models import download_student, log_student
+
+
+class TinyStudent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3, stride=2)
+        self.norm = nn.BatchNorm2d(5)
+
+    def forward(self, images):
+        return self.norm(self.conv(images)).relu().mean(dim=(2, 3))
+
+
+def test_a_model_that_was_logged_loads_alone_for_any_batch_size(start, client, uri, exported):
+    run = start()
+    model = TinyStudent().eval()
+    nn.init.normal_(model.norm.running_mean)
+    model_uri = log_student(
+        run, model, torch.zeros(2, 3, 16, 16), name="student", metrics={"knn_after": 61.5}, tags={"model": "tiny"}
+    )
+    logged = client.get_logged_model(model_uri.removeprefix("models:/"))
+    assert logged.source_run_id == run.run_id
+    assert logged.tags["model"] == "tiny"
+    assert {metric.key: metric.value for metric in logged.metrics} == {"knn_after": 61.5}
+    _check_loads_alone(model_uri, uri, model)
+    _check_students(run, client, model_uri, uri, exported)
+
+
+def _check_loads_alone(model_uri, uri, model):
+    """MLflow's own loader, as someone without this repository uses it."""
+    mlflow.set_tracking_uri(uri)
+    loaded = mlflow.pytorch.load_model(model_uri)
+    for count in (1, 2, 5):
+        images = torch.rand(count, 3, 16, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(images), model(images))
+    info = mlflow.models.get_model_info(model_uri)
+    assert info.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert info.signature.outputs.inputs[0].shape == (-1, 5)
+    files = [file.name for file in Path(mlflow.artifacts.download_artifacts(model_uri)).rglob("*") if file.is_file()]
+    assert not [name for name in files if name.endswith((".pkl", ".pth", ".py"))]
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder `student` as distillation exports it, and the encoder in it."""
+    encoder, folder = Encoder(create_backbone("timm/test_resnet")).eval(), tmp_path / "student"
+    folder.mkdir()
+    save_file(encoder.backbone.state_dict(), folder / "student.safetensors")
+    (folder / "student.json").write_text('{"model": "test_resnet", "args": {"num_classes": 0}}')
+    return encoder, folder
+
+
+def _check_students(run, client, model_uri, uri, exported):
+    """The student comes from the safetensors of the run, whatever graph was logged beside them."""
+    encoder, folder = exported
+    with pytest.raises(UserError, match=r"student/student\.safetensors of the run that logged them"):
+        download_student(model_uri, uri)
+    for file in folder.iterdir():
+        run.log_file(file, "student")
+    client.create_registered_model(f"name-{run.run_id}")
+    version = client.create_model_version(f"name-{run.run_id}", model_uri, run.run_id, model_id=model_uri[8:])
+    client.set_registered_model_alias(version.name, "best", version.version)
+    images = torch.rand(2, 3, 32, 32)
+    for name in (
+        model_uri,
+        f"models:/{version.name}/{version.version}",
+        f"models:/{version.name}@best",
+        f"runs:/{run.run_id}/student",
+    ):
+        torch.testing.assert_close(load_encoder(download_student(name, uri))(images), encoder(images))
+    for name in (
+        "models:/",
+        "file:///model",
+        "models:/no-such-name/1",
+        f"models:/{version.name}@worst",
+        "runs:/none/x",
+    ):
+        with pytest.raises(UserError, match="cannot be loaded from"):
+            download_student(name, uri)
+
+
+def test_a_student_that_is_not_there_is_named(start, uri):
+    start()
+    with pytest.raises(UserError, match="m-0000 cannot be loaded from"):
+        download_student("models:/m-0000", uri)
