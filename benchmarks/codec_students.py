@@ -27,10 +27,10 @@ from torch import nn
 
 from benchmarks.results import measure_once
 from pipeline.cache.fill.build import CachePlan, build_cache, plan_cache
-from pipeline.cache.layout.location import cache_store
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.task import DistillJob, DistillTask
+from pipeline.runs.folder import cache_store
 from pipeline.runtime.ray_session import connect
 from pipeline.training.checkpoint import Snapshot
 from pipeline.training.config import TrainConfig

@@ -27,9 +27,9 @@ from jobs._plan import cache_plan
 from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.job import cache_bytes, precompute
-from pipeline.cache.layout.location import cache_store
 from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import Phase, plan_phases
+from pipeline.runs.folder import cache_store
 from pipeline.runs.session import Job, open_job
 
 

@@ -54,13 +54,13 @@ if __name__ == "__main__":
 from jobs._plan import cache_plan, cost_plan, read_rate
 from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
-from pipeline.cache.layout.location import cache_store
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.maintain.audit import Verification, check_begun, verify_cache
 from pipeline.cache.maintain.checks import Finding
 from pipeline.cache.maintain.garbage import find_garbage, remove_garbage
 from pipeline.cache.maintain.inventory import Entry, delete_entry, find_entry, take_inventory
 from pipeline.cache.maintain.repair import repair_cache
+from pipeline.runs.folder import cache_store
 from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime.ray_session import Hardware, connect, hardware, hardware_line, is_cluster
 

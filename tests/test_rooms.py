@@ -20,7 +20,7 @@ ARROWS = {
     "student": "errors sections teachers",
     "tracking": "errors runtime storage",
     "benchmark": "errors sections runtime student export",
-    "cache.layout": "errors sections teachers imaging runtime sources storage runs",
+    "cache.layout": "errors sections teachers imaging runtime sources storage",
     "cache.read": "errors teachers imaging runtime storage cache.layout",
     "cache.fill": "errors sections teachers imaging runtime sources storage tracking cache.layout",
     "cache.maintain": "errors sections teachers imaging runtime storage cache.layout cache.fill",

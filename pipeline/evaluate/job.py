@@ -12,7 +12,6 @@ import torch
 from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_splits
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_stats
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.location import cache_store
 from pipeline.cache.read.scan import PatchReader, read_summaries
 from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.errors import UserError
@@ -24,7 +23,7 @@ from pipeline.evaluate.knn_search import search_knn
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
 from pipeline.evaluate.segmentation import confusions, count_batches, pixel_batches
 from pipeline.runs.addresses import fetch_student
-from pipeline.runs.folder import work_folder
+from pipeline.runs.folder import cache_store, work_folder
 from pipeline.sources.label_maps import LabelMaps, open_label_maps
 from pipeline.student.loading import load_student
 from pipeline.tracking.address import resolve_uri

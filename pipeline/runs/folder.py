@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.cache.config import CacheJobConfig
+from pipeline.errors import UserError, naming
 from pipeline.runs.config import JobConfig
 from pipeline.runtime.ray_session import is_submitted_job
 from pipeline.storage.atomic import atomic_write
 from pipeline.storage.names import folder_name
+from pipeline.storage.store import Store
 
 
 def work_folder(config: JobConfig) -> Path:
@@ -39,6 +41,14 @@ def work_folder(config: JobConfig) -> Path:
     if config.work:
         return Path(config.work).expanduser().resolve()
     return Path.home() / "regla-distill" if is_submitted_job() else Path("work").resolve()
+
+
+def cache_store(config: CacheJobConfig) -> Store:
+    """The folder or object store of the cache; UserError if the object store cannot be used."""
+    with naming("cache.uri"):
+        store = Store.at(config.cache.uri or work_folder(config) / "cache")
+        store.check()
+    return store
 
 
 SAVED = ("mlflow", "finished", "hours", "gpu_hours")

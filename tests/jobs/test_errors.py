@@ -10,12 +10,12 @@ import yaml
 from jobs import distill, evaluate, export, precompute
 from jobs._cli import DEFAULT_RECIPE
 from pipeline.cache.fill.build import plan_cache
-from pipeline.cache.layout.location import cache_store
 from pipeline.config.load import load_config
 from pipeline.config.tree import iter_fields
 from pipeline.distill.config import DistillJobConfig
 from pipeline.downstream.base import load_task
 from pipeline.downstream.config import TASKS
+from pipeline.runs.folder import cache_store
 from tests.fakes import SMALL_JOB, fill_in_process, write_photos
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

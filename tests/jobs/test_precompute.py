@@ -13,9 +13,9 @@ import pytest
 
 from jobs import distill, precompute
 from pipeline.cache.fill.build import build_cache, plan_cache
-from pipeline.cache.layout.location import cache_store
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
+from pipeline.runs.folder import cache_store
 from pipeline.storage.store import Store
 from tests.fakes import SMALL_JOB, colours_entry, without_ray
 

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache.layout.location import cache_store
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
-from pipeline.runs.folder import open_run, work_folder
+from pipeline.runs.folder import cache_store, open_run, work_folder
 
 
 @pytest.fixture
