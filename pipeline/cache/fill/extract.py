@@ -105,6 +105,7 @@ class Extract:
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
         self.projection_lock = threading.Lock()
         self.projections: dict[str, tuple[str, Projection | None]] = {}
+        self.sampled: dict[tuple[str, int, int], TeacherOutput] = {}
 
     def _load(self, cached: CachedTeacher) -> Teacher:
         teacher = cached.create()
@@ -145,9 +146,10 @@ class Extract:
         with stages.measure("read"):
             views = read_view_rows(dataset, shard)
         writers = {name: ShardBuilder(self.cached[name], *self._projection(dataset, name)) for name in names}
-        for pixels in stages.measure_each("render", self.rendered(views, names)):
+        for number, pixels in enumerate(stages.measure_each("render", self.rendered(views, names))):
             for name, batch in pixels.items():
-                output, seconds = self.encode(name, batch)
+                sampled = self.sampled.pop((dataset.teacher(name).store.uri, shard, number), None)
+                output, seconds = (sampled.to(self.device.name), 0.0) if sampled else self.encode(name, batch)
                 stages["teacher"] += seconds
                 with stages.measure("encode"):
                     writers[name].add(output, seconds)
@@ -197,12 +199,20 @@ class Extract:
             return self.projections[folder.store.uri]
 
     def _fit(self, dataset: Dataset, name: str) -> Projection | None:
-        """The projection of a sample of images, which the teacher encodes once more when their shards are computed."""
-        cached = self.cached[name]
+        """The projection of a sample of images.
+
+        Outputs of batches that the sample shares with their shards are kept until then: no teacher runs twice on an image.
+        """
+        cached, uri = self.cached[name], dataset.teacher(name).store.uri
         patches = []
         for sample in dataset.sample_images(_sample_size(cached)):
-            views = read_view_rows(dataset, sample.shard).slice(sample.group * ROW_GROUP_SIZE, sample.rows)
-            patches += [output[name].patches.cpu() for output in self.features(views, [name])]
+            shard, start = read_view_rows(dataset, sample.shard), sample.group * ROW_GROUP_SIZE
+            is_last = start + sample.rows == shard.images.num_rows
+            first, rest = divmod(start * dataset.policy.rows_per_image, self.batch_size)
+            for number, output in enumerate(self.features(shard.slice(start, sample.rows), [name]), first):
+                patches.append(output[name].patches.cpu())
+                if not rest and (is_last or len(patches[-1]) == self.batch_size):
+                    self.sampled[uri, sample.shard, number] = output[name].to("cpu")
         features = torch.cat(patches).float()
         if not torch.isfinite(features).all():
             raise TeacherError(
