@@ -11,8 +11,8 @@ class UserError(Exception):
 
 
 @contextmanager
-def naming(field: str) -> Iterator[None]:
-    """Within, a UserError is about the value of this field, and says so first."""
+def blame_field(field: str) -> Iterator[None]:
+    """Prefix the message of a UserError raised inside with the field whose value caused it."""
     try:
         yield
     except UserError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.config import CacheJobConfig
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, blame_field
 from pipeline.runs.config import JobConfig
 from pipeline.runtime.ray_session import is_submitted_job
 from pipeline.storage.atomic import atomic_write
@@ -45,7 +45,7 @@ def work_folder(config: JobConfig) -> Path:
 
 def cache_store(config: CacheJobConfig) -> Store:
     """The folder or object store of the cache; UserError if the object store cannot be used."""
-    with naming("cache.uri"):
+    with blame_field("cache.uri"):
         store = Store.at(config.cache.uri or work_folder(config) / "cache")
         store.check()
     return store

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, blame_field
 from pipeline.storage.store import Store
 
 PARTS = ("student", "model", "figures", "evaluation")
@@ -20,7 +20,7 @@ def outputs_store(outputs: str) -> Store:
     Raises:
         UserError: if it cannot be written.
     """
-    with naming("outputs"):
+    with blame_field("outputs"):
         store = Store.at(outputs)
         store.check_writable()
     return store

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipeline.errors import naming, one_line
+from pipeline.errors import blame_field, one_line
 from pipeline.runs.config import JobConfig
 from pipeline.runs.folder import RunState, open_run, work_folder
 from pipeline.runs.results import outputs_store, publish
@@ -106,7 +106,7 @@ def _check_writable(locations: Mapping[str, str]) -> None:
     """Refuse locations that cannot be written, by field, before anything is computed."""
     for field, location in locations.items():
         if field != "cache.uri":  # a complete cache may be read-only
-            with naming(field):
+            with blame_field(field):
                 Store.at(location).check_writable()
 
 

@@ -21,7 +21,7 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
-from pipeline.errors import UserError, naming, one_line
+from pipeline.errors import UserError, blame_field, one_line
 from pipeline.storage.remote import resolve
 from pipeline.storage.store import Store
 from pipeline.training.config import TrainConfig
@@ -40,7 +40,7 @@ def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
     """
     if config.checkpoints is None:
         return str(run / name)
-    with naming("train.checkpoints"):
+    with blame_field("train.checkpoints"):
         return Store.at(config.checkpoints).sub(f"{run.name}/{name}").uri
 
 

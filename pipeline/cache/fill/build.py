@@ -27,7 +27,7 @@ from pipeline.cache.layout.keys import teacher_id, teacher_identity
 from pipeline.cache.layout.phi_s import PhiS, dump_phi_s
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.layout.stats import dump_moments, merge_all
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, blame_field
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.runtime.metrics import export
 from pipeline.runtime.progress import Progress
@@ -133,7 +133,7 @@ def plan_splits(
 def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
     teacher, cache = config.teachers[index], config.cache
     field, name = (f"teachers.{index}.codec", teacher.codec) if teacher.codec else ("cache.codec", cache.codec)
-    with naming(field):
+    with blame_field(field):
         codec = Codec.parse(name)
     spec = make_teacher(teacher).spec
     if codec.components and codec.components > spec.patch_dim:
@@ -145,7 +145,7 @@ def _plan_split(
     config: CacheJobConfig, store: Store, split: str, location: str, policy: ViewPolicy, snapshot: RecordSnapshot
 ) -> SplitPlan:
     data = config.data
-    with naming(f"data.{split}"):
+    with blame_field(f"data.{split}"):
         source = open_source(
             location,
             split=split,

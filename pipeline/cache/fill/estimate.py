@@ -17,7 +17,7 @@ from pipeline.cache.fill.extract import out_of_memory
 from pipeline.cache.fill.ray_pipeline import gpus
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
 from pipeline.cache.layout.keys import teacher_id
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, blame_field
 from pipeline.runtime.logs import only_errors
 from teachers.base import Teacher, TeacherError, WeightsNotFoundError
 
@@ -266,5 +266,5 @@ def check_space(*plans: CachePlan) -> None:
             "free some, set cache.uri to another place, or choose a smaller cache.codec (jobs/precompute.py --plan compares)"
         )
     if need:
-        with naming("cache.uri"):
+        with blame_field("cache.uri"):
             store.check_writable()
