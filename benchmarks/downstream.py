@@ -3,14 +3,12 @@
     python benchmarks/downstream.py recipes/segment.yaml data.train=images/train data.val=images/val \
         --student work/runs/<run>/student --others iformer_t --seeds 0 1 2
 
-Every run is a `jobs/finetune.py` of the recipe, in one Ray session, with equal schedules and samples; `scratch` is the
-student's own architecture. Finished runs are kept in `--results` and not repeated. Prints the mean and the standard
-deviation over the seeds of every metric on the held-out images, and one line of JSON.
+Every run is a `jobs/finetune.py` of the recipe with equal schedule and samples; `scratch` is the student's own architecture.
+Prints mean and standard deviation over the seeds of every metric on the held-out images, and one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -22,26 +20,31 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.results import mean_and_deviation, measure_once
+from benchmarks.results import mean_and_deviation, measure_once, study_parser
 from pipeline.config.load import load_config
 from pipeline.downstream.config import FinetuneJobConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fine-tune what the results file lacks, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Fine-tune what the results file lacks, then print the table and the mean of every metric by start."""
+    parser = study_parser(__doc__, "downstream")
     parser.add_argument("items", nargs="+", help="a recipe of jobs/finetune.py and overrides")
     parser.add_argument("--student", type=Path, required=True, help="an exported, distilled student")
     parser.add_argument("--others", nargs="*", default=[], help="further timm models, trained from scratch")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=Path("work/downstream.jsonl"), help="where runs are kept")
     options = parser.parse_args(arguments)
     rows = [
         _run(options.items, start, overrides, seed, options.results)
         for seed in options.seeds
         for start, overrides in starts(options.student, options.others).items()
     ]
-    print(json.dumps(_report(rows)))
+    metrics = [name.removesuffix("_before") for name in rows[0]["figures"] if name.endswith("_before")]
+    print(f"{'start':<12}" + "".join(f"{name:>22}" for name in metrics))
+    means: dict[str, Any] = {}
+    for start in dict.fromkeys(row["start"] for row in rows):
+        values = {name: [row["figures"][name] for row in rows if row["start"] == start] for name in metrics}
+        means[start] = {name: round(mean(found), 3) for name, found in values.items()}
+        print(f"{start:<12}" + "".join(f"{mean_and_deviation(found):>22}" for found in values.values()))
+    print(json.dumps(means))
 
 
 def starts(student: Path, others: Sequence[str]) -> dict[str, list[str]]:
@@ -70,18 +73,6 @@ def _run(items: Sequence[str], start: str, overrides: Sequence[str], seed: int, 
         return {"figures": figures, "seconds": round(time.perf_counter() - started)}
 
     return measure_once(results, {"recipe": " ".join([*items, *overrides]), "start": start, "seed": seed}, measure)
-
-
-def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Print the table; returns the mean of every metric by start."""
-    metrics = [name.removesuffix("_before") for name in rows[0]["figures"] if name.endswith("_before")]
-    print(f"{'start':<12}" + "".join(f"{name:>22}" for name in metrics))
-    means: dict[str, Any] = {}
-    for start in dict.fromkeys(row["start"] for row in rows):
-        values = {name: [row["figures"][name] for row in rows if row["start"] == start] for name in metrics}
-        means[start] = {name: round(mean(found), 3) for name, found in values.items()}
-        print(f"{start:<12}" + "".join(f"{mean_and_deviation(values[name]):>22}" for name in metrics))
-    return means
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
     python benchmarks/learning.py train.parquet test.parquet --models regla_t iformer_t mobilevitv2_075 --seeds 0 1 2
 
-A model may carry constructor arguments, as in `regla_t {gate_act: none, local_kernel: 0}`. Prints a table of top-1 on the
-held-out images after the last epoch, as mean and standard deviation over the seeds, and one line of JSON. Each run uses one
-thread; `--jobs` runs are processed in parallel. Finished runs are kept in `--results` and not repeated.
+A model may have constructor arguments, as in `regla_t {gate_act: none, local_kernel: 0}`. Prints top-1 on the held-out images
+after the last epoch, mean and standard deviation over the seeds, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from benchmarks.results import mean_and_deviation, measure_once
+from benchmarks.results import mean_and_deviation, measure_once, study_parser
 from pipeline.benchmark.models import create_model
 from pipeline.imaging.decode import decode_image
 from pipeline.sources.open import open_source
@@ -39,7 +39,16 @@ SHIFT = 0.125  # largest translation in training, as a share of the side: 4 of 3
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what the results file lacks, then print the table."""
-    options = _parse(arguments)
+    parser = study_parser(__doc__, "learning")
+    parser.add_argument("train", help="images to train on: folder, tar shards or Parquet, with labels")
+    parser.add_argument("test", help="held-out images, in the same forms")
+    parser.add_argument("--models", nargs="+", default=["regla_t", "iformer_t", "mobilevitv2_075", "starnet_s1"])
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--size", type=int, default=64, help="side of the input in pixels")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the cosine, after a tenth of linear warm-up")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs, each on one thread")
+    options = parser.parse_args(arguments)
     runs = [(model, seed) for seed in options.seeds for model in options.models]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         rows = dict(zip(runs, pool.map(_run, *zip(*runs, strict=True), repeat(options)), strict=True))
@@ -55,24 +64,17 @@ def _run(model: str, seed: int, options: argparse.Namespace) -> dict[str, float]
 
 
 def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Train one model from scratch on one thread; return its top-1 in percent, parameters and seconds."""
+    """Train one model from scratch on one thread; returns its top-1 in percent, parameters and seconds."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     start = time.perf_counter()
     images, labels = load(options.train, "train", options.size)
-    classes = int(labels.max()) + 1
-    model = create_model(name, num_classes=classes).to(memory_format=torch.channels_last)
+    model = create_model(name, num_classes=int(labels.max()) + 1).to(memory_format=torch.channels_last)
     batch, steps = options.batch_size, len(images) // options.batch_size
     total, warmup = steps * options.epochs, steps * options.epochs // 10
     optimizer = create_optimizer_v2(model, "adamw", lr=options.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup),
-        ],
-        [warmup],
-    )
+    parts = [LinearLR(optimizer, 1e-3, total_iters=warmup), CosineAnnealingLR(optimizer, total - warmup)]
+    schedule = SequentialLR(optimizer, parts, [warmup])
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.1)
     model.train()
     for _ in range(options.epochs):
@@ -92,20 +94,19 @@ def load(location: str, split: str, size: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, size, size) uint8 and labels (N,) int64, in the order of the source's index."""
     source = open_source(location, split=split)
     index = source.index()
-    images = [
-        np.asarray(decode_image(data).resize((size, size))) for data in source.read(index) if isinstance(data, bytes)
-    ]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(index["label"].to_pylist())
+    files = (data for data in source.read(index) if isinstance(data, bytes))
+    images = np.stack([np.asarray(decode_image(data).resize((size, size))) for data in files])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(index["label"].to_pylist())
 
 
 def augment(images: Tensor) -> Tensor:
     """Normalise, flip half of the images, and translate each by up to an eighth of its side, padded with zeros."""
     x = normalise(images)
-    count, _, height, width = x.shape
+    count = len(x)
     x = torch.where((torch.rand(count) < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
     theta = torch.eye(2, 3).repeat(count, 1, 1)
     theta[:, :, 2] = (torch.rand(count, 2) * 4 - 2) * SHIFT
-    grid = nn.functional.affine_grid(theta, [count, 3, height, width], align_corners=False)
+    grid = nn.functional.affine_grid(theta, list(x.shape), align_corners=False)
     return nn.functional.grid_sample(x, grid, mode="nearest", align_corners=False)
 
 
@@ -118,10 +119,8 @@ def normalise(images: Tensor) -> Tensor:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Top-1 in percent."""
     model.eval()
-    right = sum(
-        (model(normalise(x)).argmax(1) == y).sum() for x, y in zip(images.split(100), labels.split(100), strict=True)
-    )
-    return 100 * int(right) / len(labels)
+    predicted = torch.cat([model(normalise(part)).argmax(1) for part in images.split(100)])
+    return 100 * int((predicted == labels).sum()) / len(labels)
 
 
 def _report(results: dict[str, list[dict[str, float]]]) -> None:
@@ -129,31 +128,12 @@ def _report(results: dict[str, list[dict[str, float]]]) -> None:
     print(f"\n{'model':<{width}}  parameters  top-1 %           seconds per run")
     figures = {}
     for model, runs in results.items():
-        tops = [run["top1"] for run in runs]
-        seconds = mean(run["seconds"] for run in runs)
-        print(
-            f"{model:<{width}}  {runs[0]['parameters'] / 1e6:8.2f} M  {mean_and_deviation(tops):<14}  {seconds:12.0f}"
-        )
+        tops, seconds = [run["top1"] for run in runs], mean(run["seconds"] for run in runs)
+        millions = runs[0]["parameters"] / 1e6
+        print(f"{model:<{width}}  {millions:8.2f} M  {mean_and_deviation(tops):<14}  {seconds:12.0f}")
         std = stdev(tops) if len(tops) > 1 else 0.0
         figures[model] = {"top1_mean": round(mean(tops), 2), "top1_std": round(std, 2), "top1": tops}
     print(json.dumps(figures))
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train", help="images to train on: folder, tar shards or Parquet, with labels")
-    parser.add_argument("test", help="held-out images, in the same forms")
-    parser.add_argument("--models", nargs="+", default=["regla_t", "iformer_t", "mobilevitv2_075", "starnet_s1"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--size", type=int, default=64, help="side of the input in pixels")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the cosine, after a tenth of linear warm-up")
-    parser.add_argument("--jobs", type=int, default=2, help="parallel runs, each on one thread")
-    parser.add_argument(
-        "--results", type=Path, default=Path("work/learning.jsonl"), help="where finished runs are kept"
-    )
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@
         teachers.1.weights=mobilenetv2.safetensors train.epochs=6 --seeds 0 1 2
 
 Students of one seed start with equal weights and see equally many samples. Ray fills the caches, which the arms share;
-training runs in this process. Scores are kNN and a linear probe on frozen features of the averaged weights. Finished runs are
-kept in `--results` and not repeated. Prints a table of means and standard deviations over the seeds, and each arm's difference
-to `all` with its standard error over pairs of equal seed; then one line of JSON.
+training runs in this process. Scores are kNN and a linear probe on frozen features of the averaged weights. Prints means and
+standard deviations over the seeds, and each arm's difference to `--base` with its standard error over pairs of equal seed; then
+one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -27,16 +26,25 @@ if not __package__:  # a script imports from its own checkout
 import torch
 from torch import nn
 
-from benchmarks.codec_students import make_task, plan_of, train_silently
-from benchmarks.results import mean_and_deviation, measure_once
-from pipeline.cache.fill.build import CachePlan
+from benchmarks.results import mean_and_deviation, measure_once, study_parser
+from pipeline.cache.fill.build import CachePlan, build_cache, plan_cache
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
+from pipeline.distill.task import DistillJob, DistillTask
+from pipeline.downstream.config import FinetuneJobConfig
+from pipeline.downstream.job import plan_finetune, with_absolute_paths
+from pipeline.downstream.training import FinetuneJob, FinetuneTask
 from pipeline.evaluate.config import EvaluateConfig
-from pipeline.evaluate.knn import embed, knn_accuracies
+from pipeline.evaluate.knn import embed, knn_accuracy
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
+from pipeline.runs.folder import cache_store
+from pipeline.runtime.ray_session import connect
 from pipeline.student.config import NamedBackboneConfig
+from pipeline.training.checkpoint import Snapshot
+from pipeline.training.loop import train
+from pipeline.training.task import Task
+from pipeline.training.worker import Worker
 
 Arm = Callable[[DistillJobConfig], DistillJobConfig]
 SCORES = ("knn", "linear")
@@ -72,10 +80,10 @@ def crops(count: int) -> Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "labels": lambda config: config,
+    "labels": changed(),
     "teacher-0": only(0),
     "teacher-1": only(1),
-    "all": lambda config: config,
+    "all": changed(),
     "drop": changed(loss={"drop": 0.5}),
     "phi_s": changed(loss={"standardise": "phi_s"}),
     "patch-relation": changed(loss={"patches": {"cosine": 0.9, "smooth_l1": 0.1, "patch_relation": 0.5}}),
@@ -85,11 +93,8 @@ ARMS: dict[str, Arm] = {
     "relation-0.5": changed(loss={"summary": {"cosine": 1.0, "relation": 0.5}}),
     "crops-1": crops(1),
     "crops-2": crops(2),
-    "int8": changed(cache={"codec": "int8"}),
-    "float16": changed(cache={"codec": "float16"}),
-    "patches-4": changed(loss={"max_patches": 4}),
-    "patches-8": changed(loss={"max_patches": 8}),
-    "patches-16": changed(loss={"max_patches": 16}),
+    **{codec: changed(cache={"codec": codec}) for codec in ("int8", "float16", "float32", "pca-int8-zstd")},
+    **{f"patches-{count}": changed(loss={"max_patches": count}) for count in (4, 8, 16)},
     "patches-all": changed(loss={"max_patches": None}),
     "heads-256": changed(student={"head_dim": 256}),
     "heads-1024": changed(student={"head_dim": 1024}),
@@ -99,24 +104,21 @@ ARMS: dict[str, Arm] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what the results file lacks, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "proof")
     parser.add_argument("items", nargs="+", help="a recipe and overrides, as for the jobs")
-    parser.add_argument(
-        "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS)
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=Path("work/proof.jsonl"), help="where runs are kept")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--base", default="all", choices=ARMS, metavar="ARM", help="arm that others are compared with")
     options = parser.parse_args(arguments)
-    recipe, *overrides = options.items
-    rows = [_run(recipe, overrides, arm, seed, options.results) for seed in options.seeds for arm in options.arms]
-    print(json.dumps(_report(rows)))
+    rows = [_run(options.items, arm, seed, options.results) for seed in options.seeds for arm in options.arms]
+    print(json.dumps(_report(rows, options.base)))
 
 
-def _run(recipe: str, overrides: Sequence[str], arm: str, seed: int, results: Path) -> dict[str, Any]:
+def _run(items: Sequence[str], arm: str, seed: int, results: Path) -> dict[str, Any]:
     def measure() -> dict[str, float]:
         started = time.perf_counter()
+        recipe, *overrides = items
         config = ARMS[arm](load_config(DistillJobConfig, recipe, [*overrides, f"seed={seed}"]))
-        plan = plan_of(config)
+        plan = _plan_of(config)
         encoder = _labels_alone(config) if arm == "labels" else _distilled(config, plan)
         datasets = {split.split: split.dataset for split in plan.splits}
         scores = _score(encoder, datasets["train"], datasets["val"], config)
@@ -124,25 +126,41 @@ def _run(recipe: str, overrides: Sequence[str], arm: str, seed: int, results: Pa
         print(f"{arm} seed {seed}  {shown}  {seconds:.0f} s", flush=True)
         return {**scores, "seconds": round(seconds)}
 
-    return measure_once(results, {"recipe": " ".join([recipe, *overrides]), "arm": arm, "seed": seed}, measure)
+    return measure_once(results, {"recipe": " ".join(items), "arm": arm, "seed": seed}, measure)
+
+
+def _plan_of(config: DistillJobConfig) -> CachePlan:
+    """Plan of a complete cache; Ray computes missing features."""
+    plan = plan_cache(config, cache_store(config))
+    if any(split.missing(teacher) for split in plan.splits for teacher in plan.teachers):
+        with connect():
+            plan, _ = build_cache(plan, config)
+    return plan
+
+
+def _train(task: Task, config: DistillJobConfig) -> Any:
+    """Train in this process without evaluations; returns the module with its averaged weights, in eval mode."""
+    task.evaluate = lambda averaged, raw: {}  # type: ignore[method-assign]
+    snapshots: list[Snapshot] = []
+    train(task, config.train, Worker(), None, snapshots.append)
+    state = snapshots[-1].state
+    assert state is not None
+    task.module.load_state_dict(state["ema"])
+    return task.module.eval()
 
 
 def _distilled(config: DistillJobConfig, plan: CachePlan) -> nn.Module:
-    module: Any = train_silently(make_task(config, plan), config.train)
-    encoder: nn.Module = module.student.encoder
+    """The backbone of a student that was distilled from random weights."""
+    if config.student.weights != "random":
+        raise SystemExit("student.weights: this benchmark compares students from random weights")
+    datasets = {split.split: split.dataset for split in plan.splits}
+    task = DistillTask(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
+    encoder: nn.Module = _train(task, config).student.encoder
     return encoder
 
 
 def _labels_alone(config: DistillJobConfig) -> nn.Module:
     """The backbone of a classifier, trained with the augmentation of recipes/classify.yaml."""
-    from pipeline.downstream.config import FinetuneJobConfig
-    from pipeline.downstream.job import plan_finetune, with_absolute_paths
-    from pipeline.downstream.training import FinetuneJob, FinetuneTask
-
-    class Unevaluated(FinetuneTask):
-        def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
-            return {}
-
     mild = {"augment": None, "min_area": 0.5, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
     root = FinetuneJobConfig.of_task("classify")
     shared = config.model_dump(include=set(root.model_fields))
@@ -150,9 +168,8 @@ def _labels_alone(config: DistillJobConfig) -> nn.Module:
     settings = with_absolute_paths(root.model_validate({**shared, "student": student, "classify": mild}))
     with TemporaryDirectory() as folder:
         plan_finetune(settings).start.save(config.student.input_size, Path(folder, "start"))
-        task = Unevaluated(FinetuneJob(settings, Path(folder, "start"), Path(folder)))
-        module: Any = train_silently(task, config.train)
-    encoder: nn.Module = module.encoder
+        task = FinetuneTask(FinetuneJob(settings, Path(folder, "start"), Path(folder)))
+        encoder: nn.Module = _train(task, config).encoder
     return encoder
 
 
@@ -162,7 +179,7 @@ def _score(encoder: nn.Module, train: Dataset, val: Dataset, config: DistillJobC
     ([bank], labels), ([queries], expected) = (
         embed([encoder.eval()], split, size, config.knn.batch_size) for split in (train, val)
     )
-    knn = knn_accuracies(bank, labels, queries, expected, [config.knn.k], config.knn.temperature)[config.knn.k]
+    knn = knn_accuracy(bank, labels, queries, expected, config.knn.k, config.knn.temperature)
     heads = LinearHeads(bank.mean(0), bank.std(0), int(labels.max()) + 1, settings.lrs, config.seed)
     batches, steps = shuffled(bank, labels, settings.batch_size, config.seed), -(-len(bank) // settings.batch_size)
     with TemporaryDirectory() as folder, torch.enable_grad():
@@ -170,21 +187,20 @@ def _score(encoder: nn.Module, train: Dataset, val: Dataset, config: DistillJobC
     return {"knn": knn, "linear": max(accuracies(heads, queries, expected)["top1"])}
 
 
-def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _report(rows: Sequence[dict[str, Any]], base: str) -> dict[str, Any]:
     """Print the table; returns the figures of every arm."""
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         by_arm.setdefault(row["arm"], {})[row["seed"]] = row
     figures: dict[str, Any] = {}
-    print(f"{'arm':<12}" + "".join(f"{f'{name}, %':>16}{'minus all':>18}" for name in SCORES) + f"{'seeds':>7}")
+    print(f"{'arm':<14}" + "".join(f"{f'{name}, %':>16}{f'minus {base}':>20}" for name in SCORES) + f"{'seeds':>7}")
     for arm, seeds in by_arm.items():
-        line, figures[arm] = f"{arm:<12}", {"seeds": len(seeds)}
+        line, figures[arm] = f"{arm:<14}", {"seeds": len(seeds)}
         for name in SCORES:
             values = [row[name] for row in seeds.values()]
-            gaps = [
-                row[name] - by_arm["all"][seed][name] for seed, row in seeds.items() if seed in by_arm.get("all", {})
-            ]
-            line += f"{mean_and_deviation(values, 1):>16}{mean_and_deviation(gaps, len(gaps) ** 0.5) if arm != 'all' else '':>18}"
+            pairs = [(row[name], by_arm[base][seed][name]) for seed, row in seeds.items() if base in by_arm]
+            gaps = [] if arm == base else [value - other for value, other in pairs]
+            line += f"{mean_and_deviation(values):>16}{mean_and_deviation(gaps, len(gaps) ** 0.5):>20}"
             figures[arm][name] = round(mean(values), 2)
         print(f"{line}{len(seeds):>7}")
     return figures

@@ -1,12 +1,22 @@
-"""Results of benchmarks that take hours: one JSON line per run, so that no run is repeated; and their table cells."""
+"""Studies that take hours: finished runs are kept as JSON lines and not repeated."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+
+def study_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Parser with the options of every study: seeds, and the file of finished runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    kept = Path(f"work/{name}.jsonl")
+    parser.add_argument("--results", type=Path, default=kept, help="file of finished runs, which are not repeated")
+    return parser
 
 
 def measure_once(results: Path, run: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
