@@ -32,17 +32,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from itertools import cycle, islice, repeat
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads that wait count as work, where others have the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work if others use the cores
 
 import numpy as np
 import torch
@@ -74,8 +73,6 @@ from pipeline.training.worker import Worker
 from teachers.base import Teacher
 
 TEACHERS = ("dinov2/vits14", "clip/ViT-B-16", "sam/vit_b")
-Times = np.ndarray
-"""Seconds [2] by the clock, and of the processor."""
 WARM_UP = 2
 """Steps of a block that are not measured: in them the reader fills its queue."""
 
@@ -88,32 +85,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(options, folder)
         figures = bench.measure()
         if options.ray:
-            figures |= ray_over_bare(options, folder)
-    print(
-        json.dumps({**figures, "student": options.student, "image_size": options.image_size, "device": options.device})
-    )
+            figures |= ray_over_bare(bench, folder)
+    described = {name: getattr(options, name) for name in ("student", "image_size", "device")}
+    print(json.dumps({**figures, **described}))
 
 
 class DistillStep(Task):
-    """The distillation loss of a batch, as `DistillTask` computes it."""
+    """The loss of `DistillTask` without augmentation, `steps` times an epoch on the same batch."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.step = module, 0
+    def __init__(self, module: nn.Module, batch: Batch | None = None, steps: int = 0) -> None:
+        self.module, self.epoch, self.step = module, [batch] * steps, 0
 
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of `DistillTask`, without augmentation."""
+        """See :meth:`Task.loss`."""
         step = torch.tensor(self.step).to(device, non_blocking=True)
         self.step += 1
         result: tuple[Tensor, dict[str, Tensor]] = module(batch.images, batch.features, step=step)
         return result
 
     def steps(self, epoch: int) -> int:
-        """Any number: nothing here depends on it."""
-        return 1_000_000
+        """See :meth:`Task.steps`."""
+        return len(self.epoch)
 
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        """None."""
-        return iter(())
+    def batches(self, epoch: int, start: int) -> Iterator[Any]:
+        """See :meth:`Task.batches`."""
+        return iter(self.epoch[start:])
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
         """Nothing."""
@@ -121,15 +117,32 @@ class DistillStep(Task):
 
 
 class StudentStep(DistillStep):
-    """The student alone."""
+    """The student alone; its loss is the mean square of summary and tokens."""
 
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean square of summary and tokens."""
+        """See :meth:`Task.loss`."""
         summary, tokens = module(batch.images)
         return summary.float().square().mean() + tokens.float().square().mean(), {}
 
 
-class Operators(TorchDispatchMode):
+class TimedStep(DistillStep):
+    """Writes the starting times of all steps, [clock, processor] in seconds, to `file` after each epoch."""
+
+    file: Path
+    starts: list[list[float]]
+
+    def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`Task.loss`."""
+        self.starts.append([time.perf_counter(), time.process_time()])
+        return super().loss(module, batch, device)
+
+    def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
+        """Write the times."""
+        self.file.write_text(json.dumps(self.starts))
+        return {}
+
+
+class OperatorCounter(TorchDispatchMode):
     """Counts operators that compute something; views do not."""
 
     count = 0
@@ -148,111 +161,103 @@ class Bench:
         self.jpegs = jpegs(options.image_size)
         self.dataset = write_dataset(f"{folder}/cache", options.images, self.jpegs, -(-options.images // 4))
         self.teachers = [write_features(self.dataset, model, options.codec) for model in TEACHERS]
-        self.reader = self._reader()
+        self.reader, self.epoch = make_reader(options, self.dataset, self.teachers), 0
         self.batch = to_device(next(self.reader.batches(0)), self.device)
-        config = train_config(options)
+        student, distiller = make_student(options.student), make_distiller(options, self.teachers)
+        tasks = {"student": StudentStep(student), "cached": DistillStep(distiller)}
+        worker = Worker(device=self.device)
         self.steppers = {
-            name: Stepper(task, config, Worker(device=self.device), [1_000_000])
-            for name, task in (
-                ("student", StudentStep(make_student(options.student))),
-                ("cached", DistillStep(make_distiller(options, self.teachers))),
-            )
+            name: Stepper(task, train_config(options), worker, [1_000_000]) for name, task in tasks.items()
         }
-        self.epoch = 0
-
-    def _reader(self) -> CacheReader | ReaderProcess:
-        options = self.options
-        make = ReaderProcess if options.device == "cuda" else CacheReader
-        return make(
-            self.dataset,
-            self.teachers,
-            image_size=options.image_size,
-            batch_size=options.batch_size,
-            window=256,
-            threads=max(2, options.threads),
-        )
 
     def measure(self) -> dict[str, Any]:
         """Ratios between the kinds of steps, measured in interleaved blocks."""
-        ways: dict[str, Callable[[], Times]] = {
+        online = self.options.online
+        rendered = [self._render(model) for model in TEACHERS] if online else []
+        ways: dict[str, Callable[[], np.ndarray]] = {
             "student": lambda: self._block("student", repeat(self.batch)),
             "in memory": lambda: self._block("cached", repeat(self.batch)),
-            "cached": lambda: self._block("cached", self._read()),
+            "cached": self._block_of_reader,
+            **({"teachers": lambda: self._encode(rendered)} if online else {}),
         }
-        if self.options.online:
-            loaded = [load_teacher(model, self.device) for model in TEACHERS]
-            ways["teachers"] = partial(self._encode, [(teacher, self._rendered(teacher)) for teacher in loaded])
         rounds = [{name: way() for name, way in ways.items()} for _ in range(self.options.rounds)]
-        if self.options.online:
-            for found in rounds:
-                found["online"] = found["in memory"] + found["teachers"]
+        times = {name: np.array([found[name] for found in rounds]) for name in ways}  # each [rounds, 2]
+        if online:
+            times["online"] = times["in memory"] + times["teachers"]
         print(f"{'step':<12}{'ms':>10}{'over student':>15}{'CPU ms':>12}{'over student':>15}")
-        for name in rounds[0]:
-            row = [f"{name:<12}"]
-            for kind in (0, 1):
-                over = median(found[name][kind] / found["student"][kind] for found in rounds)
-                milliseconds = 1000 * median(found[name][kind] for found in rounds)
-                row.append(f"{milliseconds:>10.1f}{over:>15.3f}")
-            print("  ".join(row), flush=True)
-        clock, processor = (self._ratios(rounds, kind) for kind in (0, 1))
-        student, distilled = map(self._operators, ("student", "cached"))
+        for name, measured in times.items():
+            pairs = zip(1000 * np.median(measured, 0), np.median(measured / times["student"], 0), strict=True)
+            print(f"{name:<12}" + "  ".join(f"{milliseconds:>10.1f}{over:>15.3f}" for milliseconds, over in pairs))
+        compared = [("cached", "student"), ("cached", "in memory"), ("in memory", "student")]
+        clock: dict[str, Any] = {}
+        processor: dict[str, float] = {}
+        for way, base in [*compared, *([("online", "cached")] if online else [])]:
+            name = f"{way}_over_{base}".replace(" ", "_")
+            clock[name], processor[name] = np.median(times[way] / times[base], 0).round(3).tolist()
+        student, distilled = map(self._count_operators, ("student", "cached"))
         print(f"operators of a step: {student} of the student alone, {distilled} with heads and losses")
         clock["operators_over_student"] = round(distilled / student, 3)
         return {**clock, "cpu_time": processor} if self.device.type == "cpu" else clock
 
-    def _operators(self, name: str) -> int:
-        with Operators() as operators:
+    def _count_operators(self, name: str) -> int:
+        with OperatorCounter() as operators:
             self.steppers[name]([self.batch], WARM_UP + self.options.steps, StepTimer(self.device))
         return operators.count
 
-    def _ratios(self, rounds: Sequence[dict[str, Times]], kind: int) -> dict[str, float]:
-        def ratio(way: str, base: str) -> float:
-            return round(median(found[way][kind] / found[base][kind] for found in rounds), 3)
-
-        figures = {
-            "cached_over_student": ratio("cached", "student"),
-            "cached_over_in_memory": ratio("cached", "in memory"),
-            "in_memory_over_student": ratio("in memory", "student"),
-        }
-        return {**figures, "online_over_cached": ratio("online", "cached")} if self.options.online else figures
-
-    def _read(self) -> Iterator[Batch]:
-        while True:
-            self.epoch += 1
-            yield from prefetch_to_device(self.reader.batches(self.epoch), self.device)
-
-    def _block(self, name: str, batches: Iterator[Batch]) -> Times:
-        """Of a step."""
+    def _block(self, name: str, batches: Iterator[Batch]) -> np.ndarray:
+        """Times of a step, as those of `_now`."""
         stepper, clock, started = self.steppers[name], StepTimer(self.device), np.zeros(2)
         stepper.wrapped.train()
         for step in range(WARM_UP + self.options.steps):
             if step == WARM_UP:
-                started = self._now()
+                started = _now()
             stepper([next(batches)], step, clock)
-        times: Times = (self._now() - started) / self.options.steps
-        del batches
+        times: np.ndarray = (_now() - started) / self.options.steps
+        return times
+
+    def _block_of_reader(self) -> np.ndarray:
+        with closing(self._read()) as batches:
+            times = self._block("cached", batches)
         gc.collect()  # the reader's threads end with its generator
         return times
 
-    def _rendered(self, teacher: Teacher) -> Tensor:
-        """Some images at a teacher's own size."""
+    def _read(self) -> Generator[Batch]:
+        while True:
+            self.epoch += 1
+            yield from prefetch_to_device(self.reader.batches(self.epoch), self.device)
+
+    def _render(self, model: str) -> tuple[Teacher, Tensor]:
+        """A teacher with random weights, and some images at its own size."""
+        teacher = make_teacher(TeacherConfig(model=model, weights="random"))
+        teacher.load(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         size, interpolation = teacher.spec.input_size, teacher.spec.interpolation
         images = (decode_image(data) for data in islice(cycle(self.jpegs), self.options.online_images))
         pixels = np.stack([crop_and_resize(image, FULL, size, interpolation) for image in images])
-        return torch.from_numpy(pixels)
+        return teacher, torch.from_numpy(pixels)
 
-    def _encode(self, work: Sequence[tuple[Teacher, Tensor]]) -> Times:
-        """Of all teachers for a batch."""
-        started = self._now()
-        for teacher, pixels in work:
+    def _encode(self, rendered: Sequence[tuple[Teacher, Tensor]]) -> np.ndarray:
+        """Times of all teachers for a batch."""
+        started = _now()
+        for teacher, pixels in rendered:
             teacher.encode(pixels)
-        times: Times = (self._now() - started) / self.options.online_images * self.options.batch_size
+        times: np.ndarray = (_now() - started) / self.options.online_images * self.options.batch_size
         return times
 
-    def _now(self) -> Times:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return np.array([time.perf_counter(), time.process_time()])
+
+def _now() -> np.ndarray:
+    """Seconds [2] by the clock and of the processor, when the GPU has finished."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def make_reader(
+    options: argparse.Namespace, dataset: Dataset, teachers: Sequence[CachedTeacher]
+) -> CacheReader | ReaderProcess:
+    """A reader, as training on the device has it."""
+    make = ReaderProcess if options.device == "cuda" else CacheReader
+    how = {"batch_size": options.batch_size, "window": 256, "threads": max(2, options.threads)}
+    return make(dataset, teachers, image_size=options.image_size, **how)
 
 
 def train_config(options: argparse.Namespace, **changes: Any) -> TrainConfig:
@@ -274,8 +279,7 @@ def make_distiller(options: argparse.Namespace, teachers: Sequence[CachedTeacher
         for teacher in teachers
     }
     codecs = {teacher.id: teacher.codecs() for teacher in teachers}
-    student = make_student(options.student)
-    loss = LossConfig(max_patches=options.max_patches)
+    student, loss = make_student(options.student), LossConfig(max_patches=options.max_patches)
     return Distiller(student, teachers, standardisers, codecs, options.image_size, options.head_dim, loss)
 
 
@@ -296,82 +300,38 @@ def write_features(dataset: Dataset, model: str, codec: str) -> CachedTeacher:
     return teacher
 
 
-def load_teacher(model: str, device: torch.device) -> Teacher:
-    """A teacher with random weights."""
-    teacher = make_teacher(TeacherConfig(model=model, weights="random"))
-    teacher.load(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return teacher
-
-
-class EpochTask(DistillStep):
-    """Epochs on one batch in memory; records the start of every step."""
-
-    def __init__(self, options: argparse.Namespace, batch: Batch, module: nn.Module, file: str) -> None:
-        super().__init__(module)
-        self.options, self.batch, self.file = options, batch, file
-        self.began: list[tuple[float, float]] = []
-
-    def steps(self, epoch: int) -> int:
-        """Of an epoch."""
-        return int(self.options.ray_steps)
-
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        """The same batch again and again."""
-        return iter([self.batch] * (self.steps(epoch) - start))
-
-    def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """The distillation loss."""
-        self.began.append((time.perf_counter(), time.process_time()))
-        return super().loss(module, batch, device)
-
-    def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
-        """Write the recorded times."""
-        Path(self.file).write_text(json.dumps(self.began), encoding="utf-8")
-        return {}
-
-
-def make_epoch_task(payload: dict[str, Any], rank: int, world: int) -> EpochTask:
+def make_timed_step(payload: dict[str, Any], rank: int, world: int) -> TimedStep:
     """Build the task, in a worker of Ray Train or in this process."""
-    options = payload["options"]
-    bench = Bench.__new__(Bench)
-    bench.options, bench.dataset, bench.teachers = options, payload["dataset"], payload["teachers"]
-    batch = next(bench._reader().batches(0))
-    return EpochTask(options, batch, make_distiller(options, payload["teachers"]), payload["file"])
+    options, dataset, teachers = (payload[name] for name in ("options", "dataset", "teachers"))
+    batch = next(make_reader(options, dataset, teachers).batches(0))
+    task = TimedStep(make_distiller(options, teachers), batch, options.ray_steps)
+    task.file, task.starts = payload["file"], []
+    return task
 
 
-def ray_over_bare(options: argparse.Namespace, folder: str) -> dict[str, float]:
-    """Median time between the beginnings of two steps, under Ray Train over that in this process."""
+def ray_over_bare(bench: Bench, folder: str) -> dict[str, float]:
+    """Median time between the starts of two steps under Ray Train, over that in this process."""
     from pipeline.runtime.ray_session import connect
 
-    images = jpegs(options.image_size)
-    dataset = write_dataset(f"{folder}/ray-cache", max(64, options.batch_size), images, 64)
-    teachers = [write_features(dataset, model, options.codec) for model in TEACHERS]
-    payload: dict[str, Any] = {
-        "options": options,
-        "dataset": dataset,
-        "teachers": teachers,
-        "file": f"{folder}/times.json",
-    }
-    config = train_config(options, epochs=1, workers=1)
-    device = torch.device(options.device)
+    file, config = Path(folder, "times.json"), train_config(bench.options, epochs=1, workers=1)
+    payload = {"options": bench.options, "dataset": bench.dataset, "teachers": bench.teachers, "file": file}
 
     def bare(_: int) -> None:
-        train(make_epoch_task(payload, 0, 1), config, Worker(device=device), None, lambda _: None)
+        train(make_timed_step(payload, 0, 1), config, Worker(device=bench.device), None, lambda _: None)
 
     def ray(number: int) -> None:
-        fit(make_epoch_task, payload, config, f"{folder}/ray-{number}", lambda *_: None)
+        fit(make_timed_step, payload, config, f"{folder}/ray-{number}", lambda *_: None)
 
-    def times(run: Callable[[int], None], number: int) -> Times:
+    def times(run: Callable[[int], None], number: int) -> np.ndarray:
         run(number)
-        began = np.array(json.loads(Path(payload["file"]).read_text(encoding="utf-8")))
-        found: Times = np.median(np.diff(began[WARM_UP:], axis=0), axis=0)
+        starts = np.array(json.loads(file.read_text()))
+        found: np.ndarray = np.median(np.diff(starts[WARM_UP:], axis=0), axis=0)
         return found
 
     with connect():
-        pairs = np.array([[times(run, number) for run in (bare, ray)] for number in range(options.ray_rounds)])
-    print(
-        f"ms a step, bare and under Ray Train, by the clock and of the processor:\n{(1000 * pairs).round(1).tolist()}"
-    )
+        pairs = np.array([[times(run, number) for run in (bare, ray)] for number in range(bench.options.ray_rounds)])
+    print("ms a step, bare and under Ray Train, by the clock and of the processor:")
+    print((1000 * pairs).round(1).tolist())
     clock, processor = np.median(pairs[:, 1] / pairs[:, 0], axis=0).round(3).tolist()
     return {"ray_over_bare": clock, "ray_over_bare_cpu_time": processor}
 
