@@ -35,6 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 if not __package__:  # a script imports from its own checkout
@@ -45,7 +46,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.memory import growth, report, watch_memory
-from benchmarks.synthetic_cache import jpegs, read_photos, write_dataset, write_teacher
+from benchmarks.synthetic_cache import jpegs, read_photos, write_dataset, write_features
 from pipeline.cache.fill.ingest import commit_crops
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
@@ -55,8 +56,8 @@ from pipeline.cache.read.reader import Batch, CacheReader, PartialBatch
 from pipeline.imaging.geometry import ViewPolicy
 from pipeline.storage.store import Store
 
-TEACHERS = {"dinov2-s": (384, 384, 16), "clip-b16": (512, 768, 14), "sam-b": (None, 256, 16)}
-"""Channels of the summary and of a patch, side of the grid."""
+TEACHERS: dict[str, dict[str, Any]] = {"dinov2/vits14": {}, "clip/ViT-B-16": {}, "sam/vit_b": {"pool": 4}}
+"""Models and settings."""
 SHARD_SIZE = 1024
 PER_STEP = (1, 2, 4)
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_read.png"
@@ -85,7 +86,7 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
 
 def _codec_speed(folder: str, codec: str, options: argparse.Namespace) -> dict[str, float]:
     dataset = write_dataset(folder, options.images or 2048, jpegs(256), SHARD_SIZE)
-    teachers = [write_teacher(dataset, name, *shape, codec) for name, shape in TEACHERS.items()]
+    teachers = [write_features(dataset, model, codec, **settings) for model, settings in TEACHERS.items()]
     undecoded, full = (_reader(kind, dataset, teachers, options, 224) for kind in (UndecodedReader, CacheReader))
     codecs = {teacher.id: teacher.codecs() for teacher in teachers}
     ways: dict[str, Callable[[int], Iterator[int]]] = {
@@ -183,7 +184,7 @@ def _views(folder: str, options: argparse.Namespace) -> dict[str, object]:
 
 def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
     dataset = write_dataset(folder, options.images or 50000, jpegs(64), SHARD_SIZE)
-    teacher = write_teacher(dataset, "dinov2-s", *TEACHERS["dinov2-s"], "int8")
+    teacher = write_features(dataset, "dinov2/vits14", "int8")
     with watch_memory("reader") as curves:
         reader = _reader(CacheReader, dataset, [teacher], options, 64)
         codecs = {teacher.id: teacher.codecs()}

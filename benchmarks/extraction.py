@@ -5,15 +5,16 @@
         --images 16384 --shard-size 512 --threads 14
     python benchmarks/extraction.py --memory --images 50000
 
-First each stage alone, on the first images and the same threads: `teacher`, forward passes over resized batches in host memory
-(pinned for a GPU, without a synchronisation between batches); `render`, JPEG decode and resize; `encode`, codec and statistics
-of given features. Then `Extract` over whole shards, as many in parallel as in its actor, from reading images to committing
-features. Rounds are interleaved. Medians over the rounds: `ratio`, the rate of `Extract` over that of its slowest stage;
-`teacher_ratio`, over that of the teacher; `cpu_ratio`, the share of the slowest stage in processor time. On a CPU the stages
-share the cores: `cpu_ratio` then bounds `ratio`, and if other programs run, only `cpu_ratio` is meaningful. `render_own_us` is
-the time per image that rendering takes from the thread that feeds the GPU, while other processes decode. `--actors` are
-processes that share the device; Ray starts as many as fit into GPU memory. Weights are random unless `--weights` names a file;
-the PCA projection is fitted beforehand. Prints a table and one line of JSON.
+Measures each stage alone on the first images: `teacher`, forward passes over resized batches in host memory (pinned for a GPU,
+without a synchronisation between batches); `render`, JPEG decoding and resizing; `encode`, codec and statistics of features.
+Then `Extract` over whole shards, as many in parallel as in its actor, from reading images to committing features. Weights are
+random unless `--weights` names a file. Rounds are interleaved; prints a table and one line of JSON with medians over the rounds:
+
+    ratio           rate of `Extract` over that of its slowest stage
+    teacher_ratio   over that of the teacher
+    cpu_ratio       share of the slowest stage in processor time: on a CPU the stages share the cores, so it bounds `ratio`,
+                    and if other programs run, it alone is meaningful
+    render_own_us   time per image that rendering takes from the thread that feeds the GPU, while other processes decode
 
 `--memory` extracts HOG from many small images through Ray, and plots the resident memory of driver and actor over time. Only this
 needs Ray and MLflow.
@@ -39,7 +40,7 @@ if not __package__:  # a script imports from its own checkout
 
 from pipeline.runtime.allocator import keep_freed_memory
 
-if not sys.modules.get("torch"):  # before there are threads, whose part in it Ray's workers have by their environment
+if not sys.modules.get("torch"):  # threads must not have started
     keep_freed_memory()
 
 import torch
@@ -80,7 +81,7 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     actor = partial(Extract, {"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
     if options.processes:
         actor = partial(_in_processes, actor)
-    stages = Stages(dataset, teacher, actor(), Actors(options.actors, actor) if options.actors > 1 else None)
+    stages = Stages(dataset, teacher, actor, options.actors)
     alone = {"teacher": stages.forward, "render": stages.render, "encode": stages.encode}
     ways = {**alone, "extract": stages.extract}
     rounds = [{name: _timed(run) for name, run in ways.items()} for _ in range(options.rounds)]
@@ -90,20 +91,21 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     def ratio(stage: str, kind: int) -> float:
         return round(median(found[stage][kind] / found["extract"][kind] for found in rounds), 3)
 
-    figures: dict[str, object] = {
-        "ratio": ratio(slowest, 0),
-        "teacher_ratio": ratio("teacher", 0),
-        "slowest": slowest,
-        "actors": options.actors,
-    }
-    if options.actors == 1:
-        figures["cpu_ratio"] = ratio(slowest, 1)
-    figures["render_own_us"] = round(1e6 * median(found["render"][1] for found in rounds), 1)
     print(f"{teacher.spec.name}, {options.codec}, {options.device}, {options.precision}")
     print("\n".join(f"  {name:<10}{rate:>10,.1f} images/s" for name, rate in rates.items()))
     spent = ", ".join(f"{name} {1e6 * seconds:,.0f}" for name, seconds in stages.seconds.items())
     print(f"microseconds per image of the threads that process shards: {spent}")
-    return {**figures, "images_per_second": rates, "teacher": teacher.spec.name, "weights": options.weights}
+    return {
+        "ratio": ratio(slowest, 0),
+        "teacher_ratio": ratio("teacher", 0),
+        "slowest": slowest,
+        "actors": options.actors,
+        **({"cpu_ratio": ratio(slowest, 1)} if options.actors == 1 else {}),
+        "render_own_us": round(1e6 * median(found["render"][1] for found in rounds), 1),
+        "images_per_second": rates,
+        "teacher": teacher.spec.name,
+        "weights": options.weights,
+    }
 
 
 def _cached(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher:
@@ -124,30 +126,12 @@ Extracted = tuple[int, Counter[str]]
 """Images, and seconds of all threads by stage."""
 
 
-class Actors:
-    """Processes that share the device, each with its own `Extract`.
-
-    Args:
-        make: the `Extract` of one.
-    """
-
-    def __init__(self, count: int, make: Callable[[], Extract]) -> None:
-        self.count = count
-        self.pool = ProcessPoolExecutor(count, get_context("spawn"), _start_actor, (make,))
-
-    def __call__(self, rows: Sequence[dict[str, object]]) -> Extracted:
-        """Extract these shards."""
-        work = (rows[number :: self.count] for number in range(self.count))
-        parts = list(self.pool.map(_act, work))
-        return sum(images for images, _ in parts), sum((stages for _, stages in parts), Counter())
-
-
 def _start_actor(make: Callable[[], Extract]) -> None:
     global _actor
     _actor = make()
 
 
-def _act(rows: Sequence[dict[str, object]]) -> Extracted:
+def _extract_in_actor(rows: Sequence[dict[str, object]]) -> Extracted:
     return _extract(_actor, rows)
 
 
@@ -162,13 +146,19 @@ def _extract(extract: Extract, rows: Sequence[dict[str, object]]) -> Extracted:
 
 
 class Stages:
-    """The measured stages, on the shards of one dataset."""
+    """The measured stages, on the shards of one dataset; each returns its number of images.
 
-    def __init__(self, dataset: Dataset, teacher: CachedTeacher, extract: Extract, actors: Actors | None) -> None:
-        self.dataset, self.cached, self.extractor, self.actors = dataset, teacher, extract, actors
-        self.teacher = extract.teachers[teacher.id]
-        self.folder = dataset.teacher(teacher.id)
-        self.device = extract.device.name
+    Args:
+        make: makes the `Extract` of an actor.
+        actors: processes that share the device, each with its own `Extract`.
+    """
+
+    def __init__(self, dataset: Dataset, teacher: CachedTeacher, make: Callable[[], Extract], actors: int) -> None:
+        self.dataset, self.cached, self.extractor, self.actors = dataset, teacher, make(), actors
+        if actors > 1:
+            self.pool = ProcessPoolExecutor(actors, get_context("spawn"), _start_actor, (make,))
+        self.teacher = self.extractor.teachers[teacher.id]
+        self.device = self.extractor.device.name
         self.seconds: dict[str, float] = {}
         self.extract()
         shards = list(dataset.images.records().values())
@@ -180,7 +170,7 @@ class Stages:
         self.codecs = {kind: codec.to(self.device) for kind, codec in load_codecs(dataset, teacher).items()}
 
     def forward(self) -> int:
-        """Forward passes over resized batches; returns the number of images, as all stages do."""
+        """Forward passes over resized batches."""
         for pixels in self.pixels:
             self.teacher.encode(pixels)
         if self.device == "cuda":
@@ -204,8 +194,15 @@ class Stages:
 
     def extract(self) -> int:
         """All stages, several shards in parallel."""
-        self._forget()
-        images, stages = self.actors(self._rows()) if self.actors else _extract(self.extractor, self._rows())
+        rows: list[dict[str, object]] = [{"split": "train", "shard": shard} for shard in range(self.dataset.shards)]
+        for shard in range(self.dataset.shards):
+            self.dataset.teacher(self.cached.id).unlist(shard)
+        if self.actors == 1:
+            parts = [_extract(self.extractor, rows)]
+        else:
+            parts = list(self.pool.map(_extract_in_actor, [rows[first :: self.actors] for first in range(self.actors)]))
+        images = sum(images for images, _ in parts)
+        stages = sum((stages for _, stages in parts), Counter[str]())
         self.seconds = {name: seconds / images for name, seconds in stages.items()}
         return images
 
@@ -213,13 +210,6 @@ class Stages:
         for record in self.alone:
             for batch in self.extractor.rendered(read_view_rows(self.dataset, record.shard), [self.cached.id]):
                 yield batch[self.cached.id]
-
-    def _rows(self) -> list[dict[str, object]]:
-        return [{"split": "train", "shard": shard} for shard in range(self.dataset.shards)]
-
-    def _forget(self) -> None:
-        for shard in range(self.dataset.shards):
-            self.folder.unlist(shard)
 
 
 def _timed(run: Callable[[], int]) -> tuple[float, float]:

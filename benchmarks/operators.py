@@ -35,11 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--rows", type=int, default=15, help="rows of the table by shape")
     options = parser.parse_args(arguments)
-    events = profile(options.model, options.size, options.runs)
     by_operator: Counter[str] = Counter()
     by_shape: Counter[str] = Counter()
     count: Counter[str] = Counter()
-    for event in events:
+    for event in profile(options.model, options.size, options.runs):
         operator, milliseconds = event["args"]["op_name"], event["dur"] / 1e3 / options.runs
         shapes = [next(iter(shape.values())) for shape in event["args"]["input_type_shape"][:2]]
         by_operator[operator] += milliseconds
@@ -48,9 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = sum(by_operator.values())
     print(f"{options.model} at {options.size} px: {total:.1f} ms in operators, ONNX Runtime, one thread, profiled")
     for operator, milliseconds in by_operator.most_common():
-        print(
-            f"  {operator:<16} {count[operator] // options.runs:>4} x {milliseconds:8.2f} ms {milliseconds / total:7.1%}"
-        )
+        calls = count[operator] // options.runs
+        print(f"  {operator:<16} {calls:>4} x {milliseconds:8.2f} ms {milliseconds / total:7.1%}")
     for row, milliseconds in by_shape.most_common(options.rows):
         print(f"  {milliseconds:8.2f} ms {milliseconds / total:6.1%}  {row}")
     shares = {operator: round(milliseconds / total, 4) for operator, milliseconds in by_operator.most_common()}

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from pipeline.cache.config import TeacherConfig
-from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
+from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.shards import ShardRecord
 from pipeline.cache.layout.view_rows import IMAGES_SCHEMA
 from pipeline.storage.store import Store
-from teachers.base import TeacherSpec
 
 
 def read_photos(folder: Path) -> list[bytes]:
@@ -56,29 +57,29 @@ def write_dataset(folder: str, count: int, images: Sequence[bytes], shard_size: 
     return dataset
 
 
-def write_teacher(
-    dataset: Dataset, name: str, summary: int | None, patches: int, side: int, codec: str
-) -> CachedTeacher:
-    """Features of random bytes for every row of a dataset, in the shapes of a teacher of these channels and grid side."""
-    half = (0.5, 0.5, 0.5)
-    spec = TeacherSpec(name, name, "none", (224, 224), half, half, "bilinear", summary, patches, (side, side))
-    teacher = CachedTeacher(TeacherConfig(model=name), spec, name, codec, "float32")
-    rng = np.random.default_rng(patches)
-    widths = {kind: codec.row_bytes for kind, codec in teacher.codecs().items()}
+def write_features(dataset: Dataset, model: str, codec: str, **settings: Any) -> CachedTeacher:
+    """Features for every row of a dataset, drawn from a normal distribution, in the shapes of a teacher.
+
+    Args:
+        **settings: other fields of its `TeacherConfig`.
+    """
+    config = TeacherConfig(model=model, weights="random", **settings)
+    spec = make_teacher(config).spec
+    teacher = CachedTeacher(config, spec, spec.name.replace("/", "-"), codec, "float32")
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        kind: codec.encode(torch.randn(16, *codec.shape, generator=generator))
+        for kind, codec in teacher.codecs().items()
+    }
+    compression = "zstd" if Codec.parse(codec).zstd else "none"
     for record in dataset.images.records().values():
-        rows = {kind: rng.integers(0, 256, (record.rows, width), dtype=np.uint8) for kind, width in widths.items()}
-        commit_features(dataset, name, record, rows)
+        table = dataset.images.read(record, ["sample_id", "view"])
+        for kind, encoded in drawn.items():
+            width = encoded.shape[1]
+            column = binary_column(np.resize(encoded, (record.rows, width)))
+            table = table.append_column(pa.field(kind, pa.binary(width), nullable=False), column)
+        dataset.teacher(teacher.id).commit(record.shard, table, compression=compression)
     return teacher
-
-
-def commit_features(
-    dataset: Dataset, teacher: str, record: ShardRecord, rows: Mapping[str, np.ndarray], compression: str = "none"
-) -> None:
-    """Commit a shard of encoded features, uint8 [rows, bytes] by kind, for the rows of a shard of images."""
-    table = dataset.images.read(record, ["sample_id", "view"])
-    for kind, encoded in rows.items():
-        table = table.append_column(pa.field(kind, pa.binary(encoded.shape[1]), nullable=False), binary_column(encoded))
-    dataset.teacher(teacher).commit(record.shard, table, compression=compression)
 
 
 def binary_column(rows: np.ndarray) -> pa.Array:

@@ -48,10 +48,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.synthetic_cache import commit_features, jpegs, write_dataset
+from benchmarks.synthetic_cache import jpegs, write_dataset, write_features
 from pipeline.cache.config import CacheConfig, TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
-from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
@@ -281,23 +280,6 @@ def make_distiller(options: argparse.Namespace, teachers: Sequence[CachedTeacher
     codecs = {teacher.id: teacher.codecs() for teacher in teachers}
     student, loss = make_student(options.student), LossConfig(max_patches=options.max_patches)
     return Distiller(student, teachers, standardisers, codecs, options.image_size, options.head_dim, loss)
-
-
-def write_features(dataset: Dataset, model: str, codec: str) -> CachedTeacher:
-    """Features for every row of a dataset, drawn from a normal distribution, in the shapes of a teacher."""
-    config = TeacherConfig(model=model, weights="random")
-    spec = make_teacher(config).spec
-    teacher = CachedTeacher(config, spec, spec.name.replace("/", "-"), codec, "float32")
-    generator = torch.Generator().manual_seed(0)
-    compression = "zstd" if Codec.parse(codec).zstd else "none"
-    drawn = {
-        kind: codec.encode(torch.randn(16, *codec.shape, generator=generator))
-        for kind, codec in teacher.codecs().items()
-    }
-    for record in dataset.images.records().values():
-        rows = {kind: np.resize(encoded, (record.rows, encoded.shape[1])) for kind, encoded in drawn.items()}
-        commit_features(dataset, teacher.id, record, rows, compression)
-    return teacher
 
 
 def make_timed_step(payload: dict[str, Any], rank: int, world: int) -> TimedStep:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.synthetic_cache import jpegs, write_dataset
-from benchmarks.train_step import DistillStep, make_distiller, make_student, train_config, write_features
+from benchmarks.synthetic_cache import jpegs, write_dataset, write_features
+from benchmarks.train_step import DistillStep, make_distiller, make_student, train_config
 from benchmarks.train_step import _parse as step_options
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
