@@ -55,7 +55,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         UserError: if there are none, or a folder cannot be listed.
     """
-    found = sorted(Path(entry.path) for entry in images_below(str(folder)))
+    found = sorted(map(Path, images_below(str(folder))))
     if not found:
         raise UserError(f"{folder}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}")
     return found

@@ -84,11 +84,21 @@ def oversize(size: int) -> ValueError | None:
     return ValueError(f"{size} bytes are over the {MAX_BYTES} allowed") if size > MAX_BYTES else None
 
 
-class Extent(NamedTuple):
-    """Position of a sample in its file: `offset` and `size` of its index row."""
+class IndexRow(NamedTuple):
+    """A row of `INDEX_SCHEMA`."""
 
+    sample_id: str
+    label: int | None
+    uri: str
     offset: int
     size: int
+
+
+def make_index(rows: Sequence[IndexRow], *, location: str, looked_for: str) -> pa.Table:
+    """:func:`finish_index` of a table of these rows."""
+    columns = [*zip(*rows, strict=True)] or [()] * len(INDEX_SCHEMA)
+    table = pa.table(columns, schema=INDEX_SCHEMA)
+    return finish_index(table, location=location, looked_for=looked_for)
 
 
 def finish_index(table: pa.Table, *, location: str, looked_for: str) -> pa.Table:
@@ -106,35 +116,23 @@ def finish_index(table: pa.Table, *, location: str, looked_for: str) -> pa.Table
     label = pc.if_else(pc.less(label, 0), pa.scalar(None, pa.int64()), label)
     table = table.set_column(table.schema.get_field_index("label"), "label", label)
     table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA).sort_by("sample_id").combine_chunks()
-    _refuse_repeats(table, location)
-    _refuse_control_characters(table, location)
+    ids = table["sample_id"]
+    repeated = pc.index(pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1)), True).as_py()
+    if repeated >= 0:
+        files = sorted(set(table["uri"][repeated : repeated + 2].to_pylist()))
+        raise UserError(
+            f"{location}: sample id '{ids[repeated]}' occurs more than once (in {' and '.join(files)}); "
+            "rename or remove one of them"
+        )
+    # Ids are printed: a line break would forge a log line, an escape sequence would control the terminal.
+    control = pc.index(pc.match_substring_regex(ids, r"[\x00-\x1f\x7f]"), True).as_py()
+    if control >= 0:
+        raise UserError(f"{location}: sample id {ids[control].as_py()!r} contains a control character; rename it")
     return table
 
 
-def _refuse_repeats(table: pa.Table, location: str) -> None:
-    ids = table["sample_id"]
-    repeated = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1))
-    first = pc.index(repeated, True).as_py()
-    if first < 0:
-        return
-    files = sorted({table["uri"][first].as_py(), table["uri"][first + 1].as_py()})
-    raise UserError(
-        f"{location}: sample id '{ids[first].as_py()}' occurs more than once (in {' and '.join(files)}); "
-        "rename or remove one of them"
-    )
-
-
-def _refuse_control_characters(table: pa.Table, location: str) -> None:
-    """Ids are printed: a line break would forge a log line, an escape sequence would control the terminal."""
-    found = pc.index(pc.match_substring_regex(table["sample_id"], r"[\x00-\x1f\x7f]"), True).as_py()
-    if found >= 0:
-        name = table["sample_id"][found].as_py()
-        raise UserError(f"{location}: sample id {name!r} contains a control character; rename it")
-
-
-def by_file(rows: pa.Table) -> Iterator[tuple[str, list[Extent]]]:
-    """Runs of neighbouring index rows that lie in the same file."""
-    uris = rows["uri"].to_pylist()
-    extents = map(Extent, rows["offset"].to_pylist(), rows["size"].to_pylist())
-    for uri, run in groupby(zip(uris, extents, strict=True), key=lambda row: row[0]):
-        yield uri, [extent for _, extent in run]
+def by_file(rows: pa.Table) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Runs of neighbouring index rows in the same file: its path, and (offset, size) of each."""
+    columns = (rows[name].to_pylist() for name in ("uri", "offset", "size"))
+    for uri, run in groupby(zip(*columns, strict=True), key=lambda row: row[0]):
+        yield uri, [(offset, size) for _, offset, size in run]

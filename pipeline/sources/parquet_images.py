@@ -141,9 +141,9 @@ class ParquetImages:
                 yield from [error] * len(extents)
                 continue
             with file:
-                images = self._read_file(file, np.array([extent.offset for extent in extents]))
-                for extent, image in zip(extents, images, strict=True):
-                    yield oversize(extent.size) or image
+                images = self._read_file(file, np.array([offset for offset, _ in extents]))
+                for (_, size), image in zip(extents, images, strict=True):
+                    yield oversize(size) or image
 
     def _read_file(self, file: pq.ParquetFile, offsets: np.ndarray) -> Iterator[bytes | Exception]:
         starts = _group_starts(file)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.sources.base import finish_index
+from pipeline.sources.base import IndexRow, make_index
 from pipeline.sources.locations import SAMPLES
 from pipeline.sources.painting import blend, surface
 from pipeline.sources.shapes import CLASSES, coverage
@@ -95,17 +95,8 @@ class SampleScenes:
 
     def index(self) -> pa.Table:
         """One row per scene: `offset` is its number, `size` is 0 as nothing is rendered, labels cycle through the classes."""
-        number = np.arange(self.count)
-        table = pa.table(
-            {
-                "sample_id": [f"scene-{i:08d}" for i in range(self.count)],
-                "label": number % len(CLASSES),
-                "uri": [""] * self.count,
-                "offset": number,
-                "size": np.zeros(self.count, np.int64),
-            }
-        )
-        return finish_index(table, location=self.location, looked_for="data.samples")
+        rows = [IndexRow(f"scene-{number:08d}", number % len(CLASSES), "", number, 0) for number in range(self.count)]
+        return make_index(rows, location=self.location, looked_for="data.samples")
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """Scenes as PNG, which decodes to exactly `scene(i).image`."""

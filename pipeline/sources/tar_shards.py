@@ -12,13 +12,12 @@ from typing import BinaryIO, ClassVar
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.sources.base import IMAGE_EXTENSIONS, Extent, by_file, finish_index, foreign_name, oversize
+from pipeline.sources.base import IMAGE_EXTENSIONS, IndexRow, by_file, foreign_name, make_index, oversize
 from pipeline.sources.locations import readable_name
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")
 _MAX_TEXT = 1 << 20
 """Maximum bytes of a label member or an extended header, which are read as a whole."""
-_COLUMNS = ("sample_id", "label", "uri", "offset", "size")
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,7 @@ class TarShards:
     def index(self) -> pa.Table:
         """One row per sample with an image; `offset` and `size` locate the image's bytes in the tar."""
         rows = [row for shard in self.shards for row in _index_tar(shard)]
-        columns = zip(*rows, strict=True) if rows else [()] * len(_COLUMNS)
-        table = pa.table(dict(zip(_COLUMNS, map(list, columns), strict=True)))
-        return finish_index(table, location=self.location, looked_for=f"{', '.join(IMAGE_EXTENSIONS)} members")
+        return make_index(rows, location=self.location, looked_for=f"{', '.join(IMAGE_EXTENSIONS)} members")
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """Bytes of these index rows; an OSError instead for each row that cannot be read."""
@@ -53,31 +50,29 @@ class TarShards:
             yield from _read_shard(shard, extents)
 
 
-def _read_shard(shard: str, extents: list[Extent]) -> Iterator[bytes | Exception]:
+def _read_shard(shard: str, extents: list[tuple[int, int]]) -> Iterator[bytes | Exception]:
     try:
         file = open(shard, "rb")  # noqa: SIM115  (a `with` inside `try` would also catch an OSError of the consumer)
     except OSError as error:
         yield from [error] * len(extents)
         return
     with file:
-        for extent in extents:
-            yield _read_extent(file, extent)
+        for offset, size in extents:
+            yield oversize(size) or _read_extent(file, offset, size)
 
 
-def _read_extent(file: BinaryIO, extent: Extent) -> bytes | Exception:
-    if too_large := oversize(extent.size):
-        return too_large
+def _read_extent(file: BinaryIO, offset: int, size: int) -> bytes | Exception:
     try:
-        file.seek(extent.offset)
-        data = file.read(extent.size)
+        file.seek(offset)
+        data = file.read(size)
     except OSError as error:
         return error
-    if len(data) < extent.size:
-        return OSError(f"{file.name}: ends after {len(data)} of {extent.size} bytes at offset {extent.offset}")
+    if len(data) < size:
+        return OSError(f"{file.name}: ends after {len(data)} of {size} bytes at offset {offset}")
     return data
 
 
-def _index_tar(path: str) -> Iterator[tuple[str, int | None, str, int, int]]:
+def _index_tar(path: str) -> Iterator[IndexRow]:
     try:
         with tarfile.open(path, "r:", tarinfo=_Member) as tar:
             members = (
@@ -89,14 +84,8 @@ def _index_tar(path: str) -> Iterator[tuple[str, int | None, str, int, int]]:
                 if image is None:
                     _refuse_dotted(sample)
                 else:
-                    label = _label(tar, sample)
-                    yield (
-                        f"{os.path.basename(path)}/{key.removeprefix('./')}",
-                        label,
-                        path,
-                        image.offset_data,
-                        image.size,
-                    )
+                    sample_id = f"{os.path.basename(path)}/{key.removeprefix('./')}"
+                    yield IndexRow(sample_id, _label(tar, sample), path, image.offset_data, image.size)
             _refuse_missing_end(tar)
     except (tarfile.TarError, OSError, OverflowError, RecursionError) as error:
         raise UserError(
