@@ -16,8 +16,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _ORIENTATION_MARKERS = (b"Exif\x00\x00", b"http://ns.adobe.com/xap/")
 """A JPEG with one of these may have an orientation."""
 
-_LABEL_MODES = ("1", "L", "P", "I", "I;16")
-
 
 def decode_image(data: bytes) -> Image.Image:
     """Decode an encoded image to 8-bit RGB, upright by its EXIF orientation.
@@ -30,11 +28,7 @@ def decode_image(data: bytes) -> Image.Image:
             message is a short reason.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(
-                f"{image.width} x {image.height} pixels is over the {MAX_PIXELS} allowed"
-            )
+        image = _open_within_limit(io.BytesIO(data))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
@@ -53,16 +47,20 @@ def read_label_map(path: str | Path) -> np.ndarray:
             a short reason.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels is over the {MAX_PIXELS} allowed")
-            numbers = np.array(image)
-            mode = image.mode
+        with _open_within_limit(path) as image:
+            numbers, mode = np.array(image), image.mode
     except Exception as error:  # as in `decode_image`
         raise ValueError(f"cannot be read: {error}") from error
-    if mode not in _LABEL_MODES:
+    if mode not in ("1", "L", "P", "I", "I;16"):
         raise ValueError(f"has {mode} pixels; a label map has one channel of class numbers")
     return numbers.astype(np.uint8) if mode == "1" else numbers
+
+
+def _open_within_limit(file: io.BytesIO | str | Path) -> Image.Image:
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels is over the {MAX_PIXELS} allowed")
+    return image
 
 
 def image_size(data: bytes | str) -> tuple[int, int]:
@@ -80,21 +78,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):
-        return _high_byte(image).convert("RGB")
+    if image.mode.startswith("I"):  # convert("RGB") would clip 16-bit grey at 255: a photograph would turn white
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 0xFFFF:
+            raise ValueError("integer pixels of more than 16 bits have no known range")
+        return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def _high_byte(image: Image.Image) -> Image.Image:
-    # convert("RGB") would clip 16-bit grey at 255: a photograph would turn white.
-    levels = np.asarray(image)
-    if levels.min() < 0 or levels.max() > 0xFFFF:
-        raise ValueError("integer pixels of more than 16 bits have no known range")
-    return Image.fromarray((levels >> 8).astype(np.uint8))
 
 
 def decode_pixels(data: bytes) -> np.ndarray:

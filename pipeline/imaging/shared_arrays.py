@@ -81,12 +81,12 @@ class SharedArrayPool(ArrayPool):
         memory = np.frombuffer(mmap.mmap(file, size), np.uint8)
         self.files.append(file)
         with self.lock:
-            self.segments = tuple(sorted([*self.segments, (_address(memory), file, size)]))
+            self.segments = tuple(sorted([*self.segments, (memory.ctypes.data, file, size)]))
         return memory.reshape(shape)
 
     def handle(self, array: np.ndarray) -> ArrayHandle:
         """The handle of a contiguous array of this pool, or of a contiguous view of one."""
-        address, segments = _address(array), self.segments
+        address, segments = array.ctypes.data, self.segments
         start, file, size = segments[bisect(segments, address, key=itemgetter(0)) - 1]
         return ArrayHandle(os.getpid(), file, size, address - start, array.shape)
 
@@ -118,8 +118,3 @@ class AttachedArrays:
 def _close(files: list[int]) -> None:
     for file in files:
         os.close(file)
-
-
-def _address(array: np.ndarray) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address

@@ -23,8 +23,6 @@ IGNORE = -1
 UNLABELLED = 255
 """Value of such a pixel in a mask file, as is 0."""
 
-_MASK_FOLDERS = ("annotations", "masks")
-
 
 class LabelMaps(Protocol):
     """The label maps of a source, by sample id. Picklable."""
@@ -132,5 +130,5 @@ def masks_folder(images: str) -> str | None:
     if "images" not in parts:
         return None
     last = len(parts) - 1 - parts[::-1].index("images")
-    candidates = [os.sep.join([*parts[:last], name, *parts[last + 1 :]]) for name in _MASK_FOLDERS]
+    candidates = [os.sep.join([*parts[:last], name, *parts[last + 1 :]]) for name in ("annotations", "masks")]
     return next((folder for folder in candidates if os.path.isdir(folder)), None)

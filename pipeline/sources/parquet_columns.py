@@ -151,7 +151,7 @@ def _sniff(file: pq.ParquetFile, name: str) -> Layout:
     except UnidentifiedImageError:
         return "planes" if is_square(len(values[0].as_py())) else "encoded"
     except Image.DecompressionBombError:
-        return "encoded"
+        pass  # its header is an image's
     return "encoded"
 
 

@@ -80,17 +80,11 @@ class ParquetImages:
             self._refuse_large_groups(path, file.metadata)
             table = self._measure_all(path, file)
             groups = np.repeat(np.arange(file.num_row_groups), np.diff(_group_starts(file)))
-        rows = pa.array(np.arange(table.num_rows))
-        digits = pc.utf8_lpad(pc.cast(rows, pa.string()), 8, "0")
-        added = {
-            "sample_id": pc.binary_join_element_wise(os.path.basename(path), digits, "#"),
-            "uri": pa.repeat(path, table.num_rows),
-            "offset": rows,
-            "group": pa.array(groups + number * 2**32),
-        }
-        for name, column in added.items():
-            table = table.append_column(name, column)
-        return table
+        name = os.path.basename(path)
+        table = table.append_column("sample_id", [[f"{name}#{row:08d}" for row in range(table.num_rows)]])
+        table = table.append_column("uri", pa.repeat(path, table.num_rows))
+        table = table.append_column("offset", pa.array(np.arange(table.num_rows)))
+        return table.append_column("group", pa.array(groups + number * 2**32))
 
     def _refuse_other_schema(self, path: str, schema: pa.Schema) -> None:
         label = self.label_column

@@ -61,6 +61,9 @@ class SampleScenes:
     """`count` scenes of `size` x `size` pixels; scene i is a function of (seed, split, i, size)."""
 
     random_access: ClassVar[bool] = True
+    location: ClassVar[str] = SAMPLES
+    classes: ClassVar[tuple[str, ...]] = CLASSES
+    segmentation_classes: ClassVar[tuple[str, ...]] = SEGMENTATION_CLASSES
 
     split: str
     count: int
@@ -77,21 +80,6 @@ class SampleScenes:
     def name(self) -> str:
         """All parameters of the scenes, such as `samples-train-n800-s96-seed0`."""
         return f"samples-{self.split}-n{self.count}-s{self.size}-seed{self.seed}"
-
-    @property
-    def location(self) -> str:
-        """`samples`."""
-        return SAMPLES
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Shapes by label."""
-        return CLASSES
-
-    @property
-    def segmentation_classes(self) -> tuple[str, ...]:
-        """Names of the classes of a label map, background first."""
-        return SEGMENTATION_CLASSES
 
     def index(self) -> pa.Table:
         """One row per scene: `offset` is its number, `size` is 0 as nothing is rendered, labels cycle through the classes."""
@@ -110,8 +98,7 @@ class SampleScenes:
         seed = np.random.SeedSequence(self.seed, spawn_key=(zlib.crc32(self.split.encode()), number))
         random = np.random.default_rng(seed)
         label = number % len(CLASSES)
-        labels, covers = _draw_objects(random, label, self.size)
-        labels, covers, masks = _visible(labels, covers)
+        labels, covers, masks = _visible(*_draw_objects(random, label, self.size))
         image = surface(random, self.size)
         for cover in reversed(covers):
             image = blend(random, image, cover)
@@ -120,7 +107,8 @@ class SampleScenes:
             semantic[mask] = kind + 1
         noise = random.standard_normal(image.shape, np.float32)
         pixels = np.clip(np.rint(image + random.uniform(2, 10) * noise), 0, 255).astype(np.uint8)
-        return Scene(pixels, label, _boxes(masks), np.array(labels, np.int64), masks, semantic)
+        boxes = np.array([Image.fromarray(mask).getbbox() for mask in masks], np.float32)
+        return Scene(pixels, label, boxes, np.array(labels, np.int64), masks, semantic)
 
 
 def _draw_objects(random: np.random.Generator, label: int, size: int) -> tuple[list[int], list[np.ndarray]]:
@@ -154,8 +142,3 @@ def _visible(labels: list[int], covers: list[np.ndarray]) -> tuple[list[int], li
             taken |= mask
     labels, covers, masks = map(list, zip(*seen, strict=True))
     return labels, covers, np.stack(masks)
-
-
-def _boxes(masks: np.ndarray) -> np.ndarray:
-    boxes = [Image.fromarray(mask).getbbox() for mask in masks]
-    return np.array(boxes, np.float32).reshape(-1, 4)

@@ -7,22 +7,23 @@ _SUPERSAMPLING = 3
 _TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
 
 
+def _on_circle(angles: np.ndarray) -> np.ndarray:
+    return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
 def _polar(radii: list[float], start: float = -np.pi / 2) -> np.ndarray:
     """Corners at equal angles, clockwise from the top, at these distances from the centre."""
     angles = start + np.arange(len(radii)) * 2 * np.pi / len(radii)
-    return np.stack([np.cos(angles), np.sin(angles)], 1) * np.array(radii)[:, None]
+    return _on_circle(angles) * np.array(radii)[:, None]
 
 
 def _crescent() -> np.ndarray:
-    outer = np.linspace(0.25 * np.pi, 1.75 * np.pi, 36)
-    tip = np.array([np.cos(outer[0]), np.sin(outer[0])])
+    outer = _on_circle(np.linspace(0.25 * np.pi, 1.75 * np.pi, 36))
     centre = np.array([0.6, 0.0])
-    radius = np.linalg.norm(tip - centre)
-    bend = np.arctan2(tip[1], tip[0] - centre[0])
-    inner = np.linspace(2 * np.pi - bend, bend, 24)
-    return np.concatenate(
-        [np.stack([np.cos(outer), np.sin(outer)], 1), centre + radius * np.stack([np.cos(inner), np.sin(inner)], 1)]
-    )
+    tip = outer[0] - centre
+    bend = np.arctan2(tip[1], tip[0])
+    inner = _on_circle(np.linspace(2 * np.pi - bend, bend, 24))
+    return np.concatenate([outer, centre + np.linalg.norm(tip) * inner])
 
 
 def _heart() -> np.ndarray:
@@ -31,15 +32,12 @@ def _heart() -> np.ndarray:
     return np.stack([across, down], 1)
 
 
-_CROSS = np.array(
-    [[1, 3], [-1, 3], [-1, 1], [-3, 1], [-3, -1], [-1, -1], [-1, -3], [1, -3], [1, -1], [3, -1], [3, 1], [1, 1]]
-)
-_ARROW = np.array([[0, -3], [2.6, 0.2], [1, 0.2], [1, 3], [-1, 3], [-1, 0.2], [-2.6, 0.2]])
+_CROSS = [[1, 3], [-1, 3], [-1, 1], [-3, 1], [-3, -1], [-1, -1], [-1, -3], [1, -3], [1, -1], [3, -1], [3, 1], [1, 1]]
 
 _OUTLINES: dict[str, list[np.ndarray]] = {
-    "arrow": [_ARROW],
+    "arrow": [np.array([[0, -3], [2.6, 0.2], [1, 0.2], [1, 3], [-1, 3], [-1, 0.2], [-2.6, 0.2]])],
     "crescent": [_crescent()],
-    "cross": [_CROSS],
+    "cross": [np.array(_CROSS)],
     "disc": [_polar([1.0] * 48)],
     "heart": [_heart()],
     "hexagon": [_polar([1.0] * 6)],
