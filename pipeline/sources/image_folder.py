@@ -79,7 +79,7 @@ class ImageFolder:
                 info = os.stat(uri)
                 if not stat.S_ISREG(info.st_mode):  # reading a pipe may block, reading a device may never end
                     raise OSError(f"{uri}: not a regular file")
-                content = oversize(info.st_size) or Path(uri).read_bytes()
+                content: bytes | Exception = oversize(info.st_size) or Path(uri).read_bytes()
             except OSError as error:
                 content = error
             yield content
