@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection as Collection_
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
-from pipeline.compare.describe import configuration, describe, image_set, parameter, student_arguments, student_key
-from pipeline.compare.latency import Latencies, find_latencies
+from pipeline.compare.describe import (
+    configuration,
+    describe,
+    image_set,
+    input_size,
+    parameter,
+    student_arguments,
+    student_key,
+    timm_student,
+)
+from pipeline.compare.latency import find_latencies
 from pipeline.compare.measures import Measure, columns_of, measures_of
-from pipeline.compare.size import compute_size
 from pipeline.downstream.base import Column, DownstreamTask, load_task
 from pipeline.downstream.config import TASKS
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
+from pipeline.student.cost import inference_cost
+from pipeline.student.model import Encoder, create_backbone
 from pipeline.tracking.reading import Experiment, LoggedRun
 
+log = logging.getLogger(__name__)
+
 JOBS_WITHOUT_STUDENT = ("compare", "precompute", "benchmark")
-"""Jobs that have no student."""
-TRAINING = ("distill", "finetune")
-"""Names of the nested runs that train."""
-SIZE = ("parameters", "macs")
 PROBES = {
     "knn": (Column("knn", "knn", "kNN"),),
     "linear": (Column("top1", "linear", "linear"),),
     "seg-probe": (Column("miou", "probe_miou", "mIoU of the probe"),),
 }
-"""By job, its metric as a column."""
+"""The metric of each probe job."""
 
 
 def is_evaluation(run: LoggedRun) -> bool:
@@ -51,11 +59,10 @@ class Entry:
     """A row of a comparison.
 
     Attributes:
-        run_id, name, started: from MLflow; `started` in milliseconds since 1970.
+        started: milliseconds since 1970.
         link: address of the run in MLflow's web interface, if the store has one.
         texts: by :data:`~pipeline.compare.measures.TEXTS`.
-        measures: by the keys of :attr:`Collection.measures`; unknown ones are missing.
-        curve: kNN by epoch.
+        measures: by the keys of :attr:`CollectedRuns.measures`; unknown ones are missing.
         config: the fields that define its group.
         held_out: the images that accuracies were measured on; None: unknown.
         evaluated_by: names of the runs that evaluated or fine-tuned its student.
@@ -79,7 +86,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Collection:
+class CollectedRuns:
     """The rows, the setting of latencies, the number of omitted runs by job, and the measures by key."""
 
     entries: tuple[Entry, ...]
@@ -88,7 +95,7 @@ class Collection:
     measures: Mapping[str, Measure]
 
 
-def collect(experiment: Experiment) -> Collection:
+def collect(experiment: Experiment) -> CollectedRuns:
     """Build one row per student: the run that trained it, joined with the runs that evaluated it.
 
     If several runs of one job evaluated a student, the latest counts. Evaluations of a student that no run of the experiment
@@ -100,11 +107,8 @@ def collect(experiment: Experiment) -> Collection:
     jobs = [run for run in experiment.runs if run.parent is None]
     parts = {run.run_id: [part for part in experiment.runs if part.parent == run.run_id] for run in jobs}
     job_of = {part.run_id: job for job, nested in parts.items() for part in nested} | {job: job for job in parts}
-    chosen = {
-        run.run_id
-        for run in jobs
-        if run.run_id in experiment.chosen and run.tags.get("job") not in JOBS_WITHOUT_STUDENT
-    }
+    without_student = [run for run in jobs if run.tags.get("job") in JOBS_WITHOUT_STUDENT]
+    chosen = experiment.chosen - {run.run_id for run in without_student}
     rows = {run.run_id: [run] for run in jobs if run.run_id in chosen and not is_evaluation(run)}
     for run in jobs:
         if not is_evaluation(run):
@@ -119,9 +123,9 @@ def collect(experiment: Experiment) -> Collection:
         raise UserError(_nothing_to_compare(experiment, jobs))
     columns = columns_of(_own_tasks(jobs))
     entries = [_entry(experiment, runs, parts, columns.values()) for runs in rows.values()]
-    entries, setting = _with_latencies(entries, [run for run in jobs if run.tags.get("job") == "benchmark"])
-    left_out = Counter(run.tags["job"] for run in jobs if run.tags.get("job") in JOBS_WITHOUT_STUDENT)
-    return Collection(tuple(entries), setting, left_out, measures_of(columns.values()))
+    entries, setting = _with_latencies(entries, [run for run in without_student if run.tags["job"] == "benchmark"])
+    left_out = Counter(run.tags["job"] for run in without_student)
+    return CollectedRuns(tuple(entries), setting, left_out, measures_of(columns.values()))
 
 
 def _nothing_to_compare(experiment: Experiment, jobs: Iterable[LoggedRun]) -> str:
@@ -144,21 +148,23 @@ def _own_tasks(jobs: Iterable[LoggedRun]) -> Iterator[type[DownstreamTask[Any]]]
         try:
             yield load_task(task)
         except UserError as error:
-            logging.getLogger(__name__).warning("the metrics of %s are left out: %s", task, error)
+            log.warning("the metrics of %s are left out: %s", task, error)
 
 
 def _entry(
     experiment: Experiment,
     runs: list[LoggedRun],
     parts: Mapping[str, list[LoggedRun]],
-    columns: Collection_[Column],
+    columns: Collection[Column],
 ) -> Entry:
     trained = [run for run in runs if not is_evaluation(run)]
     run = next(iter(trained or [run for run in runs if run.status == "FINISHED"] or runs))
     nested = parts[run.run_id]
     data = {split: used for part in (run, *nested) for split, used in part.data.items()}
-    own = _own_measures(run, nested) if any(part.name in TRAINING for part in nested) else {}
-    size = {} if own.keys() & set(SIZE) else compute_size(run)
+    training = next((part for part in nested if part.name in ("distill", "finetune")), None)
+    own = _own_measures(run, training) if training else {}
+    name, side = timm_student(run), input_size(run)
+    size = _compute_size(name, int(side)) if name and side and not own.keys() & {"parameters", "macs"} else {}
     return Entry(
         run_id=run.run_id,
         name=run.name,
@@ -173,16 +179,16 @@ def _entry(
     )
 
 
-def _own_measures(run: LoggedRun, nested: Iterable[LoggedRun]) -> dict[str, float]:
-    """Measures that the training run itself has logged."""
-    training = next(part.metrics for part in nested if part.name in TRAINING)
-    own = run.metrics
+def _own_measures(run: LoggedRun, training: LoggedRun) -> dict[str, float]:
+    """Measures that a job and its nested training run have logged."""
+    own, trained = run.metrics, training.metrics
     found = {
-        "samples_seen": training.get("samples_seen"),
+        "samples_seen": trained.get("samples_seen"),
         "knn_before": own.get("knn_before"),
-        "knn": own.get("knn_after", training.get("knn")),
-        "knn_raw": training.get("knn_raw"),
-        **{key: training[key] for key in SIZE if key in training},
+        "knn": own.get("knn_after", trained.get("knn")),
+        "knn_raw": trained.get("knn_raw"),
+        "parameters": trained.get("parameters"),
+        "macs": trained.get("macs"),
         "cache_bytes": own.get("cache_bytes"),
         "hours": own.get("hours", own["seconds"] / 3600 if "seconds" in own else None),
         "gpu_hours": own.get("gpu_hours"),
@@ -193,17 +199,24 @@ def _own_measures(run: LoggedRun, nested: Iterable[LoggedRun]) -> dict[str, floa
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _evaluation_measures(runs: Iterable[LoggedRun], columns: Collection_[Column]) -> dict[str, float]:
-    """Measures from finished evaluations; later runs override earlier ones.
+@cache
+def _compute_size(name: str, side: int) -> dict[str, float]:
+    """Parameters and MACs of a student for which no run has logged them; empty if timm does not know it."""
+    try:
+        counted = inference_cost(Encoder(create_backbone(name)), side)
+    except (UserError, RuntimeError, AssertionError) as error:
+        log.warning("the size of %s is unknown: %s", name, one_line(error))
+        return {}
+    return {"parameters": counted.parameters, "macs": counted.macs}
 
-    Args:
-        columns: of the downstream tasks.
-    """
+
+def _evaluation_measures(runs: Iterable[LoggedRun], task_columns: Collection[Column]) -> dict[str, float]:
+    """Measures from finished evaluations; later runs override earlier ones."""
     return {
         column.key: column.factor * value
         for run in runs
         if run.status == "FINISHED"
-        for column in PROBES.get(run.tags["job"], columns)
+        for column in PROBES.get(run.tags["job"], task_columns)
         if (value := run.metrics.get(column.metric)) is not None and value != column.missing
     }
 
@@ -224,15 +237,15 @@ def _with_latencies(entries: list[Entry], benchmarks: list[LoggedRun]) -> tuple[
     for entry in entries:
         if name := _plain_student(entry):
             students.setdefault(name, set()).add(entry.texts.get("input", ""))
-    found: Latencies | None = find_latencies(benchmarks, students)
+    found = find_latencies(benchmarks, students)
     if found is None:
         return entries, None
-    return [_with_latency(entry, found) for entry in entries], found.setting
-
-
-def _with_latency(entry: Entry, found: Latencies) -> Entry:
-    latency = found.milliseconds.get(_plain_student(entry) or "")
-    return entry if latency is None else replace(entry, measures={**entry.measures, "latency": latency})
+    latencies = [found.milliseconds.get(_plain_student(entry) or "") for entry in entries]
+    extended = [
+        entry if latency is None else replace(entry, measures={**entry.measures, "latency": latency})
+        for entry, latency in zip(entries, latencies, strict=True)
+    ]
+    return extended, found.setting
 
 
 def _plain_student(entry: Entry) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.compare.collect import Collection, Entry, collect
+from pipeline.compare.collect import CollectedRuns, Entry, collect
 from pipeline.compare.group import Group, Summary, changes, group
 from pipeline.compare.measures import COSTS, TEXTS, Measure, accuracies_of
 from pipeline.compare.significance import Difference, differences, fronts, statement
@@ -18,16 +18,13 @@ class Comparison:
 
     Attributes:
         experiment, uri, filter_string: name, store, and MLflow filter.
-        collection: the runs.
-        groups: of runs that differ only in the seed.
         fronts: numbers of the groups on the Pareto front, by accuracy and cost.
-        differences: between all pairs of groups.
     """
 
     experiment: str
     uri: str
     filter_string: str
-    collection: Collection
+    collection: CollectedRuns
     groups: tuple[Group, ...]
     fronts: Mapping[tuple[str, str], set[int]]
     differences: tuple[Difference, ...]
@@ -42,8 +39,8 @@ class Comparison:
         collection = collect(experiment)
         groups = tuple(group(collection.entries))
         accuracies = accuracies_of(collection.measures)
-        results = fronts(groups, accuracies), tuple(differences(groups, accuracies))
-        return cls(experiment.name, experiment.uri, filter_string, collection, groups, *results)
+        fronts_, differences_ = fronts(groups, accuracies), tuple(differences(groups, accuracies))
+        return cls(experiment.name, experiment.uri, filter_string, collection, groups, fronts_, differences_)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -73,8 +70,7 @@ class Comparison:
     @property
     def main_accuracy(self) -> str | None:
         """The accuracy that most groups have, or None."""
-        every = self.accuracies
-        return max(every, key=lambda key: sum(key in group.measures for group in self.groups)) if every else None
+        return max(self.accuracies, key=lambda key: sum(key in group.measures for group in self.groups), default=None)
 
     @property
     def held_out(self) -> str | None:
@@ -85,14 +81,13 @@ class Comparison:
     @property
     def best(self) -> dict[str | None, int]:
         """Number of the group with the highest main accuracy, by held-out images."""
-        main_accuracy, found = self.main_accuracy, dict[str | None, int]()
+        key = self.main_accuracy or ""
+        rivals: dict[str | None, list[int]] = {}
         for number, group_ in enumerate(self.groups):
-            if main_accuracy is None or main_accuracy not in group_.measures:
-                continue
-            before = found.setdefault(group_.held_out, number)
-            if group_.measures[main_accuracy].mean > self.groups[before].measures[main_accuracy].mean:
-                found[group_.held_out] = number
-        return found
+            if key in group_.measures:
+                rivals.setdefault(group_.held_out, []).append(number)
+        means = {number: self.groups[number].measures[key].mean for numbers in rivals.values() for number in numbers}
+        return {held_out: max(numbers, key=means.__getitem__) for held_out, numbers in rivals.items()}
 
     @property
     def varying_texts(self) -> list[str]:
@@ -104,9 +99,9 @@ class Comparison:
         """Configuration fields in which groups of one job differ, and the job if there are several."""
         return changes([group.config for group in self.groups])
 
-    def pareto_costs(self, number: int, accuracy: str | None) -> list[str]:
-        """Costs for which a group is on the Pareto front."""
-        return [cost for cost in self.costs if accuracy and number in self.fronts.get((accuracy, cost), ())]
+    def pareto_costs(self, number: int) -> list[str]:
+        """Costs for which a group is on the Pareto front of the main accuracy."""
+        return [cost for cost in self.costs if number in self.fronts.get((self.main_accuracy or "", cost), ())]
 
     def differences_to_best(self) -> list[str]:
         """A sentence on the difference of each group to the best one, in the main accuracy."""
@@ -116,7 +111,6 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """Notes for the reader."""
-        left_out = ", ".join(f"{count} {job}" for job, count in self.collection.left_out.items())
         unfinished = [entry.name for entry in self.entries if not entry.finished]
         seeds = sum(len(group.entries) - len(group.counted) for group in self.groups) - len(unfinished)
         found = [
@@ -137,7 +131,7 @@ class Comparison:
             found.append(
                 "Groups were measured on different held-out images; only groups on the same images are compared."
             )
-        if left_out:
+        if left_out := ", ".join(f"{count} {job}" for job, count in self.collection.left_out.items()):
             found.append(f"Runs without a student, not shown: {left_out}.")
         return found
 

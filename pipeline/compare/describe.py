@@ -1,9 +1,9 @@
-"""Descriptions of a run from its logged parameters: student, teachers, codec, views, data, and the key of its group."""
+"""What a run's logged parameters say: student, teachers, codec, views, data, and the configuration that defines its group."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 
 from pipeline.config.dotted import is_field, keys_of
@@ -13,34 +13,28 @@ from pipeline.downstream.config import TASKS
 from pipeline.errors import UserError
 from pipeline.tracking.reading import LoggedRun
 
-NONE = ("", "None")
-"""How MLflow stores a missing value."""
-
-STUDENT_ARGUMENTS = "student.args."
-"""Prefix of the fields that hold a student's constructor arguments; without arguments there is the field `student.args`."""
-UNREAD_WITH_ANOTHER_STUDENT = ("student.name", "student.weights")
-"""Fields that a job ignores if another field names its student."""
-
 
 def parameter(run: LoggedRun, key: str) -> str | None:
     """A logged parameter, or None if it has no value."""
-    value = run.params.get(key, "")
-    return None if value in NONE else value
+    value = run.params.get(key)
+    return None if value in ("", "None") else value  # MLflow stores text only
 
 
 def describe(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """Text by :data:`~pipeline.compare.measures.TEXTS`; unknown ones are missing."""
-    job = run.tags.get("job", "")
-    distils = job == "distill"
+    job, student = run.tags.get("job", ""), evaluated_student(run) or parameter(run, "student.name")
+    data_set, distils, crops = image_set(run, data, "train"), job == "distill", parameter(run, "views.crops")
+    views = "whole image" if crops == "0" else f"{crops} crops, area from {parameter(run, 'views.min_area')}"
+    teachers = _teachers(run) if distils else []
     found = {
         "status": run.status.lower(),
         "job": job,
-        "data": _readable(image_set(run, data, "train")),
-        "student": _student(run),
+        "data": re.sub(r"-[0-9a-f]{8}$", "", data_set) if data_set else None,  # without the digest
+        "student": shortened(student).removeprefix("timm/") if student else None,
         "input": f"{side} px" if (side := input_size(run)) else None,
-        "teachers": " + ".join(_teachers(run)) if distils else None,
-        "codec": ", ".join(dict.fromkeys(_codecs(run))) if distils else None,
-        "views": _views(run) if distils else None,
+        "teachers": " + ".join(name for name, _ in teachers),
+        "codec": ", ".join(dict.fromkeys(codec for _, codec in teachers)),
+        "views": views if distils and crops else None,
         "seed": parameter(run, "seed"),
         "device": run.tags.get("device"),
     }
@@ -66,11 +60,6 @@ def input_size(run: LoggedRun) -> str | None:
     return side or (parameter(run, "student.input_size") if not judged or timm_student(run) else None)
 
 
-def _student(run: LoggedRun) -> str | None:
-    name = evaluated_student(run) or parameter(run, "student.name")
-    return shortened(name).removeprefix("timm/") if name else None
-
-
 def student_key(run: LoggedRun) -> str:
     """Key of a student whose training run is unknown; equal for all of its evaluations."""
     named = (run.params.get(field, "") for field in ("evaluate.weights", "evaluate.model"))
@@ -79,32 +68,18 @@ def student_key(run: LoggedRun) -> str:
 
 def student_arguments(fields: Mapping[str, str]) -> list[str]:
     """Constructor arguments of a student among logged fields, as `<field>=<value>`, sorted."""
-    return sorted(f"{key}={value}" for key, value in fields.items() if key.startswith(STUDENT_ARGUMENTS))
+    return sorted(f"{key}={value}" for key, value in fields.items() if key.startswith("student.args."))
 
 
-def _teachers(run: LoggedRun) -> Iterator[str]:
-    for number, model in _listed(run, "model"):
-        untrained = (parameter(run, f"teachers.{number}.weights") or "").startswith("random")
-        yield shortened(model).removeprefix("timm/") + (" (untrained)" if untrained else "")
-
-
-def _codecs(run: LoggedRun) -> Iterator[str]:
-    for number, _ in _listed(run, "model"):
-        yield parameter(run, f"teachers.{number}.codec") or parameter(run, "cache.codec") or ""
-
-
-def _listed(run: LoggedRun, field: str) -> Iterator[tuple[int, str]]:
-    number = 0
-    while value := parameter(run, f"teachers.{number}.{field}"):
-        yield number, value
-        number += 1
-
-
-def _views(run: LoggedRun) -> str | None:
-    crops = parameter(run, "views.crops")
-    if crops is None:
-        return None
-    return "whole image" if crops == "0" else f"{crops} crops, area from {parameter(run, 'views.min_area')}"
+def _teachers(run: LoggedRun) -> list[tuple[str, str]]:
+    """Name and codec of each teacher."""
+    found: list[tuple[str, str]] = []
+    while model := parameter(run, f"teachers.{len(found)}.model"):
+        teacher = f"teachers.{len(found)}"
+        untrained = " (untrained)" if run.params.get(f"{teacher}.weights", "").startswith("random") else ""
+        codec = parameter(run, f"{teacher}.codec") or parameter(run, "cache.codec") or ""
+        found.append((shortened(model).removeprefix("timm/") + untrained, codec))
+    return found
 
 
 def image_set(run: LoggedRun, data: Mapping[str, tuple[str, str]], split: str) -> str | None:
@@ -116,15 +91,11 @@ def image_set(run: LoggedRun, data: Mapping[str, tuple[str, str]], split: str) -
     return identity or (shortened(known) if known else None)
 
 
-def _readable(identity: str | None) -> str | None:
-    """Identity without the digest."""
-    return re.sub(r"-[0-9a-f]{8}$", "", identity) if identity else None
-
-
 def configuration(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """The parameters that decide what a run computes, comparable between machines: without seed, names and paths."""
-    own, known, operational = _fields(run.tags.get("job", ""), parameter(run, "finetune.task") or "")
-    ignored = (*operational, "seed", *(UNREAD_WITH_ANOTHER_STUDENT if evaluated_student(run) else ()))
+    own, known, operational = _declared_fields(run.tags.get("job", ""), parameter(run, "finetune.task") or "")
+    unread = ("student.name", "student.weights") if evaluated_student(run) else ()  # another field names the student
+    ignored = (*operational, "seed", *unread)
     kept = {
         key: shortened(value)
         for key, value in run.params.items()
@@ -136,11 +107,8 @@ def configuration(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[s
 
 
 @cache
-def _fields(job: str, task: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The fields that a job declares, those that any job declares, and those of any job that change no result.
-
-    Runs of earlier versions logged the fields of all jobs.
-    """
+def _declared_fields(job: str, task: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The fields that a job declares, those of all jobs (which earlier versions logged), and the operational ones."""
     lines = list(iter_fields(*(variant for root in all_roots() for variant in root.variants())))
     known = tuple(line.key for line in lines)
     root, name = job_root(job), job.removeprefix("evaluate-")
@@ -152,7 +120,7 @@ def _fields(job: str, task: str) -> tuple[tuple[str, ...], tuple[str, ...], tupl
 
 
 def shortened(value: str) -> str:
-    """The last two parts of a path; anything else as it is."""
+    """The last two parts of a path; any other text unchanged."""
     if not value.startswith(("/", "~", "./", "../")) or "\n" in value:
         return value
     return "/".join([part for part in value.split("/") if part][-2:])

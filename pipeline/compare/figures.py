@@ -1,14 +1,11 @@
-"""Figures 1, 3 and 4 of the ReGLA paper from the compared runs, as PNG files.
-
-1: accuracy against parameters and latency. 3: kNN over the epochs, of the averaged and the raw weights. 4: kNN against the
-size of students trained from one cache.
-"""
+"""Figures 1, 3 and 4 of the ReGLA paper from the compared runs, as PNG files; the style of every group in all figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -17,10 +14,15 @@ from matplotlib.ticker import MaxNLocator
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.group import Group
 from pipeline.compare.measures import KNN, PARAMETERS, Measure
-from pipeline.compare.style import Style, styles
 
 matplotlib.use("Agg")
 
+T = TypeVar("T")
+
+COLOURS = ("#3b6fd4", "#d9622b", "#2a9d63", "#a55ad6", "#c2417c", "#1a97a6", "#9a7b1f", "#6b7280")
+"""Distinguishable on white and on black, with a contrast of at least 3 to both."""
+SYMBOLS = (("circle", "o"), ("square", "s"), ("diamond", "D"), ("triangle-up", "^"), ("star", "*"), ("cross", "P"))
+"""Equal markers of plotly and of matplotlib."""
 RC_PARAMS: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -29,6 +31,33 @@ RC_PARAMS: Any = {
     "grid.alpha": 0.25,
     "text.parse_math": False,  # names of runs may hold $
 }
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a group is drawn: its colour, and its marker in plotly (`symbol`) and in matplotlib."""
+
+    colour: str
+    symbol: str
+    marker: str
+
+
+def styles(groups: Sequence[Group]) -> list[Style]:
+    """Colour by teachers and marker by student if that distinguishes all groups; otherwise a style per group."""
+    teachers = [group.texts.get("teachers", "") for group in groups]
+    students = [group.texts.get("student", "") for group in groups]
+    if len(set(teachers)) == 1:
+        teachers, students = students, teachers
+    if len(set(zip(teachers, students, strict=True))) < len(groups):
+        teachers, students = [group.label for group in groups], [""] * len(groups)
+    return [
+        Style(_pick(COLOURS, teachers, teacher), *_pick(SYMBOLS, students, student))
+        for teacher, student in zip(teachers, students, strict=True)
+    ]
+
+
+def _pick(values: Sequence[T], names: Sequence[str], name: str) -> T:
+    return values[list(dict.fromkeys(names)).index(name) % len(values)]
 
 
 def write_figures(comparison: Comparison, folder: Path) -> list[tuple[str, str]]:
@@ -82,8 +111,9 @@ def cost_figure(comparison: Comparison) -> Figure | None:
         line = []
         for number, group, style in comparable_groups(comparison):
             if {accuracy, cost} <= group.measures.keys():
-                at = _point(panel, group, style, comparison.all_measures[cost], accuracy)
-                line += [at] if number in comparison.fronts.get((accuracy, cost), ()) else []
+                point = _point(panel, group, style, comparison.all_measures[cost], accuracy)
+                if number in comparison.fronts.get((accuracy, cost), ()):
+                    line.append(point)
         if line:
             across, up = zip(*sorted(line), strict=True)
             panel.step(across, up, where="post", color="0.5", linewidth=1, linestyle="--", zorder=0)

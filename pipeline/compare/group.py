@@ -7,13 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from pipeline.compare.collect import Entry
+from pipeline.compare.collect import Entry, Point
 
-TEACHER_DETAIL = re.compile(r"teachers\.\d+\.(?!model$)")
 LABEL_FIELDS = 3
-"""Fields in the label of a group, besides student and teachers, at most."""
-SIZE_FIELDS = ("student.name", "student.args", "job")
-"""Prefixes of the fields in which students of one family may differ."""
+"""Most fields in the label of a group, besides student and teachers."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +22,10 @@ class Summary:
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Summary:
-        """Of at least one value."""
-        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+    def of(cls, values: Iterable[float | None]) -> Summary | None:
+        """Of the values that are known; None if there are none."""
+        known = [value for value in values if value is not None]
+        return cls(mean(known), stdev(known) if len(known) > 1 else None, len(known)) if known else None
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,7 @@ class Group:
     Attributes:
         label: unique among the groups.
         entries: all runs, oldest first.
-        counted: the latest finished run of each seed, by seed; only these enter the statistics.
-        measures: over `counted`.
-        curve: over `counted`.
+        counted: the latest finished run of each seed, by seed; `measures` and `curve` are computed over these alone.
         config: what all runs share.
     """
 
@@ -72,7 +68,8 @@ class Group:
     @property
     def family(self) -> tuple[tuple[str, str], ...]:
         """Equal for students of several sizes that were trained in the same way from one cache."""
-        return tuple(sorted((key, value) for key, value in self.config.items() if not key.startswith(SIZE_FIELDS)))
+        size = ("student.name", "student.args", "job")
+        return tuple(sorted((key, value) for key, value in self.config.items() if not key.startswith(size)))
 
 
 def group(entries: Iterable[Entry]) -> list[Group]:
@@ -91,7 +88,8 @@ def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
     """
     keys = sorted({key for config in configs for key in config})
     changed = [key for key in keys if len({config.get(key) for config in configs}) > 1]
-    return [key for key in changed if not TEACHER_DETAIL.match(key) or len({c[key] for c in configs if key in c}) > 1]
+    details = {key for key in changed if re.match(r"teachers\.\d+\.(?!model$)", key)}
+    return [key for key in changed if key not in details or len({c[key] for c in configs if key in c}) > 1]
 
 
 def changes(configs: Sequence[Mapping[str, str]]) -> list[str]:
@@ -107,34 +105,23 @@ def _config(entry: Entry) -> dict[str, str]:
 
 def _group(label: str, runs: list[Entry]) -> Group:
     counted = {entry.texts.get("seed", entry.run_id): entry for entry in runs if entry.finished}
-    entries = list(counted.values())
-    return Group(
-        label=label,
-        entries=tuple(runs),
-        counted=counted,
-        measures={
-            key: Summary.of(values)
-            for key in dict.fromkeys(key for entry in entries for key in entry.measures)
-            if (values := [entry.measures[key] for entry in entries if key in entry.measures])
-        },
-        curve=tuple(_curve(entries)),
-        config=_config(runs[-1]),
+    keys = dict.fromkeys(key for entry in counted.values() for key in entry.measures)
+    summaries = {key: Summary.of(entry.measures.get(key) for entry in counted.values()) for key in keys}
+    points: dict[float, list[Point]] = {}
+    for point in (point for entry in counted.values() for point in entry.curve):
+        points.setdefault(point.epoch, []).append(point)
+    curve = (
+        CurvePoint(epoch, Summary.of(point.knn for point in members), Summary.of(point.raw for point in members))
+        for epoch, members in sorted(points.items())
     )
-
-
-def _curve(entries: Sequence[Entry]) -> Iterable[CurvePoint]:
-    for epoch in sorted({point.epoch for entry in entries for point in entry.curve}):
-        points = [point for entry in entries for point in entry.curve if point.epoch == epoch]
-        knn, raw = (
-            [value for point in points if (value := getattr(point, name)) is not None] for name in ("knn", "raw")
-        )
-        yield CurvePoint(epoch, Summary.of(knn) if knn else None, Summary.of(raw) if raw else None)
+    measures = {key: summary for key, summary in summaries.items() if summary}
+    return Group(label, tuple(runs), counted, measures, tuple(curve), _config(runs[-1]))
 
 
 def _labels(members: Sequence[Sequence[Entry]]) -> list[str]:
     """Student, teachers if they differ, and the fields that distinguish groups of equal student and teachers."""
     latest = [runs[-1] for runs in members]
-    names = ["student", *(["teachers"] if len({entry.texts.get("teachers") for entry in latest}) > 1 else [])]
+    names = ["student", "teachers"] if len({entry.texts.get("teachers") for entry in latest}) > 1 else ["student"]
     plain = [" · ".join(entry.texts[name] for name in names if name in entry.texts) or entry.name for entry in latest]
     labels: list[str] = []
     for entry, label in zip(latest, plain, strict=True):

@@ -18,14 +18,11 @@ from plotly.offline import get_plotlyjs
 from pipeline.compare.collect import Entry
 from pipeline.compare.comparison import Comparison, format_summary
 from pipeline.compare.group import Group
-from pipeline.compare.measures import TEXTS
 from pipeline.compare.plots import cost_plots, curves_plot, seeds, size_plot
 from pipeline.compare.significance import statement
 from pipeline.compare.tables import common
 
 PAGE = Path(__file__).with_name("page")
-SPARKLINE_SIZE = (64, 18)
-"""Width and height in pixels of the kNN curve in the table."""
 
 
 def render_page(comparison: Comparison) -> str:
@@ -35,14 +32,18 @@ def render_page(comparison: Comparison) -> str:
     )
     scripts = [Markup(text) for text in (get_plotlyjs(), (PAGE / "page.js").read_text(encoding="utf-8"))]
     plots = {"cost": cost_plots(comparison), "curves": curves_plot(comparison), "size": size_plot(comparison)}
+    groups, all_measures = comparison.groups, comparison.all_measures
+    pairs = {
+        f"{d.measure} {d.first} {d.second}": statement(d, groups, all_measures[d.measure])
+        for d in comparison.differences
+    }
     return environment.get_template("page.html").render(
         comparison=comparison,
         common=common(comparison),
         measures=comparison.measures,
         accuracies=[measure for measure in comparison.measures if measure.better == "higher"],
         others=[measure for measure in comparison.measures if measure.better != "higher"],
-        all_measures=comparison.all_measures,
-        texts=TEXTS,
+        all_measures=all_measures,
         format_summary=format_summary,
         seeds=seeds,
         sparkline=sparkline,
@@ -50,12 +51,12 @@ def render_page(comparison: Comparison) -> str:
         cheapest=cheapest(comparison),
         day=lambda entry: datetime.fromtimestamp(entry.started / 1000, UTC).strftime("%Y-%m-%d %H:%M"),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        group_of={entry.run_id: n for n, group in enumerate(comparison.groups) for entry in group.entries},
+        group_of={entry.run_id: n for n, group in enumerate(groups) for entry in group.entries},
         css=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
         scripts=scripts,
         policy=_policy(scripts),
         plots=plots,
-        data=_json({"plots": plots, "pairs": _pairs(comparison)}),
+        data=_json({"plots": plots, "pairs": pairs}),
     )
 
 
@@ -74,27 +75,16 @@ def _json(value: Any) -> Markup:
     return Markup(text)
 
 
-def _pairs(comparison: Comparison) -> dict[str, str]:
-    """A sentence on each difference, by measure, first and second group."""
-    groups, measures = comparison.groups, comparison.all_measures
-    return {
-        f"{d.measure} {d.first} {d.second}": statement(d, groups, measures[d.measure]) for d in comparison.differences
-    }
-
-
 def cheapest(comparison: Comparison) -> dict[str, Group]:
     """By parameters and latency, the cheapest group on the front, unless it is also the most accurate one."""
     main_accuracy, best = comparison.main_accuracy, set(comparison.best.values())
     found: dict[str, Group] = {}
     for cost in ("parameters", "latency"):
-        on = [
-            n
-            for n in comparison.fronts.get((main_accuracy or "", cost), ())
-            if comparison.groups[n].held_out == comparison.held_out
-        ]
-        least = min(on, key=lambda n: comparison.groups[n].measures[cost].mean, default=None)
-        if least is not None and least not in best:
-            found[cost] = comparison.groups[least]
+        front = comparison.fronts.get((main_accuracy or "", cost), ())
+        on_front = {n: comparison.groups[n] for n in front if comparison.groups[n].held_out == comparison.held_out}
+        if on_front:
+            number, group = min(on_front.items(), key=lambda item: item[1].measures[cost].mean)
+            found |= {cost: group} if number not in best else {}
     return found
 
 
@@ -113,8 +103,6 @@ def sparkline(entry: Entry) -> str:
     if len(points) < 2:
         return ""
     low, high = min(y for _, y in points), max(y for _, y in points)
-    last, (width, height) = max(x for x, _ in points) or 1.0, SPARKLINE_SIZE
-    spread = (high - low) or 1.0
-    return " ".join(
-        f"{2 + (width - 4) * x / last:.1f},{2 + (height - 4) * (1 - (y - low) / spread):.1f}" for x, y in points
-    )
+    last, spread = max(x for x, _ in points) or 1.0, (high - low) or 1.0
+    # The page draws it 64 by 18 pixels large, with a margin of 2.
+    return " ".join(f"{2 + 60 * x / last:.1f},{2 + 14 * (1 - (y - low) / spread):.1f}" for x, y in points)

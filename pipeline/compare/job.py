@@ -7,19 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compare.comparison import Comparison
-from pipeline.compare.write import write
+from pipeline.compare.figures import write_figures
+from pipeline.compare.html import render_page
+from pipeline.compare.tables import curves_frame, differences_frame, groups_frame, render_markdown, runs_frame
 from pipeline.errors import UserError
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.reading import read_experiment
 from pipeline.tracking.run import start_run
 
-FOLDER = "comparison"
-"""Folder of the artifacts in MLflow."""
+CSV_FILES = {
+    "runs.csv": runs_frame,
+    "groups.csv": groups_frame,
+    "differences.csv": differences_frame,
+    "curves.csv": curves_frame,
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """A comparison, its files, and the MLflow run that holds them."""
+    """A comparison, its files, and the MLflow run that they are logged to."""
 
     comparison: Comparison
     files: list[Path]
@@ -27,12 +33,12 @@ class Result:
 
     def figures(self) -> dict[str, Any]:
         """The figures of the job's JSON line."""
-        comparison, main_accuracy = self.comparison, self.comparison.main_accuracy
+        comparison = self.comparison
         groups = {
             group.label: {
                 "seeds": len(group.counted),
                 **{key: vars(group.measures[key]) for key in comparison.accuracies if key in group.measures},
-                "front": comparison.pareto_costs(number, main_accuracy),
+                "front": comparison.pareto_costs(number),
             }
             for number, group in enumerate(comparison.groups)
         }
@@ -58,13 +64,23 @@ def compare(experiment: str, filter_string: str, uri: str | None, folder: Path) 
     comparison = Comparison.of(read_experiment(store, experiment, filter_string), filter_string)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = write(comparison, folder)
+        files = _write(comparison, folder)
     except OSError as error:
         raise UserError(f"--to: {folder} cannot be written ({error.strerror}); name another folder") from error
     settings = {"experiment": experiment, "filter": filter_string}
     run = start_run(store, experiment=experiment, name="compare", config=settings, tags={"job": "compare"}, work=work)
     run.log_metric_dict({"runs": len(comparison.entries), "groups": len(comparison.groups)})
     for file in files:
-        run.log_file(file, FOLDER)
+        run.log_file(file, "comparison")
     run.finish()
     return Result(comparison, files, run.run_id)
+
+
+def _write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write the page, the report, the CSV tables and the figures, replacing those of an earlier comparison."""
+    for name, frame in CSV_FILES.items():
+        frame(comparison).to_csv(folder / name, index=False)
+    figures = write_figures(comparison, folder)
+    (folder / "comparison.md").write_text(render_markdown(comparison, figures), encoding="utf-8")
+    (folder / "comparison.html").write_text(render_page(comparison), encoding="utf-8")
+    return [folder / name for name in ("comparison.html", "comparison.md", *CSV_FILES, *(file for _, file in figures))]

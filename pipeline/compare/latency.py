@@ -1,7 +1,6 @@
-"""Latencies measured by `jobs/benchmark.py` for the students of other runs.
+"""Latencies of students, as `jobs/benchmark.py` has measured them.
 
-Only latencies of one setting in one benchmark are comparable, since they were interleaved on one machine. The setting that covers
-the most students applies to all.
+Only latencies of one setting of one benchmark are comparable: they were interleaved on one machine.
 """
 
 from __future__ import annotations
@@ -42,11 +41,10 @@ def find_latencies(benchmarks: Sequence[LoggedRun], students: Mapping[str, Colle
     if not found:
         return None
 
-    def rank(setting: tuple[int, str, str, int, int]) -> tuple[int, int, int, int, int, int]:
+    def rank(setting: tuple[int, str, str, int, int]) -> tuple[int, ...]:
         number, form, _, batch, size = setting
-        covered = found[setting]
-        at_own_size = sum(f"{size} px" in students[name] for name in covered)
-        return len(covered), at_own_size, FORMS.index(form), -batch, number, size
+        at_own_size = sum(f"{size} px" in students[name] for name in found[setting])
+        return len(found[setting]), at_own_size, FORMS.index(form), -batch, number, size
 
     best = max(found, key=rank)
     number, form, precision, batch, size = best

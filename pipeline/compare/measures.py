@@ -12,14 +12,9 @@ from pipeline.downstream.config import TASKS
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of a run.
+    """A number of a run; `scale` is the value of one `unit`, `digits` the number of decimals (None: three significant digits).
 
-    Attributes:
-        key: name in CSV files and JSON, where values are not scaled.
-        label, unit: for people.
-        better: direction, or None if neither is better.
-        scale: the value of one `unit`.
-        digits: decimals, or None for three significant digits.
+    CSV files and JSON name it by its key and hold unscaled values.
     """
 
     key: str
@@ -62,8 +57,8 @@ AFTER_TASKS = (
 
 def columns_of(tasks: Iterable[type[DownstreamTask[Any]]]) -> dict[str, Column]:
     """Columns of the built-in tasks and of others, by metric; the first one for a metric counts."""
-    every = dict.fromkeys([*map(load_task, TASKS), *tasks])
-    return {column.metric: column for task in reversed(every) for column in reversed(task.columns)}
+    columns = [column for task in (*map(load_task, TASKS), *tasks) for column in task.columns]
+    return {column.metric: column for column in reversed(columns)}
 
 
 def measures_of(columns: Iterable[Column]) -> dict[str, Measure]:
@@ -80,18 +75,6 @@ def accuracies_of(measures: Mapping[str, Measure]) -> list[str]:
 
 
 COSTS = ("parameters", "latency", "cache_bytes", "samples_seen")
-"""The costs that accuracy is compared with."""
-
-TEXTS = {
-    "status": "status",
-    "job": "job",
-    "data": "data",
-    "student": "student",
-    "input": "input",
-    "teachers": "teachers",
-    "codec": "codec",
-    "views": "views",
-    "seed": "seed",
-    "device": "device",
-}
-"""Labels of the texts that describe a run, by key."""
+"""The costs that accuracies are plotted against, by key."""
+TEXTS = ("status", "job", "data", "student", "input", "teachers", "codec", "views", "seed", "device")
+"""Names of the texts that describe a run, in the order of the tables."""

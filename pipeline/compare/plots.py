@@ -8,10 +8,9 @@ from math import ceil
 from typing import Any
 
 from pipeline.compare.comparison import Comparison, format_summary
-from pipeline.compare.figures import comparable_groups, families, family_name
+from pipeline.compare.figures import Style, comparable_groups, families, family_name
 from pipeline.compare.group import Group, Summary
 from pipeline.compare.measures import KNN, PARAMETERS, Measure
-from pipeline.compare.style import Style
 
 Plot = dict[str, Any]
 Trace = dict[str, Any]
@@ -50,25 +49,33 @@ def _cost_plot(comparison: Comparison, accuracy: str, cost: str) -> Plot:
 
 def curves_plot(comparison: Comparison) -> Plot:
     """kNN over the epochs."""
-    traces: list[Trace] = []
-    for number, group, style in comparable_groups(comparison):
-        if len(group.curve) > 1:
-            traces += _curves(number, group, style)
-    plot = _plot(traces, "epoch", KNN.title)
+    drawn = [member for member in comparable_groups(comparison) if len(member[1].curve) > 1]
+    plot = _plot([trace for member in drawn for trace in _curves(*member)], "epoch", KNN.title)
     epochs = max((point.epoch for group in comparison.groups for point in group.curve), default=0)
     plot["layout"]["xaxis"]["dtick"] = max(1, ceil(epochs / TICKS))
     return plot
 
 
 def _curves(number: int, group: Group, style: Style) -> Iterator[Trace]:
-    spread = [(point.epoch, point.knn) for point in group.curve if point.knn and point.knn.std]
-    if spread:
-        yield _band(number, group, style, spread)
+    averaged = [(point.epoch, point.knn) for point in group.curve if point.knn]
     raw = [(point.epoch, point.raw) for point in group.curve if point.raw]
+    if spread := [(epoch, knn.mean, knn.std) for epoch, knn in averaged if knn.std]:
+        outline = [(epoch, mean + std) for epoch, mean, std in spread]
+        outline += [(epoch, mean - std) for epoch, mean, std in reversed(spread)]
+        yield {
+            **_named(number, group, "band"),
+            "mode": "lines",
+            "x": [epoch for epoch, _ in outline],
+            "y": [knn for _, knn in outline],
+            "fill": "toself",
+            "fillcolor": f"{style.colour}26",
+            "line": {"width": 0},
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
     if raw:
         line = {"color": style.colour, "width": 1.4, "dash": "dot"}
         yield {**_curve(number, group, "raw", "raw weights", raw), "mode": "lines", "line": line, "showlegend": False}
-    averaged = [(point.epoch, point.knn) for point in group.curve if point.knn]
     yield {
         **_curve(number, group, "average", "averaged weights", averaged),
         "mode": "lines+markers",
@@ -77,32 +84,16 @@ def _curves(number: int, group: Group, style: Style) -> Iterator[Trace]:
     }
 
 
-def _curve(number: int, group: Group, role: str, words: str, points: Sequence[tuple[float, Summary]]) -> Trace:
-    title = f"<b>{_plain(group.label)}</b>"
+def _curve(number: int, group: Group, role: str, weights: str, points: Sequence[tuple[float, Summary]]) -> Trace:
     return {
         **_named(number, group, role),
         "x": [epoch for epoch, _ in points],
-        "y": [summary.mean for _, summary in points],
+        "y": [knn.mean for _, knn in points],
         "text": [
-            f"{title}<br>epoch {epoch:g}, {words}<br>kNN {format_summary(summary, KNN)} % ({seeds(summary.n)})"
-            for epoch, summary in points
+            f"<b>{_escape(group.label)}</b><br>epoch {epoch:g}, {weights}<br>"
+            f"kNN {format_summary(knn, KNN)} % ({seeds(knn.n)})"
+            for epoch, knn in points
         ],
-    }
-
-
-def _band(number: int, group: Group, style: Style, points: Sequence[tuple[float, Summary]]) -> Trace:
-    epochs = [epoch for epoch, _ in points]
-    high, low = ([knn.mean + side * (knn.std or 0) for _, knn in points] for side in (1, -1))
-    return {
-        **_named(number, group, "band"),
-        "mode": "lines",
-        "x": [*epochs, *reversed(epochs)],
-        "y": [*high, *reversed(low)],
-        "fill": "toself",
-        "fillcolor": f"{style.colour}26",
-        "line": {"width": 0},
-        "hoverinfo": "skip",
-        "showlegend": False,
     }
 
 
@@ -121,7 +112,7 @@ def size_plot(comparison: Comparison) -> Plot:
 def _named(number: int, group: Group, role: str) -> Trace:
     return {
         "type": "scatter",
-        "name": _plain(group.label),
+        "name": _escape(group.label),
         "legendgroup": str(number),
         "hovertemplate": "%{text}<extra></extra>",
         "meta": {"role": role, "groups": [number]},
@@ -140,7 +131,7 @@ def _point(number: int, group: Group, style: Style, axes: tuple[Measure, Measure
         "x": [group.measures[x.key].mean / x.scale],
         "y": [group.measures[y.key].mean],
         "error_y": {"type": "data", "array": [std or 0], "visible": bool(std), "thickness": 1.2, "width": 4},
-        "text": ["<br>".join([f"<b>{_plain(group.label)}</b>", *lines, seeds(len(group.counted))])],
+        "text": ["<br>".join([f"<b>{_escape(group.label)}</b>", *lines, seeds(len(group.counted))])],
         "marker": {"symbol": style.symbol, "color": style.colour, "size": 11, "line": {"width": 0}},
     }
 
@@ -149,7 +140,7 @@ def _line(name: str, points: Sequence[tuple[float, float]], role: str, **line: A
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": _plain(name),
+        "name": _escape(name),
         "x": [x for x, _ in points],
         "y": [y for _, y in points],
         "line": line,
@@ -169,6 +160,6 @@ def seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
-def _plain(text: str) -> str:
-    """Escaped text: plotly interprets some HTML in names and hovers."""
+def _escape(text: str) -> str:
+    """Escape text for names and hovers, in which plotly interprets some HTML."""
     return html.escape(text, quote=False)

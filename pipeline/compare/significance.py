@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from math import isfinite
 from statistics import mean
 
@@ -32,17 +32,16 @@ def front(points: Sequence[tuple[float, float]]) -> set[int]:
 def fronts(groups: Sequence[Group], accuracies: Sequence[str]) -> dict[tuple[str, str], set[int]]:
     """Numbers of the groups on the Pareto front, by accuracy and cost; each set of held-out images has its own front."""
     found: dict[tuple[str, str], set[int]] = {}
-    for accuracy in accuracies:
-        for cost in COSTS:
-            for held_out in {group.held_out for group in groups}:
-                numbers = [n for n, group in enumerate(groups) if _has_measures(group, held_out, accuracy, cost)]
-                points = [(groups[n].measures[accuracy].mean, groups[n].measures[cost].mean) for n in numbers]
-                found.setdefault((accuracy, cost), set()).update(numbers[best] for best in front(points))
-    return {key: numbers for key, numbers in found.items() if numbers}
-
-
-def _has_measures(group: Group, held_out: str | None, *keys: str) -> bool:
-    return group.held_out == held_out and all(key in group.measures for key in keys)
+    for accuracy, cost, held_out in product(accuracies, COSTS, {group.held_out for group in groups}):
+        points = {
+            number: (group.measures[accuracy].mean, group.measures[cost].mean)
+            for number, group in enumerate(groups)
+            if group.held_out == held_out and {accuracy, cost} <= group.measures.keys()
+        }
+        if points:
+            on_front = front(list(points.values()))
+            found.setdefault((accuracy, cost), set()).update(list(points)[index] for index in on_front)
+    return found
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Difference:
     """The difference between two groups, and its significance.
 
     Attributes:
-        measure: key.
+        measure: its key.
         first, second: numbers of the groups.
         delta: mean of the first minus mean of the second, over the compared seeds.
         test: ``paired by seed`` or ``Welch``, or None if no test is possible.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import unicodedata
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
 
 from pipeline.compare.comparison import Comparison, format_summary
 from pipeline.compare.measures import TEXTS
@@ -19,9 +20,7 @@ def groups_table(comparison: Comparison) -> Rows:
     measures = comparison.measures
     rows = [["group", "seeds", *(measure.title for measure in measures), "on the front"]]
     for number, group in enumerate(comparison.groups):
-        marks = [
-            comparison.all_measures[cost].label for cost in comparison.pareto_costs(number, comparison.main_accuracy)
-        ]
+        marks = [comparison.all_measures[cost].label for cost in comparison.pareto_costs(number)]
         values = [format_summary(group.measures.get(measure.key), measure) for measure in measures]
         rows.append([group.label, str(len(group.counted)), *values, ", ".join(marks)])
     return rows
@@ -30,11 +29,10 @@ def groups_table(comparison: Comparison) -> Rows:
 def runs_table(comparison: Comparison) -> Rows:
     """One row per run: the texts in which runs differ, and all measures."""
     measures, texts = comparison.measures, comparison.varying_texts
-    rows = [["run", *(TEXTS[key] for key in texts), *(measure.title for measure in measures)]]
+    rows = [["run", *texts, *(measure.title for measure in measures)]]
     for entry in comparison.entries:
-        values = [
-            measure.show(entry.measures[measure.key]) if measure.key in entry.measures else "" for measure in measures
-        ]
+        known = entry.measures
+        values = [measure.show(known[measure.key]) if measure.key in known else "" for measure in measures]
         rows.append([entry.name, *(entry.texts.get(key, "") for key in texts), *values])
     return rows
 
@@ -49,7 +47,7 @@ def common(comparison: Comparison) -> str:
     """The texts that all runs share, in one line."""
     first = comparison.entries[0].texts
     same = [key for key in TEXTS if key in first and key not in comparison.varying_texts]
-    return ", ".join(f"{TEXTS[key]} {first[key]}" for key in same)
+    return ", ".join(f"{key} {first[key]}" for key in same)
 
 
 def render_text(comparison: Comparison) -> str:
@@ -63,11 +61,7 @@ def render_text(comparison: Comparison) -> str:
 
 
 def render_markdown(comparison: Comparison, figures: Iterable[tuple[str, str]]) -> str:
-    """A Markdown report.
-
-    Args:
-        figures: title and file name of each.
-    """
+    """A Markdown report with figures, given as title and file name."""
     bullets = [_prose(line) for line in (*comparison.differences_to_best(), *comparison.notes())]
     parts = [
         f"# {_prose(comparison.experiment)}: {len(comparison.entries)} runs in {len(comparison.groups)} groups",
@@ -86,70 +80,59 @@ def render_markdown(comparison: Comparison, figures: Iterable[tuple[str, str]]) 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def write_runs_csv(comparison: Comparison, file: Path) -> None:
-    """All texts and unscaled measures of all runs; unknown values are empty."""
-    header = ["run_id", "name", "group", "held_out", *TEXTS, *comparison.all_measures]
+def runs_frame(comparison: Comparison) -> pd.DataFrame:
+    """All texts and unscaled measures of all runs."""
     group_of = {entry.run_id: group.label for group in comparison.groups for entry in group.entries}
-    rows = (
-        [
-            *(entry.run_id, entry.name, group_of[entry.run_id], entry.held_out or ""),
-            *(entry.texts.get(key, "") for key in TEXTS),
-            *(entry.measures.get(key) for key in comparison.all_measures),
-        ]
+    rows = [
+        {"run_id": entry.run_id, "name": entry.name, "group": group_of[entry.run_id], "held_out": entry.held_out}
+        | {**entry.texts, **entry.measures}
         for entry in comparison.entries
-    )
-    _write_csv(file, header, rows)
+    ]
+    return _frame(rows, ["run_id", "name", "group", "held_out", *TEXTS, *comparison.all_measures])
 
 
-def write_groups_csv(comparison: Comparison, file: Path) -> None:
+def groups_frame(comparison: Comparison) -> pd.DataFrame:
     """Mean, standard deviation and number of seeds of each measure by group."""
-    columns = [(key, part) for key in comparison.all_measures for part in ("mean", "std", "n")]
-    header = ["group", "held_out", *(f"{key}_{part}" for key, part in columns), "front"]
-    rows = (
-        [
-            group.label,
-            group.held_out or "",
-            *(getattr(group.measures.get(key), part, None) for key, part in columns),
-            " ".join(comparison.pareto_costs(number, comparison.main_accuracy)),
-        ]
+    rows = [
+        {f"{key}_{part}": value for key, summary in group.measures.items() for part, value in vars(summary).items()}
+        | {"group": group.label, "held_out": group.held_out, "front": " ".join(comparison.pareto_costs(number))}
         for number, group in enumerate(comparison.groups)
-    )
-    _write_csv(file, header, rows)
+    ]
+    statistics = [f"{key}_{part}" for key in comparison.all_measures for part in ("mean", "std", "n")]
+    return _frame(rows, ["group", "held_out", *statistics, "front"])
 
 
-def write_differences_csv(comparison: Comparison, file: Path) -> None:
+def differences_frame(comparison: Comparison) -> pd.DataFrame:
     """All pairs of groups on the same held-out images, in every accuracy."""
-    header = ["measure", "first", "second", "difference", "test", "n_first", "n_second", "p", "low", "high"]
-    rows = (
-        [
-            *(d.measure, comparison.groups[d.first].label, comparison.groups[d.second].label, d.delta),
-            *(d.test or "", *d.n, d.p, *(d.interval or (None, None))),
-        ]
+    labels = [group.label for group in comparison.groups]
+    rows = [
+        (d.measure, labels[d.first], labels[d.second], d.delta, d.test, *d.n, d.p, *(d.interval or (None, None)))
         for d in comparison.differences
-    )
-    _write_csv(file, header, rows)
+    ]
+    columns = ["measure", "first", "second", "difference", "test", "n_first", "n_second", "p", "low", "high"]
+    return _frame((dict(zip(columns, row, strict=True)) for row in rows), columns)
 
 
-def write_curves_csv(comparison: Comparison, file: Path) -> None:
+def curves_frame(comparison: Comparison) -> pd.DataFrame:
     """kNN by run and epoch, of the averaged and the raw weights."""
-    rows = (
-        [entry.run_id, entry.name, point.epoch, point.knn, point.raw]
+    rows = [
+        {"run_id": entry.run_id, "name": entry.name, "epoch": point.epoch, "knn": point.knn, "knn_raw": point.raw}
         for entry in comparison.entries
         for point in entry.curve
-    )
-    _write_csv(file, ["run_id", "name", "epoch", "knn", "knn_raw"], rows)
+    ]
+    return _frame(rows, ["run_id", "name", "epoch", "knn", "knn_raw"])
 
 
-def _write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> None:
-    with file.open("w", encoding="utf-8", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(header)
-        writer.writerows([_cell(value) if isinstance(value, str) else value for value in row] for row in rows)
+def _frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """A table for a CSV file; as objects, integers next to unknown values do not become floats."""
+    cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
+    return pd.DataFrame(cells, columns=list(columns), dtype=object)
 
 
-def _cell(text: str) -> str:
+def _cell(value: Any) -> Any:
     """Prefix text that a spreadsheet would execute as a formula with an apostrophe (OWASP, CSV injection)."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 
 def _aligned(rows: Rows) -> str:

@@ -1,7 +1,7 @@
 import csv
 
 from pipeline.compare.comparison import Comparison
-from pipeline.compare.tables import render_markdown, render_text, write_curves_csv, write_groups_csv, write_runs_csv
+from pipeline.compare.tables import curves_frame, groups_frame, render_markdown, render_text, runs_frame
 from pipeline.tracking.reading import read_experiment
 from tests.compare.experiments import HOSTILE
 
@@ -12,7 +12,7 @@ def read_csv(file):
 
 
 def test_the_runs_are_a_table_for_machines_with_blanks_for_what_is_not_known(comparison, tmp_path):
-    write_runs_csv(comparison, tmp_path / "runs.csv")
+    runs_frame(comparison).to_csv(tmp_path / "runs.csv", index=False)
     rows = {row["name"]: row for row in read_csv(tmp_path / "runs.csv")}
     assert len(rows) == 13
     row = rows["regla_s-din-1-distill"]
@@ -26,9 +26,9 @@ def test_the_runs_are_a_table_for_machines_with_blanks_for_what_is_not_known(com
 
 
 def test_a_cell_that_a_spreadsheet_would_run_is_text(comparison, tmp_path):
-    write_runs_csv(comparison, tmp_path / "runs.csv")
+    runs_frame(comparison).to_csv(tmp_path / "runs.csv", index=False)
     assert f"'{HOSTILE}-distill" in [row["name"] for row in read_csv(tmp_path / "runs.csv")]
-    write_curves_csv(comparison, tmp_path / "curves.csv")
+    curves_frame(comparison).to_csv(tmp_path / "curves.csv", index=False)
     rows = read_csv(tmp_path / "curves.csv")
     assert len(rows) == 13 * 3
     assert (rows[0]["epoch"], rows[0]["knn"]) == ("0.0", "11.0")
@@ -36,7 +36,7 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text(comparison, tmp_path):
 
 
 def test_the_groups_have_mean_deviation_and_number_of_seeds(comparison, tmp_path):
-    write_groups_csv(comparison, tmp_path / "groups.csv")
+    groups_frame(comparison).to_csv(tmp_path / "groups.csv", index=False)
     rows = {row["group"]: row for row in read_csv(tmp_path / "groups.csv")}
     assert len(rows) == 6
     found = rows["regla_t · hog"]
