@@ -1,4 +1,4 @@
-"""What every job shares: arguments, clear errors with exit code 2, and the last line of JSON."""
+"""What the jobs share: arguments, one-line errors with exit code 2, the last line of JSON, and text for people."""
 
 from __future__ import annotations
 
@@ -29,12 +29,9 @@ R = TypeVar("R", bound=JobRoot)
 
 @dataclass(frozen=True)
 class Mode:
-    """What a job does in place of its work when a flag is given; modes exclude each other.
+    """What a job does instead of its work if a flag is given: `body` takes the configuration and the command line's options.
 
-    Attributes:
-        flag, help: as `--help` shows them.
-        body: called with the configuration and the command line's options.
-        metavar: what the flag's value is called, or None where it has none.
+    A `metavar` is the name of the flag's value. Modes exclude each other.
     """
 
     flag: str
@@ -45,7 +42,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Switch:
-    """A flag that goes with modes; given alone it stands for the only one that it goes with."""
+    """A flag that belongs to modes; given alone, it implies its mode if it has only one."""
 
     flag: str
     help: str
@@ -53,12 +50,11 @@ class Switch:
 
 
 def later(module: str, function: str = "main") -> Callable[..., Any]:
-    """A function of a module that is imported when it is called.
+    """A function of a module that is imported when the function is called.
 
-    A script hands over to itself in this way before it imports torch and MLflow: what takes ten seconds, `--help` and a
-    mistyped field need not wait for.
+    A script calls its own body through this: `--help` and a mistyped field need not wait ten seconds for torch and MLflow.
     """
-    return lambda *given, **named: getattr(import_module(module), function)(*given, **named)
+    return lambda *arguments: getattr(import_module(module), function)(*arguments)
 
 
 def run(
@@ -74,25 +70,23 @@ def run(
     """Parse the command line, run the job and print its figures as one line of JSON.
 
     Args:
-        root: the configuration of the job, whose fields `--help` lists.
         body: called with the configuration and whether to stop after the plan.
-        description: first paragraph of `--help`.
-        modes: what else the job does; their figures say ``"ok": false`` for exit code 1.
-        switches: that go with some of them.
-        recipe: taken where the command line names none.
-        listed: classes whose fields `--help` lists; none: those of `root`.
+        recipe: the default.
+        listed: classes whose fields `--help` lists; empty: the variants of `root`.
 
-    Exits with code 2 and one line on what the user can mend; anything else keeps its traceback.
+    Exits with code 2 and one line for an error that the user can mend, and with 1 if the figures say ``"ok": false``; other
+    errors keep their traceback.
     """
+    listed = listed or root.variants()
     parser = argparse.ArgumentParser(
         description=description,
-        epilog=f"fields (recipe keys and overrides):\n{describe_fields(*(listed or root.variants()))}",
+        epilog=f"fields (recipe keys and overrides):\n{describe_fields(*listed)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     items = parser.add_argument(
         "items", nargs="*", metavar="recipe.yaml | key=value", help="a recipe (recipes/quickstart.yaml) and overrides"
     )
-    items.completer = partial(complete_item, listed or root.variants())  # type: ignore[attr-defined]
+    items.completer = partial(complete_item, listed)  # type: ignore[attr-defined]
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
     for mode in modes:
@@ -115,14 +109,14 @@ def run(
 
 
 def finish(call: Callable[[], Mapping[str, Any]]) -> None:
-    """Print the figures of a job as one line of JSON; exit with 2 and one line on what the user can mend."""
+    """Call a job and print its figures as one line of JSON, or its error; exit as :func:`run` does."""
     try:
         figures = call()
     except (UserError, TeacherError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes here", file=sys.stderr)
         sys.exit(130)
     print(json.dumps(figures))
     if figures.get("ok") is False:
@@ -132,26 +126,18 @@ def finish(call: Callable[[], Mapping[str, Any]]) -> None:
 def _choose(
     parser: argparse.ArgumentParser, options: argparse.Namespace, modes: Sequence[Mode], switches: Sequence[Switch]
 ) -> Mode | None:
-    given = {flag for flag in (mode.flag for mode in modes) if _value(options, flag)}
+    given = {f"--{name.replace('_', '-')}" for name, value in vars(options).items() if value}
+    chosen = given & {mode.flag for mode in modes}
     for switch in switches:
-        if not _value(options, switch.flag) or given & set(switch.modes):
-            continue
-        if given or options.dry_run or len(switch.modes) > 1:
-            parser.error(f"{switch.flag} goes with {' or '.join(switch.modes)}")
-        given |= set(switch.modes)
-    return next((mode for mode in modes if mode.flag in given), None)
-
-
-def _value(options: argparse.Namespace, flag: str) -> Any:
-    return getattr(options, flag.removeprefix("--").replace("-", "_"))
+        if switch.flag in given and not chosen & set(switch.modes):
+            if chosen or options.dry_run or len(switch.modes) > 1:
+                parser.error(f"{switch.flag} goes with {' or '.join(switch.modes)}")
+            chosen = set(switch.modes)
+    return next((mode for mode in modes if mode.flag in chosen), None)
 
 
 def confirm(question: str, yes: bool) -> bool:
-    """Ask on the terminal; `yes` answers beforehand.
-
-    Raises:
-        UserError: where nobody can be asked.
-    """
+    """Ask on the terminal unless `yes` answers; without a terminal, that is a UserError."""
     if yes:
         return True
     if not sys.stdin.isatty():
@@ -169,35 +155,33 @@ def _configure(root: type[R], items: Sequence[str], default: Path) -> R:
 
 
 def find_recipe(name: str) -> Path:
-    """Path of a recipe; where no file has it, `quickstart.yaml` and `recipes/quickstart.yaml` name those of this package."""
+    """Path of a recipe; `quickstart.yaml` and `recipes/quickstart.yaml` name this package's unless there is such a file."""
     path = Path(name)
     own = RECIPES / path.name
     return own if not path.exists() and str(path.parent) in (".", "recipes") and own.is_file() else path
 
 
 def table(rows: Mapping[str, Any]) -> str:
-    """Two aligned columns; rows whose value is None are left out."""
+    """Two aligned columns, without the rows whose value is None."""
     shown = {name: value for name, value in rows.items() if value is not None}
     width = max(len(name) for name in shown)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in shown.items())
 
 
 def grid(rows: Sequence[Mapping[str, str]]) -> str:
-    """Aligned columns under the names that the rows give them."""
+    """Aligned columns under a header; rows are cells by column."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def percent(value: float | None) -> str | None:
-    """A share in percent, for people."""
+    """A percentage, for people."""
     return None if value is None else f"{value:.1f} %"
 
 
 def size(count: float) -> str:
     """Bytes, for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = next((power for power in range(4) if count < 1024 ** (power + 1)), 4)
+    return f"{count / 1024**power:.{min(power, 1)}f} {units[power]}"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipeline.config.tree import JobRoot
 
 TYPES = {"", "bool", "int", "float", "str", "list", "tuple", "mapping", "none"}
-"""Names of types in the listing of fields; whatever else stands there is a value."""
+"""Words for types in the listing of fields; any other word there is a value."""
 
 
 def complete(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ from pipeline.runs.session import Job, open_job
 
 
 def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
-    """Run the whole pipeline; an interrupted run of the same configuration goes on where it stopped."""
+    """Run the whole pipeline; an interrupted run of the same configuration resumes where it stopped."""
     started = time.perf_counter()
     phases = plan_phases(config, cache_store(config))
     for number, phase in enumerate(phases, 1):
@@ -74,8 +74,8 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     bad = {
         (split, sample["sample_id"])
         for report in reports
-        for split in report.quarantined
-        for sample in report.quarantined[split]
+        for split, samples in report.quarantined.items()
+        for sample in samples
     }
     rows = {
         **{f"kNN of {name}": percent(score) for name, score in result.teacher_knn.items()},
@@ -95,7 +95,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
 
 
 def fill(job: Job, phases: Sequence[Phase]) -> tuple[list[Phase], list[BuildReport]]:
-    """Compute what the cache lacks of every phase, before the first one trains; gives the phases with their weights' digests."""
+    """Compute the missing features of all phases before the first one trains; returns the phases with the filled plans."""
     filled, reports = [], []
     for number, phase in enumerate(phases, 1):
         with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:

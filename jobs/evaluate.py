@@ -32,7 +32,7 @@ ROOTS: dict[str, type[JobConfig]] = {
     **{task: EvaluateModelJobConfig.of_task(task) for task in TASKS},
     "coco-results": CocoResultsJobConfig,
 }
-"""The configuration of each evaluation, by its name; tasks of one's own come beside these."""
+"""The configuration of each evaluation, by name. A user's own task has `EvaluateModelJobConfig`."""
 
 
 def start(arguments: Sequence[str]) -> None:
@@ -48,17 +48,17 @@ def start(arguments: Sequence[str]) -> None:
         known = ", ".join(ROOTS)
         print(f"error: name the evaluation first: {known}, as in `jobs/evaluate.py knn ...`", file=sys.stderr)
         sys.exit(2)
-    own = RECIPES / f"{name}.yaml"
     body = partial(later("jobs.evaluate", "named"), name, {argument.partition("=")[0] for argument in others})
     items = [_long_name(name, argument) for argument in others]
     if name in TASKS or ":" in name:
         items.append(f"finetune.task={name}")
+    own = RECIPES / f"{name}.yaml"
     recipe = own if own.exists() else DEFAULT_RECIPE
     run(ROOTS.get(name, EvaluateModelJobConfig), body, __doc__ or "", items, recipe=recipe, listed=listed)
 
 
 def _long_name(evaluation: str, argument: str) -> str:
-    """`annotations=` and `results=` of coco-results stand for the fields of that name in `evaluate`."""
+    """The full key of `annotations=` and `results=` of coco-results: those fields of the section `evaluate`."""
     short = evaluation == "coco-results" and argument.startswith(("annotations=", "results="))
     return f"evaluate.{argument}" if short else argument
 
@@ -74,7 +74,7 @@ from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_
 from pipeline.runs.session import open_job
 from pipeline.tracking.run import Run
 
-Measure = Callable[[FrozenPlan, EvaluateJobConfig, Run, Path], dict[str, float]]
+Measurement = Callable[[FrozenPlan, EvaluateJobConfig, Run, Path], dict[str, float]]
 
 
 def knn(config: EvaluateJobConfig, dry_run: bool) -> dict[str, Any]:
@@ -94,7 +94,9 @@ def seg_probe(config: EvaluateJobConfig, dry_run: bool) -> dict[str, Any]:
     return evaluate(config, dry_run, "seg-probe", plan, measure)
 
 
-def evaluate(config: EvaluateJobConfig, dry_run: bool, name: str, plan: FrozenPlan, measure: Measure) -> dict[str, Any]:
+def evaluate(
+    config: EvaluateJobConfig, dry_run: bool, name: str, plan: FrozenPlan, measure: Measurement
+) -> dict[str, Any]:
     """Compute the missing features, measure and log; an interrupted job resumes where it stopped."""
     encoder, student = plan.encoder, config.evaluate.student
     spec, count = encoder.spec, plan.train.count + plan.val.count
@@ -126,7 +128,7 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "seg-probe": seg_probe,
     "coco-results": evaluate_results,
 }
-"""What follows `jobs/evaluate.py`, beside downstream tasks."""
+"""The evaluations other than those of downstream tasks."""
 
 
 def named(name: str, given: Collection[str], config: Any, dry_run: bool) -> dict[str, Any]:

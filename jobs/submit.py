@@ -33,13 +33,11 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 MAX_UPLOAD = 50 << 20
-"""Largest upload in bytes. A checkout has a few; large files belong on the shared file system."""
-
-ADDRESS = "http://127.0.0.1:8265"
+"""Largest upload in bytes; large files belong on the shared file system."""
 
 
 def uploaded_files(folder: Path) -> dict[str, int]:
-    """Bytes of every file that Ray would upload from a working directory, by relative path, under Ray's own rules."""
+    """Bytes of every file that Ray would upload from a working directory, by relative path."""
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
@@ -55,11 +53,7 @@ def uploaded_files(folder: Path) -> dict[str, int]:
 
 
 def check_upload(folder: Path) -> int:
-    """Bytes of the upload.
-
-    Raises:
-        UserError: naming the largest files, if they exceed `MAX_UPLOAD`.
-    """
+    """Bytes of the upload; a UserError names the largest files if it exceeds `MAX_UPLOAD`."""
     files = uploaded_files(folder)
     total = sum(files.values())
     if total > MAX_UPLOAD:
@@ -78,10 +72,7 @@ def job_names() -> list[str]:
 
 
 def entrypoint(arguments: Sequence[str]) -> str:
-    """Command line that the cluster runs.
-
-    Args:
-        arguments: the job, as `jobs/distill.py` or `distill`, and its arguments.
+    """Command line that the cluster runs, from the job (`jobs/distill.py` or `distill`) and its arguments.
 
     Raises:
         UserError: if the first argument names no job.
@@ -96,14 +87,14 @@ def entrypoint(arguments: Sequence[str]) -> str:
 
 
 def submit(command: str, folder: Path) -> int:
-    """Run a command on the cluster in an upload of `folder`, print its log, and return its exit code: 130 if it was stopped.
+    """Run a command on the cluster in an upload of `folder`, print its log, and return its exit code; 130: stopped.
 
     Raises:
         UserError: if the cluster does not answer.
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    address = os.environ.get("RAY_API_SERVER_ADDRESS", ADDRESS)
+    address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     with _connection_errors(f"RAY_API_SERVER_ADDRESS: no cluster can be used at {address}"):
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
@@ -113,7 +104,7 @@ def submit(command: str, folder: Path) -> int:
     ):
         asyncio.run(_print_log(client, job))
         details = client.get_job_info(job)
-    # Without an exit code of the driver its log does not say why the job ended.
+    # If the driver has no exit code, its log does not say why the job ended.
     reason = f" ({details.message})" if details.driver_exit_code is None else ""
     print(f"{job}: {details.status}{reason}", flush=True)
     codes = {JobStatus.SUCCEEDED: 0, JobStatus.STOPPED: 130}

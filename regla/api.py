@@ -16,19 +16,18 @@ if TYPE_CHECKING:
 Recipe = str | Path | Mapping[str, Any] | None
 """A YAML file, the name of a recipe of this package (`own_images.yaml`), its fields as a mapping, or None for the default."""
 
-
 C = TypeVar("C", bound="JobConfig")
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a distillation or fine-tuning has produced.
+    """The result of a distillation or fine-tuning.
 
     Attributes:
-        folder: of the student, or of the fine-tuned model.
+        folder: of the student or fine-tuned model.
         metrics: all figures that the job prints, by name.
         run_id: of the MLflow run.
-        model_uri: of the model in MLflow's registry, or of the logged model where the store has no registry.
+        model_uri: of the model in MLflow's registry, or of the logged model if the store has no registry.
     """
 
     folder: Path
@@ -56,7 +55,7 @@ def distill(
         fields: of the recipe, nested or dotted: ``train={"epochs": 5}``, ``**{"train.epochs": 5}``.
 
     Returns:
-        The student. Its metrics include `knn_before` and `knn_after` in percent where the images have labels.
+        The student. Its metrics include `knn_before` and `knn_after` in percent if the images have labels.
 
     Raises:
         UserError: for a field, image, weight file or store that cannot be used, in one line.
@@ -144,7 +143,7 @@ def load_predictor(model: str | Path, **options: Any) -> Predictor:
             :func:`pipeline.predict.predictor.load_predictor`.
 
     Raises:
-        UserError: where there is no such model or device.
+        UserError: if there is no such model or device.
     """
     from pipeline.predict.predictor import load_predictor
 
@@ -173,7 +172,7 @@ def _configure(
 
 
 def _plain(value: Any) -> Any:
-    """Paths as text, however deep they lie: fields hold no paths."""
+    """A copy with all paths as text, since fields hold no paths."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -17,26 +17,24 @@ def locate(images: Images, folder: Path) -> str:
     if isinstance(images, str | Path):
         return str(images)
     encoded = [*_encode(images)]
-    digest = hashlib.sha256()
-    for data in encoded:
-        digest.update(hashlib.sha256(data).digest())
-    file = folder / f"{digest.hexdigest()[:16]}.parquet"
+    digest = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in encoded)).hexdigest()
+    file = folder / f"{digest[:16]}.parquet"
     return str(file if file.exists() else _write(encoded, file, None))
 
 
 def write_images(images: Sequence[Any], file: str | Path, labels: Sequence[int] | None = None) -> Path:
-    """Write images to a Parquet file of the columns `image` (encoded bytes) and, with labels, `label`.
+    """Write images to a Parquet file with the columns `image` (encoded bytes) and, with labels, `label`.
 
     Args:
         images: image files, which are copied byte for byte; PIL images and RGB arrays uint8 [H, W, 3], stored as PNG.
-        file: that is written, with its folders.
+        file: the output; missing folders are created.
         labels: class of every image, from 0; kNN needs them.
 
     Returns:
         The path of the file, for `images` and `held_out` of :func:`regla.distill`.
 
     Raises:
-        UserError: for an array of another shape or type, a file that cannot be read, or labels of another number.
+        UserError: for an array of another shape or type, an unreadable file, or a wrong number of labels.
     """
     from pipeline.errors import UserError
 

@@ -26,8 +26,7 @@ from pipeline.student.folding import inference_form
 class Row:
     """Settings, cost and timing of one model in one form at one size.
 
-    The cost is that of the inference form on one image; for ``eager`` it is that of the model as trained. The ratio of the
-    timing refers to the reference model in the same form.
+    The cost is that of the measured form on one image; the ratio of the timing refers to the reference model in the same form.
     """
 
     model: str
@@ -47,8 +46,7 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
     All models and forms of one size, batch size and precision are interleaved, so that drift affects all alike.
 
     Raises:
-        UserError: for an unknown model, a model that does not accept a size, a missing GPU, or ONNX Runtime other than on
-            the CPU in float32.
+        UserError: as :func:`check`, and for a model that does not accept a size.
     """
     check(config)
     torch.set_num_threads(config.threads)
@@ -78,8 +76,7 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
     """Rows as a flat table, fastest first within a size, batch, precision and form.
 
-    Its columns are the fields of :class:`Row` and :class:`~pipeline.student.cost.Cost`, then ``milliseconds`` of one
-    forward pass, ``images_per_second``, and ``ratio``, with the quartiles over the rounds under ``_q1`` and ``_q3``.
+    ``milliseconds`` are those of one forward pass; columns in ``_q1`` and ``_q3`` are quartiles over the rounds.
     """
     keys = ["size", "batch", "precision", "form", "milliseconds"]
     return pd.DataFrame([_flat(row) for row in rows]).sort_values(keys, ignore_index=True)
@@ -101,7 +98,7 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def render(table: pd.DataFrame) -> str:
-    """Format the table for people: millions, billions, and medians with quartiles."""
+    """Text for people, with medians and quartiles."""
     shown = table[["model", "form", "device", "precision", "threads", "size", "batch"]].assign(
         params=table.parameters.map(lambda n: f"{n / 1e6:.2f} M"),
         GMACs=table.macs.map(lambda n: f"{n / 1e9:.3f}"),
@@ -122,7 +119,7 @@ def check(config: BenchmarkConfig) -> None:
     """Refuse invalid settings before anything is measured.
 
     Raises:
-        UserError: see :func:`benchmark`.
+        UserError: for an unknown model, a missing GPU, or ONNX Runtime other than on the CPU in float32.
     """
     if config.reference not in config.models:
         raise UserError(f"benchmark.reference: {config.reference} is not in benchmark.models")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -14,7 +15,7 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 """Published top-1 on ImageNet-1K: model, parameters in millions, resolution, top1, training, source."""
 
 
-def latency_figure(table: pd.DataFrame, path: Path) -> Path:
+def latency_figure(table: pd.DataFrame, path: Path) -> None:
     """Median latency against image side, one panel per form, log-log, with quartiles as bands."""
     forms = list(dict.fromkeys(table.form))
     figure = Figure(figsize=(5.2 * len(forms), 4.6), layout="constrained")
@@ -36,10 +37,9 @@ def latency_figure(table: pd.DataFrame, path: Path) -> Path:
     panels[0].set_ylabel(f"latency, ms ({setting.device}, {where}, {setting.precision}, batch {setting.batch})")
     panels[-1].legend(fontsize=7)
     figure.savefig(path, dpi=150)
-    return path
 
 
-def accuracy_figure(path: Path) -> Path:
+def accuracy_figure(path: Path) -> None:
     """Published top-1 against parameters (figure 1 of the ReGLA paper); hollow markers are claims of that paper.
 
     :data:`PUBLISHED` gives the source of each accuracy. This project has not trained ReGLA on ImageNet-1K.
@@ -49,15 +49,12 @@ def accuracy_figure(path: Path) -> Path:
     panel = figure.subplots()
     for family, group in rows.groupby(rows.model.str.split("_").str[0], sort=True):
         claimed = family == "regla"
-        face = "none" if claimed else None
+        style: Any = {"s": 60, "facecolors": "none", "edgecolors": "black"} if claimed else {"s": 22}
         label = "ReGLA-M, as the paper states" if claimed else str(family)
-        points = panel.scatter(group.parameters, group.top1, s=60 if claimed else 22, facecolors=face, label=label)
-        if claimed:
-            points.set_edgecolor("black")
+        panel.scatter(group.parameters, group.top1, label=label, **style)
     panel.set(xlabel="parameters, millions", ylabel="published top-1 on ImageNet-1K, %", xscale="log")
     panel.set_xticks([3, 5, 10, 20, 40], ["3", "5", "10", "20", "40"])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    return path

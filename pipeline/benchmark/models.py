@@ -16,19 +16,19 @@ def create_model(text: str, **arguments: Any) -> nn.Module:
     """Create a timm model without weights, in eval mode.
 
     Args:
-        text: name of the model, optionally a space and constructor arguments as a YAML mapping, as in
-            ``regla_m {depths: [1, 2, 8, 3], gate_act: none}``.
+        text: as for :func:`parse`.
         **arguments: further constructor arguments; those in ``text`` win.
-
-    Raises:
-        UserError: if timm does not know the name, or the arguments are no mapping.
     """
     name, own = parse(text)
     return timm.create_model(name, **{**arguments, **own}).eval()
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """Split ``text`` into name and constructor arguments; see :func:`create_model`."""
+    """Name and constructor arguments from text such as ``regla_m {depths: [1, 2, 8, 3], gate_act: none}``.
+
+    Raises:
+        UserError: if timm does not know the name, or the arguments are not a mapping.
+    """
     name, _, rest = text.partition(" ")
     if not timm.is_model(name):
         raise UserError(f"timm knows no model {name}")

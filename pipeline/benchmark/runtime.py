@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.export.graphs import INPUT, export_onnx
 from pipeline.student.folding import inference_form
 
@@ -21,27 +20,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def runner(model: nn.Module, form: Form, images: Tensor, precision: Precision, threads: int) -> Callable[[], object]:
-    """Return a call that runs ``model`` once on ``images`` and returns when the work is done.
+    """Return a function that runs ``model`` once on ``images`` and returns when the work is done.
 
     Args:
         model: in eval mode and float32, on the device of ``images``; it is not modified.
-        form: ``eager`` as trained, ``fused`` in its inference form, ``compiled`` that form under ``torch.compile``,
-            ``onnx`` that form in ONNX Runtime.
+        form: ``eager``: as trained; ``fused``: in its inference form; ``compiled``, ``onnx``: that form under ``torch.compile``
+            and in ONNX Runtime (only on the CPU in float32).
         images: (B, C, H, W) float32.
         precision: of weights and images.
         threads: CPU threads of ONNX Runtime; the caller sets those of torch, which apply to the whole process.
-
-    Raises:
-        UserError: for ONNX Runtime other than on the CPU in float32.
     """
     model = copy.deepcopy(model)
     if form != "eager":
         model = inference_form(model, images[:1])
     if form == "onnx":
-        return _onnx_runner(model, images, precision, threads)
+        return _onnx_runner(model, images, threads)
     model, images = model.to(DTYPES[precision]), images.to(DTYPES[precision])
     if form == "compiled":
-        # On a GPU kernel launches dominate a small network; a CUDA graph needs a single one.
+        # On a GPU, kernel launches dominate the time of a small network; a CUDA graph is launched once.
         mode = "reduce-overhead" if images.is_cuda else None
         model = torch.compile(model, fullgraph=True, mode=mode)  # type: ignore[assignment]
 
@@ -54,9 +50,7 @@ def runner(model: nn.Module, form: Form, images: Tensor, precision: Precision, t
     return run
 
 
-def _onnx_runner(model: nn.Module, images: Tensor, precision: Precision, threads: int) -> Callable[[], object]:
-    if images.device.type != "cpu" or precision != "float32":
-        raise UserError("benchmark.forms: onnx is measured in float32 on the CPU")
+def _onnx_runner(model: nn.Module, images: Tensor, threads: int) -> Callable[[], object]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

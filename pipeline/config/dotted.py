@@ -23,8 +23,7 @@ def keys_of(*models: type[Section]) -> tuple[str, ...]:
 def leaves(tree: Mapping[Any, Any], keys: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The (dotted key, value) pairs of a tree whose sections may be nested, dotted, or both.
 
-    Args:
-        keys: those of :func:`keys_of`, which tell a section from a field that holds a mapping.
+    `keys`, from :func:`keys_of`, distinguish a section from a field that holds a mapping.
     """
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -36,7 +35,7 @@ def leaves(tree: Mapping[Any, Any], keys: Collection[str], prefix: str = "") -> 
 
 
 def _holds_fields(field: str, value: Mapping[Any, Any], keys: Collection[str]) -> bool:
-    """Whether a mapping is a section: a known one, or an unknown one with names as keys, such as that of a user's task."""
+    """Whether a mapping is a section: a known one, or an unknown one whose keys are names, such as a user's task has."""
     if any(known.startswith(f"{field}.") for known in keys):
         return True
     is_value = any(f"{field}.".startswith(f"{known}.") for known in keys)
@@ -55,11 +54,7 @@ def none_if_named(value: Any) -> Any:
 
 
 def assign(tree: dict[Any, Any], key: str, value: Any) -> None:
-    """Set the field of a dotted key, and make the sections on its way.
-
-    Raises:
-        UserError: for an index that a list does not have.
-    """
+    """Set the field of a dotted key and create missing sections; an index that a list does not have is a UserError."""
     *path, last = key.split(".")
     node: Any = tree
     for position, part in enumerate(path):
@@ -101,11 +96,7 @@ def prune(tree: Mapping[Any, Any], model: type[Section]) -> dict[Any, Any]:
 
 
 def validate(model: type[S], tree: Mapping[Any, Any], where: str = "") -> S:
-    """The configuration of a tree.
-
-    Raises:
-        UserError: with every problem in one line, which `where` begins.
-    """
+    """The configuration of a tree, or a UserError that lists every problem in one line after `where`."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -129,7 +120,7 @@ def _explain(problem: Any, model: type[Section]) -> str:
 
 
 def unknown(key: str, keys: Sequence[str]) -> str | None:
-    """The message for an unknown key that names near ones of the same depth, or every field of its name; None without one."""
+    """A message that suggests similar keys of the same depth, or else every field of the same name; None if there are none."""
     parts = ["0" if part.isdecimal() else part for part in key.split(".")]
     names = {".".join(known.split(".")[: len(parts)]) for known in keys}
     near = difflib.get_close_matches(".".join(parts), sorted(names), n=1)

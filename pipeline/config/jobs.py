@@ -1,12 +1,9 @@
-"""Which configuration each job has, by the name that its MLflow runs carry in the tag `job`.
-
-The classes stand beside the code that they configure, and are imported when they are asked for.
-"""
+"""The configuration class of each job, by the tag `job` of its MLflow runs; classes are imported on demand."""
 
 from __future__ import annotations
 
+import pkgutil
 from functools import cache
-from importlib import import_module
 
 from pipeline.config.tree import JobRoot
 
@@ -15,14 +12,14 @@ JOBS = {
     "distill": "pipeline.distill.config:DistillJobConfig",
     "finetune": "pipeline.downstream.config:FinetuneJobConfig",
     **dict.fromkeys(("knn", "linear", "seg-probe"), "pipeline.evaluate.config:EvaluateJobConfig"),
-    "evaluate": "pipeline.downstream.config:EvaluateModelJobConfig",  # as evaluate-<task>
+    "evaluate": "pipeline.downstream.config:EvaluateModelJobConfig",  # evaluate-<task> in the tag
     "coco-results": "pipeline.downstream.config:CocoResultsJobConfig",
     "benchmark": "pipeline.benchmark.config:BenchmarkJobConfig",
 }
 
 
 def job_root(job: str) -> type[JobRoot] | None:
-    """The root class of a job; None for one that has no recipe."""
+    """The root class of a job; None if the job takes no recipe."""
     address = JOBS.get(job) or JOBS.get(job.partition("-")[0])
     return _import(address) if address else None
 
@@ -34,6 +31,5 @@ def all_roots() -> tuple[type[JobRoot], ...]:
 
 
 def _import(address: str) -> type[JobRoot]:
-    module, _, name = address.partition(":")
-    root: type[JobRoot] = getattr(import_module(module), name)
+    root: type[JobRoot] = pkgutil.resolve_name(address)
     return root

@@ -2,9 +2,8 @@
 
     python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s teachers.0.weights=random
 
-A recipe that names another file of its folder as its `base` gives only what differs. A recipe may serve several jobs: each
-job reads its own sections, and the fields of other jobs are checked and ignored. An unknown key, a wrong type or a value
-out of range raises :class:`~pipeline.errors.UserError` that names the key and, where one is near, the right one.
+A recipe that names another file of its folder as its `base` gives only the fields that differ. A recipe may serve several jobs:
+each job reads its own sections; the fields of other jobs are checked and ignored.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,11 +38,11 @@ def load_config(
     Args:
         root: the configuration class of the job.
         recipe: its YAML file, or its fields, nested or dotted.
-        overrides: `train.epochs=5`, ...; or fields with their values, nested or dotted. One that the job does not read is
-            logged as a warning.
+        overrides: `train.epochs=5`, ...; or fields with their values, nested or dotted. A warning names those that the job
+            does not read.
 
     Raises:
-        UserError: for a missing or malformed recipe, an unknown key, a wrong type or a value out of range.
+        UserError: for a missing or malformed recipe, a wrong type, a value out of range, or an unknown key, with similar ones.
     """
     tree = _read_recipe(Path(recipe)) if isinstance(recipe, str | Path) else _merge({}, recipe or {})
     if isinstance(overrides, Mapping):
@@ -75,7 +75,7 @@ def _validate(root: type[R], tree: Tree) -> R:
 
 
 def _refuse_unknown(tree: Tree, own: type[JobRoot], others: Iterable[type[JobRoot]]) -> None:
-    """Refuse keys that no job has; the job's own fields are suggested first."""
+    """Refuse keys that no job has, and suggest similar ones: first those of this job."""
     own_keys, keys = keys_of(own), keys_of(own, *others)
     phases = tree.get("phases")
     parts = {"": tree} | {f"phases.{n}: ": part for n, part in enumerate(phases if isinstance(phases, list) else [])}
@@ -91,15 +91,9 @@ def _refuse_unknown(tree: Tree, own: type[JobRoot], others: Iterable[type[JobRoo
 
 
 def _unknown_part(key: str, keys: Sequence[str]) -> str | None:
-    """The part of a dotted key, from its beginning, that no field has; None where a field has it all."""
-    if is_field(key, keys):
-        return None
-    parts = key.split(".")
-    for end in range(1, len(parts)):
-        part = ".".join(parts[:end])
-        if not is_field(part, keys):
-            return part
-    return key
+    """The shortest beginning of a dotted key that is not in `keys`; None if the whole key is."""
+    beginnings = accumulate(key.split("."), "{}.{}".format)
+    return next((beginning for beginning in beginnings if not is_field(beginning, keys)), None)
 
 
 @cache
@@ -108,7 +102,7 @@ def _all_keys() -> tuple[str, ...]:
 
 
 def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> Tree:
-    """The tree of a recipe, merged into that of its `base`; `derived` are the recipes that are based on it."""
+    """The tree of a recipe, merged into the tree of its `base`; `derived` are the recipes based on this one."""
     if not path.is_file():
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
         named = f", the base of {derived[-1]}," if derived else ""
@@ -129,7 +123,7 @@ def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> Tree:
 
 
 def _merge(whole: Tree, changes: Mapping[str, Any]) -> Tree:
-    """Set fields, nested or dotted, in a tree, which is nested then, phases included: a field has one place."""
+    """Set fields, nested or dotted, in a nested tree; the phases in it become nested too."""
     for key, value in leaves(changes, _all_keys()):
         assign(whole, key, value)
     if isinstance(phases := whole.get("phases"), list):

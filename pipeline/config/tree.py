@@ -22,24 +22,24 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 def _at_least_one_point(value: Any) -> Any:
     if value == {}:
-        raise ValueError("a schedule has one point at least, such as {0: 1}")
+        raise ValueError("a schedule has at least one point, such as {0: 1}")
     return value
 
 
 Schedule = Annotated[NonNegativeFloat | dict[Share, NonNegativeFloat], AfterValidator(_at_least_one_point)]
-"""A weight, or weights by the share of the training that is done, linear in between: {0: 1, 0.5: 0.2}."""
+"""A weight, or weights by the share of training done, linear in between: {0: 1, 0.5: 0.2}."""
 
 
 def operational(default: Any, **arguments: Any) -> Any:
     """A field that changes no computed number: where a job runs, what it keeps, how it is tracked.
 
-    It is no part of a run's identity, and no difference in a comparison. `arguments` are those of :func:`pydantic.Field`.
+    Such fields do not count in a run's identity or in comparisons. `arguments` are those of :func:`pydantic.Field`.
     """
     return Field(default, json_schema_extra={"operational": True}, **arguments)
 
 
 class Section(BaseModel):
-    """A group of fields. It refuses unknown keys, and is immutable."""
+    """An immutable group of fields that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -70,30 +70,26 @@ class JobRoot(Section):
 
     @classmethod
     def variants(cls) -> tuple[type[Self], ...]:
-        """The classes that one recipe or another selects: this one, unless the sections depend on a field."""
+        """The classes that recipes can select: only this one, unless the sections depend on a field."""
         return (cls,)
 
     @classmethod
     def select(cls, tree: Mapping[str, Any]) -> type[Self]:
-        """The variant that a recipe selects.
-
-        Raises:
-            UserError: where it names something that does not exist.
-        """
+        """The variant that a recipe selects, or a UserError if the recipe names something that does not exist."""
         return cls
 
     def phase_configs(self) -> tuple[Self, ...]:
-        """The configuration of each phase; this one where the job has no phases."""
+        """The configuration of each phase; without phases, this one."""
         return (self,)
 
     def fingerprint(self) -> str:
-        """The identity of a run: a digest of what changes its numbers and is not at its default."""
+        """The identity of a run: a digest of the fields that change its numbers and are not at their defaults."""
         fields = [phase.decisive() for phase in self.phase_configs()]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 class FieldLine(NamedTuple):
-    """A field as `--help` and the reference show it; an entry of a list has the number 0 in its key."""
+    """A field as `--help` and the reference show it; the key of a list's entry has the index 0."""
 
     key: str
     type: str
@@ -103,11 +99,11 @@ class FieldLine(NamedTuple):
 
 
 def iter_fields(*roots: type[Section]) -> Iterator[FieldLine]:
-    """Every field of the classes in order, each once, section by section."""
+    """Every field of the classes once, section by section."""
     fields = {line.key: line for root in roots for line in _iter_fields(root)}
-    sections = dict.fromkeys(key.partition(".")[0] if "." in key else "" for key in fields)
-    for section in sections:
-        yield from (line for key, line in fields.items() if (key.partition(".")[0] if "." in key else "") == section)
+    section_by_key = {key: key.partition(".")[0] if "." in key else "" for key in fields}
+    for section in dict.fromkeys(section_by_key.values()):
+        yield from (line for key, line in fields.items() if section_by_key[key] == section)
 
 
 def _iter_fields(model: type[Section], prefix: str = "", operational: bool = False) -> Iterator[FieldLine]:
@@ -150,7 +146,7 @@ def _shown(default: Any) -> Any:
 
 
 def _type_of(info: FieldInfo) -> str:
-    """The type of a field as users read it: that of its annotation, unless the field names another."""
+    """The type of a field as users read it: from the field's own `type` if given, else from its annotation."""
     extra = info.json_schema_extra
     named = extra.get("type") if isinstance(extra, dict) else None
     return str(named) if named else _type_name(info.annotation)

@@ -49,7 +49,7 @@ def test_a_recipe_then_overrides_in_order(tmp_path):
         (["teachers=[{weights: x}]"], r"teachers.0.model must be given"),
         (["loss.patches={}"], "loss.patches: dictionary should have at least 1 item"),
         (["loss.summary={}"], "loss.summary: dictionary should have at least 1 item"),
-        (["teachers=[{model: hog, weight: {}}]"], r"teachers.0.weight: .*a schedule has one point at least"),
+        (["teachers=[{model: hog, weight: {}}]"], r"teachers.0.weight: .*a schedule has at least one point"),
         (["train.epochs"], "'train.epochs' is neither a recipe"),
         (["train={a: [}"], "is not valid YAML"),
     ],
