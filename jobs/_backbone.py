@@ -1,6 +1,6 @@
 """The arguments that name a backbone, for jobs that take no recipe.
 
-torch and MLflow are imported inside functions only: a command line is read before.
+What takes seconds to import is imported in functions, so that the command line is read first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 from typing import TYPE_CHECKING
 
 from pipeline.runs.config import JobConfig
-from pipeline.runs.folder import work_folder
 
 if TYPE_CHECKING:
     from pipeline.student.loading import LoadedStudent
@@ -36,6 +35,7 @@ def load_named(options: argparse.Namespace) -> tuple[LoadedStudent, int]:
 
 def tracking_uri(options: argparse.Namespace) -> str:
     """The MLflow store in which URIs are looked up."""
+    from pipeline.runs.folder import work_folder
     from pipeline.tracking.address import resolve_uri
 
     return resolve_uri(options.tracking_uri, work_folder(JobConfig()), "--tracking-uri")

@@ -22,7 +22,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_starts(tmp_path
     (tmp_path / "file").touch()
     monkeypatch.setattr(job_module, "connect", lambda: pytest.fail("Ray was started"))
     with (
-        pytest.raises(UserError, match=f"^{field}: cannot write {tmp_path}/file/below/.*; name a place"),
+        pytest.raises(UserError, match=f"^{field}: cannot write {tmp_path}/file/below/.*; name a writable location"),
         open_job(config(f"{field}={tmp_path}/file/below"), "distill"),
     ):
         pass

@@ -179,7 +179,7 @@ def test_the_title_of_a_run_says_what_it_is_about():
         "evaluate-detect": "photos-evaluate-detect work/runs/a/model seed3",
     }
     for job, title in titles.items():
-        assert load_config(DistillJobConfig, job_root(job), None, fields).title(job) == title
+        assert load_config(job_root(job), None, fields).title(job) == title
 
 
 def test_the_note_of_a_run_says_what_it_is_made_from():
