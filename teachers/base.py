@@ -1,9 +1,8 @@
 """The teacher interface: a frozen image encoder that turns pixels into a summary vector and a grid of patch features.
 
-A :class:`TeacherSpec` describes a teacher without its weights, so that plans, cache ids and student heads can be made
-before anything is downloaded. Subclass :class:`Teacher`, and register a factory (see
-`teachers/registry.py`) or name it as ``package.module:factory`` in the configuration; `teachers/hog.py` is a complete
-example.
+A :class:`TeacherSpec` describes a teacher before its weights are downloaded. To add one, subclass :class:`Teacher` and
+register a factory in `teachers/registry.py`, or name it in the configuration as ``package.module:factory``;
+`teachers/hog.py` is a complete example.
 """
 
 from __future__ import annotations
@@ -93,10 +92,7 @@ class TeacherSpec:
     licence: str = "unknown"
 
     def identity(self) -> dict[str, Any]:
-        """The fields that determine the numbers, JSON-ready: two specs of equal identity share a cache.
-
-        Name and licence are left out, so that an alias computes nothing twice.
-        """
+        """All fields but name and licence, JSON-ready: teachers of equal identity share a cache."""
         fields = asdict(self)
         del fields["name"], fields["licence"]
         return fields
@@ -120,17 +116,12 @@ class Teacher(ABC):
         """Load the weights onto `device`, to compute in `dtype`.
 
         Raises:
-            WeightsNotFoundError: naming the model, where to put its file, and the flag.
-            TeacherError: if the file does not fit the architecture, naming the keys.
+            WeightsNotFoundError, TeacherError: if the file is missing, or does not fit the architecture.
         """
 
     @abstractmethod
     def forward(self, images: Tensor) -> TeacherOutput:
-        """Encode normalised images.
-
-        Args:
-            images: [B, 3, H, W] in the dtype and on the device of `load`, normalised with the spec's mean and std.
-        """
+        """Encode images [B, 3, H, W], normalised with the spec's mean and std, in the dtype and on the device of `load`."""
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> TeacherOutput:
@@ -147,21 +138,15 @@ class Teacher(ABC):
         """
         images = pixels.to(self.device, non_blocking=True).float().div_(255)
         mean, std = (_by_channel(tuple(values), self.device) for values in (self.spec.mean, self.spec.std))
-        output = self.forward(images.sub_(mean).div_(std).to(self.dtype))
-        self._check(output, len(pixels))
-        return TeacherOutput(None if output.summary is None else output.summary.float(), output.patches.float())
-
-    def _check(self, output: TeacherOutput, batch: int) -> None:
-        spec = self.spec
-        promised = (
-            None if spec.summary_dim is None else (batch, spec.summary_dim),
-            (batch, *spec.grid, spec.patch_dim),
-        )
-        given = (None if output.summary is None else tuple(output.summary.shape), tuple(output.patches.shape))
+        summary, patches = self.forward(images.sub_(mean).div_(std).to(self.dtype))
+        spec, batch = self.spec, len(pixels)
+        promised = (batch, spec.summary_dim) if spec.summary_dim else None, (batch, *spec.grid, spec.patch_dim)
+        given = None if summary is None else tuple(summary.shape), tuple(patches.shape)
         if promised != given:
             raise TeacherError(
                 f"teacher {spec.name}: returned summary and patches of shape {given}, its spec says {promised}"
             )
+        return TeacherOutput(None if summary is None else summary.float(), patches.float())
 
 
 @lru_cache
@@ -171,14 +156,7 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def pool_grid(patches: Tensor, pool: int) -> Tensor:
-    """Average non-overlapping squares of `pool` x `pool` patches; exact, no interpolation.
-
-    Args:
-        patches: [B, h, w, D] with h and w divisible by `pool`.
-
-    Returns:
-        [B, h / pool, w / pool, D].
-    """
+    """Average squares of `pool` x `pool` patches: [B, h, w, D], h and w divisible by `pool` -> [B, h / pool, w / pool, D]."""
     if pool == 1:
         return patches
     batch, height, width, channels = patches.shape

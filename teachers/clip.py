@@ -1,8 +1,8 @@
 """CLIP image towers (Radford et al. 2021) through open_clip: `clip[/<model>[@<tag>]]`.
 
-`<model>` and `<tag>` are open_clip's own names (`ViT-L-14@openai`, `ViT-B-16@laion2b_s34b_b88k`); the tag also selects
-the activation (QuickGELU for OpenAI's weights) and the preprocessing, also with `weights: <path>`. The summary is the
-projected image embedding; the patches are the last block's tokens (or map) after the final norm, before the projection.
+`<model>` and `<tag>` are open_clip's names (`ViT-L-14@openai`, `ViT-B-16@laion2b_s34b_b88k`); even with `weights: <path>`
+the tag selects the activation (QuickGELU for OpenAI's weights) and the preprocessing. The summary is the projected image
+embedding; the patches are the last block's tokens (or map) after the final norm, before the projection.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ class CLIP(Teacher):
         try:
             tower: nn.Module = _build_vision_tower(self.config["embed_dim"], self.vision, self._quick_gelu)
         except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
-            reason = one_line(error)
-            raise TeacherError(f"teacher clip/{self.model_name}: args {self.vision}: {reason}") from error
+            raise TeacherError(f"teacher clip/{self.model_name}: args {self.vision}: {one_line(error)}") from error
         return tower.eval().requires_grad_(False)
 
     def _probe(self, name: str, size: int) -> tuple[int, int, tuple[int, int]]:
@@ -105,14 +104,11 @@ class CLIP(Teacher):
 
     def _load(self) -> nn.Module:
         if self.source.kind == "random":
-            with seeded_init(self.source.seed, self.spec.name):
+            with seeded_init(int(self.source.value), self.spec.name):
                 return self._create()
         path = self.source.value
         if self.source.kind == "hub":
             path = load_from_hub(self.spec.name, lambda: open_clip.download_pretrained(self.published))
-        return self._load_file(path)
-
-    def _load_file(self, path: str) -> nn.Module:
         tower = self._create()
         holder = nn.Module()
         holder.visual = tower

@@ -1,9 +1,8 @@
 """HOG as a teacher: histograms of oriented gradients as a distillation target, weight-free.
 
-A target as in MaskFeat (Wei et al. 2022, "Masked Feature Prediction for Self-Supervised Visual Pre-Training", section
-3.2): 9 unsigned orientations, cells of 8 x 8 pixels, one histogram per colour channel, L2-normalised, the cells of a
-patch concatenated. Gradients and hard binning as in Dalal and Triggs 2005 and `skimage.feature.hog`. This file is also
-an example of a complete teacher.
+As in MaskFeat (Wei et al. 2022, section 3.2): 9 unsigned orientations, cells of 8 x 8 pixels, one histogram per colour
+channel, L2-normalised, the cells of a patch concatenated. Gradients and hard binning as in Dalal and Triggs 2005 and
+`skimage.feature.hog`. This file is also an example of a complete teacher.
 """
 
 from __future__ import annotations
@@ -63,16 +62,10 @@ class HOG(Teacher):
 
 
 def cell_histograms(images: Tensor, eps: float = 1e-5) -> Tensor:
-    """L2-normalised orientation histograms of every cell and channel.
+    """Orientation histograms of every cell and channel: [B, C, H, W] float32 -> [B, C, 9, H / 8, W / 8].
 
     Central differences (0 on the border); the magnitude is added to one of 9 bins of unsigned orientation and averaged over
     the cell; then v / sqrt(|v|^2 + eps^2) per cell.
-
-    Args:
-        images: [B, C, H, W] float32, H and W multiples of 8.
-
-    Returns:
-        [B, C, 9, H / 8, W / 8].
     """
     rows, columns = torch.zeros_like(images), torch.zeros_like(images)
     rows[..., 1:-1, :] = images[..., 2:, :] - images[..., :-2, :]
@@ -90,7 +83,7 @@ def hog(options: TeacherOptions) -> Teacher:
     """Factory of :class:`HOG`.
 
     Raises:
-        TeacherError: for weights, arguments or a variant, which HOG does not have, or an unsuitable input size.
+        TeacherError: for weights, arguments, a variant, or an unsuitable input size.
     """
     if options.variant or options.args or options.weights not in ("pretrained", "none"):
         raise TeacherError("teacher hog: it has no variants, weights or args, only input_size and pool")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from teachers.errors import one_line
+
 
 def import_plugin(location: str) -> Any:
     """The object that `package.module:name` names.
@@ -18,8 +20,9 @@ def import_plugin(location: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
+        reason = one_line(error)
         raise ImportError(
-            f"{location} cannot be imported ({error}); run in its folder, put it on PYTHONPATH, or install it"
+            f"{location} cannot be imported ({reason}); run in its folder, put it on PYTHONPATH, or install it"
         ) from error
     if not hasattr(module, attribute):
         raise ImportError(f"module {module_name} has no {attribute}")

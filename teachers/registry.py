@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from teachers.base import Teacher, TeacherError, TeacherOptions
 from teachers.plugin import import_plugin
-
-Factory = Callable[[TeacherOptions], Teacher]
 
 FACTORIES: dict[str, str] = {
     "dinov2": "teachers.dinov2:dinov2",
@@ -29,11 +27,10 @@ def create_teacher(
     pool: int | None = None,
     args: Mapping[str, Any] | None = None,
 ) -> Teacher:
-    """A teacher without its weights.
+    """A teacher without its weights; the options are those of :class:`~teachers.base.TeacherOptions`.
 
     Args:
         model: `name`, `name/variant`, or `package.module:factory`.
-        weights, input_size, pool, args: as in :class:`~teachers.base.TeacherOptions`.
 
     Raises:
         TeacherError: if there is no such teacher, or it cannot be created as configured.
@@ -47,17 +44,13 @@ def create_teacher(
             f"teachers: there is no teacher {model}; {hint}known are {', '.join(FACTORIES)}, and package.module:factory"
         )
     options = TeacherOptions("" if ":" in name else variant, weights, input_size, pool, dict(args or {}))
-    teacher = _load_factory(location)(options)
-    if not isinstance(teacher, Teacher):
-        raise TeacherError(f"teachers: {location} returned {type(teacher).__name__}, not a teachers.base.Teacher")
-    return teacher
-
-
-def _load_factory(location: str) -> Factory:
     try:
-        factory: Factory = import_plugin(location)
+        factory = import_plugin(location)
     except ImportError as error:
         raise TeacherError(f"teachers: {error}") from error
     if not callable(factory):
         raise TeacherError(f"teachers: {location} is not callable")
-    return factory
+    teacher = factory(options)
+    if not isinstance(teacher, Teacher):
+        raise TeacherError(f"teachers: {location} returned {type(teacher).__name__}, not a teachers.base.Teacher")
+    return teacher

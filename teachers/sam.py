@@ -45,12 +45,11 @@ class SAM(TimmTeacher):
 class FusedAttention(Attention):
     """timm's attention, on a GPU without its N x N biases and weights per head, which take 400 MB per image at 1024 px.
 
-    Fused attention kernels accept no such bias without its table. But SAM's bias is a product of the query with embeddings of
-    the relative row and column, so it moves into the product of query and key (:func:`with_positions`). On a CPU that longer
-    product takes longer than the table, so timm's forward is used.
+    SAM's bias is a product of the query with embeddings of the relative row and column, so fused kernels can compute it in
+    the product of query and key (:func:`with_positions`). On a CPU that is slower than timm's forward, which is used there.
 
     Args:
-        plain: attention with relative positions, whose layers and tables become those of this module.
+        plain: attention with relative positions, whose layers and tables this module takes over.
     """
 
     def __init__(self, plain: Attention) -> None:
@@ -104,11 +103,9 @@ def with_positions(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> tuple
     of_columns = torch.einsum("bnhwc,wkc->bnhwk", grid, columns)
     padding = grid.new_zeros(*grid.shape[:-1], spare)
     position = torch.arange(height * width, device=k.device)
-    codes = torch.cat([F.one_hot(position // width, height), F.one_hot(position % width, width + spare)], dim=-1).to(
-        k.dtype
-    )
+    codes = torch.cat([F.one_hot(position // width, height), F.one_hot(position % width, width + spare)], dim=-1)
     queries = torch.cat([grid, of_rows, of_columns, padding], dim=-1).flatten(2, 3)
-    return queries, torch.cat([k, codes.expand(*k.shape[:2], -1, -1)], dim=-1)
+    return queries, torch.cat([k, codes.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
 
 
 def sam(options: TeacherOptions) -> Teacher:

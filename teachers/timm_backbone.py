@@ -31,15 +31,7 @@ from teachers.base import (
 )
 from teachers.errors import one_line
 from teachers.variants import check_input_size, pooled_grid
-from teachers.weights import (
-    WeightSource,
-    check_keys,
-    conversion_errors,
-    load_from_hub,
-    parse_weights,
-    read_checkpoint,
-    seeded_init,
-)
+from teachers.weights import check_keys, conversion_errors, load_from_hub, parse_weights, read_checkpoint, seeded_init
 
 PREPROCESSING = ("mean", "std", "interpolation")
 
@@ -56,10 +48,8 @@ class TimmTeacher(Teacher):
     Args:
         name: as in the configuration.
         model_name: in timm, with or without a pretrained tag.
-        options: of the user.
         has_summary: whether the summary is meaningful.
-        pool: default side of the squares of patches that are averaged.
-        input_size: default side in pixels; None: as published.
+        pool, input_size: defaults of the options; None: the published size.
         key_filter: for files with the original authors' keys.
     """
 
@@ -102,10 +92,8 @@ class TimmTeacher(Teacher):
         )
 
     def _model_args(self, args: Mapping[str, Any], published: Mapping[str, Any], size: int) -> dict[str, Any]:
-        if refused := LOADING & args.keys():
-            raise TeacherError(
-                f"teacher {self.name}: args must not contain {', '.join(sorted(refused))}; set weights instead"
-            )
+        if refused := ", ".join(sorted(LOADING & args.keys())):
+            raise TeacherError(f"teacher {self.name}: args must not contain {refused}; set weights instead")
         passed = {key: value for key, value in args.items() if key not in PREPROCESSING}
         if published.get("fixed_input_size") and size != published["input_size"][-1]:
             passed.setdefault("img_size", size)
@@ -119,7 +107,7 @@ class TimmTeacher(Teacher):
         return model.eval().requires_grad_(False)
 
     def _probe(self, size: int) -> tuple[int, int, tuple[int, int]]:
-        """Channels of summary and patch, and the encoder's own grid, from a forward pass on the meta device."""
+        """Channels of summary and patch, and the encoder's own grid."""
         with torch.device("meta"):
             model = self._create()
             check_input_size(self.name, size, _patch_size(model))
@@ -143,16 +131,17 @@ class TimmTeacher(Teacher):
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Load the weights; see :meth:`teachers.base.Teacher.load`."""
-        model = self._load(self.source)
+        model = self._load()
         self.weights_sha256 = digest_state(model)
         self.device, self.dtype = torch.device(device), dtype
         self.model = model.to(self.device, dtype)
 
-    def _load(self, source: WeightSource) -> nn.Module:
+    def _load(self) -> nn.Module:
+        source = self.source
         if source.kind == "hub":
             return load_from_hub(self.name, lambda: self._create(pretrained=True))
         if source.kind == "random":
-            with seeded_init(source.seed, self.name):
+            with seeded_init(int(source.value), self.name):
                 return self._create()
         model = self._create()
         tensors: Mapping[str, Tensor] = read_checkpoint(source.value, self.name)

@@ -23,11 +23,7 @@ def choose_variant(teacher: str, variant: str, known: Mapping[str, str], default
 
 
 def check_input_size(teacher: str, input_size: int, unit: int) -> None:
-    """Refuse an input size that is not divisible by the patch size.
-
-    Raises:
-        TeacherError: naming the next valid size.
-    """
+    """Raise a TeacherError, naming the next valid size, if the patch size `unit` does not divide `input_size`."""
     if input_size % unit:
         raise TeacherError(
             f"teacher {teacher}: input_size {input_size} is not divisible by its patch size of {unit} px; "
@@ -36,11 +32,7 @@ def check_input_size(teacher: str, input_size: int, unit: int) -> None:
 
 
 def pooled_grid(teacher: str, grid: tuple[int, int], pool: int) -> tuple[int, int]:
-    """The grid after averaging squares of `pool` x `pool` patches.
-
-    Raises:
-        TeacherError: if `pool` does not divide it.
-    """
+    """The grid after averaging squares of `pool` x `pool` patches; raises a TeacherError if `pool` does not divide it."""
     if any(side % pool for side in grid):
         raise TeacherError(f"teacher {teacher}: pool {pool} does not divide its grid of {grid[0]}x{grid[1]} patches")
     return grid[0] // pool, grid[1] // pool

@@ -8,7 +8,7 @@ import re
 import socket
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -46,21 +46,12 @@ class WeightSource:
     value: str
     identity: str
 
-    @property
-    def seed(self) -> int:
-        """Of random weights."""
-        return int(self.value)
-
 
 def parse_weights(weights: str, teacher: str, tag: str) -> WeightSource:
-    """Read the `weights` field.
-
-    Args:
-        tag: of the teacher's published weights.
+    """Read the `weights` field; `tag` is that of the teacher's published weights.
 
     Raises:
-        TeacherError: for a seed that is not a number.
-        WeightsNotFoundError: for a path without a file.
+        TeacherError, WeightsNotFoundError: for a seed that is not a number, and a path without a file.
     """
     if weights == "pretrained":
         return WeightSource("hub", tag, f"hub:{tag}")
@@ -73,7 +64,7 @@ def parse_weights(weights: str, teacher: str, tag: str) -> WeightSource:
     if not path.is_file():
         raise WeightsNotFoundError(
             f"teacher {teacher}: weights: there is no file {path}; put the checkpoint there, or set weights to its path, "
-            "to `pretrained`, or to `random` for a seeded_init untrained network"
+            "to `pretrained`, or to `random` for an untrained network"
         )
     return WeightSource("file", str(path), f"file:{_file_sha256(path, path.stat().st_mtime_ns)}")
 
@@ -97,7 +88,7 @@ def load_from_hub(teacher: str, fetch: Callable[[], T]) -> T:
     """Call `fetch`, which finds weights in the hub's local cache or downloads them.
 
     Raises:
-        WeightsNotFoundError: for any failure, naming the model, where to put its file, and the flag.
+        WeightsNotFoundError: for any failure.
     """
     try:
         with _offline_if_unreachable():
@@ -109,7 +100,7 @@ def load_from_hub(teacher: str, fetch: Callable[[], T]) -> T:
         raise WeightsNotFoundError(
             f"teacher {teacher}: its pretrained weights are neither in the local hub cache ({constants.HF_HUB_CACHE}) nor "
             f"can they be downloaded ({reason}); put the file on this machine and set teachers.<i>.weights=<path of the file>, "
-            "or weights=random for a seeded_init untrained network"
+            "or weights=random for an untrained network"
         ) from error
 
 
@@ -117,11 +108,11 @@ def load_from_hub(teacher: str, fetch: Callable[[], T]) -> T:
 def _offline_if_unreachable() -> Iterator[None]:
     """Use only the local cache if the hub does not answer: its client would retry for most of a minute."""
     hub = urlsplit(constants.ENDPOINT)
-    place = hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)
+    address = hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)
     before = constants.HF_HUB_OFFLINE
     if not urllib.request.getproxies():
         try:
-            socket.create_connection(place, timeout=3).close()
+            socket.create_connection(address, timeout=3).close()
         except OSError:
             constants.HF_HUB_OFFLINE = True
     try:
@@ -142,18 +133,16 @@ def read_checkpoint(path: str | Path, teacher: str) -> dict[str, Tensor]:
     try:
         loaded: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     except Exception as error:
-        reason = one_line(error)
         raise TeacherError(
-            f"teacher {teacher}: weights: {path} is not a readable checkpoint ({reason}); it must be safetensors, "
-            "a PyTorch file with tensors only, or a TorchScript archive"
+            f"teacher {teacher}: weights: {path} is not a readable checkpoint ({one_line(error)}); it must be "
+            "safetensors, a PyTorch file with tensors only, or a TorchScript archive"
         ) from error
     for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping):
-        raise TeacherError(
-            f"teacher {teacher}: weights: {path} contains a {type(loaded).__name__}, not tensors by name"
-        )
+        found = type(loaded).__name__
+        raise TeacherError(f"teacher {teacher}: weights: {path} contains a {found}, not tensors by name")
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
@@ -170,11 +159,7 @@ def _load_torch(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse archives that only a malicious file would contain; older formats are not archives.
-
-    Raises:
-        ValueError: for members that unpack to more bytes than the file has, or code that loading would run.
-    """
+    """Raise a ValueError for a zip bomb, or code that loading would run; PyTorch's older formats are not archives."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -189,11 +174,7 @@ def _check_archive(path: Path) -> None:
 
 @contextmanager
 def conversion_errors(path: str | Path, teacher: str) -> Iterator[None]:
-    """Report errors while a file's keys and position tables are converted to those of the architecture.
-
-    Raises:
-        TeacherError: if the conversion fails.
-    """
+    """Report failed conversions of a file's keys and position tables as a :class:`TeacherError`."""
     try:
         yield
     except (RuntimeError, KeyError, ValueError, IndexError) as error:
@@ -202,7 +183,7 @@ def conversion_errors(path: str | Path, teacher: str) -> Iterator[None]:
 
 
 def check_keys(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], teacher: str, ignored: Iterable[str] = ()
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], teacher: str, ignored: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """The expected tensors: no key may be missing, left over, or of another shape or kind of number.
 
@@ -213,24 +194,19 @@ def check_keys(
     Raises:
         TeacherError: naming the first keys.
     """
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        raise TeacherError(
-            f"teacher {teacher}: weights: the file lacks {_some(missing)}: does it have this architecture?"
-        )
-    prefixes = tuple(ignored)
-    surplus = sorted(key for key in tensors.keys() - expected.keys() if not (prefixes and key.startswith(prefixes)))
+    where = f"teacher {teacher}: weights"
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise TeacherError(f"{where}: the file lacks {_some(missing)}: does it have this architecture?")
+    surplus = sorted(key for key in tensors.keys() - expected.keys() if not key.startswith(tuple(ignored)))
     if surplus:
-        raise TeacherError(
-            f"teacher {teacher}: weights: the file has {_some(surplus)}, which this architecture does not have"
-        )
+        raise TeacherError(f"{where}: the file has {_some(surplus)}, which this architecture does not have")
     for key, tensor in expected.items():
         if tensors[key].shape != tensor.shape:
             shapes = f"{tuple(tensors[key].shape)} in the file, {tuple(tensor.shape)} in the architecture"
-            raise TeacherError(f"teacher {teacher}: weights: {key} has shape {shapes}: is it another size?")
+            raise TeacherError(f"{where}: {key} has shape {shapes}: is it another size?")
         if tensors[key].is_floating_point() != tensor.is_floating_point():
             types = f"{tensors[key].dtype} in the file, {tensor.dtype} in the architecture"
-            raise TeacherError(f"teacher {teacher}: weights: {key} is {types}: is it quantised?")
+            raise TeacherError(f"{where}: {key} is {types}: is it quantised?")
     return {key: tensors[key] for key in expected}
 
 

@@ -1,7 +1,7 @@
 """Photometric augmentation of the student's images on the training device, with separate random values for each image.
 
-Teachers see the clean view. Geometry belongs to the cached views and is not changed here. The operations are those of
-torchvision.transforms.v2, which draws one value for a whole batch, and image by image would launch too many kernels.
+Teachers see the clean view, and its geometry is not changed. The operations are those of torchvision.transforms.v2, which
+draws one value for a whole batch; calling it image by image would launch too many kernels.
 """
 
 from __future__ import annotations
@@ -26,21 +26,14 @@ GREY = (0.2989, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Draws:
-    """Random values of each image of a batch; [B, 1, 1, 1] float32 each.
+    """Random values of each image of a batch; [B, 1, 1, 1] float32 each."""
 
-    Attributes:
-        brightness, contrast, saturation: factors; 1: unchanged.
-        hue: shift as a share of the circle; 0: unchanged.
-        grey: 1: the image becomes grey.
-        sigma: standard deviation of the blur in pixels; 0: no blur.
-    """
-
-    brightness: Tensor
-    contrast: Tensor
-    saturation: Tensor
-    hue: Tensor
-    grey: Tensor
-    sigma: Tensor
+    brightness: Tensor  # factor
+    contrast: Tensor  # factor
+    saturation: Tensor  # factor
+    hue: Tensor  # shift, as a share of the circle
+    grey: Tensor  # 1: the image becomes grey
+    sigma: Tensor  # standard deviation of the blur in pixels; 0: no blur
 
     @classmethod
     def of(cls, count: int, config: AugmentConfig) -> Draws:
@@ -68,14 +61,7 @@ class Draws:
 
 
 def augment(pixels: Tensor, config: AugmentConfig) -> Tensor:
-    """Colour jitter, grey and blur.
-
-    Args:
-        pixels: [B, 3, H, W] uint8 RGB on any device.
-
-    Returns:
-        A new tensor of the same shape and dtype, or `pixels` itself if the configuration changes nothing.
-    """
+    """Colour jitter, grey and blur: [B, 3, H, W] uint8 RGB on any device -> the same, or `pixels` itself if all are off."""
     if not (config.jitter or config.grey or config.blur):
         return pixels
     draws = Draws.of(len(pixels), config).to(pixels.device)
@@ -122,10 +108,10 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:
     count, channels, height, width = images.shape
-    offsets = torch.arange(BLUR_SIDE, device=images.device) - BLUR_SIDE // 2
+    edge = BLUR_SIDE // 2
+    offsets = torch.arange(-edge, edge + 1, device=images.device)
     weights = torch.exp(-0.5 * (offsets / sigma.view(count, 1)) ** 2)
     kernels = (weights / weights.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
-    edge = BLUR_SIDE // 2
     planes = F.pad(images, (edge, edge, edge, edge), mode="reflect").view(1, count * channels, height + 2 * edge, -1)
     planes = F.conv2d(planes, kernels.view(-1, 1, 1, BLUR_SIDE), groups=count * channels)
     planes = F.conv2d(planes, kernels.view(-1, 1, BLUR_SIDE, 1), groups=count * channels)

@@ -15,12 +15,7 @@ FEATURE_KINDS = ("summary", "patches")
 
 
 def weight_at(schedule: float | Mapping[float, float], progress: float) -> float:
-    """A weight, constant or piecewise linear: {0: 1, 0.5: 0.2} falls to 0.2 in the first half and stays there.
-
-    Args:
-        schedule: a number, or weights by progress.
-        progress: share of the training that is done, in [0, 1].
-    """
+    """A weight, constant or piecewise linear in progress: {0: 1, 0.5: 0.2} falls to 0.2 in the first half and stays there."""
     if not isinstance(schedule, Mapping):
         return float(schedule)
     points = sorted(schedule.items())
@@ -38,11 +33,10 @@ def teacher_weights(teachers: Sequence[CachedTeacher], progress: float = 0.0) ->
     rows = []
     for teacher in teachers:
         config = teacher.config
-        parts = {"summary": config.summary_weight, "patches": config.patch_weight}
-        whole = weight_at(config.weight, progress)
-        rows.append(
-            [whole * weight_at(parts[kind], progress) if kind in teacher.shapes else 0.0 for kind in FEATURE_KINDS]
-        )
+        schedules = config.weight, config.summary_weight, config.patch_weight
+        whole, *parts = (weight_at(schedule, progress) for schedule in schedules)
+        kinds = zip(FEATURE_KINDS, parts, strict=True)
+        rows.append([whole * part if kind in teacher.shapes else 0.0 for kind, part in kinds])
     return torch.tensor(rows)
 
 
@@ -50,19 +44,16 @@ def teacher_weights(teachers: Sequence[CachedTeacher], progress: float = 0.0) ->
 def drop_coefficients(losses: Tensor, weights: Tensor, draws: Tensor, probability: float) -> Tensor:
     """Teacher dropping as in UNIC (Sariyildiz et al. 2024, section 3.3), normalised per image.
 
-    Each image keeps the teacher with the largest loss and drops every other one with `probability`. UNIC divides by the sum
-    over the batch, so an image that keeps four teachers weighs four times as much as one that keeps one. Here the weights of
-    the kept teachers are scaled to the sum of all, so that all images weigh the same.
+    Each image keeps the teacher with the largest loss and drops every other one with `probability`. In UNIC, an image that
+    keeps four teachers weighs four times as much as one that keeps one. Here the weights of the kept teachers are scaled to
+    the sum of all, so that all images weigh the same.
 
     Args:
-        losses: [B, T], weighted.
-        weights: [T], their weights.
+        losses: [B, T], weighted by `weights` [T].
         draws: [B, T] uniform in [0, 1).
-        probability: of dropping a teacher that does not have the largest loss.
 
     Returns:
-        [B, T] float32 coefficients of the losses; for every image their sum over T, weighted by `weights`, is the sum of
-        `weights`.
+        [B, T] float32 coefficients of the losses.
     """
     kept = draws >= probability
     kept.scatter_(1, losses.argmax(dim=1, keepdim=True), True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 
 import torch
@@ -53,14 +53,10 @@ class TeacherTarget(nn.Module):
         self.queue = SummaryQueue(loss.queue, *teacher.shapes["summary"]) if self.queue_losses else None
 
     def predict(self, output: StudentOutput, positions: Tensor | None = None) -> dict[str, Tensor]:
-        """Predicted standardised features by kind.
+        """Predicted standardised features: ``summary`` [B, D], and ``patches`` [B, gh, gw, D], or [B, K, D] with positions.
 
         Args:
-            output: of the student.
             positions: [K] int64, row-major numbers of the patches to predict; None: all.
-
-        Returns:
-            ``summary`` [B, D], and ``patches`` [B, gh, gw, D], or [B, K, D] with positions.
         """
         features = self.rule.align_student(output.feature_map)
         predicted = {"patches": self.heads["patches"](_select(features, positions))}
@@ -78,8 +74,7 @@ class TeacherTarget(nn.Module):
 
         Args:
             raw: by kind, [B, row_bytes] uint8 as stored, on the student's device.
-            codecs: decoders of the dataset that `raw` belongs to, since projections differ between datasets; None: those of
-                the training images.
+            codecs: decoders of the dataset of `raw`, each of which has its own projections; None: of the training images.
             positions: as in `predict`; other patches are not decoded, unless patches are averaged.
         """
         averaged = self.rule.grid != self.rule.teacher
@@ -105,11 +100,13 @@ class TeacherTarget(nn.Module):
         """[B] float32 by part: each kind of feature, and in training each loss that needs the queue.
 
         Args:
-            output: of the student.
             raw: as in `targets`.
             step: scalar int64 that selects the subset of patches to compare; None: all patches.
         """
-        positions = None if step is None or len(self.patch_subsets) == 1 else self._patch_subset(step)
+        positions = None
+        if step is not None and len(self.patch_subsets) > 1:
+            # Indexing with a 0-d tensor forces a synchronisation with the GPU.
+            positions = self.patch_subsets.index_select(0, (step % len(self.patch_subsets)).view(1)).squeeze(0)
         predicted, target = self.predict(output, positions), self.targets(raw, positions=positions)
         parts = self.image_losses(predicted, target)
         if self.queue is not None and self.training:
@@ -131,25 +128,14 @@ class TeacherTarget(nn.Module):
         assert self.queue is not None
         self.queue.push(self._decode("summary", rows, None, None))
 
-    def _patch_subset(self, step: Tensor) -> Tensor:
-        # Indexing with a 0-d tensor forces a synchronisation with the GPU.
-        return self.patch_subsets.index_select(0, (step % len(self.patch_subsets)).view(1)).squeeze(0)
-
-    def mixing(self) -> dict[str, list[float]]:
-        """By part of `losses`, its factor of the teacher's summary weight and of its patch weight in the total."""
-        image = {kind: [float(kind == column) for column in FEATURE_KINDS] for kind in self.heads}
-        return image | {name: [weight, 0.0] for name, weight in self.queue_losses.items()}
-
 
 class Distiller(nn.Module):
     """Student and targets; its forward is the loss, so that one DDP wrapper sees every parameter.
 
     Args:
-        student: backbone and neck.
-        teachers: the keys of `standardisers` and `codecs` are their ids, then the kind of feature.
+        standardisers, codecs: by teacher id, then by kind of feature.
         image_size: side of the student's input in pixels.
         hidden: hidden channels of the heads.
-        loss: the losses and their weights.
     """
 
     weights: Tensor
@@ -180,18 +166,26 @@ class Distiller(nn.Module):
     def _mixing_table(self) -> tuple[list[str], Tensor]:
         """All parts of the loss, those of training only last, and the factor of each weight [T, 2] in each part: [P, T, 2]."""
         rows = []
-        for number, target in enumerate(self.targets):
-            assert isinstance(target, TeacherTarget)
-            for part, factors in target.mixing().items():
+        for number, (label, target) in enumerate(self.labelled_targets()):
+            image = {kind: [float(kind == column) for column in FEATURE_KINDS] for kind in target.heads}
+            for part, factors in (
+                image | {name: [weight, 0.0] for name, weight in target.queue_losses.items()}
+            ).items():
                 table = torch.zeros_like(self.weights)
                 table[number] = torch.tensor(factors)
-                rows.append((part in target.queue_losses, f"{self.labels[target.teacher.id]}/{part}", table))
+                rows.append((part in target.queue_losses, f"{label}/{part}", table))
         rows.sort(key=itemgetter(0))
         return [name for _, name, _ in rows], torch.stack([table for *_, table in rows])
 
+    def labelled_targets(self) -> Iterator[tuple[str, TeacherTarget]]:
+        """Every teacher's label and target."""
+        for target in self.targets:
+            assert isinstance(target, TeacherTarget)
+            yield self.labels[target.teacher.id], target
+
     def targets_with_queue(self) -> list[TeacherTarget]:
         """The targets that keep past summaries."""
-        return [target for target in self.targets if isinstance(target, TeacherTarget) and target.queue is not None]
+        return [target for _, target in self.labelled_targets() if target.queue is not None]
 
     def forward(
         self,
@@ -217,11 +211,10 @@ class Distiller(nn.Module):
         output = self.student(pixels)
         weights = self.weights if weights is None else weights
         found: dict[str, Tensor] = {}
-        for target in self.targets:
-            assert isinstance(target, TeacherTarget)
+        for label, target in self.labelled_targets():
             losses = target.losses(output, features[target.teacher.id], step)
-            found |= {f"{self.labels[target.teacher.id]}/{part}": loss for part, loss in losses.items()}
-        # Stacked, because the same operations on every part by itself would be many small kernels.
+            found |= {f"{label}/{part}": loss for part, loss in losses.items()}
+        # Stacked: operations on each part alone would be many small kernels.
         stacked = torch.stack([found[name] for name in self.parts if name in found], dim=1)
         means = stacked.mean(dim=0)
         parts = dict(zip(self.parts, means.detach().unbind(), strict=False))
@@ -241,13 +234,12 @@ def _select(patches: Tensor, positions: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def feature_map_size(student: Student, image_size: int) -> tuple[int, int]:
-    """(h, w) of the student's feature map for a square input, found by one forward pass in evaluation mode.
+    """(h, w) of the student's feature map for a square input.
 
     Raises:
         UserError: if the student does not accept such an input.
     """
-    training = student.training
-    device = next(student.parameters()).device
+    training, device = student.training, next(student.parameters()).device
     pixels = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
     try:
         height, width = student.eval()(pixels).feature_map.shape[-2:]

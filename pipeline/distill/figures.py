@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,11 @@ from torch import Tensor
 
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.read.reader import Batch
-from pipeline.distill.distiller import Distiller, TeacherTarget
+from pipeline.distill.distiller import Distiller
 from pipeline.storage.atomic import atomic_write
 from pipeline.training.task import History
 
 IMAGES = 6
-"""Number of images whose features are shown; the same images after every epoch."""
 CELL = 96
 """Side of one image in the figure, in pixels."""
 
@@ -44,18 +44,17 @@ class FigureWriter:
         batch: Batch,
         codecs: Mapping[str, Mapping[str, FeatureCodec]] | None,
     ) -> None:
-        """Draw both figures over those of the last epoch.
+        """Replace both figures.
 
         Args:
             evaluations: of this phase, the first before training.
             batch: images to show, with features.
             codecs: decoders of these features by teacher id and kind; None: those of the training images.
         """
-        folder = Path(self.folder)
         # A phase begins with the evaluation at the end of the one before.
         curve = [*self.earlier, *evaluations[bool(self.earlier) :]]
-        curves_figure(curve, self.teacher_knn, folder / "curves.png")
-        features_figure(module, batch, codecs, folder / "features.png")
+        curves_figure(curve, self.teacher_knn, Path(self.folder, "curves.png"))
+        features_figure(module, batch, codecs, Path(self.folder, "features.png"))
 
 
 def curves_figure(
@@ -70,27 +69,24 @@ def curves_figure(
     metrics = [metrics for _, metrics in evaluations]
     cosines = sorted({name for point in metrics for name in point if name.startswith("val_cosine/")})
     knn = any("knn" in point for point in metrics)
-    figure = Figure(figsize=(5.4 * max(1, knn + bool(cosines)), 4.2), layout="constrained")
-    panels = iter(np.atleast_1d(figure.subplots(1, max(1, knn + bool(cosines)))))
+    count = max(1, knn + bool(cosines))
+    figure = Figure(figsize=(5.4 * count, 4.2), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, count))
+    marks: dict[str, Any] = {"marker": "o", "markersize": 3}
     if knn:
-        panel = next(panels)
-        panel.plot([point.get("knn") for point in metrics], marker="o", markersize=3, label="averaged weights")
-        panel.plot(
-            [point.get("knn_raw") for point in metrics], marker="o", markersize=3, alpha=0.6, label="raw weights"
-        )
+        panels[0].plot([point.get("knn") for point in metrics], label="averaged weights", **marks)
+        panels[0].plot([point.get("knn_raw") for point in metrics], alpha=0.6, label="raw weights", **marks)
         for number, (name, score) in enumerate(teacher_knn.items()):
-            panel.axhline(score, linestyle="--", linewidth=1, color=f"C{number + 2}", label=name)
-        panel.set(xlabel="epoch", ylabel="kNN accuracy, %")
-        panel.legend(fontsize=8)
-        panel.grid(alpha=0.3)
+            panels[0].axhline(score, linestyle="--", linewidth=1, color=f"C{number + 2}", label=name)
+        panels[0].set(ylabel="kNN accuracy, %")
     if cosines:
-        panel = next(panels)
         for name in cosines:
-            panel.plot([point.get(name) for point in metrics], marker="o", markersize=3, label=name.split("/", 1)[1])
-        panel.set(xlabel="epoch", ylabel="cosine to the teacher on held-out images")
+            panels[-1].plot([point.get(name) for point in metrics], label=name.split("/", 1)[1], **marks)
+        panels[-1].set(ylabel="cosine to the teacher on held-out images")
+    for panel in panels if knn or cosines else ():
+        panel.set(xlabel="epoch")
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
-    for panel in figure.axes:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _save(figure, path)
 
@@ -111,10 +107,8 @@ def features_figure(
     images = batch.images[:count]
     output = module.student(images.to(device))
     columns = {"image": images.permute(0, 2, 3, 1).float().cpu() / 255}
-    for target in module.targets:
-        assert isinstance(target, TeacherTarget)
+    for label, target in module.labelled_targets():
         raw = {kind: rows[:count].to(device) for kind, rows in batch.features[target.teacher.id].items()}
-        label = module.labels[target.teacher.id]
         wanted = target.targets(raw, codecs[target.teacher.id] if codecs else None)["patches"].float().cpu()
         shown = colours(wanted, wanted, target.predict(output)["patches"].float().cpu())
         columns |= {label: shown[0], f"student of {label}": shown[1]}
@@ -131,14 +125,10 @@ def features_figure(
 
 
 def colours(fitted: Tensor, *features: Tensor) -> list[Tensor]:
-    """The first three principal components of `fitted` as red, green and blue.
+    """Three principal components as red, green and blue: features [B, h', w', D] each -> [B, h', w', 3] in [0, 1] each.
 
     Args:
         fitted: [B, h, w, D], determines the components and their ranges (2nd to 98th percentile).
-        features: [B, h', w', D] each, to show.
-
-    Returns:
-        [B, h', w', 3] in [0, 1] for each.
     """
     vectors = fitted.flatten(0, 2)
     mean = vectors.mean(dim=0)

@@ -34,12 +34,11 @@ class GridRule:
 
     def align_student(self, features: Tensor) -> Tensor:
         """[B, D, h, w] of the student -> [B, gh, gw, D]."""
-        if self.grid == self.student:
-            return features.permute(0, 2, 3, 1)  # pooling 1 x 1 squares has a slow backward pass on a GPU
-        if self._divides(self.grid, self.student):
-            features = F.adaptive_avg_pool2d(features, self.grid)
-        else:
-            features = F.interpolate(features, size=self.grid, mode="bilinear", align_corners=False)
+        if self.grid != self.student:  # pooling 1 x 1 squares has a slow backward pass on a GPU
+            if self._divides(self.grid, self.student):
+                features = F.adaptive_avg_pool2d(features, self.grid)
+            else:
+                features = F.interpolate(features, size=self.grid, mode="bilinear", align_corners=False)
         return features.permute(0, 2, 3, 1)
 
     def align_teacher(self, patches: Tensor) -> Tensor:
@@ -59,19 +58,14 @@ class GridRule:
 
 
 def patch_subsets(grid: tuple[int, int], most: int | None) -> Tensor:
-    """Divide the positions of a grid into as few subsets as possible with at most `most` positions each.
+    """Divide the positions of a grid (h, w) into as few subsets as possible with at most `most` positions each (None: all).
 
-    Each subset is a lattice spread evenly over the grid: two subsets are the colours of a chessboard; of four, each takes every
-    fourth position of a row, shifted by two in the next row. So neighbours, whose features are nearly the same, are in
-    different subsets.
-
-    Args:
-        grid: (h, w).
-        most: positions of a subset; None: one subset of all positions.
+    Each subset is a lattice over the whole grid: two subsets are the colours of a chessboard; of four, each takes every fourth
+    position of a row, shifted by two in the next row. So neighbours, whose features are nearly the same, are in different
+    subsets.
 
     Returns:
-        [S, ceil(h * w / S)] int64, row-major positions. Every position occurs; if they do not divide evenly, some occur in two
-        subsets.
+        [S, ceil(h * w / S)] int64, row-major positions. If they do not divide evenly, some occur in two subsets.
     """
     height, width = grid
     count = 1 if most is None else -(-height * width // most)

@@ -13,7 +13,7 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.reader import Batch, CacheReader
-from pipeline.distill.distiller import Distiller, TeacherTarget
+from pipeline.distill.distiller import Distiller
 from pipeline.imaging.decoder_pool import decoder_count
 
 MAX_IMAGES = 4096
@@ -24,12 +24,11 @@ class HeldOut:
     """A fixed sample of a dataset with every teacher's features, in a fixed order.
 
     Args:
-        dataset: with complete shards of the teachers.
         image_size: side of the student's input in pixels.
         batch_size: most images per forward pass.
 
     Attributes:
-        codecs: decoders by teacher id and kind; each dataset has projections of its own.
+        codecs: decoders by teacher id and kind; each dataset has its own projections.
 
     Raises:
         UserError: if shards of a teacher are missing.
@@ -38,14 +37,13 @@ class HeldOut:
     def __init__(self, dataset: Dataset, teachers: Sequence[CachedTeacher], image_size: int, batch_size: int) -> None:
         rows = sum(record.rows for record in dataset.records(dataset.images).values()) * dataset.policy.rows_per_image
         # Equal batches that leave out as few images as possible.
-        size = max(1, rows // -(-rows // batch_size))
-        self.batch_size = size
+        self.batch_size = max(1, rows // -(-rows // batch_size))
         self.codecs = {teacher.id: load_codecs(dataset, teacher) for teacher in teachers}
         self.reader = CacheReader(
             dataset,
             teachers,
             image_size=image_size,
-            batch_size=size,
+            batch_size=self.batch_size,
             threads=decoder_count(),
             processes=torch.cuda.is_available(),
         )
@@ -73,16 +71,12 @@ def compare_with_teachers(
     images = 0
     for batch in batches:
         output = module.student(batch.images.to(device))
-        for target in module.targets:
-            assert isinstance(target, TeacherTarget)
-            label = module.labels[target.teacher.id]
+        for label, target in module.labelled_targets():
             raw = {kind: rows.to(device) for kind, rows in batch.features[target.teacher.id].items()}
             predicted, wanted = target.predict(output), target.targets(raw, codecs[target.teacher.id])
             for kind, loss in target.image_losses(predicted, wanted).items():
                 cosines = F.cosine_similarity(predicted[kind].float(), wanted[kind].float(), dim=-1)
-                sums[f"val_cosine/{label}/{kind}"] += float(
-                    cosines.flatten(1).mean(1).sum() if cosines.ndim > 1 else cosines.sum()
-                )
+                sums[f"val_cosine/{label}/{kind}"] += float(cosines.mean()) * len(batch.keys)
                 sums[f"val_loss/{label}/{kind}"] += float(loss.sum())
         images += len(batch.keys)
     return {name: total / images for name, total in sums.items()}

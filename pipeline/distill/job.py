@@ -13,7 +13,6 @@ import torch
 
 from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.layout.cached_teacher import teacher_labels
-from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.order import check_per_step
 from pipeline.cache.read.scan import has_labels
 from pipeline.distill.config import DistillJobConfig
@@ -45,11 +44,10 @@ class DistillResult:
     Attributes:
         knn_before, knn_after: accuracy in percent of the student on held-out images, or None without labels.
         teacher_knn: of every teacher's cached features, in percent.
-        steps, samples: optimiser steps and images seen.
-        model_uri: of the student in MLflow.
+        samples: images seen.
         student: folder of the exported student.
         held_out: identity of the images that kNN was measured on, or "".
-        lineage: what it comes from, by tag.
+        lineage: tags of the registered student.
     """
 
     knn_before: float | None
@@ -104,11 +102,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
 
 
 def check_session(phase: Phase) -> None:
-    """Refuse a batch that the GPUs of this Ray session cannot divide, before anything is computed.
-
-    Raises:
-        UserError: if they do not divide the batch, or each would get too few images.
-    """
+    """Raise a UserError if the GPUs of this Ray session do not divide the batch, or each would get too few images."""
     config = phase.config
     share = config.train.batch_size // count_shares(config.train)
     check_per_step(config.views.per_step, config.views.crops or 1, share)
@@ -116,9 +110,9 @@ def check_session(phase: Phase) -> None:
 
 def _evaluated(plan: CachePlan) -> list[str]:
     """Names of the metrics that `DistillTask` will evaluate."""
-    labels = teacher_labels(plan.teachers)
     if plan.split("val") is None:
         return []
+    labels = teacher_labels(plan.teachers)
     parts = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
     names = [f"val_{measure}/{part}" for measure in ("cosine", "loss") for part in parts]
     return ["knn", "knn_raw", *names] if _labelled(plan) else names
@@ -137,7 +131,10 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
         UserError: if the data is too small for the batch or the splits do not fit together.
         DivergedError: if the loss is not finite.
     """
-    state, file_before = _initial_state(phases[0], folder)
+    first, file = phases[0], start_file(folder)
+    if first.start and not file.exists():
+        PhaseState.before(build_student(first.config), first.start, first.config.student.weights).save(file)
+    state, file_before = (PhaseState.load(file), file) if file.exists() else (PhaseState(), None)
     teachers: dict[str, float] = {}
     jobs = []
     for number, phase in enumerate(phases, 1):
@@ -157,18 +154,13 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
     return _finish(jobs, run, folder, state, teachers)
 
 
-def _initial_state(first: Phase, folder: Path) -> tuple[PhaseState, Path | None]:
-    """The state before the first phase, and its file for the workers."""
-    file = start_file(folder)
-    if first.start and not file.exists():
-        PhaseState.before(build_student(first.config), first.start, first.config.student.weights).save(file)
-    return (PhaseState.load(file), file) if file.exists() else (PhaseState(), None)
-
-
 def _train(
     job: DistillJob, run: Run, folder: str, before: PhaseState, file_before: Path | None, figures: FigureWriter
 ) -> PhaseState:
-    log_shuffle(job, run, before.steps)
+    # The order of an epoch is known before anything is read.
+    quality = build_reader(job, 0, max(1, job.config.train.most_workers)).shuffle_quality()
+    run.log_metrics([(before.steps, {f"shuffle/{name}": value for name, value in asdict(quality).items()})])
+    print(f"shuffle: {quality}", flush=True)
     payload = {"job": job, "before": file_before and str(file_before), "figures": figures}
     # Without weights, since it is pickled for Ray Train's controller.
     on_commit = partial(_log_commit, run, replace(before, weights=None), Path(figures.folder))
@@ -212,14 +204,6 @@ def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
     return {"parameters": counted.parameters, "macs": counted.macs}
 
 
-def log_shuffle(job: DistillJob, run: Run, step: int) -> None:
-    """Log how well an epoch is shuffled; its order is known before anything is read."""
-    world = max(1, job.config.train.most_workers)
-    quality = build_reader(job, 0, world).shuffle_quality()
-    run.log_metrics([(step, {f"shuffle/{name}": value for name, value in asdict(quality).items()})])
-    print(f"shuffle: {quality}", flush=True)
-
-
 def _log_commit(run: Run, before: PhaseState, figures: Path, history: History, checkpoint: str | None) -> None:
     """Log the metrics of a checkpoint, and after an evaluation the current figures."""
     run.log_metrics(before.shift(history))
@@ -234,13 +218,11 @@ def make_job(config: DistillJobConfig, plan: CachePlan) -> DistillJob:
     """The job on a complete cache; if held-out images have no labels, it logs a warning and measures no kNN."""
     train, val = plan.split("train"), plan.split("val")
     assert train is not None
-    labelled: Dataset | None = None
-    if val is not None:
-        if has_labels(train.dataset) and has_labels(val.dataset):
-            labelled = val.dataset
-        else:
-            log.warning("no kNN: data.train or data.val has no labels")
-    return DistillJob(config, train.dataset, labelled, plan.teachers, val.dataset if val else None)
+    held_out = val.dataset if val else None
+    labelled = held_out if held_out and has_labels(train.dataset) and has_labels(held_out) else None
+    if held_out and not labelled:
+        log.warning("no kNN: data.train or data.val has no labels")
+    return DistillJob(config, train.dataset, labelled, plan.teachers, held_out)
 
 
 def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:
@@ -262,7 +244,6 @@ def export_student(encoder: Encoder, config: DistillJobConfig, folder: Path) -> 
 def _log(encoder: Encoder, config: DistillJobConfig, run: Run, folder: Path, metrics: dict[str, float]) -> str:
     for file in sorted(folder.iterdir()):
         run.log_file(file, "student")
-    size = config.student.input_size
-    example = torch.zeros(2, 3, size, size)
-    tags = {"model": config.student.name}
+    student = config.student
+    example, tags = torch.zeros(2, 3, student.input_size, student.input_size), {"model": student.name}
     return log_student(run, encoder.eval(), example, name="student", metrics=metrics, tags=tags)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.cache.layout.phi_s import PhiS
-from pipeline.distill.distiller import Distiller, TeacherTarget
+from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd, Rotation, Standardiser
 from pipeline.errors import UserError, one_line
 from pipeline.student.heads import distillation_head
@@ -46,16 +46,13 @@ class StudentWithHeads(nn.Module):
         description: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.description = description
-        self.student = student
+        self.student, self.description = student, description
         self.labels = list(teachers)  # not module names, which must not contain dots
         self.heads = nn.ModuleList(heads for heads, _ in teachers.values())
         self.standardisers = nn.ModuleList(standardisers for _, standardisers in teachers.values())
 
     def forward(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
-        """[B, 3, H, W] float32 RGB in [0, 1] -> by teacher and kind: patches [B, h, w, D] on the student's grid, summary
-        [B, D].
-        """
+        """[B, 3, H, W] float32 RGB in [0, 1] -> by teacher, ``patches`` [B, h, w, D] at stride 16 and ``summary`` [B, D]."""
         return self.predict_features(self.student.encode(images))
 
     def predict_features(self, output: StudentOutput) -> dict[str, dict[str, Tensor]]:
@@ -71,16 +68,10 @@ class StudentWithHeads(nn.Module):
 
 
 def save_heads(distiller: Distiller, hidden: int, folder: Path) -> None:
-    """Write neck and heads beside an exported student.
-
-    Args:
-        hidden: hidden channels of the heads.
-    """
+    """Write neck and heads, of `hidden` channels, beside an exported student."""
     parts = {}
     description: dict[str, Any] = {"hidden": hidden, "standardise": distiller.loss.standardise, "teachers": []}
-    for target in distiller.targets:
-        assert isinstance(target, TeacherTarget)
-        label = distiller.labels[target.teacher.id]
+    for label, target in distiller.labelled_targets():
         parts[label] = (target.heads, target.standardisers)
         channels = {kind: shape[-1] for kind, shape in target.teacher.shapes.items()}
         description["teachers"].append({"label": label, "id": target.teacher.id, "channels": channels})
@@ -89,11 +80,8 @@ def save_heads(distiller: Distiller, hidden: int, folder: Path) -> None:
 
 def write_heads(whole: StudentWithHeads, folder: Path) -> None:
     """Write the neck and heads of a student."""
-    state = whole.state_dict()
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(_ENCODER)},
-        folder / FILES[0],
-    )
+    state = {name: value.contiguous() for name, value in whole.state_dict().items() if not name.startswith(_ENCODER)}
+    save_file(state, folder / FILES[0])
     student = whole.student
     description = {"taps": student.tap_strides, "token_dim": student.token_dim, **whole.description}
     (folder / FILES[1]).write_text(json.dumps(description, indent=2), encoding="utf-8")

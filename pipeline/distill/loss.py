@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.distill.config import LossConfig
 from pipeline.distill.cosine import CosineDistance
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError
 from teachers.plugin import import_plugin
 
 Compares = Literal["vectors", "patches", "queue"]
@@ -79,14 +79,7 @@ def patch_relation(predicted: Tensor, target: Tensor, temperature: float) -> Ten
         1/N sum_i KL(softmax_j(t_ij / temperature) || softmax_j(s_ij / temperature))
 
     This is the local loss of LightlyTrain's distillationv3, here on standardised features and on the patches of the step
-    (`loss.max_patches`). Each patch is also compared with itself.
-
-    Args:
-        predicted, target: [B, N, D], patches at the same places.
-        temperature: of the softmax.
-
-    Returns:
-        [B] float32.
+    (`loss.max_patches`). Each patch is also compared with itself. [B, N, D], patches at the same places -> [B] float32.
     """
     student, teacher = (
         (units @ units.transpose(1, 2) / temperature).log_softmax(dim=-1)
@@ -104,15 +97,13 @@ def relation(predicted: Tensor, target: Tensor, queue: Tensor, filled: Tensor, t
     """KL divergence between the similarities of a summary to past summaries, the teacher's from the student's, in nats.
 
     The similarities are softmax(cosine / temperature) over the queue, as in LightlyTrain's distillationv3. There the queue
-    contains the image itself, which takes nearly all of the teacher's probability. Here it contains summaries of past
-    steps only, and entries whose cosine to the teacher's summary is `SAME_IMAGE` or more, as when the queue reaches back to
-    the previous epoch, are skipped.
+    contains the image itself, which takes nearly all of the teacher's probability. Here it contains past steps only, and
+    the same image of the previous epoch (a cosine of `SAME_IMAGE` or more) is skipped.
 
     Args:
         predicted, target: [B, D], by the student's head and by the teacher.
         queue: [Q, D] unit vectors, the teacher's.
         filled: [Q] bool, the entries of `queue` that are in use; without any the loss is 0.
-        temperature: of the softmax.
 
     Returns:
         [B] float32.
@@ -142,8 +133,7 @@ def find_loss(name: str) -> Loss:
     """The loss of a name in `LOSSES`, or of a `package.module:function`.
 
     Raises:
-        ImportError: if the module cannot be imported or has no such loss.
-        KeyError: if no loss is registered under the name.
+        ImportError, KeyError: if the module has no such loss; if no loss is registered under the name.
     """
     if ":" not in name:
         return LOSSES[name]
@@ -156,13 +146,7 @@ def find_loss(name: str) -> Loss:
 def image_loss(weights: Mapping[str, float], predicted: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The weighted sum of losses of an image, averaged over its patches; losses that need a queue are skipped.
 
-    Args:
-        weights: by name.
-        predicted, target: summaries [B, D], or patches [B, N, D] or [B, h, w, D].
-        temperature: of losses that compare patches with each other.
-
-    Returns:
-        [B] float32.
+    Summaries [B, D], or patches [B, N, D] or [B, h, w, D] -> [B] float32.
     """
     total: Tensor | None = None
     for name, weight in weights.items():
@@ -179,11 +163,7 @@ def image_loss(weights: Mapping[str, float], predicted: Tensor, target: Tensor, 
 
 
 def check_losses(config: LossConfig) -> None:
-    """Refuse losses that do not exist or do not fit.
-
-    Raises:
-        UserError: naming the field, the loss and the alternatives.
-    """
+    """Raise a UserError for losses that do not exist or do not fit, naming the field, the loss and the alternatives."""
     _check("loss.patches", config.patches, ("vectors", "patches"))
     _check("loss.summary", config.summary, ("vectors", "queue"))
 
@@ -199,7 +179,7 @@ def _check(field: str, weights: Mapping[str, float], allowed: tuple[Compares, ..
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"{field}: there is no loss {name}; {hint}{known}, and package.module:function") from None
         except ImportError as error:
-            raise UserError(f"{field}: {one_line(error)}") from error
+            raise UserError(f"{field}: {error}") from error
         if loss.compares not in allowed:
             raise UserError(f"{field}: {name} compares {_COMPARED[loss.compares]}; {known}")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.distill.config import DistillJobConfig
-from pipeline.distill.distiller import Distiller, TeacherTarget
+from pipeline.distill.distiller import Distiller
 from pipeline.evaluate.knn import check_splits
 from pipeline.runs.addresses import fetch_student
 from pipeline.runs.folder import open_run, work_folder
@@ -39,11 +39,9 @@ STUDENT = "student."
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase.
+    """The recipe with the changes of one phase, and the plan of its cache.
 
     Attributes:
-        config: the recipe with the changes of the phase.
-        plan: of its cache.
         start: backbone that the first phase starts from; None: random weights, those of the phase before, or those that an
             interrupted run has already loaded.
     """
@@ -109,12 +107,7 @@ class PhaseState:
 
     @classmethod
     def before(cls, student: Student, start: LoadedStudent, weights: str) -> PhaseState:
-        """The state before the first phase of a run with initial weights.
-
-        Args:
-            student: gets the weights of `start`.
-            weights: their name, `student.weights`.
-        """
+        """The state before the first phase; `student` gets the weights of `start`, which `student.weights` names `weights`."""
         student.encoder.load_state_dict(start.encoder.state_dict())
         state = {f"{STUDENT}{name}": value for name, value in student.state_dict().items()}
         # Only the author of weights that were not distilled here knows their licence.
@@ -164,13 +157,11 @@ def transfer_weights(distiller: Distiller, state: PhaseState) -> None:
     distiller.student.load_state_dict(
         {name.removeprefix(STUDENT): value for name, value in state.weights.items() if name.startswith(STUDENT)}
     )
-    for target in distiller.targets:
-        assert isinstance(target, TeacherTarget)
-        label = distiller.labels[target.teacher.id]
+    for label, target in distiller.labelled_targets():
         if label in state.teachers:
             prefix = f"targets.{state.teachers.index(label)}.heads."
-            own = target.heads.state_dict()
-            kept = {name: state.weights.get(prefix + name, value) for name, value in own.items()}
-            target.heads.load_state_dict(
-                {name: value if value.shape == own[name].shape else own[name] for name, value in kept.items()}
-            )
+            heads = target.heads.state_dict()
+            for name, own in heads.items():
+                earlier = state.weights.get(prefix + name, own)
+                heads[name] = earlier if earlier.shape == own.shape else own
+            target.heads.load_state_dict(heads)

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.cache.layout.dataset import Dataset
     from pipeline.distill.task import DistillJob
-    from teachers.base import TeacherSpec
 
 
 def provenance(
@@ -21,8 +19,7 @@ def provenance(
     """Run, teachers with their licences, data, budget and accuracy, JSON-ready.
 
     Args:
-        phases: the jobs of all phases, in order.
-        run_id: in MLflow.
+        phases: all of them, in order.
         samples: seen in all phases.
         knn: accuracies in percent, ``knn`` of the student, the others by the teachers' labels.
         start: provenance of the initial weights; None: they were random.
@@ -30,27 +27,23 @@ def provenance(
     # A teacher with two input sizes is listed once.
     specs = {(t.spec.name, t.spec.weights): t.spec for job in phases for t in job.teachers}
     datasets = {(job.train.id, job.train.policy.id): job.train for job in phases}
+    described = ("name", "architecture", "weights", "licence")
     return {
         "run_id": run_id,
-        "teachers": [_teacher(spec) for spec in specs.values()],
-        "data": [_data(dataset) for dataset in datasets.values()],
+        "teachers": [{field: getattr(spec, field) for field in described} for spec in specs.values()],
+        "data": [
+            {
+                "location": dataset.location,
+                "fingerprint": dataset.fingerprint,
+                "view": dataset.policy.id,
+                "images": dataset.count,
+                "classes": len(dataset.classes),
+            }
+            for dataset in datasets.values()
+        ],
         "training": {"epochs": sum(job.config.train.epochs for job in phases), "samples_seen": samples},
         "knn": dict(knn),
         **({"start": dict(start)} if start else {}),
-    }
-
-
-def _teacher(spec: TeacherSpec) -> dict[str, str]:
-    return {"name": spec.name, "architecture": spec.architecture, "weights": spec.weights, "licence": spec.licence}
-
-
-def _data(dataset: Dataset) -> dict[str, Any]:
-    return {
-        "location": dataset.location,
-        "fingerprint": dataset.fingerprint,
-        "view": dataset.policy.id,
-        "images": dataset.count,
-        "classes": len(dataset.classes),
     }
 
 
@@ -74,9 +67,7 @@ def _parts(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def lineage(phases: Sequence[DistillJob], origin: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of a registered student: teachers and licences, including those of its initial weights, and folders of the cache
-    that it was trained and evaluated on.
-    """
+    """Tags of a registered student: teachers and licences, also of its initial weights, and the cache folders that it read."""
     read = dict.fromkeys(
         f"{dataset.id}/{dataset.policy.id}/{t.id}"
         for job in phases

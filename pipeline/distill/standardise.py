@@ -39,11 +39,7 @@ class Standardiser(nn.Module):
 
 
 class MeanStd(Standardiser):
-    """(features - mean) / std per channel; a constant channel becomes 0.
-
-    Args:
-        mean, std: [D].
-    """
+    """(features - mean) / std per channel, both [D]; a constant channel becomes 0."""
 
     mean: Tensor
     std: Tensor
@@ -83,11 +79,7 @@ class MeanStd(Standardiser):
 
 
 class Rotation(Standardiser):
-    """(features - mean) @ rotation.T / scale: PHI-S (Ranzinger et al. 2024, arXiv 2410.01680, section 3); 0 if the scale is 0.
-
-    Args:
-        part: rotation and scale from the cache.
-    """
+    """(features - mean) @ rotation.T / scale: PHI-S (Ranzinger et al. 2024, arXiv 2410.01680, section 3); 0 if the scale is 0."""
 
     mean: Tensor
     rotation: Tensor
@@ -105,7 +97,6 @@ class Rotation(Standardiser):
 
     def scale_deviations(self, deviations: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        # Constant features have no scale; they become 0.
         return deviations @ self.rotation.T * torch.where(self.scale > 0, 1 / self.scale, 0.0)
 
     def inverse(self, features: Tensor) -> Tensor:
@@ -114,11 +105,7 @@ class Rotation(Standardiser):
 
 
 def make_standardisers(dataset: Dataset, teacher: CachedTeacher, method: str) -> Mapping[str, Standardiser]:
-    """By kind of feature, from a teacher's frozen statistics over a dataset.
-
-    Args:
-        method: ``mean_std`` or ``phi_s``.
-    """
+    """By kind of feature, from a teacher's frozen statistics over a dataset; `method` is ``mean_std`` or ``phi_s``."""
     store = dataset.teacher(teacher.id).store
     if method == "phi_s":
         return {kind: Rotation(part) for kind, part in load_phi_s(store.get("phi_s.npz")).items()}

@@ -8,12 +8,7 @@ from torch import Tensor, nn
 
 
 class SummaryQueue(nn.Module):
-    """The latest `size` summaries as unit vectors; part of the state dict, so a resumed run continues identically.
-
-    Args:
-        size: number of summaries.
-        dim: channels of a summary.
-    """
+    """The latest `size` summaries as unit vectors [dim]; part of the state dict, so a resumed run continues identically."""
 
     rows: Tensor
     count: Tensor

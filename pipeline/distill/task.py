@@ -35,11 +35,9 @@ class DistillJob:
     """What every training worker receives.
 
     Attributes:
-        config: the whole tree.
-        train: dataset to distil on.
-        val: labelled held-out images for kNN, or None.
+        val: labelled held-out images for kNN.
         teachers: with complete shards in `train` and `held_out`.
-        held_out: held-out images, labelled or not, on which student and teachers are compared; or None.
+        held_out: held-out images, labelled or not, on which student and teachers are compared.
     """
 
     config: DistillJobConfig
@@ -59,23 +57,16 @@ def build_student(config: DistillJobConfig) -> Student:
 
 def build_distiller(job: DistillJob) -> Distiller:
     """Student, heads and frozen statistics, with seeded initial weights."""
-    config = job.config
-    student = build_student(config)
-    freeze_unused(student, config.student.input_size)
-    method = config.loss.standardise
-    standardisers = {teacher.id: make_standardisers(job.train, teacher, method) for teacher in job.teachers}
-    codecs = {teacher.id: load_codecs(job.train, teacher) for teacher in job.teachers}
+    config, teachers = job.config, job.teachers
+    student, size = build_student(config), config.student.input_size
+    freeze_unused(student, size)
+    standardisers = {
+        teacher.id: make_standardisers(job.train, teacher, config.loss.standardise) for teacher in teachers
+    }
+    codecs = {teacher.id: load_codecs(job.train, teacher) for teacher in teachers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Distiller(
-            student,
-            job.teachers,
-            standardisers,
-            codecs,
-            config.student.input_size,
-            config.student.head_dim,
-            config.loss,
-        )
+        return Distiller(student, teachers, standardisers, codecs, size, config.student.head_dim, config.loss)
 
 
 def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader | ReaderProcess:
@@ -100,8 +91,8 @@ class DistillTask(Task):
     """Distils on one rank.
 
     Args:
-        before: file with the state of the phase before, or None.
-        figures: draws after evaluations, or None.
+        before: file with the state of the phase before.
+        figures: draws after evaluations.
     """
 
     module: Distiller
@@ -141,19 +132,22 @@ class DistillTask(Task):
         return other
 
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """The distillation loss of a batch.
+        """The distillation loss of a batch; module and batch are on `device`.
 
         In training, augmentation and teacher dropping use torch's CPU generator, which the engine seeds.
-
-        Args:
-            module: the wrapped distiller, on `device`.
-            batch: on `device`.
         """
+        config, teachers = self.job.config, self.job.teachers
         images, weights, draws, step = batch.images, None, None, None
         if module.training:
-            images = augment(images, self.job.config.augment)
-            draws = self._draws(len(batch.keys), device)
-            weights, step = self._weights(batch.position, device), self._step(batch.position, device)
+            images = augment(images, config.augment)
+            if config.loss.drop:
+                draws = torch.rand(len(batch.keys), len(teachers)).to(device, non_blocking=True)
+            epoch, number = batch.position
+            steps = self.steps(epoch)
+            if is_scheduled(teachers):
+                progress = (epoch + number / steps) / config.train.epochs
+                weights = teacher_weights(teachers, progress).to(device, non_blocking=True)
+            step = torch.tensor(epoch * steps + number).to(device, non_blocking=True)
         result: tuple[Tensor, dict[str, Tensor]] = module(images, batch.features, weights, draws, step)
         return result
 
@@ -163,38 +157,20 @@ class DistillTask(Task):
             own = [batch.features[target.teacher.id]["summary"] for batch in batches]
             target.push_summaries(self.worker.all_gather(own))
 
-    def _draws(self, count: int, device: torch.device) -> Tensor | None:
-        if not self.job.config.loss.drop:
-            return None
-        return torch.rand(count, len(self.job.teachers)).to(device, non_blocking=True)
-
-    def _step(self, position: tuple[int, int], device: torch.device) -> Tensor:
-        epoch, number = position
-        return torch.tensor(epoch * self.steps(epoch) + number).to(device, non_blocking=True)
-
-    def _weights(self, position: tuple[int, int], device: torch.device) -> Tensor | None:
-        if not is_scheduled(self.job.teachers):
-            return None
-        epoch, number = position
-        progress = (epoch + number / self.steps(epoch)) / self.job.config.train.epochs
-        return teacher_weights(self.job.teachers, progress).to(device, non_blocking=True)
-
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
-        """kNN accuracy in percent of averaged and raw weights on labelled held-out images, from one pass over them, and the
-        averaged weights compared with the teachers on all held-out images.
+        """kNN accuracy in percent of averaged and raw weights on labelled held-out images, and the averaged weights compared
+        with the teachers on all held-out images.
         """
         assert isinstance(averaged, Distiller)
-        metrics = self._knn([averaged.student.encoder, *([raw.student.encoder] if isinstance(raw, Distiller) else [])])
+        job, config = self.job, self.job.config
+        metrics: dict[str, float] = {}
+        if job.val is not None:
+            encoders = [module.student.encoder for module in (averaged, raw) if isinstance(module, Distiller)]
+            scores = student_knn(encoders, job.train, job.val, config.student.input_size, config.knn, self.worker)
+            metrics = {"knn": scores[0], "knn_raw": scores[-1]}
         if not self.worker.rank and self.held_out:
             metrics |= compare_with_teachers(averaged, self.held_out.batches(), self.held_out.codecs)
         return metrics
-
-    def _knn(self, encoders: Sequence[nn.Module]) -> dict[str, float]:
-        job, config = self.job, self.job.config
-        if job.val is None:
-            return {}
-        scores = student_knn(encoders, job.train, job.val, config.student.input_size, config.knn, self.worker)
-        return {"knn": scores[0], "knn_raw": scores[-1]}
 
     @cached_property
     def held_out(self) -> HeldOut | None:
@@ -206,7 +182,7 @@ class DistillTask(Task):
 
     @cached_property
     def shown(self) -> Batch:
-        """Images whose features are drawn: held-out images if available."""
+        """Images whose features are drawn: held-out ones if there are any."""
         return next(self.held_out.batches() if self.held_out else self.reader.batches(0))
 
     def draw(self, module: nn.Module, evaluations: History) -> None:
@@ -217,9 +193,5 @@ class DistillTask(Task):
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:
-    """The task of one Ray Train worker.
-
-    Args:
-        payload: ``job``, and optionally ``before`` and ``figures``, as in `DistillTask`.
-    """
+    """The task of one Ray Train worker; `payload` has ``job``, and optionally ``before`` and ``figures``."""
     return DistillTask(payload["job"], rank, world, payload.get("before"), payload.get("figures"))

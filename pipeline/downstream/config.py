@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 from pydantic import Field, PositiveInt, create_model
@@ -14,10 +13,11 @@ from pipeline.config.tree import Section, operational
 from pipeline.downstream.classify.config import ClassifyConfig
 from pipeline.downstream.detect.config import DetectConfig
 from pipeline.downstream.segment.config import SegmentConfig
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError
 from pipeline.runs.config import ImageJobConfig, JobConfig
 from pipeline.student.config import NamedBackboneConfig
 from pipeline.training.config import TrainConfig
+from teachers.plugin import import_plugin
 
 
 class BuiltInTask(NamedTuple):
@@ -47,18 +47,12 @@ def import_task(task: str) -> Any:
         raise UserError(
             f"finetune.task: there is no task {task}; {hint}known are {', '.join(TASKS)}, and package.module:Class"
         )
-    location = TASKS[task].location if task in TASKS else task
-    module, _, name = location.partition(":")
     try:
-        found = getattr(import_module(module), name, None)
-    except (ImportError, ValueError, TypeError) as error:
-        raise UserError(
-            f"finetune.task: {task} cannot be imported ({one_line(error)}); its folder must be on PYTHONPATH or installed"
-        ) from error
+        found = import_plugin(TASKS[task].location if task in TASKS else task)
+    except ImportError as error:
+        raise UserError(f"finetune.task: {error}") from error
     if not all(hasattr(found, attribute) for attribute in ("name", "headline", "section", "locations")):
-        raise UserError(
-            f"finetune.task: {name or 'nothing'} in {module} is not a subclass of pipeline.downstream.base.DownstreamTask"
-        )
+        raise UserError(f"finetune.task: {task} is not a subclass of pipeline.downstream.base.DownstreamTask")
     return found
 
 

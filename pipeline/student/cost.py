@@ -24,12 +24,10 @@ class Cost:
     """Cost of one forward pass.
 
     Attributes:
-        parameters: of the model.
         macs: multiply-accumulates of convolutions, linear layers and matrix products, attention's included.
-        activations: elements of the outputs of the same operators, as fvcore and the RegNet paper (arXiv 2003.13678)
-            count them.
-        peak_bytes: largest sum of bytes of all tensors alive at once: weights, buffers, input and intermediate maps, without
-            the scratch memory of kernels.
+        activations: elements of the outputs of the same operators, as in fvcore and the RegNet paper (arXiv 2003.13678).
+        peak_bytes: of all tensors alive at once, at most: weights, buffers, input and intermediate maps, without the scratch
+            memory of kernels.
     """
 
     parameters: int
@@ -41,7 +39,7 @@ class Cost:
 @torch.no_grad()
 def cost(model: nn.Module, images: Tensor) -> Cost:
     """Count the cost of one forward pass of ``model``, in its current mode and form, on ``images`` (B, C, H, W)."""
-    # The counter does not know the CPU's fused attention kernel; the plain form consists of matrix products.
+    # The counter does not know the CPU's fused attention kernel.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops, _Activations() as activations:
         model(images)
     with _Memory(chain(model.parameters(), model.buffers(), [images])) as memory:

@@ -13,15 +13,10 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def inference_form(model: nn.Module, example: Tensor) -> nn.Module:
-    """Fold ``model`` for inference in place and return it.
+    """Fold ``model`` (in eval mode) for inference in place and return it.
 
-    First the model's own folding (timm's ``reparameterize_model``, which calls every module's ``fuse`` and the like), then
-    every BatchNorm that reads the output of a convolution or linear layer in the same parent module. A comparison of models
-    is fair only if each is in its inference form.
-
-    Args:
-        model: in eval mode.
-        example: images (B, C, H, W) that the model accepts.
+    First the model's own folding (timm's ``reparameterize_model``), then every BatchNorm that reads the output of a
+    convolution or linear layer in the same parent module. ``example`` are images (B, C, H, W).
 
     Raises:
         RuntimeError: the outputs changed by more than 1e-3 of their largest value, because the model uses the output of a
@@ -38,7 +33,7 @@ def inference_form(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _foldable(model: nn.Module, example: Tensor) -> list[tuple[nn.Module, str]]:
-    """(layer, name of the BatchNorm that reads its output), found by running ``example`` through the model.
+    """(layer, name of the BatchNorm that reads its output).
 
     A norm in another parent often shares its input with a skip connection, so it is not folded.
     """

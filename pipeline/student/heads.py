@@ -8,8 +8,7 @@ from torch import nn
 def distillation_head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """LayerNorm, Linear, GELU, LayerNorm, Linear over the last dimension: [..., in_dim] -> [..., out_dim].
 
-    Two layers as in UNIC (Sariyildiz et al. 2024) and EUPE; the norms keep teachers of larger scale from dominating the
-    hidden layer.
+    Two layers as in UNIC (Sariyildiz et al. 2024) and EUPE; the norms keep large-scale teachers from dominating the hidden layer.
     """
     return nn.Sequential(
         nn.LayerNorm(in_dim),

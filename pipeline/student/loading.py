@@ -22,12 +22,11 @@ class LoadedStudent(NamedTuple):
     """A backbone with its weights, in evaluation mode, on the CPU.
 
     Attributes:
-        encoder: [B, 3, H, W] float32 RGB in [0, 1] -> [B, C].
         name: of the model.
         input_size: side in pixels at which it was trained, if known.
         args: for `timm.create_model`, besides the name.
         provenance: JSON-ready: teachers, data, training and metrics, or the weights' origin.
-        folder: of an exported student, or None.
+        folder: of an exported student.
     """
 
     encoder: Encoder
@@ -39,11 +38,10 @@ class LoadedStudent(NamedTuple):
 
 
 def load_student(student: str, *, weights: str = "pretrained", args: Mapping[str, Any] | None = None) -> LoadedStudent:
-    """Load what `student` names.
+    """Load a student; :func:`pipeline.runs.addresses.fetch_student` fetches one from MLflow or an object store first.
 
     Args:
-        student: an exported folder, or a name in timm (`regla_m`, `timm/<name>`); for students in MLflow or an object store
-            see :func:`pipeline.runs.addresses.fetch_student`.
+        student: an exported folder, or a name in timm (`regla_m`, `timm/<name>`).
         weights: of a timm model: `pretrained`, `random[:seed]`, or the path of a file with the same keys.
         args: for `timm.create_model`; for an exported student, in addition to its own.
 
@@ -65,14 +63,11 @@ def load_student(student: str, *, weights: str = "pretrained", args: Mapping[str
 def load_initial_student(
     name: str, weights: str, args: Mapping[str, Any], fetch: Callable[[str], str] = str
 ) -> LoadedStudent:
-    """The backbone that `student.name` and `student.args` make, with the weights that `student.weights` names.
+    """The backbone of `student.name` and `student.args`, with the weights that `student.weights` names.
 
     Args:
         weights: `pretrained`, a checkpoint file, or an exported student: its folder, its address, or its URI in MLflow.
         fetch: returns the local path of such an address or URI, and other names unchanged.
-
-    Returns:
-        For timm's weights and for a file, ``provenance`` contains their identity and licence.
 
     Raises:
         UserError: if they cannot be loaded, or belong to another network.
@@ -85,7 +80,7 @@ def load_initial_student(
     except UserError as error:
         raise UserError(f"student.weights={weights}: {error}") from error
     if loaded.name.removeprefix("timm/") != name.removeprefix("timm/"):
-        raise UserError(f"student.weights: {weights} is of {loaded.name}; set student.name={loaded.name}")
+        raise UserError(f"student.weights: {weights} belongs to {loaded.name}; set student.name={loaded.name}")
     built, asked = ({"num_classes": 0, **some} for some in (loaded.args, args))
     if built != asked:
         needed = {key: value for key, value in loaded.args.items() if (key, value) != ("num_classes", 0)}
@@ -111,21 +106,16 @@ def _from_folder(folder: Path, args: Mapping[str, Any]) -> LoadedStudent:
     described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
     if args:
         described["args"] |= args
-        encoder = _rebuilt(encoder, described, folder)
+        weights = encoder.state_dict()
+        try:
+            encoder = build_encoder(described).eval()
+            encoder.load_state_dict(weights)
+        except (RuntimeError, ValueError) as error:
+            refused = f"{described['args']}: {one_line(error)}"
+            raise UserError(f"student.args: the weights of {folder} do not fit {refused}") from error
     origin = folder / "provenance.json"
     known = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
     return LoadedStudent(encoder, described["model"], described.get("input_size"), described["args"], known, folder)
-
-
-def _rebuilt(encoder: Encoder, described: Mapping[str, Any], folder: Path) -> Encoder:
-    """A network with other arguments and the same weights."""
-    try:
-        rebuilt = build_encoder(described)
-        rebuilt.load_state_dict(encoder.state_dict())
-    except (RuntimeError, ValueError) as error:
-        reason = one_line(error)
-        raise UserError(f"student.args: the weights of {folder} do not fit {described['args']}: {reason}") from error
-    return rebuilt.eval()
 
 
 def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> tuple[Encoder, int | None]:
@@ -134,9 +124,9 @@ def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> tuple[Encode
         source = parse_weights(weights, name, "pretrained")
         if source.kind == "random":
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(source.seed)
+                torch.manual_seed(int(source.value))
                 return Encoder(create_backbone(name, args)).eval(), None
-        backbone = create_backbone(name, args)  # refuses name and arguments before the hub is asked
+        backbone = create_backbone(name, args)
         known: Mapping[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
         if source.kind == "hub":
             backbone = load_from_hub(name, lambda: _pretrained(name, args))

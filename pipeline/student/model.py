@@ -41,28 +41,24 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Modu
     model_name = name.removeprefix("timm/")
     if not timm.is_model(model_name):
         near = difflib.get_close_matches(model_name, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"student.name: timm has no model {model_name}{hint}")
+    args = dict(args or {})
+    if refused := ", ".join(sorted(LOADING & args.keys())):
         raise UserError(
-            f"student.name: timm has no model {model_name}" + (f"; did you mean {', '.join(near)}?" if near else "")
-        )
-    if refused := LOADING & (args or {}).keys():
-        raise UserError(
-            f"student.args must not contain {', '.join(sorted(refused))}, which make timm read files; "
-            "set student.weights instead"
+            f"student.args must not contain {refused}, which make timm read files; set student.weights instead"
         )
     try:
-        model: nn.Module = timm.create_model(model_name, pretrained=False, **{"num_classes": 0, **(args or {})})
+        model: nn.Module = timm.create_model(model_name, pretrained=False, **{"num_classes": 0, **args})
     except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
-        raise UserError(f"student.args: {model_name} refuses {dict(args or {})}: {error}") from error
+        raise UserError(f"student.args: {model_name} refuses {args}: {error}") from error
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"student.name: {model_name} gives no intermediate features (timm's forward_intermediates)")
     return model
 
 
 class Encoder(nn.Module):
-    """The exported part: normalisation and backbone, giving one vector per image.
-
-    Args:
-        backbone: a timm model with ``feature_info`` and ``forward_intermediates``.
+    """The exported part: normalisation and a timm model, giving one vector per image.
 
     Attributes:
         channels, strides: of every level of the pyramid.
@@ -106,14 +102,12 @@ class Student(nn.Module):
     """Encoder and neck.
 
     Args:
-        encoder: the exported part.
         token_dim: channels D of the feature map.
         taps: strides that the neck fuses on the grid of stride 16; 16 is always included. Each selects the deepest level of at
             most that stride, or the first level. Several taps may select one level, as in a ViT; it is fused once.
 
     Attributes:
-        levels: fused levels of the pyramid, in order.
-        tap_strides: their strides.
+        levels, tap_strides: the fused levels of the pyramid, in order, and their strides.
     """
 
     def __init__(self, encoder: Encoder, token_dim: int, taps: Sequence[int] = TAPS) -> None:
@@ -148,15 +142,14 @@ def freeze_unused(student: Student, image_size: int) -> None:
 
 def level_at_stride(strides: Sequence[int], stride: int) -> int:
     """The deepest level of at most this stride, or of the finest stride."""
-    within = [level for level, own in enumerate(strides) if own <= max(stride, strides[0])]
-    return within[-1]
+    return max(level for level, own in enumerate(strides) if own <= max(stride, strides[0]))
 
 
 def save_encoder(encoder: Encoder, model: str, args: Mapping[str, Any], input_size: int, folder: Path) -> None:
     """Write the backbone as safetensors, and a description for :func:`load_encoder` and timm.
 
     Args:
-        model, args: as passed to :func:`create_backbone`.
+        model, args: of :func:`create_backbone`.
         input_size: side in pixels at which it was trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,11 +181,7 @@ def load_encoder(folder: Path) -> Encoder:
 
 
 def build_encoder(described: Mapping[str, Any]) -> Encoder:
-    """The encoder with a description's ``model`` and ``args``, without its weights.
-
-    Raises:
-        UserError: as :func:`create_backbone`.
-    """
+    """The encoder of a description's ``model`` and ``args``, without its weights; errors as in :func:`create_backbone`."""
     return Encoder(create_backbone(described["model"], described["args"]))
 
 

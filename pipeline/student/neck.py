@@ -9,15 +9,10 @@ from torch import Tensor, nn
 
 
 class FuseNeck(nn.Module):
-    """Project each level to `dim` channels, resize it to the grid, and add.
+    """Project each level to `dim` channels, resize it to the grid of stride `stride`, and add.
 
-    Coarser levels are up-sampled, as in EdgeSAM (Zhou et al. 2023, section 3.2), which fuses the levels of its CNN student
-    this way for dense targets. The projection of a finer level down-samples it: its kernel is as large as its stride.
-
-    Args:
-        channels, strides: of the levels.
-        stride: of the grid.
-        dim: channels of the result.
+    Coarser levels are up-sampled, as in EdgeSAM (Zhou et al. 2023, section 3.2). The projection of a finer level down-samples
+    it: its kernel is as large as its stride.
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], stride: int, dim: int) -> None:
@@ -31,13 +26,11 @@ class FuseNeck(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps [B, channels_l, h_l, w_l] of the levels -> [B, dim, h, w], the size of the level of the grid."""
         projected = [project(part) for project, part in zip(self.projections, maps, strict=True)]
-        fused: Tensor = projected[self.grid]
-        for number, part in enumerate(projected):
-            if number != self.grid:
-                fused = fused + _to(part, fused.shape[-2:])
+        fused: Tensor = projected.pop(self.grid)
+        size = fused.shape[-2:]
+        for part in projected:
+            # A finer map of odd size down-samples to one row less than the grid has.
+            if part.shape[-2:] != size:
+                part = F.interpolate(part, size, mode="bilinear", align_corners=False)
+            fused = fused + part
         return fused
-
-
-def _to(part: Tensor, size: Sequence[int]) -> Tensor:
-    # A finer map of odd size down-samples to one row less than the grid has.
-    return part if part.shape[-2:] == size else F.interpolate(part, list(size), mode="bilinear", align_corners=False)

@@ -301,11 +301,7 @@ def _check_choice(field: str, value: object, options: Sequence[object]) -> None:
 
 
 def _check_shape(
-    dims: Sequence[int],
-    depths: Sequence[int],
-    heads: Sequence[int],
-    ffn_ratio: Sequence[float],
-    qk_dim: Sequence[int],
+    dims: Sequence[int], depths: Sequence[int], heads: Sequence[int], ffn_ratio: Sequence[float], qk_dim: Sequence[int]
 ) -> None:
     _check(len(dims) == STAGES and all(dim >= 1 for dim in dims), "dims", dims, "four integers >= 1")
     _check(dims[0] % 2 == 0, "dims", dims, "even in its first entry, which the stem halves")

@@ -4,8 +4,8 @@
       - model: student
         weights: work/runs/<run>/student
 
-The summary is the one that the student was distilled to predict. Patches are the levels that the neck fuses by default, each
-resized to the grid of stride 16 and concatenated along the channels.
+The summary is the student's own. Patches are the levels that the neck fuses by default, resized to the grid of stride 16
+and concatenated along the channels.
 """
 
 from __future__ import annotations
@@ -31,16 +31,12 @@ from teachers.base import (
     digest_state,
     pool_grid,
 )
+from teachers.variants import pooled_grid
 from teachers.weights import parse_weights
 
 
 class StudentTeacher(Teacher):
-    """The backbone of an exported student.
-
-    Args:
-        folder: with `student.safetensors` and `student.json`.
-        options: of the user; `args` are refused, since `student.json` has them.
-    """
+    """The backbone of an exported student, in `folder`; its `student.json` has the `args`."""
 
     encoder: Encoder
 
@@ -52,10 +48,6 @@ class StudentTeacher(Teacher):
             raise TeacherError(f"teacher {name}: args are those of {folder / 'student.json'}; remove them")
         size = options.input_size or described["input_size"]
         summary_dim, patch_dim, grid = self._probe(described, size)
-        if any(side % self.pool for side in grid):
-            raise TeacherError(
-                f"teacher {name}: pool {self.pool} does not divide its grid of {grid[0]}x{grid[1]} patches"
-            )
         self.spec = TeacherSpec(
             name=name,
             architecture=name,
@@ -66,14 +58,14 @@ class StudentTeacher(Teacher):
             interpolation="bicubic",
             summary_dim=summary_dim,
             patch_dim=patch_dim,
-            grid=(grid[0] // self.pool, grid[1] // self.pool),
+            grid=pooled_grid(name, grid, self.pool),
             pool=self.pool,
             model_args=described["args"],
             licence="as its teachers'",
         )
 
     def _probe(self, described: dict[str, Any], size: int) -> tuple[int, int, tuple[int, int]]:
-        """Channels of summary and patch, and the grid, from a forward pass on the meta device."""
+        """Channels of summary and patch, and the grid."""
         try:
             with torch.device("meta"):
                 encoder = Encoder(create_backbone(described["model"], described["args"])).eval()
@@ -81,10 +73,8 @@ class StudentTeacher(Teacher):
         except UserError as error:
             raise TeacherError(f"teacher student: {self.folder}: {error}") from error
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = one_line(error)
-            raise TeacherError(
-                f"teacher student/{described['model']}: it does not accept input_size {size} ({reason})"
-            ) from error
+            name, reason = described["model"], one_line(error)
+            raise TeacherError(f"teacher student/{name}: it does not accept input_size {size} ({reason})") from error
         return summary.shape[-1], patches.shape[-1], (patches.shape[1], patches.shape[2])
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:

@@ -133,8 +133,8 @@ def test_its_metrics_are_columns_of_a_comparison(tmp_path):
     [
         ("segmnt", "there is no task segmnt; did you mean segment?"),
         ("no.such:Task", "no.such:Task cannot be imported"),
-        ("tests.downstream.toy_task:Nothing", "Nothing in tests.downstream.toy_task is not a subclass"),
-        ("tests.downstream.toy_task:ColourBatch", "ColourBatch in tests.downstream.toy_task is not a subclass"),
+        ("tests.downstream.toy_task:Nothing", "module tests.downstream.toy_task has no Nothing"),
+        ("tests.downstream.toy_task:ColourBatch", "tests.downstream.toy_task:ColourBatch is not a subclass"),
         ("tests.downstream.toy_task:Clash", "is called train, which is another section"),
     ],
 )

@@ -84,7 +84,7 @@ def test_weights_of_the_hub_are_known_by_their_tag_and_licence(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "weights", "expected"),
     [
-        ("regla_t", "FOLDER", rf"student\.weights: FOLDER is of {NAME}; set student\.name={NAME}$"),
+        ("regla_t", "FOLDER", rf"student\.weights: FOLDER belongs to {NAME}; set student\.name={NAME}$"),
         (
             "regla_t",
             "FOLDER/student.safetensors",
