@@ -42,8 +42,8 @@ class SavedModel:
 
     @property
     def encoder(self) -> Encoder:
-        """The backbone that the head stands on."""
-        return next(module for module in self.model.modules() if isinstance(module, Encoder))
+        """The backbone under the head."""
+        return find_encoder(self.model)
 
     @property
     def student_run(self) -> str | None:
@@ -64,6 +64,11 @@ class SavedModel:
         (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
         if self.provenance:
             (folder / "provenance.json").write_text(json.dumps(self.provenance, indent=2), encoding="utf-8")
+
+
+def find_encoder(model: nn.Module) -> Encoder:
+    """The backbone inside a model."""
+    return next(module for module in model.modules() if isinstance(module, Encoder))
 
 
 def finished_model(

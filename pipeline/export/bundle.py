@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distill.kept_heads import StudentWithHeads, load_heads
-from pipeline.downstream.saved import SavedModel
+from pipeline.downstream.saved import SavedModel, find_encoder
 from pipeline.errors import UserError
 from pipeline.export.graphs import OUTPUT
 from pipeline.student.folding import inference_form
@@ -26,17 +26,16 @@ class ExportBundle:
     """A model to export.
 
     Attributes:
-        name: readable.
+        name: for people.
         timm_name, args: what timm builds the backbone from.
-        model: [B, 3, H, W] float32 RGB in [0, 1] -> a tensor, or a tuple of several; in evaluation mode, on the CPU.
-        outputs: what each of them means, by name.
-        size: side of the input in pixels that it is meant for.
-        crop_share: of a resized image's side in the centre crop; None: the whole image is resized to a square.
-        classes: of the logits, else none.
-        provenance: of its origin, JSON-ready.
-        heads: the heads that are kept, else None.
-        saved: the fine-tuned model that it is, else None.
-        classifier: as in :class:`~pipeline.downstream.base.ExportForm`.
+        model: [B, 3, H, W] float32 RGB in [0, 1] -> a tensor or a tuple of them; in evaluation mode, on the CPU.
+        outputs: the meaning of each output, by name.
+        size: side of the input in pixels.
+        crop_share, classifier: as in :class:`~pipeline.downstream.base.ExportForm`.
+        classes: names of the logits, if any.
+        provenance: JSON-ready.
+        heads: the student with its kept heads, if they are exported.
+        saved: the fine-tuned model, if it is one.
     """
 
     name: str
@@ -55,22 +54,18 @@ class ExportBundle:
     @property
     def encoder(self) -> Encoder:
         """The backbone with its normalisation."""
-        return _encoder(self.model)
+        return find_encoder(self.model)
 
     def fused(self) -> nn.Module:
         """A copy whose backbone is in its inference form: branches merged, BatchNorm folded."""
         whole = copy.deepcopy(self.model)
-        encoder = _encoder(whole)
+        encoder = find_encoder(whole)
         encoder.backbone = inference_form(encoder.backbone, torch.rand(1, 3, self.size, self.size))
         return whole.eval()
 
 
-def _encoder(model: nn.Module) -> Encoder:
-    return next(module for module in model.modules() if isinstance(module, Encoder))
-
-
-class _Heads(nn.Module):
-    """The summary, then the predictions of every teacher's heads."""
+class _WithHeads(nn.Module):
+    """[B, 3, H, W] -> the summary, then the predictions of every teacher's heads."""
 
     def __init__(self, whole: StudentWithHeads) -> None:
         super().__init__()
@@ -78,53 +73,44 @@ class _Heads(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         output = self.whole.student.encode(images)
-        answers = self.whole.predict_features(output)
-        return output.summary, *(tensor for kinds in answers.values() for tensor in kinds.values())
+        predicted = self.whole.predict_features(output)
+        return output.summary, *(tensor for kinds in predicted.values() for tensor in kinds.values())
 
 
 def make_bundle(loaded: LoadedStudent, size: int, *, heads: bool = False) -> ExportBundle:
-    """A backbone.
-
-    Args:
-        size: side of the input in pixels.
-        heads: keep neck and heads too, so that it also predicts its teachers' features.
+    """A backbone for inputs of `size` pixels; with its heads, it also predicts its teachers' features.
 
     Raises:
-        UserError: if it is no student or timm model, or has no heads.
+        UserError: if it is neither a student nor a timm model, or has no heads.
     """
     encoder = loaded.encoder
     if not isinstance(encoder, Encoder):
-        raise UserError(f"{loaded.name}: is a graph already; only students and timm models are exported")
+        raise UserError(f"{loaded.name}: is a graph already; only students and timm models can be exported")
     name = loaded.name.removeprefix("timm/")
     bare = ExportBundle(name, name, loaded.args, encoder, {OUTPUT: FEATURES}, size, provenance=loaded.provenance)
     if not heads:
         return bare
     if loaded.folder is None:
-        raise UserError(f"--heads: {loaded.name} is no distilled student, and has none")
+        raise UserError(f"--heads: {loaded.name} is not a distilled student, so it has no heads")
     whole = load_heads(loaded.folder)
+    texts = {"summary": "its vector of the image", "patches": "its grid of patches, on the student's own grid"}
     outputs = {OUTPUT: FEATURES}
     for label, kinds in zip(whole.labels, whole.heads, strict=True):
         assert isinstance(kinds, nn.ModuleDict)
-        outputs |= {f"{label}.{kind}": f"prediction of {label}'s features: {_KINDS[kind]}" for kind in kinds}
-    return replace(bare, model=_Heads(whole).eval(), outputs=outputs, heads=whole)
-
-
-_KINDS = {"summary": "its vector of the image", "patches": "its grid of patches, on the student's own grid"}
+        outputs |= {f"{label}.{kind}": f"prediction of {label}'s features: {texts[kind]}" for kind in kinds}
+    return replace(bare, model=_WithHeads(whole).eval(), outputs=outputs, heads=whole)
 
 
 def make_task_bundle(saved: SavedModel, size: int | None = None) -> ExportBundle:
-    """A fine-tuned model, if its task has an export form.
-
-    Args:
-        size: side of the input in pixels; None: as it was trained.
+    """A fine-tuned model for inputs of `size` pixels; None: the size that it was trained at.
 
     Raises:
-        UserError: if its task has none.
+        UserError: if its task has no export form.
     """
     form, task = saved.task.export_form(saved.model), saved.task
     if form is None:
         raise UserError(
-            f"a model that was fine-tuned for {task.name} is not exported: its task has no export form, as classify has; "
+            f"a model fine-tuned for {task.name} cannot be exported: its task has no export form, unlike classify; "
             "jobs/predict.py runs it"
         )
     return ExportBundle(

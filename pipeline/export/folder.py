@@ -1,4 +1,4 @@
-"""A model as a folder for other programs: the chosen formats, compared with eager, a description and a model card.
+"""A model as a folder for other programs: chosen formats, each compared with eager; a description; a model card.
 
     student.safetensors, student.json   weights as trained, for this project (model.* for a classifier)
     student.pt2                         torch.export; student.onnx: ONNX; student.mlpackage: Core ML
@@ -30,7 +30,7 @@ from pipeline.export.card import hub_card, model_card
 from pipeline.export.formats import ROUNDS, Format
 from pipeline.export.graphs import INPUT, export_coreml, export_onnx, export_torch
 from pipeline.export.hub import is_ours, load_hub, write_hub
-from pipeline.runtime.timing import Timing, interleave
+from pipeline.runtime.timing import interleave
 from pipeline.student.loading import load_student
 from pipeline.student.model import save_encoder
 
@@ -42,32 +42,26 @@ Run = Callable[[Tensor], Outputs]
 
 
 class Written(NamedTuple):
-    """A file or folder of one format, a function that runs it if this machine can, and further fields of its entry."""
+    """A file or folder of one format, a function that runs it if this machine can, and the `call` of the hf format."""
 
     path: Path
     run: Run | None
-    said: dict[str, Any] = {}  # noqa: RUF012  a NamedTuple's default, never changed
+    call: str | None = None
 
 
 def export_bundle(
     bundle: ExportBundle, formats: Sequence[Format], folder: Path, rounds: int = ROUNDS
 ) -> dict[str, Any]:
-    """Write a model in these formats into a folder.
-
-    Args:
-        rounds: of the measurement of latency.
-
-    Returns:
-        The content of export.json.
+    """Write a model in these formats into a folder, and time it in `rounds`; returns the content of export.json.
 
     Raises:
         UserError: if it cannot be exported, or a file's output differs from eager.
     """
     folder.mkdir(parents=True, exist_ok=True)
     size, backbone = bundle.size, bundle.encoder.backbone
-    # Height and width stay open from 33 pixels on (see export_torch), where the network takes them at all.
+    # Height and width are dynamic from 33 pixels on (see export_torch), if the network takes other sizes at all.
     fixed = size < 33 or bool(backbone.pretrained_cfg.get("fixed_input_size", False))  # type: ignore[union-attr, operator]
-    fixed = fixed or bundle.heads is not None  # the neck brings maps of several sizes to one grid
+    fixed = fixed or bundle.heads is not None  # the neck resizes maps to one grid
     dynamic = (0,) if fixed else (0, 2, 3)
     fused = bundle.fused() if {"torch_export", "onnx", "coreml"} & set(formats) else bundle.model
     written = {form: _WRITERS[form](bundle, fused, folder, dynamic) for form in formats}
@@ -80,7 +74,7 @@ def export_bundle(
                 "file": result.path.name,
                 "parity": parity[form],
                 **({"latency": latency[form]} if form in latency else {}),
-                **result.said,
+                **({"call": result.call} if result.call else {}),
             }
             for form, result in written.items()
         },
@@ -95,22 +89,15 @@ def export_bundle(
 
 def _describe(bundle: ExportBundle, fixed: bool) -> dict[str, Any]:
     sides = [bundle.size, bundle.size] if fixed else ["height", "width"]
+    shape = ["batch", 3, *sides]
     with torch.no_grad():
-        shapes = [
-            list(output.shape[1:]) for output in _several(bundle.model(torch.rand(1, 3, bundle.size, bundle.size)))
-        ]
+        outputs = _as_list(bundle.model(torch.rand(1, 3, bundle.size, bundle.size)))
     return {
         "model": bundle.name,
-        "input": {
-            "name": INPUT,
-            "shape": ["batch", 3, *sides],
-            "dtype": "float32",
-            "range": [0, 1],
-            "channels": "RGB",
-        },
+        "input": {"name": INPUT, "shape": shape, "dtype": "float32", "range": [0, 1], "channels": "RGB"},
         "outputs": [
-            {"name": name, "shape": ["batch", *shape], "meaning": meaning}
-            for (name, meaning), shape in zip(bundle.outputs.items(), shapes, strict=True)
+            {"name": name, "shape": ["batch", *output.shape[1:]], "meaning": meaning}
+            for (name, meaning), output in zip(bundle.outputs.items(), outputs, strict=True)
         ],
         "preprocessing": preprocessing(bundle),
         "classes": list(bundle.classes),
@@ -154,9 +141,9 @@ def _onnx(bundle: ExportBundle, fused: nn.Module, folder: Path, dynamic: Sequenc
 def _hf(bundle: ExportBundle, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
     if bundle.heads is not None:
         raise UserError("--heads: the hf layout has no place for them; leave one of the two out")
-    shutil.rmtree(folder / "hf", ignore_errors=True)  # timm takes any weights that lie there
+    shutil.rmtree(folder / "hf", ignore_errors=True)  # timm would load any weights left there
     expression = write_hub(bundle, folder / "hf")
-    return Written(folder / "hf", load_hub(folder / "hf", bundle, expression), {"call": expression})
+    return Written(folder / "hf", load_hub(folder / "hf", bundle, expression), expression)
 
 
 def _coreml(bundle: ExportBundle, fused: nn.Module, folder: Path, dynamic: Sequence[int]) -> Written:
@@ -172,10 +159,10 @@ _WRITERS: dict[Format, Callable[[ExportBundle, nn.Module, Path, Sequence[int]], 
     "coreml": _coreml,
 }
 GRAPHS = ("torch_export", "onnx")
-"""Formats that run otherwise than eager does, and can be timed here."""
+"""Formats that do not run eagerly and can be timed here."""
 
 
-def _several(outputs: Outputs) -> Sequence[Tensor]:
+def _as_list(outputs: Outputs) -> Sequence[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else outputs
 
 
@@ -187,13 +174,13 @@ def _example(size: int, dynamic: Sequence[int]) -> Tensor:
 def _parity(
     eager: nn.Module, run: Run | None, shapes: Sequence[tuple[int, int, int]], form: str
 ) -> dict[str, Any] | str:
-    """Largest difference from eager over random images of these (batch, height, width), relative to each largest output."""
+    """Largest difference from eager on random images of these (batch, height, width), relative to the largest output."""
     if run is None:
         return "not run: Core ML needs macOS"
     worst = 0.0
     for batch, height, width in shapes:
         images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-        for found, expected in zip(_several(run(images)), _several(eager(images)), strict=True):
+        for found, expected in zip(_as_list(run(images)), _as_list(eager(images)), strict=True):
             worst = max(worst, ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item())
     if not worst <= TOLERANCE:
         raise UserError(f"{form}: differs from eager by {worst:.1e} of the largest output, more than {TOLERANCE:g}")
@@ -202,20 +189,19 @@ def _parity(
 
 @torch.inference_mode()
 def _latency(bundle: ExportBundle, runs: Mapping[Format, Run | None], rounds: int) -> dict[str, Any]:
-    """Time of one image, interleaved with eager: by format, and of eager itself under its own name."""
+    """Time of one image by format and of "eager", measured in turns."""
     image = torch.rand(1, 3, bundle.size, bundle.size)
     every: dict[str, Run] = {"eager": bundle.model, **{form: run for form, run in runs.items() if run}}
     if len(every) == 1:
         return {}
     calls = {name: lambda run=run: run(image) for name, run in every.items()}
-    timings = interleave(calls, lambda _: "eager", rounds)
-    return {name: _shown(timing, bundle.size, rounds) for name, timing in timings.items()}
-
-
-def _shown(timing: Timing, size: int, rounds: int) -> dict[str, Any]:
+    threads = torch.get_num_threads()
     return {
-        "milliseconds": round(1e3 * timing.median, 3),
-        "quartiles": [round(1e3 * value, 3) for value in timing.quartiles],
-        "of_eager": round(timing.ratio, 3),
-        "measured": f"CPU, {torch.get_num_threads()} threads, one image of {size} px, median of {rounds} rounds",
+        name: {
+            "milliseconds": round(1e3 * timing.median, 3),
+            "quartiles": [round(1e3 * value, 3) for value in timing.quartiles],
+            "of_eager": round(timing.ratio, 3),
+            "measured": f"CPU, {threads} threads, one image of {bundle.size} px, median of {rounds} rounds",
+        }
+        for name, timing in interleave(calls, lambda _: "eager", rounds).items()
     }

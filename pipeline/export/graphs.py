@@ -1,4 +1,7 @@
-"""A student in the formats of other runtimes: torch.export, ONNX and Core ML."""
+"""A student in the formats of other runtimes: torch.export, ONNX and Core ML.
+
+The model is in evaluation mode, best in its inference form; it maps one image tensor to a tensor or a tuple of them.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,15 @@ def export_onnx(
     dynamic: Sequence[int] = (0, 2, 3),
     outputs: Sequence[str] = (OUTPUT,),
 ) -> Path:
-    """Write ``model`` as one ONNX file (opset 18, weights inside).
+    """Write one ONNX file (opset 18, weights inside) whose input is named ``image``; returns its path.
 
     Args:
-        model: in eval mode, best in its inference form; one image tensor in, one tensor or a tuple of them out.
-        path: of the file.
-        example: images (B, C, H, W) as the model takes them; B >= 2 and H different from W keep the exporter from
-            taking two open sides for one.
-        dynamic: sides that are left open; with none, the file takes the shape of ``example`` alone, which lets a
-            runtime fold more of it.
-        outputs: their names.
-
-    Returns:
-        ``path``. The input is named ``image``.
+        example: images [B, C, H, W]; with B >= 2 and H unlike W, the exporter does not take two dynamic dimensions for one.
+        dynamic: dimensions that stay open; with none, a runtime can fold more of the graph.
+        outputs: names.
 
     Raises:
-        UserError: the model is in training mode.
+        UserError: if the model is in training mode.
     """
     _check_eval(model)
     # The exporter warns of operators of packages that are not installed.
@@ -58,22 +54,15 @@ def export_onnx(
 
 
 def export_torch(model: nn.Module, path: Path | str, example: Tensor, dynamic: Sequence[int] = (0, 2, 3)) -> Path:
-    """Write ``model`` as a program of torch.export (``.pt2``), which torch loads without its code.
+    """Write a torch.export program (``.pt2``), which torch loads without the model's code; returns its path.
 
-    Args:
-        model: in eval mode, best in its inference form; one image tensor in, one tensor or a tuple of them out.
-        path: of the file.
-        example: images (B, C, H, W) as the model takes them, as for :func:`export_onnx`.
-        dynamic: sides that are left open, height and width from 33 pixels on.
-
-    Returns:
-        ``path``.
+    Arguments are those of :func:`export_onnx`; dynamic heights and widths start at 33 pixels.
 
     Raises:
-        UserError: the model is in training mode.
+        UserError: if the model is in training mode.
     """
     _check_eval(model)
-    # torch.export takes a side of one cell at stride 32 for a constant.
+    # torch.export treats a height or width of one cell at stride 32 as a constant.
     least = {0: ("batch", 1), 2: ("height", 33), 3: ("width", 33)}
     shapes = {side: torch.export.Dim(name, min=low) for side, (name, low) in least.items() if side in dynamic}
     with torch.no_grad():
@@ -83,21 +72,12 @@ def export_torch(model: nn.Module, path: Path | str, example: Tensor, dynamic: S
 
 
 def export_coreml(model: nn.Module, path: Path | str, example: Tensor, outputs: Sequence[str] = (OUTPUT,)) -> Path:
-    """Write ``model`` as a Core ML package (ML program, float16, iOS 17 and later) for the shape of ``example``.
+    """Write a Core ML package (``.mlpackage``: ML program, float16, iOS 17 and later); returns its path.
 
-    Phones plan their neural engine for a fixed shape, so no side is dynamic.
-
-    Args:
-        model: in eval mode, best in its inference form.
-        path: of the folder, ending in ``.mlpackage``.
-        example: images (B, C, H, W) as the model takes them.
-        outputs: their names.
-
-    Returns:
-        ``path``. The input is named ``image``.
+    It takes only the shape of ``example``: phones plan their neural engine for a fixed one.
 
     Raises:
-        UserError: ``coremltools`` is not installed, or the model is in training mode.
+        UserError: if ``coremltools`` is not installed, or the model is in training mode.
     """
     _check_eval(model)
     try:

@@ -23,19 +23,14 @@ from pipeline.student import blocks, layers, regla
 from pipeline.student.layers import NormLinear
 from pipeline.student.model import create_backbone
 
-OWN_CODE = "regla.py"
 LEAVE_OUT = "leave hf out: --format safetensors torch_export onnx"
 MAPS = "model.forward_intermediates(images, intermediates_only=True)"
-"""The maps of a model's stages, in Python."""
+"""Python expression for the maps of a model's stages."""
 _POOLED = f"{MAPS}[-1].mean((2, 3))"
 
 
 def write_hub(bundle: ExportBundle, folder: Path) -> str:
-    """Write everything but the card.
-
-    Returns:
-        The expression that gives the output of `images`, normalised, in Python: `model(images)` where timm's own head
-        does what the export does.
+    """Write everything but the card; returns the Python expression for the output of normalised `images`.
 
     Raises:
         UserError: if timm's form of the network has no place for the head.
@@ -43,32 +38,37 @@ def write_hub(bundle: ExportBundle, folder: Path) -> str:
     model = _with_classifier(bundle) if bundle.saved else bundle.encoder.backbone
     args = {**bundle.args, "num_classes": len(bundle.classes)}
     steps = preprocessing(bundle)
-    config = {
-        "input_size": [3, *steps["resize"]],
-        "interpolation": "bicubic",
-        **{name: steps[name] for name in ("mean", "std", "crop_pct", "crop_mode")},
+    config: dict[str, Any] = {
+        "pretrained_cfg": {
+            "input_size": [3, *steps["resize"]],
+            "interpolation": "bicubic",
+            **{name: steps[name] for name in ("mean", "std", "crop_pct", "crop_mode")},
+        }
     }
-    named: dict[str, Any] = {"label_names": list(bundle.classes)} if bundle.classes else {}
-    save_for_hf(model, str(folder), {"pretrained_cfg": config, **named}, args, safe_serialization=True)
+    if bundle.classes:
+        config["label_names"] = list(bundle.classes)
+    save_for_hf(model, str(folder), config, args, safe_serialization=True)
     if is_ours(bundle):
-        (folder / OWN_CODE).write_text(one_file(), encoding="utf-8")
+        (folder / "regla.py").write_text(one_file(), encoding="utf-8")
     return "model(images)" if bundle.saved or _pools(model, bundle.size) else _POOLED
 
 
 def load_hub(folder: Path, bundle: ExportBundle, expression: str) -> Callable[[Tensor], Tensor]:
-    """The folder as timm loads it, as a function of images in [0, 1]."""
+    """The model as timm loads it from the folder, as a function of images in [0, 1]."""
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     encoder = bundle.encoder
 
     def run(images: Tensor) -> Tensor:
         images = (images - encoder.mean) / encoder.std
-        if expression == _POOLED:
-            maps: Tensor = model.forward_intermediates(images, intermediates_only=True)[-1]
-            return maps.mean((2, 3))
-        output: Tensor = model(images)
+        output: Tensor = _last_map_mean(model, images) if expression == _POOLED else model(images)
         return output
 
     return run
+
+
+def _last_map_mean(model: Any, images: Tensor) -> Tensor:
+    maps: list[Tensor] = model.forward_intermediates(images, intermediates_only=True)
+    return maps[-1].mean((2, 3))
 
 
 def is_ours(bundle: ExportBundle) -> bool:
@@ -87,15 +87,13 @@ def one_file() -> str:
 def _pools(model: nn.Module, size: int) -> bool:
     """Whether the network's own head averages the last map and does nothing else."""
     images = torch.rand(1, 3, size, size)
-    maps: list[Tensor] = model.forward_intermediates(images, intermediates_only=True)  # type: ignore[operator]
-    pooled = maps[-1].mean((2, 3))
-    output: Tensor = model(images)
+    pooled, output = _last_map_mean(model, images), model(images)
     return output.shape == pooled.shape and torch.allclose(output, pooled, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def _with_classifier(bundle: ExportBundle) -> nn.Module:
-    """timm's network with our norm and linear layer in the place of its classifier."""
+    """timm's network whose classifier holds our norm and linear layer."""
     if bundle.classifier is None:
         raise UserError(f"hf: timm has no place for the head of {bundle.name}; {LEAVE_OUT}")
     norm, head = bundle.classifier
@@ -112,15 +110,11 @@ def _with_classifier(bundle: ExportBundle) -> nn.Module:
         weight, bias = both.folded()
         own.weight.copy_(weight)
         own.bias.copy_(bias)
+    found, expected = model((images - encoder.mean) / encoder.std), bundle.model(images)
     # timm may have a norm or an attention pool before its classifier.
-    if not _agree(model((images - encoder.mean) / encoder.std), bundle.model(images)):
+    if found.shape != expected.shape or not (found - expected).abs().max() <= 1e-3 * expected.abs().max():
         raise UserError(
             f"hf: timm's {bundle.timm_name} has other layers between its last map and its classes than this "
             f"classifier; {LEAVE_OUT}"
         )
     return model
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs differ by rounding alone."""
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())
