@@ -6,31 +6,18 @@ What takes seconds to import is imported in functions, so that the command line 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from pipeline.runs.config import JobConfig
 
-if TYPE_CHECKING:
-    from pipeline.student.loading import LoadedStudent
 
-
-def naming(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add the arguments that name a backbone, for :func:`load_named`; `what` describes what the job takes."""
-    parser.add_argument("model", help=what)
+def add_model_arguments(parser: argparse.ArgumentParser, accepted: str) -> None:
+    """Add the arguments that name a backbone; `accepted` says which kinds of model the job takes."""
+    parser.add_argument("model", help=accepted)
     parser.add_argument(
         "--weights", default="pretrained", help="weights of a timm name: pretrained, random[:seed], or a file"
     )
     parser.add_argument("--size", type=int, help="side of the input in pixels; default: as the student was trained")
     parser.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else the work folder's")
-
-
-def load_named(options: argparse.Namespace) -> tuple[LoadedStudent, int]:
-    """The backbone that the arguments of :func:`naming` name, and the side of its input in pixels."""
-    from pipeline.runs.addresses import fetch_student
-    from pipeline.student.loading import load_student
-
-    loaded = load_student(fetch_student(options.model, tracking_uri(options)), weights=options.weights)
-    return loaded, options.size or loaded.input_size or 224
 
 
 def tracking_uri(options: argparse.Namespace) -> str:

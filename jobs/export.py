@@ -17,14 +17,14 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._backbone import load_named, naming, tracking_uri
+from jobs._backbone import add_model_arguments, tracking_uri
 from jobs._cli import finish, later, table
 from jobs._completion import complete
 from pipeline.export.formats import FORMATS, ROUNDS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, export, and print what was written as a table and one line of JSON."""
+    """Export, and print a table of the files and one line of JSON."""
     command_line = parser()
     complete(command_line)
     options = command_line.parse_args(arguments)
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    naming(parser, "exported student or fine-tuned model folder, MLflow model URI (models:/m-...), or timm name")
+    add_model_arguments(
+        parser, "exported student or fine-tuned model folder, MLflow model URI (models:/m-...), or timm name"
+    )
     formats = [form for form in FORMATS if form != "coreml"]
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=formats, help=f"default: {' '.join(formats)}")
     parser.add_argument("--heads", action="store_true", help="keep the heads of a student distilled with keep_heads")
@@ -53,13 +55,15 @@ from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
 from pipeline.export.bundle import ExportBundle, make_bundle, make_task_bundle
 from pipeline.export.folder import export_bundle
+from pipeline.runs.addresses import fetch_student
+from pipeline.student.loading import load_student
 
 
 def export(options: argparse.Namespace) -> Mapping[str, Any]:
     """Write the folder."""
     if "hf" in options.format and options.heads:
         options.format = [form for form in options.format if form != "hf"]
-        print("hf is left out: it has no place for heads", flush=True)
+        print("hf is left out: its layout has no place for heads", flush=True)
     if options.rounds < 1:
         raise UserError(f"--rounds={options.rounds}: at least 1")
     if options.to.exists() and not options.to.is_dir():
@@ -72,13 +76,14 @@ def export(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def load_bundle(options: argparse.Namespace) -> ExportBundle:
-    """What is exported."""
-    saved = find_model(options.model, tracking_uri(options))
+    """The model to export."""
+    store = tracking_uri(options)
+    saved = find_model(options.model, store)
     if saved is None:
-        loaded, size = load_named(options)
-        return make_bundle(loaded, size, heads=options.heads)
+        loaded = load_student(fetch_student(options.model, store), weights=options.weights)
+        return make_bundle(loaded, options.size or loaded.input_size or 224, heads=options.heads)
     if options.heads:
-        raise UserError(f"--heads: {options.model} is fine-tuned, and has left the heads of its teachers behind")
+        raise UserError(f"--heads: {options.model} is fine-tuned and no longer has the heads of its teachers")
     return make_task_bundle(saved, options.size)
 
 

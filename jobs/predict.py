@@ -16,14 +16,14 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._backbone import naming, tracking_uri
+from jobs._backbone import add_model_arguments, tracking_uri
 from jobs._cli import finish, later, table
 from jobs._completion import complete
 from pipeline.downstream.config import TASKS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, predict, and print what was written and one line of JSON."""
+    """Predict, and print a table of the files and one line of JSON."""
     command_line = parser()
     complete(command_line)
     options = command_line.parse_args(arguments)
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def task_name(text: str) -> str:
-    """A value of `--task`."""
+    """Check a value of `--task`."""
     if text not in ("features", *TASKS) and ":" not in text:
         raise argparse.ArgumentTypeError(f"there is no {text}; choose from features, {', '.join(TASKS)}")
     return text
@@ -40,7 +40,9 @@ def task_name(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    naming(parser, "fine-tuned model or exported student folder, MLflow model URI (models:/m-...), or timm name")
+    add_model_arguments(
+        parser, "fine-tuned model or exported student folder, MLflow model URI (models:/m-...), or timm name"
+    )
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders to search for them")
     task = parser.add_argument(
         "--task",
@@ -68,7 +70,7 @@ from pipeline.predict.predictor import Predictor, load_predictor
 
 
 def predict(options: argparse.Namespace) -> Mapping[str, Any]:
-    """Write the predictions for all images that can be read, and name the others."""
+    """Write predictions for every readable image, and name the others."""
     if options.batch_size < 1:
         raise UserError(f"--batch-size={options.batch_size}: at least 1")
     asked = options.task or ("features" if options.to and options.to.suffix else None)
@@ -86,31 +88,25 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
     predictor.unreadable = {}
     task = asked or predictor.task or "features"
     if task == "features":
-        return features(predictor, paths, options.to or Path("features.parquet"))
-    predictor.check_task(task)
-    written = write_predictions(predictor, paths, options.to or Path("predictions"))
-    count = len(list(predictor.readable(paths)))
-    print(table({"images": count, task: ", ".join(map(str, written))}))
-    return {
-        "task": predictor.task,
-        "images": count,
-        "files": [str(file.resolve()) for file in written],
-        **left_out(predictor),
-    }
+        figures = write_features(predictor, paths, options.to or Path("features.parquet"))
+    else:
+        predictor.check_task(task)
+        written = write_predictions(predictor, paths, options.to or Path("predictions"))
+        count = len(list(predictor.readable(paths)))
+        print(table({"images": count, task: ", ".join(map(str, written))}))
+        figures = {"task": predictor.task, "images": count, "files": [str(file.resolve()) for file in written]}
+    if unreadable := predictor.unreadable:
+        for reason in unreadable.values():
+            print(f"left out: {reason}", file=sys.stderr)
+        figures |= {"ok": False, "unreadable": [*map(str, unreadable)]}
+    return figures
 
 
-def features(predictor: Predictor, paths: Sequence[Path], file: Path) -> Mapping[str, Any]:
-    """Write one row for each image that can be read."""
+def write_features(predictor: Predictor, paths: Sequence[Path], file: Path) -> dict[str, Any]:
+    """Write one row for each readable image."""
     write = make_writer(file)
     vectors = predictor.features([*paths])
     write([*predictor.readable(paths)], vectors)
     images, channels = vectors.shape
     print(table({"images": images, "features": f"{file}, {channels} channels"}))
-    return {"file": str(file.resolve()), "images": images, "channels": channels, **left_out(predictor)}
-
-
-def left_out(predictor: Predictor) -> dict[str, Any]:
-    """Name unreadable files on stderr; returns the figures for exit code 1 if there are any."""
-    for reason in (unreadable := predictor.unreadable or {}).values():
-        print(f"left out: {reason}", file=sys.stderr)
-    return {"ok": False, "unreadable": [*map(str, unreadable)]} if unreadable else {}
+    return {"file": str(file.resolve()), "images": images, "channels": channels}

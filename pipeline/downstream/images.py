@@ -1,15 +1,16 @@
-"""Images with labels from any source, decoded by row; training and held-out classes must agree."""
+"""Images and labels from any source, decoded by row; training and held-out classes must agree."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from PIL import Image
+from torch import Tensor
 
 from pipeline.downstream.base import Split
 from pipeline.downstream.config import FinetuneJobConfig
@@ -23,7 +24,12 @@ from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SampleScenes, SceneSettings
 
 PARQUET_BLOCK = 128
-"""Rows of a Parquet file that stay together in the shuffle: a row group is read whole for any one of them."""
+"""Rows of a Parquet file that stay together in the shuffle: reading one reads its whole row group."""
+
+
+def split_location(config: FinetuneJobConfig, split: Split) -> str | None:
+    """Where the images of a split are; None if there are no held-out images."""
+    return config.data.train if split == "train" else config.data.held_out
 
 
 def open_split(config: FinetuneJobConfig, split: Split) -> Source | None:
@@ -32,25 +38,40 @@ def open_split(config: FinetuneJobConfig, split: Split) -> Source | None:
     Raises:
         UserError: as :func:`pipeline.sources.open.open_source` does.
     """
-    data, samples = config.data, config.data.samples
-    location = data.train if split == "train" else config.data.held_out
+    data, location = config.data, split_location(config, split)
     if location is None:
         return None
-    count = samples.train if split == "train" else samples.val
-    settings = SceneSettings(count, samples.size, config.seed)
+    count = data.samples.train if split == "train" else data.samples.val
+    settings = SceneSettings(count, data.samples.size, config.seed)
     return open_source(
         location, split=split, image_column=data.image_column, label_column=data.label_column, samples=settings
     )
 
 
-def open_scenes(config: FinetuneJobConfig, split: Split) -> SampleScenes | None:
-    """The generated scenes of a split, where the configuration names them."""
-    location = config.data.train if split == "train" else config.data.held_out
-    return cast(SampleScenes, open_split(config, split)) if location == SAMPLES else None
+class Scenes:
+    """Generated scenes in rows, for a task that adds their annotations."""
+
+    block = 1
+
+    def __init__(self, config: FinetuneJobConfig, split: Split) -> None:
+        scenes = open_split(config, split)
+        assert isinstance(scenes, SampleScenes)
+        self.scenes, self.location, self.classes = scenes, scenes.location, scenes.classes
+
+    def __len__(self) -> int:
+        return self.scenes.count
+
+    def key(self, row: int) -> str:
+        """Number of a scene."""
+        return f"scene-{row:08d}"
+
+    def check(self) -> list[str]:
+        """Generated scenes need no check."""
+        return []
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted; hidden ones are left out, such as the `._photo.jpg` that macOS writes.
+    """The image files below a folder, sorted, without hidden ones such as the `._photo.jpg` that macOS writes.
 
     Raises:
         UserError: if there are none, or a folder cannot be listed.
@@ -75,12 +96,21 @@ def decode(data: bytes | Exception, name: str) -> Image.Image:
         raise UserError(f"{name}: {error}; fetch it again or remove it") from error
 
 
-class SourceImages:
-    """The images of a source, in rows.
+def read_pixels(path: Path) -> Tensor:
+    """Upright RGB pixels of a file, uint8 [3, H, W].
 
-    Args:
-        source: of the images.
+    Raises:
+        UserError: naming the file and the reason.
     """
+    try:
+        data: bytes | Exception = path.read_bytes()
+    except OSError as error:
+        data = error
+    return torch.from_numpy(np.array(decode(data, str(path)))).permute(2, 0, 1)
+
+
+class SourceImages:
+    """The images of a source, in rows."""
 
     classes: tuple[str, ...] = ()
 
@@ -97,10 +127,10 @@ class SourceImages:
         return str(self.index["sample_id"][row].as_py())
 
     def check(self) -> list[str]:
-        """No file is empty; whether pixels decode is found when they are read.
+        """Refuse an empty file; whether pixels decode shows only when they are read.
 
         Raises:
-            UserError: naming the first image that is wrong.
+            UserError: naming the first such file.
         """
         sizes = self.index["size"].to_numpy()
         empty = np.flatnonzero((sizes == 0) & (self.location != SAMPLES))
@@ -109,7 +139,7 @@ class SourceImages:
         return []
 
     def images(self, rows: Sequence[int]) -> list[Image.Image]:
-        """Upright RGB images of rows; neighbours are read together.
+        """Upright RGB images of rows, read in ascending order.
 
         Raises:
             UserError: naming an image that cannot be read or decoded.
@@ -123,12 +153,7 @@ class SourceImages:
 
 
 class LabelledImages(SourceImages):
-    """Images with labels.
-
-    Args:
-        source: of the images.
-        classes: names by label, for a source without names; (): the labels themselves.
-    """
+    """Images with labels; `classes` names the labels of a source without names, by default the numbers themselves."""
 
     def __init__(self, source: Source, classes: tuple[str, ...] = ()) -> None:
         super().__init__(source)
@@ -137,11 +162,10 @@ class LabelledImages(SourceImages):
             first = self.key(pc.index(labels.is_null(), True).as_py())
             raise UserError(f"{self.location}: {first} has no label; classification needs one for every image")
         self.labels: np.ndarray = labels.to_numpy()
-        numbers = tuple(str(number) for number in range(int(self.labels.max()) + 1))
-        self.classes = source.classes or classes or numbers
+        self.classes = source.classes or classes or tuple(map(str, range(int(self.labels.max()) + 1)))
 
     def check(self) -> list[str]:
-        """Every label is one of the classes, and no file is empty."""
+        """Refuse a label beyond the classes, and an empty file."""
         beyond = np.flatnonzero(self.labels >= len(self.classes))
         if len(beyond):
             row = int(beyond[0])
@@ -162,7 +186,7 @@ def open_labelled(config: FinetuneJobConfig, split: Split, classes: Sequence[str
 
 
 def refuse_other_classes(expected: Sequence[str], found: Sequence[str], whose: str, location: str) -> None:
-    """Two lists of classes must be the same.
+    """Refuse two lists of classes that differ.
 
     Raises:
         UserError: naming the first class that only one of them has.
@@ -184,7 +208,7 @@ def size_on_disk(path: str) -> tuple[int, int]:
 
 
 def check_rows(check: Callable[[int], None], count: int) -> None:
-    """Call `check` for every row on threads; what the first bad row raises is raised."""
+    """Call `check` for every row on threads; raises what the first bad row raises."""
     with ThreadPoolExecutor(8) as pool, Progress(count, "img", "checking data") as progress:
         for _ in pool.map(check, range(count)):
             progress.update()

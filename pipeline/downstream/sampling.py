@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,64 +21,55 @@ from pipeline.errors import UserError
 
 
 class Draw(NamedTuple):
-    """One image of a batch: its place in the whole run, which seeds its augmentation, and its row in the data."""
+    """One image of a batch: its number in the whole run, which seeds its augmentation, and its row in the data."""
 
     number: int
     row: int
 
 
+@dataclass(frozen=True)
 class Sampler:
     """The order of a run: shuffled passes over the rows, one after the other, cut into global batches.
 
-    Args:
-        count: rows.
+    Attributes:
+        count: number of rows.
         batch_size: images per step over all workers.
-        seed: of the order.
         whole_passes: whether each pass drops the rows that do not fill a batch, so that a pass is an epoch; otherwise passes
             follow each other without a gap.
-        block: neighbouring rows that are kept together, where reading one reads the others too.
-        window: rows that are shuffled together after the shuffle of blocks.
+        block: neighbouring rows that stay together, because reading one reads the others too.
+        window: rows that are shuffled together after the blocks are shuffled.
         rank, world: number of this worker, and of all; each draws its part of every batch.
     """
 
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        seed: int,
-        *,
-        whole_passes: bool = True,
-        block: int = 1,
-        window: int = 1024,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.count, self.batch_size, self.seed, self.block, self.window = count, batch_size, seed, block, window
-        self.rank, self.world = rank, world
-        self.used = count // batch_size * batch_size if whole_passes else count
-        self._order = lru_cache(maxsize=2)(self._shuffle)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_order"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._order = lru_cache(maxsize=2)(self._shuffle)
+    count: int
+    batch_size: int
+    seed: int
+    _: KW_ONLY
+    whole_passes: bool = True
+    block: int = 1
+    window: int = 1024
+    rank: int = 0
+    world: int = 1
 
     def batch(self, number: int) -> list[Draw]:
         """This rank's part of global batch `number`."""
         part = self.batch_size // self.world
         first = number * self.batch_size + self.rank * part
-        return [Draw(n, int(self._order(n // self.used)[n % self.used])) for n in range(first, first + part)]
+        used = self.count // self.batch_size * self.batch_size if self.whole_passes else self.count
+        return [Draw(n, int(self._order(n // used)[n % used])) for n in range(first, first + part)]
 
-    def _shuffle(self, number: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, number])
-        if self.block == 1:
-            return rng.permutation(self.count)
-        blocks = np.array_split(np.arange(self.count), -(-self.count // self.block))
-        rows = np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
-        windows = np.split(rows, range(self.window, self.count, self.window))
-        return np.concatenate([rng.permutation(window) for window in windows])
+    def _order(self, number: int) -> np.ndarray:
+        return _shuffle((self.seed, number), self.count, self.block, self.window)
+
+
+@lru_cache(maxsize=2)
+def _shuffle(entropy: tuple[int, ...], count: int, block: int, window: int) -> np.ndarray:
+    rng = np.random.default_rng(entropy)
+    if block == 1:
+        return rng.permutation(count)
+    blocks = np.array_split(np.arange(count), -(-count // block))
+    rows = np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
+    return np.concatenate([rng.permutation(part) for part in np.split(rows, range(window, count, window))])
 
 
 @contextmanager
@@ -97,7 +89,7 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 class _Prepared(Dataset[Any]):
-    """Item `i` is `make` of item `i` of the list."""
+    """Item `i` is `make(items[i])`."""
 
     def __init__(self, make: Callable[[Any], Any], items: Sequence[Any]) -> None:
         self.make, self.items = make, items
@@ -109,12 +101,11 @@ class _Prepared(Dataset[Any]):
         try:
             return self.make(self.items[index])
         except UserError as error:
-            # Returned, not raised: the loader would wrap its text into a traceback.
-            return error
+            return error  # a raised one would reach the caller with a traceback in its message
 
 
 def prepare(make: Callable[[Any], Any], items: Sequence[Any], processes: int | None) -> Iterator[Any]:
-    """`make` of every item, in order, in other processes (None: CPUs of this process less one; 0: in this one).
+    """Yield `make(item)` for every item, in order, from other processes (None: one per CPU but one; 0: this process).
 
     Raises:
         UserError: as `make` raised it.
@@ -125,7 +116,7 @@ def prepare(make: Callable[[Any], Any], items: Sequence[Any], processes: int | N
         batch_size=None,
         num_workers=count,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the loader draws from the global one, and a resumed run draws once more
+        generator=torch.Generator(),  # the global one would advance, and a resumed run would differ
     )
     for batch in loader:
         if isinstance(batch, UserError):

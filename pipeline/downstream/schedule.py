@@ -19,11 +19,7 @@ POLY_POWER = 0.9
 def make_schedule(
     optimizer: torch.optim.Optimizer, train: TrainConfig, finetune: FinetuneConfig, steps: Sequence[int]
 ) -> Scheduler | None:
-    """Linear warm-up, then poly or multistep; None for the engine's own cosine.
-
-    Args:
-        steps: optimiser steps of every epoch.
-    """
+    """Linear warm-up, then poly or multistep, from the steps of each epoch; None for the engine's own cosine."""
     if finetune.schedule == "cosine":
         return None
     warmup: dict[str, Any] = {
@@ -34,6 +30,6 @@ def make_schedule(
     }
     if finetune.schedule == "poly":
         return PolyLRScheduler(optimizer, t_initial=sum(steps), power=POLY_POWER, lr_min=train.min_lr, **warmup)
-    # timm lets a milestone m apply at step m - 1.
+    # timm applies milestone m at step m - 1.
     milestones = [sum(steps[:epoch]) + 1 for epoch in sorted(finetune.milestones)]
     return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, **warmup)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,9 @@ from pipeline.training.task import Task, TrainingBatch
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """The payload of every training worker.
+    """What every training worker receives.
 
     Attributes:
-        config: the whole tree.
         start: exported student that training starts from.
         folder: of the run, shared by all workers; evaluations are written below it.
     """
@@ -40,7 +39,7 @@ class FinetuneJob:
 
     @property
     def task(self) -> DownstreamTask[Any]:
-        """The downstream task."""
+        """The downstream task under this configuration."""
         return make_task(self.config)
 
 
@@ -61,14 +60,23 @@ class FinetuneTask(Task):
         self, job: FinetuneJob, rank: int = 0, world: int = 1, soften: Callable[[Any, torch.device], Any] | None = None
     ) -> None:
         self.soften = soften
-        self.job, self.task = job, job.task
-        self.seed, self.world = job.config.seed, world
+        self.job, self.task, config = job, job.task, job.config
+        self.seed = config.seed
         train = self.task.open("train")
         assert train is not None
         self.train: Examples = train
         self.val = self.task.open("val", train.classes)
         self.module = build_model(job, train.classes)
-        self.sampler = make_sampler(job.config, train, rank, world)
+        self.sampler = Sampler(
+            len(train),
+            config.train.batch_size // world * world,
+            config.seed,
+            whole_passes=not config.finetune.epoch_steps,
+            block=train.block,
+            window=config.train.shuffle_window,
+            rank=rank,
+            world=world,
+        )
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch."""
@@ -76,27 +84,27 @@ class FinetuneTask(Task):
 
     def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:
         """This rank's batches of an epoch."""
-        steps, config = self.steps(epoch), self.job.config
+        steps = self.steps(epoch)
         numbers = range(epoch * steps + start, (epoch + 1) * steps)
-        return prepare(partial(_batch, self.task, self.train, self.sampler), numbers, config.finetune.data_workers)
+        make = partial(_make_batch, self.task, self.train, self.sampler)
+        return prepare(make, numbers, self.job.config.finetune.data_workers)
 
     def with_share(self, share: int) -> FinetuneTask:
         """This task with the batches of another share."""
         other = copy(self)
-        other.sampler = make_sampler(self.job.config, self.train, share, self.world)
+        other.sampler = replace(self.sampler, rank=share)
         return other
 
     def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
         """The schedule that `finetune.schedule` names."""
-        steps = [self.steps(epoch) for epoch in range(config.epochs)]
-        return make_schedule(optimizer, config, self.job.config.finetune, steps)
+        return make_schedule(optimizer, config, self.job.config.finetune, [self.steps(0)] * config.epochs)
 
     def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the downstream task."""
         return self.task.loss(module, self.soften(batch, device) if self.soften else batch, device)
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
-        """Metrics of the averaged weights on held-out images, if there are any; tables and pictures go to `<run>/evaluation`."""
+        """Metrics of the averaged weights on held-out images, if any; tables and pictures go to `<run>/evaluation`."""
         if self.val is None:
             return {}
         report = self.task.evaluate(averaged, self.val, self.worker)
@@ -105,22 +113,8 @@ class FinetuneTask(Task):
         return report.metrics
 
 
-def _batch(task: DownstreamTask[Any], train: Examples, sampler: Sampler, number: int) -> TrainingBatch:
+def _make_batch(task: DownstreamTask[Any], train: Examples, sampler: Sampler, number: int) -> TrainingBatch:
     return task.batch(train, sampler.batch(number))
-
-
-def make_sampler(config: FinetuneJobConfig, train: Examples, rank: int, world: int) -> Sampler:
-    """The order of the images on one rank."""
-    return Sampler(
-        len(train),
-        config.train.batch_size // world * world,
-        config.seed,
-        whole_passes=not config.finetune.epoch_steps,
-        block=train.block,
-        window=config.train.shuffle_window,
-        rank=rank,
-        world=world,
-    )
 
 
 def epoch_steps(config: FinetuneJobConfig, images: int) -> int:

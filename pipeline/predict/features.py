@@ -15,13 +15,10 @@ from pipeline.errors import UserError
 
 
 def make_writer(file: Path) -> Callable[[Sequence[Path], Tensor], None]:
-    """What writes one row an image to a file: ``path``, and ``features`` as float32.
-
-    Args:
-        file: ends in ``.parquet``, or in ``.json`` for a list of objects.
+    """A function that writes one row per image, ``path`` and ``features`` (float32), to a `.parquet` or `.json` file.
 
     Raises:
-        UserError: for another ending, or where its folder cannot be made.
+        UserError: for another ending, or if its folder cannot be made.
     """
     if file.suffix not in _WRITERS:
         raise UserError(f"{file}: the name must end in {' or '.join(_WRITERS)}")

@@ -22,18 +22,10 @@ from pipeline.storage.names import folder_name
 
 
 def write_predictions(predictor: Predictor, paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Predict, and write the results.
-
-    Args:
-        paths: image files.
-        folder: where to write; files of the same names are replaced.
-
-    Returns:
-        The files and folders that were written.
+    """Predict for image files, and write the results into a folder; returns the files and folders in it.
 
     Raises:
-        UserError: if the folder cannot be made, or naming an image that cannot be read, unless `predictor.unreadable`
-            collects those.
+        UserError: if the folder cannot be made, or naming an unreadable image, unless `predictor.unreadable` collects them.
     """
     assert predictor.saved is not None
     task, classes, rows = predictor.saved.task, predictor.classes, []
@@ -43,7 +35,7 @@ def write_predictions(predictor: Predictor, paths: Sequence[Path], folder: Path)
             made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    # Predictions first: once one is there, all unreadable files before its own are known.
+    # Predictions come first: each one implies that all unreadable files before its own are known.
     pairs = zip(predictor.predict_with_images([*paths]), predictor.readable(paths), strict=True)
     for number, ((image, result), path) in enumerate(
         tqdm(pairs, total=len(paths), unit="image", desc="predict", leave=False)

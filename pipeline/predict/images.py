@@ -20,12 +20,9 @@ Images = str | Path | np.ndarray | Image.Image | Sequence[Any]
 
 One = Path | np.ndarray | Image.Image
 
-THREADS = 4
-"""Threads that decode images."""
-
 
 def list_images(images: Images) -> list[One]:
-    """Every image once: folders as the sorted image files below them but hidden ones, lists in their order.
+    """Every image once: the sorted image files below a folder except hidden ones; lists in their order.
 
     Raises:
         UserError: for a path that is not there, a folder without images, or an empty list.
@@ -61,12 +58,12 @@ def decoded(images: Sequence[One], ahead: int, unreadable: dict[Path, str] | Non
     """Upright RGB pixels of each image, decoded in threads ahead of use.
 
     Args:
-        unreadable: collects the reason by file for each that cannot be read and is skipped; None: the first one raises.
+        unreadable: collects the reason by file for skipped images; None: the first unreadable one raises.
 
     Raises:
         UserError: naming an image that cannot be read.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(4) as pool:
         for image, result in zip(images, map_ahead(pool, _attempt, images, ahead), strict=True):
             if isinstance(result, Image.Image):
                 yield result

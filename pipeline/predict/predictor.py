@@ -29,16 +29,15 @@ class Predictor:
     """A model on a device.
 
     Args:
-        model: the encoder ([B, 3, H, W] float32 RGB in [0, 1] -> [B, C]) or the fine-tuned model; moved to the device.
+        model: an encoder ([B, 3, H, W] float32 RGB in [0, 1] -> [B, C]) or a fine-tuned model; moved to the device.
         name: of the model, for messages.
-        input_size: side in pixels that images are resized to for features, once, bicubic.
+        input_size: side in pixels to which images are resized for features (bicubic).
         device: of torch; None: a GPU if there is one.
-        batch_size: images per forward, where all come to one size.
+        batch_size: images per forward pass, where all are resized to one size.
 
     Attributes:
-        saved: the fine-tuned model; None of a backbone.
-        unreadable: reasons by file for those that could not be read and were skipped; None, the default: the first
-            that cannot be read raises.
+        saved: the fine-tuned model; None for a backbone.
+        unreadable: reason by file for images that were skipped as unreadable; None, the default: the first one raises.
 
     Raises:
         UserError: for a device that is not there.
@@ -64,7 +63,7 @@ class Predictor:
 
     @property
     def task(self) -> str | None:
-        """Name of the task that the model was fine-tuned for; None of a backbone."""
+        """Name of the task that the model was fine-tuned for; None for a backbone."""
         return self.saved.task.name if self.saved else None
 
     @property
@@ -91,7 +90,7 @@ class Predictor:
         """A result for every image, as the `predict` of the model's task returns it.
 
         Raises:
-            UserError: if the model is a backbone, or naming an image that cannot be read.
+            UserError: if the model was not fine-tuned for the task, or naming an unreadable image.
         """
         return (result for _, result in self.predict_with_images(images))
 
@@ -100,32 +99,17 @@ class Predictor:
         return self._predict(self._fine_tuned(), images)
 
     def classify(self, images: Images, top: int = 5) -> Iterator[list[tuple[str, float]]]:
-        """The likeliest classes of every image, best first: name and probability.
-
-        Args:
-            top: number of classes per image.
-
-        Raises:
-            UserError: if the model is no classifier, or naming an image that cannot be read.
-        """
+        """Names and probabilities of the `top` likeliest classes of every image, best first; raises as :meth:`predict`."""
         self.check_task("classify")
         return (likeliest(result, self.classes, top) for result in self.predict(images))
 
     def segment(self, images: Images) -> Iterator[Tensor]:
-        """The class number of each pixel of every image, int64 [H, W] at the image's own size.
-
-        Raises:
-            UserError: if the model does not segment, or naming an image that cannot be read.
-        """
+        """Class number by pixel of every image, int64 [H, W] at the image's own size; raises as :meth:`predict`."""
         self.check_task("segment")
         return self.predict(images)
 
     def detect(self, images: Images) -> Iterator[Objects]:
-        """The objects in every image.
-
-        Raises:
-            UserError: if the model is no detector, or naming an image that cannot be read.
-        """
+        """The objects in every image; raises as :meth:`predict`."""
         self.check_task("detect")
         return self.predict(images)
 
@@ -141,25 +125,25 @@ class Predictor:
         return decoded(list_images(images), ahead, self.unreadable)
 
     def readable(self, paths: Sequence[Path]) -> Iterator[Path]:
-        """The files that were not skipped as unreadable, looked up lazily."""
+        """The files that have not been skipped as unreadable, checked lazily."""
         return (path for path in paths if path not in (self.unreadable or ()))
 
     def check_task(self, task: str) -> None:
         """Refuse a task that is not the model's.
 
         Raises:
-            UserError: that names the model that is needed.
+            UserError: naming the model that is needed.
         """
         saved = self._fine_tuned(task)
         if task not in (saved.task.name, saved.task.config.finetune.task):
-            raise UserError(f"{self.name} was fine-tuned to {self.task}, not to {task}: give a model made for that")
+            raise UserError(f"{self.name} was fine-tuned for {self.task}, not for {task}: name a model made for that")
 
     def _fine_tuned(self, task: str = "predict") -> SavedModel:
         if self.saved is None:
             asked = "..." if task == "predict" else task
             raise UserError(
                 f"{self.name} is a backbone without a head to {task} with: fine-tune it (jobs/finetune.py "
-                f"finetune.task={asked} finetune.student=...), and give the folder `model` of that run"
+                f"finetune.task={asked} finetune.student=...), and name the folder `model` of that run"
             )
         return self.saved
 
@@ -178,14 +162,13 @@ def load_predictor(
     batch_size: int = 32,
     tracking_uri: str = "",
 ) -> Predictor:
-    """A predictor of a fine-tuned model (folder or MLflow URI), an exported student (the same), or a timm name.
+    """A predictor for a fine-tuned model or an exported student (folder or MLflow URI), or for a timm name.
 
     Args:
-        model: folder, URI or name.
         weights: as in :func:`~pipeline.student.loading.load_student`.
-        tracking_uri: of the MLflow store that knows the URI.
-        input_size: in pixels, of a backbone or of a task that takes any; None: as it was trained, else 224.
+        input_size: in pixels, for a backbone or a task that takes any; None: as it was trained, else 224.
         device, batch_size: as in :class:`Predictor`.
+        tracking_uri: MLflow store in which a URI is looked up.
 
     Raises:
         UserError: if there is no such model or device.
@@ -194,14 +177,12 @@ def load_predictor(
     if saved is None:
         loaded = load_student(fetch_student(model, tracking_uri), weights=weights)
         return Predictor(loaded.encoder, model, input_size or loaded.input_size or 224, device, batch_size)
-    if input_size:
-        saved = _resized(saved, model, input_size)
-    return Predictor(saved, model, saved.task.config.student.input_size, device, batch_size)
-
-
-def _resized(saved: SavedModel, name: str, side: int) -> SavedModel:
     task = saved.task
-    if not task.any_input_size:
-        raise UserError(f"input size: {name} takes images of the size that it was fine-tuned to {task.name} at")
-    student = task.config.student.model_copy(update={"input_size": side})
-    return replace(saved, task=type(task)(task.config.model_copy(update={"student": student})))
+    if input_size:
+        if not task.any_input_size:
+            raise UserError(
+                f"input size: {model} takes only images of the size that it was fine-tuned at ({task.name})"
+            )
+        student = task.config.student.model_copy(update={"input_size": input_size})
+        saved = replace(saved, task=type(task)(task.config.model_copy(update={"student": student})))
+    return Predictor(saved, model, saved.task.config.student.input_size, device, batch_size)

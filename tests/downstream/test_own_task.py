@@ -67,7 +67,7 @@ def test_it_predicts_as_the_model_says_and_writes_json_and_pictures(model, tmp_p
     predictor = load_predictor(str(model), device="cpu")
     found = list(predictor.predict(tmp_path / "photos"))
     assert [colour.shape for colour in found] == [(3,)] * 3
-    with pytest.raises(UserError, match="was fine-tuned to mean_colour, not to detect"):
+    with pytest.raises(UserError, match="was fine-tuned for mean_colour, not for detect"):
         predictor.detect(tmp_path / "photos")
     predict.main([str(model), str(tmp_path / "photos"), "--task", TASK, "--to", str(tmp_path / "out")])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["task"] == "mean_colour"

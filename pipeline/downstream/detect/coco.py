@@ -16,10 +16,9 @@ from pipeline.downstream.base import Split
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.detect.coco_eval import read_annotations
 from pipeline.downstream.detect.config import DetectConfig
-from pipeline.downstream.images import check_rows, decode, open_scenes, size_on_disk
+from pipeline.downstream.images import Scenes, check_rows, read_pixels, size_on_disk, split_location
 from pipeline.errors import UserError
-from pipeline.sources.locations import absolute, below
-from pipeline.sources.sample_scenes import SampleScenes
+from pipeline.sources.locations import SAMPLES, absolute, below
 
 
 class ObjectTargets(NamedTuple):
@@ -33,8 +32,8 @@ class ObjectTargets(NamedTuple):
 class CocoImages:
     """Image files with COCO-format annotations.
 
-    For training, crowd regions and boxes of less than a pixel are dropped, boxes are clipped to the image, and images
-    without a usable box are dropped. For evaluation everything stays as written: the COCO API handles it.
+    For training, boxes are clipped to the image; crowd regions, boxes of less than a pixel, and images without a usable box
+    are dropped. For evaluation everything stays as written: the COCO API handles it.
 
     Args:
         images: folder that `file_name` refers to.
@@ -58,21 +57,16 @@ class CocoImages:
         entries = self._complete(dataset)
         self.images = [image for image in dataset["images"] if not training or entries[image["id"]][1]]
         self.passed_over["empty"] = len(dataset["images"]) - len(self.images)
-        # Text, not objects: forked processes share memory only as long as no reference count in it changes.
+        # Text, not objects: forked processes share memory only while no reference count in it changes.
         self.objects = [json.dumps(entries[image["id"]][1]).encode() for image in self.images]
         self.dataset = None if training else dataset
         if not self.images:
-            raise UserError(
-                f"{annotations}: no image has an object to learn from"
-                if training
-                else f"{annotations}: lists no images"
-            )
+            lacking = "no image has an object to learn from" if training else "lists no images"
+            raise UserError(f"{annotations}: {lacking}")
 
     def _complete(self, dataset: dict[str, Any]) -> dict[int, tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """Image and usable objects by image id; boxes that are left out are filled in."""
-        entries: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-            image["id"]: (image, []) for image in dataset["images"]
-        }
+        """Image and usable objects by image id; boxes that the file omits are computed."""
+        entries: dict[int, Any] = {image["id"]: (image, []) for image in dataset["images"]}
         for number, entry in enumerate(dataset["annotations"], start=1):
             image, usable = entries[entry["image_id"]]
             self._fill(entry, image, f"{self.annotations}: annotation {entry.get('id', number)} ({image['file_name']})")
@@ -118,7 +112,7 @@ class CocoImages:
         return identity
 
     def check(self) -> list[str]:
-        """Every image is there and has the size that the annotations say."""
+        """Every image must be there and have the size that the annotations give."""
         check_rows(self._check_row, len(self))
         notes = {
             "crowd": "crowd regions are not learned",
@@ -148,20 +142,15 @@ class CocoImages:
             UserError: naming an image that cannot be read.
         """
         image = self.images[row]
-        path = Path(below(self.location, image["file_name"]))
-        try:
-            data: bytes | Exception = path.read_bytes()
-        except OSError as error:
-            data = error
-        pixels = np.array(decode(data, str(path)))
-        height, width = pixels.shape[:2]
+        pixels = read_pixels(Path(below(self.location, image["file_name"])))
+        height, width = pixels.shape[1:]
         objects = json.loads(self.objects[row])
         masks = np.zeros((len(objects) if self.with_masks else 0, height, width), np.uint8)
         for place, entry in enumerate(objects[: len(masks)]):
             masks[place] = rle.decode(encoded(entry["mask"], height, width))
         boxes = torch.tensor([entry["box"] for entry in objects], dtype=torch.float32).reshape(-1, 4)
         labels = torch.tensor([self.category_ids.index(entry["category"]) + 1 for entry in objects], dtype=torch.int64)
-        return torch.from_numpy(pixels).permute(2, 0, 1), ObjectTargets(boxes, labels, torch.from_numpy(masks))
+        return pixels, ObjectTargets(boxes, labels, torch.from_numpy(masks))
 
     def truth(self) -> dict[str, Any]:
         """The annotations that detections are scored against."""
@@ -169,30 +158,17 @@ class CocoImages:
         return self.dataset
 
 
-class SceneObjects:
-    """Generated scenes with their boxes and masks."""
+class SceneObjects(Scenes):
+    """Generated scenes with their boxes and masks; image and category ids count from 1."""
 
-    block = 1
-    with_masks = True
-
-    def __init__(self, scenes: SampleScenes) -> None:
-        self.scenes, self.location, self.classes = scenes, scenes.location, scenes.classes
-        self.category_ids = [number + 1 for number in range(len(self.classes))]
-
-    def __len__(self) -> int:
-        return self.scenes.count
-
-    def key(self, row: int) -> str:
-        """Number of a scene."""
-        return f"scene-{row:08d}"
+    @property
+    def category_ids(self) -> list[int]:
+        """Category by number of the class."""
+        return [*range(1, len(self.classes) + 1)]
 
     def image_id(self, row: int) -> int:
         """Number of a scene, from 1 on."""
         return row + 1
-
-    def check(self) -> list[str]:
-        """Generated scenes need no check."""
-        return []
 
     def read(self, row: int) -> tuple[Tensor, ObjectTargets]:
         """As :meth:`CocoImages.read`."""
@@ -206,9 +182,9 @@ class SceneObjects:
         """All scenes as a COCO dataset."""
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
+        side = self.scenes.size
         for row in range(len(self)):
             scene = self.scenes.scene(row)
-            side = self.scenes.size
             images.append({"id": row + 1, "file_name": self.key(row), "width": side, "height": side})
             for box, label, mask in zip(scene.boxes.tolist(), scene.classes.tolist(), scene.masks, strict=True):
                 annotations.append(
@@ -222,7 +198,7 @@ class SceneObjects:
                         "segmentation": rle.encode(np.asfortranarray(mask.astype(np.uint8))),
                     }
                 )
-        categories = [{"id": number, "name": self.classes[number - 1]} for number in self.category_ids]
+        categories = [{"id": number, "name": name} for number, name in enumerate(self.classes, start=1)]
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
@@ -252,12 +228,11 @@ def open_objects(config: FinetuneJobConfig, settings: DetectConfig, split: Split
     Raises:
         UserError: if the folder or its annotations are missing or wrong.
     """
-    scenes = open_scenes(config, split)
-    if scenes is not None:
-        return SceneObjects(scenes)
-    location = config.data.train if split == "train" else config.data.held_out
+    location = split_location(config, split)
     if location is None:
         return None
+    if location == SAMPLES:
+        return SceneObjects(config, split)
     images = Path(absolute(location))
     if not images.is_dir():
         raise UserError(f"{images}: no such folder of images")

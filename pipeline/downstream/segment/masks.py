@@ -12,13 +12,12 @@ from torch import Tensor
 
 from pipeline.downstream.base import Split
 from pipeline.downstream.config import FinetuneJobConfig
-from pipeline.downstream.images import check_rows, decode, image_files, open_scenes, size_on_disk
+from pipeline.downstream.images import Scenes, check_rows, image_files, read_pixels, size_on_disk, split_location
 from pipeline.downstream.segment.config import SegmentConfig
 from pipeline.errors import UserError
 from pipeline.imaging.decode import read_label_map
 from pipeline.sources.label_maps import UNLABELLED, masks_folder
-from pipeline.sources.locations import absolute
-from pipeline.sources.sample_scenes import SampleScenes
+from pipeline.sources.locations import SAMPLES, absolute
 
 IGNORE = UNLABELLED
 """Label of pixels that neither the loss nor the metrics count."""
@@ -49,11 +48,11 @@ class MaskedImages:
         return self.names[row]
 
     def mask_path(self, row: int) -> Path:
-        """Where the label map of a row lies."""
+        """File of a row's label map."""
         return (self.masks / self.names[row]).with_suffix(".png")
 
     def check(self) -> list[str]:
-        """Every image has a label map of its size, whose values are known classes."""
+        """Every image must have a label map of its size that holds only known classes."""
         check_rows(self._check_row, len(self))
         return []
 
@@ -88,37 +87,20 @@ class MaskedImages:
         Raises:
             UserError: naming a file that cannot be read.
         """
-        path = Path(self.location, self.names[row])
-        try:
-            data: bytes | Exception = path.read_bytes()
-        except OSError as error:
-            data = error
-        image, mask = np.array(decode(data, str(path))), self._mask(row)
-        if mask.shape != image.shape[:2]:
+        image, mask = read_pixels(Path(self.location, self.names[row])), self._mask(row)
+        if mask.shape != image.shape[1:]:
             raise UserError(f"{self.mask_path(row)}: its size is not that of its image")
         if self.first:
             mask = np.where((mask == 0) | (mask == IGNORE), IGNORE, mask.astype(np.int64) - 1)
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask.astype(np.uint8))
+        return image, torch.from_numpy(mask.astype(np.uint8))
 
 
-class SceneMasks:
+class SceneMasks(Scenes):
     """Generated scenes with their label maps; nothing is ignored."""
 
-    block = 1
-
-    def __init__(self, scenes: SampleScenes) -> None:
-        self.scenes, self.location, self.classes = scenes, scenes.location, scenes.segmentation_classes
-
-    def __len__(self) -> int:
-        return self.scenes.count
-
-    def key(self, row: int) -> str:
-        """Number of a scene."""
-        return f"scene-{row:08d}"
-
-    def check(self) -> list[str]:
-        """Generated scenes need no check."""
-        return []
+    def __init__(self, config: FinetuneJobConfig, split: Split) -> None:
+        super().__init__(config, split)
+        self.classes = self.scenes.segmentation_classes
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """As :meth:`MaskedImages.read`."""
@@ -132,35 +114,29 @@ def open_masked(config: FinetuneJobConfig, settings: SegmentConfig, split: Split
     Raises:
         UserError: if folders or class names are missing.
     """
-    scenes = open_scenes(config, split)
-    if scenes is not None:
-        return SceneMasks(scenes)
-    location = config.data.train if split == "train" else config.data.held_out
+    location = split_location(config, split)
     if location is None:
         return None
+    if location == SAMPLES:
+        return SceneMasks(config, split)
     if settings.classes is None:
         raise UserError("segment.classes must be given: a file with the names of the classes, one a line or in a table")
     masks = settings.train_masks if split == "train" else settings.val_masks
     images = Path(absolute(location))
-    folder = Path(absolute(masks)) if masks else _masks_beside(images, split)
-    classes = read_classes(Path(absolute(settings.classes)), int(settings.reduce_zero_label))
-    return MaskedImages(images, folder, classes, settings.reduce_zero_label)
-
-
-def _masks_beside(images: Path, split: Split) -> Path:
-    found = masks_folder(str(images))
-    if found is None:
+    folder = absolute(masks) if masks else masks_folder(str(images))
+    if folder is None:
         raise UserError(
             f"{images}: no annotations or masks folder next to `images` in its path; set segment.{split}_masks to the folder"
         )
-    return Path(found)
+    classes = read_classes(Path(absolute(settings.classes)), int(settings.reduce_zero_label))
+    return MaskedImages(images, Path(folder), classes, settings.reduce_zero_label)
 
 
 def read_classes(path: Path, first: int) -> tuple[str, ...]:
     """Names of the classes from label `first` on.
 
-    A table (.csv, .tsv, or text with tabs, such as ADE20K's objectInfo150.txt) has a column `name`, and may have one
-    `idx` or `index` with the mask value; otherwise a name a line, in order.
+    A table (.csv, .tsv, or text with tabs, such as ADE20K's objectInfo150.txt) has a column `name` and optionally a column
+    `idx` or `index` with the mask value. Any other file has one name per line, in order.
 
     Raises:
         UserError: if the file is missing, has no such column, or leaves a gap.
@@ -171,13 +147,13 @@ def read_classes(path: Path, first: int) -> tuple[str, ...]:
         raise UserError(f"segment.classes: {path} cannot be read ({error})") from error
     delimiter = "\t" if any("\t" in line for line in lines[:1]) else ","
     if not lines or (delimiter not in lines[0] and path.suffix != ".csv"):
-        return _distinct(path, [line.strip() for line in lines])
+        return _checked(path, [line.strip() for line in lines])
     rows = [{str(k).strip().lower(): v for k, v in row.items()} for row in csv.DictReader(lines, delimiter=delimiter)]
     if not rows or "name" not in rows[0]:
         raise UserError(f"segment.classes: {path} has no column `name`")
     column = next((name for name in ("idx", "index") if name in rows[0]), None)
     if column is None:
-        return _distinct(path, [row["name"].strip() for row in rows])
+        return _checked(path, [row["name"].strip() for row in rows])
     try:
         names = {int(row[column]): row["name"].strip() for row in rows}
     except (TypeError, ValueError) as error:
@@ -185,10 +161,10 @@ def read_classes(path: Path, first: int) -> tuple[str, ...]:
     names = {value: name for value, name in names.items() if value >= first}
     if sorted(names) != list(range(first, first + len(names))):
         raise UserError(f"segment.classes: {path} leaves gaps between {first} and {max(names, default=first)}")
-    return _distinct(path, [names[value] for value in sorted(names)])
+    return _checked(path, [names[value] for value in sorted(names)])
 
 
-def _distinct(path: Path, names: list[str]) -> tuple[str, ...]:
+def _checked(path: Path, names: list[str]) -> tuple[str, ...]:
     if not 1 <= len(names) <= IGNORE:
         raise UserError(f"segment.classes: {path} has {len(names)} classes; there can be 1 to {IGNORE}")
     return tuple(names)
