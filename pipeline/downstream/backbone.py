@@ -52,10 +52,10 @@ class Start:
 
 
 def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> Start:
-    """What `finetune.student` names: an exported student, a model in MLflow, a timm model, or none, from scratch.
+    """The backbone that `finetune.student` names: an exported student, a model in MLflow or a timm model; none: from scratch.
 
     Raises:
-        UserError: if it is none of these, its weights cannot be had, or `student.weights` is given in its place.
+        UserError: if it is none of these, its weights cannot be loaded, or `student.weights` is set in its place.
     """
     if (weights := config.student.weights) != "random":
         raise UserError(f"student.weights is what a distillation starts from: set finetune.student={weights} instead")
@@ -77,13 +77,10 @@ def load_start(folder: Path, frozen: bool) -> Encoder:
 
 
 def check_input_size(model: nn.Module, size: tuple[int, int], whose: str) -> None:
-    """A model in evaluation mode on the CPU must take images of this height and width in pixels.
-
-    Args:
-        whose: field and name of the model, for the message.
+    """Refuse a model (evaluation mode, CPU) that does not take images of this height and width in pixels.
 
     Raises:
-        UserError: with the reason that the model gives.
+        UserError: with `whose` (field and name of the model) and the reason that the model gives.
     """
     height, width = size
     try:

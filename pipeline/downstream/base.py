@@ -1,7 +1,7 @@
-"""What a downstream task is: data, a model on a backbone, a loss, a report, predictions, an export and columns of a comparison.
+"""The interface of downstream tasks: data, model, loss, evaluation, predictions, export and comparison.
 
-A subclass of :class:`DownstreamTask` is a whole plug-in: the jobs and `pipeline.predict`, `pipeline.export` and
-`pipeline.compare` know nothing else of a task.
+A subclass of :class:`DownstreamTask` is a complete plug-in: the jobs, `pipeline.predict`, `pipeline.export` and
+`pipeline.compare` know nothing else about a task.
 """
 
 from __future__ import annotations
@@ -30,35 +30,34 @@ Settings = TypeVar("Settings", bound=Section)
 
 
 class Examples(Protocol):
-    """Images with their annotations, in rows. Cheap to open: every worker opens them again."""
+    """Images with their annotations, by row; cheap to open, as every worker opens them again."""
 
     location: str
     classes: tuple[str, ...]
     """Names by number; empty for a task without classes."""
     block: int
-    """Neighbouring rows that are quick to read together; 1: any order is as quick."""
+    """Number of neighbouring rows that are fast to read together; 1: any order is as fast."""
 
     def __len__(self) -> int: ...
 
     def key(self, row: int) -> str:
-        """Sample id of a row, by which users find its file."""
+        """Sample id of a row, which leads users to its file."""
 
     def check(self) -> list[str]:
         """Check every file; returns notes on what is skipped.
 
         Raises:
-            UserError: naming the first file that is wrong, and how.
+            UserError: naming the first bad file and its fault.
         """
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a model does on held-out images.
+    """Results on held-out images.
 
     Attributes:
-        metrics: by name.
-        per_class: rows of a table, one for each class.
-        confusion: int64 [K, K], true class by predicted class; None for a task without one.
+        per_class: rows of a table, one per class.
+        confusion: int64 [K, K], true class by predicted class; None for a task without classes.
         pictures: uint8 [3, H, W] by sample id: the image with annotations and predictions.
     """
 
@@ -73,13 +72,13 @@ class Column:
     """A metric as a column of `jobs/compare.py`.
 
     Attributes:
-        metric: its name in :attr:`Report.metrics`.
-        key: its name in CSV files, unlike that of any other measure.
+        metric: name in :attr:`Report.metrics`.
+        key: unique name in CSV files.
         label, unit: for people.
         factor: from the metric to `unit`.
-        higher_is_better: such columns are accuracies: they get Pareto fronts and tests of significance.
-        digits: after the point.
-        missing: the value that stands for no measurement.
+        higher_is_better: such a column is an accuracy, with Pareto fronts and significance tests.
+        digits: after the decimal point.
+        missing: value that means no measurement.
     """
 
     metric: str
@@ -105,10 +104,10 @@ class ExportForm:
     """How a fine-tuned model is exported: a module from images to one tensor.
 
     Attributes:
-        output, meaning: name of the output, and its description.
-        crop_share: share of the resized image's side in the centre crop; None: the whole image, resized to a square.
-        classifier: the BatchNorm and the linear layer that follow the average pool, if the head is nothing else; timm's own
-            classifier holds them in the `hf` format, which others do not have.
+        output, meaning: name and description of the output.
+        crop_share: side of the centre crop as a share of the resized image's side; None: the whole image as a square.
+        classifier: BatchNorm and linear layer, if the head is nothing else after the average pool. Only such a head has the
+            `hf` format, where timm's own classifier holds them.
     """
 
     output: str
@@ -118,28 +117,21 @@ class ExportForm:
 
 
 class DownstreamTask(ABC, Generic[Settings]):
-    """A downstream task under one configuration.
-
-    Args:
-        config: of the job.
-
-    Attributes:
-        settings: the task's own section of it.
-    """
+    """A downstream task under the configuration of a job; `settings` is its own section of that."""
 
     name: ClassVar[str]
-    """Of its section in the configuration, and of its models in MLflow's registry."""
+    """Name of its configuration section and of its models in MLflow's registry."""
     headline: ClassVar[str]
-    """The metric that decides which model is the best; higher is better."""
+    """The metric that ranks models; higher is better."""
     section: ClassVar[type[Section]] = Section
     """Class of its configuration section; every field has a default."""
     locations: ClassVar[tuple[str, ...]] = ()
-    """Fields of the section that hold paths, which workers need absolute."""
+    """Fields of the section that hold paths; workers receive them as absolute paths."""
     columns: ClassVar[tuple[Column, ...]] = ()
     min_classes: ClassVar[int] = 0
-    """The smallest number of classes that can be learned."""
+    """Smallest number of classes that it can learn."""
     batched: ClassVar[bool] = False
-    """Whether :meth:`predict` takes several images at a time."""
+    """Whether :meth:`predict` takes several images at once."""
     any_input_size: ClassVar[bool] = False
     """Whether a prediction may change `student.input_size`."""
     folders: ClassVar[tuple[str, ...]] = ("pictures",)
@@ -151,29 +143,29 @@ class DownstreamTask(ABC, Generic[Settings]):
 
     @abstractmethod
     def open(self, split: Split, classes: Sequence[str] = ()) -> Examples | None:
-        """The images of a split; None if `data.val` is not given.
+        """The images of a split; None if there is no `data.val`.
 
         Args:
-            classes: names by label, for images that bring no names of their own.
+            classes: names by label, for data without names.
 
         Raises:
-            UserError: if there is nothing, or not in the expected layout.
+            UserError: if data is missing or has another layout.
         """
 
     @abstractmethod
     def build(self, encoder: Encoder, classes: Sequence[str]) -> nn.Module:
-        """The model on a backbone, its head freshly initialised.
+        """The model: a backbone and a freshly initialised head.
 
         Raises:
-            UserError: if the backbone does not give what the head needs.
+            UserError: if the head does not fit the backbone.
         """
 
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels of images as the backbone may see them."""
+        """Height and width in pixels of an image that the backbone must accept."""
         return self.config.student.input_size, self.config.student.input_size
 
     def saved_settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """Fields by section, JSON-ready, that a saved model needs to be built, evaluated and run; stored with its weights."""
+        """JSON-ready fields by section that a saved model is built, evaluated and run with; stored with its weights."""
         return {
             "student": {"input_size": self.config.student.input_size},
             self.name: self.settings.model_dump(mode="json", exclude=set(self.locations)),
@@ -192,7 +184,7 @@ class DownstreamTask(ABC, Generic[Settings]):
         """As :meth:`pipeline.training.task.Task.loss`."""
 
     def find_teacher(self, classes: Sequence[str], tracking_uri: str) -> SoftTeacher | None:
-        """The fine-tuned model that helps to train; None: labels alone.
+        """The fine-tuned model that gives soft targets; None: only labels.
 
         Raises:
             UserError: if there is no such model, or it does not fit.
@@ -200,46 +192,41 @@ class DownstreamTask(ABC, Generic[Settings]):
         return None
 
     def make_softener(self, teacher: nn.Module) -> Callable[[Any, torch.device], Any]:
-        """What mixes the answers of :meth:`find_teacher`'s model into the targets of a batch, on the training device."""
+        """A function that mixes the predictions of :meth:`find_teacher`'s model into a batch's targets, on a device."""
         raise NotImplementedError
 
     @abstractmethod
     def evaluate(self, model: nn.Module, examples: Any, worker: Worker) -> Report:
-        """Evaluate on all ranks together; tables and pictures are filled on rank 0 alone.
+        """Evaluate on all ranks together; only rank 0 fills tables and pictures.
 
         Args:
             model: in evaluation mode, on its device, with equal weights on every rank.
-            worker: this rank, which takes its `own_rows` of the examples.
+            worker: this rank, which evaluates its `own_rows`.
         """
 
     @abstractmethod
     def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Any]:
-        """A result for each image, on the CPU; called under inference mode.
+        """A result for each image, on the CPU; called in inference mode.
 
         Args:
             model: in evaluation mode, on its device.
-            images: uint8 [3, H, W] of any sizes; one, unless the task is `batched`.
+            images: uint8 [3, H, W] of any size; only one unless the task is `batched`.
         """
 
     @abstractmethod
     def draw(self, image: Tensor, result: Any, classes: Sequence[str]) -> Tensor:
-        """A picture uint8 [3, H', W'] of a result over its image uint8 [3, H, W]."""
+        """A result drawn over its image: uint8 [3, H, W] -> [3, H', W']."""
 
     @abstractmethod
     def describe(self, image: Tensor, result: Any, classes: Sequence[str], folder: Path, stem: str) -> dict[str, Any]:
-        """A result, JSON-ready.
-
-        Args:
-            folder: holds :attr:`folders`, for results that are too large for JSON.
-            stem: name of the files of this image, without extension.
-        """
+        """A result, JSON-ready; what is too large goes to files named `stem` below the :attr:`folders` of `folder`."""
 
     def documents(self, rows: list[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-        """JSON documents by file name, made of what :meth:`describe` gave for each image, with its ``path``."""
+        """JSON documents by file name, from the results of :meth:`describe` with the ``path`` of each image."""
         return {"predictions.json": rows}
 
     def export_form(self, model: nn.Module) -> ExportForm | None:
-        """How :meth:`build`'s model is exported; None: it is not."""
+        """How the model is exported; None: it cannot be."""
         return None
 
 
@@ -254,11 +241,7 @@ def load_task(task: str) -> type[DownstreamTask[Any]]:
 
 
 def make_task(config: FinetuneJobConfig) -> DownstreamTask[Any]:
-    """The task that `finetune.task` names, under this configuration.
-
-    Raises:
-        UserError: if there is no such task.
-    """
+    """The task that `finetune.task` names, under this configuration."""
     return load_task(config.finetune.task)(config)
 
 
@@ -268,5 +251,5 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def evenly(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` rows, evenly spaced."""
+    """At most `wanted` evenly spaced rows of `count`."""
     return sorted({i * count // wanted for i in range(min(wanted, count))}) if wanted else []

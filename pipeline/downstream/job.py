@@ -1,4 +1,4 @@
-"""Fine-tuning and evaluation under an MLflow run: curves, metrics, pictures, and the model."""
+"""Fine-tuning and evaluation in an MLflow run: curves, metrics, pictures and the model."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ from pipeline.training.ray_train import fit
 from pipeline.training.task import History
 from pipeline.training.worker import ALONE
 
-SOFT = "soft-teacher"
-"""Folder of a run where workers find the teacher of soft targets."""
+TEACHER_FOLDER = "soft-teacher"
+"""Folder of a run from which workers load the teacher of soft targets."""
 
 
 @dataclass(frozen=True)
 class FinetunePlan:
-    """What will be trained: checked data, the backbone to start from, a teacher of soft targets, steps per epoch, and notes
-    on the data."""
+    """Checked data, initial backbone, teacher of soft targets, steps per epoch, and notes on the data."""
 
     train: Examples
     val: Examples | None
@@ -54,10 +53,9 @@ class FinetuneResult:
     Attributes:
         before, after: metrics on held-out images; empty if there are none.
         steps, samples: optimiser steps and images seen.
-        model_uri: in MLflow.
-        model: folder of the saved model.
-        held_out: identity of the images that it was measured on, or "".
-        lineage: its origin, by tag.
+        model: folder of the saved model; `model_uri` is its address in MLflow.
+        held_out: identity of the held-out images, or "".
+        lineage: origin of the model, by tag.
     """
 
     before: dict[str, float]
@@ -74,7 +72,7 @@ def plan_finetune(config: FinetuneJobConfig) -> FinetunePlan:
     """Open and check everything that fine-tuning needs.
 
     Raises:
-        UserError: naming the first file or field that is wrong.
+        UserError: naming the first bad file or field.
     """
     task = make_task(config)
     tracking_uri = resolve_uri(config.tracking.uri, work_folder(config))
@@ -102,13 +100,13 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
 
     Raises:
         UserError: if an image cannot be read.
-        DivergedError: where the loss is not finite.
+        DivergedError: if the loss is not finite.
     """
     held_out = log_lineage(plan.train, plan.val, run)
     run.set_student_run(plan.start.provenance.get("run_id"))
     plan.start.save(config.student.input_size, folder / "start")
     if plan.teacher:
-        plan.teacher.saved.save(folder / SOFT)
+        plan.teacher.saved.save(folder / TEACHER_FOLDER)
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
     checkpoints = checkpoint_folder(config.train, folder, "train")
     checkpoint = fit(make_finetune_task, {"job": job}, config.train, checkpoints, partial(_log_commit, run))
@@ -125,22 +123,14 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
     tags = {"task": job.task.name, "student": config.finetune.student or config.student.name}
     final = {f"final/{name}": value for name, value in after.items()}
     uri = log_model_folder(run, folder / "model", name=job.task.name, metrics=final, tags=tags)
-    return FinetuneResult(
-        before,
-        after,
-        position["step"],
-        position["samples"],
-        uri,
-        folder / "model",
-        held_out,
-        lineage(origin, tags["student"]),
-    )
+    step, samples, source = position["step"], position["samples"], lineage(origin, tags["student"])
+    return FinetuneResult(before, after, step, samples, uri, folder / "model", held_out, source)
 
 
 def make_finetune_task(payload: dict[str, Any], rank: int, world: int) -> FinetuneTask:
-    """The task of one Ray Train worker; `payload` holds the job under ``job``."""
+    """The task of one Ray Train worker; `payload["job"]` is the job."""
     job: FinetuneJob = payload["job"]
-    teacher = job.folder / SOFT
+    teacher = job.folder / TEACHER_FOLDER
     softener = job.task.make_softener(load_model(teacher).model) if teacher.is_dir() else None
     return FinetuneTask(job, rank, world, softener)
 
@@ -148,7 +138,7 @@ def make_finetune_task(payload: dict[str, Any], rank: int, world: int) -> Finetu
 def provenance(
     plan: FinetunePlan, config: FinetuneJobConfig, run: Run, samples: int, metrics: dict[str, float]
 ) -> dict[str, Any]:
-    """What a fine-tuned model comes from, JSON-ready: that of its student, with the data, budget and metrics of this run."""
+    """JSON-ready origin of a fine-tuned model: its student's, with the data, budget and metrics of this run."""
     teacher = plan.teacher
     return {
         "run_id": run.run_id,
@@ -167,7 +157,7 @@ def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
 
 
 def with_absolute_paths(config: FinetuneJobConfig) -> FinetuneJobConfig:
-    """The configuration as a worker with another working directory must read it."""
+    """The configuration with absolute paths, for workers in other working directories."""
     changed = {}
     task = make_task(config)
     for section, fields in {"data": ("train", "val"), task.name: task.locations}.items():
@@ -178,7 +168,7 @@ def with_absolute_paths(config: FinetuneJobConfig) -> FinetuneJobConfig:
 
 
 def lineage(origin: Mapping[str, Any], student: str) -> dict[str, str]:
-    """Tags of a registered model: its student, that student's teachers, and the images."""
+    """Tags of a registered model: its student, the student's teachers, and the images."""
     before = {"student": origin["student"]}
     images = ", ".join(f"{data['images']} of {data['location']}" for data in origin["data"])
     known = {
@@ -190,7 +180,7 @@ def lineage(origin: Mapping[str, Any], student: str) -> dict[str, str]:
 
 
 def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> str:
-    """Log which images were used, by the digest of their names; returns the identity of the held-out ones, or ""."""
+    """Log the data sets by a digest of their sample ids; returns the identity of the held-out one, or ""."""
     held_out = ""
     for context, data in (("train", train), ("val", val)):
         if data is not None:
@@ -205,7 +195,7 @@ def open_model(config: EvaluateModelJobConfig) -> SavedModel:
     """The model that `evaluate.model` names.
 
     Raises:
-        UserError: if it is not given, not there, or of another task than `finetune.task`.
+        UserError: if it is not given, does not exist, or was made for another task than `finetune.task`.
     """
     name = config.evaluate.model
     if not name:
@@ -219,7 +209,7 @@ def open_model(config: EvaluateModelJobConfig) -> SavedModel:
 
 
 def as_saved(config: EvaluateModelJobConfig, saved: SavedModel, given: Collection[str]) -> EvaluateModelJobConfig:
-    """The configuration with the settings that a model was saved with, except for the fields that the user has given."""
+    """The configuration with the settings saved with a model, except for the fields that the user has set."""
     changed = {}
     for section, fields in saved.task.saved_settings().items():
         kept = {name: value for name, value in fields.items() if not {section, f"{section}.{name}"} & set(given)}
@@ -231,7 +221,7 @@ def open_held_out(config: FinetuneJobConfig, saved: SavedModel) -> Examples:
     """Held-out images, checked, with the classes of the model.
 
     Raises:
-        UserError: naming what is missing or wrong.
+        UserError: naming the missing field or the first bad file.
     """
     val = make_task(config).open("val", saved.classes)
     if val is None:

@@ -20,7 +20,7 @@ from pipeline.storage.names import folder_name
 matplotlib.use("Agg")
 
 LEAST_SIDE = 256
-"""Short side in pixels that smaller pictures are enlarged to, so that their text is readable."""
+"""Short side in pixels to which smaller pictures are enlarged, so that their text is readable."""
 
 
 def palette(count: int) -> np.ndarray:
@@ -31,12 +31,6 @@ def palette(count: int) -> np.ndarray:
         for channel in range(3):
             colours[:, channel] |= (((number >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
     return colours
-
-
-def to_bytes(image: Tensor) -> Tensor:
-    """[3, H, W] float in [0, 1] -> uint8 on the CPU, enlarged where it is small."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().cpu()
-    return enlarge(pixels)
 
 
 def enlarge(pixels: Tensor) -> Tensor:
@@ -51,8 +45,8 @@ def scale_of(size: Sequence[int]) -> int:
 
 
 def caption(image: Tensor, lines: Sequence[str]) -> Tensor:
-    """[3, H, W] float in [0, 1] with lines of text below it: uint8 [3, H', W']."""
-    pixels = to_bytes(image)
+    """[3, H, W] float in [0, 1] -> uint8 [3, H', W'], enlarged if small, with lines of text below it."""
+    pixels = enlarge((image.detach().float().clamp(0, 1) * 255).round().byte().cpu())
     strip = Image.new("RGB", (pixels.shape[2], 14 * len(lines) + 4), "white")
     draw = ImageDraw.Draw(strip)
     for number, line in enumerate(lines):
@@ -77,7 +71,7 @@ def write_report(report: Report, folder: Path, classes: Sequence[str]) -> None:
 
 
 def confusion_figure(matrix: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Shares of each true class, int64 [K, K], in one figure; names are written for up to 40 classes."""
+    """Plot int64 [K, K] as shares of each true class, with names for up to 40 classes."""
     shares = (matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     side = min(12.0, 3.5 + 0.28 * len(classes))
     figure = Figure(figsize=(side + 1, side), layout="constrained")

@@ -1,7 +1,7 @@
-"""Fine-tuned models on disk and in MLflow. Imports neither Ray nor, but for models there, MLflow.
+"""Fine-tuned models on disk and in MLflow. Imports no Ray, and MLflow only for models in MLflow.
 
-model.safetensors, model.json    weights, and what builds the network: task, backbone, classes, settings
-provenance.json                  where it comes from, for model cards
+model.safetensors, model.json    weights; task, backbone, classes and settings from which the network is built
+provenance.json                  its origin, for model cards
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class SavedModel:
     """A fine-tuned model in evaluation mode.
 
     Attributes:
-        task: under the configuration that it was made with; fields that the task does not keep are at their default.
+        task: under the configuration of its training; fields that the task does not save have their defaults.
         classes: names by number.
-        backbone: ``model`` and ``args`` that timm builds the backbone from.
-        provenance: what is known of its origin, JSON-ready.
+        backbone: ``model`` and ``args`` from which timm builds the backbone.
+        provenance: its known origin, JSON-ready.
     """
 
     task: DownstreamTask[Any]
@@ -47,7 +47,7 @@ class SavedModel:
 
     @property
     def student_run(self) -> str | None:
-        """MLflow run that trained the student, where known."""
+        """MLflow run that trained the student, if known."""
         return self.provenance.get("student", {}).get("run_id")
 
     def save(self, folder: Path) -> None:
@@ -101,7 +101,7 @@ def load_model(folder: Path) -> SavedModel:
 
 
 def find_model(name: str, tracking_uri: str) -> SavedModel | None:
-    """The fine-tuned model that a folder, its address or an MLflow URI names; None if it names something else.
+    """The fine-tuned model that a folder or an MLflow URI names; None if it names something else.
 
     Raises:
         UserError: if the URI cannot be resolved, or the model is damaged.
