@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,24 @@ if not __package__:  # a script imports from its own checkout
 
 from jobs._cli import RECIPES, later, run, table
 from pipeline.downstream.config import FinetuneJobConfig
+from pipeline.errors import UserError
+
+
+def listed_configs(arguments: Sequence[str]) -> Sequence[type[FinetuneJobConfig]]:
+    """Configurations whose fields `--help` lists: that of the user's own task, if one is named and can be imported."""
+    own = [item for item in arguments if item.startswith("finetune.task=") and ":" in item]
+    if not own or not {"-h", "--help"} & set(arguments):
+        return ()
+    try:
+        return [FinetuneJobConfig.of_task(own[-1].partition("=")[2])]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
 
 if __name__ == "__main__":
-    run(FinetuneJobConfig, later("jobs.finetune"), __doc__, recipe=RECIPES / "classify.yaml")
+    configs = listed_configs(sys.argv[1:])
+    run(FinetuneJobConfig, later("jobs.finetune"), __doc__, recipe=RECIPES / "classify.yaml", listed=configs)
     sys.exit()
 
 from pipeline.downstream.base import load_task
@@ -68,14 +84,14 @@ def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
 
 
 def plan_rows(config: FinetuneJobConfig, plan: FinetunePlan) -> dict[str, str | None]:
-    """Data, backbone and steps."""
+    """The plan, for people."""
     held_out = f"{len(plan.val)} from {plan.val.location}" if plan.val else "none: no metrics"
     frozen = ", frozen" if config.finetune.frozen else ""
     return {
         "task": config.finetune.task + (f", {len(classes)} classes" if (classes := plan.train.classes) else ""),
         "training images": f"{len(plan.train)} from {plan.train.location}",
         "held-out images": held_out,
-        "backbone": f"{plan.start.model} from {config.finetune.student or 'scratch'}{frozen}",
+        "backbone": f"{plan.start.name} from {config.finetune.student or 'scratch'}{frozen}",
         "soft targets": plan.teacher.summary if plan.teacher else None,
         "training": f"{config.train.epochs} epochs of {plan.steps} steps of {config.train.batch_size} images",
         "passed over": "; ".join(plan.notes) or None,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.errors import UserError, one_line
 from pipeline.runs.addresses import fetch_student
-from pipeline.student.loading import load_student
+from pipeline.student.loading import LoadedStudent, load_student
 from pipeline.student.model import Encoder, load_encoder, save_encoder
 
 PYRAMID = (4, 8, 16, 32)
@@ -37,21 +35,7 @@ class FrozenEncoder(Encoder):
         return super().maps(images, levels)
 
 
-@dataclass(frozen=True)
-class Start:
-    """A backbone with its weights, the timm name and arguments that build it, and its provenance."""
-
-    encoder: Encoder
-    model: str
-    args: dict[str, Any]
-    provenance: Mapping[str, Any]
-
-    def save(self, input_size: int, folder: Path) -> None:
-        """Write an exported student, so that workers neither download nor draw weights."""
-        save_encoder(self.encoder, self.model, self.args, input_size, folder)
-
-
-def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> Start:
+def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> LoadedStudent:
     """The backbone that `finetune.student` names: an exported student, a model in MLflow or a timm model; none: from scratch.
 
     Raises:
@@ -63,15 +47,19 @@ def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> Start:
     tagged = "." in name.rpartition("/")[2]  # a tag names weights of the hub
     weights = "pretrained" if tagged else f"random:{config.seed}"
     try:
-        loaded = load_student(fetch_student(name, tracking_uri), weights=weights, args=config.student.args)
+        return load_student(fetch_student(name, tracking_uri), weights=weights, args=config.student.args)
     except UserError as error:
         hint = "; leave its tag out to train from scratch" if tagged else ""
         raise UserError(f"finetune.student: {error}{hint}") from error
-    return Start(loaded.encoder, loaded.name, dict(loaded.args), loaded.provenance)
+
+
+def save_start(start: LoadedStudent, input_size: int, folder: Path) -> None:
+    """Write an exported student, so that workers neither download nor draw weights."""
+    save_encoder(start.encoder, start.name, dict(start.args), input_size, folder)
 
 
 def load_start(folder: Path, frozen: bool) -> Encoder:
-    """The backbone that :meth:`Start.save` wrote, in training mode."""
+    """The backbone that :func:`save_start` wrote, in training mode."""
     encoder = load_encoder(folder).train()
     return FrozenEncoder(encoder) if frozen else encoder
 

@@ -57,11 +57,7 @@ def import_task(task: str) -> Any:
 
 
 def section_of(task: str) -> tuple[str, type[Section]]:
-    """Name and class of a task's configuration section.
-
-    Raises:
-        UserError: if there is no such task.
-    """
+    """Name and class of a task's configuration section."""
     if task in TASKS:
         return task, TASKS[task].section
     found = import_task(task)

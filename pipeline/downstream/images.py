@@ -33,11 +33,7 @@ def split_location(config: FinetuneJobConfig, split: Split) -> str | None:
 
 
 def open_split(config: FinetuneJobConfig, split: Split) -> Source | None:
-    """The source of `data.train` or `data.val`; None if there are no held-out images.
-
-    Raises:
-        UserError: as :func:`pipeline.sources.open.open_source` does.
-    """
+    """The source of `data.train` or `data.val`; None if there are no held-out images."""
     data, location = config.data, split_location(config, split)
     if location is None:
         return None
@@ -97,11 +93,7 @@ def decode(data: bytes | Exception, name: str) -> Image.Image:
 
 
 def read_pixels(path: Path) -> Tensor:
-    """Upright RGB pixels of a file, uint8 [3, H, W].
-
-    Raises:
-        UserError: naming the file and the reason.
-    """
+    """Upright RGB pixels of a file, uint8 [3, H, W]; raises as :func:`decode`."""
     try:
         data: bytes | Exception = path.read_bytes()
     except OSError as error:
@@ -176,11 +168,7 @@ class LabelledImages(SourceImages):
 
 
 def open_labelled(config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
-    """A split for classification; `classes` as in :class:`LabelledImages`.
-
-    Raises:
-        UserError: if an image has no label.
-    """
+    """A split for classification; `classes` as in :class:`LabelledImages`."""
     source = open_split(config, split)
     return None if source is None else LabelledImages(source, tuple(classes))
 
@@ -196,11 +184,7 @@ def refuse_other_classes(expected: Sequence[str], found: Sequence[str], whose: s
 
 
 def size_on_disk(path: str) -> tuple[int, int]:
-    """(width, height) of an upright image file.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+    """(width, height) of an upright image file."""
     try:
         return image_size(path)
     except (OSError, ValueError, SyntaxError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.distill.provenance import all_licences, all_teachers
-from pipeline.downstream.backbone import Start, check_input_size, find_start
+from pipeline.downstream.backbone import check_input_size, find_start, save_start
 from pipeline.downstream.base import Examples, Report, SoftTeacher, load_task, make_task
 from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.downstream.images import refuse_other_classes
@@ -22,6 +22,7 @@ from pipeline.downstream.training import FinetuneJob, FinetuneTask, build_model,
 from pipeline.errors import UserError
 from pipeline.runs.folder import work_folder
 from pipeline.sources.locations import SAMPLES, absolute
+from pipeline.student.loading import LoadedStudent
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import log_model_folder
 from pipeline.tracking.run import Run
@@ -40,7 +41,7 @@ class FinetunePlan:
 
     train: Examples
     val: Examples | None
-    start: Start
+    start: LoadedStudent
     teacher: SoftTeacher | None
     steps: int
     notes: list[str]
@@ -86,7 +87,7 @@ def plan_finetune(config: FinetuneJobConfig) -> FinetunePlan:
             f"{task.min_classes} or more"
         )
     task.build(start.encoder, train.classes)
-    check_input_size(start.encoder, task.image_size(), f"finetune.student: {start.model}")
+    check_input_size(start.encoder, task.image_size(), f"finetune.student: {start.name}")
     teacher = task.find_teacher(train.classes, tracking_uri)
     steps = epoch_steps(config, len(train))
     notes = [f"{split}: {note}" for split, data in (("train", train), ("val", val)) if data for note in data.check()]
@@ -104,7 +105,7 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
     """
     held_out = log_lineage(plan.train, plan.val, run)
     run.set_student_run(plan.start.provenance.get("run_id"))
-    plan.start.save(config.student.input_size, folder / "start")
+    save_start(plan.start, config.student.input_size, folder / "start")
     if plan.teacher:
         plan.teacher.saved.save(folder / TEACHER_FOLDER)
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
@@ -218,11 +219,7 @@ def as_saved(config: EvaluateModelJobConfig, saved: SavedModel, given: Collectio
 
 
 def open_held_out(config: FinetuneJobConfig, saved: SavedModel) -> Examples:
-    """Held-out images, checked, with the classes of the model.
-
-    Raises:
-        UserError: naming the missing field or the first bad file.
-    """
+    """Held-out images, checked, with the classes of the model."""
     val = make_task(config).open("val", saved.classes)
     if val is None:
         raise UserError("data.val: evaluation needs held-out images")

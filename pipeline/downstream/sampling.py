@@ -105,11 +105,7 @@ class _Prepared(Dataset[Any]):
 
 
 def prepare(make: Callable[[Any], Any], items: Sequence[Any], processes: int | None) -> Iterator[Any]:
-    """Yield `make(item)` for every item, in order, from other processes (None: one per CPU but one; 0: this process).
-
-    Raises:
-        UserError: as `make` raised it.
-    """
+    """Yield `make(item)` for every item, in order, from other processes (None: one per CPU but one; 0: this process)."""
     count = max(1, torch.get_num_threads() - 1) if processes is None else processes
     loader = DataLoader(
         _Prepared(make, items),

@@ -57,9 +57,6 @@ def export_torch(model: nn.Module, path: Path | str, example: Tensor, dynamic: S
     """Write a torch.export program (``.pt2``), which torch loads without the model's code; returns its path.
 
     Arguments are those of :func:`export_onnx`; dynamic heights and widths start at 33 pixels.
-
-    Raises:
-        UserError: if the model is in training mode.
     """
     _check_eval(model)
     # torch.export treats a height or width of one cell at stride 32 as a constant.

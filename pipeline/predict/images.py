@@ -38,11 +38,7 @@ def list_images(images: Images) -> list[One]:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files that paths name or hold, folder after folder.
-
-    Raises:
-        UserError: for a path that is not there, or a folder without images.
-    """
+    """The image files that paths name or hold, folder after folder."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.config.load import load_config
-from pipeline.downstream.backbone import find_start
+from pipeline.downstream.backbone import find_start, save_start
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.training import FinetuneJob
 from tests.downstream.drawings import SIDE, locations, write_set
@@ -32,7 +32,7 @@ def make_job(tmp_path, drawings):
             [*SMALL, f"finetune.task={task}", *locations(drawings, task), *overrides],
         )
         job = FinetuneJob(config, tmp_path / folder / "start", tmp_path / folder)
-        find_start(config).save(config.student.input_size, job.start)
+        save_start(find_start(config), config.student.input_size, job.start)
         return job
 
     return make

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import evaluate, export, predict
+from jobs import evaluate, export, finetune, predict
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.tables import render_text
 from pipeline.config.load import load_config
-from pipeline.downstream.backbone import find_start
+from pipeline.config.tree import describe_fields
+from pipeline.downstream.backbone import find_start, save_start
 from pipeline.downstream.base import load_task
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.job import with_absolute_paths
@@ -38,7 +39,7 @@ def model(tmp_path_factory):
     overrides = [*OWN, f"finetune.task={TASK}", "mean_colour.hidden=4", "mean_colour.notes=notes.txt", "train.epochs=1"]
     config = load_config(FinetuneJobConfig, None, overrides)
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
-    find_start(config).save(config.student.input_size, job.start)
+    save_start(find_start(config), config.student.input_size, job.start)
     task = FinetuneTask(pickle.loads(pickle.dumps(job)))  # noqa: S301  as it travels to a worker
     snapshots = []
     train(task, job.config.train, ALONE, None, snapshots.append)
@@ -141,6 +142,15 @@ def test_its_metrics_are_columns_of_a_comparison(tmp_path):
 def test_what_is_no_task_is_named(task, expected):
     with pytest.raises(UserError, match=f"finetune.task: .*{expected}"):
         load_config(FinetuneJobConfig, None, [f"finetune.task={task}"])
+
+
+def test_help_lists_the_fields_of_its_section(capsys):
+    arguments = [f"finetune.task={TASK}", "--help"]
+    assert "mean_colour.hidden" in describe_fields(*finetune.listed_configs(arguments))
+    assert finetune.listed_configs(arguments[:1]) == finetune.listed_configs(["--help"]) == ()
+    with pytest.raises(SystemExit):
+        finetune.listed_configs(["finetune.task=no.such:Task", "--help"])
+    assert "finetune.task: no.such:Task cannot be imported" in capsys.readouterr().err
 
 
 def test_an_unknown_field_of_its_section_is_named():

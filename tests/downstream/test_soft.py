@@ -5,9 +5,8 @@ import torch
 
 from pipeline.config.load import load_config
 from pipeline.downstream.base import make_task
-from pipeline.downstream.classify.soft import find_soft_teacher
 from pipeline.downstream.config import FinetuneJobConfig
-from pipeline.downstream.job import SOFT, make_finetune_task, plan_finetune
+from pipeline.downstream.job import TEACHER_FOLDER, make_finetune_task, plan_finetune
 from pipeline.downstream.saved import finished_model, load_model
 from pipeline.downstream.training import FinetuneTask, build_model
 from pipeline.errors import UserError
@@ -44,7 +43,7 @@ def test_targets_are_mixed_with_the_probabilities_of_the_same_pixels(make_job, t
 
 def test_the_loss_of_a_worker_is_least_where_the_student_says_the_same(make_job, taught):
     job = make_job("classify", f"classify.teacher={taught}", "classify.teacher_share=1.0")
-    taught.rename(job.folder / SOFT)
+    taught.rename(job.folder / TEACHER_FOLDER)
     task = make_finetune_task({"job": job}, 0, 1)
     batch = next(iter(task.batches(0, 0)))
     teacher = task.soften.model
@@ -68,4 +67,4 @@ def test_another_task_another_set_of_classes_and_no_model_are_refused(make_job, 
         plan_finetune(load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={tmp_path}/nowhere"]))
     config = load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={taught}"])
     with pytest.raises(UserError, match=r"differ in their classes: (zebra|square)"):
-        find_soft_teacher(make_task(config), [*plan.train.classes[:-1], "zebra"], "")
+        make_task(config).find_teacher([*plan.train.classes[:-1], "zebra"], "")

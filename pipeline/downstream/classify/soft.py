@@ -7,20 +7,13 @@ consistent" (2022), section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from pipeline.downstream.backbone import check_input_size
-from pipeline.downstream.base import SoftTeacher
-from pipeline.downstream.saved import find_model
-from pipeline.errors import UserError
-from pipeline.sources.base import odd_class
-
 if TYPE_CHECKING:
-    from pipeline.downstream.classify.task import Classification, LabelledBatch
+    from pipeline.downstream.classify.task import LabelledBatch
 
 
 class SoftTargets:
@@ -41,21 +34,3 @@ class SoftTargets:
         probabilities = self.model.to(device)(images).float().softmax(1)
         targets = torch.lerp(batch.targets.to(device), probabilities, self.share)
         return batch._replace(images=images, targets=targets)
-
-
-def find_soft_teacher(task: Classification, classes: Sequence[str], tracking_uri: str) -> SoftTeacher | None:
-    """The classifier that `classify.teacher` names; None if it names none.
-
-    Raises:
-        UserError: if it is no fine-tuned classifier, has other classes, or does not take images of `student.input_size`.
-    """
-    name = task.settings.teacher
-    if name is None:
-        return None
-    saved = find_model(name, tracking_uri)
-    if saved is None or saved.task.name != task.name:
-        raise UserError(f"classify.teacher: {name} is no fine-tuned classifier; jobs/finetune.py makes one")
-    if (odd := odd_class(saved.classes, classes)) is not None:
-        raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd}")
-    check_input_size(saved.model, task.image_size(), f"classify.teacher: {name}")
-    return SoftTeacher(saved, name, f"{task.settings.teacher_share:.0%} from {name}")

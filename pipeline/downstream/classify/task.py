@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
+from pipeline.downstream.backbone import check_input_size
 from pipeline.downstream.base import (
     Column,
     DownstreamTask,
@@ -27,11 +28,13 @@ from pipeline.downstream.base import (
     evenly,
 )
 from pipeline.downstream.classify.config import ClassifyConfig
-from pipeline.downstream.classify.soft import SoftTargets, find_soft_teacher
+from pipeline.downstream.classify.soft import SoftTargets
 from pipeline.downstream.images import LabelledImages, open_labelled
 from pipeline.downstream.pictures import caption
 from pipeline.downstream.sampling import Draw, prepare, seeded
+from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
+from pipeline.sources.base import odd_class
 from pipeline.student.model import Encoder
 from pipeline.training.worker import Worker
 
@@ -48,11 +51,7 @@ class LabelledBatch(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Backbone, average pool, BatchNorm and a linear layer, as ReGLA's own head.
-
-    Args:
-        classes: number K of classes.
-    """
+    """Backbone, average pool, BatchNorm and a linear layer, as ReGLA's own head."""
 
     def __init__(self, encoder: Encoder, classes: int) -> None:
         super().__init__()
@@ -84,18 +83,18 @@ class Classification(DownstreamTask[ClassifyConfig]):
         return open_labelled(self.config, split, classes)
 
     def build(self, encoder: Encoder, classes: Sequence[str]) -> Classifier:
-        """Any backbone will do."""
+        """A classifier on any backbone."""
         return Classifier(encoder, len(classes))
 
     def saved_settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """How images are brought to the size that it was trained at."""
+        """Input size and centre crop of the training."""
         return {
             "student": {"input_size": self.config.student.input_size},
             "classify": {"crop_share": self.settings.crop_share},
         }
 
     def batch(self, examples: LabelledImages, draws: Sequence[Draw]) -> LabelledBatch:
-        """Each image is augmented by its own seed; mixing is seeded by the first one."""
+        """Images augmented by their own seeds, and mixed by that of the first one."""
         self._refuse_odd(len(draws))
         settings, seed, rows = self.settings, self.config.seed, [draw.row for draw in draws]
         augment, pixels = self.training_transform(), []
@@ -117,8 +116,17 @@ class Classification(DownstreamTask[ClassifyConfig]):
         return F.cross_entropy(logits.float(), batch.targets.to(device, non_blocking=True)), {}
 
     def find_teacher(self, classes: Sequence[str], tracking_uri: str) -> SoftTeacher | None:
-        """The classifier that `classify.teacher` names, which must know the same classes."""
-        return find_soft_teacher(self, classes, tracking_uri)
+        """The classifier that `classify.teacher` names: of the same classes, and for images of `student.input_size`."""
+        name = self.settings.teacher
+        if name is None:
+            return None
+        saved = find_model(name, tracking_uri)
+        if saved is None or saved.task.name != self.name:
+            raise UserError(f"classify.teacher: {name} is no fine-tuned classifier; jobs/finetune.py makes one")
+        if (odd := odd_class(saved.classes, classes)) is not None:
+            raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd}")
+        check_input_size(saved.model, self.image_size(), f"classify.teacher: {name}")
+        return SoftTeacher(saved, name, f"{self.settings.teacher_share:.0%} from {name}")
 
     def make_softener(self, teacher: nn.Module) -> Callable[[LabelledBatch, torch.device], LabelledBatch]:
         """Mixes the teacher's probabilities into the targets."""
@@ -176,7 +184,7 @@ class Classification(DownstreamTask[ClassifyConfig]):
     def training_transform(self) -> Callable[[Any], Tensor]:
         """timm's training augmentation of a PIL image, to float32 [3, S, S] in [0, 1] except where noise erased pixels."""
         settings, size = self.settings, self.config.student.input_size
-        # Erasing draws noise of the scale of normalised pixels; the model normalises by itself, hence the way back.
+        # Erasing draws noise on the scale of normalised pixels; the model normalises by itself, so undo it afterwards.
         mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
         transform = create_transform(
             (3, size, size),

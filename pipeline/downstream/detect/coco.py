@@ -136,11 +136,7 @@ class CocoImages:
             )
 
     def read(self, row: int) -> tuple[Tensor, ObjectTargets]:
-        """Image uint8 [3, H, W] and its usable objects.
-
-        Raises:
-            UserError: naming an image that cannot be read.
-        """
+        """Image uint8 [3, H, W] and its usable objects."""
         image = self.images[row]
         pixels = read_pixels(Path(below(self.location, image["file_name"])))
         height, width = pixels.shape[1:]
@@ -223,11 +219,7 @@ def encoded(shape: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def open_objects(config: FinetuneJobConfig, settings: DetectConfig, split: Split) -> CocoImages | SceneObjects | None:
-    """A split for detection.
-
-    Raises:
-        UserError: if the folder or its annotations are missing or wrong.
-    """
+    """A split for detection."""
     location = split_location(config, split)
     if location is None:
         return None

@@ -32,13 +32,8 @@ class Precision(NamedTuple):
 
 
 def coco_index(dataset: Mapping[str, Any]) -> COCO:
-    """The API's index of annotations: copies, with the crowd flags and areas that may be left out.
-
-    They are numbered from 1 on, since the API takes id 0 for no match.
-    """
-    annotations = [
-        {"iscrowd": 0, **entry, "id": number} for number, entry in enumerate(dataset["annotations"], start=1)
-    ]
+    """The API's index of copied annotations, with crowd flags and areas filled in, and ids from 1 (0 means no match)."""
+    annotations = [{"iscrowd": 0, **entry, "id": row} for row, entry in enumerate(dataset["annotations"], start=1)]
     with contextlib.redirect_stdout(io.StringIO()):
         index = COCO()
         index.dataset = {**dataset, "annotations": annotations}
@@ -56,7 +51,7 @@ def average_precision(truth: COCO, results: Sequence[Mapping[str, Any]], kind: K
     unwanted = "bbox" if kind == "segm" else "segmentation"
     detections = [{name: value for name, value in result.items() if name != unwanted} for result in results]
     with contextlib.redirect_stdout(io.StringIO()):
-        found = truth.loadRes(detections) if detections else _nothing(truth)
+        found = truth.loadRes(detections) if detections else coco_index({**truth.dataset, "annotations": []})
         evaluation = COCOeval(truth, found, kind)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -68,10 +63,6 @@ def average_precision(truth: COCO, results: Sequence[Mapping[str, Any]], kind: K
         values = values[values > -1]
         per_category[int(category)] = float(np.mean(values)) if len(values) else -1.0
     return Precision(dict(zip(NUMBERS, map(float, evaluation.stats), strict=True)), per_category)
-
-
-def _nothing(truth: COCO) -> COCO:
-    return coco_index({"images": truth.dataset["images"], "categories": truth.dataset["categories"], "annotations": []})
 
 
 def evaluate_files(annotations: Path, results: Path) -> dict[Kind, Precision]:
@@ -147,11 +138,7 @@ def _by_id(entries: Sequence[Mapping[str, Any]], fields: Sequence[str], what: st
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        UserError: if it cannot be read or is not JSON.
-    """
+    """Parse a JSON file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -53,9 +53,6 @@ def build_detector(encoder: Encoder, classes: int, settings: DetectConfig) -> Fa
     """A detector that takes images [3, H, W] in [0, 1]; label 0 is the background.
 
     In training images come resized; in evaluation it resizes them by itself and gives results in their own pixels.
-
-    Raises:
-        UserError: if the backbone lacks a stride.
     """
     body, hidden = PyramidBody(encoder, settings.channels), HIDDEN * settings.channels
     anchors = AnchorGenerator(tuple((settings.anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)

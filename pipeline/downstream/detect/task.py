@@ -75,7 +75,7 @@ class Detection(DownstreamTask[DetectConfig]):
         return open_objects(self.config, self.settings, split)
 
     def build(self, encoder: Encoder, classes: Sequence[str]) -> FasterRCNN:
-        """A hierarchical backbone is needed."""
+        """A detector on a hierarchical backbone."""
         return build_detector(encoder, len(classes), self.settings)
 
     def image_size(self) -> tuple[int, int]:
@@ -84,7 +84,7 @@ class Detection(DownstreamTask[DetectConfig]):
         return side, side + 32
 
     def saved_settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """What decides the architecture, and the size of the images that it was made for."""
+        """The architecture, and the image sizes of its evaluation."""
         kept = self.settings.model_dump(include={"masks", "anchor", "channels", "max_size"})
         return {"detect": {**kept, "sizes": self.settings.sizes[-1:]}}
 
@@ -132,10 +132,7 @@ class Detection(DownstreamTask[DetectConfig]):
         return Report(metrics, table, pictures=self._pictures(detector, examples))
 
     def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Objects]:
-        """The objects in each image.
-
-        Images go through one by one: padded to the size of others, they would score otherwise than in the evaluation.
-        """
+        """The objects in each image, one by one: padding to the size of others would change the scores."""
         return [self._find(model, image, classes) for image in images]
 
     def draw(self, image: Tensor, result: Objects, classes: Sequence[str]) -> Tensor:

@@ -82,11 +82,7 @@ class MaskedImages:
             raise UserError(f"{path}: {error}") from error
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Image uint8 [3, H, W] and labels uint8 [H, W], `IGNORE` for unlabelled pixels.
-
-        Raises:
-            UserError: naming a file that cannot be read.
-        """
+        """Image uint8 [3, H, W] and labels uint8 [H, W], `IGNORE` for unlabelled pixels."""
         image, mask = read_pixels(Path(self.location, self.names[row])), self._mask(row)
         if mask.shape != image.shape[1:]:
             raise UserError(f"{self.mask_path(row)}: its size is not that of its image")
@@ -109,11 +105,7 @@ class SceneMasks(Scenes):
 
 
 def open_masked(config: FinetuneJobConfig, settings: SegmentConfig, split: Split) -> MaskedImages | SceneMasks | None:
-    """A split for segmentation.
-
-    Raises:
-        UserError: if folders or class names are missing.
-    """
+    """A split for segmentation."""
     location = split_location(config, split)
     if location is None:
         return None

@@ -19,19 +19,13 @@ class SemanticFPN(nn.Module):
         encoder: with maps at strides 4, 8, 16 and 32.
         classes: number K of classes.
         channels: of the branches (128 in the paper); the pyramid has twice as many.
-
-    Raises:
-        UserError: if the backbone lacks a stride.
     """
 
     def __init__(self, encoder: Encoder, classes: int, channels: int) -> None:
         super().__init__()
         self.encoder, self.levels = encoder, pyramid_levels(encoder)
         self.pyramid = FeaturePyramidNetwork([encoder.channels[level] for level in self.levels], 2 * channels)
-        self.branches = nn.ModuleList(
-            nn.ModuleList(_block(2 * channels if first else channels, channels) for first in _firsts(depth))
-            for depth in (1, 1, 2, 3)
-        )
+        self.branches = nn.ModuleList(_branch(depth, channels) for depth in (1, 1, 2, 3))
         self.dropout = nn.Dropout2d(0.1)  # as in mmsegmentation's FPNHead
         self.classify = nn.Conv2d(channels, classes, 1)
 
@@ -50,8 +44,8 @@ class SemanticFPN(nn.Module):
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _firsts(depth: int) -> list[bool]:
-    return [number == 0 for number in range(depth)]
+def _branch(depth: int, channels: int) -> nn.ModuleList:
+    return nn.ModuleList(_block(width, channels) for width in [2 * channels] + [channels] * (depth - 1))
 
 
 def _block(inputs: int, channels: int) -> nn.Sequential:

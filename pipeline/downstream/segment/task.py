@@ -54,16 +54,16 @@ class Segmentation(DownstreamTask[SegmentConfig]):
         return open_masked(self.config, self.settings, split)
 
     def build(self, encoder: Encoder, classes: Sequence[str]) -> SemanticFPN:
-        """A hierarchical backbone is needed."""
+        """Semantic FPN on a hierarchical backbone."""
         return SemanticFPN(encoder, len(classes), self.settings.channels)
 
     def image_size(self) -> tuple[int, int]:
-        """A training crop is square, a whole image is not."""
+        """A square training crop, or a whole image that is not square."""
         side = self.config.student.input_size
         return side, side if self.settings.inference == "slide" else side + 32
 
     def saved_settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """The width of the head, and how whole images are shown to it."""
+        """Width of the head, and how it sees whole images."""
         kept = self.settings.model_dump(include={"channels", "size", "inference"})
         return {"segment": kept, "student": {"input_size": self.config.student.input_size}}
 
@@ -99,7 +99,7 @@ class Segmentation(DownstreamTask[SegmentConfig]):
         return Report(metrics, table, matrix, {} if worker.rank else self._pictures(model, examples))
 
     def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Tensor]:
-        """The number of the class of each pixel, int64 [H, W] at the image's own size."""
+        """Class number by pixel, int64 [H, W] at the image's own size."""
         return [self.label_map(model, image).cpu() for image in images]
 
     def draw(self, image: Tensor, result: Tensor, classes: Sequence[str]) -> Tensor:
@@ -109,7 +109,7 @@ class Segmentation(DownstreamTask[SegmentConfig]):
     def describe(
         self, image: Tensor, result: Tensor, classes: Sequence[str], folder: Path, stem: str
     ) -> dict[str, Any]:
-        """The file of the label map: a PNG that holds the number of the class of each pixel."""
+        """The file of the label map, a PNG of class numbers."""
         numbers = Image.fromarray(result.numpy().astype(np.uint8), mode="P")
         numbers.putpalette(palette(len(classes)).ravel().tolist())
         numbers.save(folder / "labels" / f"{stem}.png")
