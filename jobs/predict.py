@@ -63,10 +63,10 @@ if __name__ == "__main__":
     sys.exit()
 
 from pipeline.errors import UserError
-from pipeline.predict.features import make_writer
+from pipeline.predict.features import check_features_file, write_features
 from pipeline.predict.files import write_predictions
 from pipeline.predict.images import find_images
-from pipeline.predict.predictor import Predictor, load_predictor
+from pipeline.predict.predictor import load_predictor
 
 
 def predict(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -75,7 +75,7 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         raise UserError(f"--batch-size={options.batch_size}: at least 1")
     asked = options.task or ("features" if options.to and options.to.suffix else None)
     if asked == "features" and options.to:
-        make_writer(options.to)
+        check_features_file(options.to)
     paths = find_images(options.images)
     predictor = load_predictor(
         options.model,
@@ -88,7 +88,13 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
     predictor.unreadable = {}
     task = asked or predictor.task or "features"
     if task == "features":
-        figures = write_features(predictor, paths, options.to or Path("features.parquet"))
+        file = options.to or Path("features.parquet")
+        check_features_file(file)
+        vectors = predictor.features([*paths])
+        write_features(file, [*predictor.readable(paths)], vectors)
+        count, channels = vectors.shape
+        print(table({"images": count, "features": f"{file}, {channels} channels"}))
+        figures: dict[str, Any] = {"file": str(file.resolve()), "images": count, "channels": channels}
     else:
         predictor.check_task(task)
         written = write_predictions(predictor, paths, options.to or Path("predictions"))
@@ -100,13 +106,3 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
             print(f"left out: {reason}", file=sys.stderr)
         figures |= {"ok": False, "unreadable": [*map(str, unreadable)]}
     return figures
-
-
-def write_features(predictor: Predictor, paths: Sequence[Path], file: Path) -> dict[str, Any]:
-    """Write one row for each readable image."""
-    write = make_writer(file)
-    vectors = predictor.features([*paths])
-    write([*predictor.readable(paths)], vectors)
-    images, channels = vectors.shape
-    print(table({"images": images, "features": f"{file}, {channels} channels"}))
-    return {"file": str(file.resolve()), "images": images, "channels": channels}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pipeline.downstream.base import Split
 from pipeline.downstream.config import FinetuneJobConfig
@@ -98,7 +98,7 @@ def read_pixels(path: Path) -> Tensor:
         data: bytes | Exception = path.read_bytes()
     except OSError as error:
         data = error
-    return torch.from_numpy(np.array(decode(data, str(path)))).permute(2, 0, 1)
+    return pil_to_tensor(decode(data, str(path)))
 
 
 class SourceImages:

@@ -188,7 +188,8 @@ def log_lineage(train: Examples | None, val: Examples | None, run: Run) -> str:
             keys = "\n".join(data.key(row) for row in range(len(data)))
             identity = hashlib.sha256(keys.encode()).hexdigest()
             run.log_dataset(f"{context}-{len(data)}", data.location, identity, context)
-            held_out = f"{context}-{len(data)}-{identity[:8]}" if context == "val" else held_out
+            if context == "val":
+                held_out = f"val-{len(data)}-{identity[:8]}"
     return held_out
 
 

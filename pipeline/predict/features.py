@@ -1,10 +1,9 @@
-"""Features in a file, one row an image."""
+"""Features in a file, one row per image."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,29 +13,26 @@ from torch import Tensor
 from pipeline.errors import UserError
 
 
-def make_writer(file: Path) -> Callable[[Sequence[Path], Tensor], None]:
-    """A function that writes one row per image, ``path`` and ``features`` (float32), to a `.parquet` or `.json` file.
+def check_features_file(file: Path) -> None:
+    """Make the folder of a file for :func:`write_features`.
 
     Raises:
-        UserError: for another ending, or if its folder cannot be made.
+        UserError: if the name ends in neither `.parquet` nor `.json`, or the folder cannot be made.
     """
-    if file.suffix not in _WRITERS:
-        raise UserError(f"{file}: the name must end in {' or '.join(_WRITERS)}")
+    if file.suffix not in (".parquet", ".json"):
+        raise UserError(f"{file}: the name must end in .parquet or .json")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror})") from error
-    return partial(_WRITERS[file.suffix], file)
 
 
-def _write_parquet(file: Path, paths: Sequence[Path], features: Tensor) -> None:
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(features.numpy().ravel()), features.shape[1])
-    pq.write_table(pa.table({"path": [str(path) for path in paths], "features": vectors}), file)
-
-
-def _write_json(file: Path, paths: Sequence[Path], features: Tensor) -> None:
-    rows = [{"path": str(path), "features": row} for path, row in zip(paths, features.tolist(), strict=True)]
-    file.write_text(json.dumps(rows), encoding="utf-8")
-
-
-_WRITERS = {".parquet": _write_parquet, ".json": _write_json}
+def write_features(file: Path, paths: Sequence[Path], features: Tensor) -> None:
+    """Write ``path`` and ``features`` (float32) of each image, as a Parquet table or a JSON list of objects."""
+    names = [str(path) for path in paths]
+    if file.suffix == ".parquet":
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(features.numpy().ravel()), features.shape[1])
+        pq.write_table(pa.table({"path": names, "features": vectors}), file)
+    else:
+        rows = [{"path": name, "features": row} for name, row in zip(names, features.tolist(), strict=True)]
+        file.write_text(json.dumps(rows), encoding="utf-8")

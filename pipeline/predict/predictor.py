@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pipeline.downstream.classify.task import likeliest
 from pipeline.downstream.detect.task import Objects
@@ -115,7 +116,7 @@ class Predictor:
 
     def _predict(self, saved: SavedModel, images: Images) -> Iterator[tuple[Tensor, Any]]:
         size = self.batch_size if saved.task.batched else 1
-        pixels = map(to_tensor, self._decoded(images, max(4, 2 * size)))
+        pixels = map(pil_to_tensor, self._decoded(images, max(4, 2 * size)))
         while batch := list(islice(pixels, size)):
             with torch.inference_mode():
                 results = saved.task.predict(self.model, batch, saved.classes)
@@ -146,11 +147,6 @@ class Predictor:
                 f"finetune.task={asked} finetune.student=...), and name the folder `model` of that run"
             )
         return self.saved
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def load_predictor(

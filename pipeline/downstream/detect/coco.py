@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,29 +54,31 @@ class CocoImages:
         categories = sorted((entry["id"], str(entry["name"])) for entry in dataset["categories"])
         self.classes = tuple(name for _, name in categories)
         self.category_ids = [number for number, _ in categories]
-        self.passed_over = {"cut": 0, "tiny": 0, "crowd": 0, "empty": 0}
-        entries = self._complete(dataset)
-        self.images = [image for image in dataset["images"] if not training or entries[image["id"]][1]]
+        self.passed_over: Counter[str] = Counter()
+        usable = self._usable_objects(dataset)
+        self.images = [image for image in dataset["images"] if not training or usable[image["id"]]]
         self.passed_over["empty"] = len(dataset["images"]) - len(self.images)
         # Text, not objects: forked processes share memory only while no reference count in it changes.
-        self.objects = [json.dumps(entries[image["id"]][1]).encode() for image in self.images]
+        self.objects = [json.dumps(usable[image["id"]]).encode() for image in self.images]
         self.dataset = None if training else dataset
         if not self.images:
             lacking = "no image has an object to learn from" if training else "lists no images"
             raise UserError(f"{annotations}: {lacking}")
 
-    def _complete(self, dataset: dict[str, Any]) -> dict[int, tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """Image and usable objects by image id; boxes that the file omits are computed."""
-        entries: dict[int, Any] = {image["id"]: (image, []) for image in dataset["images"]}
+    def _usable_objects(self, dataset: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
+        """Usable objects by image id; boxes that the file omits are computed."""
+        images = {image["id"]: image for image in dataset["images"]}
+        usable: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
         for number, entry in enumerate(dataset["annotations"], start=1):
-            image, usable = entries[entry["image_id"]]
-            self._fill(entry, image, f"{self.annotations}: annotation {entry.get('id', number)} ({image['file_name']})")
-            box = self._usable_box(entry, image)
-            if box is not None:
-                usable.append({"box": box, "category": entry["category_id"], "mask": entry.get("segmentation")})
-        return entries
+            image = images[entry["image_id"]]
+            where = f"{self.annotations}: annotation {entry.get('id', number)} ({image['file_name']})"
+            self._complete(entry, image, where)
+            if (box := self._usable_box(entry, image)) is not None:
+                kept = {"box": box, "category": entry["category_id"], "mask": entry.get("segmentation")}
+                usable[image["id"]].append(kept)
+        return usable
 
-    def _fill(self, entry: dict[str, Any], image: Mapping[str, Any], where: str) -> None:
+    def _complete(self, entry: dict[str, Any], image: Mapping[str, Any], where: str) -> None:
         shape = entry.get("segmentation")
         if self.with_masks and not shape:
             raise UserError(f"{where} has no segmentation; detect.masks=false learns boxes alone")
@@ -108,20 +111,19 @@ class CocoImages:
 
     def image_id(self, row: int) -> int:
         """COCO's id of an image."""
-        identity: int = self.images[row]["id"]
-        return identity
+        return int(self.images[row]["id"])
 
     def check(self) -> list[str]:
         """Every image must be there and have the size that the annotations give."""
         check_rows(self._check_row, len(self))
         notes = {
-            "crowd": "crowd regions are not learned",
             "cut": "boxes reach beyond their image and are cut",
             "tiny": "boxes of less than a pixel are left out",
+            "crowd": "crowd regions are not learned",
             "empty": "images without an object are left out",
         }
         counts = {} if self.dataset is not None else self.passed_over
-        return [f"{count} {notes[name]}" for name, count in counts.items() if count]
+        return [f"{counts[name]} {note}" for name, note in notes.items() if counts.get(name)]
 
     def _check_row(self, row: int) -> None:
         image = self.images[row]

@@ -27,7 +27,7 @@ from pipeline.student.model import Encoder
 from pipeline.training.worker import Worker
 
 SHOWN = 0.5
-"""Least score of a detection that is drawn."""
+"""Smallest score of a detection that is drawn."""
 
 Examples = CocoImages | SceneObjects
 
@@ -42,14 +42,13 @@ class ObjectsBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Objects:
-    """What a detector found in one image, best first.
+    """The n objects that a detector found in one image, best first.
 
     Attributes:
-        boxes: float32 [n, 4], left, top, right, bottom in pixels of the image.
-        labels: int64 [n], numbers of the classes from 0.
-        names: of the classes, n of them.
+        boxes: float32 [n, 4]: left, top, right, bottom in pixels of the image.
+        labels: int64 [n], class numbers from 0; `names` are those of the classes.
         scores: float32 [n] in [0, 1].
-        masks: bool [n, H, W], or None of a detector without masks.
+        masks: bool [n, H, W]; None from a detector without masks.
     """
 
     boxes: Tensor
@@ -121,9 +120,8 @@ class Detection(DownstreamTask[DetectConfig]):
         rows = worker.own_rows(len(examples))
         images = prepare(examples.read, rows, self.config.finetune.data_workers)
         for row, (image, _) in zip(rows, images, strict=True):
-            found += coco_results(
-                self._find(detector, image, examples.classes), examples.image_id(row), examples.category_ids
-            )
+            objects = self._find(detector, image, examples.classes)
+            found += coco_results(objects, examples.image_id(row), examples.category_ids)
         results = worker.all_gather_objects(found)
         if worker.rank:
             return Report({})
@@ -155,13 +153,10 @@ class Detection(DownstreamTask[DetectConfig]):
 
     def documents(self, rows: list[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
         """Detections in COCO's results format; their ids are those of `images.json`, in COCO's annotation format."""
-        images = [
-            {"id": number, "file_name": row["path"], "width": row["width"], "height": row["height"]}
-            for number, row in enumerate(rows, start=1)
-        ]
-        results = [
-            {**entry, "image_id": number} for number, row in enumerate(rows, start=1) for entry in row["objects"]
-        ]
+        images, results = [], []
+        for number, row in enumerate(rows, start=1):
+            images.append({"id": number, "file_name": row["path"], "width": row["width"], "height": row["height"]})
+            results += [{**entry, "image_id": number} for entry in row["objects"]]
         categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
         described = {"images": images, "categories": categories, "annotations": []}
         return {"predictions.json": results, "images.json": described}

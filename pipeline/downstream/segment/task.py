@@ -25,9 +25,9 @@ from pipeline.student.model import Encoder
 from pipeline.training.worker import Worker
 
 MOST_DOMINANT = 0.75
-"""Largest share of one class in a training crop, where ten tries find such a crop: as in mmsegmentation's recipes."""
+"""Largest share of one class in a training crop, if ten tries find such a crop; as in mmsegmentation's recipes."""
 LONGEST = 4
-"""Largest ratio of sides that the resize keeps: 2048 x 512 in mmsegmentation's recipes."""
+"""Largest long side in multiples of `segment.size`: 2048 x 512 in mmsegmentation's recipes."""
 
 Examples = MaskedImages | SceneMasks
 
@@ -89,8 +89,8 @@ class Segmentation(DownstreamTask[SegmentConfig]):
     def evaluate(self, model: nn.Module, examples: Examples, worker: Worker) -> Report:
         """mIoU, mAcc and aAcc in percent at the images' own sizes."""
         device = device_of(model)
-        confusion = MulticlassConfusionMatrix(len(examples.classes), ignore_index=IGNORE, validate_args=False)
-        confusion = confusion.to(device)
+        count = len(examples.classes)
+        confusion = MulticlassConfusionMatrix(count, ignore_index=IGNORE, validate_args=False).to(device)
         rows = worker.own_rows(len(examples))
         for image, labels in prepare(examples.read, rows, self.config.finetune.data_workers):
             confusion.update(self.label_map(model, image), labels.to(device).long())
@@ -120,7 +120,7 @@ class Segmentation(DownstreamTask[SegmentConfig]):
         return {"predictions.json": {"classes": list(classes), "images": rows}}
 
     def training_transform(self) -> v2.Compose:
-        """Of an image uint8 [3, H, W] and its mask: scale jitter, crop, flip, and changes of colour."""
+        """Scale jitter, crop, flip and colour changes of an image uint8 [3, H, W] and its mask."""
         low, high = (round(scale * self.settings.size) for scale in self.settings.scales)
         fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE}  # the mean colour of ImageNet
         return v2.Compose(
@@ -160,14 +160,14 @@ def _plain(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class _Crop(v2.RandomCrop):
-    """A crop in which no class takes nearly everything, if ten tries find one."""
+    """A crop that no class dominates, if ten tries find one."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         mask = next(item for item in flat_inputs if isinstance(item, tv_tensors.Mask))
         for _ in range(10):
             params: dict[str, Any] = super().make_params(flat_inputs)
             if params["needs_pad"]:
-                return params  # the whole image, and more
+                return params  # the crop holds the whole image
             top, left = params["top"], params["left"]
             crop = mask[top : top + params["height"], left : left + params["width"]]
             counts = crop[crop != IGNORE].int().bincount()
@@ -177,7 +177,7 @@ class _Crop(v2.RandomCrop):
 
 
 class _Colours(v2.RandomPhotometricDistort):
-    """As mmsegmentation's PhotoMetricDistortion: hue by up to 18 of 180 steps, and no channels change places."""
+    """mmsegmentation's PhotoMetricDistortion: hue shifts of up to 18 of 180 steps, and no permuted channels."""
 
     def __init__(self) -> None:
         super().__init__(hue=(-0.1, 0.1))
@@ -187,11 +187,7 @@ class _Colours(v2.RandomPhotometricDistort):
 
 
 def slide(model: nn.Module, pixels: Tensor, side: int) -> Tensor:
-    """Mean logits [1, K, H, W] over square windows of `side` pixels that overlap by a third of it.
-
-    Args:
-        pixels: float [1, 3, H, W]; a window is cut short where the image is smaller.
-    """
+    """Float [1, 3, H, W] -> mean logits [1, K, H, W] over windows of `side` pixels, or less, that overlap by a third."""
     total: Tensor | None = None
     counts = torch.zeros_like(pixels[:, :1])
     for top in _starts(pixels.shape[2], side):
