@@ -32,6 +32,7 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.task import DistillJob, DistillTask
+from pipeline.downstream.backbone import save_start
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.job import plan_finetune, with_absolute_paths
 from pipeline.downstream.training import FinetuneJob, FinetuneTask
@@ -167,7 +168,7 @@ def _labels_alone(config: DistillJobConfig) -> nn.Module:
     student = config.student.model_dump(include=set(NamedBackboneConfig.model_fields))
     settings = with_absolute_paths(root.model_validate({**shared, "student": student, "classify": mild}))
     with TemporaryDirectory() as folder:
-        plan_finetune(settings).start.save(config.student.input_size, Path(folder, "start"))
+        save_start(plan_finetune(settings).start, config.student.input_size, Path(folder, "start"))
         task = FinetuneTask(FinetuneJob(settings, Path(folder, "start"), Path(folder)))
         encoder: nn.Module = _train(task, config).encoder
     return encoder
