@@ -1,4 +1,4 @@
-"""Fine-tune a backbone for classification, segmentation, detection, or a task of one's own.
+"""Fine-tune a backbone for classification, segmentation, detection, or your own task.
 
 python jobs/finetune.py                                            classification of generated scenes, from scratch
 python jobs/finetune.py recipes/segment.yaml finetune.student=work/runs/<run>/student

@@ -70,7 +70,7 @@ def distill(
 def finetune(
     recipe: Recipe = None, *, images: Images | None = None, held_out: Images | None = None, **fields: Any
 ) -> TrainedModel:
-    """Fine-tune a backbone for classification, segmentation, detection, or a task of one's own.
+    """Fine-tune a backbone for classification, segmentation, detection, or your own task.
 
     Args:
         recipe: as :data:`Recipe`; None: classification of generated scenes (`recipes/classify.yaml`).

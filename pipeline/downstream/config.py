@@ -21,7 +21,7 @@ from teachers.plugin import import_plugin
 
 
 class BuiltInTask(NamedTuple):
-    """The section of a task, and where its class lies: `--help` needs the one without importing the other, and torch."""
+    """The section and the location of a task's class: `--help` needs the section without importing the class and torch."""
 
     section: type[Section]
     location: str
@@ -69,7 +69,7 @@ class FinetuneConfig(Section):
 
     task: str = Field(
         "classify",
-        description="a task of this project, or a class of one's own",
+        description="a built-in task, or a class of your own",
         json_schema_extra={"type": "|".join((*TASKS, "package.module:Class"))},
     )
     student: str | None = Field(
@@ -99,7 +99,7 @@ class FinetuneJobConfig(ImageJobConfig):
     finetune: FinetuneConfig = FinetuneConfig()
 
     root: ClassVar[Any] = None
-    """The class that a variant was made from."""
+    """The class from which a variant was made."""
     task: ClassVar[str] = ""
     """The task of a variant."""
 
@@ -136,7 +136,7 @@ class FinetuneJobConfig(ImageJobConfig):
         """The checkpoints, if they are not in the work folder."""
         return self.train.shared_folders()
 
-    def __reduce__(self) -> Any:  # a variant is no attribute of a module, as pickle wants it
+    def __reduce__(self) -> Any:  # pickle cannot find a variant, as no module holds it
         return _restore, (type(self).root or type(self), type(self).task, self.model_dump())
 
 

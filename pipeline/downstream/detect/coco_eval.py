@@ -25,7 +25,7 @@ NUMBERS += ("AR1", "AR10", "AR100", *(f"AR_{size}" for size in _SIZES))
 
 
 class Precision(NamedTuple):
-    """The twelve numbers by name, and AP by category id; in [0, 1] as the API prints them, -1 where nothing counts."""
+    """The twelve numbers by name, and AP by category id: in [0, 1], or -1 without ground truth, as the API prints them."""
 
     numbers: dict[str, float]
     per_category: dict[int, float]
@@ -123,7 +123,7 @@ def read_annotations(path: Path, image_fields: Sequence[str]) -> dict[str, Any]:
 
 
 def _by_id(entries: Sequence[Mapping[str, Any]], fields: Sequence[str], what: str) -> dict[int, Mapping[str, Any]]:
-    """Entries that must have an id of their own, a whole number, and these fields."""
+    """Entries by id, which must be unique whole numbers; every entry must have these fields."""
     found: dict[int, Mapping[str, Any]] = {}
     for entry in entries:
         where = f"{what} {entry.get('file_name') or entry.get('name') or entry}"

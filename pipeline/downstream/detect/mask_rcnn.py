@@ -18,7 +18,7 @@ from pipeline.downstream.detect.config import DetectConfig
 from pipeline.student.model import Encoder
 
 HIDDEN = 4
-"""Channels of the box head for each of the pyramid: 1024 for 256, as published."""
+"""Channels of the box head per channel of the pyramid: 1024 for 256, as published."""
 
 
 class PyramidBody(nn.Module):
@@ -52,7 +52,7 @@ class ProposalHead(RPNHead):
 def build_detector(encoder: Encoder, classes: int, settings: DetectConfig) -> FasterRCNN:
     """A detector that takes images [3, H, W] in [0, 1]; label 0 is the background.
 
-    In training images come resized; in evaluation it resizes them by itself and gives results in their own pixels.
+    Training images come resized; in evaluation the detector resizes them and returns results in their own pixels.
     """
     body, hidden = PyramidBody(encoder, settings.channels), HIDDEN * settings.channels
     anchors = AnchorGenerator(tuple((settings.anchor * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
