@@ -26,7 +26,6 @@ from jobs._cli import Mode, Switch, confirm, grid, later, run, size, table
 from pipeline.cache.config import PrecomputeJobConfig
 
 _later = partial(later, "jobs.precompute")
-
 MODES = (
     Mode(
         "--plan",
@@ -56,13 +55,12 @@ from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.maintain.audit import Verification, check_begun, verify_cache
-from pipeline.cache.maintain.checks import Finding
 from pipeline.cache.maintain.garbage import find_garbage, remove_garbage
 from pipeline.cache.maintain.inventory import Entry, delete_entry, find_entry, take_inventory
 from pipeline.cache.maintain.repair import repair_cache
 from pipeline.runs.folder import cache_store
 from pipeline.runs.shared_paths import check_shared
-from pipeline.runtime.ray_session import Hardware, connect, hardware, hardware_line, is_cluster
+from pipeline.runtime.ray_session import connect, hardware, hardware_line, is_cluster
 
 SHOWN = 50
 """Lines shown of a table of findings or garbage; further ones are counted."""
@@ -83,25 +81,23 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
         for number, (phase, plan) in enumerate(planned, 1):
             with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
                 reports.append(precompute(phase, plan, tracked)[1])
-    computed = sum(report.shards_computed for report in reports)
-    quarantined = max(sum(len(bad) for bad in report.quarantined.values()) for report in reports)
-    seconds = sum(report.seconds for report in reports)
+    result = {
+        "shards_computed": sum(report.shards_computed for report in reports),
+        "images_extracted": sum(report.images_extracted for report in reports),
+        "quarantined": max(sum(map(len, report.quarantined.values())) for report in reports),
+        "seconds": round(sum(report.seconds for report in reports), 1),
+        "mlflow_run_id": job.run.run_id,
+    }
     plans = [plan for _, plan in planned]
     rows = {
-        "shards computed": computed,
-        "quarantined images": quarantined,
+        "shards computed": result["shards_computed"],
+        "quarantined images": result["quarantined"],
         "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))})",
-        "time": f"{seconds:.0f} s",
+        "time": f"{result['seconds']:.0f} s",
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}",
     }
     print(f"done\n{table(rows)}")
-    return {
-        "shards_computed": computed,
-        "images_extracted": sum(report.images_extracted for report in reports),
-        "quarantined": quarantined,
-        "seconds": round(seconds, 1),
-        "mlflow_run_id": job.run.run_id,
-    }
+    return result
 
 
 def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, CachePlan]]:
@@ -116,18 +112,14 @@ def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, Cac
 
 def show_plan(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, Any]:
     """Probe the teachers and print the cost of filling the cache; raise an error if it cannot fit."""
-    with connect() if is_cluster() else nullcontext():
-        return _plan_costs(config, hardware() if is_cluster() else None)
-
-
-def _plan_costs(config: PrecomputeJobConfig, cluster: Hardware | None) -> dict[str, Any]:
-    planned = _planned(config)
     teachers, rates = [], []
-    for phase, plan in planned:
-        estimates = estimate_cache(plan, phase, probe_on_cluster if cluster else None)
-        print(cost_plan(plan, phase, estimates, cluster), flush=True)
-        teachers += estimates
-        rates.append(read_rate(plan, phase, estimates))
+    with connect() if is_cluster() else nullcontext():
+        cluster, planned = hardware() if is_cluster() else None, _planned(config)
+        for phase, plan in planned:
+            estimates = estimate_cache(plan, phase, probe_on_cluster if cluster else None)
+            print(cost_plan(plan, phase, estimates, cluster), flush=True)
+            teachers += estimates
+            rates.append(read_rate(plan, phase, estimates))
     plans = [plan for _, plan in planned]
     check_space(*plans)
     known = [teacher.gpu_hours for teacher in teachers if teacher.gpu_hours is not None]
@@ -157,7 +149,11 @@ def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str
         for phase, plan in planned:
             found.append(verify_cache(plan, phase))
             _show_findings("findings", found[-1])
-            left += len(_repaired(phase, plan, found[-1]) if options.repair else found[-1].findings)
+            remaining = found[-1]
+            if options.repair and remaining.findings:
+                remaining = repair_cache(plan, phase, remaining)
+                _show_findings("after the repair", remaining)
+            left += len(remaining.findings)
     findings = sum(len(part.findings) for part in found)
     return {
         "ok": not left,
@@ -167,15 +163,6 @@ def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str
         "findings": findings,
         "repaired": findings - left if options.repair else 0,
     }
-
-
-def _repaired(config: PrecomputeJobConfig, plan: CachePlan, found: Verification) -> list[Finding]:
-    """Repair the findings; returns those that are left."""
-    if not found.findings:
-        return []
-    mended = repair_cache(plan, config, found)
-    _show_findings("after the repair", mended)
-    return list(mended.findings)
 
 
 def _show_findings(title: str, found: Verification) -> None:

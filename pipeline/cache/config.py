@@ -96,9 +96,8 @@ class PrecomputeJobConfig(CacheJobConfig):
     @field_validator("teachers", mode="before")
     @classmethod
     def _strings_are_models(cls, value: Any) -> Any:
-        return (
-            [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
-        )
+        teachers = value if isinstance(value, list) else []
+        return [{"model": item} if isinstance(item, str) else item for item in teachers] or value
 
     def subject(self) -> list[str]:
         """The teachers."""
@@ -106,10 +105,10 @@ class PrecomputeJobConfig(CacheJobConfig):
 
     def details(self) -> list[str]:
         """The images, and a table of the teachers."""
-        rows = [f"| {teacher.model} | {teacher.weights} | {teacher.weight} |" for teacher in self.teachers]
+        rows = [f"\n| {teacher.model} | {teacher.weights} | {teacher.weight} |" for teacher in self.teachers]
         return [
             *super().details(),
-            "\n".join(["| teacher | weights | in the loss |", "|---|---|---|", *rows]),
+            "".join(["| teacher | weights | in the loss |\n|---|---|---|", *rows]),
             "The nested run `precompute` has their licences and the hashes of their features as artifacts: `teachers/`, "
             "`manifests/`.",
         ]
@@ -125,9 +124,8 @@ class PrecomputeJobConfig(CacheJobConfig):
         Raises:
             UserError: for a field that a phase cannot change, and for a value that no recipe may have.
         """
-        if not self.phases:
-            return (self,)
-        return tuple(self._phase(f"phases.{number}", changes) for number, changes in enumerate(self.phases))
+        phases = enumerate(self.phases)
+        return tuple(self._phase(f"phases.{number}", changes) for number, changes in phases) or (self,)
 
     def _phase(self, where: str, changes: dict[str, Any]) -> Self:
         tree, keys = self.model_dump(exclude={"phases"}), keys_of(type(self))

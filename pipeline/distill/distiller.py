@@ -49,7 +49,7 @@ class TeacherTarget(nn.Module):
             {kind: distillation_head(dims[kind], hidden, shape[-1]) for kind, shape in teacher.shapes.items()}
         )
         queued = {name: weight for name, weight in loss.summary.items() if find_loss(name).compares == "queue"}
-        self.queue_losses = queued if teacher.summary_shape else {}
+        self.queue_losses = queued if "summary" in teacher.shapes else {}
         self.queue = SummaryQueue(loss.queue, *teacher.shapes["summary"]) if self.queue_losses else None
 
     def predict(self, output: StudentOutput, positions: Tensor | None = None) -> dict[str, Tensor]:

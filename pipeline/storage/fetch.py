@@ -21,17 +21,13 @@ def temporary_folder(parent: Path | None = None) -> Path:
 
 
 def fetch(address: str, parent: Path | None = None) -> Path:
-    """A local copy of the files of a folder in an object store, such as a run's `student`.
-
-    Args:
-        parent: as in :func:`temporary_folder`, whose lifetime the copy has.
+    """A copy of the files of a folder in an object store, such as a run's `student`, in a new :func:`temporary_folder`.
 
     Raises:
-        UserError: if there are none, or the store cannot be used.
+        UserError: if there are no files, or the store cannot be used.
     """
     store = Store.at(address)
-    names = store.files()
-    if not names:
+    if not (names := store.files()):
         raise UserError(f"{address}: the folder does not exist or is empty")
     folder = temporary_folder(parent)
     for name in names:

@@ -24,10 +24,8 @@ from pipeline.errors import UserError
 
 ATTEMPTS = 6
 """Attempts at an operation; within each, the driver itself retries."""
-
 FIRST_DELAY_S = 1.0
 """Longest pause after the first failure in seconds; it doubles with every further failure."""
-
 CONNECT_TIMEOUT_S = 5.0
 STALL_TIMEOUT_S = 20.0
 
@@ -64,9 +62,8 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """
     scheme, _, root = uri.partition("://")
     if scheme == "s3":
-        return _s3(
-            root.split("/")[0], os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        ), root
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return _s3(root.split("/")[0], endpoint), root
     if scheme == "gs":
         return _gcs(), root
     try:
@@ -105,8 +102,7 @@ def _gcs() -> fs.GcsFileSystem:
 def attempt(doing: str, uri: str, call: Callable[[], Result]) -> Result:
     """Return `call()`, retried with exponential, randomised pauses while its failure may be temporary.
 
-    Args:
-        doing: the verb for messages about `uri`, such as ``read``.
+    `doing` is the verb for messages about `uri`, such as ``read``.
 
     Raises:
         FileNotFoundError: immediately.
@@ -119,11 +115,13 @@ def attempt(doing: str, uri: str, call: Callable[[], Result]) -> Result:
             raise
         except (OSError, pa.ArrowInvalid, NotImplementedError) as error:
             remedy = _permanent(error, uri.partition("://")[0])
+            # Google's driver appends its whole state to the message.
+            reason = str(error).strip().partition("\n")[0].partition(" error_info=")[0]
             if remedy or failures == ATTEMPTS:
                 remedy = remedy or f"tried {ATTEMPTS} times; check the network, and run the same command again"
-                raise UserError(f"cannot {doing} {uri}: {_line(error)}; {remedy}") from error
+                raise UserError(f"cannot {doing} {uri}: {reason}; {remedy}") from error
             pause = FIRST_DELAY_S * 2 ** (failures - 1) * random.uniform(0.5, 1)
-            log.warning("cannot %s %s: %s; trying again in %.1f s", doing, uri, _line(error), pause)
+            log.warning("cannot %s %s: %s; trying again in %.1f s", doing, uri, reason, pause)
             time.sleep(pause)
     raise AssertionError
 
@@ -141,11 +139,6 @@ def _permanent(error: Exception, scheme: str) -> str:
 
 def _remedy(scheme: str) -> str:
     return _REMEDIES.get(scheme, f"check the environment variables that the {scheme}:// driver reads")
-
-
-def _line(error: Exception) -> str:
-    # Google's driver appends its whole state to the message.
-    return str(error).strip().partition("\n")[0].partition(" error_info=")[0]
 
 
 class RetriedFile:

@@ -23,10 +23,6 @@ from pipeline.storage.remote import RetriedFile, attempt, check_address, resolve
 
 LEFTOVER_AGE_S = 3600.0
 """Age in seconds at which a temporary file counts as left by a killed writer."""
-
-_TRIAL = "write-trial"
-"""File that is written and deleted to test that a destination is writable."""
-
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 
 Result = TypeVar("Result")
@@ -37,7 +33,8 @@ class Store:
     """Reads and atomically writes the files below `uri`. Picklable.
 
     Operations on object stores are retried if the failure may be temporary (`pipeline.storage.remote.attempt`). Every
-    operation raises UserError if the store is unreachable or refuses it, and FileNotFoundError for a missing file.
+    operation raises UserError if the store is unreachable or refuses it; `get` and `open` raise FileNotFoundError for a
+    missing file.
 
     Attributes:
         uri: an absolute local path, ``s3://bucket/folder``, ``gs://bucket/folder``, or the URI of another store that fsspec
@@ -48,11 +45,7 @@ class Store:
 
     @classmethod
     def at(cls, location: str | Path) -> Store:
-        """The store at a local path (made absolute) or a URI.
-
-        Raises:
-            UserError: if the URI contains credentials or options.
-        """
+        """The store at a local path (made absolute) or a URI; UserError if the URI contains credentials or options."""
         text = str(location)
         if text.startswith("file://"):
             text = url2pathname(urlsplit(text).path)
@@ -71,11 +64,7 @@ class Store:
         return "://" not in self.uri
 
     def check(self) -> None:
-        """Check early that an object store can be used.
-
-        Raises:
-            UserError: if the driver, the endpoint, the bucket or the permission to list it is missing.
-        """
+        """Raise UserError if the driver, the endpoint, the bucket or the permission to list it is missing."""
         if self._list() or not self.uri.startswith("s3://"):
             return
         bucket = "/".join(self.uri.split("/")[:3])
@@ -83,15 +72,11 @@ class Store:
             raise UserError(f"{bucket} does not exist: create the bucket, or correct its name")
 
     def check_writable(self) -> None:
-        """Check early that files can be written and deleted here; creates a missing local folder.
-
-        Raises:
-            UserError: as `check`, or if a write is refused.
-        """
+        """Raise UserError if files cannot be written and deleted here; creates a missing local folder."""
         self.check()
         try:
-            self.put(_TRIAL, b"")
-            self.delete(_TRIAL)
+            self.put("write-trial", b"")
+            self.delete("write-trial")
         except UserError as error:
             raise UserError(f"{error}; name a writable location") from error
 
@@ -103,33 +88,25 @@ class Store:
         return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
     def put(self, path: str, data: bytes | pa.Buffer) -> None:
-        """Write a file so that readers see all of it or none, even after a crash or a power cut.
+        """Write a file so that readers see all of it or none, even after a crash or a power cut."""
 
-        Raises:
-            UserError: if the destination is full, read-only or otherwise refuses the write.
-        """
+        def write(system: fs.FileSystem, target: str) -> None:
+            # An object appears when its upload completes, so no rename is needed. All data goes in one write: closing or
+            # dropping a stream completes the object with whatever was written until then.
+            with atomic_write(Path(target)) if self.is_local else system.open_output_stream(target) as file:
+                file.write(data)
+
         try:
-            if self.is_local:
-                self._run("write", path, lambda _, target: _write_local(target, data))
-            else:
-                self._run("write", path, lambda system, target: _upload(system, target, data))
+            self._run("write", path, write)
         except FileNotFoundError as error:
             raise UserError(f"cannot write {self.uri}/{path}: no such bucket or folder") from error
 
     def get(self, path: str) -> bytes:
-        """The bytes of a file.
-
-        Raises:
-            FileNotFoundError: if it does not exist.
-        """
+        """The bytes of a file."""
         return self._run("read", path, _download)
 
     def open(self, path: str) -> pa.NativeFile:
-        """A file for random access.
-
-        Raises:
-            FileNotFoundError: if it does not exist.
-        """
+        """A file for random access."""
         if self.is_local:
             # Not memory-mapped: a failing disk or a truncated file would kill the process instead of raising an error.
             return self._run("read", path, lambda _, target: pa.OSFile(target))
@@ -142,20 +119,14 @@ class Store:
 
     def size(self, path: str) -> int | None:
         """Size of a file in bytes, or None if it does not exist."""
-        size: int | None = self._info(path).size
-        return size
+        return self._info(path).size
 
     def files(self, age: float = 0.0) -> dict[str, int]:
-        """Name and size in bytes of the files directly in this folder; empty if the folder does not exist.
+        """Name and size in bytes of the files directly in this folder that are at least `age` seconds old.
 
-        Temporary files of local writers are left out.
-
-        Args:
-            age: least age of the files in seconds.
+        Temporary files of local writers are left out. A missing folder has no files.
         """
-        files = [info for info in self._list() if _is_file(info) and not _is_temporary(info)]
-        latest = time.time() - age
-        return {info.base_name: info.size for info in files if not age or info.mtime.timestamp() <= latest}
+        return self._sizes(age, temporary=False)
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted."""
@@ -163,9 +134,13 @@ class Store:
 
     def leftovers(self) -> dict[str, int]:
         """Name and size in bytes of the temporary files that killed writers left directly in this folder."""
-        latest = time.time() - LEFTOVER_AGE_S
-        old = (info for info in self._list() if _is_temporary(info) and info.mtime.timestamp() < latest)
-        return {info.base_name: info.size for info in old if _is_file(info)}
+        return self._sizes(LEFTOVER_AGE_S, temporary=True)
+
+    def _sizes(self, age: float, temporary: bool) -> dict[str, int]:
+        files = [info for info in self._list() if info.type == fs.FileType.File]
+        chosen = [info for info in files if bool(_TEMPORARY.fullmatch(info.base_name)) == temporary]
+        latest = time.time() - age
+        return {info.base_name: info.size for info in chosen if not age or info.mtime.timestamp() <= latest}
 
     def delete(self, path: str) -> None:
         """Delete a file; a missing file is no error."""
@@ -205,44 +180,19 @@ class Store:
 
 @contextlib.contextmanager
 def report_damage(uri: str) -> Iterator[None]:
-    """Turn errors while parsing a file of the cache into one line that names the file and the remedy.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
+    """Turn errors of reading or parsing a file of the cache into a UserError of one line that names file and remedy."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        reason = one_line(error)
         raise UserError(
-            f"{uri} is damaged ({reason}): run jobs/precompute.py with this recipe and --verify --repair"
+            f"{uri} is damaged ({one_line(error)}): run jobs/precompute.py with this recipe and --verify --repair"
         ) from error
-
-
-def _is_file(info: fs.FileInfo) -> bool:
-    return bool(info.type == fs.FileType.File)
-
-
-def _is_temporary(info: fs.FileInfo) -> bool:
-    return _TEMPORARY.fullmatch(info.base_name) is not None
-
-
-def _write_local(target: str, data: bytes | pa.Buffer) -> None:
-    with atomic_write(Path(target)) as file:
-        file.write(data)
-
-
-def _upload(system: fs.FileSystem, target: str, data: bytes | pa.Buffer) -> None:
-    # An object appears when its upload completes, so no rename is needed. All data goes in one write: closing or dropping
-    # a stream completes the object with whatever was written until then.
-    with system.open_output_stream(target) as stream:
-        stream.write(data)
 
 
 def _download(system: fs.FileSystem, target: str) -> bytes:
     with system.open_input_file(target) as file:
         size = file.size()
-        data: bytes = file.read(size)  # without a size, pyarrow reads in requests of 256 KiB
+        data = file.read(size)  # without a size, pyarrow reads in requests of 256 KiB
     if len(data) != size:
         raise OSError(f"received {len(data)} of {size} bytes")
     return data

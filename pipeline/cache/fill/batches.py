@@ -17,13 +17,7 @@ from teachers.base import TeacherSpec
 
 
 class BatchAssembler:
-    """Partially rendered batches; each chunk of images fills its rows of one or several batches.
-
-    Args:
-        specs: of the teachers, by id.
-        rows: number of rows in total.
-        size: rows per batch.
-    """
+    """Batches of `size` out of `rows` rows, partially rendered; a chunk of images fills rows of one or several batches."""
 
     def __init__(self, decoders: DecoderPool, specs: Mapping[str, TeacherSpec], rows: int, size: int) -> None:
         self.decoders, self.specs, self.rows, self.size = decoders, specs, rows, size

@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import pyarrow as pa
 
@@ -66,7 +65,7 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a job needs from the cache; made before anything expensive starts, without writing anything."""
+    """What a job needs from the cache; made without writing anything, before anything expensive starts."""
 
     store: Store
     splits: tuple[SplitPlan, ...]
@@ -82,10 +81,9 @@ class BuildReport:
     """What filling the cache did.
 
     Attributes:
-        shards_computed: teacher shards, over all splits.
-        images_ingested: images of the shards of `images` that were missing.
-        images_extracted: pairs of image and teacher that were computed.
-        seconds: wall-clock time.
+        shards_computed: teacher shards.
+        images_ingested: images of the missing shards of `images`.
+        images_extracted: pairs of image and teacher.
         quarantined: samples left out, by split, each with ``sample_id`` and ``reason``.
     """
 
@@ -97,10 +95,7 @@ class BuildReport:
 
 
 def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapshot | None = None) -> CachePlan:
-    """Index the sources and name every folder that the job needs.
-
-    Args:
-        snapshot: shared with the job's other plans; None: a new one.
+    """Index the sources and name every folder that the job needs; its plans may share a snapshot.
 
     Raises:
         UserError, TeacherError: if a source, a teacher or the cache does not match the configuration.
@@ -116,11 +111,7 @@ def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapsh
 def plan_splits(
     config: CacheJobConfig, store: Store, policy: ViewPolicy = WHOLE, snapshot: RecordSnapshot | None = None
 ) -> tuple[SplitPlan, ...]:
-    """Index the sources.
-
-    Args:
-        policy: the views of the training images; held-out images are always whole.
-        snapshot: see :func:`plan_cache`.
+    """Index the sources; `policy` is for the training images, held-out images are always whole.
 
     Raises:
         UserError: if a source or the cache does not match the configuration.
@@ -159,10 +150,7 @@ def _plan_split(
 
 
 def build_cache(plan: CachePlan, config: CacheJobConfig) -> tuple[CachePlan, BuildReport]:
-    """Compute and commit what is missing.
-
-    Returns:
-        The plan with the teachers' weight digests filled in, and a report.
+    """Compute and commit what is missing; returns the plan with the digests of the teachers' weights, and a report.
 
     Raises:
         UserError, TeacherError: for user-fixable failures; all committed shards stay.
@@ -222,35 +210,28 @@ def _recorded_digest(folder: Store) -> str:
 def ingest_missing(splits: Sequence[SplitPlan], known: Mapping[tuple[str, int], Set[str]] | None = None) -> int:
     """Commit the missing shards of `images` and of crops; returns the number of images that were missing.
 
-    Args:
-        known: see `Ingest`.
-
-    Raises:
-        UserError: if the source or the cache cannot be used.
+    `known` is that of `Ingest`. Raises UserError if the source or the cache cannot be used.
     """
     ingest = Ingest({split.split: (split.dataset, split.source) for split in splits}, known or {})
     missing = {split.split: split.missing_images() for split in splits}
     shards = {split.split: sorted({*missing[split.split], *split.missing_crops()}) for split in splits}
-    sizes = {split.split: split.dataset.shard_rows for split in splits}
     rows = [{"split": name, "shard": shard} for name, numbers in shards.items() for shard in numbers]
     with Progress(_count_images(splits, shards), "img", "index") as progress:
         for row in ingest_shards(rows, ingest):
-            _raise_error(row)
-            progress.update(sizes[row["split"]](row["shard"]))
+            if row["error"]:
+                raise UserError(row["error"])
+            progress.update(ingest.splits[row["split"]][0].shard_rows(row["shard"]))
     for split in splits:
         split.dataset.refresh(shards[split.split])
     return _count_images(splits, missing)
 
 
 def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
-    missing = _missing(plan)
     for _ in range(PASSES):
-        if not missing:
-            return
-        _extract_missing(plan, missing, batch_size, report)
-        missing = _missing(plan)
-    for (_, teacher), left in missing.items():
-        raise UserError(f"{len(left)} shards of {teacher} were not committed, first {left[0]}: run the job again")
+        if missing := _missing(plan):
+            _extract_missing(plan, missing, batch_size, report)
+    for (_, name), left in _missing(plan).items():
+        raise UserError(f"{len(left)} shards of {name} were not committed, first {left[0]}: run the job again")
 
 
 def _missing(plan: CachePlan) -> dict[tuple[str, str], list[int]]:
@@ -274,7 +255,8 @@ def _extract_missing(
     stages: defaultdict[str, float] = defaultdict(float)
     with Progress(_count_images(plan.splits, shards), "img", label) as progress:
         for number, row in enumerate(extract_shards(rows, (datasets, needed), batch_size), 1):
-            _raise_error(row)
+            if row["error"]:
+                raise UserError(row["error"])
             report.shards_computed += row["computed"]
             report.images_extracted += row["images"] * row["computed"]
             for stage, seconds in json.loads(row["stages"]).items():
@@ -292,11 +274,6 @@ def _extract_missing(
 def _count_images(splits: Sequence[SplitPlan], shards: Mapping[str, Collection[int]]) -> int:
     """Images of these shards, by split, according to the index."""
     return sum(sum(map(split.dataset.shard_rows, shards.get(split.split, ()))) for split in splits)
-
-
-def _raise_error(row: dict[str, Any]) -> None:
-    if row["error"]:
-        raise UserError(row["error"])
 
 
 def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:

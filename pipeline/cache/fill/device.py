@@ -20,11 +20,7 @@ from teachers.base import Teacher, TeacherOutput
 
 
 class TeacherDevice:
-    """A device, with a lock for the forwards.
-
-    Args:
-        name: ``cuda`` or ``cpu``.
-    """
+    """The device ``cuda`` or ``cpu``, with a lock for the forwards."""
 
     def __init__(self, name: str) -> None:
         if name == "cuda":

@@ -23,14 +23,12 @@ from teachers.base import Teacher, TeacherError, WeightsNotFoundError
 
 ALTERNATIVES = ("float32", "float16", "int8", "pca-int8-zstd")
 """Codecs that a plan compares with the chosen one."""
-
 GPU_MACS_PER_SECOND = {"float32": 4e12, "bfloat16": 62e12}
 """Assumed speed of a GPU if there is none to measure, by `cache.precision`: 40 % of the peak of an A100 (19.5 and
 312 TFLOP/s in NVIDIA's data sheet)."""
 
 CPU_PROBE_MACS = 50e9
 """About how many multiply-accumulates a batch of the probe has on a CPU: it takes seconds with any teacher."""
-
 KEY_BYTES = 128
 """Upper bound for the keys of a row and its share of Parquet's own structures."""
 
@@ -41,7 +39,7 @@ class Probe:
 
     Attributes:
         device: name of the GPU, or ``cpu``.
-        views_per_second: in the second of two batches, including the copy of the features to the host.
+        views_per_second: includes the copy of the features to the host.
         macs: multiply-accumulates per view.
         trained: whether the teacher's own weights were available; random ones take as long.
         memory: peak GPU memory in bytes, without CUDA's own; 0 on a CPU.
@@ -54,8 +52,8 @@ class Probe:
     memory: int = 0
 
 
-Ask = Callable[[CachedTeacher, int], Probe | None]
-"""Probes a teacher with a batch size."""
+Prober = Callable[[CachedTeacher, int], Probe | None]
+"""Measures a teacher with a batch size."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,6 @@ class TeacherEstimate:
     """Cost of one teacher.
 
     Attributes:
-        label: its name.
-        codec: the chosen codec.
         view_bytes: bytes of one view by codec, for the chosen one and `ALTERNATIVES`.
         exact: codecs whose `view_bytes` are known or measured on shards; the others are upper bounds.
         total_bytes: of all views in the chosen codec.
@@ -87,14 +83,10 @@ class TeacherEstimate:
     gpu_hours: float | None
 
 
-def estimate_cache(plan: CachePlan, config: CacheJobConfig, ask: Ask | None = None) -> list[TeacherEstimate]:
-    """Probe every teacher and estimate its cost.
-
-    Args:
-        ask: probes a teacher elsewhere; None: on this machine.
-    """
-    labels, ask = teacher_labels(plan.teachers), ask or probe_teacher
-    return [_estimate(plan, t, labels[t.id], ask(t, config.cache.batch_size)) for t in plan.teachers]
+def estimate_cache(plan: CachePlan, config: CacheJobConfig, prober: Prober | None = None) -> list[TeacherEstimate]:
+    """Probe every teacher, by default on this machine, and estimate its cost."""
+    labels, prober = teacher_labels(plan.teachers), prober or probe_teacher
+    return [_estimate(plan, t, labels[t.id], prober(t, config.cache.batch_size)) for t in plan.teachers]
 
 
 def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe | None) -> TeacherEstimate:
@@ -139,8 +131,7 @@ def probe_teacher(cached: CachedTeacher, batch_size: int) -> Probe | None:
     """Time two batches of random pixels on this machine's device; the first one warms it up.
 
     Raises:
-        UserError: if the GPU has too little memory.
-        TeacherError: if the teacher cannot be created.
+        UserError, TeacherError: if the GPU has too little memory, or the teacher cannot be created.
     """
     try:
         return _probe(cached, batch_size)
@@ -162,7 +153,10 @@ def _probe(cached: CachedTeacher, batch_size: int) -> Probe | None:
     macs = count_macs(teacher, pixels[:1])
     if device == "cpu":
         pixels = pixels[: max(1, int(CPU_PROBE_MACS / max(1, macs)))]
-    seconds = [_seconds(teacher, pixels) for _ in range(2)][-1]
+    for _ in range(2):
+        started = time.perf_counter()
+        teacher.encode(pixels).patches.cpu()
+        seconds = time.perf_counter() - started
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     memory = torch.cuda.max_memory_reserved() if device == "cuda" else 0
     return Probe(name, len(pixels) / seconds, macs, trained, memory)
@@ -174,8 +168,7 @@ def probe_on_cluster(teacher: CachedTeacher, batch_size: int) -> Probe | None:
 
     if not gpus():
         return probe_teacher(teacher, batch_size)
-    probe: Probe | None = ray.get(ray.remote(num_gpus=1)(probe_teacher).remote(teacher, batch_size))
-    return probe
+    return ray.get(ray.remote(num_gpus=1)(probe_teacher).remote(teacher, batch_size))
 
 
 def count_macs(teacher: Teacher, pixels: torch.Tensor) -> int:
@@ -189,12 +182,6 @@ def count_macs(teacher: Teacher, pixels: torch.Tensor) -> int:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops() // 2)
-
-
-def _seconds(teacher: Teacher, pixels: torch.Tensor) -> float:
-    started = time.perf_counter()
-    teacher.encode(pixels).patches.cpu()
-    return time.perf_counter() - started
 
 
 def _load(cached: CachedTeacher, device: str) -> tuple[Teacher, bool] | None:
@@ -221,15 +208,10 @@ def missing_bytes(*plans: CachePlan) -> int:
     Images count with their size in the index; generated scenes have none there, and are small.
     """
     splits = {split.dataset.store.uri: split for plan in plans for split in plan.splits}
-    parts = {
-        split.dataset.teacher(teacher.id).store.uri: (split, teacher)
-        for plan in plans
-        for split in plan.splits
-        for teacher in plan.teachers
-    }
-    return sum(map(_missing_image_bytes, splits.values())) + sum(
-        _missing_teacher_bytes(*part) for part in parts.values()
-    )
+    pairs = [(split, teacher) for plan in plans for split in plan.splits for teacher in plan.teachers]
+    parts = {split.dataset.teacher(teacher.id).store.uri: (split, teacher) for split, teacher in pairs}
+    features = sum(_missing_teacher_bytes(*part) for part in parts.values())
+    return features + sum(map(_missing_image_bytes, splits.values()))
 
 
 def _missing_image_bytes(split: SplitPlan) -> int:
@@ -243,21 +225,14 @@ def _missing_image_bytes(split: SplitPlan) -> int:
 def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:
     missing = split.missing(teacher)
     row = teacher.row_bytes(projection_of(split.dataset.teacher(teacher.id))) + KEY_BYTES
-    return _views(split, missing) * row + len(missing) * _moments_bytes(teacher)
-
-
-def _moments_bytes(teacher: CachedTeacher) -> int:
-    """Size of a shard's statistics: float64 mean and upper triangle by token type."""
     channels = [shape[-1] for shape in teacher.shapes.values()]
-    return sum(8 * (size * (size + 1) // 2 + size) for size in channels)
+    # A shard's statistics by token type: mean and upper triangle in float64.
+    moments = sum(8 * (size * (size + 1) // 2 + size) for size in channels)
+    return _views(split, missing) * row + len(missing) * moments
 
 
 def check_space(*plans: CachePlan) -> None:
-    """Check that what is missing fits, and that the cache is writable.
-
-    Raises:
-        UserError: if a local destination has too little free space, or the destination refuses a write.
-    """
+    """Raise UserError if a local destination has too little free space, or the destination refuses a write."""
     store = plans[0].store
     free, need = store.free_bytes(), missing_bytes(*plans)
     if free is not None and need > free:

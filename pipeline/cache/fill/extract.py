@@ -36,10 +36,8 @@ Item = TypeVar("Item")
 
 CONCURRENT_SHARDS = {"cpu": 2, "cuda": 4}
 """Shards that an actor works on, by its device; with a GPU, writing a shard takes longer than computing one."""
-
 BATCHES_AHEAD = 2
 """Batches rendered ahead of the device."""
-
 USER_ERRORS = (UserError, TeacherError, torch.OutOfMemoryError)
 """Failures whose cause the user can fix."""
 
@@ -81,10 +79,8 @@ class Extract:
 
     Args:
         datasets: by split (``train``, ``val``), with complete `images` shards.
-        teachers: loaded once, kept for all shards.
         device: ``cuda`` or ``cpu``.
         threads: number of decoders; with a GPU they are processes.
-        batch_size: images per forward.
     """
 
     def __init__(
@@ -123,15 +119,12 @@ class Extract:
             The row with ``images`` (rows encoded), ``computed`` (teacher shards), ``stages`` (JSON of `Stages`) and
             ``error`` (a user-fixable failure in one line, or "").
         """
-        with logs.shard_context(row, "extract"), self.device.side_stream():
-            return self._answer(row)
-
-    def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
         dataset, shard = self.datasets[row["split"]], int(row["shard"])
         stages = Stages()
         try:
-            missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
-            images = self._extract(dataset, shard, missing, stages) if missing else 0
+            with logs.shard_context(row, "extract"), self.device.side_stream():
+                missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
+                images = self._extract(dataset, shard, missing, stages) if missing else 0
         except USER_ERRORS as error:
             return {**row, "images": 0, "computed": 0, "stages": "{}", "error": self.error_message(error)}
         return {**row, "images": images, "computed": len(missing), "stages": json.dumps(stages), "error": ""}
@@ -226,5 +219,5 @@ class Extract:
 
 def _sample_size(teacher: CachedTeacher) -> int:
     """Images that a projection is fitted on: 16 patches per channel, and at least 256 images."""
-    height, width, channels = teacher.patches_shape
+    height, width, channels = teacher.shapes["patches"]
     return max(256, -(-16 * channels // (height * width)))

@@ -1,17 +1,15 @@
 """Source -> `images` shards, and the row shards of crops: the keys and pixels that every teacher's shards align with.
 
-An image that cannot be decoded is left out (quarantined), with the reason in the shard's record.
-
-The record of a derived shard (crops, features) names the files that it was derived from, and a file's name contains the
-hash of its content. Before a shard is listed whose content differs from before, whatever was derived from the old content
-is unlisted: features never stand next to other pixels than those they were computed from.
+An image that cannot be decoded is left out (quarantined), with the reason in the shard's record. The record of a derived
+shard (crops, features) names the files that it was derived from, and a file's name contains the hash of its content. Before
+a shard with other content than before is listed, whatever was derived from the old content is unlisted.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +19,7 @@ import simplejpeg
 
 from pipeline.cache.layout.dataset import Dataset, discard_stats
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord
-from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, view_row
+from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, complete_record, view_row
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image, decode_upright_jpeg, image_size
 from pipeline.imaging.geometry import FULL
@@ -71,25 +69,25 @@ def _commit_images(dataset: Dataset, source: Source, shard: int, known: Set[str]
             bad.append({"sample_id": sample_id, "reason": reason})
         else:
             rows.append({**view_row(sample_id, 0, FULL), "label": label, "image": data})
-    if known is not None:
-        _refuse_loss(dataset, shard, [sample for sample in bad if sample["sample_id"] not in known])
+    lost = [] if known is None else [sample for sample in bad if sample["sample_id"] not in known]
+    if lost:
+        raise UserError(
+            f"shard {shard} of {dataset.images.store.uri} is broken, and {dataset.location} no longer provides "
+            f"{len(lost)} of its images, first {lost[0]['sample_id']} ({lost[0]['reason']}): restore them"
+        )
+    views = dataset.store.sub("views")
+    derived = [f for view in map(views.sub, views.folders()) for f in (ShardFolder(view.sub("rows")), *_teachers(view))]
     dataset.images.commit(
         shard,
         pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA),
         facts={"bad": bad, "seconds": round(time.perf_counter() - started, 3)},
-        before_listing=partial(_unlist_derived, "images", list(_derived_from_images(dataset.store.sub("views")))),
+        before_listing=partial(_unlist_derived, "images", derived),
     )
 
 
 def commit_crops(dataset: Dataset, shard: int) -> None:
-    """Draw the crops of a shard of images, and commit them.
-
-    Raises:
-        UserError: if the images are missing.
-    """
-    record = dataset.images.record(shard)
-    if record is None:
-        raise UserError(f"{dataset.images.store.uri} lacks shard {shard}: run the job again")
+    """Draw the crops of a shard of images, and commit them; UserError if the images are missing."""
+    record = complete_record(dataset.images, shard)
     images, rows = dataset.images.read(record, ["sample_id", "image"]), []
     for sample_id, data in zip(images["sample_id"].to_pylist(), images["image"], strict=True):
         views = dataset.policy.views(sample_id, *image_size(data.as_py()))
@@ -98,19 +96,13 @@ def commit_crops(dataset: Dataset, shard: int) -> None:
         shard,
         pa.Table.from_pylist(rows, schema=ROWS_SCHEMA),
         facts={"images": record.file},
-        before_listing=partial(_unlist_derived, "rows", list(_teachers(dataset.view))),
+        before_listing=partial(_unlist_derived, "rows", _teachers(dataset.view)),
     )
 
 
-def _derived_from_images(views: Store) -> Iterator[ShardFolder]:
-    for view in map(views.sub, views.folders()):
-        yield ShardFolder(view.sub("rows"))
-        yield from _teachers(view)
-
-
-def _teachers(view: Store) -> Iterator[ShardFolder]:
+def _teachers(view: Store) -> list[ShardFolder]:
     teachers = view.sub("teachers")
-    return (ShardFolder(teachers.sub(name)) for name in teachers.folders())
+    return [ShardFolder(teachers.sub(name)) for name in teachers.folders()]
 
 
 def _unlist_derived(part: str, folders: Iterable[ShardFolder], record: ShardRecord) -> None:
@@ -127,14 +119,6 @@ def _unlist_derived(part: str, folders: Iterable[ShardFolder], record: ShardReco
             )
             folder.unlist(record.shard)
             discard_stats(folder)
-
-
-def _refuse_loss(dataset: Dataset, shard: int, lost: Sequence[dict[str, str]]) -> None:
-    if lost:
-        raise UserError(
-            f"shard {shard} of {dataset.images.store.uri} is broken, and {dataset.location} no longer provides "
-            f"{len(lost)} of its images, first {lost[0]['sample_id']} ({lost[0]['reason']}): restore them"
-        )
 
 
 def _unreadable(data: bytes | Exception) -> str:
@@ -157,11 +141,7 @@ def _unreadable(data: bytes | Exception) -> str:
 
 
 def check_quarantine(dataset: Dataset, records: Iterable[ShardRecord], max_bad: float) -> list[dict[str, str]]:
-    """The quarantined samples of a dataset, each with ``sample_id`` and ``reason``.
-
-    Raises:
-        UserError: if their share of all samples exceeds `max_bad`, naming the first ones.
-    """
+    """The ``sample_id`` and ``reason`` of the quarantined samples; UserError if their share exceeds `max_bad`."""
     bad = [sample for record in records for sample in record.facts["bad"]]
     if len(bad) > max_bad * dataset.count:
         first = ", ".join(f"{sample['sample_id']} ({sample['reason']})" for sample in bad[:10])

@@ -61,13 +61,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Placement:
-    """A pool of actors.
-
-    Attributes:
-        actors: largest number of actors.
-        gpus: GPUs per actor; a fraction if several share one.
-        threads: CPUs per actor.
-    """
+    """A pool of at most `actors` actors; `gpus` (a fraction if several share one) and `threads` (CPUs) are per actor."""
 
     actors: int
     gpus: float
@@ -79,7 +73,7 @@ class Placement:
 
 
 def actors_per_gpu(measured: Measured | None) -> int:
-    """How many actors fit on one GPU; 1 if nothing was measured."""
+    """Number of actors that fit on one GPU; 1 if nothing was measured."""
     if measured is None or not measured.memory:
         return 1
     return max(1, min(MOST_ACTORS, int(measured.total * (1 - SPARE_MEMORY) / measured.memory)))
@@ -114,11 +108,10 @@ def measure_on_gpu(
 
     task = ray.remote(num_gpus=1, num_cpus=1, max_retries=1)(measure)
     try:
-        measured: Measured = ray.get(task.remote(datasets, teachers, batch_size, dict(row), "cuda"))
+        return ray.get(task.remote(datasets, teachers, batch_size, dict(row), "cuda"))
     except (ray.exceptions.RayError, UserError, TeacherError) as error:
         log.warning("could not measure the teachers, so each GPU gets one actor: %s", str(error).splitlines()[-1])
         return None
-    return measured
 
 
 def measure(
@@ -133,7 +126,6 @@ def measure(
 
     extract = Extract(datasets, teachers, device, 1, batch_size)
     views = read_view_rows(datasets[row["split"]], int(row["shard"])).slice(0, batch_size)
-    rows = views.rows.num_rows
     for _ in range(2):  # the first round warms up, here and below
         started = time.perf_counter()
         batches = list(extract.rendered(views, list(extract.teachers)))
@@ -146,11 +138,11 @@ def measure(
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    if device != "cuda":
-        return Measured(0, 0, seconds / rows, host / rows)
-    _fill_memory(extract, batches)
-    memory = torch.cuda.max_memory_reserved() + CONTEXT_BYTES
-    return Measured(memory, torch.cuda.mem_get_info()[1], seconds / rows, host / rows)
+    memory = total = 0
+    if device == "cuda":
+        _fill_memory(extract, batches)
+        memory, total = torch.cuda.max_memory_reserved() + CONTEXT_BYTES, torch.cuda.mem_get_info()[1]
+    return Measured(memory, total, seconds / views.rows.num_rows, host / views.rows.num_rows)
 
 
 def _fill_memory(extract: Extract, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -182,13 +174,11 @@ def starved(stages: Mapping[str, float], seconds: float, gpus: int) -> str:
     Args:
         stages: seconds by stage over all actors: ``teacher`` (on the GPU) and those of `STAGES`.
         seconds: wall-clock time of the extraction.
-        gpus: number of GPUs used.
     """
     busy = stages.get("teacher", 0.0) / max(1e-9, seconds * gpus) if gpus else 1.0
     if busy >= BUSY or seconds < LONG_ENOUGH_S:
         return ""
-    others = {name: stages.get(name, 0.0) for name in STAGES}
-    worst = max(others, key=lambda name: others[name])
+    worst = max(STAGES, key=lambda name: stages.get(name, 0.0))
     what, remedy = STAGES[worst]
-    share = others[worst] / max(1e-9, sum(stages.values()))
+    share = stages.get(worst, 0.0) / max(1e-9, sum(stages.values()))
     return f"the GPUs were busy {busy:.0%} of the extraction; {what} takes {share:.0%} of the actors' time: {remedy}"

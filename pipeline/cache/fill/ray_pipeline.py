@@ -48,11 +48,7 @@ def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[di
 def extract_shards(
     rows: Sequence[dict[str, Any]], arguments: tuple[Any, ...], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Run `Extract` on every row; yields results as they arrive.
-
-    Args:
-        arguments: datasets and teachers, for `Extract`.
-    """
+    """Run `Extract` with these datasets and teachers on every row; yields results as they arrive."""
     datasets, teachers = arguments
     worth_it = len(rows) >= WORTH_MEASURING and gpus()
     measured = measure_on_gpu(datasets, teachers, batch_size, rows[0]) if worth_it else None
@@ -83,16 +79,15 @@ def run_in_actors(
     if placed.gpus:
         log.info("extraction: %s", placed)
     device = "cuda" if placed.gpus else "cpu"
-    pool = ActorPoolStrategy(
-        min_size=1,
-        max_size=placed.actors,
-        max_concurrent_calls_per_actor=CONCURRENT_SHARDS[device],
-        enable_true_multi_threading=True,
-    )
     results = _dataset(rows).map(
         actor,
         fn_constructor_args=(*arguments, device, placed.threads, batch_size),
-        compute=pool,
+        compute=ActorPoolStrategy(
+            min_size=1,
+            max_size=placed.actors,
+            max_concurrent_calls_per_actor=CONCURRENT_SHARDS[device],
+            enable_true_multi_threading=True,
+        ),
         num_cpus=placed.threads,
         num_gpus=placed.gpus,
     )
@@ -100,11 +95,7 @@ def run_in_actors(
 
 
 def _results(dataset: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset as they arrive.
-
-    Raises:
-        UserError: if none arrives for longer than Ray Data waits.
-    """
+    """The rows of a dataset as they arrive; UserError if none arrives for longer than Ray Data waits."""
     from ray.data.exceptions import ExecutionTimeoutError
 
     try:

@@ -33,7 +33,7 @@ class ShardBuilder:
         self.fidelity: dict[str, dict[str, float]] = {}
 
     def add(self, output: TeacherOutput, seconds: float) -> None:
-        """Add the features of the next batch, on any device, which took the device so many seconds.
+        """Add the features of the next batch, on any device, and the seconds that the device took for them.
 
         Raises:
             TeacherError: if they are not finite, or too large for the codec.
@@ -55,7 +55,9 @@ class ShardBuilder:
         """Write the shard of features of these views."""
         table = views.rows.select(["sample_id", "view"])
         for kind, parts in self.encoded.items():
-            column = self._column(kind, parts)
+            width = self.codecs[kind].row_bytes
+            rows = np.concatenate(parts) if parts else np.empty((0, width), np.uint8)
+            column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
             table = table.append_column(pa.field(kind, column.type, nullable=False), column)
         facts = {
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -64,21 +66,13 @@ class ShardBuilder:
             "torch": torch.__version__,
             **views.files,
         }
+        metadata = {"teacher": self.teacher.id, "codec": self.teacher.codec, "projection": self.projection_name}
+        metadata |= {f"{kind}.shape": json.dumps(shape) for kind, shape in self.teacher.shapes.items()}
         return folder.commit(
             shard,
-            table.replace_schema_metadata(self._metadata()),
+            table.replace_schema_metadata(metadata),
             {kind: sums.moments() for kind, sums in self.sums.items() if sums.count},
             facts,
             projection=self.projection_name,
             compression="zstd" if Codec.parse(self.teacher.codec).zstd else "none",
         )
-
-    def _column(self, kind: str, parts: list[np.ndarray]) -> pa.FixedSizeBinaryArray:
-        width = self.codecs[kind].row_bytes
-        rows = np.concatenate(parts) if parts else np.empty((0, width), np.uint8)
-        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
-
-    def _metadata(self) -> dict[str, str]:
-        shapes = {f"{kind}.shape": json.dumps(shape) for kind, shape in self.teacher.shapes.items()}
-        codec = {"codec": self.teacher.codec, "projection": self.projection_name}
-        return {"teacher": self.teacher.id, **codec, **shapes}

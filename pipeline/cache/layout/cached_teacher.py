@@ -24,8 +24,6 @@ class CachedTeacher:
     """A teacher in the cache. Picklable.
 
     Attributes:
-        config: how to create it.
-        spec: its inputs and outputs.
         id: its folder below a view.
         codec, precision: how its features are stored and computed.
         weights_sha256: digest of its weights; "" before they are needed, and for teachers without weights.
@@ -43,20 +41,10 @@ class CachedTeacher:
         return make_teacher(self.config)
 
     @property
-    def summary_shape(self) -> tuple[int, ...] | None:
-        """(D_s,) or None."""
-        return None if self.spec.summary_dim is None else (self.spec.summary_dim,)
-
-    @property
-    def patches_shape(self) -> tuple[int, ...]:
-        """(h, w, D)."""
-        return (*self.spec.grid, self.spec.patch_dim)
-
-    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one image's features by column (``summary``, ``patches``)."""
-        summary = {} if self.summary_shape is None else {"summary": self.summary_shape}
-        return {**summary, "patches": self.patches_shape}
+        """Shape of one image's features: ``summary`` (D_s,), unless the teacher has none, and ``patches`` (h, w, D)."""
+        summary = {} if self.spec.summary_dim is None else {"summary": (self.spec.summary_dim,)}
+        return {**summary, "patches": (*self.spec.grid, self.spec.patch_dim)}
 
     def codecs(self, projection: Projection | None = None) -> dict[str, FeatureCodec]:
         """The feature codec of every token type."""
@@ -71,16 +59,13 @@ def teacher_labels(teachers: Sequence[CachedTeacher]) -> dict[str, str]:
     """A label for every teacher id: the readable name, or the id itself if two teachers share the name."""
     names = [teacher.spec.name for teacher in teachers]
     return {
-        teacher.id: teacher.spec.name if names.count(teacher.spec.name) == 1 else teacher.id for teacher in teachers
+        teacher.id: name if names.count(name) == 1 else teacher.id
+        for teacher, name in zip(teachers, names, strict=True)
     }
 
 
 def make_teacher(config: TeacherConfig) -> Teacher:
-    """The teacher that a configuration names, without weights.
-
-    Raises:
-        TeacherError: if there is no such teacher, or its settings do not fit it.
-    """
+    """The teacher that a configuration names, without weights; TeacherError if its settings do not fit it."""
     options = config.model_dump(include={"weights", "input_size", "pool", "args"})
     return create_teacher(OWN_TEACHERS.get(config.model, config.model), **options)
 

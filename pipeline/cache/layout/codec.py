@@ -30,16 +30,12 @@ from pipeline.errors import UserError
 
 TARGET_COSINE = 0.99
 """Mean cosine between a token and its decoded value that ``pca`` keeps enough components for."""
-
 MARGIN = 0.002
 """Loss of that cosine allowed for images outside the sample."""
-
 WORTH = 0.9
 """``pca`` projects if projected rows take at most this share of the space of unprojected ones."""
-
 COMPONENT_STEP = 8
 """``pca`` chooses a multiple of this number of components, so that rows stay aligned."""
-
 _GRAMMAR = re.compile(
     r"(?P<pca>pca(?P<components>[1-9]\d*)?-)?(?P<scalar>float32|float16|bfloat16|int8)(?P<zstd>-zstd)?"
 )
@@ -49,14 +45,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 @dataclass(frozen=True)
 class Codec:
-    """A codec, parsed from its name.
-
-    Attributes:
-        scalar: number format of a stored value.
-        pca: whether patches are projected first.
-        components: number of components; None if it is chosen from the features.
-        zstd: whether Parquet compresses the columns.
-    """
+    """A codec, parsed from its name; `components` is None if their number is chosen from the features."""
 
     scalar: str
     pca: bool = False
@@ -65,11 +54,7 @@ class Codec:
 
     @classmethod
     def parse(cls, name: str) -> Codec:
-        """The codec with this name.
-
-        Raises:
-            UserError: if there is no such codec.
-        """
+        """The codec with this name; UserError if there is no such codec."""
         match = _GRAMMAR.fullmatch(name)
         if match is None:
             raise UserError(
@@ -80,12 +65,7 @@ class Codec:
         return cls(match["scalar"], bool(match["pca"]), int(components) if components else None, bool(match["zstd"]))
 
     def build(self, shapes: Mapping[str, tuple[int, ...]], fitted: Projection | None) -> dict[str, FeatureCodec]:
-        """The feature codec of every token type (``summary``, ``patches``); only patches are projected.
-
-        Args:
-            shapes: of one image's features by token type.
-            fitted: the projection of the patches, or None.
-        """
+        """The feature codec of every token type, given the shapes of one image's features; only patches are projected."""
         return {
             kind: FeatureCodec(self.scalar, shape, fitted if kind == "patches" else None, self.zstd)
             for kind, shape in shapes.items()
@@ -94,12 +74,7 @@ class Codec:
 
 @dataclass(frozen=True)
 class Projection:
-    """Principal components of patches.
-
-    Attributes:
-        mean: [D] float32.
-        basis: [k, D] float32, orthonormal rows, by falling variance.
-    """
+    """Principal components of patches: mean [D] and basis [k, D] of orthonormal rows by falling variance, float32."""
 
     mean: Tensor
     basis: Tensor
@@ -117,13 +92,9 @@ def load_projection(data: bytes) -> Projection | None:
 
 
 class FeatureCodec(nn.Module):
-    """Encodes and decodes one token type. Its buffers move to the device with `to`.
+    """Encodes and decodes one token type, of shape (D,) or (h, w, D), on any device.
 
-    Args:
-        scalar: number format of a stored value.
-        shape: of one image's features, (D,) or (h, w, D).
-        projection: of the features, or None.
-        by_channel: whether the values of a row are stored channel by channel instead of token by token.
+    The values of a row are stored token by token or, if `by_channel`, channel by channel.
     """
 
     mean: Tensor | None
@@ -145,16 +116,10 @@ class FeatureCodec(nn.Module):
         return self.num_tokens * (self.width * _BYTES[self.scalar] + (2 if self.scalar == "int8" else 0))
 
     def encode(self, features: Tensor) -> np.ndarray:
-        """Encode features.
+        """Encode features [N, *shape] float32 as rows [N, row_bytes] uint8 on the host.
 
-        Args:
-            features: [N, *shape] float32 on any device.
-
-        Returns:
-            [N, row_bytes] uint8 on the host. ``int8``: the float16 scales of all tokens, then the values.
-
-        Raises:
-            ValueError: if features are not finite, or too large for the codec.
+        An ``int8`` row is the float16 scales of all tokens, then the values. Raises ValueError for features that are not
+        finite, or too large for the codec.
         """
         values = self._project(features).reshape(len(features), self.num_tokens, self.width)
         if self.scalar == "int8":
@@ -164,24 +129,17 @@ class FeatureCodec(nn.Module):
         else:
             parts = [self._ordered(values.to(_DTYPES[self.scalar]))]
         if not torch.isfinite(parts[0]).all():  # for int8, the scales are not finite if a value is not
-            raise ValueError(self._refusal(features.abs().max().item()))
+            largest = features.abs().max().item()
+            if not math.isfinite(largest):
+                raise ValueError("features that are not finite (NaN or infinity)")
+            raise ValueError(f"features up to {largest:.3g}, too large for the codec {self.scalar}")
         rows: np.ndarray = torch.cat([part.view(torch.uint8) for part in parts], dim=1).cpu().numpy()
         return rows
 
-    def _refusal(self, largest: float) -> str:
-        if not math.isfinite(largest):
-            return "features that are not finite (NaN or infinity)"
-        return f"features up to {largest:.3g}, too large for the codec {self.scalar}"
-
     def decode(self, rows: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Decode stored rows in one call, on their and this module's device.
+        """Decode stored rows [N, row_bytes] uint8 to [N, *shape] float32, on their and this module's device.
 
-        Args:
-            rows: [N, row_bytes] uint8.
-            positions: [K] int64, numbers of the tokens to decode, in row-major order of the grid; None: all.
-
-        Returns:
-            [N, *shape] float32, or [N, K, D] for K positions.
+        Given `positions` [K] int64, only these tokens are decoded, to [N, K, D]; they count row by row of the grid.
         """
         if self.scalar == "int8":
             scales = rows[:, : 2 * self.num_tokens].contiguous().view(torch.float16).unsqueeze(-1)
@@ -207,8 +165,7 @@ class FeatureCodec(nn.Module):
 
     def fidelity(self, features: Tensor, rows: np.ndarray) -> dict[str, float]:
         """Fidelity of the encoded `rows` to `features` [N, *shape], see :func:`fidelity`."""
-        kept = self.decode(torch.from_numpy(rows).to(features.device))
-        return fidelity(features, kept)
+        return fidelity(features, self.decode(torch.from_numpy(rows).to(features.device)))
 
     def _project(self, features: Tensor) -> Tensor:
         if self.basis is None or self.mean is None:
@@ -219,31 +176,23 @@ class FeatureCodec(nn.Module):
 def fidelity(features: Tensor, kept: Tensor) -> dict[str, float]:
     """Similarity of decoded tokens to the original ones, both [..., D].
 
-    Returns:
-        ``cosine``: mean over the tokens that are not all zero; ``cosine_p1``: its 1st percentile; ``relative_error``:
-        norm of the difference relative to that of the features, zero tokens included.
+    ``cosine`` is the mean over the tokens that are not all zero, ``cosine_p1`` its 1st percentile, ``relative_error`` the
+    norm of the difference relative to that of the features.
     """
     features, kept = features.float().flatten(0, -2), kept.flatten(0, -2)
     directed = features.norm(dim=-1) > 0  # the zero vector has no direction to keep
     cosine = nn.functional.cosine_similarity(features[directed], kept[directed], dim=-1).cpu().numpy()
     cosine = cosine if len(cosine) else np.ones(1)
     error = ((kept - features).norm() / features.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
-    return {
-        "cosine": float(cosine.mean()),
-        "cosine_p1": float(np.percentile(cosine, 1)),
-        "relative_error": error,
-    }
+    return {"cosine": float(cosine.mean()), "cosine_p1": float(np.percentile(cosine, 1)), "relative_error": error}
 
 
 def fit_projection(codec: Codec, patches: Tensor) -> Projection | None:
-    """Principal components of patches, from the eigenvectors of their covariance in float64.
+    """Principal components of patches [N, h, w, D] float32 of a sample of images.
 
     If the codec leaves their number open, one half of the images is fitted, and the smallest number is chosen with which
     the other half has a mean cosine of `TARGET_COSINE` plus `MARGIN` after decoding. Returns None if that would not make
     the rows smaller: features after a ReLU are sparse, which zstd exploits better than a projection does.
-
-    Args:
-        patches: [N, h, w, D] float32 of a sample of images.
 
     Raises:
         UserError: if the codec asks for more components than there are channels.

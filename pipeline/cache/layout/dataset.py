@@ -1,12 +1,4 @@
-"""A dataset in the cache: the index of a source, frozen and cut into shards, and the folders below it.
-
-    <cache>/<dataset-id>/
-      dataset.json                     name, source, fingerprint, count, classes, shard size
-      index.parquet                    the index of the source; one row group per shard
-      views/full/images/               shard folder: keys, labels and the source's own encoded bytes
-      views/<view>/view.json           the view's policy: ``full``, or crops
-      views/<view>/rows/               shard folder: keys and geometry of crops (for ``full``, columns of images)
-      views/<view>/teachers/<id>/      teacher.json and the teacher's shard folder
+"""A dataset in the cache: the index of a source, frozen and cut into shards, and the folders below it (docs/cache.md).
 
 `images` keeps the source's bytes unchanged, neither resized nor encoded again: teacher and student decode the same pixels,
 and a teacher can be added after the source is gone.
@@ -25,14 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cache.layout.keys import FORMAT_VERSION, dataset_id, index_fingerprint
-from pipeline.cache.layout.shards import (
-    ROW_GROUP_SIZE,
-    RowGroup,
-    ShardFolder,
-    ShardRecord,
-    evenly_spaced,
-    row_groups,
-)
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, ShardFolder, ShardRecord, evenly_spaced, row_groups
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
@@ -41,7 +26,6 @@ from pipeline.storage.store import Store, report_damage
 
 SCATTER_BYTES = 1 << 30
 """Up to this size, a source that reads fast only in its own order is read in random order all the same."""
-
 DESCRIBED = ("name", "location", "fingerprint", "count", "classes", "shard_size")
 """Fields of a dataset that dataset.json keeps."""
 
@@ -51,7 +35,6 @@ class Dataset:
     """One dataset of the cache. Picklable.
 
     Attributes:
-        store: its folder.
         name, location, fingerprint: of the source when it was indexed.
         count: samples in the index, quarantined ones included.
         classes: names of the classes by label; may be empty.
@@ -137,11 +120,6 @@ def plan_dataset(
 
     An existing dataset keeps its own shard size.
 
-    Args:
-        name: readable name of the dataset.
-        policy: the view whose features teachers compute.
-        snapshot: shared with other datasets of the job; None: a new one.
-
     Raises:
         UserError: if the source is unusable, or the cache holds other data under this name.
     """
@@ -149,18 +127,9 @@ def plan_dataset(
     if source.random_access or pc.sum(index["size"]).as_py() <= SCATTER_BYTES:
         index = _scatter(index)
     fingerprint = index_fingerprint(index)
-    store, count = cache.sub(dataset_id(name, fingerprint)), index.num_rows
-    dataset = Dataset(
-        store,
-        name,
-        source.location,
-        fingerprint,
-        count,
-        tuple(source.classes),
-        shard_size,
-        policy,
-        snapshot or RecordSnapshot(),
-    )
+    store = cache.sub(dataset_id(name, fingerprint))
+    content = source.location, fingerprint, index.num_rows, tuple(source.classes)
+    dataset = Dataset(store, name, *content, shard_size, policy, snapshot or RecordSnapshot())
     _refuse_other_data(cache, dataset)
     if store.exists("dataset.json"):
         known = {key: value for key, value in read_meta(store).items() if key in DESCRIBED and key != "fingerprint"}
@@ -193,7 +162,7 @@ def discard_stats(folder: ShardFolder) -> None:
 
 
 def _scatter(index: pa.Table) -> pa.Table:
-    """Order samples by the hash of their id, so that every shard and row group is a random sample of the classes.
+    """Order samples by the hash of their id: every shard and row group is then a random sample of the classes.
 
     A source lists one class after the other: in that order, a window of the training shuffle would hold a single class.
     """
@@ -202,11 +171,7 @@ def _scatter(index: pa.Table) -> pa.Table:
 
 
 def read_meta(store: Store) -> dict[str, Any]:
-    """The content of a dataset folder's dataset.json.
-
-    Raises:
-        UserError: if it cannot be read or has another cache format.
-    """
+    """The content of a dataset folder's dataset.json; UserError if it cannot be read or has another cache format."""
     try:
         meta: dict[str, Any] = json.loads(store.get("dataset.json"))
         version = meta["format"]

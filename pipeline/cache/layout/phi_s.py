@@ -2,8 +2,7 @@
 
 Unlike a division by each channel's own standard deviation, it keeps the shape of the distribution: y = R (x - mean) /
 scale with R orthogonal. R rotates the features to their principal axes, then spreads the variance evenly over all
-channels with a Hadamard matrix, whose entries all have the same magnitude. For sizes without a Hadamard matrix here, plane
-rotations equalise the variances one channel at a time [ours]; the result has the same property.
+channels with a Hadamard matrix, whose entries all have the same magnitude. Sizes without one use plane rotations [ours].
 """
 
 from __future__ import annotations
@@ -18,12 +17,9 @@ from pipeline.cache.layout.stats import Moments
 
 @dataclass(frozen=True)
 class PhiS:
-    """Standardisation of vectors x [..., D] as ``(x - mean) @ rotation.T / scale``.
+    """Standardisation of vectors x [..., D] as ``(x - mean) @ rotation.T / scale``: float64 [D], [D, D] and scalar.
 
-    Attributes:
-        mean: [D] float64.
-        rotation: [D, D] float64, orthogonal.
-        scale: square root of the mean variance over the channels.
+    The scale is the square root of the mean variance over the channels.
     """
 
     mean: np.ndarray
@@ -42,7 +38,7 @@ class PhiS:
 
 
 def dump_phi_s(parts: dict[str, PhiS]) -> bytes:
-    """PHI-S by token type as the bytes of an .npz file, with the rotation as float32."""
+    """PHI-S by token type as the bytes of an .npz file; its rotation is kept in float32."""
     arrays: dict[str, object] = {}
     for kind, part in parts.items():
         rotation = part.rotation.astype(np.float32)

@@ -1,9 +1,4 @@
-"""A folder of committed Parquet shards: a shard that is listed is complete.
-
-    shard-00042-3fa9c1d2.parquet   the rows; the name ends with the first digits of the file's SHA-256
-    shard-00042-3fa9c1d2.npz       statistics of the shard, if it has any
-    shard-00042.json               the record that lists the shard, written last: rows, bytes, SHA-256, timings
-    projection-5be01a77.npz        the projection that the rows were encoded with, if their codec projects
+"""A folder of committed Parquet shards (docs/cache.md): a shard is complete once its record, written last, lists it.
 
 Each shard has a record file of its own because object stores cannot append to a shared log. If two processes write the
 same shard, the later record replaces the earlier one and names its own data file, so neither harms the other.
@@ -30,10 +25,8 @@ from pipeline.storage.store import Store, report_damage
 
 ROW_GROUP_SIZE = 64
 """Rows of a row group: the unit of reading and of shuffling."""
-
 RECORD = re.compile(r"shard-(\d{5,})\.json")
 """Name of a record."""
-
 _FILE = re.compile(r"(shard-\d{5,}-[0-9a-f]{8}\.(parquet|npz)|projection-[0-9a-f]{8}\.npz)?")
 
 log = logging.getLogger(__name__)
@@ -54,11 +47,8 @@ class ShardRecord:
     """Description of one committed shard.
 
     Attributes:
-        shard: number of the shard in the dataset.
         file: name of the Parquet file.
-        rows, bytes, sha256: of that file.
-        moments: name of the statistics file, or "".
-        projection: name of the projection that the rows were encoded with, or "".
+        moments, projection: names of the files of the statistics and of the rows' projection, or "".
         facts: timings in seconds, quarantined samples, fidelity, library versions; for crops and features, also the files
             that they were derived from.
     """
@@ -116,14 +106,23 @@ class ShardFolder:
         """Write a shard, its statistics, and then the record that lists it.
 
         Args:
-            projection: name of the projection that the rows were encoded with.
-            compression: Parquet's compression. Features and JPEGs hardly compress; uncompressed, a read is a copy.
+            compression: Parquet's. Features and JPEGs hardly compress; uncompressed, a read is a copy.
             before_listing: called with the record when the files are written and the record is not.
 
         Raises:
             UserError: if the destination refuses the write; nothing is listed then.
         """
-        data = _parquet_bytes(table, self.row_group_size, compression)
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            table,
+            sink,
+            row_group_size=self.row_group_size,
+            compression=compression,
+            use_dictionary=False,
+            write_statistics=["sample_id"],
+            write_page_checksum=True,
+        )
+        data = sink.getvalue()
         sha256 = hashlib.sha256(data).hexdigest()
         stem = f"shard-{shard:05d}-{sha256[:8]}"
         self.store.put(f"{stem}.parquet", data)
@@ -143,7 +142,7 @@ class ShardFolder:
         return self.complete(self.read_records(record_numbers(files)), files)
 
     def complete(self, records: Mapping[int, ShardRecord], files: Mapping[str, int]) -> dict[int, ShardRecord]:
-        """Those of the records whose shard is complete, given the folder's files and their sizes.
+        """The records whose shard is complete, given the folder's files and their sizes.
 
         A shard is incomplete if its file is missing, differs in size from its record, or was encoded with another
         projection than the folder's; it is then computed again.
@@ -176,7 +175,7 @@ class ShardFolder:
             return None
 
     def read_record(self, shard: int) -> ShardRecord:
-        """The record of one shard, whether or not the shard's file exists.
+        """As `listing`, but with errors.
 
         Raises:
             FileNotFoundError: if there is no record.
@@ -203,10 +202,8 @@ class ShardFolder:
     def record(self, shard: int) -> ShardRecord | None:
         """The record of one shard, read now; None if the shard is not complete."""
         record = self.listing(shard)
-        if record is None:
-            return None
-        projection = self.projection if record.projection else ""
-        return None if _fault(record, self.store.size(record.file), projection) else record
+        projection = self.projection if record and record.projection else ""
+        return record if record and not _fault(record, self.store.size(record.file), projection) else None
 
     @property
     def projection(self) -> str:
@@ -218,31 +215,20 @@ class ShardFolder:
         self.store.put(f"projection-{hashlib.sha256(data).hexdigest()[:8]}.npz", data)
 
     def read(self, record: ShardRecord, columns: list[str] | None = None) -> pa.Table:
-        """All rows of a shard.
-
-        Raises:
-            UserError: if the file is missing or damaged.
-        """
+        """All rows of a shard; UserError if the file is missing or damaged."""
         with report_damage(f"{self.store.uri}/{record.file}"):
             file = self.store.open(record.file)
             return selected(pq.read_table(file, columns=columns, page_checksum_verification=True), columns)
 
-    def read_group(self, record: ShardRecord, group: int, columns: list[str] | None = None) -> pa.Table:
-        """One row group of a shard; raises as `read` does."""
-        with (
-            report_damage(f"{self.store.uri}/{record.file}"),
-            pq.ParquetFile(self.store.open(record.file), page_checksum_verification=True) as file,
-        ):
-            return selected(file.read_row_group(group, columns=columns, use_threads=False), columns)
-
     def moments(self, records: Iterable[ShardRecord]) -> Iterator[dict[str, Moments]]:
         """Statistics of these shards, in order, with read-ahead."""
-        with ThreadPoolExecutor(4) as pool:
-            yield from map_ahead(pool, self._moments, (record.moments for record in records), ahead=4)
 
-    def _moments(self, name: str) -> dict[str, Moments]:
-        with report_damage(f"{self.store.uri}/{name}"):
-            return load_moments(self.store.get(name))
+        def load(record: ShardRecord) -> dict[str, Moments]:
+            with report_damage(f"{self.store.uri}/{record.moments}"):
+                return load_moments(self.store.get(record.moments))
+
+        with ThreadPoolExecutor(4) as pool:
+            yield from map_ahead(pool, load, records, ahead=4)
 
 
 def _check_fields(record: ShardRecord) -> None:
@@ -290,17 +276,3 @@ def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
     if size != record.bytes:
         return f"has {size} bytes, its record says {record.bytes}"
     return "was encoded with another projection" if record.projection != projection else ""
-
-
-def _parquet_bytes(table: pa.Table, row_group_size: int, compression: str) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=row_group_size,
-        compression=compression,
-        use_dictionary=False,
-        write_statistics=["sample_id"],
-        write_page_checksum=True,
-    )
-    return sink.getvalue()

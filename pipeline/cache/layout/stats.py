@@ -3,8 +3,6 @@
 The merge is the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
 Sample Variances" (1979), section 2, with the outer product in place of the square. The data are first shifted by about
 their mean, see the same authors' "Algorithms for Computing the Sample Variance" (1983).
-
-torch is imported only to accumulate features: indexing a source, which runs on every CPU of a cluster, does without.
 """
 
 from __future__ import annotations
@@ -87,7 +85,7 @@ class MomentSums:
 
     def _sum_up(self) -> tuple[Tensor, Tensor, Tensor]:
         """An origin [D], and sums of the deviations from it and of their outer products."""
-        import torch
+        import torch  # not at the top: indexing a source, which runs on every CPU of a cluster, does without
 
         if self.sums is None:
             origin = torch.cat(self.pending).mean(dim=0, dtype=torch.float64)
@@ -114,10 +112,7 @@ def merge_all(parts: Iterable[Mapping[str, Moments]]) -> Mapping[str, Moments]:
 
 
 def dump_moments(moments: Mapping[str, Moments]) -> bytes:
-    """Moments by token type (``summary``, ``patches``) as the bytes of an .npz file.
-
-    Only the upper triangle of the symmetric scatter matrix is stored.
-    """
+    """Moments by token type as the bytes of an .npz file, with the upper triangle of the symmetric scatter matrix."""
     arrays: dict[str, object] = {}
     for kind, part in moments.items():
         triangle = part.scatter[_upper(len(part.mean))]
@@ -126,11 +121,7 @@ def dump_moments(moments: Mapping[str, Moments]) -> bytes:
 
 
 def load_moments(data: bytes) -> dict[str, Moments]:
-    """The inverse of :func:`dump_moments`.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The inverse of :func:`dump_moments`; ValueError if there are none."""
     arrays = load_arrays(data)
     if not arrays:
         raise ValueError("it holds no statistics")

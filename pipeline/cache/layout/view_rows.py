@@ -2,7 +2,7 @@
 
 The rows of the view ``full`` are columns of the `images` shards. Crops have row shards of their own, which refer to images
 by their id: an image's bytes are stored once, however many views it has. Row group n of the crops belongs to row group n
-of `images`. Nothing here writes: `pipeline/cache/fill/ingest.py` commits both.
+of `images`.
 """
 
 from __future__ import annotations
@@ -16,30 +16,25 @@ from pipeline.cache.layout.shards import ShardFolder, ShardRecord
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import View
 
+BOX = ("left", "top", "right", "bottom")
+"""Columns of a view's box."""
 ROWS_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("view", pa.int16(), nullable=False),
-        pa.field("left", pa.float32(), nullable=False),
-        pa.field("top", pa.float32(), nullable=False),
-        pa.field("right", pa.float32(), nullable=False),
-        pa.field("bottom", pa.float32(), nullable=False),
+        *(pa.field(side, pa.float32(), nullable=False) for side in BOX),
         pa.field("flip", pa.bool_(), nullable=False),
     ]
 )
 """Key (sample_id, view), the view's box as fractions of the image, and whether the view is mirrored."""
-
 IMAGES_SCHEMA = pa.schema([*ROWS_SCHEMA, pa.field("label", pa.int64()), pa.field("image", pa.binary(), nullable=False)])
 """The rows of the view ``full``, the label, and the encoded image."""
 
 
 class ViewRows(NamedTuple):
-    """A shard's images, and the views of them that teachers encode.
+    """A shard's images (`IMAGES_SCHEMA`), and the views of them that teachers encode (`ROWS_SCHEMA`), image by image.
 
-    Attributes:
-        images: rows of `IMAGES_SCHEMA`.
-        rows: `ROWS_SCHEMA` rows, all views of one image after those of the previous one; a teacher's shard has the same rows.
-        files: the shard files that both were read from, by ``images`` and, for crops, ``rows``.
+    `files` names the shard files that both were read from, by ``images`` and, for crops, ``rows``.
     """
 
     images: pa.Table
@@ -54,34 +49,29 @@ class ViewRows(NamedTuple):
 
 def view_row(sample_id: str, number: int, view: View) -> dict[str, object]:
     """One row of `ROWS_SCHEMA`."""
-    left, top, right, bottom = view.box
-    box = {"left": left, "top": top, "right": right, "bottom": bottom}
-    return {"sample_id": sample_id, "view": number, **box, "flip": view.flip}
+    return {"sample_id": sample_id, "view": number, **dict(zip(BOX, view.box, strict=True)), "flip": view.flip}
 
 
 def views_of(rows: pa.Table) -> list[View]:
     """The stored view of every row."""
-    columns = [rows[name].to_pylist() for name in ("left", "top", "right", "bottom", "flip")]
+    columns = [rows[name].to_pylist() for name in (*BOX, "flip")]
     return [View((left, top, right, bottom), flip) for left, top, right, bottom, flip in zip(*columns, strict=True)]
 
 
 def read_view_rows(dataset: Dataset, shard: int) -> ViewRows:
-    """Images and rows of a shard, as they are in the store now.
-
-    Raises:
-        UserError: if either is missing, or the rows are not views of these images.
-    """
-    record = _record(dataset.images, shard)
+    """Images and rows of a shard, read now; UserError if either is missing, or the rows are not views of these images."""
+    record = complete_record(dataset.images, shard)
     images, files = dataset.images.read(record), {"images": record.file}
     if not dataset.policy.crops:
         return ViewRows(images, images.select(ROWS_SCHEMA.names), files)
-    drawn = _record(dataset.rows, shard)
+    drawn = complete_record(dataset.rows, shard)
     rows = dataset.rows.read(drawn)
     check_rows(dataset, shard, rows, images)
     return ViewRows(images, rows, {**files, "rows": drawn.file})
 
 
-def _record(folder: ShardFolder, shard: int) -> ShardRecord:
+def complete_record(folder: ShardFolder, shard: int) -> ShardRecord:
+    """The record of a complete shard, read now; UserError if there is none."""
     record = folder.record(shard)
     if record is None:
         raise UserError(f"{folder.store.uri} lacks shard {shard}: run the job again")
@@ -89,11 +79,7 @@ def _record(folder: ShardFolder, shard: int) -> ShardRecord:
 
 
 def check_rows(dataset: Dataset, shard: int, rows: pa.Table, images: pa.Table) -> None:
-    """Check that `rows` are the views of `images`, image by image.
-
-    Raises:
-        UserError: if they are not.
-    """
+    """Check that `rows` are the views of `images`, image by image; UserError if they are not."""
     expected = [name for name in images["sample_id"].to_pylist() for _ in range(dataset.policy.rows_per_image)]
     if rows["sample_id"].to_pylist() != expected:
         raise UserError(

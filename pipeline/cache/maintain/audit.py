@@ -36,7 +36,6 @@ class Verification:
     """Result of a verification.
 
     Attributes:
-        findings: problems; empty if the cache is intact.
         files: Parquet files of shards that were read.
         recomputed: rows times teachers that were recomputed and compared.
         skipped: why a teacher could not recompute rows, by label; its files were checked all the same.
@@ -66,15 +65,17 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
     computed = _computed(plan, found)
     for split in plan.splits:
         found.findings += _check_folders(split.dataset, plan.teachers)
-    shards = [(split.split, shard) for split in plan.splits for shard in range(split.dataset.shards)]
-    rows = [{"split": split, "shard": shard} for split, shard in shards if only is None or (split, shard) in only]
     datasets = {split.split: split.dataset for split in plan.splits}
-    sampled = {
-        (split.split, shard): groups for split in plan.splits for shard, groups in _sample(split.dataset).items()
-    }
+    shards = [(split, shard) for split, dataset in datasets.items() for shard in range(dataset.shards)]
+    shards = [shard for shard in shards if only is None or shard in only]
+    rows = [{"split": split, "shard": shard} for split, shard in shards]
+    sampled: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+    for split in plan.splits:
+        for group in evenly_spaced(row_groups(split.dataset.images.listed().values()), SAMPLE_GROUPS):
+            sampled[split.split, group.shard].append(group.group)
     unindexed = {item.dataset for item in found.findings if item.part == "index"}
     arguments = (datasets, plan.teachers, computed, sampled, unindexed)
-    total = sum(datasets[str(row["split"])].shard_rows(int(str(row["shard"]))) for row in rows)
+    total = sum(datasets[split].shard_rows(shard) for split, shard in shards)
     with Progress(total, "img", "verify") as progress:
         for row in run_in_actors(Verify, rows, arguments, config.cache.batch_size):
             if row["error"]:
@@ -150,11 +151,3 @@ def _check_folders(dataset: Dataset, teachers: Iterable[CachedTeacher]) -> Itera
             except BrokenError as broken:
                 if not broken.file.startswith("shard-"):  # found with their shard
                     yield finding(dataset, teacher.id, folder.store, None, broken)
-
-
-def _sample(dataset: Dataset) -> dict[int, list[int]]:
-    """The row groups to be recomputed, by shard."""
-    sampled: defaultdict[int, list[int]] = defaultdict(list)
-    for sample in evenly_spaced(row_groups(dataset.images.listed().values()), SAMPLE_GROUPS):
-        sampled[sample.shard].append(sample.group)
-    return sampled

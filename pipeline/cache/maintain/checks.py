@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.codec import Codec, Projection, load_projection
+from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection, load_projection
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import index_fingerprint
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, keys_of, record_name
@@ -29,12 +29,7 @@ T = TypeVar("T")
 
 
 class BrokenError(Exception):
-    """A file of the cache is not what it should be.
-
-    Attributes:
-        file: its name in its folder.
-        problem: what is wrong, as a phrase that follows the name.
-    """
+    """A file of the cache is not what it should be; `problem` is a phrase that follows the file's name."""
 
     def __init__(self, file: str, problem: str) -> None:
         super().__init__(f"{file} {problem}")
@@ -46,11 +41,9 @@ class Finding:
     """A problem found in the cache.
 
     Attributes:
-        dataset: its id.
         part: ``index``, ``images``, ``rows``, or a teacher's id.
         shard: its number, or None for a file that belongs to all shards.
         file: path below the cache.
-        problem: what is wrong with the file.
     """
 
     dataset: str
@@ -77,11 +70,6 @@ class Shard:
     def read(self) -> pa.Table:
         """All its rows."""
         return self._checked(self.file.read)
-
-    def groups(self) -> Iterator[pa.Table]:
-        """Its row groups in order."""
-        for group in range(self.file.num_row_groups):
-            yield self.read_group(group)
 
     def read_group(self, group: int) -> pa.Table:
         """One row group."""
@@ -129,9 +117,13 @@ def open_shard(folder: ShardFolder, shard: int) -> Shard:
         file = pq.ParquetFile(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
         raise BrokenError(record.file, f"is no Parquet file: {one_line(error)}") from error
-    opened = Shard(record, file)
-    _check_layout(opened, folder.row_group_size)
-    return opened
+    metadata, rows, size = file.metadata, record.rows, folder.row_group_size
+    if metadata.num_rows != rows:
+        raise BrokenError(record.file, f"has {metadata.num_rows} rows, its record says {rows}")
+    groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    if [count for count in groups if count] != [min(size, rows - first) for first in range(0, rows, size)]:
+        raise BrokenError(record.file, f"has row groups of {groups} rows, not of {size}")
+    return Shard(record, file)
 
 
 def _get(store: Store, name: str) -> bytes:
@@ -139,16 +131,6 @@ def _get(store: Store, name: str) -> bytes:
         return store.get(name)
     except FileNotFoundError:
         raise BrokenError(name, "is missing") from None
-
-
-def _check_layout(shard: Shard, group_size: int) -> None:
-    metadata, rows = shard.file.metadata, shard.record.rows
-    if metadata.num_rows != rows:
-        raise shard.broken(f"has {metadata.num_rows} rows, its record says {rows}")
-    groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    due = [min(group_size, rows - first) for first in range(0, rows, group_size)]
-    if [size for size in groups if size] != due:
-        raise shard.broken(f"has row groups of {groups} rows, not of {group_size}")
 
 
 def check_images(opened: Shard, index: pa.Table | None) -> pa.Table:
@@ -193,10 +175,8 @@ def _check_geometry(opened: Shard, rows: pa.Table) -> None:
 
 def check_features(teacher: CachedTeacher, opened: Shard, rows: pa.Table | None) -> None:
     """Check the types and keys of a teacher's shard; `check_values` checks the values."""
-    codecs = teacher.codecs(None)
     if not Codec.parse(teacher.codec).pca:
-        widths = {kind: codec.row_bytes for kind, codec in codecs.items()}
-        check_schema(opened, features_schema(widths))
+        check_schema(opened, features_schema(teacher.codecs()))
     metadata = opened.file.schema_arrow.metadata or {}
     due = {b"teacher": teacher.id, b"codec": teacher.codec, b"projection": opened.record.projection}
     for name, value in due.items():
@@ -210,10 +190,11 @@ def check_features(teacher: CachedTeacher, opened: Shard, rows: pa.Table | None)
         _check_keys(opened, keys_of(rows), opened.read_keys())
 
 
-def features_schema(widths: dict[str, int]) -> pa.Schema:
-    """Columns of a teacher's shard, given the bytes of a row by token type."""
+def features_schema(codecs: Mapping[str, FeatureCodec]) -> pa.Schema:
+    """Columns of a teacher's shard."""
     keys = [ROWS_SCHEMA.field("sample_id"), ROWS_SCHEMA.field("view")]
-    return pa.schema([*keys, *(pa.field(kind, pa.binary(width), nullable=False) for kind, width in widths.items())])
+    columns = [pa.field(kind, pa.binary(codec.row_bytes), nullable=False) for kind, codec in codecs.items()]
+    return pa.schema([*keys, *columns])
 
 
 def load_file(store: Store, name: str, load: Callable[[bytes], T]) -> T:
@@ -264,7 +245,7 @@ def check_projection(folder: ShardFolder, teacher: CachedTeacher) -> Projection 
     if hashlib.sha256(_get(folder.store, name)).hexdigest()[:8] != name.removeprefix("projection-")[:8]:
         raise BrokenError(name, "does not have the content that its name says")
     projection = load_file(folder.store, name, load_projection)
-    channels = teacher.patches_shape[-1]
+    channels = teacher.spec.patch_dim
     if projection and (projection.basis.shape[1:] != (channels,) or not torch.isfinite(projection.basis).all()):
         raise BrokenError(name, f"is no projection of {channels} channels")
     return projection

@@ -8,23 +8,20 @@ shard's files moments before their record (`FILE_AGE_S`), and a teacher's descri
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.cache.layout.shards import RECORD, ShardFolder
+from pipeline.cache.layout.shards import ShardFolder, record_numbers
 from pipeline.storage.store import Store
 
 FILE_AGE_S = 3600.0
 """Age in seconds at which a file that no record names counts as garbage."""
-
 FOLDER_AGE_S = 24 * 3600.0
 """Age in seconds of its newest file at which a folder without any record counts as garbage."""
-
 _SHARD_FILE = re.compile(r"shard-(\d{5,})-[0-9a-f]{8}\.(parquet|npz)")
 _PROJECTION = re.compile(r"projection-[0-9a-f]{8}\.npz")
 _OURS = re.compile(
-    r"(teacher|view|shard-\d{5,})\.json|index\.parquet|(stats|phi_s)\.npz|"
-    rf"{_PROJECTION.pattern}|{_SHARD_FILE.pattern}"
+    rf"(teacher|view|shard-\d{{5,}})\.json|index\.parquet|(stats|phi_s)\.npz|{_PROJECTION.pattern}|{_SHARD_FILE.pattern}"
 )
 _DATASET = re.compile(r".+-[0-9a-f]{8}")
 
@@ -49,13 +46,11 @@ def find_garbage(cache: Store) -> list[Garbage]:
     return [item for name in cache.folders() if _DATASET.fullmatch(name) for item in _dataset(cache.sub(name))]
 
 
-def remove_garbage(items: Iterable[Garbage]) -> None:
+def remove_garbage(items: Sequence[Garbage]) -> None:
     """Remove these files and the folders that become empty."""
-    folders = []
     for item in items:
         item.store.delete(item.name)
-        folders.append(item.store)
-    for folder in folders:
+    for folder in dict.fromkeys(item.store for item in items):
         if not folder.files() and not folder.folders():
             folder.delete_folder()
 
@@ -63,7 +58,7 @@ def remove_garbage(items: Iterable[Garbage]) -> None:
 def _dataset(store: Store) -> Iterator[Garbage]:
     below = list(_below(store))
     for folder in below:
-        yield from _leftovers(folder)
+        yield from (Garbage(folder, name, size, "left by a killed writer") for name, size in folder.leftovers().items())
     if not store.exists("dataset.json"):
         yield from _all_if_old(below, "it belongs to no dataset")
         return
@@ -73,7 +68,10 @@ def _dataset(store: Store) -> Iterator[Garbage]:
             yield from _unnamed(view.sub(part))
         teachers = view.sub("teachers")
         for teacher in map(teachers.sub, teachers.folders()):
-            yield from _teacher(teacher)
+            if record_numbers(teacher.files()):
+                yield from _unnamed(teacher)
+            else:
+                yield from _all_if_old([teacher], "its folder has no shard")
 
 
 def _below(store: Store) -> Iterator[Store]:
@@ -82,18 +80,11 @@ def _below(store: Store) -> Iterator[Store]:
         yield from _below(store.sub(name))
 
 
-def _teacher(store: Store) -> Iterator[Garbage]:
-    if any(RECORD.fullmatch(name) for name in store.files()):
-        yield from _unnamed(store)
-    else:
-        yield from _all_if_old([store], "its folder has no shard")
-
-
 def _unnamed(store: Store) -> Iterator[Garbage]:
     folder = ShardFolder(store)
     listed = folder.listed()
     # Files of a shard whose record cannot be read are left to --verify.
-    doubtful = {int(match[1]) for name in store.files() if (match := RECORD.fullmatch(name))} - set(listed)
+    doubtful = record_numbers(store.files()) - set(listed)
     named = {name for record in listed.values() for name in (record.file, record.moments, record.projection)}
     for name, size in store.files(FILE_AGE_S).items():
         match = _SHARD_FILE.fullmatch(name)
@@ -102,14 +93,8 @@ def _unnamed(store: Store) -> Iterator[Garbage]:
             yield Garbage(store, name, size, "no record names it")
 
 
-def _leftovers(store: Store) -> Iterator[Garbage]:
-    for name, size in store.leftovers().items():
-        yield Garbage(store, name, size, "left by a killed writer")
-
-
 def _all_if_old(folders: Sequence[Store], why: str) -> Iterator[Garbage]:
     if all(folder.files().keys() == folder.files(FOLDER_AGE_S).keys() for folder in folders):
         for folder in folders:
-            yield from (
-                Garbage(folder, name, size, why) for name, size in folder.files().items() if _OURS.fullmatch(name)
-            )
+            ours = {name: size for name, size in folder.files().items() if _OURS.fullmatch(name)}
+            yield from (Garbage(folder, name, size, why) for name, size in ours.items())

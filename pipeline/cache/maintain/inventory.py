@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from pipeline.cache.layout.dataset import read_meta
 from pipeline.cache.layout.shards import ShardFolder
@@ -23,7 +22,6 @@ class Entry:
     Attributes:
         address: ``<dataset>``, ``<dataset>/<view>`` or ``<dataset>/<view>/<teacher>``.
         folder: path below the cache.
-        what: description.
         shards, of: number of complete shards, and of all shards.
         bytes: size of all files below the folder.
         fidelity: mean cosine between a patch and its decoded value; None for images and crops.
@@ -46,11 +44,7 @@ def take_inventory(cache: Store) -> list[Entry]:
 
 
 def find_entry(cache: Store, address: str) -> Entry:
-    """The entry with this address.
-
-    Raises:
-        UserError: if there is none, naming the closest one.
-    """
+    """The entry with this address; UserError if there is none, naming the closest one."""
     entries = {entry.address: entry for entry in take_inventory(cache)}
     if address in entries:
         return entries[address]
@@ -84,27 +78,20 @@ def _view(store: Store, address: str, folder: str, shards: int) -> Iterator[Entr
     if not address.endswith(f"/{WHOLE.id}"):
         done = len(ShardFolder(store.sub("rows")).records())
         yield Entry(address, folder, "crops", done, shards, bytes_below(store))
-    for teacher in store.sub("teachers").folders():
-        below = f"teachers/{teacher}"
-        yield _teacher(store.sub(below), f"{address}/{teacher}", f"{folder}/{below}", shards)
+    for name in store.sub("teachers").folders():
+        yield _teacher(store.sub(f"teachers/{name}"), f"{address}/{name}", f"{folder}/teachers/{name}", shards)
 
 
 def _teacher(store: Store, address: str, folder: str, shards: int) -> Entry:
     records = ShardFolder(store).records().values()
-    described = _description(store)
+    try:
+        described = dict(json.loads(store.get("teacher.json")))
+    except (FileNotFoundError, ValueError, TypeError):
+        described = {}  # --verify reports it
     kept = [record.facts["fidelity"]["patches"]["cosine"] for record in records if record.rows]
     what = f"{described.get('name', '?')} {described.get('weights', '?')[:20]}, {described.get('codec', '?')}"
-    licence = described.get("licence", "unknown")
-    size = bytes_below(store)
-    return Entry(address, folder, what, len(records), shards, size, fmean(kept) if kept else None, licence)
-
-
-def _description(store: Store) -> dict[str, Any]:
-    try:
-        described = json.loads(store.get("teacher.json"))
-    except (FileNotFoundError, ValueError):
-        return {}  # --verify reports it
-    return described if isinstance(described, dict) else {}
+    fidelity, licence = fmean(kept) if kept else None, described.get("licence", "unknown")
+    return Entry(address, folder, what, len(records), shards, bytes_below(store), fidelity, licence)
 
 
 def delete_entry(cache: Store, entry: Entry) -> None:

@@ -19,16 +19,12 @@ log = logging.getLogger(__name__)
 
 
 def repair_cache(plan: CachePlan, config: CacheJobConfig, found: Verification) -> Verification:
-    """Compute what is broken again, and verify the affected shards.
+    """Compute what is broken again, and verify the affected shards; returns the findings that are left.
 
     Shards of a teacher that cannot be computed here (`Verification.unable`) stay as they are, even if broken.
 
-    Returns:
-        The findings that are left.
-
     Raises:
-        UserError: if the source no longer provides the images of a broken shard.
-        TeacherError: see `pipeline.cache.fill.build.build_cache`.
+        UserError, TeacherError: as `build_cache`, and if the source no longer provides the images of a broken shard.
     """
     for split in plan.splits:
         mine = [item for item in found.findings if item.dataset == split.dataset.id and item.part not in found.unable]

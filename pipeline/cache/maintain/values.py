@@ -1,7 +1,4 @@
-"""Checks of stored features: they are finite, have their recorded statistics, and are what the teacher computes now.
-
-This module imports neither Ray nor MLflow.
-"""
+"""Checks of stored features: they are finite, have their recorded statistics, and are what the teacher computes now."""
 
 from __future__ import annotations
 
@@ -31,11 +28,11 @@ features differ by far more: unrelated vectors by 1.4 (sqrt 2), features of anot
 def check_values(
     folder: ShardFolder, teacher: CachedTeacher, opened: Shard, codecs: Mapping[str, FeatureCodec]
 ) -> None:
-    """Check that every stored value is finite, and that all have the statistics taken before encoding."""
-    check_schema(opened, features_schema({kind: codec.row_bytes for kind, codec in codecs.items()}))
+    """Check that every stored value is finite, and that all together have the statistics taken before encoding."""
+    check_schema(opened, features_schema(codecs))
     moments = check_moments(folder, opened.record, teacher)
     sums = {kind: _Sums(codec.shape[-1]) for kind, codec in codecs.items()}
-    for table in opened.groups():
+    for table in map(opened.read_group, range(opened.file.num_row_groups)):
         for kind, codec in codecs.items():
             values = decode(table[kind], codec)
             finite = torch.isfinite(values).flatten(1).all(dim=1)
@@ -131,9 +128,6 @@ def compare(
     By the triangle inequality, a row's relative error is at most the codec's loss on these features plus what the
     arithmetic of another device may change (`TOLERANCE`). The fidelity in the shard's record is a mean over other rows,
     and would raise false alarms on the rows that are hardest to encode.
-
-    Raises:
-        BrokenError: if a row differs by more.
     """
     stored = opened.read_group(group)
     for kind, codec in codecs.items():

@@ -1,12 +1,10 @@
-"""Verify a shard: check its files, recompute a sample of rows and compare them with the stored ones.
-
-This module imports neither Ray nor MLflow; `pipeline/cache/maintain/audit.py` runs it over all shards.
-"""
+"""Verify a shard: check its files, recompute a sample of rows and compare them with the stored ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +14,7 @@ from pipeline.cache.fill.extract import USER_ERRORS, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA, ViewRows
 from pipeline.cache.maintain.checks import (
     BrokenError,
@@ -38,12 +36,9 @@ class Verify:
     """Verifies one shard of images, crops and every teacher per call; a Ray Data row is a shard.
 
     Args:
-        datasets: by split (``train``, ``val``).
-        teachers: whose shards are verified.
-        computed: the teachers among them that recompute rows; they are loaded once.
+        computed: the teachers that recompute rows; they are loaded once.
         sampled: row groups of images to be recomputed, by (split, shard).
         unindexed: ids of the datasets whose index is broken, so that keys cannot be compared with it.
-        device, threads, batch_size: see `Extract`.
     """
 
     def __init__(
@@ -88,6 +83,14 @@ class _ShardCheck:
         self.files = self.recomputed = 0
         self.sources: dict[str, str] = {}  # intact files of images and crops
 
+    @contextmanager
+    def _report(self, part: str, folder: ShardFolder) -> Iterator[None]:
+        """Add a finding of this part if the block finds a file of the folder broken."""
+        try:
+            yield
+        except BrokenError as broken:
+            self.findings.append(finding(self.dataset, part, folder.store, self.shard, broken))
+
     def run(self) -> None:
         images = self._images()
         rows = self._rows(images)
@@ -98,52 +101,42 @@ class _ShardCheck:
                 self._recompute(ViewRows(images, rows, self.sources), asked, group)
 
     def _images(self) -> pa.Table | None:
-        folder = self.dataset.images
-        try:
-            self.files += 1
+        self.files += 1
+        with self._report("images", self.dataset.images):
             index = None if self.dataset.id in self.verify.unindexed else self.dataset.shard_index(self.shard)
-            opened = open_shard(folder, self.shard)
+            opened = open_shard(self.dataset.images, self.shard)
             images = check_images(opened, index)
-        except BrokenError as broken:
-            self.findings.append(finding(self.dataset, "images", folder.store, self.shard, broken))
-            return None
-        self.sources["images"] = opened.record.file
-        return images
+            self.sources["images"] = opened.record.file
+            return images
+        return None
 
     def _rows(self, images: pa.Table | None) -> pa.Table | None:
         """The rows that every teacher's shard must have, or None if they are broken."""
         if not self.dataset.policy.crops:
             return None if images is None else images.select(ROWS_SCHEMA.names)
-        folder = self.dataset.rows
-        try:
-            self.files += 1
-            opened = open_shard(folder, self.shard)
+        self.files += 1
+        with self._report("rows", self.dataset.rows):
+            opened = open_shard(self.dataset.rows, self.shard)
             rows = check_rows_shard(self.dataset, opened, images)
             check_derived_from(opened, self.sources)
-        except BrokenError as broken:
-            self.findings.append(finding(self.dataset, "rows", folder.store, self.shard, broken))
-            return None
-        self.sources["rows"] = opened.record.file
-        return rows
+            self.sources["rows"] = opened.record.file
+            return rows
+        return None
 
     def _teacher(self, teacher: CachedTeacher, rows: pa.Table | None) -> Shard | None:
         """The shard, or None if its own files are broken."""
         folder = self.dataset.teacher(teacher.id)
-        try:
-            self.files += 1
+        self.files += 1
+        with self._report(teacher.id, folder):
             opened = open_shard(folder, self.shard)
             check_features(teacher, opened, rows)
             check_derived_from(opened, self.sources)
-            codecs = self._codecs(teacher)
-            if codecs is None:
-                return None
-            if opened.record.projection != folder.projection:
-                raise opened.broken(f"was encoded with another projection than {folder.projection}")
-            check_values(folder, teacher, opened, codecs)
-            return opened
-        except BrokenError as broken:
-            self.findings.append(finding(self.dataset, teacher.id, folder.store, self.shard, broken))
-            return None
+            if codecs := self._codecs(teacher):
+                if opened.record.projection != folder.projection:
+                    raise opened.broken(f"was encoded with another projection than {folder.projection}")
+                check_values(folder, teacher, opened, codecs)
+                return opened
+        return None
 
     def _codecs(self, teacher: CachedTeacher) -> dict[str, FeatureCodec] | None:
         """Codecs, or None if the projection is broken, which is reported once per folder and not for every shard."""
@@ -161,9 +154,7 @@ class _ShardCheck:
             codecs = self._codecs(teacher)
             assert codecs is not None
             self.recomputed += views.rows.num_rows
-            try:
+            del asked[name]
+            with self._report(name, self.dataset.teacher(name)):
                 compare(teacher, codecs, opened, group, [output[name] for output in outputs])
-            except BrokenError as broken:
-                del asked[name]
-                folder = self.dataset.teacher(name).store
-                self.findings.append(finding(self.dataset, name, folder, self.shard, broken))
+                asked[name] = opened

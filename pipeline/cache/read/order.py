@@ -13,16 +13,7 @@ from pipeline.errors import UserError
 
 
 def check_per_step(per_step: int, views: int, batch_size: int) -> None:
-    """Check that a step's batch holds whole groups of `per_step` views, and an image's views divide into such groups.
-
-    Args:
-        per_step: views of an image in one step.
-        views: views of an image in the cache.
-        batch_size: rows in a worker's step.
-
-    Raises:
-        UserError: otherwise, naming the fields.
-    """
+    """Raise UserError unless groups of `per_step` views divide an image's `views` and the rows of a worker's step."""
     if views % per_step or batch_size % per_step:
         raise UserError(
             f"views.per_step={per_step} must divide the {views} views of an image (views.crops) and the {batch_size} "
@@ -56,7 +47,7 @@ class OrderedRows(NamedTuple):
     """A rank's rows of an epoch, in training order.
 
     Attributes:
-        groups: the rank's row groups, in reading order.
+        groups: in reading order.
         rows: [R, 2] int64, index into `groups` and row in that group.
         window_start: [R] int64, index of the first row group in the row's shuffle window.
     """
@@ -76,11 +67,9 @@ class EpochOrder:
     Attributes:
         groups: all row groups of the dataset.
         batch_size: rows per batch on this rank.
-        seed: of the permutations.
         window: rows that are shuffled together.
         rank, world: this training worker's number and the number of workers.
-        per_step: views of an image in one batch, in adjacent rows.
-        views: views of an image in the cache.
+        per_step, views: views of an image in one batch (in adjacent rows), and in the cache.
     """
 
     groups: Sequence[RowGroup]
@@ -111,7 +100,7 @@ class EpochOrder:
         return OrderedRows(groups, np.concatenate(rows), np.concatenate(starts))
 
     def shuffle_quality(self, epoch: int) -> ShuffleQuality:
-        """How well this rank's rows of an epoch are shuffled, computed from the order without reading any file."""
+        """How well this rank's rows of an epoch are shuffled, from the order alone."""
         order = self._permuted_groups(epoch)[self.rank :: self.world]
         rows = self.rows(epoch).rows
         sizes = np.array([group.rows for group in self.groups])

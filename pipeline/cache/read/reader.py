@@ -1,10 +1,8 @@
 """The cache reader of a training worker: images and every teacher's features, joined by key, shuffled, resumable.
 
 A training worker reads row groups itself, ahead of time, on threads. The order of an epoch is known before anything is
-read (`order.py`), so a position in it is a batch number, and a resumed epoch reads only what it still needs.
-
-The order also tells which batch each row of a row group belongs to. So the rows are copied into their batches as soon as the
-row group is read, while they are in the processor's cache, and no row group is kept. Imports neither Ray nor MLflow.
+read (`order.py`): a resumed epoch reads only what it still needs, and the rows of a row group are copied into their batches
+as soon as it is read, while they are in the processor's cache. Imports neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from torch import Tensor
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import RowGroup, fixed_width, in_one_piece, row_groups
-from pipeline.cache.layout.view_rows import ROWS_SCHEMA, check_rows
+from pipeline.cache.layout.view_rows import BOX, ROWS_SCHEMA, check_rows
 from pipeline.cache.read.order import EpochOrder, OrderedRows, ShuffleQuality, check_per_step
 from pipeline.cache.read.shard_reader import FeatureReader, ShardReader, labels_of
 from pipeline.errors import UserError
@@ -34,14 +32,11 @@ from teachers.base import Interpolation
 
 STUDENT_INTERPOLATION: Interpolation = "bicubic"
 """How images are resized for the student."""
-
 IO_THREADS = 2
 """Threads that read row groups."""
-
 BATCHES_AHEAD = 2
 """Batches whose images are decoded ahead of use."""
-
-GEOMETRY = ("left", "top", "right", "bottom", "flip")
+GEOMETRY = (*BOX, "flip")
 
 
 @dataclass(frozen=True)
@@ -65,15 +60,11 @@ class Batch:
 
 @dataclass
 class PartialBatch:
-    """A batch before its images are decoded; row groups fill disjoint slices of its B rows.
+    """A `Batch` before its images are decoded; row groups fill disjoint slices of its B rows.
 
     Attributes:
-        position: (epoch, number).
-        keys: B sample ids.
         images: B encoded images.
-        labels: [B] int64.
         geometry: [B, 5] float32, box and flip of every view.
-        features: [B, row_bytes] uint8 by teacher id and token type.
         assigned: rows that are assigned to a row group.
     """
 
@@ -103,7 +94,6 @@ class CacheReader:
         teachers: whose shards are complete; no other teacher's files are read.
         image_size: side of the student's square input in pixels.
         batch_size: images per batch on this rank.
-        seed: of the order.
         window: images that are shuffled together, after the shuffle of the row groups.
         rank, world: this training worker's number and the number of workers.
         threads: number of image decoders.

@@ -32,14 +32,7 @@ AHEAD = 2
 
 
 class BatchMessage(NamedTuple):
-    """A batch on its way between the processes.
-
-    Attributes:
-        number: by which its memory is released.
-        keys, labels, position: of the batch.
-        images: where its images lie.
-        features: where its features lie, by teacher id and token type.
-    """
+    """A `Batch` on its way between the processes; its memory is released by `number`."""
 
     number: int
     keys: list[str]
@@ -50,14 +43,7 @@ class BatchMessage(NamedTuple):
 
 
 class ReaderProcess:
-    """A `CacheReader` in another process: the same batches in the same order, one iteration at a time.
-
-    Args:
-        *args, **settings: of `CacheReader`.
-
-    Raises:
-        UserError: as `CacheReader`.
-    """
+    """A `CacheReader` in another process: the same arguments, errors, and batches; one iteration at a time."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         self.order = CacheReader(*args, **settings).order
@@ -76,12 +62,7 @@ class ReaderProcess:
         return self.order.shuffle_quality(epoch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on.
-
-        Raises:
-            UserError: as `CacheReader.batches`.
-            RuntimeError: if the other process was killed.
-        """
+        """As `CacheReader.batches`; RuntimeError if the other process was killed."""
         if self.process is None:
             self._start()
         self._send("read", epoch, start)
@@ -118,7 +99,7 @@ class ReaderProcess:
     def _receive(self) -> BatchMessage | None:
         """The next batch, or None after the last."""
         try:
-            message: BatchMessage | Exception | None = self.pipe.recv()
+            message = self.pipe.recv()
         except (EOFError, OSError) as error:
             raise self._killed() from error
         if isinstance(message, Exception):
@@ -162,7 +143,6 @@ class _Lease:
 
 
 def _serve(pipe: Connection, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    """Entry point of the other process."""
     init_helper_process()
     keep_freed_memory()
     _Server(pipe, CacheReader(*args, **settings)).run()
@@ -177,13 +157,13 @@ class _Server:
         self.credits, self.stopped = threading.Semaphore(AHEAD), threading.Event()
 
     def run(self) -> None:
-        """Serve until the other side is gone."""
+        """Serve until the other process is gone."""
         threading.Thread(target=self._listen, daemon=True).start()
         while request := self.requests.get():
             answer = None
             try:
                 self._send_batches(*request)
-            except Exception as error:  # noqa: BLE001  raised on the other side
+            except Exception as error:  # noqa: BLE001  raised in the other process
                 answer = error
             with suppress(OSError):
                 self.pipe.send(answer)

@@ -15,7 +15,7 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, ShardRecord, evenly_spaced, fixed_width, row_groups
 from pipeline.cache.layout.view_rows import views_of
 from pipeline.cache.read.reader import STUDENT_INTERPOLATION, Batch
-from pipeline.cache.read.shard_reader import NO_LABEL, FeatureReader, complete_records, labels_of
+from pipeline.cache.read.shard_reader import NO_LABEL, FeatureReader, ShardReader, labels_of
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool, decoder_count
 from pipeline.runtime.prefetch import map_ahead
 
@@ -29,21 +29,20 @@ def scan_images(
     """Images and labels without features, in stored order.
 
     Args:
-        dataset: whose `images` shards are complete.
         image_size: side of the square images in pixels.
         batch_size: images per batch; a batch does not span row groups and may be smaller.
         limit: approximate number of images, from evenly spaced row groups; None: all images.
         rank, world: read every `world`-th of these row groups, from number `rank` on.
     """
-    records = complete_records(dataset, dataset.images, "images")
-    groups = _groups(records, limit)[rank::world]
+    reader = ShardReader(dataset, dataset.images, "images")
+    groups = _groups(reader.records, limit)[rank::world]
     with (
         closing(DecoderPool(decoder_count(), processes=torch.cuda.is_available())) as decoders,
         ThreadPoolExecutor(GROUPS_AHEAD) as pool,
     ):
 
         def decode(group: RowGroup) -> tuple[pa.Table, Tensor]:
-            table = dataset.images.read_group(records[group.shard], group.group)
+            table = reader.read(group)
             pixels = decoders.empty(group.rows, 3, image_size, image_size)
             targets = decoders.row_targets(pixels)
             crops = [[CropTask(v, STUDENT_INTERPOLATION, t)] for v, t in zip(views_of(table), targets, strict=True)]
@@ -59,9 +58,9 @@ def scan_images(
 
 def has_labels(dataset: Dataset) -> bool:
     """Whether any image in the first row group of a dataset has a label."""
-    records = complete_records(dataset, dataset.images, "images")
-    first = _groups(records)[0]
-    return bool((labels_of(dataset.images.read_group(records[first.shard], first.group, ["label"])) != NO_LABEL).any())
+    images = ShardReader(dataset, dataset.images, "images")
+    labels = labels_of(images.read(_groups(images.records)[0], ["label"]))
+    return bool((labels != NO_LABEL).any())
 
 
 def read_summaries(
@@ -69,25 +68,18 @@ def read_summaries(
 ) -> tuple[Tensor, Tensor]:
     """One cached vector per image: the summary, or the mean of the patches if the teacher has no summary.
 
-    Args:
-        limit: approximate number of images, from evenly spaced row groups; None: all images.
-        shards: numbers of the shards to read; None: all shards.
-
-    Returns:
-        Vectors [N, D] float32 of each image's first view, and labels [N] int64, in the order of :func:`scan_images` with
-        the same `limit`.
+    Returns vectors [N, D] float32 of each image's first view, and labels [N] int64, in the order of :func:`scan_images`
+    with the same `limit`. `shards` are the numbers of the shards to read, by default all.
 
     Raises:
         UserError: if shards are missing, or a shard does not hold the keys of its images.
     """
-    records = complete_records(dataset, dataset.images, "images")
-    if shards is not None:
-        records = {shard: record for shard, record in records.items() if shard in shards}
-    reader, views = FeatureReader(dataset, teacher), dataset.policy.rows_per_image
-    kind = "summary" if teacher.summary_shape else "patches"
+    image_reader, reader = ShardReader(dataset, dataset.images, "images"), FeatureReader(dataset, teacher)
+    chosen = {shard: record for shard, record in image_reader.records.items() if shards is None or shard in shards}
+    views, kind = dataset.policy.rows_per_image, "summary" if "summary" in teacher.shapes else "patches"
     vectors, labels = [], []
-    for group in _groups(records, limit):
-        images = dataset.images.read_group(records[group.shard], group.group, ["sample_id", "label"])
+    for group in _groups(chosen, limit):
+        images = image_reader.read(group, ["sample_id", "label"])
         table = reader.read(group, ["sample_id", kind])
         expected, found = images["sample_id"].to_pylist(), table["sample_id"].to_pylist()[::views]
         if found != expected:
@@ -99,20 +91,12 @@ def read_summaries(
 
 
 class PatchReader:
-    """Reads a teacher's patches by row group, without the images.
-
-    Args:
-        dataset: whose `images` shards are complete.
-        teacher: whose shards are complete.
-
-    Raises:
-        UserError: if shards are missing.
-    """
+    """Reads a teacher's patches by row group, without the images; UserError if shards of either are missing."""
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
         self._reader = FeatureReader(dataset, teacher)
-        images = complete_records(dataset, dataset.images, "images")
-        self._groups = row_groups(images.values(), dataset.policy.rows_per_image)
+        images = ShardReader(dataset, dataset.images, "images")
+        self._groups = row_groups(images.records.values(), dataset.policy.rows_per_image)
 
     def __len__(self) -> int:
         return len(self._groups)

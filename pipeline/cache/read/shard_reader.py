@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.shards import RowGroup, ShardFolder, ShardRecord, keys_of, record_name, selected
+from pipeline.cache.layout.shards import RowGroup, ShardFolder, keys_of, record_name, selected
 from pipeline.errors import UserError
 from pipeline.storage.store import report_damage
 
@@ -19,25 +19,23 @@ NO_LABEL = -1
 
 
 class ShardReader:
-    """Reads row groups of a folder whose shards are all complete.
+    """Reads row groups of a folder; UserError, which calls it `name`, unless all its shards are complete.
 
     Each file's footer is read once; the page checksums of a row group are verified at its first read.
-
-    Raises:
-        UserError: if a shard is missing.
     """
 
     def __init__(self, dataset: Dataset, folder: ShardFolder, name: str) -> None:
-        self.folder, self.name, self.records = folder, name, complete_records(dataset, folder, name)
+        self.folder, self.name, self.records = folder, name, dataset.records(folder)
+        if len(self.records) != dataset.shards:
+            raise UserError(
+                f"{name} has {len(self.records)} of {dataset.shards} shards in {folder.store.uri}: run jobs/precompute.py "
+                "with this recipe"
+            )
         self._footers: dict[int, pq.FileMetaData] = {}
         self._verified: set[RowGroup] = set()
 
     def read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
-        """The rows of a row group.
-
-        Raises:
-            UserError: if the file is missing or damaged.
-        """
+        """The rows of a row group; UserError if the file is missing or damaged."""
         file = self.records[group.shard].file
         options = {
             "metadata": self._footers.get(group.shard),
@@ -62,11 +60,7 @@ class FeatureReader(ShardReader):
         self.widths = {kind: codec.row_bytes for kind, codec in self.codecs.items()}
 
     def read_aligned(self, group: RowGroup, rows: pa.Table) -> pa.Table:
-        """All features of a row group.
-
-        Raises:
-            UserError: if their keys are not those of `rows`, in the same order.
-        """
+        """All features of a row group; UserError if their keys are not those of `rows`, in the same order."""
         table = self.read(group, ["sample_id", "view", *self.widths])
         if not (rows["sample_id"].equals(table["sample_id"]) and rows["view"].equals(table["view"])):
             raise self.key_error(group, keys_of(rows), keys_of(table))
@@ -82,21 +76,6 @@ class FeatureReader(ShardReader):
         )
 
 
-def complete_records(dataset: Dataset, folder: ShardFolder, name: str) -> dict[int, ShardRecord]:
-    """The records of all shards of a folder.
-
-    Raises:
-        UserError: if a shard is missing; the message calls the folder `name`.
-    """
-    records = dataset.records(folder)
-    if len(records) != dataset.shards:
-        raise UserError(
-            f"{name} has {len(records)} of {dataset.shards} shards in {folder.store.uri}: run jobs/precompute.py with this recipe"
-        )
-    return records
-
-
 def labels_of(images: pa.Table) -> np.ndarray:
     """Labels [N] int64 of rows of `images`, `NO_LABEL` for a sample without one."""
-    labels: np.ndarray = images["label"].fill_null(NO_LABEL).to_numpy()
-    return labels
+    return images["label"].fill_null(NO_LABEL).to_numpy()

@@ -78,7 +78,7 @@ def test_what_is_deleted_is_gone_and_nothing_else(cache, filled):
 
 
 def test_a_probe_that_a_gpu_has_no_memory_for_says_what_to_lower(filled, monkeypatch):
-    monkeypatch.setattr("pipeline.cache.fill.estimate._seconds", out_of_memory)
+    monkeypatch.setattr("pipeline.cache.fill.estimate.count_macs", out_of_memory)
     with pytest.raises(UserError, match=r"teacher colours8: the GPU has too little memory for 512 images .*=bfloat16$"):
         probe_teacher(filled.plan.teachers[0], 512)
 
