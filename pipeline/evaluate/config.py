@@ -1,4 +1,4 @@
-"""kNN and frozen-feature evaluations."""
+"""Evaluations of frozen features."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A frozen backbone as a teacher, so that the cache computes, keeps and checks its features.
+"""A frozen backbone as a teacher, so that the cache keeps its features: float32 vectors or float16 maps.
 
-They are computed once for all evaluations of a backbone at an input size, on all nodes and GPUs of the Ray session, and
-survive an interruption. Features are float32 vectors or float16 maps.
+They are computed once for all evaluations of a backbone at an input size, on all nodes and GPUs of the Ray session.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher
@@ -26,7 +25,7 @@ class FrozenTeacher(Teacher):
 
     Args:
         options: ``args`` are those of :func:`~pipeline.student.loading.load_student`, and ``grid``: None for vectors, 0 for
-            maps at the grid of :func:`map_levels`, or the side of the grid that they are brought to.
+            maps at the grid of :func:`map_levels`, or the side of the grid that maps are resized to.
     """
 
     def __init__(self, options: TeacherOptions) -> None:
@@ -44,6 +43,9 @@ class FrozenTeacher(Teacher):
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = one_line(error)
             raise TeacherError(f"{args['student']} does not take images of {size} px ({reason})") from error
+        normalisation: dict[str, list[float]] = {}  # which the digest of the weights does not cover
+        if isinstance(self.encoder, Encoder):
+            normalisation = {name: getattr(self.encoder, name).flatten().tolist() for name in ("mean", "std")}
         self.weights_sha256 = digest_state(self.encoder)
         self.spec = TeacherSpec(
             name=f"frozen {name}",
@@ -56,11 +58,11 @@ class FrozenTeacher(Teacher):
             summary_dim=None,
             patch_dim=channels,
             grid=(height, width),
-            model_args={**built_with, **_normalisation(self.encoder)},
+            model_args={**built_with, **normalisation},
         )
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Move to the device, in the memory format of training, so that rounding is the same as there."""
+        """Move to the device, in the memory format of training, so that features round as in training."""
         self.device, self.dtype = torch.device(device), dtype
         self.encoder.to(self.device, dtype).to(memory_format=torch.channels_last)
 
@@ -85,13 +87,6 @@ def map_levels(strides: Sequence[int]) -> list[int]:
     return sorted({max((level for level, stride in enumerate(strides) if stride <= 16), default=last), last})
 
 
-def _normalisation(encoder: nn.Module) -> dict[str, list[float]]:
-    """Mean and standard deviation, which the digest of the weights does not cover."""
-    if not isinstance(encoder, Encoder):
-        return {}
-    return {"mean": encoder.mean.flatten().tolist(), "std": encoder.std.flatten().tolist()}
-
-
 def frozen_encoder(options: TeacherOptions) -> Teacher:
     """Factory, as `pipeline.evaluate.frozen:frozen_encoder`."""
     return FrozenTeacher(options)
@@ -100,10 +95,7 @@ def frozen_encoder(options: TeacherOptions) -> Teacher:
 def cached_encoder(
     student: str, input_size: int, *, weights: str, args: dict[str, object], grid: int | None
 ) -> CachedTeacher:
-    """The entry of a frozen backbone in the cache.
-
-    Args:
-        student: as in :func:`~pipeline.student.loading.load_student`; a folder that all nodes see.
+    """The entry of a frozen backbone in the cache; all nodes must see the `student`'s folder.
 
     Raises:
         TeacherError: if it cannot be loaded, or does not accept images of this size.

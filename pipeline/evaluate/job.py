@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,19 +30,13 @@ from pipeline.student.loading import load_student
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.run import Run
 
-MAPS_AT_ONCE = 16
-"""Largest number of images per step of the segmentation probe; each contributes `PIXELS` samples."""
+MAX_MAPS = 16
+"""Maximum images per step of the segmentation probe; each contributes `PIXELS` samples."""
 
 
 @dataclass(frozen=True)
 class FrozenPlan:
-    """The plan of an evaluation, made before anything expensive starts.
-
-    Attributes:
-        cache: plan of the images and features.
-        encoder: the frozen backbone in the cache.
-        student_run: MLflow run that trained it, if known.
-    """
+    """The plan of an evaluation: images and features, the frozen backbone, and the MLflow run that trained it, if known."""
 
     cache: CachePlan
     encoder: CachedTeacher
@@ -64,7 +59,7 @@ class FrozenPlan:
 
 
 def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPlan:
-    """Plan the features of `evaluate.student` on whole images.
+    """Plan the features of `evaluate.student` on whole images, before anything expensive starts.
 
     Args:
         grid: as in :class:`~pipeline.evaluate.frozen.FrozenTeacher`; None: vectors, which need labelled images.
@@ -85,19 +80,15 @@ def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPla
         if split.index["label"].null_count == split.index.num_rows:
             raise UserError(f"data.{split.split}: {split.source.location} has no labels, which this evaluation needs")
     work = work_folder(config)  # which all nodes see
-    source = _absolute(fetch_student(settings.student, resolve_uri(config.tracking.uri, work), work))
+    source = fetch_student(settings.student, resolve_uri(config.tracking.uri, work), work)
+    if (folder := Path(source).expanduser()).is_dir():
+        source = str(folder.resolve())  # workers have another working directory
     student = load_student(source, weights=settings.weights, args=config.student.args)
     size = settings.input_size or student.input_size or config.student.input_size
     encoder = cached_encoder(source, size, weights=settings.weights, args=config.student.args, grid=grid)
     plan = FrozenPlan(CachePlan(store, splits, (encoder,)), encoder, student.provenance.get("run_id"))
     check_splits(plan.train, plan.val)
     return plan
-
-
-def _absolute(student: str) -> str:
-    """The absolute path of a folder, as workers have another working directory; other names unchanged."""
-    folder = Path(student).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else student
 
 
 def compute_features(plan: FrozenPlan, config: EvaluateJobConfig) -> FrozenPlan:
@@ -114,7 +105,7 @@ def knn(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) -> 
 
 
 def linear(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent of the best learning rate, and that rate; holds both splits in memory, 4 N D bytes."""
+    """Top-1 and top-5 accuracy in percent of the best learning rate, and that rate; holds 4 N D bytes of both splits."""
     settings, device = config.evaluate, _device()
     (features, labels), (held_out, expected) = (
         (values[known].to(device), classes[known].to(device))
@@ -123,7 +114,7 @@ def linear(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) 
     )
     heads = make_heads(plan, config, int(labels.max()) + 1).to(device)
     batches = shuffled(features, labels, settings.batch_size, config.seed)
-    steps = -(-len(features) // settings.batch_size)
+    steps = math.ceil(len(features) / settings.batch_size)
     train_heads(heads, batches, steps, settings.epochs, folder / "linear.pt", _loss_logger(run, settings.lrs))
     found = accuracies(heads, held_out, expected)
     best = _best(run, settings.lrs, found)
@@ -140,11 +131,7 @@ class SplitMaps:
 
     @classmethod
     def of(cls, plan: FrozenPlan) -> SplitMaps:
-        """Open and check all label maps.
-
-        Raises:
-            UserError: naming the first image without a matching label map.
-        """
+        """Open and check all label maps; UserError names the first image without a matching one."""
         maps = {s.split: open_label_maps(s.source, s.index["sample_id"].to_pylist()) for s in plan.cache.splits}
         return cls(maps["train"], maps["val"], max(found.check() for found in maps.values()))
 
@@ -158,7 +145,7 @@ def seg_probe(
     """
     settings, device = config.evaluate, _device()
     groups = PatchReader(plan.train, plan.encoder)
-    images = min(settings.batch_size, MAPS_AT_ONCE)
+    images = min(settings.batch_size, MAX_MAPS)
     heads = make_heads(plan, config, maps.classes).to(device)
     batches = pixel_batches(groups, maps.train, images, config.seed, device)
     steps, state = count_batches(groups, images), folder / "seg-probe.pt"
@@ -192,7 +179,7 @@ def _best(run: Run, lrs: Sequence[float], found: Mapping[str, list[float]]) -> i
         print(f"learning rate {lr:<8g}" + "".join(f"{name} {score:7.2f} %  " for name, score in scores.items()))
         run.log_metric_dict({f"{name}/lr_{lr:g}": score for name, score in scores.items()})
     first = next(iter(found.values()))
-    return max(range(len(lrs)), key=first.__getitem__)
+    return first.index(max(first))
 
 
 def _device() -> str:

@@ -34,14 +34,10 @@ class Neighbours(NamedTuple):
 
 
 def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Neighbours:
-    """The k bank vectors with the largest cosine to every query, or all if there are fewer.
+    """The k vectors of a bank [N, D] with labels [N] int64 with the largest cosine to each of the queries [M, D].
 
-    Additional memory: a normalised copy of the bank (4 N D bytes), and at most 256 MiB for the cosines of 1024 queries to
-    65,536 bank vectors.
-
-    Args:
-        bank: [N, D], with labels [N] int64.
-        queries: [M, D].
+    Fewer if N < k. Additional memory: a normalised copy of the bank (4 N D bytes), and at most 256 MiB for the cosines of
+    1024 queries to 65,536 bank vectors.
     """
     bank = F.normalize(bank.float(), dim=1)
     parts = list(zip(bank.split(BANK_CHUNK), bank_labels.split(BANK_CHUNK), strict=True))
@@ -65,39 +61,26 @@ def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
     return Neighbours(best, labels.gather(1, index))
 
 
-def count_correct(near: Neighbours, labels: Tensor, ks: Sequence[int], temperature: float) -> dict[int, int]:
-    """Number of M queries with labels [M] that the first k neighbours classify correctly, for every k.
+def vote(found: Iterable[tuple[Neighbours, Tensor]], ks: Sequence[int], temperature: float) -> dict[int, float]:
+    """Top-1 accuracy in percent for every k, from chunks of (neighbours, labels [M]).
 
     A neighbour votes with weight exp((cosine - largest cosine) / temperature); the difference avoids overflow in float32.
     """
-    weights = ((near.similarity - near.similarity[:, :1]) / temperature).exp()
-    classes = int(near.labels.max()) + 1
-    correct = {}
-    for k in ks:
-        votes = torch.zeros(len(labels), classes, device=weights.device)
-        votes.scatter_add_(1, near.labels[:, :k], weights[:, :k])
-        correct[k] = int((votes.argmax(dim=1) == labels).sum())
-    return correct
-
-
-def vote(found: Iterable[tuple[Neighbours, Tensor]], ks: Sequence[int], temperature: float) -> dict[int, float]:
-    """Top-1 accuracy in percent for every k, from chunks of (neighbours, labels [M])."""
     correct, queries = dict.fromkeys(ks, 0), 0
     for near, labels in found:
+        weights = ((near.similarity - near.similarity[:, :1]) / temperature).exp()
         queries += len(labels)
-        for k, count in count_correct(near, labels, ks, temperature).items():
-            correct[k] += count
+        for k in ks:
+            votes = torch.zeros(len(labels), int(near.labels.max()) + 1, device=weights.device)
+            votes.scatter_add_(1, near.labels[:, :k], weights[:, :k])
+            correct[k] += int((votes.argmax(dim=1) == labels).sum())
     return {k: 100 * count / queries for k, count in correct.items()}
 
 
 def knn_accuracies(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int], temperature: float
 ) -> dict[int, float]:
-    """Top-1 accuracy in percent for every k, from one search for the largest k.
-
-    Args:
-        bank: [N, D], with labels [N] int64.
-        queries: [M, D], with labels [M] int64.
+    """Top-1 accuracy in percent for every k of queries [M, D] by a bank [N, D], from one search for the largest k.
 
     Samples with label `NO_LABEL` are left out. Memory: see :func:`nearest`.
 
@@ -119,11 +102,7 @@ def knn_accuracy(
 
 
 def labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The samples that have a label.
-
-    Raises:
-        UserError: if none has.
-    """
+    """The samples that have a label; UserError if none has."""
     known = labels != NO_LABEL
     if not known.any():
         raise UserError("kNN needs labels on both sides: data.train and data.val have none; leave data.val out")
@@ -131,11 +110,7 @@ def labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_splits(train: Dataset, val: Dataset) -> None:
-    """Refuse splits with the same location or different classes.
-
-    Raises:
-        UserError: naming the first class that only one of them has.
-    """
+    """Raise a UserError if splits have the same location, or a class that only one of them has."""
     if train.location == val.location != SAMPLES:
         raise UserError(
             f"data.val ({val.location}) are the images of data.train, on which an evaluation is meaningless; name others, or "

@@ -1,7 +1,7 @@
 """kNN over a bank of any size: each Ray actor holds a part of it and receives all queries.
 
-Of A actors each holds 4 N D / A bytes of features, the same for a normalised copy, and at most 256 MiB while it compares
-(:func:`~pipeline.evaluate.knn.nearest`). The job holds the queries, 4 M D bytes.
+Each of A actors holds 4 N D / A bytes of features, as much again for a normalised copy, and at most 256 MiB while it
+compares (:func:`~pipeline.evaluate.knn.nearest`). The job holds the queries, 4 M D bytes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,7 @@ class Placement(NamedTuple):
 
 
 class BankPart:
-    """Some shards of a bank in memory.
-
-    Args:
-        dataset, teacher: of the vectors.
-        shards: their numbers.
-        device: for comparing.
-    """
+    """The labelled vectors of some shards of a bank, on a device."""
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher, shards: Sequence[int], device: str = "cpu") -> None:
         features, labels = read_summaries(dataset, teacher, shards=shards)
@@ -47,7 +41,7 @@ class BankPart:
         self.features, self.labels, self.device = features[known].to(device), labels[known].to(device), device
 
     def search(self, queries: Tensor, k: int) -> Neighbours:
-        """The k nearest vectors of this part, or all if it has fewer, for queries [M, D]; on the CPU."""
+        """The k nearest vectors of this part, or all if it has fewer, to queries [M, D]; on the CPU."""
         near = nearest(self.features, self.labels, queries.to(self.device), k)
         return Neighbours(near.similarity.cpu(), near.labels.cpu())
 
@@ -63,7 +57,7 @@ def search_knn(
     """Top-1 accuracy in percent on `val` for every k, with all of `train` as the bank.
 
     Args:
-        placement: None: one actor per GPU of the Ray session, or per eight CPUs; in this process if that makes one actor
+        placement: None: one actor per GPU of the Ray session, or per eight CPUs; in this process if that is a single actor
             without a GPU.
 
     Raises:
@@ -84,8 +78,8 @@ def _searching(train: Dataset, teacher: CachedTeacher, k: int, placement: Placem
 
     remote: Any = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus)(BankPart)
     device = "cuda" if placement.gpus else "cpu"
-    deals = [range(first, train.shards, placement.actors) for first in range(placement.actors)]
-    actors = [remote.remote(train, teacher, shards, device) for shards in deals]
+    firsts = range(placement.actors)
+    actors = [remote.remote(train, teacher, range(first, train.shards, placement.actors), device) for first in firsts]
 
     def search(queries: Tensor) -> Neighbours:
         block = ray.put(queries)

@@ -1,10 +1,9 @@
 """Linear classifiers on frozen features, one per learning rate, trained together.
 
-As in the linear evaluation of DINOv2 (Oquab et al. 2023, appendix B.3; its `eval/linear.py`): SGD with momentum 0.9, no
-weight decay, cosine decay to zero, weights from N(0, 0.01), and the best learning rate on the held-out images. Features are
-standardised first, like MAE's linear probe with a BatchNorm without affine parameters (He et al. 2022, appendix A.1), but
-with the statistics of the whole training set. Images are not augmented, so that features are computed once. Imports
-neither Ray nor MLflow.
+As in DINOv2's linear evaluation (Oquab et al. 2023, appendix B.3): SGD with momentum 0.9, no weight decay, cosine decay to
+zero, weights from N(0, 0.01), and the best learning rate on the held-out images. Features are first standardised as by
+MAE's BatchNorm (He et al. 2022, appendix A.1), but over the whole training set. Images are not augmented, so that features
+are computed once. Imports neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -29,14 +28,7 @@ CHUNK = 1024
 
 
 class LinearHeads(nn.Module):
-    """G linear classifiers of K classes on the same standardised features.
-
-    Args:
-        mean, std: [D] of the features.
-        classes: K.
-        lrs: the G learning rates.
-        seed: of the weights.
-    """
+    """G linear classifiers of K classes, one per learning rate, on features standardised by `mean` and `std` [D]."""
 
     mean: Tensor
     std: Tensor
@@ -74,13 +66,19 @@ def train_heads(
 
     Args:
         steps: batches per epoch.
-        on_epoch: called after every epoch with its number, from 1, and the mean loss of every classifier.
+        on_epoch: called after every epoch with its number, from 1, and the mean loss of each classifier.
     """
     # One optimiser with learning rate 1 and losses weighted by their rates equals one optimiser per classifier: without
     # weight decay, momentum SGD is linear in the gradient.
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     schedule = CosineAnnealingLR(optimizer, epochs * steps)
-    first = _restore(state_file, heads, optimizer, schedule)
+    parts: dict[str, Any] = {"heads": heads, "optimizer": optimizer, "schedule": schedule}
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        first = int(state["epoch"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     with Progress(epochs * steps, "step", f"train {len(heads.lrs)} classifiers", initial=first * steps) as progress:
         for epoch in range(first, epochs):
             total = torch.zeros_like(heads.lrs)
@@ -92,26 +90,9 @@ def train_heads(
                 schedule.step()
                 total += losses.detach()
                 progress.update()
-            _save(state_file, epoch + 1, heads, optimizer, schedule)
+            with atomic_write(state_file) as out:
+                torch.save({"epoch": epoch + 1, **{name: part.state_dict() for name, part in parts.items()}}, out)
             on_epoch(epoch + 1, (total / steps).tolist())
-
-
-def _restore(file: Path, heads: nn.Module, optimizer: torch.optim.Optimizer, schedule: CosineAnnealingLR) -> int:
-    if not file.exists():
-        return 0
-    state = torch.load(file, weights_only=True)
-    heads.load_state_dict(state["heads"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return int(state["epoch"])
-
-
-def _save(
-    file: Path, epoch: int, heads: nn.Module, optimizer: torch.optim.Optimizer, schedule: CosineAnnealingLR
-) -> None:
-    parts: dict[str, Any] = {"heads": heads, "optimizer": optimizer, "schedule": schedule}
-    with atomic_write(file) as out:
-        torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, out)
 
 
 def shuffled(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> Batches:

@@ -1,14 +1,13 @@
 """Linear segmentation: a 1x1 convolution on frozen maps, as in DINOv2's linear evaluation (section 7.4), without augmentation.
 
-The whole image is resized to the encoder's square input. As a 1x1 convolution and bilinear interpolation commute, training
-computes the loss at full resolution on `PIXELS` random labelled pixels per image only. Held-out logits are interpolated to
-the size of each label map. Imports neither Ray nor MLflow.
-
-Memory: two row groups of 64 maps, 2 * 64 * 4 h w D bytes, and the logits of one image at the size of its label map.
+The whole image is resized to the encoder's square input. A 1x1 convolution commutes with bilinear interpolation, so that
+training needs only `PIXELS` random labelled pixels per image at full resolution. Held-out logits are interpolated to the
+size of each label map. Memory: two row groups of 64 maps, 2 * 64 * 4 h w D bytes, and one image's logits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,7 +31,7 @@ THREADS = 4
 
 
 def pixel_batches(groups: PatchReader, maps: LabelMaps, batch_size: int, seed: int, device: str) -> Batches:
-    """Features [P, D] and classes [P] of random labelled pixels, from up to `batch_size` images of a row group per batch.
+    """Features [P, D] and classes [P] of random labelled pixels, from at most `batch_size` images of a row group per batch.
 
     Seed and epoch determine the pixels and the order of row groups and images.
     """
@@ -53,11 +52,11 @@ def pixel_batches(groups: PatchReader, maps: LabelMaps, batch_size: int, seed: i
 
 def count_batches(groups: PatchReader, batch_size: int) -> int:
     """Batches of an epoch of :func:`pixel_batches`."""
-    return sum(-(-rows // batch_size) for rows in groups.sizes)
+    return sum(math.ceil(rows / batch_size) for rows in groups.sizes)
 
 
 def _choose(rng: np.random.Generator, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (x, y) in [-1, 1] of random labelled pixels, float32 [P, 2], and classes [P]; P is 0 without labels."""
+    """Coordinates (x, y) in [-1, 1] of random labelled pixels, float32 [P, 2], and their classes [P]; P = 0 without labels."""
     known = np.flatnonzero(labels >= 0)
     pixels = rng.choice(known, PIXELS) if len(known) else known
     height, width = labels.shape
@@ -83,7 +82,7 @@ def _at_pixels(features: Tensor, chosen: list[tuple[np.ndarray, np.ndarray]]) ->
 
 @torch.inference_mode()
 def confusions(heads: LinearHeads, groups: PatchReader, maps: LabelMaps, classes: int, device: str) -> Tensor:
-    """Confusion matrices [G, K, K] of every classifier at the size of the label maps."""
+    """Confusion matrices [G, K, K] of all classifiers, at the size of the label maps."""
     matrices = torch.zeros(len(heads.lrs), classes, classes, dtype=torch.int64)
     with (
         ThreadPoolExecutor(1) as reading,

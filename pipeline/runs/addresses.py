@@ -1,7 +1,4 @@
-"""Local copies of models that lie in MLflow or an object store, for code that reads folders.
-
-Only the driver fetches: workers of a cluster need neither MLflow nor its credentials.
-"""
+"""Local copies of models in MLflow or an object store; only the driver fetches, so that workers need no credentials."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ def is_model_uri(name: str) -> bool:
 
 
 def fetch_student(name: str, tracking_uri: str, parent: Path | None = None) -> str:
-    """The path of a local copy if a name is an MLflow URI or an address (`s3://...`) of an exported student, else the name.
+    """The path of a local copy of an exported student's MLflow URI or address (`s3://...`); any other name unchanged.
 
     Args:
-        parent: folder that the copy is made in, such as one that all nodes see; None: the system's temporary folder.
+        parent: of the copy, such as a folder that all nodes see; None: the system's temporary folder.
 
     Raises:
-        UserError: if nothing is there, or it cannot be reached.
+        UserError: if it does not exist or cannot be reached.
     """
     if is_model_uri(name):
         from pipeline.tracking.models import download_student
@@ -32,10 +29,10 @@ def fetch_student(name: str, tracking_uri: str, parent: Path | None = None) -> s
 
 
 def fetch_model(name: str, tracking_uri: str) -> Path:
-    """The folder that a path, an address or the MLflow URI of a logged model names; the last two are copied.
+    """The folder of a model: a path, or a local copy of an address or an MLflow URI.
 
     Raises:
-        UserError: if nothing is there, or it cannot be reached.
+        UserError: if it does not exist or cannot be reached.
     """
     if is_model_uri(name):
         from pipeline.tracking.models import download_model

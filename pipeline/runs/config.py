@@ -1,4 +1,4 @@
-"""What the configurations of all jobs have in common."""
+"""The fields that all jobs share."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class JobConfig(JobRoot):
     tracking: TrackingConfig = operational(TrackingConfig())
 
     def title(self, job: str) -> str:
-        """The name of a run, which tells it from its neighbours: recipe, job, subject and seed."""
+        """The title of a run: recipe, job, subject and seed."""
         return " ".join([f"{self.name}-{job}", *self.subject(), f"seed{self.seed}"])
 
     def note(self, job: str) -> list[str]:
-        """Paragraphs of Markdown that describe a run: what the job does, with what, on which images."""
+        """The description of a run, as paragraphs of Markdown."""
         return [f"**{self.title(job)}**", *self.details()]
 
     def subject(self) -> list[str]:
@@ -45,11 +45,11 @@ class JobConfig(JobRoot):
         return {}
 
     def name_held_out(self, identity: str) -> str:
-        """The name that accuracies on held-out images are compared under; `identity` is that of the images."""
+        """The name of the held-out images with this identity, by which accuracies are compared."""
         return identity
 
     def shared_folders(self) -> dict[str, str]:
-        """Folders and addresses that the job's processes share beside `work`, by field."""
+        """Folders and addresses that the job's processes share in addition to `work`, by field."""
         return {}
 
 
@@ -68,5 +68,5 @@ class ImageJobConfig(JobConfig):
         return {field: location for field, location in locations.items() if location not in (None, "samples")}
 
     def name_held_out(self, identity: str) -> str:
-        """The identity; generated scenes of all seeds are one set."""
+        """The identity; generated scenes of all seeds count as one set."""
         return "samples" if self.data.held_out == "samples" else identity

@@ -1,12 +1,11 @@
-"""The work folder and the state of a run, by which a second start of the same command resumes the first.
+"""The work folder, and the state of a run in it, from which the same command resumes.
 
     <work>/cache/                      the feature cache, unless cache.uri names another place
     <work>/runs/<name>-<hash>[-<n>]/   one run: run.json, checkpoints, the exported student
     <work>/mlflow.db, <work>/mlartifacts/
 
-A run is known by its name and the hash of the fields that change its numbers and are not at their defaults. An unfinished
-run is resumed, under the same MLflow run. A finished one is never touched: the same command starts another one, with the
-next number.
+The hash is that of the non-default fields that change a run's numbers. A command resumes its unfinished run, under the same
+MLflow run; after a finished run it starts another one, with the next number.
 """
 
 from __future__ import annotations
@@ -26,12 +25,9 @@ from pipeline.storage.store import Store
 
 
 def work_folder(config: JobConfig) -> Path:
-    """The absolute work folder.
+    """The absolute work folder; UserError if `work` is the address of an object store.
 
-    The default of a submitted job is in the home folder, as Ray deletes the copy of the working directory that it runs in.
-
-    Raises:
-        UserError: if `work` is the address of an object store.
+    A submitted job's default is in the home folder, as Ray deletes the copy of the working directory that the job runs in.
     """
     if config.work and "://" in config.work:
         raise UserError(
@@ -60,7 +56,6 @@ class RunState:
     """State of one run; run.json in its folder holds it.
 
     Attributes:
-        folder: of the run.
         mlflow: MLflow run ids by role (``job``, ``precompute``, ``distill``).
         finished: whether the job is complete.
         resumed: whether this process found the run unfinished.
@@ -75,11 +70,7 @@ class RunState:
     gpu_hours: float = 0.0
 
     def save(self) -> None:
-        """Write run.json atomically.
-
-        Raises:
-            UserError: if it cannot be written.
-        """
+        """Write run.json atomically; UserError if it cannot be written."""
         file = self.folder / "run.json"
         known = {field: getattr(self, field) for field in SAVED}
         try:
@@ -87,7 +78,7 @@ class RunState:
                 out.write(json.dumps(known, indent=2).encode())
         except OSError as error:
             raise UserError(
-                f"cannot write {file}: {error.strerror}; once it can be written, the same command goes on from here"
+                f"cannot write {file}: {error.strerror}; once it can be written, the same command resumes from here"
             ) from error
 
 

@@ -15,11 +15,7 @@ PARTS = ("student", "model", "figures", "evaluation")
 
 
 def outputs_store(outputs: str) -> Store:
-    """The store of all runs' results.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
+    """The store of all runs' results; UserError if it cannot be written."""
     with blame_field("outputs"):
         store = Store.at(outputs)
         store.check_writable()
@@ -27,7 +23,7 @@ def outputs_store(outputs: str) -> Store:
 
 
 def publish(run: Path, store: Store) -> str:
-    """Copy the results of a run's folder, replacing those of an earlier start; returns their address.
+    """Copy the results of a run's folder over those of an earlier start; returns their address.
 
     Raises:
         UserError: if the store fails; the results stay in the run's folder.

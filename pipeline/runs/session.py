@@ -26,15 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A running job.
-
-    Attributes:
-        config: the whole tree.
-        name: of the job.
-        state: its run folder and progress.
-        run: the parent MLflow run.
-        tracking_uri: of MLflow.
-    """
+    """A running job: its configuration, run folder with progress (`state`), and parent MLflow run."""
 
     config: JobConfig
     name: str
@@ -63,20 +55,19 @@ class Job:
         Returns:
             Its URI in the registry; None, with a warning, if it could not be registered.
         """
-        filled = {f"manifests{key.removeprefix('precompute')}": f"runs:/{run}/manifests" for key, run in self._filled()}
+        manifests = {
+            f"manifests{key.removeprefix('precompute')}": f"runs:/{run_id}/manifests"
+            for key, run_id in self.state.mlflow.items()
+            if key.startswith("precompute")
+        }
         name = f"{folder_name(self.config.name)}-{kind}"
-        held_out = self.config.name_held_out(held_out)
-        registered = register(
-            self.run,
-            Registration(name, model_uri, metric, score, held_out, {**lineage, **filled, "run": self.run.run_id}),
-        )
+        origin = {**lineage, **manifests, "run": self.run.run_id}
+        images = self.config.name_held_out(held_out)
+        registered = register(self.run, Registration(name, model_uri, metric, score, images, origin))
         result = "nothing was measured" if score is None else f"{metric} {score:.4g}"
         where = f"[{registered}]({model_link(registered)})" if registered else f"`{model_uri}`"
         describe(self.run, [*self.config.note(self.name), f"Result: {result}, {where}."])
         return registered
-
-    def _filled(self) -> list[tuple[str, str]]:
-        return [(key, run) for key, run in self.state.mlflow.items() if key.startswith("precompute")]
 
 
 @contextmanager
@@ -84,10 +75,13 @@ def open_job(config: JobConfig, name: str) -> Iterator[Job]:
     """Connect to Ray, and resume the unfinished run of this job and configuration or start one.
 
     Raises:
-        UserError: if MLflow, Ray or a location for writing cannot be used, or a node does not see the job's files.
+        UserError: if MLflow, Ray or a location cannot be used, or a node does not see the job's files.
     """
     outputs = outputs_store(config.outputs) if config.outputs else None
-    _check_writable({"work": str(work_folder(config)), **config.shared_folders()})
+    for field, location in {"work": str(work_folder(config)), **config.shared_folders()}.items():
+        if field != "cache.uri":  # a complete cache may be read-only
+            with blame_field(field):
+                Store.at(location).check_writable()
     uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
     with connect():
         print(hardware_line(), flush=True)
@@ -97,17 +91,9 @@ def open_job(config: JobConfig, name: str) -> Iterator[Job]:
             yield Job(config, name, state, run, uri)
             if outputs:
                 run.set_tags({"outputs": publish(state.folder, outputs)})
-        # only after everything is sent: otherwise the next start sends the rest
+        # only after everything is sent: the next start of an unfinished run sends the rest
         state.finished = True
         state.save()
-
-
-def _check_writable(locations: Mapping[str, str]) -> None:
-    """Refuse locations that cannot be written, by field, before anything is computed."""
-    for field, location in locations.items():
-        if field != "cache.uri":  # a complete cache may be read-only
-            with blame_field(field):
-                Store.at(location).check_writable()
 
 
 def _start(config: JobConfig, uri: str, name: str) -> tuple[Run, RunState]:
@@ -130,23 +116,19 @@ def _start(config: JobConfig, uri: str, name: str) -> tuple[Run, RunState]:
 
 @contextmanager
 def _log_hours(run: Run, state: RunState) -> Iterator[None]:
-    """Log the hours, and GPU hours if there are GPUs, of all starts of a run except those that were killed."""
+    """Log the hours and GPU hours of all starts of a run except those that were killed."""
     started = time.monotonic()
     try:
         yield
     finally:
         try:
-            _add_hours(run, state, (time.monotonic() - started) / 3600)
+            hours, (gpus, kind) = (time.monotonic() - started) / 3600, devices()
+            state.hours, state.gpu_hours = state.hours + hours, state.gpu_hours + hours * gpus
+            state.save()
+            run.set_tags({"device": kind})
+            run.log_metric_dict({"hours": state.hours, **({"gpu_hours": state.gpu_hours} if state.gpu_hours else {})})
         except Exception as error:  # noqa: BLE001  must not replace the error that ended the job
             log.warning("the hours of this start are not recorded: %s", one_line(error))
-
-
-def _add_hours(run: Run, state: RunState, hours: float) -> None:
-    gpus, kind = devices()
-    state.hours, state.gpu_hours = state.hours + hours, state.gpu_hours + hours * gpus
-    state.save()
-    run.set_tags({"device": kind})
-    run.log_metric_dict({"hours": state.hours, **({"gpu_hours": state.gpu_hours} if state.gpu_hours else {})})
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Checks once, before anything expensive, that all nodes of a cluster see the files of a job."""
+"""Checks, before anything expensive, that all nodes of a cluster see the files of a job."""
 
 from __future__ import annotations
 
@@ -22,20 +22,17 @@ log = logging.getLogger(__name__)
 
 
 def check_shared(config: JobConfig) -> None:
-    """Refuse paths that another node does not see.
+    """Raise a UserError that names the field, path and node if another node does not see a path of the job.
 
     Folders for writing must be the same everywhere: the other nodes look for a marker file in them. Files that are only read
     may be copies at the same path. Nodes that join later are not checked.
-
-    Raises:
-        UserError: naming the field, the path, the node, and the remedy.
     """
     nodes = _other_nodes()
     if not nodes:
         return
     with ExitStack() as markers:
         fields = {str(markers.enter_context(_marked(folder))): field for field, folder in _written(config).items()}
-        fields |= {path: field for field, path in _read(config).items()}
+        fields |= {expand(absolute(path))[0]: field for field, path in config.inputs().items()}
         for address, missing in _ask(nodes, list(fields)).items():
             for path in missing:
                 raise UserError(_refusal(fields[path], path, address))
@@ -56,13 +53,9 @@ def _written(config: JobConfig) -> dict[str, Path]:
     return {"work": work_folder(config)} | {field: Path(s.uri) for field, s in stores.items() if s.is_local}
 
 
-def _read(config: JobConfig) -> dict[str, str]:
-    return {field: expand(absolute(path))[0] for field, path in config.inputs().items()}
-
-
 @contextmanager
 def _marked(folder: Path) -> Iterator[Path]:
-    """A marker file with a new name in a folder: network file systems cache the absence of names already looked up."""
+    """A new marker file; its name is unique, because network file systems cache that a name is absent."""
     marker = folder / f".seen-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +79,7 @@ def _other_nodes() -> dict[str, str]:
 
 
 def _ask(nodes: Mapping[str, str], paths: Sequence[str]) -> dict[str, list[str]]:
-    """The missing paths by address of the nodes that answer."""
+    """The missing paths by address, for the nodes that answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -1,7 +1,4 @@
-"""Log records with run, stage and shard: plain lines, or JSON lines if REGLA_LOG=json.
-
-    {"time": "2026-11-24T12:00:00.000+00:00", "level": "warning", "message": "cannot read ...", "logger": "pipeline.storage...",
-     "run": "photos-distill-41b70301", "stage": "extract", "shard": "train/12"}
+"""Log records with the fields run, stage and shard: plain lines, or JSON lines if REGLA_LOG=json.
 
 The fields travel with the work, in the rows of a Ray Data pipeline and the payload of a training worker.
 """
@@ -61,15 +58,17 @@ def only_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def shard_context(row: Mapping[str, Any], stage: str) -> Iterator[None]:
-    """Within, records are those of a row (``split``, ``shard``, and ``log``, which `row_context` gave) in a stage."""
-    _configure_where_ray_runs_it()
+    """Add the fields of a row (``split``, ``shard``, and ``log`` from `row_context`) and the stage to the records within."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
+        configure_worker()
     known = json.loads(row.get("log", "{}"))
     with context(**{**known, "stage": stage, "shard": f"{row['split']}/{row['shard']}"}):
         yield
 
 
 def row_context() -> dict[str, str]:
-    """What a row carries so that its records elsewhere say what those here do."""
+    """This thread's fields as a column of a row, for `shard_context` in another process."""
     return {"log": json.dumps(fields())}
 
 
@@ -97,12 +96,6 @@ def configure_worker() -> None:
         logger.addHandler(_handler())
         logger.setLevel(logging.INFO if json_lines() else logging.WARNING)
         logger.propagate = False
-
-
-def _configure_where_ray_runs_it() -> None:
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
-        configure_worker()
 
 
 class Plain(logging.Formatter):

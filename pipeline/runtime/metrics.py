@@ -1,6 +1,6 @@
-"""Gauges of a running job for Prometheus: Ray exports them on every node with its own, with the prefix ``ray_``.
+"""Prometheus gauges of the present state of a job: Ray exports them on every node, with the prefix ``ray_``.
 
-`docs/grafana.json` shows them. MLflow keeps the curves; these show the present state.
+`docs/grafana.json` shows them. MLflow keeps the curves.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def export(stage: str, figures: Mapping[str, float]) -> None:
 
 def export_training(history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
     """Export the latest values of a history, (step, metrics), if it has a loss."""
-    latest: dict[str, float] = {}
-    for _, metrics in history:
-        latest |= metrics
+    latest = {name: value for _, metrics in history for name, value in metrics.items()}
     if "loss" in latest:
         export("train", latest)
 

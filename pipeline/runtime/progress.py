@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -18,15 +17,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Counts work done.
-
-    Args:
-        total: units of work.
-        unit: of the count (``img``, ``step``).
-        label: name of the work.
-        initial: units done before.
-        clock: in seconds.
-    """
+    """Counts the work done, in a `unit` such as ``img``, of which `initial` were done before; `clock` is in seconds."""
 
     def __init__(
         self, total: int, unit: str, label: str, initial: int = 0, clock: Callable[[], float] = time.monotonic
@@ -42,9 +33,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
         elif self.done > self.initial:

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -38,12 +38,13 @@ _EMBEDDED = {
     "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # The monitor kills Ray's newest process when the machine runs low on memory, whichever program takes it.
+    # When memory runs low, the monitor kills Ray's newest process, whichever program uses the memory.
     "RAY_memory_monitor_refresh_ms": "0",
 }
-# Without a dashboard, one of Ray Train's actors looks for one of another Ray on this machine, and dies with a traceback if it
-# finds several. A port that nothing listens on stops the search.
+# Without a dashboard, an actor of Ray Train searches this machine for another Ray's, and dies if it finds several. The
+# address of a closed port prevents the search.
 _NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+_GPU_TYPE = "accelerator_type:"
 _MULTI_NODE_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -79,14 +80,17 @@ def hardware() -> Hardware:
     """The present hardware, without what an autoscaler may add."""
     import ray
 
-    there = ray.cluster_resources()
-    types = sorted(name.removeprefix("accelerator_type:") for name in there if name.startswith("accelerator_type:"))
+    total = ray.cluster_resources()
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    return Hardware(nodes, int(there.get("CPU", 0)), int(there.get("GPU", 0)), tuple(types))
+    return Hardware(nodes, int(total.get("CPU", 0)), int(total.get("GPU", 0)), tuple(_gpu_types(total)))
+
+
+def _gpu_types(resources: Mapping[str, float]) -> list[str]:
+    return sorted(name.removeprefix(_GPU_TYPE) for name in resources if name.startswith(_GPU_TYPE))
 
 
 def alive_node_resources() -> list[dict[str, float]]:
-    """Resources of every alive node."""
+    """Resources of each alive node."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -100,23 +104,20 @@ def worker_slots(cpus: int) -> int:
 
 
 def cpus_per_worker(workers: int, most: int) -> int:
-    """CPUs per worker, at most `most`, such that the nodes have room for all workers and for Ray's own tasks.
-
-    Ray would wait forever for workers that need more than any node has.
-    """
-    there, fit = hardware().cpus, min(workers, worker_slots(1))
-    return next((cpus for cpus in range(most, 1, -1) if worker_slots(cpus) >= fit and fit * cpus < there), 1)
+    """CPUs per worker, at most `most`, such that all workers and Ray's own tasks fit; Ray would wait forever otherwise."""
+    total, fit = hardware().cpus, min(workers, worker_slots(1))
+    return next((cpus for cpus in range(most, 1, -1) if worker_slots(cpus) >= fit and fit * cpus < total), 1)
 
 
 @contextmanager
 def connect() -> Iterator[None]:
-    """Connect to Ray and disconnect at the end; a session that is already open is used as it is.
+    """Connect to Ray and disconnect at the end; a session that is already open is used unchanged.
 
     Without RAY_ADDRESS an embedded session starts on this machine and ends with the job. Workers import this checkout and
-    the modules of the current directory; workers of a submitted job import what it uploaded.
+    modules of the current directory; workers of a submitted job import what it uploaded.
 
     Raises:
-        UserError: if the cluster cannot be reached, or if a process of the job was killed, as for lack of memory.
+        UserError: if the cluster cannot be reached, or if a process of the job was killed, for example for lack of memory.
     """
     address = _address()
     embedded = address == "local"
@@ -142,7 +143,10 @@ def connect() -> Iterator[None]:
         raise UserError(
             f"RAY_ADDRESS={address} cannot be reached ({reason}); start it, or unset RAY_ADDRESS"
         ) from error
-    _quieten_ray_data()
+    import ray.data
+
+    ray.data.DataContext.get_current().print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
     try:
         with _killed_in_one_line():
             yield
@@ -158,41 +162,31 @@ def devices() -> tuple[float, str]:
     gpus = resources.get("GPU", 0.0)
     if not gpus:
         return 0.0, "CPU"
-    kinds = [name.partition(":")[2] for name in sorted(resources) if name.startswith("accelerator_type:")]
-    return gpus, f"{gpus:g} x {' or '.join(kinds) or 'GPU'}"
+    return gpus, f"{gpus:g} x {' or '.join(_gpu_types(resources)) or 'GPU'}"
 
 
 def hardware_line() -> str:
-    """The session's hardware, as a line to print.
-
-    Raises:
-        UserError: as `check_devices`.
-    """
+    """The session's hardware, as a line to print; raises like `check_devices`."""
     return f"cluster: {hardware()}" if is_cluster() else f"computing on {check_devices()}"
 
 
 def check_devices() -> str:
-    """The devices of an embedded session, in words.
-
-    Raises:
-        UserError: if torch cannot use its GPUs.
-    """
+    """The devices of an embedded session, in words; UserError if torch cannot use its GPUs."""
     import torch
 
     gpus, kind = devices()
     if gpus and not torch.cuda.is_available():
         raise UserError(
-            f"there are {kind}, which torch {torch.__version__} cannot use: is the driver too old for CUDA {torch.version.cuda}? "
+            f"torch {torch.__version__} cannot use the {kind}: is the driver too old for CUDA {torch.version.cuda}? "
             "Update it, or set CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU"
         )
     return kind
 
 
 def import_ray() -> None:
-    """Import Ray with its multi-node switch off: the servers of an embedded session then listen on loopback alone.
+    """Import Ray with its multi-node switch off, so that the servers of an embedded session listen on loopback only.
 
-    Ray has this variable for Windows and macOS and reads it at import only. A driver of a cluster, and the nodes that it
-    connects to, are not affected by it.
+    Ray has this variable for Windows and macOS, and reads it at import only; it does not affect clusters.
     """
     before = os.environ.get(_MULTI_NODE_SWITCH)
     os.environ[_MULTI_NODE_SWITCH] = "0"
@@ -205,7 +199,7 @@ def import_ray() -> None:
 
 
 def _check_loopback() -> None:
-    """Refuse to start servers that listen on every network, as nothing authenticates."""
+    """Refuse to start servers that would listen on every network without authentication."""
     import ray
 
     if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
@@ -217,7 +211,7 @@ def _check_loopback() -> None:
 
 @contextmanager
 def _killed_in_one_line() -> Iterator[None]:
-    """Turn the death of a process of the job, with pages of traceback, into one line; other errors pass."""
+    """Reduce the traceback of a killed process of the job to one line; other errors pass."""
     try:
         yield
     except UserError:
@@ -291,10 +285,3 @@ def _embedded_arguments() -> dict[str, Any]:
         # Ray Train warns every second that there is no dashboard.
         "logging_config": ray.LoggingConfig(log_level="ERROR"),
     }
-
-
-def _quieten_ray_data() -> None:
-    import ray.data
-
-    ray.data.DataContext.get_current().print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off

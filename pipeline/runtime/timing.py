@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 Key = TypeVar("Key", bound=Hashable)
+QUARTILES = [0.25, 0.5, 0.75]
 
 
 @dataclass(frozen=True)
@@ -27,24 +29,16 @@ def interleave(
     reference: Callable[[Key], Key],
     rounds: int,
     seconds: float = 0.05,
-    seed: int = 0,
 ) -> dict[Key, Timing]:
-    """Time every call once per round, in a new random order each round.
+    """The timing of each call by its name, from one measurement per round, in a new random order each round.
 
     A measurement is one untimed call, then the mean of calls for at least ``seconds``. Each call must return only when its
     work is done (synchronise the device in it).
 
     Args:
-        calls: by name.
-        reference: name of the call that the ratio of a name refers to.
-        rounds: measurements of each call.
-        seconds: shortest duration of a measurement.
-        seed: of the order.
-
-    Returns:
-        The timing of each call, in the order of ``calls``.
+        reference: from the name of a call to the name of the one that its ratio refers to.
     """
-    order = random.Random(seed)
+    order = random.Random(0)
     samples: dict[Key, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in order.sample(list(calls), len(calls)):
@@ -61,13 +55,8 @@ def _mean_time(call: Callable[[], object], seconds: float) -> float:
     return elapsed / count
 
 
-def _summary(times: list[float], base: list[float]) -> Timing:
-    ratios = [t / b for t, b in zip(times, base, strict=True)]
-    return Timing(statistics.median(times), _quartiles(times), statistics.median(ratios), _quartiles(ratios))
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
+def _summary(times: list[float], reference_times: list[float]) -> Timing:
+    ratios = np.divide(times, reference_times)
+    low, median, high = np.quantile(times, QUARTILES).tolist()
+    ratio_low, ratio, ratio_high = np.quantile(ratios, QUARTILES).tolist()
+    return Timing(median, (low, high), ratio, (ratio_low, ratio_high))

@@ -1,7 +1,6 @@
-"""The tracking URI, without passwords.
+"""The tracking URI, without passwords, because URIs are printed, logged and sent to workers.
 
-URIs are printed, logged and sent to workers. So a password in MLFLOW_TRACKING_URI is moved into the environment variable
-that MLflow or the database driver reads it from.
+A password in MLFLOW_TRACKING_URI is moved into the environment variable that MLflow or the database driver reads.
 """
 
 from __future__ import annotations
@@ -13,18 +12,16 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import UserError
 
+_SECRET = re.compile("password|token|secret", re.IGNORECASE)
 _REMEDY = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (a server) or PGPASSWORD (PostgreSQL)"
 
 
 def resolve_uri(configured: str | None, work: Path, field: str = "tracking.uri") -> str:
-    """The tracking URI: the configured one, else MLFLOW_TRACKING_URI, else a SQLite file in the work folder.
-
-    Args:
-        field: or flag of the configured one.
+    """The tracking URI: the one configured in `field` (or flag), else MLFLOW_TRACKING_URI, else SQLite in the work folder.
 
     Raises:
-        UserError: if the configured one holds a password, since configurations are logged, or if the password in
-            MLFLOW_TRACKING_URI cannot be moved; the message does not repeat it.
+        UserError: if the configured URI holds a password, or the one in MLFLOW_TRACKING_URI cannot be moved; the message does
+            not repeat the password.
     """
     if configured and _has_password(configured):
         raise UserError(f"{field}: a password in an address is refused, since configurations are logged; {_REMEDY}")
@@ -36,13 +33,13 @@ def resolve_uri(configured: str | None, work: Path, field: str = "tracking.uri")
 
 def _has_password(uri: str) -> bool:
     parts = urlsplit(uri)
-    return bool(parts.password or re.search("password|token|secret", parts.query, re.IGNORECASE))
+    return bool(parts.password or _SECRET.search(parts.query))
 
 
 def _without_password(uri: str) -> str:
     parts = urlsplit(uri)
     user, host = parts.username or "", parts.netloc.rpartition("@")[2]
-    if parts.password and not re.search("password|token|secret", parts.query, re.IGNORECASE):
+    if parts.password and not _SECRET.search(parts.query):
         if parts.scheme in ("http", "https"):
             os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(user)
             os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)

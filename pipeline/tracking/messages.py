@@ -1,4 +1,4 @@
-"""How each kind of message is sent to MLflow."""
+"""Sends each kind of message to MLflow."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ Point = tuple[str, float, int, int]
 
 @dataclass(frozen=True)
 class MlflowWriter:
-    """Sends the messages of one run.
-
-    Attributes:
-        client: of the tracking store.
-        run_id: of the run.
-        buffer: of the messages, which records the steps sent.
-    """
+    """Sends the messages of one run to its tracking store; `buffer` records the steps sent."""
 
     client: MlflowClient
     run_id: str
@@ -46,7 +40,7 @@ def _metrics(writer: MlflowWriter, points: Iterable[Point]) -> None:
 
 
 def _curves(writer: MlflowWriter, points: Iterable[Point]) -> None:
-    """Send the steps that are not logged yet: a run that resumes repeats those since its checkpoint."""
+    """Send only steps that are not logged yet: a resumed run repeats those since its checkpoint."""
     sent = writer.buffer.sent_steps()
     fresh = [point for point in points if point[3] > sent.get(point[0], -1)]
     _metrics(writer, fresh)
@@ -61,21 +55,17 @@ def _params(writer: MlflowWriter, params: Mapping[str, str]) -> None:
         writer.client.log_batch(writer.run_id, params=fresh[first : first + 100])
 
 
-def _tags(writer: MlflowWriter, tags: Mapping[str, str]) -> None:
-    writer.client.log_batch(writer.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-
 def _dataset(writer: MlflowWriter, content: Sequence[str]) -> None:
     name, digest, source, context = content
     dataset = Dataset(name, digest, source_type="location", source=json.dumps({"location": source}))
     writer.client.log_inputs(writer.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
 
-_SEND: dict[str, Callable[[MlflowWriter, Any], None]] = {
+_SEND: dict[str, Callable[[MlflowWriter, Any], object]] = {
     "metrics": _metrics,
     "curves": _curves,
     "params": _params,
-    "tags": _tags,
+    "tags": lambda writer, tags: writer.client.log_batch(writer.run_id, tags=[RunTag(*tag) for tag in tags.items()]),
     "dataset": _dataset,
     "text": lambda writer, content: writer.client.log_text(writer.run_id, *content),
     "dict": lambda writer, content: writer.client.log_dict(writer.run_id, *content),

@@ -1,4 +1,4 @@
-"""Models that runs have logged."""
+"""Logging of models, and downloads of logged ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def log_student(
     Args:
         model: in evaluation mode, on the CPU; takes one float32 tensor.
         example: [B >= 2, ...]; only the batch dimension is dynamic.
-        metrics: of the model, for searching and comparing; their names differ from the run's curves.
+        metrics: of the model, for searching; their names must differ from the run's curves.
 
     Returns:
         The model URI, for `mlflow.pytorch.load_model`.
@@ -79,10 +79,9 @@ def _log_model_metrics(run: Run, model_id: str, metrics: Mapping[str, float]) ->
 
 
 def download_student(model_uri: str, tracking_uri: str, parent: Path | None = None) -> Path:
-    """A local folder with the exported student of the run that logged a model: student.safetensors and student.json.
+    """A local folder with `STUDENT_FILES` of the run that logged a model.
 
-    The logged graph is not opened: like a pickle, a pt2 file can run its author's code, as torch evaluates expressions and
-    looks up functions that it names.
+    The logged graph is not opened: loading a pt2 file can run its author's code, like a pickle.
 
     Args:
         model_uri: ``models:/<model id>``, ``models:/<name>/<version>`` (or ``/latest``), ``models:/<name>@<alias>``,
@@ -108,11 +107,7 @@ def download_student(model_uri: str, tracking_uri: str, parent: Path | None = No
 
 
 def source_run_id(client: MlflowClient, model_uri: str) -> str:
-    """The run that logged a model.
-
-    Raises:
-        MlflowException: if there is no such model.
-    """
+    """The run that logged a model; MlflowException if there is no such model."""
     scheme, head, _ = _split_uri(model_uri)
     if scheme == "runs" and head:
         return head
@@ -142,13 +137,7 @@ def _version(client: MlflowClient, model_uri: str) -> ModelVersion | None:
 def log_model_folder(
     run: Run, folder: Path, *, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]
 ) -> str:
-    """Log the files of a model that torch.export does not support; :func:`download_model` fetches them.
-
-    Args:
-        metrics: of the model, for searching and comparing.
-
-    Returns:
-        The model URI.
+    """Log the files of a model that torch.export does not support, for :func:`download_model`; returns the model URI.
 
     Raises:
         UserError: if the server does not answer for minutes.
@@ -163,11 +152,7 @@ def log_model_folder(
 
 
 def download_model(model_uri: str, tracking_uri: str) -> Path:
-    """A local folder with the files of a logged model.
-
-    Raises:
-        UserError: if there is no such model.
-    """
+    """A local folder with the files of a logged model; UserError if there is no such model."""
     try:
         location = _location(MlflowClient(tracking_uri), model_uri)
         return Path(mlflow.artifacts.download_artifacts(location, tracking_uri=tracking_uri))
@@ -176,7 +161,7 @@ def download_model(model_uri: str, tracking_uri: str) -> Path:
 
 
 def _location(client: MlflowClient, model_uri: str) -> str:
-    """Where a model's files lie; MLflow's own lookup ignores the client's store and uses a global one."""
+    """The location of a model's files; MLflow's own lookup uses a global store instead of the client's."""
     version = _version(client, model_uri)
     source = str(version.source) if version else model_uri
     scheme, logged, tail = _split_uri(source)

@@ -1,4 +1,4 @@
-"""Reads an experiment: its runs and their curves."""
+"""Reads the runs of an experiment and their curves."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ class LoggedRun:
     """A run in the store.
 
     Attributes:
-        run_id, name: as MLflow has them.
         parent: id of the parent run, or None.
         status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
         started: milliseconds since 1970.
-        params, tags, metrics: as logged; the latest value of each metric.
+        metrics: the latest value of each.
         data: (location, content-addressed name) of the images by context (``train``, ``val``).
     """
 
@@ -48,13 +47,11 @@ class LoggedRun:
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment of a store.
+    """An experiment in the store at `uri`.
 
     Attributes:
-        uri: of the store.
-        experiment_id, name: as MLflow has them.
         runs: all that are not deleted, oldest first.
-        chosen: ids of those that match the filter.
+        chosen: ids of the runs that match the filter.
     """
 
     uri: str

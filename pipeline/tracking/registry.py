@@ -1,7 +1,7 @@
-"""Models in MLflow's registry, the best one marked, and descriptions of runs.
+"""Models in MLflow's registry, and descriptions of runs.
 
-MLflow itself keeps `models:/<name>/latest` for the newest version; `models:/<name>@best` is set here. The interface links
-to the best version at the top of the experiment's description.
+MLflow maintains `models:/<name>/latest`; this module sets `models:/<name>@best` and links to it at the top of the
+experiment's description.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ class Registration:
     Attributes:
         name: of the registered model, without slash or colon.
         model_uri: of the logged model.
-        metric: for comparing versions; higher is better.
-        score: value of the metric; None: not measured, and the version is never the best.
+        metric, score: for comparing versions; higher is better; None: not measured, so that it is never the best.
         held_out: identity of the images that the score was measured on; scores on other images are not comparable.
         lineage: the model's origin, by tag: teachers, licences, cache, manifests.
     """
@@ -47,23 +46,16 @@ class Registration:
 def register(run: Run, registration: Registration) -> str | None:
     """Register a model as the next version, and mark the best among versions with the same metric and images.
 
-    A run that is started again keeps the version that it has registered. A store that fails, or has no registry, causes a
-    warning.
-
-    Args:
-        run: of the job; the version's description links to it.
+    A resumed run keeps the version that it has registered. The version's description links to `run`, that of the job.
 
     Returns:
-        ``models:/<name>/<version>``, or None if it could not be registered.
+        ``models:/<name>/<version>``; None, with a warning, if the store fails or has no registry.
     """
     try:
         version = _create(run, registration)
     except (MlflowException, OSError) as error:
         log.warning(
-            "the model is logged as %s but not registered as %s: %s",
-            registration.model_uri,
-            registration.name,
-            one_line(error),
+            f"the model is logged as {registration.model_uri} but not registered as {registration.name}: {one_line(error)}"
         )
         return None
     registered = f"models:/{registration.name}/{version.version}"
@@ -109,12 +101,8 @@ def _mark_best(client: MlflowClient, registration: Registration, registered: str
     marked = client.get_registered_model(registration.name).aliases.get(BEST)
     if marked is not None and _measured(client.get_model_version(registration.name, str(marked))) != measured:
         log.warning(
-            "%s was measured on other images (%s) than the best version, %s, which keeps the alias `%s` until it is "
-            "deleted",
-            registered,
-            registration.held_out,
-            marked,
-            BEST,
+            f"{registered} was measured on other images ({registration.held_out}) than the best version, {marked}, which "
+            f"keeps the alias `{BEST}` until it is deleted"
         )
         return
     alike = [

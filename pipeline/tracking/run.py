@@ -51,23 +51,15 @@ log = logging.getLogger(__name__)
 class Run:
     """One MLflow run.
 
-    Logging appends to a buffer, so that no method that logs fails while the server is down. Only the process that opened the
-    run sends the buffer, in a thread that the first call starts and :meth:`finish` ends. Pickled copies, such as the one in
-    Ray Train's controller, only append and have no `uri`.
-
-    Attributes:
-        uri: of the tracking store; "" in copies.
-        experiment_id, run_id: in MLflow.
-        buffer: of messages that are not sent yet.
+    Logging appends to `buffer`, so that it does not fail while the server is down. Only the process that opened the run
+    sends the buffer, in a thread that the first call starts and :meth:`finish` ends. Pickled copies, such as the one in Ray
+    Train's controller, only append; their `uri` is "".
     """
 
     uri: str
     experiment_id: str
     run_id: str
     buffer: WriteBuffer
-
-    def __post_init__(self) -> None:
-        self._running: Sender | None = None
 
     def __reduce__(self) -> tuple[type[Run], tuple[str, str, str, WriteBuffer]]:
         return Run, ("", self.experiment_id, self.run_id, self.buffer)
@@ -77,12 +69,9 @@ class Run:
         """The client of the process that opened the run."""
         return MlflowClient(self.uri)
 
-    @property
+    @cached_property
     def _sender(self) -> Sender:
-        if self._running is None:
-            write = MlflowWriter(self.client, self.run_id, self.buffer).send
-            self._running = Sender(self.buffer, write, self.uri)
-        return self._running
+        return Sender(self.buffer, MlflowWriter(self.client, self.run_id, self.buffer).send, self.uri)
 
     def child(self, name: str, run_id: str | None = None) -> Run:
         """A nested run: a new one, or run `run_id` if it still exists.
@@ -92,13 +81,10 @@ class Run:
         """
         note = f"Part of [the job]({run_link(self)}), which describes it."
         tags, buffers = {"mlflow.parentRunId": self.run_id, NOTE: note}, Store(self.buffer.store.uri.rpartition("/")[0])
-        opened: Run = retry_until_reachable(
-            self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers)
-        )
-        return opened
+        return retry_until_reachable(self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log parameters: long values are cut, and a parameter that is logged already keeps its value."""
+        """Log parameters; long values are cut, and a parameter that is already logged keeps its value."""
         self._post("params", {key: str(value)[:PARAM_LENGTH] for key, value in params.items()})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -111,7 +97,7 @@ class Run:
             self.set_tags({"student_run": run_id})
 
     def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Log curves, (step, metrics): steps that are logged already and values that are not finite are left out."""
+        """Log curves, (step, metrics), without steps that are already logged and values that are not finite."""
         history = list(history)
         export_training(history)
         self._post("curves", _points(history))
@@ -133,7 +119,7 @@ class Run:
         self._post("file", [str(file), folder])
 
     def log_reference(self, file: Path, place: str, path: str) -> None:
-        """Log the location, size and SHA-256 of a large file (`file` is the file or a copy) as the JSON artifact `path`."""
+        """Log the location `place`, size and SHA-256 of a large file (`file` or its copy) as the JSON artifact `path`."""
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         self.log_dict({"file": place, "bytes": file.stat().st_size, "sha256": digest}, path)
@@ -143,7 +129,7 @@ class Run:
         self._post("folder", [str(source), folder])
 
     def log_dataset(self, name: str, source: str, digest: str, context: str) -> None:
-        """Log a dataset as an input: its content-addressed name, its location, and what it was used for."""
+        """Log a dataset as an input: its content-addressed name, location and digest, and its use (`context`)."""
         self._post("dataset", [name, digest[:36], source, context])
 
     def finish(self, status: str = "FINISHED") -> None:
@@ -157,7 +143,7 @@ class Run:
         sent = self._sender.flush(PATIENCE_S if done else None)
         problem = self._sender.problem
         self._sender.close()
-        self._running = None
+        del self._sender
         if done and not sent:
             raise unreachable_error(self.uri, problem)
         if done:
@@ -182,7 +168,7 @@ class Run:
 
 
 def _points(history: Iterable[tuple[int, Mapping[str, float]]]) -> list[Point]:
-    """Every finite value; stores refuse or alter others."""
+    """The finite values; stores refuse or alter others."""
     now = int(time.time() * 1000)
     return [
         (name, float(value), now, step)
@@ -210,12 +196,12 @@ def start_run(
 ) -> Run:
     """Open the parent run of a job: a new one, or run `run_id` if it still exists.
 
-    One process creates the store here, before workers write to it: concurrent first uses of a SQLite file fail.
+    One process creates the store, because concurrent first uses of a SQLite file fail.
 
     Args:
         config: the resolved configuration, logged as flat parameters and as the artifact `config.yaml`.
         work: folder of the artifacts if the store is a SQLite file.
-        folder: of the run, for messages that are not sent yet; None: the work folder.
+        folder: of the run, for unsent messages; None: the work folder.
 
     Raises:
         UserError: if the store cannot be reached or opened.
@@ -232,7 +218,7 @@ def start_run(
 
 @contextmanager
 def connecting(uri: str, field: str = "tracking.uri") -> Iterator[None]:
-    """Let the first contact with a store fail within seconds, naming the field that holds its address."""
+    """Make the first contact with a store fail within seconds, with a UserError that names the field of its address."""
     retries, timeout = os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     try:
@@ -247,7 +233,7 @@ def connecting(uri: str, field: str = "tracking.uri") -> Iterator[None]:
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Let jobs that start at the same time open a SQLite store one after the other."""
+    """Serialise the opening of a SQLite store by jobs that start at the same time."""
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -265,17 +251,15 @@ its images as inputs. The trained models are in the [model registry](#/models); 
 def _experiment(uri: str, name: str, work: Path) -> str:
     client = MlflowClient(uri)
     known = client.get_experiment_by_name(name)
-    if known is not None:
-        return str(known.experiment_id)
-    artifacts = str(work / "mlartifacts") if uri.startswith("sqlite:///") else None
-    try:
-        return str(client.create_experiment(name, artifact_location=artifacts, tags={NOTE: _EXPERIMENT_NOTE}))
-    except MlflowException:
-        # another process may have created it in the meantime
-        known = client.get_experiment_by_name(name)
-        if known is None:
-            raise
-        return str(known.experiment_id)
+    if known is None:
+        artifacts = str(work / "mlartifacts") if uri.startswith("sqlite:///") else None
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts, tags={NOTE: _EXPERIMENT_NOTE}))
+        except MlflowException:
+            known = client.get_experiment_by_name(name)  # another process may have created it in the meantime
+            if known is None:
+                raise
+    return str(known.experiment_id)
 
 
 def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id: str | None, buffers: Store) -> Run:
@@ -284,7 +268,7 @@ def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id:
         try:
             client.update_run(run_id, status="RUNNING")
             buffer = WriteBuffer(buffers.sub(run_id))
-            buffer.discard("status")  # a former start ended while the server was down
+            buffer.discard("status")  # of an earlier start that ended while the server was down
             return Run(uri, experiment_id, run_id, buffer)
         except MlflowException as error:
             if not is_permanent(error):

@@ -1,9 +1,8 @@
-"""Messages to MLflow that are not sent yet: small files in the run's folder, which the job's own process sends.
+"""Unsent messages to MLflow: small files in the run's folder, sent and deleted in order by a thread of the job's process.
 
-Logging writes a file. One thread of the process that opened the run sends the files in order and deletes each afterwards.
 So training never waits for a server that is down, workers and Ray Train's controller need neither an address nor
-credentials, memory stays bounded, and the next start sends what a killed process has left. Sending a file twice, if a
-process dies in between, is harmless: stores drop a metric with the same value, step and time.
+credentials, memory stays bounded, and the next start sends the files that a killed process left. Sending a file twice is
+harmless: stores drop a metric with the same value, step and time.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mlflow.exceptions import MlflowException
 from requests import HTTPError
@@ -24,11 +23,11 @@ from pipeline.errors import UserError, one_line
 from pipeline.storage.store import Store
 
 WAIT_S = 10.0
-"""Longest wait of a call while the server answers; while it does not, calls return at once."""
+"""Maximum wait of a call while the server answers; otherwise calls do not wait."""
 PATIENCE_S = 300.0
-"""Longest wait for a server that does not answer, where a job cannot continue without it."""
+"""Maximum wait for the server where a job cannot continue without it."""
 POLL_S = 0.5
-"""Seconds between checks for messages of other processes."""
+"""Seconds between checks for messages from other processes."""
 LONGEST_PAUSE_S = 8.0
 
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
@@ -38,20 +37,17 @@ SENT_STEPS = "marks"
 """File with the highest step sent of each curve."""
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class WriteBuffer:
-    """A folder of messages, in order. Picklable: every process of a job may append.
-
-    Attributes:
-        store: the folder, which the sending process must see.
-    """
+    """A folder of messages, in order, which the sending process must see. Picklable: every process of a job may append."""
 
     store: Store
 
     def append(self, kind: str, content: Any) -> None:
-        """Append a message of a kind with JSON-serialisable content."""
+        """Append a message with JSON-serialisable content."""
         latest = max((int(name.split("-")[0]) for name in self.pending()), default=0)
         number = max(time.time_ns(), latest + 1)  # in order even after the clock was set back
         message = {"kind": kind, "content": content}
@@ -86,8 +82,7 @@ class Sender:
     """A thread that sends the messages of a buffer until it is closed.
 
     Args:
-        buffer: of messages.
-        send: sends the kind and content of one; raises the server's error.
+        send: sends one message, given its kind and content; raises the server's error.
         address: of the server, for log messages.
     """
 
@@ -100,10 +95,9 @@ class Sender:
         self.thread.start()
 
     def flush(self, patience: float | None = None) -> bool:
-        """Wait until nothing is left to send; returns whether that is so.
+        """Wait until everything is sent, at most `patience` seconds; returns whether it is.
 
-        Args:
-            patience: seconds; None: `WAIT_S`, but no wait while the server does not answer.
+        None: at most `WAIT_S`, and not at all while the server does not answer.
         """
         deadline = time.monotonic() + (WAIT_S if patience is None else patience)
         with self.state:
@@ -133,7 +127,7 @@ class Sender:
                     self._send(messages[0])
                     self._recovered()
                     pause = POLL_S
-            except Exception as error:  # noqa: BLE001  whatever it is, training continues
+            except Exception as error:  # noqa: BLE001  training continues after any error
                 self._failed(error)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             with self.state:
@@ -155,10 +149,8 @@ class Sender:
     def _failed(self, error: Exception) -> None:
         if not self.problem:
             log.warning(
-                "MLflow at %s is unreachable (%s); messages are kept in %s and sent when it answers",
-                self.address,
-                one_line(error),
-                self.buffer.store.uri,
+                f"MLflow at {self.address} is unreachable ({one_line(error)}); messages are kept in "
+                f"{self.buffer.store.uri} and sent when it answers"
             )
         self.problem = one_line(error)
 
@@ -168,12 +160,8 @@ class Sender:
         self.problem = ""
 
 
-def retry_until_reachable(address: str, call: Callable[[], Any]) -> Any:
-    """The result of `call`, retried while the server does not answer.
-
-    Raises:
-        UserError: if it does not answer within `PATIENCE_S`; the same command resumes from here.
-    """
+def retry_until_reachable(address: str, call: Callable[[], Result]) -> Result:
+    """The result of `call`, retried while the server does not answer; UserError after `PATIENCE_S`."""
     deadline, pause = time.monotonic() + PATIENCE_S, POLL_S
     while True:
         try:
@@ -189,7 +177,7 @@ def retry_until_reachable(address: str, call: Callable[[], Any]) -> Any:
 
 
 def unreachable_error(address: str, reason: str) -> UserError:
-    """The error of a job that cannot end without the server."""
+    """The error of a job that cannot continue without the server."""
     return UserError(
         f"MLflow at {address} does not answer ({reason}); nothing is lost: restart that server, and the same command sends "
         "the rest"
@@ -197,7 +185,7 @@ def unreachable_error(address: str, reason: str) -> UserError:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether retrying is pointless: the server has answered, and would answer the same again."""
+    """Whether retrying is pointless because the server would answer the same again."""
     if isinstance(error, MlflowException):
         return error.error_code in REFUSALS
     if isinstance(error, HTTPError):

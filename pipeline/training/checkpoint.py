@@ -1,11 +1,8 @@
-"""The content of a checkpoint. Its directory has one file:
+"""The content of a checkpoint: a directory with `state.pt`, which loads with weights_only.
 
-    state.pt    model, EMA, optimiser, loss scale, position (epoch, batch, step), evaluations, metrics of the steps since
-                the previous checkpoint; loads with weights_only
-
-It needs no random state: the random numbers of a forward are a function of (seed, step, share), see `step.py`. Metrics are
-committed with their checkpoint, and again on resumption if the previous process died before logging them; each step is
-logged once.
+It holds model, EMA, optimiser, loss scale, position (epoch, batch, step), evaluations, and the metrics since the previous
+checkpoint, which are committed again on resumption if the previous process died before logging them. It needs no random
+state: the random numbers of a forward are a function of (seed, step, share), see `step.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
-    """Absolute path or URI of the checkpoints of the stage `name` of a run (its folder).
+    """Absolute path or URI of the checkpoints of stage `name` of the run in folder `run`.
 
     Raises:
         UserError: if the URI holds credentials.
@@ -45,11 +42,7 @@ def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
 
 
 def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a checkpoint folder, and the path in it.
-
-    Raises:
-        UserError: if no driver for it is installed.
-    """
+    """File system of a checkpoint folder, and the path in it; UserError if no driver for it is installed."""
     return resolve(folder) if "://" in folder else (fs.LocalFileSystem(), folder.rstrip("/"))
 
 
@@ -74,8 +67,8 @@ class Snapshot:
 
     Attributes:
         name: of the checkpoint directory.
-        state: for resumption, or None on ranks other than 0. Its tensors are those in training: use :func:`copy_to_cpu`
-            to write them later.
+        state: for resumption, None on ranks other than 0. Training changes its tensors: to write them later, use
+            :func:`copy_to_cpu`.
         history: metrics since the previous checkpoint.
         best: whether its evaluation is the best so far by `train.best_metric`.
     """

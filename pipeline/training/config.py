@@ -71,19 +71,19 @@ class TrainConfig(Section):
         return self
 
     def describe(self, input_size: int, seed: int, child_run: str) -> str:
-        """The training, for a run's note."""
+        """A sentence about the training for the note of a run."""
         return (
             f"Training: {self.epochs} epochs of batches of {self.batch_size} at {input_size} px, seed {seed}. Curves, pictures "
             f"and the model are in the nested run `{child_run}`."
         )
 
     def shared_folders(self) -> dict[str, str]:
-        """The folder or address of the checkpoints, by its field, if it is not in the work folder."""
+        """The folder or address of checkpoints outside the work folder, by field."""
         return {"train.checkpoints": self.checkpoints} if self.checkpoints else {}
 
     @property
     def most_workers(self) -> int:
-        """Largest number of workers; 0: one per GPU."""
+        """Maximum number of workers; 0: one per GPU."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
@@ -94,17 +94,12 @@ class TrainConfig(Section):
     @property
     def lr_rule(self) -> str:
         """`peak_lr` and its derivation, in words."""
-        peak = f"{self.peak_lr:.3g} at {self.batch_size} images per step"
-        scaled = f", scaled linearly from {self.lr:.3g} at {self.lr_batch_size}"
-        return peak + (scaled if self.lr_batch_size else ", not scaled")
+        scaling = f"scaled linearly from {self.lr:.3g} at {self.lr_batch_size}" if self.lr_batch_size else "not scaled"
+        return f"{self.peak_lr:.3g} at {self.batch_size} images per step, {scaling}"
 
 
 def check_shares(batch_size: int, shares: int) -> None:
-    """Refuse a global batch that cannot be divided into equal shares.
-
-    Raises:
-        ValueError: naming the nearest batch sizes that can.
-    """
+    """Raise a ValueError with the nearest valid sizes if a global batch cannot be divided into equal shares."""
     if batch_size % shares or batch_size < shares:
         below = batch_size // shares * shares
         near = " or ".join(str(size) for size in (below, below + shares) if size)

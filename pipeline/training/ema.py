@@ -12,18 +12,16 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 class ModelEma:
-    """An exponential moving average of parameters and of BatchNorm's statistics; other buffers are shared with the module.
+    """An exponential moving average of parameters and of BatchNorm's statistics, in evaluation mode as `module`.
 
-    The decay of an update is min(`decay`, (1 + steps) / (10 + steps)), as in TensorFlow's ExponentialMovingAverage, so that
-    the initial weights soon lose their influence: it reaches 0.99 after 890 steps and 0.9998 after 44,990.
+    Other buffers are shared with the trained module. The decay of an update is min(`decay`, (1 + steps) / (10 + steps)), as
+    in TensorFlow's ExponentialMovingAverage, so that the initial weights soon lose their influence: it reaches 0.99 after
+    890 steps and 0.9998 after 44,990.
 
     Args:
-        module: on its device, in its memory format; its tensors may change in place only, as in training and
-            `load_state_dict`. It may be compiled or wrapped later.
+        module: on its device, in its memory format. It may be compiled or wrapped later, but its tensors may only change in
+            place.
         decay: in [0, 1); 0: no averaging.
-
-    Attributes:
-        module: the average, in evaluation mode.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -34,11 +32,7 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Average in the present weights.
-
-        Args:
-            steps: of the optimiser so far.
-        """
+        """Average in the current weights, after this number of optimiser steps."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)
 

@@ -43,7 +43,7 @@ def train(
         others: tasks of the worker's further shares; only their batches are used.
 
     Raises:
-        DivergedError: if the loss is not finite, naming the first such batch and the file with the states.
+        DivergedError: if the loss is not finite; the message names the first such batch and the file with the states.
         StoppedError: after `worker.notice` returned `STOP_REQUESTED` and everything was committed.
         UserError: if `train.best_metric` is not evaluated, or `state` is of another training.
     """
@@ -59,7 +59,8 @@ def train(
     try:
         while loop.position.epoch < config.epochs:
             loop.run_epoch()
-        loop.commit_left()
+        if loop.history:  # the previous process died before logging the last metrics
+            commit(Snapshot(loop.position.name, None, loop.history))
     except DivergedError as error:
         raise loop.dumped(error) from error
 
@@ -91,7 +92,7 @@ class _Loop:
         try:
             self.stepper.restore(state)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # subclasses of RuntimeError that are not the checkpoint's fault
+            raise  # RuntimeErrors that the checkpoint does not cause
         except (KeyError, RuntimeError, ValueError) as error:
             reason = one_line(error)
             raise UserError(
@@ -112,11 +113,6 @@ class _Loop:
         state = None if self.worker.rank else {**self.state(), "history": history}
         self.on_commit(Snapshot(self.position.name, state, history, best))
 
-    def commit_left(self) -> None:
-        """Commit the last metrics again if the previous process died before logging them."""
-        if self.history:
-            self.on_commit(Snapshot(self.position.name, None, self.history))
-
     def evaluate(self) -> None:
         averaged, step = self.stepper.average.module, self.position.step
         raw = self.stepper.module.eval() if step else None
@@ -129,9 +125,9 @@ class _Loop:
         self.evaluations.append((step, metrics))
         self.history.append((step, metrics))
         if metrics:
-            # metrics by teacher, `val_loss/...`, are for the curves
-            chief = {name: value for name, value in metrics.items() if "/" not in name} or metrics
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in chief.items())
+            # metrics by teacher, `val_loss/...`, are for the curves only
+            printed = {name: value for name, value in metrics.items() if "/" not in name} or metrics
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in printed.items())
             print(f"evaluated at step {step}  {shown}", flush=True)
         self.task.draw(averaged, self.evaluations)
 
@@ -149,30 +145,25 @@ class _Loop:
         meter = Meter(self.worker, steps, finite_gradient=not self.stepper.half)
         self.stepper.wrapped.train()
         label = f"train epoch {position.epoch + 1}/{config.epochs}"
+        device = self.worker.device
         with Progress(steps, "step", label, initial=position.batch) as progress:
-            device = self.worker.device
             feeds = [prefetch_to_device(task.batches(position.epoch, position.batch), device) for task in self.tasks]
             for _ in range(steps - position.batch):
                 with meter.clock.waiting():
                     batches = [next(feed) for feed in feeds]
                 meter.add(batches, self.stepper(batches, position.step, meter.clock))
-                self._advance(len(batches[0].keys))
+                position.step, position.batch = position.step + 1, position.batch + 1
+                position.samples += len(batches[0].keys) * self.worker.all_shares
                 if meter.due:
                     self._log(meter, steps)
                 if not self.worker.rank:
                     progress.update(1, **meter.postfix(self.all_steps - position.step))
                 self._save_when_due(meter, steps)
-        on_gpu = not self.worker.rank and self.worker.device.type == "cuda"
-        if on_gpu and meter.latest and (reason := data_bound(meter.latest)):
+        if not self.worker.rank and device.type == "cuda" and meter.latest and (reason := data_bound(meter.latest)):
             log.warning(reason)
         position.epoch, position.batch = position.epoch + 1, 0
         self.evaluate()
         self.commit()
-
-    def _advance(self, images: int) -> None:
-        self.position.step += 1
-        self.position.batch += 1
-        self.position.samples += images * self.worker.all_shares
 
     def _log(self, meter: Meter, steps: int) -> None:
         position = self.position
@@ -185,7 +176,7 @@ class _Loop:
             self.history.append((position.step, {**metrics, **where}))
 
     def _save_when_due(self, meter: Meter, steps: int) -> None:
-        """Save also at the end of an epoch: its evaluation may outlast a node that is preempted."""
+        """Save at the end of an epoch too, before its evaluation: a preempted node may not live to finish it."""
         every, step = self.config.checkpoint_steps, self.position.step
         notice = self._notice(meter)
         if notice or self.position.batch == steps or (every and step % every == 0):
@@ -195,7 +186,7 @@ class _Loop:
             raise StoppedError(f"training was stopped at step {step}; the same command resumes from there")
 
     def _notice(self, meter: Meter) -> str | None:
-        """A new notice; checked after equally many steps on every rank."""
+        """A new notice; every rank checks after the same number of steps."""
         seconds = meter.seconds_per_step
         every = meter.every if seconds is None else max(1, int(SECONDS_BETWEEN_NOTICES / max(seconds, 1e-9)))
         if self.position.step % every:

@@ -24,12 +24,7 @@ BUSY = 0.9
 
 
 class DivergedError(UserError):
-    """The loss or its gradient is no longer finite; the message names the batch.
-
-    Attributes:
-        step: the first such step.
-        keys: of its images, on the worker that found it.
-    """
+    """The loss or its gradient is not finite, first at `step`, on the images with these `keys` of one worker's batch."""
 
     def __init__(self, message: str, step: int = 0, keys: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -39,9 +34,7 @@ class DivergedError(UserError):
 def data_bound(metrics: Mapping[str, float]) -> str:
     """A warning, with the remedy, if a GPU mostly waits for data; else "".
 
-    Args:
-        metrics: of :meth:`Meter.read` on a GPU, where shares are spans from the first kernel of a forward or backward to its
-            last, gaps included.
+    In `metrics` of :meth:`Meter.read` on a GPU, a share of forward or backward spans its first to its last kernel.
     """
     spanned, data = metrics["forward_share"] + metrics["backward_share"], metrics["data_wait_share"]
     if spanned >= BUSY or data < (1 - spanned) / 2:
@@ -53,7 +46,7 @@ def data_bound(metrics: Mapping[str, float]) -> str:
 
 
 class StepTimer:
-    """Seconds by part of a step; on a GPU between CUDA events, which are read without an extra synchronisation."""
+    """Seconds by part of a step; on a GPU between CUDA events, which need no extra synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -69,7 +62,7 @@ class StepTimer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time this process's waiting for data, whatever the device does."""
+        """Time how long this process waits for data, on the host's clock."""
         started = time.perf_counter()
         yield
         self.waited += time.perf_counter() - started
@@ -82,7 +75,7 @@ class StepTimer:
         return event
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last reading, ``data`` for waiting; the device must be synchronised."""
+        """Seconds by part, and waiting as ``data``, since the last reading; the device must be synchronised."""
         totals = {"data": self.waited, "forward": 0.0, "backward": 0.0}
         for name, start, end in self.laps:
             totals[name] += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
@@ -122,10 +115,10 @@ class Meter:
         """Mean metrics over all workers and the steps since the last reading; empty without steps.
 
         Args:
-            step: number of steps done.
+            step: number of steps done in the run.
 
         Raises:
-            DivergedError: on all workers, if a loss is not finite on one of them.
+            DivergedError: on all workers, if the loss or gradient of one of them is not finite.
         """
         if not self.pending:
             return {}
@@ -138,9 +131,9 @@ class Meter:
         own = torch.cat([values.double().mean(dim=0) * self.images, torch.tensor([*times.values(), seconds]).double()])
         total = self.worker.all_reduce(torch.cat([own, torch.tensor([self.images]).double()]))
         images, seconds = int(total[-1]), float(total[-2]) / self.worker.world
-        self.latest = dict(zip(names, (total / images).tolist(), strict=False))
         shares = (total[len(names) : -2] / self.worker.world / seconds).tolist()
-        self.latest |= {
+        self.latest = {
+            **dict(zip(names, (total / images).tolist(), strict=False)),
             "images_per_second": images / seconds,
             **dict(zip(("data_wait_share", "forward_share", "backward_share"), shares, strict=True)),
         }
@@ -161,7 +154,7 @@ class Meter:
         found = self._first(bad_loss, losses, step) if bad_loss.any() else None
         if not self.worker.any_rank(found is not None):
             found = self._first(bad, losses, step)
-        first, message, keys = self.worker.earliest_failure(found)
+        first, message, keys = min(failure for failure in self.worker.all_gather_objects([found]) if failure)
         raise DivergedError(message, first, keys)
 
     def _first(self, bad: Tensor, losses: Tensor, done: int) -> tuple[int, str, list[str]]:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ray.train import Checkpoint
 
 RETRIES = 3
-"""Failures of workers that a run survives; preempted nodes do not count."""
+"""Worker failures that a run survives, not counting preempted nodes."""
 
 REFUSED_FILE = "refused"
 
@@ -63,12 +63,12 @@ def fit(
 ) -> Checkpoint:
     """Train on Ray Train workers, from the last checkpoint in `folder` if there is one.
 
-    On SIGTERM, and when a node will be preempted, the workers save a checkpoint within seconds.
+    On SIGTERM, and before a node is preempted, the workers save a checkpoint within seconds.
 
     Args:
         make_task: called once per worker with `payload`, the number of its first share and the number of shares.
         folder: of the checkpoints, from :func:`checkpoint_folder`; all nodes must see it.
-        on_commit: called in Ray Train's controller with the metrics and path of a registered checkpoint.
+        on_commit: called in Ray Train's controller with the metrics and path of each registered checkpoint.
 
     Returns:
         The final checkpoint; :func:`load_state` reads its directory.
@@ -83,8 +83,8 @@ def fit(
     shares = _shares(config, folder)
     filesystem, path = open_folder(folder)
     stop = StopFile(filesystem, f"{path}/{STOP_FILE}")
-    for left in (stop, StopFile(filesystem, f"{path}/{REFUSED_FILE}")):
-        left.remove()
+    stop.remove()
+    StopFile(filesystem, f"{path}/{REFUSED_FILE}").remove()
     worker_loop: Any = _train_worker  # Ray Train's annotations allow no return value
     trainer = TorchTrainer(
         worker_loop,
@@ -125,11 +125,7 @@ def _shares(config: TrainConfig, folder: str) -> int:
 
 
 def count_shares(config: TrainConfig) -> int:
-    """Shares of the global batch of a run that starts now: the largest number of its workers.
-
-    Raises:
-        UserError: if they do not divide it.
-    """
+    """Shares of the global batch of a run that starts now, one per possible worker; UserError if they do not divide it."""
     shares = config.most_workers or _gpus() or 1
     try:
         check_shares(config.batch_size, shares)
@@ -231,7 +227,7 @@ def _train(loop: dict[str, Any]) -> None:
 def make_tasks(
     make_task: Callable[[dict[str, Any], int, int], Task], payload: dict[str, Any], worker: Worker
 ) -> list[Task]:
-    """The tasks of a worker's shares, which have one module: the first one's."""
+    """The tasks of a worker's shares; all use the first one's module."""
     first, *rest = worker.own_shares
     task = make_task(payload, first, worker.all_shares)
     return [task, *(task.with_share(share) for share in rest)]
@@ -252,13 +248,19 @@ def _make_worker(shares: int) -> Worker:
     alone = Worker(context.get_world_rank(), context.get_world_size(), get_device())
     stop = StopFile(*_in_folder(STOP_FILE))
 
+    def dump(name: str, content: dict[str, Any]) -> str:
+        filesystem, path = _in_folder(name)
+        with filesystem.open_output_stream(path) as stream:
+            torch.save(content, stream)
+        return path
+
     def notice() -> str | None:
         if alone.any_rank(not alone.rank and stop.exists()):
             return STOP_REQUESTED
         preemption = ray.train.get_preemption_info()
         return str(preemption.preempted_node_ids) if preemption else None
 
-    return Worker(alone.rank, alone.world, alone.device, wrap, shares, notice, _dump)
+    return Worker(alone.rank, alone.world, alone.device, wrap, shares, notice, dump)
 
 
 def _in_folder(name: str) -> tuple[fs.FileSystem, str]:
@@ -269,15 +271,8 @@ def _in_folder(name: str) -> tuple[fs.FileSystem, str]:
     return storage.storage_filesystem, storage.build_checkpoint_path_from_name(name)
 
 
-def _dump(name: str, content: dict[str, Any]) -> str:
-    filesystem, path = _in_folder(name)
-    with filesystem.open_output_stream(path) as stream:
-        torch.save(content, stream)
-    return path
-
-
 class _Reporter:
-    """Commits snapshots while training continues: copied to the CPU at once, then written and registered by a thread.
+    """Commits snapshots while training continues: copies them to the CPU, and a thread writes and registers them.
 
     At most one copy waits to be written, so that memory stays bounded.
     """

@@ -1,11 +1,9 @@
 """One optimiser step over this worker's shares of the global batch.
 
-`train.micro_batch` splits a share into micro-batches. Gradients are accumulated over all micro-batches of all shares, each
-weighted by its images, so that the gradient is the mean over the global batch however it is split. (BatchNorm's statistics
-are those of a micro-batch; SyncBN's of the micro-batches that the workers compute at the same time.)
-
-A step whose gradient is not finite changes no weight: in float16 the loss scale is halved, as usual; in float32 and bfloat16
-training has diverged, and the weights before the step are kept. (BatchNorm's statistics have changed by then.)
+Gradients of micro-batches are weighted by their images and accumulated, so that the gradient is the mean over the global
+batch however it is split; BatchNorm's statistics are those of a micro-batch, SyncBN's of the workers' simultaneous ones.
+A step with a non-finite gradient changes no weight (only BatchNorm's statistics): in float16 it halves the loss scale; in
+float32 and bfloat16 training has diverged.
 """
 
 from __future__ import annotations
@@ -19,18 +17,14 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.training.config import TrainConfig
 from pipeline.training.ema import ModelEma
 from pipeline.training.meter import StepTimer
-from pipeline.training.task import Task, TrainingBatch
+from pipeline.training.task import Task, TrainingBatch, split_batch
 from pipeline.training.worker import Worker
-
-NEVER = 2**31 - 1
-"""Growth interval of a loss scale that stays constant."""
 
 
 def synchronised(worker: Worker) -> bool:
@@ -39,12 +33,7 @@ def synchronised(worker: Worker) -> bool:
 
 
 class Stepper:
-    """Module, averaged module, optimiser and schedule of a run.
-
-    Args:
-        task: its module is trained.
-        steps: of every epoch.
-    """
+    """Module, averaged module, optimiser and schedule of a run; `steps` holds the number of steps of every epoch."""
 
     def __init__(self, task: Task, config: TrainConfig, worker: Worker, steps: Sequence[int]) -> None:
         self.task, self.config, self.worker = task, config, worker
@@ -61,23 +50,19 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=True)
         self.dtype = autocast_dtype(config, device)
         self.half = self.dtype == torch.float16
-        # on a GPU also without scaling: it skips a step that is not finite without a GPU sync
+        # enabled on a GPU even without scaling: it skips a non-finite step without a GPU sync
         self.scaler = torch.amp.GradScaler(
             device.type,
             init_scale=65536.0 if self.half else 1.0,
-            growth_interval=2000 if self.half else NEVER,
+            growth_interval=2000 if self.half else 2**31 - 1,  # constant
             enabled=self.half or device.type == "cuda",
         )
-        self.schedule = task.schedule(self.optimizer, config) or self._make_schedule(steps)
-
-    def _make_schedule(self, steps: Sequence[int]) -> Scheduler:
-        warmup = min(round(self.config.warmup_epochs * steps[0]), sum(steps) - 1)
-        return CosineLRScheduler(
+        self.schedule = task.schedule(self.optimizer, config) or CosineLRScheduler(
             self.optimizer,
             t_initial=sum(steps),
-            lr_min=self.config.min_lr,
-            warmup_t=warmup,
-            warmup_lr_init=self.config.min_lr,
+            lr_min=config.min_lr,
+            warmup_t=min(round(config.warmup_epochs * steps[0]), sum(steps) - 1),
+            warmup_lr_init=config.min_lr,
             warmup_prefix=False,
             t_in_epochs=False,
         )
@@ -93,7 +78,7 @@ class Stepper:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""
-        # the module last: it owns the buffers that the average shares
+        # the module comes last: it owns the buffers that the average shares
         self.average.module.load_state_dict(state["ema"])
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -101,10 +86,7 @@ class Stepper:
             self.scaler.load_state_dict(state["scaler"])
 
     def __call__(self, batches: Sequence[TrainingBatch], step: int, clock: StepTimer) -> dict[str, Tensor]:
-        """Run optimiser step number `step`, from 0.
-
-        Args:
-            batches: one of each own share.
+        """Run optimiser step number `step`, from 0, on one batch of each own share.
 
         Returns:
             Means over this worker's images, on its device: ``loss``, ``loss/<part>``; and the global ``grad_norm``.
@@ -116,7 +98,7 @@ class Stepper:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)
         if self.scaler.is_enabled() or torch.isfinite(norm):
             self.scaler.step(self.optimizer)
-            # after a step that the scaler skips on the device, this averages in the previous weights again
+            # if the scaler skips the step on the device, this averages in the previous weights again
             self.average.update(step + 1)
         self.scaler.update()
         self.task.after_step(batches)
@@ -129,10 +111,11 @@ class Stepper:
         last = (len(batches) - 1, cuts[-1] - 1)
         sums: dict[str, Tensor] = {}
         for own, (share, batch) in enumerate(zip(worker.own_shares, batches, strict=True)):
-            _seed_forward(self.task.seed, step, share)
-            pieces = self.task.split(batch, cuts[own])
+            seeds = np.random.SeedSequence([self.task.seed, step, share])
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+            pieces = split_batch(batch, cuts[own])
             for number in range(cuts[own]):
-                # beyond its images, a share repeats the last micro-batch with weight 0, as the other ranks wait for a forward
+                # a share with fewer pieces than forwards repeats the last one with weight 0: the other ranks wait for it
                 piece = pieces[min(number, len(pieces) - 1)]
                 count = len(piece.keys) if number < len(pieces) else 0
                 weight = count * worker.world / everywhere  # DDP averages gradients over the workers
@@ -153,10 +136,7 @@ class Stepper:
 
 
 def exempt_from_decay(module: nn.Module) -> list[str]:
-    """Parameters that timm networks in the module exempt from weight decay (`no_weight_decay`).
-
-    Norms, biases and other vectors are exempt anyway.
-    """
+    """Parameters that timm networks in the module exempt from weight decay, besides norms, biases and other vectors."""
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, part in module.named_modules()
@@ -173,7 +153,3 @@ def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _seed_forward(seed: int, step: int, share: int) -> None:
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, share]).generate_state(1, np.uint64)[0] >> 1))

@@ -1,4 +1,4 @@
-"""Stopping a run after a checkpoint: a file in the folder of the checkpoints, which SIGTERM writes."""
+"""Stopping a run after a checkpoint: SIGTERM writes a file into the folder of the checkpoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pyarrow import fs
@@ -13,15 +14,12 @@ from pyarrow import fs
 STOP_FILE = "stop"
 
 
+@dataclass(frozen=True)
 class StopFile:
-    """A file that asks all workers to stop, in a folder that all of them see.
+    """A file that asks all workers to stop, in a folder that all of them see."""
 
-    Args:
-        filesystem, path: of the file.
-    """
-
-    def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
-        self.filesystem, self.path = filesystem, path
+    filesystem: fs.FileSystem
+    path: str
 
     def write(self, reason: str = "") -> None:
         """Ask the workers to stop."""

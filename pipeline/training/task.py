@@ -34,9 +34,9 @@ class Task(ABC):
     Attributes:
         module: its forward gives the loss of a batch; on the CPU until the engine moves it.
         seed: of random numbers in a forward, such as dropout: torch's generators are seeded with (seed, step, share) before
-            each, so that a resumed run draws the same numbers.
-        uses_all_parameters: whether every loss depends on all trained parameters: DDP then waits for all gradients
-            without checking in every step for those that will not come.
+            each forward, so that a resumed run draws the same numbers.
+        uses_all_parameters: whether every loss depends on all trained parameters, so that DDP need not search each step for
+            unused ones.
         worker: set by the engine; there may be fewer workers than shares.
     """
 
@@ -47,11 +47,11 @@ class Task(ABC):
 
     @abstractmethod
     def steps(self, epoch: int) -> int:
-        """Number of steps of an epoch, the same for every share."""
+        """Number of steps in an epoch, the same for every share."""
 
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[TrainingBatch]:
-        """This share's batches of an epoch from number `start` on, determined by both arguments."""
+        """This share's batches of an epoch from batch number `start` on; the two arguments determine them."""
 
     def with_share(self, share: int) -> Task:
         """This task with the batches of another share and the same module, for a worker that computes several shares."""
@@ -62,39 +62,27 @@ class Task(ABC):
         """Total loss of a batch on the device, and its detached parts by name, all means over the images; runs under autocast."""
 
     def after_step(self, batches: Sequence[Any]) -> None:  # noqa: B027  optional
-        """Called on every rank after a step; does nothing by default.
-
-        Args:
-            batches: of the own shares, on the device.
-        """
+        """Hook after a step, on every rank; `batches` are those of the own shares, on the device."""
 
     @abstractmethod
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
-        """Metrics on held-out data, which all ranks may compute together (`worker`); rank 0's result counts.
+        """Metrics on held-out data. All ranks may compute them together (`worker`); only rank 0's result is used.
 
         Args:
-            averaged, raw: the module with the EMA weights and with the present ones, in evaluation mode on the training
-                device, equal on every rank; `raw` is None before the first step.
+            averaged, raw: the module with EMA weights and with current weights, in evaluation mode on the training device,
+                equal on every rank; `raw` is None before the first step.
         """
 
     def schedule(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
         """A learning-rate schedule by step; None: linear warm-up, then a cosine."""
         return None
 
-    def split(self, batch: Any, pieces: int) -> list[Any]:
-        """The micro-batches of a batch, see :func:`split_batch`."""
-        return split_batch(batch, pieces)
-
     def draw(self, module: nn.Module, evaluations: History) -> None:  # noqa: B027  optional
-        """Draw figures on rank 0 after every evaluation, with the EMA weights; does nothing by default."""
+        """Hook on rank 0 after every evaluation, for figures of the module with EMA weights."""
 
 
 def check_best_metric(name: str | None, evaluated: Collection[str]) -> None:
-    """Refuse a `train.best_metric` that is not evaluated.
-
-    Raises:
-        UserError: naming the field and the known metrics.
-    """
+    """Raise a UserError with the known metrics if `train.best_metric` is not evaluated."""
     if name is not None and name not in evaluated:
         known = ", ".join(evaluated) or "nothing: there are no held-out images"
         raise UserError(f"train.best_metric={name} is not among what is evaluated: {known}")
@@ -108,12 +96,14 @@ def split_batch(batch: Any, pieces: int) -> list[Any]:
     """
     images = len(batch.keys)
     pieces = min(pieces, images)
+    if pieces == 1:
+        return [batch]
+
+    def cut(start: int, end: int) -> Any:
+        return map_parts(batch, lambda value: value[start:end] if isinstance(value, Tensor | list) else value)
+
     bounds = [images * number // pieces for number in range(pieces + 1)]
-    return [batch] if pieces == 1 else [_cut(batch, slice(*ends)) for ends in pairwise(bounds)]
-
-
-def _cut(batch: Any, part: slice) -> Any:
-    return map_parts(batch, lambda value: value[part] if isinstance(value, Tensor | list) else value)
+    return [cut(start, end) for start, end in pairwise(bounds)]
 
 
 def map_parts(value: Any, function: Callable[[Any], Any]) -> Any:

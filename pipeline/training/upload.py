@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -18,8 +18,8 @@ Batch = TypeVar("Batch")
 def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches with all their tensors on `device`.
 
-    To a GPU they are copied one batch ahead, by a thread on a side stream: a copy from pageable memory on the training
-    stream would wait for the previous step, and the next step for the copy.
+    A thread copies them to a GPU one batch ahead on a side stream: on the training stream, a copy from pageable memory
+    would wait for the previous step, and the next step for the copy.
     """
     if device.type != "cuda":
         yield from batches
@@ -40,25 +40,21 @@ def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterat
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A copy of a batch (`map_parts`) with all tensors, also those in lists, on a device."""
-
-    def moved(part: Any) -> Any:
-        if isinstance(part, list):
-            return [to_device(item, device) for item in part]
-        return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
-
-    return map_parts(batch, moved)
+    """A copy of a batch with all tensors, including those in lists, on a device."""
+    return _map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def list_tensors(batch: Any) -> list[Tensor]:
     """All tensors of a batch that :func:`to_device` moves."""
     found: list[Tensor] = []
-
-    def note(part: Any) -> None:
-        if isinstance(part, list):
-            found.extend(tensor for item in part for tensor in list_tensors(item))
-        elif isinstance(part, Tensor):
-            found.append(part)
-
-    map_parts(batch, note)
+    _map_tensors(batch, found.append)
     return found
+
+
+def _map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    def apply(part: Any) -> Any:
+        if isinstance(part, list):
+            return [_map_tensors(item, function) for item in part]
+        return function(part) if isinstance(part, Tensor) else part
+
+    return map_parts(batch, apply)

@@ -1,7 +1,7 @@
 """Rank and collectives of a training process, and its shares of the global batch.
 
-The global batch is divided into as many equal shares as the run may have workers. A worker computes one share, or several
-in turn if fewer workers are alive. So neither the global batch nor the order of the data depends on their number: a run
+The global batch has as many equal shares as the run may have workers. A worker computes one share, or several in turn if
+fewer workers are alive. Thus neither the global batch nor the order of the data depends on the number of workers: a run
 that loses or regains workers within an epoch still sees every image once.
 """
 
@@ -18,15 +18,11 @@ from torch import Tensor, nn
 Item = TypeVar("Item")
 
 STOP_REQUESTED = "stop"
-"""The notice on which training saves and ends; on any other it only saves."""
+"""The notice that makes training save and stop; after any other it only saves."""
 
 
 class StoppedError(KeyboardInterrupt):
     """Training was asked to stop and has saved a checkpoint; jobs handle it as an interruption."""
-
-
-def _nothing(name: str, content: dict[str, Any]) -> str | None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Worker:
     wrap: Callable[[nn.Module, bool], nn.Module] = lambda module, _: module
     shares: int = 0
     notice: Callable[[], str | None] = lambda: None
-    dump: Callable[[str, dict[str, Any]], str | None] = _nothing
+    dump: Callable[[str, dict[str, Any]], str | None] = lambda name, content: None
 
     @property
     def all_shares(self) -> int:
@@ -61,14 +57,10 @@ class Worker:
         return range(self.rank, self.all_shares, self.world)
 
     def pieces(self, images: int, most: int | None) -> list[int]:
-        """Number of micro-batches of each of the own shares.
+        """Number of micro-batches of each own share of `images`, with at most `most` images per micro-batch (None: all).
 
-        All workers run equally many forwards per step, as SyncBN and the gradients of the last one synchronise them. If a
-        share has fewer images than that, its last micro-batch is repeated with weight 0.
-
-        Args:
-            images: of a share.
-            most: images per micro-batch; None: all.
+        All workers run the same number of forwards per step, because SyncBN and DDP's reduction synchronise them. A share
+        with fewer images than forwards repeats its last micro-batch with weight 0.
         """
         each = math.ceil(images / (most or images))
         forwards = each * math.ceil(self.all_shares / self.world)
@@ -87,11 +79,7 @@ class Worker:
         return values.cpu()
 
     def all_gather(self, own: Sequence[Tensor]) -> Tensor:
-        """Tensors [B, ...] of all shares, in order, as [shares * B, ...] on every rank.
-
-        Args:
-            own: tensors of the own shares, on the device, of the same shape on every rank.
-        """
+        """Tensors [B, ...] of all shares, in order, as [shares * B, ...] on every rank; B is the same on every rank."""
         if self.world == 1:
             return torch.cat(list(own))
         every = own[0].new_zeros(self.all_shares, *own[0].shape)
@@ -103,10 +91,6 @@ class Worker:
         """Whether the flag is set on any rank."""
         return bool(self.all_reduce(torch.tensor(float(flag))))
 
-    def earliest_failure(self, found: tuple[int, str, list[str]] | None) -> tuple[int, str, list[str]]:
-        """The (step, message, keys) of the lowest step on any rank; at least one rank must have one."""
-        return min(item for item in self.all_gather_objects([found]) if item)
-
     def all_gather_objects(self, items: list[Item]) -> list[Item]:
         """The items of all ranks, in the order of the ranks; tensors in them must be on the CPU."""
         if self.world == 1:
@@ -116,7 +100,7 @@ class Worker:
         return [item for some in every for item in some]
 
     def broadcast_state(self, module: nn.Module) -> None:
-        """Broadcast rank 0's parameters and buffers: without SyncBN, BatchNorm statistics differ by rank."""
+        """Broadcast rank 0's parameters and buffers: without SyncBN, ranks differ in BatchNorm statistics."""
         if self.world > 1:
             for value in module.state_dict().values():
                 torch.distributed.broadcast(value, 0)

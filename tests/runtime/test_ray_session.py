@@ -59,7 +59,7 @@ def test_gpus_that_torch_cannot_use_are_refused_at_the_start(monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     assert check_devices() == "CPU"
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0, "accelerator_type:H100": 1.0})
-    with pytest.raises(UserError, match=r"2 x H100, which torch .* cannot use: .*or set CUDA_VISIBLE_DEVICES= "):
+    with pytest.raises(UserError, match=r"torch .* cannot use the 2 x H100: .*or set CUDA_VISIBLE_DEVICES= "):
         check_devices()
 
 
