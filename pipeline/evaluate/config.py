@@ -26,8 +26,7 @@ class EvaluateConfig(Section):
         description="exported student folder, MLflow model URI (models:/m-...), or timm name (regla_m, timm/<name>)",
     )
     weights: str = Field(
-        "pretrained",
-        description="weights of a timm name: pretrained, random[:seed], or a checkpoint file; student.args apply",
+        "pretrained", description="weights of a timm name: pretrained, random[:seed], or a checkpoint file"
     )
     input_size: int | None = Field(
         None,

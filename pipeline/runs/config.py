@@ -17,9 +17,7 @@ class JobConfig(JobRoot):
         None, description="folder for cache, runs and MLflow; none: ./work, or ~/regla-distill in a submitted job"
     )
     outputs: str | None = operational(
-        None,
-        description="folder or s3://, gs:// address that the results of a finished run are copied to; none: they stay in `work` "
-        "and in MLflow",
+        None, description="folder or s3://, gs:// address for copies of a finished run's results; none: no copies"
     )
     seed: int = Field(0, ge=0, description="seed of initial weights, data order and generated scenes")
     tracking: TrackingConfig = operational(TrackingConfig())

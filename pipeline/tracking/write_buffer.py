@@ -125,8 +125,9 @@ class Sender:
             try:
                 while not self.closed and (messages := self.buffer.pending()):
                     self._send(messages[0])
-                    self._recovered()
-                    pause = POLL_S
+                    if self.problem:
+                        log.warning("MLflow at %s answers again", self.address)
+                    self.problem, pause = "", POLL_S
             except Exception as error:  # noqa: BLE001  training continues after any error
                 self._failed(error)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -153,11 +154,6 @@ class Sender:
                 f"{self.buffer.store.uri} and sent when it answers"
             )
         self.problem = one_line(error)
-
-    def _recovered(self) -> None:
-        if self.problem:
-            log.warning("MLflow at %s answers again", self.address)
-        self.problem = ""
 
 
 def retry_until_reachable(address: str, call: Callable[[], Result]) -> Result:

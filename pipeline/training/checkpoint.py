@@ -8,7 +8,6 @@ state: the random numbers of a forward are a function of (seed, step, share), se
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
@@ -16,13 +15,12 @@ from typing import Any
 
 import torch
 from pyarrow import fs
-from torch import Tensor
 
 from pipeline.errors import UserError, blame_field, one_line
 from pipeline.storage.remote import resolve
 from pipeline.storage.store import Store
 from pipeline.training.config import TrainConfig
-from pipeline.training.task import History
+from pipeline.training.task import History, map_tensors
 
 STATE_FILE = "state.pt"
 
@@ -81,11 +79,7 @@ class Snapshot:
 
 def copy_to_cpu(value: Any) -> Any:
     """A copy of a state with its tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {name: copy_to_cpu(item) for name, item in value.items()}
-    return [copy_to_cpu(item) for item in value] if isinstance(value, list) else value
+    return map_tensors(value, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
 def load_state(directory: str | Path) -> dict[str, Any]:

@@ -19,9 +19,7 @@ class TrainConfig(Section):
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW at train.lr_batch_size")
     lr_batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="batch size that train.lr refers to; the rate is scaled linearly to train.batch_size; none: not scaled",
+        None, ge=1, description="batch size of train.lr, which is scaled linearly to train.batch_size; none: not scaled"
     )
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: float = Field(1.5, ge=0, description="epochs of linear warm-up")
@@ -33,7 +31,7 @@ class TrainConfig(Section):
         0.9998,
         ge=0,
         lt=1,
-        description="decay of the averaged student, which is evaluated and saved; (1 + steps) / (10 + steps) while that is less",
+        description="decay of the averaged weights, or (1 + steps) / (10 + steps) while that is less",
     )
     workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = operational(
         0,

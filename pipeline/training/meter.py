@@ -151,9 +151,9 @@ class Meter:
         losses = values[:, names.index("loss")]
         # all ranks share the gradient: the cause is on the rank whose loss is not finite, at the earliest step
         bad_loss = ~torch.isfinite(losses)
-        found = self._first(bad_loss, losses, step) if bad_loss.any() else None
-        if not self.worker.any_rank(found is not None):
-            found = self._first(bad, losses, step)
+        if self.worker.any_rank(bool(bad_loss.any())):
+            bad = bad_loss
+        found = self._first(bad, losses, step) if bad.any() else None
         first, message, keys = min(failure for failure in self.worker.all_gather_objects([found]) if failure)
         raise DivergedError(message, first, keys)
 

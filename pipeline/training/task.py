@@ -115,3 +115,14 @@ def map_parts(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {name: map_parts(item, function) for name, item in value.items()}
     return function(value)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A copy of nested dataclasses, NamedTuples, mappings and lists with `function` applied to their tensors."""
+
+    def apply(part: Any) -> Any:
+        if isinstance(part, list):
+            return [map_tensors(item, function) for item in part]
+        return function(part) if isinstance(part, Tensor) else part
+
+    return map_parts(value, apply)

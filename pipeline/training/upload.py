@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.prefetch import map_ahead
-from pipeline.training.task import map_parts
+from pipeline.training.task import map_tensors
 
 Batch = TypeVar("Batch")
 
@@ -40,21 +40,12 @@ def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterat
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A copy of a batch with all tensors, including those in lists, on a device."""
-    return _map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    """A copy of a batch with all tensors on a device."""
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def list_tensors(batch: Any) -> list[Tensor]:
     """All tensors of a batch that :func:`to_device` moves."""
     found: list[Tensor] = []
-    _map_tensors(batch, found.append)
+    map_tensors(batch, found.append)
     return found
-
-
-def _map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    def apply(part: Any) -> Any:
-        if isinstance(part, list):
-            return [_map_tensors(item, function) for item in part]
-        return function(part) if isinstance(part, Tensor) else part
-
-    return map_parts(batch, apply)
