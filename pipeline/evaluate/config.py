@@ -26,7 +26,8 @@ class EvaluateConfig(Section):
         description="exported student folder, MLflow model URI (models:/m-...), or timm name (regla_m, timm/<name>)",
     )
     weights: str = Field(
-        "pretrained", description="weights of a timm name: pretrained, random[:seed], or a checkpoint file"
+        "pretrained",
+        description="weights of a timm name (with student.args): pretrained, random[:seed], or a checkpoint file",
     )
     input_size: int | None = Field(
         None,
