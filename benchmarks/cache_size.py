@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.synthetic_cache import binary_column
-from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
 from pipeline.cache.layout.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
 from pipeline.config.load import load_config
@@ -38,9 +37,7 @@ from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
 from teachers.base import Teacher
 
-CODECS = ("float32", "float16", "bfloat16", "int8", "int8-zstd")
-DIVISORS = (2, 4, 8, 16, 32)
-"""Components of the fixed projections, as parts of the channels."""
+CODECS = ("float32", "float16", "bfloat16", "int8", "int8-zstd", "pca-int8", "pca-int8-zstd")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,22 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         height, width, channels = *teacher.spec.grid, teacher.spec.patch_dim
         name = f"{teacher.spec.name} {height}x{width}x{channels}{' (untrained)' if untrained else ''}"
         print(f"\n{name}: {len(images) // 2} images to fit, as many to evaluate")
-        rows = _measure(entry, config, teacher, _features(teacher, images, config.cache.batch_size))
-        results[name] = {"untrained": untrained, "codec": entry.codec or config.cache.codec, **rows}
+        codec = entry.codec or config.cache.codec
+        rows = _measure(codec, _features(teacher, images, config.cache.batch_size))
+        results[name] = {"untrained": untrained, "codec": codec, **rows}
     if options.figure:
         _draw(results, options.figure)
     print(json.dumps(_summary(results)))
 
 
 def _images(config: DistillJobConfig, count: int) -> Iterator[bytes]:
-    settings = SceneSettings(config.data.samples.train, config.data.samples.size, config.seed)
-    source = open_source(config.data.train, split="train", image_column=config.data.image_column, samples=settings)
+    data = config.data
+    settings = SceneSettings(data.samples.train, data.samples.size, config.seed)
+    source = open_source(data.train, split="train", image_column=data.image_column, samples=settings)
     index = source.index()
     chosen = np.linspace(0, index.num_rows - 1, min(count, index.num_rows)).round().astype(int)
     # Alternate halves are compared, so no class may lie in one of them only.
-    for data in source.read(index.take(np.random.default_rng(0).permutation(chosen))):
-        if isinstance(data, bytes):
-            yield data
+    found = source.read(index.take(np.random.default_rng(0).permutation(chosen)))
+    return (image for image in found if isinstance(image, bytes))
 
 
 @torch.inference_mode()
@@ -82,34 +80,29 @@ def _features(teacher: Teacher, images: Sequence[bytes], batch_size: int) -> dic
     teacher.load()
     spec, parts = teacher.spec, []
     for first in range(0, len(images), batch_size):
-        pixels = [
-            crop_and_resize(decode_image(d), FULL, spec.input_size, spec.interpolation)
-            for d in images[first : first + batch_size]
-        ]
+        decoded = map(decode_image, images[first : first + batch_size])
+        pixels = [crop_and_resize(image, FULL, spec.input_size, spec.interpolation) for image in decoded]
         parts.append(teacher.encode(torch.from_numpy(np.stack(pixels))))
     features = {"patches": torch.cat([part.patches for part in parts])}
     summaries = [part.summary for part in parts if part.summary is not None]
     return features | ({"summary": torch.cat(summaries)} if summaries else {})
 
 
-def _measure(
-    entry: TeacherConfig, config: DistillJobConfig, teacher: Teacher, features: dict[str, Tensor]
-) -> dict[str, dict[str, float]]:
-    channels = teacher.spec.patch_dim
-    fixed = [f"pca{channels // part}-int8" for part in DIVISORS if channels // part >= 4]
-    names = dict.fromkeys([*CODECS, "pca-int8", "pca-int8-zstd", *fixed, entry.codec or config.cache.codec])
+def _measure(own: str, features: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Bytes and fidelity by codec, which include the recipe's own."""
+    channels = features["patches"].shape[-1]
+    fixed = [f"pca{channels // part}-int8" for part in (2, 4, 8, 16, 32) if channels // part >= 4]
     print(
         f"  {'codec':<18}{'components':>11}{'bytes per image':>16}{'of float32':>12}{'cosine':>9}{'1st pct':>9}{'error':>8}"
     )
     rows: dict[str, dict[str, float]] = {}
-    for name in names:
+    for name in dict.fromkeys([*CODECS, *fixed, own]):
         codec = Codec.parse(name)
         projection = fit_projection(codec, features["patches"][::2]) if codec.pca else None
-        rows[name] = _evaluate(codec, projection, {kind: values[1::2] for kind, values in features.items()})
-        row, first = rows[name], rows["float32"]["bytes"]
-        kept = len(projection.basis) if projection else channels
+        row = rows[name] = _evaluate(codec, projection, {kind: values[1::2] for kind, values in features.items()})
+        kept, part = len(projection.basis) if projection else channels, rows["float32"]["bytes"] / row["bytes"]
         print(
-            f"  {name:<18}{kept:>11}{row['bytes']:>16,.0f}{'1/' + format(first / row['bytes'], '.1f'):>12}"
+            f"  {name:<18}{kept:>11}{row['bytes']:>16,.0f}{f'1/{part:.1f}':>12}"
             f"{row['cosine']:>9.4f}{row['cosine_p1']:>9.4f}{row['relative_error']:>8.4f}"
         )
     return rows
@@ -151,27 +144,17 @@ def _draw(results: dict[str, dict], path: Path) -> None:
 
 
 def _summary(results: dict[str, dict]) -> dict[str, object]:
-    own = {name: rows[rows["codec"]] for name, rows in results.items()}
-    trained = [name for name, rows in results.items() if not rows["untrained"]] or list(results)
-    ratios = {name: results[name]["float32"]["bytes"] / own[name]["bytes"] for name in results}
+    def figures(rows: dict, codec: str) -> dict[str, float]:
+        ratio = rows["float32"]["bytes"] / rows[codec]["bytes"]
+        return {"ratio": round(ratio, 2), "cosine": round(rows[codec]["cosine"], 5)}
+
+    own = {name: figures(rows, rows["codec"]) for name, rows in results.items()}
+    counted = [own[name] for name, rows in results.items() if not rows["untrained"]] or list(own.values())
     return {
-        "ratio": round(min(ratios[name] for name in trained), 2),
-        "min_cosine": round(min(own[name]["cosine"] for name in trained), 4),
-        "teachers": {
-            name: {
-                "codec": results[name]["codec"],
-                "ratio": round(ratios[name], 2),
-                "cosine": round(own[name]["cosine"], 4),
-            }
-            for name in results
-        },
-        "int8": {
-            name: {
-                "ratio": round(rows["float32"]["bytes"] / rows["int8"]["bytes"], 2),
-                "cosine": round(rows["int8"]["cosine"], 5),
-            }
-            for name, rows in results.items()
-        },
+        "ratio": min(row["ratio"] for row in counted),
+        "min_cosine": min(row["cosine"] for row in counted),
+        "teachers": {name: {"codec": results[name]["codec"], **row} for name, row in own.items()},
+        "int8": {name: figures(rows, "int8") for name, rows in results.items()},
     }
 
 

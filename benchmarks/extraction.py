@@ -77,7 +77,7 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     shard_size = options.shard_size or -(-count // CONCURRENT_SHARDS[options.device])
     dataset = write_dataset(folder, count, read_photos(options.photos) if options.photos else jpegs(256), shard_size)
     config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
-    teacher = _cached(config, options)
+    teacher = _load(config, options)
     actor = partial(Extract, {"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
     if options.processes:
         actor = partial(_in_processes, actor)
@@ -108,9 +108,9 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _cached(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher:
+def _load(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher:
     teacher = make_teacher(config)
-    teacher.load()
+    teacher.load()  # which finds the digest of its weights
     name = teacher_id(teacher.spec, options.codec, options.precision)
     return CachedTeacher(config, teacher.spec, name, options.codec, options.precision, teacher.weights_sha256)
 
@@ -224,7 +224,7 @@ def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
     from pipeline.runtime.ray_session import connect
 
     dataset = write_dataset(folder, options.images or 50000, jpegs(48), 512)
-    teacher = _cached(TeacherConfig(model="hog", input_size=options.side), options)
+    teacher = _load(TeacherConfig(model="hog", input_size=options.side), options)
     rows = [{"split": "train", "shard": shard} for shard in range(dataset.shards)]
     with connect(), watch_memory("driver", {"Extract": "actor"}) as curves:
         images = sum(row["images"] for row in extract_shards(rows, ({"train": dataset}, [teacher]), options.batch_size))

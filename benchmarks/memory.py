@@ -13,7 +13,6 @@ from statistics import fmean
 
 from tests.processes import descendants, read_proc
 
-INTERVAL_S = 0.5
 PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -21,13 +20,12 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 @contextmanager
-def watch_memory(this: str, below: dict[str, str] | None = None, interval: float = INTERVAL_S) -> Iterator[Curves]:
-    """Sample while the block runs.
+def watch_memory(this: str, below: dict[str, str] | None = None, interval: float = 0.5) -> Iterator[Curves]:
+    """Sample every `interval` seconds while the block runs.
 
     Args:
         this: label of this process.
         below: labels of descendants by a part of their titles; processes with the same label are summed.
-        interval: seconds between samples.
     """
     curves: Curves = defaultdict(list)
     done = threading.Event()
@@ -35,10 +33,10 @@ def watch_memory(this: str, below: dict[str, str] | None = None, interval: float
     def sample() -> None:
         started = time.perf_counter()
         while not done.wait(interval):
-            sums = {this: _resident_mib(os.getpid())}
+            sums: defaultdict[str, float] = defaultdict(float, {this: _resident_mib(os.getpid())})
             for pid, title in (descendants(os.getpid()) if below else {}).items():
                 for label in {label for part, label in (below or {}).items() if part in title}:
-                    sums[label] = sums.get(label, 0.0) + _resident_mib(pid)
+                    sums[label] += _resident_mib(pid)
             for label, mib in sums.items():
                 curves[label].append((time.perf_counter() - started, mib))
 
