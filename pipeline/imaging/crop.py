@@ -25,7 +25,7 @@ def crop_and_resize(
         interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
-        [3, height, width] uint8, contiguous. Channels come first as in torch's result: a transpose takes as long again.
+        [3, height, width] uint8, contiguous; channels first, because a transpose would take as long as the resizing.
     """
     pixels = image if isinstance(image, np.ndarray) else np.array(image)
     (top, bottom), (left, right) = (

@@ -20,8 +20,8 @@ _ORIENTATION_MARKERS = (b"Exif\x00\x00", b"http://ns.adobe.com/xap/")
 def decode_image(data: bytes) -> Image.Image:
     """Decode an encoded image to 8-bit RGB, upright by its EXIF orientation.
 
-    Alpha is dropped, as in the loaders that teachers were trained with; 16-bit grey keeps its high byte. libjpeg decodes
-    around some damage inside JPEG scan data without an error: such an image passes, smeared.
+    Alpha is dropped, as in the loaders that teachers were trained with; 16-bit grey keeps its high byte. libjpeg reports
+    no error for some damage inside JPEG scan data: such an image is accepted with smeared pixels.
 
     Raises:
         ValueError: if the image is truncated, corrupt, of an unknown format, or has more than `MAX_PIXELS` pixels; the

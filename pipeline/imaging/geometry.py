@@ -40,11 +40,11 @@ class ViewPolicy:
     """The views of each image that are cached.
 
     Attributes:
-        crops: random resized crops per image; 0: one view, the whole image, and the other fields have no effect.
+        crops: random resized crops per image; 0: the whole image as its only view, and the other fields are ignored.
         min_area: minimum share of the image's area.
         max_ratio: maximum aspect ratio of a crop, in either direction.
         flip: probability that a crop is mirrored.
-        seed: of the random crops, together with the sample id.
+        seed: determines the crops of an image together with its sample id.
     """
 
     crops: int = 0
@@ -55,7 +55,7 @@ class ViewPolicy:
 
     @property
     def rows_per_image(self) -> int:
-        """Number of views of one image."""
+        """Number of views per image."""
         return self.crops or 1
 
     @property

@@ -8,7 +8,7 @@ import ctypes
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
-"""For processes that have threads before they can call :func:`keep_freed_memory`, such as Ray workers.
+"""For processes whose threads start before they can call :func:`keep_freed_memory`, such as Ray workers.
 
 By default each thread gets an arena of its own. An arena cannot hold more than 64 MiB in one piece, so larger tensors are
 mapped anew whatever `mallopt` says, and new threads reuse existing arenas.

@@ -21,7 +21,7 @@ def helper_process_context(module: str) -> ForkServerContext:
 def init_helper_process() -> None:
     """Initialise a child process: one torch thread, Ctrl-C left to the parent, exit when the parent has exited.
 
-    End-of-file on a pipe is no sign of that: the children of a pool inherit each other's pipe ends and keep them open.
+    Waits for the parent itself: a pipe would not reach its end, because siblings inherit and hold its other end.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

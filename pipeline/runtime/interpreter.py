@@ -1,4 +1,4 @@
-"""How soon threads of one interpreter get their turn."""
+"""How long threads wait for Python's interpreter lock."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Source(Protocol):
 
     @property
     def random_access(self) -> bool:
-        """Whether rows are fast to read in any order; if not, neighbours in the index share a block that is read as a whole."""
+        """Whether single rows are fast to read; if not, neighbours in the index share a block that is read as a whole."""
 
     def index(self) -> pa.Table:
         """Table of `INDEX_SCHEMA`, sorted by sample id, ids unique, never empty.

@@ -21,7 +21,7 @@ IGNORE = -1
 """Label of a pixel without a class."""
 
 UNLABELLED = 255
-"""Value of such a pixel in a mask file, as is 0."""
+"""Value of a pixel without a class in a mask file; 0 means the same."""
 
 
 class LabelMaps(Protocol):

@@ -16,7 +16,7 @@ _SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:ing|id|idation)?\d*(?=$|[-_.
 
 
 def absolute(location: str) -> str:
-    """Absolute path of a location, which also holds for a worker with another working folder.
+    """Absolute path of a location, valid in workers with another working folder.
 
     Raises:
         UserError: if the location is a URI.

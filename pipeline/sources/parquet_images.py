@@ -122,7 +122,7 @@ class ParquetImages:
         return pa.record_batch([label, byte_counts(image, self.image.layout), path], schema=_MEASURED)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """Image bytes of these index rows, raw arrays as PNG. Each row group is read once, whatever the order of the rows."""
+        """Image bytes of these index rows, in any order; raw arrays as PNG. Each row group is read once."""
         stored = pc.sort_indices(rows, [("uri", "ascending"), ("offset", "ascending")])
         images = list(self._read_stored(rows.take(stored)))
         yield from (images[place] for place in pc.sort_indices(stored).to_pylist())
@@ -173,6 +173,6 @@ def _paths_are_ids(table: pa.Table) -> bool:
     path = table["path"]
     if path.null_count or pc.count_distinct(path).as_py() < len(path):
         return False
-    # Shards follow the order of ids: with shuffled paths every shard would read every row group of a large dataset.
+    # Cache shards follow the order of ids: if paths were shuffled, every shard would read every row group.
     groups = table["group"].take(pc.sort_indices(path)).to_numpy()
     return np.count_nonzero(np.diff(groups)) == len(np.unique(groups)) - 1

@@ -82,7 +82,7 @@ class SampleScenes:
         return f"samples-{self.split}-n{self.count}-s{self.size}-seed{self.seed}"
 
     def index(self) -> pa.Table:
-        """One row per scene: `offset` is its number, `size` is 0 as nothing is rendered, labels cycle through the classes."""
+        """One row per scene; its number is `offset`, and labels cycle through the classes. Renders nothing: `size` is 0."""
         rows = [IndexRow(f"scene-{number:08d}", number % len(CLASSES), "", number, 0) for number in range(self.count)]
         return make_index(rows, location=self.location, looked_for="data.samples")
 

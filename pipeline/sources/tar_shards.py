@@ -103,7 +103,7 @@ def _refuse_dotted(sample: dict[str, tarfile.TarInfo]) -> None:
 
 
 class _Member(tarfile.TarInfo):
-    """Refuses sizes that would read a whole archive, or exhaust memory, as an extended header."""
+    """Refuses negative sizes, and extended headers so large that reading one would exhaust memory."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         # tarfile's hook for subclasses. Versions before the fix of CVE-2025-8194 loop forever on a negative size.
@@ -122,7 +122,7 @@ _EXTENDED = (
 
 
 def _advancing(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members. A member that claims to end before it starts would be returned again and again."""
+    """The members; refuses one that claims to end before it starts, which tarfile would return forever."""
     for member in tar:
         if member.size < 0 or tar.offset <= member.offset:
             raise tarfile.ReadError(f"member '{member.name}' claims a size of {member.size} bytes")
