@@ -24,20 +24,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-3) -> Tensor:
     The form is EfficientViT's ReLU linear attention (arXiv 2205.14756, LiteMLA) [family]; the arrangement below is
     [ours] and safe in half precision, where the textbook sums overflow or divide 0 by 0:
 
-    - K is scaled by N^-1/2, so that sums over tokens grow like sqrt(N) instead of N;
-    - numerator and denominator are divided by the mean of the denominator vector, so the scale of K cancels (which also
-      makes a traced graph that bakes in N right at other sizes) and ``eps`` is relative to it;
+    - K is scaled by N^-1/2, so that sums over tokens grow like sqrt(N) instead of N; they accumulate in float32;
+    - numerator and denominator are divided by the mean of the denominator vector, so the scale of K cancels (a traced graph
+      with a fixed N is right at other sizes too) and ``eps`` is relative to it;
     - the weights are non-negative and sum to less than 1, so |out| <= max |v|. A token whose q is all zero, and every
       token of a head whose K is all zero, gets 0.
 
     A query with sum(q) near ``eps`` is pulled towards zero; after BatchNorm and ReLU the sum is typically above 10.
-    float16 stays finite while sqrt(N) * mean(k) * max|v| < 65504. The sum over tokens accumulates in float32 for half
-    inputs, under autocast on any device too.
+    float16 stays finite while sqrt(N) * mean(k) * max|v| < 65504.
 
     Args:
-        q: queries (B, h, d, N), >= 0, any floating dtype.
-        k: keys (B, h, d, N), >= 0, same dtype.
-        v: values (B, h, e, N), same dtype.
+        q, k, v: queries and keys (B, h, d, N), >= 0, and values (B, h, e, N), of one floating dtype.
         eps: added to the denominator.
 
     Returns:
@@ -64,11 +61,9 @@ class RGMA(nn.Module):
         M     = BN(DW_local(V))                       (5)  local term [family: MLLA, FLatten]; see below
         Y     = BN(W_o ((A + M) * gate(BN(W_g X))))   (6)  [paper: gated]; on the output [family: iFormer SHMA]
 
-    M restores the rank that linear attention (rank <= d) loses and makes the gated quantity local and global
-    ([paper]: "enhances local feature representation").
+    M restores the rank that linear attention (rank <= d) loses ([paper]: "enhances local feature representation").
 
     Args:
-        dim: channels C.
         heads: heads h, a divisor of C; h = C / 64 in the sizes shipped [ours].
         qk_dim: query and key channels d per head; 32 in the sizes shipped [ours].
         local_kernel: kernel of the local term, 0 leaves it out.
@@ -80,8 +75,8 @@ class RGMA(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        # Per head [q(d) | k(d)], so that in NCHW batch and head merge without a copy; V and the gate stay convolutions of
-        # their own, so that V is contiguous for the depthwise local term [ours].
+        # Per head [q(d) | k(d)], so that batch and head merge without a copy; V is a convolution of its own, so that it is
+        # contiguous for the local term [ours].
         self.qk = nn.Sequential(ConvBN(dim, 2 * heads * qk_dim), nn.ReLU())
         self.v = ConvBN(dim, dim)
         self.local = ConvBN(dim, dim, local_kernel, groups=dim) if local_kernel else None
@@ -112,12 +107,7 @@ class RGMABlock(nn.Module):
     [family: iFormer].
 
     Args:
-        dim: channels C.
-        ffn_ratio: expansion of the FFN.
-        drop_path: drop probability of both residual branches.
         cpe_kernel: kernel of the CPE, 0 leaves it out (for ablation).
-        act: activation of the FFN, a key of ``ACTIVATIONS``.
-        layer_scale: initial layer scale, None for none.
         **attention: the arguments of :class:`RGMA` after ``dim``.
     """
 
@@ -153,16 +143,10 @@ class ELRF(nn.Module):
     instead of 49. Training adds a 1x1 branch beside the 3x3 and a 3x3 beside the 5x5 [family: RepViT, UniRepLKNet].
 
     Args:
-        dim: channels C.
-        ffn_ratio: expansion of both FFNs.
-        drop_path: drop probability of both residual branches.
         mode: where the second depthwise convolution is. "in": in front of the expansion, on C channels ([ours]: our
             reading of [2nd] "integrated within another FFN"); "mid": on the hidden channels, before the activation
             [family: Mix-FFN of SegFormer], +16 % latency at 512 px; "pre": residual by itself, in front of the FFN.
-        kernels: the two kernel sizes.
         reparam: add the smaller parallel branches in training.
-        act: activation of the FFNs, a key of ``ACTIVATIONS``.
-        layer_scale: initial layer scale, None for none.
     """
 
     def __init__(

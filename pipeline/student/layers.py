@@ -31,10 +31,7 @@ class ConvBN(nn.Sequential):
         self.bn = nn.BatchNorm2d(out_dim)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Return the float64 (weight, bias) of the one convolution that equals this pair in eval mode.
-
-        w' = w * g / sqrt(var + eps), b' = beta - mean * g / sqrt(var + eps)   [family: RepViT].
-        """
+        """Return the float64 (weight, bias) of the one convolution that equals this pair in eval mode [family: RepViT]."""
         scale, shift = affine(self.bn)
         return double(self.conv.weight) * scale.view(-1, 1, 1, 1), shift
 
@@ -50,7 +47,6 @@ class RepDW(nn.Module):
     [family: RepViT, RepLKNet, UniRepLKNet].
 
     Args:
-        dim: channels C.
         kernel: odd kernel size.
         small: odd kernel size of the extra branch, at most ``kernel``; 0 leaves the branch out.
         identity: add the input.
@@ -88,7 +84,6 @@ class Residual(nn.Module):
 
     Args:
         branch: maps (B, C, H, W) to the same shape; it must register its final ConvBN last.
-        dim: channels C.
         drop_path: probability of dropping the branch per sample, in training only.
         layer_scale: initial value of gamma; None leaves gamma out.
     """
@@ -130,14 +125,8 @@ class Residual(nn.Module):
 class FFN(nn.Sequential):
     """Two 1x1 convolutions around an activation: (B, C, H, W) -> (B, C, H, W), width C -> ratio * C -> C.
 
-    [family: iFormer FFN2d], with two optional depthwise convolutions, both used by the ELRF block.
-
-    Args:
-        dim: channels C.
-        ratio: expansion of the hidden width.
-        act: a key of ``ACTIVATIONS``.
-        before: module on C channels before the expansion.
-        inside: module on the hidden channels between the expansion and the activation.
+    [family: iFormer FFN2d], with optional depthwise convolutions of the ELRF block: ``before`` the expansion, on C channels,
+    and ``inside``, on the hidden channels before the activation.
     """
 
     def __init__(
@@ -172,10 +161,8 @@ class NormLinear(nn.Sequential):
 class Classifier(nn.Module):
     """One NormLinear head, or two whose mean is the prediction: (B, dim) -> (B, num_classes).
 
-    The second head is for distillation; each may then learn from its own target [family: iFormer, RepViT, DeiT].
-
-    Attributes:
-        distilled_training: with two heads and in training mode, return both outputs as a pair instead of their mean.
+    The second is for distillation; with ``distilled_training``, training mode returns both outputs, so that each may learn
+    from its own target [family: iFormer, RepViT, DeiT].
     """
 
     def __init__(self, dim: int, num_classes: int, distill_head: bool = False) -> None:
@@ -190,9 +177,7 @@ class Classifier(nn.Module):
         if self.distill is None:
             return y
         z = self.distill(x)
-        if self.training and self.distilled_training:
-            return y, z
-        return (y + z) / 2
+        return (y, z) if self.training and self.distilled_training else (y + z) / 2
 
     def fuse(self) -> nn.Linear:
         """Return one Linear that equals this module in eval mode."""
@@ -214,7 +199,7 @@ def fuse_children(module: AnyModule) -> AnyModule:
 
 
 def affine(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return the float64 (scale, shift), each (C,), that ``bn`` applies per channel in eval mode."""
+    """Return the float64 (scale, shift), each (C,), of ``bn`` in eval mode: g / sqrt(var + eps), beta - mean * scale."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
     scale = double(bn.weight) / torch.sqrt(double(bn.running_var) + bn.eps)

@@ -37,14 +37,11 @@ class ReGLA(nn.Module):
     """ReGLA backbone and classifier: images (B, in_chans, H, W) -> logits (B, num_classes).
 
     Args:
-        dims: channels C1..C4; C1 even, C3 and C4 divisible by their heads.
-        depths: blocks L1..L4.
+        dims, depths: channels C1..C4, C1 even, C3 and C4 divisible by their heads; blocks L1..L4.
         heads: heads in stages 3 and 4; one number for both.
         ffn_ratio: FFN expansion per stage.
         qk_dim: query and key channels per head in stages 3 and 4; one number for both.
-        elrf_mode: "in", "mid" or "pre", see :class:`ELRF`.
-        elrf_kernels: the two depthwise kernels of ELRF, odd, >= 3.
-        reparam: extra parallel branches in ELRF during training.
+        elrf_mode, elrf_kernels, reparam: see :class:`ELRF`; kernels odd, >= 3.
         cpe_kernel: kernel of the CPE, odd, >= 3; 0 for none.
         local_kernel: kernel of RGMA's local term: 0 (none), 3 or 5.
         gate_act: "sigmoid", "silu", "hardsigmoid" or "none".
@@ -52,11 +49,9 @@ class ReGLA(nn.Module):
         stem: "conv" or "fused_ib", see :class:`Stem`.
         drop_path: drop-path rate of the last block; rises linearly from 0 over the blocks.
         layer_scale: initial layer scale, None for none [family: iFormer: none up to L2].
-        branch_scale: scale that the last BatchNorm of each residual branch starts with: 1 [family: iFormer], or 0, which
-            starts every block as the identity (Goyal et al. 2017, arXiv 1706.02677, section 5.1). docs/results.md has
-            a training that 0 helps and one that it hinders; folds away like any BatchNorm.
-        num_classes: classes; 0 leaves the classifier out.
-        in_chans: input channels.
+        branch_scale: initial scale of the last BatchNorm of each residual branch: 1 [family: iFormer], or 0, which starts
+            every block as the identity (Goyal et al. 2017, arXiv 1706.02677, section 5.1); see docs/results.md.
+        num_classes: 0 leaves the classifier out.
         distill_head: second classifier for distillation, see :class:`~pipeline.student.layers.Classifier`.
         drop_rate: dropout in front of the classifier.
         global_pool: "avg", or "" to return the last map (num_classes must then be 0).
@@ -137,7 +132,7 @@ class ReGLA(nn.Module):
                 module.start_branch_at(branch_scale)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Map (B, in_chans, H, W) to logits (B, num_classes); see :meth:`forward_head` for the other outputs."""
+        """Map (B, in_chans, H, W) to logits (B, num_classes), or the other outputs of :meth:`forward_head`."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -145,11 +140,7 @@ class ReGLA(nn.Module):
         return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Pool and classify: global average pool -> BatchNorm1d -> Linear [family: iFormer, RepViT].
-
-        Args:
-            x: (B, C4, H, W).
-            pre_logits: stop before the classifier.
+        """Pool (B, C4, H, W) and classify: global average pool -> BatchNorm1d -> Linear [family: iFormer, RepViT].
 
         Returns:
             (B, num_classes); (B, C4) with ``pre_logits`` or without classes; ``x`` itself with ``global_pool=""``; a
@@ -177,14 +168,10 @@ class ReGLA(nn.Module):
             norm: no effect, there is no norm after a stage.
             stop_early: do not run the stages after the last one asked for.
             output_fmt: "NCHW".
-            intermediates_only: return the list alone.
-
-        Returns:
-            The list of maps in the order of the stages, or (last map that ran, list of maps).
+            intermediates_only: return the list of maps instead of (last map that ran, list of maps).
 
         Raises:
-            ValueError: another ``output_fmt``.
-            AssertionError: an index out of range (timm's ``feature_take_indices``).
+            ValueError, AssertionError: another ``output_fmt``; an index out of range.
         """
         _check_choice("output_fmt", output_fmt, ("NCHW",))
         wanted, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
@@ -216,7 +203,7 @@ class ReGLA(nn.Module):
         return wanted
 
     def get_classifier(self) -> nn.Module:
-        """Return the classifier: a ``Classifier``, an ``Identity`` without classes, a ``Linear`` after :meth:`fuse`."""
+        """Return the ``Classifier``, or an ``Identity`` without classes, or a ``Linear`` after :meth:`fuse`."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -242,11 +229,7 @@ class ReGLA(nn.Module):
             self.head.distilled_training = enable
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass of training, to save memory.
-
-        Outputs and gradients stay the same. Running BatchNorm statistics move twice per step, since each block runs
-        twice (true of every BatchNorm network under ``torch.utils.checkpoint``).
-        """
+        """Recompute each block in the backward pass, to save memory; running BatchNorm statistics then move twice per step."""
         for stage in self.modules():
             if isinstance(stage, Stage):
                 stage.grad_checkpointing = enable
@@ -262,25 +245,20 @@ class ReGLA(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> "ReGLA":
-        """Fold every BatchNorm, merge every parallel branch and head, drop every DropPath, in place; return self.
+        """Fold every BatchNorm, merge parallel branches and heads, drop DropPath, in place; return self.
 
-        The outputs stay the same up to rounding (folded in float64, cast back). Idempotent [family: RepViT, FastViT].
+        The outputs stay the same up to rounding. Idempotent [family: RepViT, FastViT].
 
         Raises:
             RuntimeError: the model is in training mode, where BatchNorm does not use its running statistics.
         """
         if self.training:
-            raise RuntimeError(
-                "fuse() folds BatchNorm's running statistics, which training mode does not use: call eval() first"
-            )
+            raise RuntimeError("fuse() folds running statistics, which training mode does not use: call eval() first")
         return fuse_children(self)
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Convolutions and linears: truncated normal, std 0.02, bias 0 [family: iFormer].
-
-    BatchNorm starts at 1 and 0, but see ``branch_scale`` of :class:`ReGLA`.
-    """
+    """Convolutions and linears: truncated normal, std 0.02, bias 0 [family: iFormer]."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
