@@ -24,12 +24,7 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 
 class TeacherOutput(NamedTuple):
-    """A teacher's features of a batch of B images.
-
-    Attributes:
-        summary: [B, D_s], one vector per image, or None if the teacher has none (SAM).
-        patches: [B, h, w, D] features in row-major image order.
-    """
+    """A teacher's features of B images: summary [B, D_s], or None (SAM), and patches [B, h, w, D]."""
 
     summary: Tensor | None
     patches: Tensor

@@ -46,8 +46,7 @@ class TimmTeacher(Teacher):
     """A timm model: patches are its last features, the summary is the input of its classifier.
 
     Args:
-        name: as in the configuration.
-        model_name: in timm, with or without a pretrained tag.
+        name, model_name: in the configuration, and in timm, with or without a pretrained tag.
         has_summary: whether the summary is meaningful.
         pool, input_size: defaults of the options; None: the published size.
         key_filter: for files with the original authors' keys.

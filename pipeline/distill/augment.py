@@ -14,14 +14,9 @@ from torch import Tensor
 
 from pipeline.distill.config import AugmentConfig
 
-BLUR_SIGMA = (0.1, 2.0)
-"""Range of the blur's standard deviation in pixels, as in DINO (Caron et al. 2021) and its successors."""
-
-BLUR_SIDE = 9
-"""Side of the blur's kernel in pixels, as in DINOv2."""
-
-GREY = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue (ITU-R BT.601), as in torchvision and Pillow."""
+BLUR_SIGMA = (0.1, 2.0)  # range of the blur's standard deviation in pixels, as in DINO (Caron et al. 2021)
+BLUR_SIDE = 9  # of the blur's kernel in pixels, as in DINOv2
+GREY = (0.2989, 0.587, 0.114)  # red, green and blue (ITU-R BT.601), as in torchvision and Pillow
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,7 @@ class DistillResult:
 
 
 def steps_per_epoch(phase: Phase) -> int:
-    """Optimiser steps of an epoch, if no image is quarantined.
-
-    Raises:
-        UserError: if the images do not fill one batch.
-    """
+    """Optimiser steps of an epoch, if no image is quarantined; raises a UserError if the images do not fill one batch."""
     train = phase.plan.split("train")
     assert train is not None
     images, batch = train.dataset.count * train.dataset.policy.rows_per_image, phase.config.train.batch_size
@@ -78,11 +74,7 @@ def steps_per_epoch(phase: Phase) -> int:
 
 
 def training_plan(phase: Phase) -> dict[str, str]:
-    """Readable rows: student, steps, and how the student's feature map is aligned with every teacher's patches.
-
-    Raises:
-        UserError: if training would be refused.
-    """
+    """Readable rows on student, training and grids; raises a UserError if training would be refused."""
     config, teachers = phase.config, phase.plan.teachers
     check_losses(config.loss)
     share = config.train.batch_size // max(1, config.train.most_workers)
@@ -119,7 +111,6 @@ def _evaluated(plan: CachePlan) -> list[str]:
 
 
 def _labelled(plan: CachePlan) -> bool:
-    """Whether both splits exist and have labels."""
     labelled = [split.index["label"].null_count < len(split.index) for split in plan.splits]
     return len(labelled) > 1 and all(labelled)
 
@@ -205,7 +196,6 @@ def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
 
 
 def _log_commit(run: Run, before: PhaseState, figures: Path, history: History, checkpoint: str | None) -> None:
-    """Log the metrics of a checkpoint, and after an evaluation the current figures."""
     run.log_metrics(before.shift(history))
     if any("loss" not in metrics for _, metrics in history):
         for figure in sorted(figures.glob("[!.]*.png")):

@@ -58,7 +58,10 @@ def plan_phases(config: DistillJobConfig, store: Store) -> tuple[Phase, ...]:
         UserError, TeacherError: as :func:`~pipeline.cache.fill.build.plan_cache`; if the splits have different classes; if
             `student.weights` cannot be loaded.
     """
-    start = _find_start(config)
+    student, start = config.student, None
+    if student.weights != "random" and not start_file(open_run(config, "distill").folder).exists():
+        fetch = partial(fetch_student, tracking_uri=resolve_uri(config.tracking.uri, work_folder(config)))
+        start = load_initial_student(student.name, student.weights, student.args, fetch)
     snapshot = RecordSnapshot()
     plans = [(phase, plan_cache(phase, store, snapshot=snapshot)) for phase in config.phase_configs()]
     first, *others = (Phase(phase, plan) for phase, plan in plans)
@@ -68,14 +71,6 @@ def plan_phases(config: DistillJobConfig, store: Store) -> tuple[Phase, ...]:
         if train is not None and val is not None:
             check_splits(train.dataset, val.dataset)
     return phases
-
-
-def _find_start(config: DistillJobConfig) -> LoadedStudent | None:
-    student = config.student
-    if student.weights == "random" or start_file(open_run(config, "distill").folder).exists():
-        return None
-    fetch = partial(fetch_student, tracking_uri=resolve_uri(config.tracking.uri, work_folder(config)))
-    return load_initial_student(student.name, student.weights, student.args, fetch)
 
 
 def start_file(folder: Path) -> Path:
@@ -92,7 +87,6 @@ class PhaseState:
         knn: first and last accuracy in percent, or None without labels.
         teachers: labels, in the order of the distiller's targets.
         weights: averaged weights of the distiller.
-        evaluations: of all phases.
         origin: provenance of the run's initial weights, JSON-ready; None: they were random.
     """
 

@@ -18,11 +18,8 @@ from pipeline.errors import UserError, one_line
 from pipeline.student.neck import FuseNeck
 from teachers.timm_backbone import LOADING
 
-MAP_STRIDE = 16
-"""Stride of the feature map in pixels."""
-
-TAPS = (16, 32)
-"""Strides that the neck fuses by default."""
+MAP_STRIDE = 16  # of the feature map, in pixels
+TAPS = (16, 32)  # strides that the neck fuses by default
 
 
 class StudentOutput(NamedTuple):

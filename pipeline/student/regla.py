@@ -1,10 +1,7 @@
 """ReGLA: efficient receptive-field modelling with a gated linear attention network, as a timm model.
 
-Paper: J. Li et al., "ReGLA: Efficient Receptive-Field Modeling with Gated Linear Attention Network", arXiv 2602.05262.
-Its equations and tables were not available when this was written, so every decision carries a mark: [paper] stated in the
-paper; [2nd] stated only by third-party summaries of it; [family: X] taken from the published relative X; [ours] our
-choice, with the reason. Widths, depths and head counts are all [ours], chosen for parameter parity with iFormer
-(arXiv 2501.15369), and are not the paper's.
+Paper: J. Li et al., arXiv 2602.05262. Its equations and tables were not available, so every decision carries a mark, as in
+`layers.py`. Widths, depths and head counts are all [ours], chosen for parameter parity with iFormer (arXiv 2501.15369).
 
     stem /4 -> ELRF x L1 -> down /8 -> ELRF x L2 -> down /16 -> RGMA x L3 -> down /32 -> RGMA x L4 -> pool -> classifier
 
@@ -27,9 +24,6 @@ from torch import Tensor, nn
 from pipeline.student.blocks import ELRF, GATES, NO_GATE, RGMABlock, Stage, Stem
 from pipeline.student.layers import ACTIVATIONS, Classifier, ConvBN, Residual, fuse_children
 
-ELRF_MODES = ("in", "mid", "pre")
-STEMS = ("conv", "fused_ib")
-POOLINGS = ("avg", "")
 STAGES = 4
 
 
@@ -92,11 +86,11 @@ class ReGLA(nn.Module):
         heads, qk_dim = _per_attention_stage(heads), _per_attention_stage(qk_dim)
         _check_shape(dims, depths, heads, ffn_ratio, qk_dim)
         _check_kernels(elrf_kernels, cpe_kernel)
-        _check_choice("elrf_mode", elrf_mode, ELRF_MODES)
+        _check_choice("elrf_mode", elrf_mode, ("in", "mid", "pre"))
         _check_choice("local_kernel", local_kernel, (0, 3, 5))
         _check_choice("gate_act", gate_act, (*GATES, NO_GATE))
         _check_choice("act", act, tuple(ACTIVATIONS))
-        _check_choice("stem", stem, STEMS)
+        _check_choice("stem", stem, ("conv", "fused_ib"))
         _check(0 <= drop_path < 1, "drop_path", drop_path, "a number in [0, 1)")
         _check(0 <= drop_rate < 1, "drop_rate", drop_rate, "a number in [0, 1)")
         _check(branch_scale >= 0, "branch_scale", branch_scale, "a number >= 0")
@@ -214,7 +208,7 @@ class ReGLA(nn.Module):
         """
         global_pool = self.global_pool if global_pool is None else global_pool
         _check(num_classes >= 0, "num_classes", num_classes, "an integer >= 0")
-        _check_choice("global_pool", global_pool, POOLINGS)
+        _check_choice("global_pool", global_pool, ("avg", ""))
         _check(bool(global_pool) or not num_classes, "global_pool", global_pool, "'avg', or '' with num_classes=0")
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -298,23 +292,20 @@ def _check_kernels(elrf_kernels: Sequence[int], cpe_kernel: int) -> None:
     _check(cpe_kernel == 0 or (cpe_kernel >= 3 and cpe_kernel % 2 == 1), "cpe_kernel", cpe_kernel, "0 or odd and >= 3")
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.95,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1.conv",
-        "classifier": ("head.main.linear", "head.distill.linear"),
-        "paper_ids": "arXiv:2602.05262",
-        "paper_name": "ReGLA: Efficient Receptive-Field Modeling with Gated Linear Attention Network",
-        **kwargs,
-    }
-
+_CFG: dict[str, Any] = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.95,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "stem.conv1.conv",
+    "classifier": ("head.main.linear", "head.distill.linear"),
+    "paper_ids": "arXiv:2602.05262",
+    "paper_name": "ReGLA: Efficient Receptive-Field Modeling with Gated Linear Attention Network",
+}
 
 # All [ours]. M is narrower in stages 1 and 2 and wider in stage 4's FFN than its first prototype (dims 48, 96, 192, 384;
 # depths 1, 2, 8, 3; FFN ratio 3): equal parameters, 0.75 of the MACs, see docs/results.md.
@@ -327,7 +318,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "regla_xl": {"dims": (64, 128, 320, 512), "depths": (2, 2, 11, 4), "heads": (5, 8), "drop_path": 0.2},
 }
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in SIZES})
+default_cfgs = generate_default_cfgs({name: dict(_CFG) for name in SIZES})
 
 
 def _create_regla(variant: str, pretrained: bool, **kwargs: Any) -> ReGLA:
