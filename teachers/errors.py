@@ -8,9 +8,9 @@ class TeacherError(Exception):
 
 
 class WeightsNotFoundError(TeacherError):
-    """The weights are in no local file and no hub."""
+    """The weights are neither in a local file nor on the hub."""
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """The text of an exception as one line, cut at a word, with `...`, where it is longer than `limit` characters."""
+    """The text of an exception as one line, cut at a word to `limit` characters."""
     return textwrap.shorten(str(error), limit, placeholder=" ...")

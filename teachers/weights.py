@@ -185,7 +185,7 @@ def conversion_errors(path: str | Path, teacher: str) -> Iterator[None]:
 def check_keys(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], teacher: str, ignored: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """The expected tensors: no key may be missing, left over, or of another shape or kind of number.
+    """The expected tensors, none missing or surplus, all of the expected shape, and floating-point where expected.
 
     Args:
         expected: the model's own state dict.

@@ -1,4 +1,4 @@
-"""The module that is trained: the student, and for each teacher its heads, frozen standardisation and grid rule."""
+"""The trained module: the student, and each teacher's heads, frozen standardisation and grid rule."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def curves_figure(
 def features_figure(
     module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None, path: Path
 ) -> Path:
-    """Images beside every teacher's patch features and the student's predictions of them.
+    """Images, every teacher's patch features, and the student's predictions of them, in columns.
 
     Colours are the first three principal components of the teacher's features, for both, so that equal colours mean equal
     features. The student's own feature map has components of its own.

@@ -1,4 +1,4 @@
-"""Neck and heads beside an exported student, which predict the teachers' features.
+"""Neck and heads exported with a student, which predict the teachers' features.
 
     heads.safetensors    neck, heads and standardisation
     heads.json           taps, widths and teachers
@@ -68,7 +68,7 @@ class StudentWithHeads(nn.Module):
 
 
 def save_heads(distiller: Distiller, hidden: int, folder: Path) -> None:
-    """Write neck and heads, of `hidden` channels, beside an exported student."""
+    """Write neck and heads, of `hidden` channels, into the folder of an exported student."""
     parts = {}
     description: dict[str, Any] = {"hidden": hidden, "standardise": distiller.loss.standardise, "teachers": []}
     for label, target in distiller.labelled_targets():

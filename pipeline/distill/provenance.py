@@ -1,4 +1,4 @@
-"""Provenance of a student: a file beside it that goes with it to MLflow and into exports."""
+"""Provenance of a student: a file in its folder, which MLflow and exports keep with it."""
 
 from __future__ import annotations
 

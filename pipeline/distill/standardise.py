@@ -50,7 +50,7 @@ class MeanStd(Standardiser):
         super().__init__()
         self.register_buffer("mean", torch.from_numpy(mean).float())
         self.register_buffer("std", torch.from_numpy(std).float())
-        # Computed once: in a step they would be eight small kernels per teacher and kind of feature.
+        # Computed once, to save eight small kernels per step, teacher and kind of feature.
         self.register_buffer("factors", torch.empty_like(self.std), persistent=False)
         self.register_buffer("shift", torch.empty_like(self.mean), persistent=False)
         self._prepare()

@@ -10,14 +10,14 @@ from pipeline.config.tree import Section
 
 
 class BackboneConfig(Section):
-    """How a network that another field names is built and fed."""
+    """How to build and feed a network that another field names."""
 
     input_size: int = Field(256, ge=16, description="side of the student's input in pixels")
     args: dict[str, Any] = Field({}, description="arguments passed to timm.create_model")
 
 
 class NamedBackboneConfig(BackboneConfig):
-    """A network, and the weights that it starts from."""
+    """A network and its initial weights."""
 
     name: str = Field("regla_t", description="regla_t, regla_s, regla_m, regla_l, regla_xl, or timm/<name>")
     weights: str = Field(

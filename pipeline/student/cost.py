@@ -26,8 +26,7 @@ class Cost:
     Attributes:
         macs: multiply-accumulates of convolutions, linear layers and matrix products, attention's included.
         activations: elements of the outputs of the same operators, as in fvcore and the RegNet paper (arXiv 2003.13678).
-        peak_bytes: of all tensors alive at once, at most: weights, buffers, input and intermediate maps, without the scratch
-            memory of kernels.
+        peak_bytes: largest total of the tensors alive at once (weights, buffers, input and maps), without scratch memory.
     """
 
     parameters: int

@@ -234,7 +234,7 @@ class ReGLA(nn.Module):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters without weight decay beside the norms and biases that timm exempts: layer scale."""
+        """Return the layer scales, which get no weight decay; timm itself exempts norms and biases."""
         return {name for name, _ in self.named_parameters() if name.endswith(".gamma")}
 
     @torch.no_grad()
@@ -322,7 +322,7 @@ default_cfgs = generate_default_cfgs({name: dict(_CFG) for name in SIZES})
 
 
 def _create_regla(variant: str, pretrained: bool, **kwargs: Any) -> ReGLA:
-    # timm's scripts know drop path under this name.
+    # The name in timm's scripts.
     if "drop_path_rate" in kwargs:
         kwargs["drop_path"] = kwargs.pop("drop_path_rate")
     return build_model_with_cfg(
