@@ -56,14 +56,6 @@ def import_task(task: str) -> Any:
     return found
 
 
-def section_of(task: str) -> tuple[str, type[Section]]:
-    """Name and class of a task's configuration section."""
-    if task in TASKS:
-        return task, TASKS[task].section
-    found = import_task(task)
-    return found.name, found.section
-
-
 class FinetuneConfig(Section):
     """What `jobs/finetune.py` trains, and from what."""
 
@@ -142,7 +134,11 @@ class FinetuneJobConfig(ImageJobConfig):
 
 @cache
 def _of_task(root: Any, task: str) -> Any:
-    name, section = section_of(task)
+    if task in TASKS:
+        name, section = task, TASKS[task].section
+    else:
+        own = import_task(task)
+        name, section = own.name, own.section
     if name in root.model_fields:
         raise UserError(f"finetune.task: {task} is called {name}, which is another section of the configuration")
     fields: dict[str, Any] = {name: (section, section())}
