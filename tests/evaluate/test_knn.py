@@ -48,7 +48,7 @@ def test_votes_of_a_low_temperature_do_not_overflow():
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
-def test_every_k_at_once_equals_scikit_learn_with_the_same_weighting(clouds, temperature):
+def test_all_k_of_one_search_equal_scikit_learn_with_the_same_weighting(clouds, temperature):
     bank, labels, queries, expected = (part.numpy() for part in clouds)
     found = knn_accuracies(*clouds, KS, temperature)
     for k in KS:

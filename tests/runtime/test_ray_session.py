@@ -20,7 +20,7 @@ from pipeline.runtime.ray_session import (
 from tests.processes import descendants
 
 
-def test_an_address_that_nothing_listens_on_is_an_error_at_once(monkeypatch):
+def test_an_address_that_nothing_listens_on_is_an_immediate_error(monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -126,7 +126,7 @@ def test_workers_ask_for_no_more_cpus_than_nodes_have(monkeypatch, nodes, worker
     assert cpus_per_worker(workers, most) == expected
 
 
-def test_a_submitted_jobs_own_variables_are_not_said_twice(monkeypatch):
+def test_variables_of_a_submitted_job_are_not_set_twice(monkeypatch):
     monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "x")
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     assert _workers_environment(embedded=False) == {"MALLOC_ARENA_MAX": "1"}

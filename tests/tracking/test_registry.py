@@ -131,7 +131,7 @@ def test_the_experiment_begins_with_links_to_the_best_and_keeps_what_else_was_wr
         assert rest.strip() == written.strip()
 
 
-def test_a_store_without_a_registry_is_said_aloud_and_stops_nothing(job, monkeypatch, caplog):
+def test_a_store_without_a_registry_is_a_warning_and_stops_nothing(job, monkeypatch, caplog):
     run, _, registration = job
 
     def refuse(*_, **__):
@@ -143,7 +143,7 @@ def test_a_store_without_a_registry_is_said_aloud_and_stops_nothing(job, monkeyp
     assert f"not registered as {registration.name}: no registry here" in caplog.text
 
 
-def test_a_model_that_is_registered_is_said_to_be_so_though_the_best_cannot_be_marked(job, monkeypatch, caplog):
+def test_a_model_is_registered_even_if_the_best_cannot_be_marked(job, monkeypatch, caplog):
     run, client, registration = job
 
     def refuse(*_, **__):
@@ -193,7 +193,7 @@ def test_the_note_of_a_run_says_what_it_is_made_from():
     assert "Training: 30 epochs of batches of 256 at 256 px, seed 0." in note
 
 
-def test_a_version_is_found_in_its_own_store_whatever_store_the_process_was_told_of(job, tmp_path, monkeypatch):
+def test_a_version_is_found_in_its_own_store_whatever_the_global_tracking_uri(job, tmp_path, monkeypatch):
     run, _, registration = job
     register(run, registration)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")

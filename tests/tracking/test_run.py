@@ -156,7 +156,7 @@ def test_a_run_travels_to_other_processes(start, client):
 
 
 @pytest.mark.parametrize("uri", ["sqlite"], indirect=True)
-def test_artifacts_of_the_sqlite_store_are_beside_it(start, work):
+def test_artifacts_of_a_sqlite_store_are_in_its_folder(start, work):
     run = start()
     run.log_text("a", "beside.txt")
     assert (work / "mlflow.db").is_file()

@@ -52,7 +52,7 @@ def sender(server, box):
     sender.close()
 
 
-def test_letters_are_sent_in_order_and_then_gone(box, server, sender):
+def test_messages_are_sent_in_order_and_then_deleted(box, server, sender):
     for number in range(20):
         box.append("metrics", number)
     assert sender.flush()
@@ -89,7 +89,7 @@ def test_what_is_refused_is_named_and_does_not_hold_up_the_rest(box, server, sen
     assert "refuses tags: no such thing" in caplog.text
 
 
-def test_what_another_process_posts_is_sent_without_being_told(box, server, sender):
+def test_messages_of_another_process_are_found_and_sent(box, server, sender):
     assert sender.flush()
     elsewhere = pickle.loads(pickle.dumps(box))  # noqa: S301
     elsewhere.append("metrics", 1)
@@ -145,7 +145,7 @@ def _raise(error):
     raise error
 
 
-def test_two_that_post_at_once_lose_nothing(box, server, sender):
+def test_two_concurrent_writers_lose_nothing(box, server, sender):
     threads = [threading.Thread(target=lambda: [box.append("m", n) for n in range(25)]) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -155,7 +155,7 @@ def test_two_that_post_at_once_lose_nothing(box, server, sender):
     assert sorted(number for _, number in server.taken) == sorted([*range(25)] * 2)
 
 
-def test_a_letter_is_json(box, tmp_path):
+def test_a_message_is_json(box, tmp_path):
     box.append("text", ["line", "path"])
     (file,) = (tmp_path / "unsent").iterdir()
     assert json.loads(file.read_text()) == {"kind": "text", "content": ["line", "path"]}

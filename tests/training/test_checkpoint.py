@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.training.checkpoint import STATE_FILE, best_copy_path, delete_previous_best, load_state
 
 
-def test_the_best_checkpoint_lies_beside_the_latest_alone(tmp_path):
+def test_only_the_present_best_checkpoint_is_kept(tmp_path):
     local = fs.LocalFileSystem()
     for number in (1, 2):
         checkpoint = tmp_path / f"checkpoint-000{number}-000000"

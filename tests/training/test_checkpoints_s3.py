@@ -57,7 +57,7 @@ def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
     ]
 
 
-def test_checkpoints_lie_beside_the_run_unless_told_otherwise(tmp_path):
+def test_checkpoints_are_in_the_folder_of_the_run_by_default(tmp_path):
     run = tmp_path / "run"
     assert checkpoint_folder(TrainConfig(), run, "train/phase-1") == f"{run}/train/phase-1"
     elsewhere = load_config(DistillJobConfig, None, [f"train.checkpoints={tmp_path}/elsewhere"]).train

@@ -111,7 +111,7 @@ def test_a_best_metric_that_is_not_evaluated_is_refused_before_training():
         run_training(TinyTask(), train_config(best_metric="knn"))
 
 
-def test_raw_weights_are_judged_beside_the_averaged_ones():
+def test_raw_weights_are_evaluated_as_well_as_averaged_ones():
     class Both(TinyTask):
         watched: tuple = ()
 

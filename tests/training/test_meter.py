@@ -39,7 +39,7 @@ def test_a_long_epoch_is_logged_in_fifty_means(monkeypatch):
     )
 
 
-def test_the_time_of_a_step_is_told_by_data_forward_and_backward(monkeypatch):
+def test_the_time_of_a_step_is_divided_into_data_forward_and_backward(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("pipeline.training.meter.time.perf_counter", lambda: now[0])
 
@@ -78,7 +78,7 @@ def test_the_time_of_a_step_is_told_by_data_forward_and_backward(monkeypatch):
         ((0.3, 0.3, 0.05), ""),
     ],
 )
-def test_that_a_gpu_waits_for_data_is_said(shares, expected):
+def test_a_gpu_that_waits_for_data_is_a_warning(shares, expected):
     line = data_bound(dict(zip(("forward_share", "backward_share", "data_wait_share"), shares, strict=True)))
     assert expected in line
     assert bool(line) == bool(expected)

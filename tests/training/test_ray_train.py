@@ -46,7 +46,7 @@ def ray_runs(ray_session, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_on_ray_a_loss_that_is_not_finite_stops_all_workers_at_once_naming_its_batch(ray_runs):
+def test_on_ray_a_loss_that_is_not_finite_stops_all_workers_and_names_its_batch(ray_runs):
     assert "nan at step 6; the batch holds e0-b5-r1-0" in ray_runs.error
 
 
@@ -66,7 +66,7 @@ def test_on_ray_a_second_start_goes_on_from_the_last_checkpoint(ray_runs):
 
 
 @pytest.mark.slow
-def test_on_ray_divergence_leaves_keys_and_states_beside_the_checkpoints(ray_runs):
+def test_on_ray_divergence_leaves_keys_and_states_in_the_folder_of_the_checkpoints(ray_runs):
     file = ray_runs.folder / "train" / "diverged-step-00000006.pt"
     assert str(file) in ray_runs.error
     content = torch.load(file, weights_only=True)
@@ -75,7 +75,7 @@ def test_on_ray_divergence_leaves_keys_and_states_beside_the_checkpoints(ray_run
 
 
 @pytest.mark.slow
-def test_on_ray_the_best_checkpoint_is_kept_beside_the_latest(ray_runs):
+def test_on_ray_the_best_and_the_latest_checkpoints_are_kept(ray_runs):
     evaluations = ray_runs.state["evaluations"]
     best = max(range(len(evaluations)), key=lambda number: evaluations[number][1]["score"])
     (kept,) = (ray_runs.folder / "train" / "best").iterdir()
@@ -122,7 +122,7 @@ def test_on_ray_what_one_worker_refuses_ends_the_training_after_one_more_start(t
 
 
 @pytest.mark.parametrize(("micro", "images"), [(None, 64), (16, 16)])
-def test_a_gpu_of_too_little_memory_is_told_how_many_images_were_too_many(micro, images):
+def test_out_of_memory_names_the_number_of_images(micro, images):
     config = train_config(batch_size=256, micro_batch=micro).model_dump()
     assert f"for {images} images at once: set train.micro_batch" in _out_of_memory({"config": config, "shares": 4})
 

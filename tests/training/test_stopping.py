@@ -8,7 +8,7 @@ from pyarrow import fs
 from pipeline.training.stopping import StopFile, on_sigterm
 
 
-def test_the_first_sigterm_writes_the_file_that_stops_workers_and_the_second_is_as_ever(tmp_path, capsys):
+def test_the_first_sigterm_writes_the_stop_file_and_the_second_ends_the_process(tmp_path, capsys):
     before, stop = signal.getsignal(signal.SIGTERM), StopFile(fs.LocalFileSystem(), str(tmp_path / "stop"))
     stop.remove()
     with on_sigterm(stop.write):
