@@ -141,7 +141,7 @@ def confirm(question: str, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise UserError("nothing was removed: without a terminal to ask on, --yes must be given")
+        raise UserError("nothing was removed: add --yes, because there is no terminal to confirm on")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # stdout ends with a line of JSON
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

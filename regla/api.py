@@ -129,7 +129,7 @@ def evaluate(
     from pipeline.evaluate.config import EvaluateJobConfig
 
     if name not in ("knn", "linear", "seg-probe"):
-        raise UserError(f"evaluate: there is no {name}; name knn, linear or seg-probe")
+        raise UserError(f"evaluate: there is no {name}; choose knn, linear or seg-probe")
     config = _configure(EvaluateJobConfig, "quickstart.yaml", recipe, images, held_out, fields)
     return _numbers(EVALUATIONS[name](config, False))
 

@@ -20,7 +20,7 @@ MEMORY = 1 << 33
 COPIES = ("_to_copy", "copy_")
 INDEXING = ("index", "index_put_", "_unsafe_index")
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
-"""Operations whose outcome the CPU needs to go on."""
+"""Operations whose result the CPU needs before it continues."""
 
 forbidden = False
 """Whether waiting is."""

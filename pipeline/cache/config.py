@@ -64,7 +64,7 @@ class CacheConfig(Section):
 
 
 class PlanConfig(Section):
-    """What `jobs/precompute.py --plan` reckons with; decides nothing that is computed."""
+    """Settings of `jobs/precompute.py --plan`; they affect no computed result."""
 
     gpu_hour_price: float = Field(2.0, ge=0, description="price of a GPU hour, in any currency")
     images_per_second: float = Field(

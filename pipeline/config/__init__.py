@@ -1,1 +1,1 @@
-"""Typed configuration: sections that stand beside the code that they configure, recipes, overrides."""
+"""Typed configuration: sections next to the code that they configure, recipes, overrides."""

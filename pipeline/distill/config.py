@@ -30,7 +30,9 @@ class LossConfig(Section):
         description="weight of each summary loss: cosine, smooth_l1, mse, relation, or package.module:function",
     )
     max_patches: int | None = Field(
-        64, ge=1, description="most patches of an image compared in a step; the next step takes others; none: all"
+        64,
+        ge=1,
+        description="maximum number of patches of an image compared per step; the next step takes others; none: all",
     )
     queue: int = Field(4096, ge=1, description="past summaries of each teacher that relation compares with")
     temperature: float = Field(0.07, gt=0, description="softmax temperature of relation and patch_relation")

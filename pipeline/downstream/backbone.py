@@ -42,7 +42,9 @@ def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> LoadedStude
         UserError: if it is none of these, its weights cannot be loaded, or `student.weights` is set in its place.
     """
     if (weights := config.student.weights) != "random":
-        raise UserError(f"student.weights is what a distillation starts from: set finetune.student={weights} instead")
+        raise UserError(
+            f"student.weights sets the initial weights of a distillation: set finetune.student={weights} instead"
+        )
     name = config.finetune.student or config.student.name
     tagged = "." in name.rpartition("/")[2]  # a tag names weights of the hub
     weights = "pretrained" if tagged else f"random:{config.seed}"

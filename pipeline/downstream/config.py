@@ -57,7 +57,7 @@ def import_task(task: str) -> Any:
 
 
 class FinetuneConfig(Section):
-    """What `jobs/finetune.py` trains, and from what."""
+    """What `jobs/finetune.py` trains, and the backbone it starts from."""
 
     task: str = Field(
         "classify",

@@ -83,7 +83,7 @@ def plan_finetune(config: FinetuneJobConfig) -> FinetunePlan:
     val = task.open("val", train.classes)
     if len(train.classes) < task.min_classes:
         raise UserError(
-            f"data.train ({train.location}): one class leaves nothing to tell apart; finetune.task={task.name} needs "
+            f"data.train ({train.location}) has only one class; finetune.task={task.name} needs "
             f"{task.min_classes} or more"
         )
     task.build(start.encoder, train.classes)

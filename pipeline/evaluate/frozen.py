@@ -74,7 +74,9 @@ class FrozenTeacher(Teacher):
         if self.grid is None:
             return self.encoder(images)[:, None, None]
         if not isinstance(self.encoder, Encoder):
-            raise TeacherError("this model gives one vector per image and no maps: name the exported student folder")
+            raise TeacherError(
+                "this model returns one vector per image, no feature maps: name the exported student folder"
+            )
         maps = self.encoder.maps(images, map_levels(self.encoder.strides))
         side = (self.grid, self.grid) if self.grid else maps[0].shape[2:]
         sized = [F.interpolate(part, size=side, mode="bilinear", antialias=True) for part in maps]

@@ -113,8 +113,7 @@ def check_splits(train: Dataset, val: Dataset) -> None:
     """Raise a UserError if splits have the same location, or a class that only one of them has."""
     if train.location == val.location != SAMPLES:
         raise UserError(
-            f"data.val ({val.location}) are the images of data.train, on which an evaluation is meaningless; name others, or "
-            "none (data.val=none)"
+            f"data.val ({val.location}) are the images of data.train; name other images, or none (data.val=none)"
         )
     if train.classes and val.classes and (odd := odd_class(train.classes, val.classes)) is not None:
         raise UserError(

@@ -81,7 +81,7 @@ def export_coreml(model: nn.Module, path: Path | str, example: Tensor, outputs: 
         import coremltools as ct
     except ImportError:
         raise UserError(
-            "Core ML export needs coremltools: `make env` installs it where Python and system have a wheel of it"
+            "Core ML export needs coremltools: `make env` installs it if it has a wheel for this system and Python version"
         ) from None
     program = torch.export.export(model, (example,)).run_decompositions({})
     package = ct.convert(

@@ -95,7 +95,7 @@ def _pools(model: nn.Module, size: int) -> bool:
 def _with_classifier(bundle: ExportBundle) -> nn.Module:
     """timm's network whose classifier holds our norm and linear layer."""
     if bundle.classifier is None:
-        raise UserError(f"hf: timm has no place for the head of {bundle.name}; {LEAVE_OUT}")
+        raise UserError(f"hf: timm's layout cannot hold the head of {bundle.name}; {LEAVE_OUT}")
     norm, head = bundle.classifier
     encoder, images = bundle.encoder, torch.rand(2, 3, bundle.size, bundle.size)
     model = create_backbone(bundle.timm_name, {**bundle.args, "num_classes": len(bundle.classes)}).eval()

@@ -1,4 +1,4 @@
-"""Trained models on images of one's own, in a few lines.
+"""Trained models on your own images, in a few lines.
 
     from pipeline.predict import load_predictor
 

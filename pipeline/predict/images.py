@@ -25,7 +25,7 @@ def list_images(images: Images) -> list[One]:
     """Every image once: the sorted image files below a folder except hidden ones; lists in their order.
 
     Raises:
-        UserError: for a path that is not there, a folder without images, or an empty list.
+        UserError: for a path that does not exist, a folder without images, or an empty list.
     """
     if isinstance(images, str | Path):
         return [*find_images([Path(images)])]

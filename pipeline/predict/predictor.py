@@ -41,7 +41,7 @@ class Predictor:
         unreadable: reason by file for images that were skipped as unreadable; None, the default: the first one raises.
 
     Raises:
-        UserError: for a device that is not there.
+        UserError: if the device does not exist.
     """
 
     def __init__(

@@ -104,5 +104,5 @@ def _read_state(path: Path) -> dict[str, Any]:
         if not isinstance(known["finished"], bool) or not all(isinstance(i, str) for i in known["mlflow"].values()):
             raise ValueError("fields are of another type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it, and the run starts anew") from error
+        raise UserError(f"{path} cannot be read ({error}): remove it, and the run starts over") from error
     return {field: known[field] for field in SAVED}

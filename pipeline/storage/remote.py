@@ -70,7 +70,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         # Without the listings cache, the driver sees what other processes have written since.
         filesystem, path = fsspec.url_to_fs(uri, use_listings_cache=False)
     except ImportError as error:
-        raise UserError(f"{uri} needs a driver that is not there: {error}") from error
+        raise UserError(f"{uri} needs a driver that is not installed: {error}") from error
     except ValueError as error:
         raise UserError(f"{uri}: {error}; use a local folder, s3://, gs:// or a scheme that fsspec knows") from error
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path

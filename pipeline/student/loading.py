@@ -74,7 +74,7 @@ def load_initial_student(
     """
     create_backbone(name, args)  # refuses name and arguments before anything is fetched
     if weights.partition(":")[0] == "random":
-        raise UserError(f"student.weights={weights}: random weights are those of `seed`; set student.weights=random")
+        raise UserError(f"student.weights={weights}: random weights are drawn from `seed`; set student.weights=random")
     try:
         loaded = _find_initial(name, fetch(weights), args)
     except UserError as error:

@@ -94,7 +94,7 @@ def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
         chosen = _search(client, found.experiment_id, only) if only else runs
     except MlflowException as error:
         raise UserError(
-            f"--filter: MLflow does not understand {only!r} ({one_line(error)}); it takes, for "
+            f"--filter: MLflow cannot parse {only!r} ({one_line(error)}); write, for "
             "instance, \"params.student.name = 'regla_s' and metrics.knn_after > 20\""
         ) from error
     ordered = sorted((_logged(run) for run in runs), key=lambda run: run.started)

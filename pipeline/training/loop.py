@@ -96,7 +96,7 @@ class _Loop:
         except (KeyError, RuntimeError, ValueError) as error:
             reason = one_line(error)
             raise UserError(
-                f"the checkpoint of step {state['position']['step']} is not of this training; an older version of the code may "
+                f"the checkpoint of step {state['position']['step']} belongs to another training; an older version of the code may "
                 f"have written it ({reason}): remove the folder of the run, and the same command restarts the training from "
                 "the cache, which is kept"
             ) from error

@@ -4,7 +4,7 @@
     <folder>/checkpoint-<epoch>-<batch>/state.pt      the last `train.keep_checkpoints`
     <folder>/best/<checkpoint>/state.pt               the best by `train.best_metric`
     <folder>/diverged-step-<step>.pt                  keys, weights and optimiser when the loss was not finite
-    <folder>/stop                                     asks the workers to save and stop; written on SIGTERM
+    <folder>/stop                                     makes the workers save and stop; written on SIGTERM
     <folder>/refused                                  an error that a restart of the worker would repeat
 
 The next start removes `stop` and `refused`. Only functions import Ray.

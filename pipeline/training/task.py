@@ -85,7 +85,7 @@ def check_best_metric(name: str | None, evaluated: Collection[str]) -> None:
     """Raise a UserError with the known metrics if `train.best_metric` is not evaluated."""
     if name is not None and name not in evaluated:
         known = ", ".join(evaluated) or "nothing: there are no held-out images"
-        raise UserError(f"train.best_metric={name} is not among what is evaluated: {known}")
+        raise UserError(f"train.best_metric={name} is not an evaluated metric: {known}")
 
 
 def split_batch(batch: Any, pieces: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Training on three Ray nodes, one of which is lost: it goes on, and its loss is that of an undisturbed run."""
+"""Training on three Ray nodes, one of which is lost: it continues, and its loss is that of an undisturbed run."""
 
 import json
 import random

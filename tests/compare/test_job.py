@@ -82,8 +82,8 @@ def test_an_experiment_that_is_not_there_is_refused_with_those_that_are(proof, r
 @pytest.mark.parametrize(
     ("filter_string", "expected"),
     [
-        ("tags.job ~ 'distill'", "MLflow does not understand"),
-        ("metrics.knn_after > 'much'", "MLflow does not understand"),
+        ("tags.job ~ 'distill'", "MLflow cannot parse"),
+        ("metrics.knn_after > 'much'", "MLflow cannot parse"),
         ("metrics.knn_after > 1000", "it leaves no run"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Phases one after the other, with the engine in this process: what goes on, what starts afresh, and what a kill costs."""
+"""Phases one after the other, with the engine in this process: what continues, what starts afresh, and what a kill costs."""
 
 import json
 import shutil
@@ -266,7 +266,7 @@ def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp
     for metric in ("knn", "knn_raw", "val_loss/colours8/summary"):
         assert plan(metric, labelled)[0]["kNN"] == "20 neighbours"
     assert plan("val_cosine/colours4/patches", flat)[0]["kNN"] == "none: the images have no labels"
-    with pytest.raises(UserError, match=r"best_metric=knn is not among what is evaluated: val_cosine/colours8/"):
+    with pytest.raises(UserError, match=r"best_metric=knn is not an evaluated metric: val_cosine/colours8/"):
         plan("knn", flat)
     with pytest.raises(UserError, match=r"evaluated: nothing: there are no held-out images"):
         plan("knn", "null")
@@ -299,7 +299,7 @@ def test_held_out_images_that_are_those_of_the_training_are_refused(photo_config
         ),
         (
             "phases.1.train.best_metric=kn",
-            r"train\.best_metric=kn is not among what is evaluated: knn, knn_raw, val_cosine/colours12/",
+            r"train\.best_metric=kn is not an evaluated metric: knn, knn_raw, val_cosine/colours12/",
         ),
     ],
 )

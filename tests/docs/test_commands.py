@@ -161,6 +161,8 @@ def check(words):
     first = first.removeprefix(".venv/bin/")
     if first == "regla":
         assert rest[0] in COMMANDS_OF_REGLA
+        rest = rest[1:] if rest[0] == "submit" else rest  # of the job that follows
+        assert rest[0] in COMMANDS_OF_REGLA
         first, rest = "python", [f"jobs/{rest[0]}.py", *rest[1:]]
     if first == "python" and rest[0] == "-m":
         rest = [f"{rest[1].replace('.', '/')}.py", *rest[2:]]

@@ -184,7 +184,7 @@ def test_a_missing_box_is_that_of_its_mask(drawn):
         (lambda d: d["images"][1].pop("width"), "drawing1.png has no width"),
         (lambda d: d["images"][1].update(id="2"), "drawing1.png has id '2', which must be a whole number"),
         (lambda d: d["categories"][1].pop("name"), "instances_train.json: category .* has no name"),
-        (lambda d: d.pop("categories"), "no COCO annotations"),
+        (lambda d: d.pop("categories"), "not COCO annotations"),
     ],
 )
 def test_annotations_that_cannot_be_used_are_named(drawn, change, expected):

@@ -76,7 +76,7 @@ def test_one_class_is_enough_for_detection_alone(plan, drawings, tmp_path):
     (tmp_path / "photos/disc").symlink_to(drawings / "classes/disc")
     one = {"classify": f"data.train={tmp_path}/photos", "segment": f"segment.classes={tmp_path}/one.txt"}
     for task, override in one.items():
-        with pytest.raises(UserError, match=f"one class leaves nothing to tell apart; finetune.task={task} needs 2"):
+        with pytest.raises(UserError, match=f"has only one class; finetune.task={task} needs 2"):
             plan(task, override)
     whole = json.loads((drawings / "annotations/instances_train.json").read_text())
     things = [entry | {"category_id": 7} for entry in whole["annotations"]]
@@ -95,10 +95,10 @@ def test_a_backbone_of_another_fixed_size_is_refused(plan):
 
 
 def test_mixing_refuses_an_odd_share_before_training_or_where_the_workers_are_counted(plan, make_job):
-    with pytest.raises(UserError, match=r"train.batch_size: .* 3 images a worker are odd"):
+    with pytest.raises(UserError, match=r"train.batch_size: .* 3 images per worker is an odd number"):
         plan("classify", "train.batch_size=6", "train.workers=2")
     task = FinetuneTask(make_job("classify", "train.batch_size=6"), rank=0, world=2)
-    with pytest.raises(UserError, match="3 images a worker are odd"):
+    with pytest.raises(UserError, match="3 images per worker is an odd number"):
         next(iter(task.batches(0, 0)))
     mixing = ["classify.mixup=0", "classify.cutmix=0"]
     unmixed = FinetuneTask(make_job("classify", "train.batch_size=6", *mixing), rank=0, world=2)

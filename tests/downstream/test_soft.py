@@ -63,7 +63,7 @@ def test_another_task_another_set_of_classes_and_no_model_are_refused(make_job, 
     settings = [*SMALL, *locations(drawings, "classify"), "finetune.task=classify", f"work={tmp_path}/work"]
     plan = plan_finetune(load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={taught}"]))
     assert plan.teacher.saved.classes == plan.train.classes
-    with pytest.raises(UserError, match=r"classify\.teacher: .*nowhere is no fine-tuned classifier"):
+    with pytest.raises(UserError, match=r"classify\.teacher: .*nowhere is not a fine-tuned classifier"):
         plan_finetune(load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={tmp_path}/nowhere"]))
     config = load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={taught}"])
     with pytest.raises(UserError, match=r"differ in their classes: (zebra|square)"):

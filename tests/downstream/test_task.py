@@ -202,7 +202,8 @@ def test_training_starts_from_the_exported_student(make_job, tmp_path):
 
 def test_the_start_of_a_distillation_is_not_that_of_a_fine_tuning():
     with pytest.raises(
-        UserError, match=r"student\.weights is what a distillation .*: set finetune\.student=models:/x/1 in"
+        UserError,
+        match=r"student\.weights sets the initial weights of a distillation: set finetune\.student=models:/x/1 in",
     ):
         find_start(load_config(FinetuneJobConfig, None, ["student.weights=models:/x/1"]))
 

@@ -236,5 +236,5 @@ def test_what_differs_from_eager_is_not_exported(tmp_path, monkeypatch):
 
 
 def test_a_graph_from_elsewhere_is_not_exported_again():
-    with pytest.raises(UserError, match="m-1: is a graph already"):
+    with pytest.raises(UserError, match="m-1: is already a graph"):
         make_bundle(LoadedStudent(torch.nn.Flatten(), "m-1", None, {}, {}), 64)

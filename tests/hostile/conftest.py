@@ -19,7 +19,7 @@ class HungError(BaseException):
 
 @pytest.fixture(autouse=True)
 def bounded():
-    """The peak of this process is reset before, and held against the limit after a test."""
+    """The peak of this process is reset before a test, and compared with the limit after it."""
 
     def hung(*_):
         raise HungError

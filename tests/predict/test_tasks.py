@@ -1,4 +1,4 @@
-"""Fine-tuned models on images of one's own: what the API gives is what the model says, and what the job writes is that."""
+"""Fine-tuned models on your own images: what the API gives is what the model says, and what the job writes is that."""
 
 import json
 import shutil
@@ -151,7 +151,7 @@ def test_a_model_of_another_task_is_refused_with_the_remedy(photos, models, tmp_
     assert "was fine-tuned for classify, not for detect" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     backbone = load_predictor("timm/test_resnet", weights="random", device="cpu")
-    with pytest.raises(UserError, match=r"backbone without a head to detect with: .*finetune\.task=detect"):
+    with pytest.raises(UserError, match=r"is a backbone and cannot detect: .*finetune\.task=detect"):
         backbone.detect(photos)
 
 

@@ -151,7 +151,7 @@ def test_a_driver_that_fails_is_called_again(monkeypatch):
 def test_a_missing_driver_is_named():
     if importlib.util.find_spec("adlfs"):
         pytest.skip("adlfs is there")
-    with pytest.raises(UserError, match="az://photos/cache needs a driver that is not there: Install adlfs"):
+    with pytest.raises(UserError, match="az://photos/cache needs a driver that is not installed: Install adlfs"):
         Store.at("az://photos/cache").check()
 
 

@@ -95,7 +95,7 @@ def test_weights_of_the_hub_are_known_by_their_tag_and_licence(monkeypatch):
         (
             NAME,
             "random:3",
-            r"student\.weights=random:3: random weights are those of `seed`; set student\.weights=random$",
+            r"student\.weights=random:3: random weights are drawn from `seed`; set student\.weights=random$",
         ),
         ("regla_mm", "FOLDER", r"student\.name: timm has no model regla_mm; did you mean"),
     ],

@@ -40,7 +40,9 @@ def test_a_state_of_another_training_is_refused(whole):
     state = whole[4].state
     groups = state["optimizer"]["param_groups"]
     for part, other in (("optimizer", {"state": {}, "param_groups": groups[1:]}), ("model", {}), ("ema", {})):
-        with pytest.raises(UserError, match=r"of step 8 is not of this training.*: remove the folder of the run, and"):
+        with pytest.raises(
+            UserError, match=r"of step 8 belongs to another training.*: remove the folder of the run, and"
+        ):
             run_training(TinyTask(), train_config(), {**state, part: other})
 
 
@@ -107,7 +109,7 @@ def test_a_metric_of_the_raw_weights_may_be_the_best_from_the_start_on():
 
 
 def test_a_best_metric_that_is_not_evaluated_is_refused_before_training():
-    with pytest.raises(UserError, match=r"train.best_metric=knn is not among what is evaluated: score"):
+    with pytest.raises(UserError, match=r"train.best_metric=knn is not an evaluated metric: score"):
         run_training(TinyTask(), train_config(best_metric="knn"))
 
 

@@ -237,8 +237,8 @@ def check_space(*plans: CachePlan) -> None:
     free, need = store.free_bytes(), missing_bytes(*plans)
     if free is not None and need > free:
         raise UserError(
-            f"{store.uri}: what the cache lacks takes up to {need / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free: "
-            "free some, set cache.uri to another place, or choose a smaller cache.codec (jobs/precompute.py --plan compares)"
+            f"{store.uri}: the missing shards take up to {need / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free: "
+            "free space, set cache.uri to another place, or choose a smaller cache.codec (jobs/precompute.py --plan compares)"
         )
     if need:
         with blame_field("cache.uri"):

@@ -178,7 +178,7 @@ class Classification(DownstreamTask[ClassifyConfig]):
         """Mixing needs pairs; with `train.workers=0` only the workers know how many GPUs there are."""
         if (self.settings.mixup or self.settings.cutmix) and images % 2:
             raise UserError(
-                f"train.batch_size: classify.mixup and cutmix mix pairs, and {images} images a worker are odd"
+                f"train.batch_size: classify.mixup and cutmix mix pairs, but {images} images per worker is an odd number"
             )
 
     def training_transform(self) -> Callable[[Any], Tensor]:

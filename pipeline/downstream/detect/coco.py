@@ -81,7 +81,7 @@ class CocoImages:
     def _complete(self, entry: dict[str, Any], image: Mapping[str, Any], where: str) -> None:
         shape = entry.get("segmentation")
         if self.with_masks and not shape:
-            raise UserError(f"{where} has no segmentation; detect.masks=false learns boxes alone")
+            raise UserError(f"{where} has no segmentation; detect.masks=false trains only boxes")
         if shape and (wrong := _wrong_shape(shape, image)):
             raise UserError(f"{where} has a segmentation {wrong}")
         if len(entry.get("bbox") or ()) != 4:

@@ -73,7 +73,7 @@ def evaluate_files(annotations: Path, results: Path) -> dict[Kind, Precision]:
     """
     dataset, detections = read_annotations(annotations, ("width", "height")), read_json(results)
     if not isinstance(detections, list) or not all(isinstance(entry, dict) for entry in detections):
-        raise UserError(f"{results}: no COCO results: a list of detections is needed")
+        raise UserError(f"{results}: not COCO results: expected a list of detections")
     images, categories = ({item["id"] for item in dataset[part]} for part in ("images", "categories"))
     shapes: tuple[tuple[str, Kind], ...] = (("bbox", "bbox"), ("segmentation", "segm"))
     kinds = [kind for field, kind in shapes if detections and field in detections[0]]
@@ -90,7 +90,7 @@ def evaluate_files(annotations: Path, results: Path) -> dict[Kind, Precision]:
     for number, entry in enumerate(dataset["annotations"], start=1):
         if lacking := [name for name in fields or ["bbox"] if not entry.get(name)]:
             raise UserError(
-                f"{annotations}: annotation {entry.get('id', number)} has no {lacking[0]} to hold {results} against"
+                f"{annotations}: annotation {entry.get('id', number)} has no {lacking[0]}, which {results} is compared with"
             )
     truth = coco_index(dataset)
     return {kind: average_precision(truth, detections, kind) for kind in kinds or ["bbox"]}
@@ -107,7 +107,7 @@ def read_annotations(path: Path, image_fields: Sequence[str]) -> dict[str, Any]:
     """
     dataset = read_json(path)
     if not isinstance(dataset, dict) or not {"images", "annotations", "categories"} <= set(dataset):
-        raise UserError(f"{path}: no COCO annotations: needs images, annotations and categories")
+        raise UserError(f"{path}: not COCO annotations: expected images, annotations and categories")
     images = _by_id(dataset["images"], image_fields, f"{path}: image")
     categories = _by_id(dataset["categories"], ("name",), f"{path}: category")
     for number, entry in enumerate(dataset["annotations"], start=1):

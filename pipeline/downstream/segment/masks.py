@@ -69,7 +69,7 @@ class MaskedImages:
         if len(beyond):
             raise UserError(
                 f"{self.mask_path(row)}: holds value {beyond[0]}, but segment.classes has {len(self.classes)} classes"
-                + (" from 1 on" if self.first else " from 0 on; is segment.reduce_zero_label meant?")
+                + (" from 1 on" if self.first else " from 0 on; did you mean segment.reduce_zero_label=true?")
             )
 
     def _mask(self, row: int) -> np.ndarray:
