@@ -96,8 +96,8 @@ class _Loop:
         except (KeyError, RuntimeError, ValueError) as error:
             reason = one_line(error)
             raise UserError(
-                f"the checkpoint of step {state['position']['step']} belongs to another training; an older version of the code may "
-                f"have written it ({reason}): remove the folder of the run, and the same command restarts the training from "
+                f"the checkpoint of step {state['position']['step']} belongs to another training; an older version of the code "
+                f"may have written it ({reason}): remove the folder of the run, and the same command restarts the training from "
                 "the cache, which is kept"
             ) from error
         self.position = TrainingPosition(**state["position"])

@@ -156,7 +156,7 @@ def test_no_detections_score_zero():
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
-        ({}, "a list of detections is needed"),
+        ({}, "not COCO results: expected a list of detections"),
         ([{"image_id": 1, "category_id": 4, "bbox": [0, 0, 1, 1]}], "detection 0 has no score"),
         ([{"image_id": 1, "category_id": 4, "score": 1}], "detection 0 has no bbox or segmentation"),
         ([{"image_id": 9, "category_id": 4, "score": 1, "bbox": [0, 0, 1, 1]}], "detection 0 is of image 9"),

@@ -211,7 +211,7 @@ def test_what_cannot_fit_is_refused_with_need_free_and_remedy(tmp_path, photo_co
     check_space(plan)
     monkeypatch.setattr(Store, "free_bytes", lambda self: missing_bytes(plan) - 1)
     with pytest.raises(
-        UserError, match=r"takes up to 0.00 GiB, but 0.00 GiB are free: free space, set cache.uri"
+        UserError, match=r"take up to 0.00 GiB, but 0.00 GiB are free: free space, set cache.uri"
     ) as error:
         check_space(plan)
     assert plan.store.uri in str(error.value)
