@@ -85,7 +85,7 @@ def make_bundle(loaded: LoadedStudent, size: int, *, heads: bool = False) -> Exp
     """
     encoder = loaded.encoder
     if not isinstance(encoder, Encoder):
-        raise UserError(f"{loaded.name}: is a graph already; only students and timm models can be exported")
+        raise UserError(f"{loaded.name}: is already a graph; only students and timm models can be exported")
     name = loaded.name.removeprefix("timm/")
     bare = ExportBundle(name, name, loaded.args, encoder, {OUTPUT: FEATURES}, size, provenance=loaded.provenance)
     if not heads:

@@ -143,7 +143,7 @@ class Predictor:
         if self.saved is None:
             asked = "..." if task == "predict" else task
             raise UserError(
-                f"{self.name} is a backbone without a head to {task} with: fine-tune it (jobs/finetune.py "
+                f"{self.name} is a backbone and cannot {task}: fine-tune it (jobs/finetune.py "
                 f"finetune.task={asked} finetune.student=...), and name the folder `model` of that run"
             )
         return self.saved

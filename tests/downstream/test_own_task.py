@@ -100,7 +100,7 @@ def test_it_is_exported_or_refused_in_a_line(model, tmp_path, capsys):
     assert "A fine-tuned model: RGB in [0, 1]" in (tmp_path / "out/README.md").read_text()
     described = json.loads((model / "model.json").read_text()) | {"task": "tests.downstream.toy_task:WithoutExport"}
     for name, format_, expected in (
-        ("MeanColour", "hf", "hf: timm has no place for the head of regla_t mean_colour; leave hf out"),
+        ("MeanColour", "hf", "hf: timm's layout cannot hold the head of regla_t mean_colour; leave hf out"),
         ("WithoutExport", "safetensors", "fine-tuned for mean_colour cannot be exported: its task has no export form"),
     ):
         folder = tmp_path / name

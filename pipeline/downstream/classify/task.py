@@ -122,7 +122,7 @@ class Classification(DownstreamTask[ClassifyConfig]):
             return None
         saved = find_model(name, tracking_uri)
         if saved is None or saved.task.name != self.name:
-            raise UserError(f"classify.teacher: {name} is no fine-tuned classifier; jobs/finetune.py makes one")
+            raise UserError(f"classify.teacher: {name} is not a fine-tuned classifier; jobs/finetune.py trains one")
         if (odd := odd_class(saved.classes, classes)) is not None:
             raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd}")
         check_input_size(saved.model, self.image_size(), f"classify.teacher: {name}")
