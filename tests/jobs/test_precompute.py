@@ -114,7 +114,7 @@ def test_processes_verify_and_repair_list_plan_refuse_to_delete_and_collect_garb
     assert collected[2] == {"files": 1, "bytes": 5}
     assert not old.exists()
     assert deleted[0] == 2
-    assert "--yes must be given" in deleted[1]
+    assert "nothing was removed: add --yes, because there is no terminal to confirm on" in deleted[1]
     _check_plan(*planned)
 
 

@@ -99,7 +99,7 @@ def test_the_exit_code_is_that_of_the_job(dashboard):
 
 def test_a_job_that_was_stopped_does_not_look_like_success(tmp_path, dashboard):
     submission = _submit(dashboard, *SMALL_JOB, "teachers=[hog]", "train.epochs=1000", f"work={tmp_path}/work")
-    job = next(line.split()[2].rstrip(":") for line in submission.stdout if line.startswith("submitted as "))
+    job = next(line.split()[2].rstrip(";") for line in submission.stdout if line.startswith("submitted as "))
     JobSubmissionClient(dashboard).stop_job(job)
     assert "STOPPED" in submission.communicate(timeout=120)[0]
     assert submission.returncode == 130
