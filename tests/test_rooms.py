@@ -12,7 +12,7 @@ ARROWS = {
     "teachers": "",
     "errors": "teachers",
     "config": "errors",
-    "sections": "errors config",
+    "sections": "errors config teachers",
     "runtime": "errors",
     "storage": "errors",
     "imaging": "runtime teachers",
