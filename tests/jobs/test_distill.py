@@ -181,7 +181,7 @@ def test_a_linear_probe_of_it_goes_on_after_an_interruption(first, client, phase
 def test_a_segmentation_probe_of_it_takes_maps_from_the_model_in_mlflow(first, client, job):
     probe = [*first.arguments, f"evaluate.student={first.figures['model_uri']}", "evaluate.epochs=2"]
     text, figures = job(evaluate.seg_probe, *probe, "evaluate.input_size=64")
-    assert "4x4x384 float16 an image" in text
+    assert "4x4x384 float16 per image" in text
     assert 0 < figures["miou"] < figures["aacc"] <= 100
     assert "iou.json" in {file.path for file in client.list_artifacts(figures["mlflow_run_id"])}
 
