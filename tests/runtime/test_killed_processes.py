@@ -49,22 +49,22 @@ def test_any_other_error_keeps_its_traceback(error):
         raise error
 
 
-def _train(address, folder, answer):
-    """Train on a cluster; send the line of the error, or ""."""
+def _train(address, folder, delay, answer):
+    """Train on a cluster with `delay` seconds before each batch; send the line of the error, or ""."""
     os.environ["RAY_ADDRESS"] = address
     config = TrainConfig(epochs=2, batch_size=2, lr=0.05, workers=1, precision="float32")
     try:
         with connect():
-            fit(make_tiny_task, {"folder": str(folder)}, config, str(folder / "train"), lambda *_: None)
+            fit(make_tiny_task, {"folder": str(folder), "delay": delay}, config, str(folder / "train"), lambda *_: None)
     except UserError as error:
         answer.send(str(error))
     else:
         answer.send("")
 
 
-def _start(address, folder):
+def _start(address, folder, delay=0.0):
     here, there = FORK.Pipe()
-    process = FORK.Process(target=_train, args=(address, folder, there))
+    process = FORK.Process(target=_train, args=(address, folder, delay, there))
     process.start()
     assert here.poll(300)
     process.join(60)
@@ -74,7 +74,7 @@ def _start(address, folder):
 @pytest.mark.slow
 def test_ray_kills_for_lack_of_memory_and_the_next_start_trains(tmp_path):
     with cluster(2, environment={"RAY_memory_usage_threshold": "0.001"}) as nodes:
-        line = _start(nodes[0].address, tmp_path)
+        line = _start(nodes[0].address, tmp_path, delay=15.0)  # a quiet machine trains before the monitor looks
     assert "ran out of memory: free memory there" in line
     assert "\n" not in line
     with cluster(2) as nodes:
