@@ -23,8 +23,6 @@ all threads, for JPEGs of 448 px and four crops each at 224 px. `--memory` reads
 with JPEG decoding, and plots resident memory over time.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -7,8 +7,6 @@ of that half, including zstd. Prints a table and one line of JSON: for the recip
 (`ratio`) and the mean cosine of a patch (`min_cosine`), each the minimum over the trained teachers.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -7,8 +7,6 @@ Every run is a `jobs/finetune.py` of the recipe with equal schedule and samples;
 Prints mean and standard deviation over the seeds of every metric on the held-out images, and one line of JSON.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

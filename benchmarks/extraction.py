@@ -20,8 +20,6 @@ random unless `--weights` names a file. Rounds are interleaved; prints a table a
 needs Ray and MLflow.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -6,8 +6,6 @@ A model may have constructor arguments, as in `regla_t {gate_act: none, local_ke
 after the last epoch, mean and standard deviation over the seeds, and one line of JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

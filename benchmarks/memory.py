@@ -1,7 +1,5 @@
 """Resident memory of this process and its descendants over time; Linux only."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

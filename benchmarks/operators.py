@@ -5,8 +5,6 @@
 Prints a table by operator, one by operator and shapes, and one line of JSON with the share of each operator.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

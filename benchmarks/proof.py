@@ -9,8 +9,6 @@ standard deviations over the seeds, and each arm's difference to `--base` with i
 one line of JSON.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Studies that take hours: finished runs are kept as JSON lines and not repeated."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence

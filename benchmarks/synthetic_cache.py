@@ -1,7 +1,5 @@
 """Caches of synthetic images and features, of any size, for the other benchmarks."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

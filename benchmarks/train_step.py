@@ -24,8 +24,6 @@ launches at least one kernel, and launches are what limits a small student.
 On a CPU `cpu_time` gives the same ratios of processor time of the whole process: trust these if other programs share the cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

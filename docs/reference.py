@@ -1,7 +1,5 @@
 """Write docs/reference.md from the configuration tree, the jobs' own help, and docstrings: make reference."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import sys

@@ -3,8 +3,6 @@
 What takes seconds to import is imported in functions, so that the command line is read first.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from pipeline.runs.config import JobConfig

@@ -1,7 +1,5 @@
 """What the jobs share: arguments, one-line errors with exit code 2, the last line of JSON, and text for people."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

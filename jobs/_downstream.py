@@ -1,7 +1,5 @@
 """The evaluations of fine-tuned models behind `jobs/evaluate.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The plan of the cache as text: what exists, what is missing, and what it costs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pyarrow.compute as pc

@@ -4,8 +4,6 @@ python jobs/benchmark.py                                                ReGLA-M 
 python jobs/benchmark.py 'benchmark.models=[regla_m,iformer_m]' 'benchmark.sizes=[256,512,1024]' benchmark.threads=4
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from importlib.util import find_spec

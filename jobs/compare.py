@@ -4,8 +4,6 @@ python jobs/compare.py --experiment regla-distill
 python jobs/compare.py --experiment regla-distill --filter "params.student.name LIKE 'regla%'" --to comparison
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping, Sequence

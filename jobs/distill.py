@@ -4,8 +4,6 @@ python jobs/distill.py                                             generated sce
 python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ python jobs/evaluate.py package.module:Class evaluate.model=work/runs/<run>/mode
 python jobs/evaluate.py coco-results annotations=instances_val2017.json results=detections.json
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Collection, Sequence

@@ -6,8 +6,6 @@ python jobs/export.py models:/m-... --to exported
 python jobs/export.py timm/<name> --weights <file> --size 224
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ python jobs/finetune.py recipes/segment.yaml finetune.student=work/runs/<run>/st
 python jobs/finetune.py recipes/coco_detect.yaml finetune.student=models:/m-... data.train=coco/train2017
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

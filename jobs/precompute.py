@@ -8,8 +8,6 @@ python jobs/precompute.py --delete <address>                             an addr
 python jobs/precompute.py --gc                                           files that nothing refers to
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections import Counter

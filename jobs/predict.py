@@ -5,8 +5,6 @@ python jobs/predict.py work/runs/<run>/model photos/ --to predictions
 python jobs/predict.py models:/m-... a.jpg b.jpg --task detect
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The command `regla`: one subcommand for each job, which takes the arguments of `python jobs/<job>.py`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import runpy

@@ -1,7 +1,5 @@
 """Images in memory as a Parquet file, which the pipeline reads like any other."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ the tag selects the activation (QuickGELU for OpenAI's weights) and the preproce
 embedding; the patches are the last block's tokens (or map) after the final norm, before the projection.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import open_clip

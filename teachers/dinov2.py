@@ -4,8 +4,6 @@ The summary is the normalised class token, the patches the normalised patch toke
 224 px the grid is 16 x 16; loading resamples position tables from the published 518 px.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from timm.models.vision_transformer import checkpoint_filter_fn

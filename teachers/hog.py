@@ -5,8 +5,6 @@ channel, L2-normalised, the cells of a patch concatenated. Gradients and hard bi
 `skimage.feature.hog`. This file is also an example of a complete teacher.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Objects of the user's own code, named `package.module:name` in a recipe."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

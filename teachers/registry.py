@@ -1,7 +1,5 @@
 """Teachers by name; a user's own plugs in as `package.module:factory`."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from typing import Any

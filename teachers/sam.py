@@ -4,8 +4,6 @@ There is no summary. Patches are the neck's 256 channels; at 1024 px the 64 x 64
 At smaller inputs fewer patches are averaged, so that the grid stays 16 x 16 where possible.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -8,8 +8,6 @@
 `args` are passed to `timm.create_model`, except `mean`, `std` and `interpolation`, which override the published preprocessing.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Mapping
 from math import isqrt

@@ -1,7 +1,5 @@
 """Named variants of a teacher, and its valid input sizes."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Weights of teachers from a hub, a file or a seed. Only tensors and plain values are unpickled."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

@@ -1,7 +1,5 @@
 """Cost and latency of networks, all measured interleaved in one run."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence

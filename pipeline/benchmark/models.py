@@ -1,7 +1,5 @@
 """The compared networks, from the text that a user writes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm

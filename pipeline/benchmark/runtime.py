@@ -1,7 +1,5 @@
 """One network, ready to run in one of its forms."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from collections.abc import Callable

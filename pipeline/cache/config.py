@@ -1,7 +1,5 @@
 """What is cached, and how: teachers, views, the cache itself, and its plan."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal, Self
 

@@ -1,7 +1,5 @@
 """The rows of a comparison: each run that trained a student, joined with the runs that evaluated it."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a run's logged parameters say: student, teachers, codec, views, data, and the configuration that defines its group."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import cache

@@ -1,7 +1,5 @@
 """Figures 1, 3 and 4 of the ReGLA paper from the compared runs, as PNG files; the style of every group in all figures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page: one self-contained HTML file with style, scripts, plotly and figures, which loads nothing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

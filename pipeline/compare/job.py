@@ -1,7 +1,5 @@
 """Compare the runs of an experiment, write all outputs, and log them to an MLflow run in the experiment."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Only latencies of one setting of one benchmark are comparable: they were interleaved on one machine.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

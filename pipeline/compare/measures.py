@@ -1,7 +1,5 @@
 """The measures of a comparison: name, unit, direction and format."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

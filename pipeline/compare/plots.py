@@ -1,7 +1,5 @@
 """The figures of the page as plotly traces and axes, ready for JSON; the page sets the colours of text and grid."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Iterator, Sequence
 from math import ceil

@@ -1,7 +1,5 @@
 """Pareto fronts of groups, and t-tests between them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product

@@ -1,7 +1,5 @@
 """A comparison as tables: for the terminal, Markdown and CSV."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

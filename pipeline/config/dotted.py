@@ -1,7 +1,5 @@
 """Trees of fields as plain mappings: dotted keys, and the problems that validation finds in one line each."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The configuration class of each job, by the tag `job` of its MLflow runs; classes are imported on demand."""
 
-from __future__ import annotations
-
 import pkgutil
 from functools import cache
 

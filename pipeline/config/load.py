@@ -6,8 +6,6 @@ A recipe that names another file of its folder as its `base` gives only the fiel
 each job reads its own sections; the fields of other jobs are checked and ignored.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache

@@ -4,8 +4,6 @@ Every field has a type, a default and one line of meaning. A job's root class li
 `--help`, the resolved recipe in MLflow, a comparison's differences and the identity of a run follow from it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import types

@@ -1,7 +1,5 @@
 """Weights of the teachers: schedules, and teacher dropping."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

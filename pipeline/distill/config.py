@@ -1,7 +1,5 @@
 """Losses and augmentation."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat

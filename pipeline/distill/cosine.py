@@ -5,8 +5,6 @@ and norms by autograd 1.6 times as long (PyTorch 2.14). `torch.compile` reaches 
 a compiler on every machine, so `train.compile` is off by default.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The trained module: the student, and each teacher's heads, frozen standardisation and grid rule."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 

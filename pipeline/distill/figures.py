@@ -1,7 +1,5 @@
 """PNG figures of a distillation, drawn after each evaluation: curves, and features as colours."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How a student's feature map is aligned with a teacher's patches: one rule per pair, printed at the start."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """How closely a student predicts its teachers' cached features of held-out images; no teacher runs."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice

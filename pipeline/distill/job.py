@@ -1,7 +1,5 @@
 """Distillation under an MLflow run: train from the cache, log the curves and the student."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -6,8 +6,6 @@
 ``load_heads(folder)`` loads them with the student. A run exports them if `student.keep_heads` is set.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

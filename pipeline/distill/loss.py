@@ -13,8 +13,6 @@ smooth_l1: 0.1}``, is that of AM-RADIO (Ranzinger et al. 2024, section 3.3) with
 targets standardised by ``phi_s`` is that of RADIOv2.5 (Heinrich et al. 2025).
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

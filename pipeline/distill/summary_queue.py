@@ -1,7 +1,5 @@
 """The queue of a teacher's past summaries, for losses such as `relation`."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Downstream tasks by name, and the configuration of the jobs that train and evaluate them."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from functools import cache

@@ -1,7 +1,5 @@
 """Images and labels from any source, decoded by row; training and held-out classes must agree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fine-tuning and evaluation in an MLflow run: curves, metrics, pictures and the model."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Predictions drawn over images, and the files of a report."""
 
-from __future__ import annotations
-
 import csv
 import shutil
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Batch `n` of a run holds the same images with the same augmentation however ofte
 workers share it (each takes its part of the global batch), and however many processes prepare it.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ model.safetensors, model.json    weights; task, backbone, classes and settings f
 provenance.json                  its origin, for model cards
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

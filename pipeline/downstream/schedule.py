@@ -1,7 +1,5 @@
 """Learning rates by step that published fine-tuning recipes use."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

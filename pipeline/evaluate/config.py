@@ -1,7 +1,5 @@
 """Evaluations of frozen features."""
 
-from __future__ import annotations
-
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipeline.cache.config import CacheJobConfig

@@ -3,8 +3,6 @@
 They are computed once for all evaluations of a backbone at an input size, on all nodes and GPUs of the Ray session.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Imports neither Ray nor MLflow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Each of A actors holds 4 N D / A bytes of features, as much again for a normalis
 compares (:func:`~pipeline.evaluate.knn.nearest`). The job holds the queries, 4 M D bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ MAE's BatchNorm (He et al. 2022, appendix A.1), but over the whole training set.
 are computed once. Imports neither Ray nor MLflow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

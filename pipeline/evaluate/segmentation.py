@@ -5,8 +5,6 @@ training needs only `PIXELS` random labelled pixels per image at full resolution
 size of each label map. Memory: two row groups of 64 maps, 2 * 64 * 4 h w D bytes, and one image's logits.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

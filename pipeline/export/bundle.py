@@ -1,7 +1,5 @@
 """What an export starts from: a backbone, a student with the heads of its teachers, or a fine-tuned model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

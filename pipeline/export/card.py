@@ -1,7 +1,5 @@
 """The README of an exported folder: how to load it, its difference from eager, and its provenance."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -9,8 +9,6 @@
 The graphs hold the normalisation and are in their inference form (branches merged, BatchNorm folded).
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import shutil

@@ -3,8 +3,6 @@
 The model is in evaluation mode, best in its inference form; it maps one image tensor to a tensor or a tuple of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ regla.py                          the network, where timm does not have it: `imp
 README.md                         the model card, with the hub's front matter
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Cut a view from decoded pixels and resize it once."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -5,8 +5,6 @@ cores they decoded 2,900 images of 256 px a second, and delayed the thread that 
 processes, which write pixels into memory that they share with this one. Imports neither Ray nor MLflow.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Features in a file, one row per image."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

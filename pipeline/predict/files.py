@@ -7,8 +7,6 @@ labels/             segment: a PNG for each image, with the number of the class 
 pictures/           the prediction drawn over the image
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

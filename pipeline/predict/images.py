@@ -1,7 +1,5 @@
 """Images as users have them: files, folders, arrays, and lists of these."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

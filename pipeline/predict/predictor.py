@@ -1,7 +1,5 @@
 """A model ready for images of any size: features of a backbone, results of a fine-tuned model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice

@@ -1,7 +1,5 @@
 """Local copies of models in MLflow or an object store; only the driver fetches, so that workers need no credentials."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pipeline.storage.fetch import fetch

@@ -1,7 +1,5 @@
 """The fields that all jobs share."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from pipeline.config.tree import JobRoot, operational

@@ -8,8 +8,6 @@ The hash is that of the non-default fields that change a run's numbers. A comman
 MLflow run; after a finished run it starts another one, with the next number.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

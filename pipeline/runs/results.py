@@ -3,8 +3,6 @@
 <outputs>/<run>/student/ or model/, figures/, evaluation/
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pipeline.errors import UserError, blame_field

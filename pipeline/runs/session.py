@@ -1,7 +1,5 @@
 """One job from start to end: its run folder, MLflow run and Ray session, which end however the job ends."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator, Mapping

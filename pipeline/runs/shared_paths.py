@@ -1,7 +1,5 @@
 """Checks, before anything expensive, that all nodes of a cluster see the files of a job."""
 
-from __future__ import annotations
-
 import logging
 import os
 import uuid

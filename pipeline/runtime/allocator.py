@@ -1,7 +1,5 @@
 """How the C library handles memory that tensors have freed."""
 
-from __future__ import annotations
-
 import ctypes
 
 # glibc's malloc.h

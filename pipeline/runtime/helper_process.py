@@ -1,7 +1,5 @@
 """Child processes that compute for this one."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """How long threads wait for Python's interpreter lock."""
 
-from __future__ import annotations
-
 import sys
 
 SWITCH_INTERVAL = 1e-4

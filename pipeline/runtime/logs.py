@@ -3,8 +3,6 @@
 The fields travel with the work, in the rows of a Ray Data pipeline and the payload of a training worker.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -3,8 +3,6 @@
 `docs/grafana.json` shows them. MLflow keeps the curves.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache

@@ -1,7 +1,5 @@
 """Results computed ahead of their use: in order, bounded, errors raised where a result is used."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future

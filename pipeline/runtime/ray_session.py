@@ -1,7 +1,5 @@
 """The Ray session of a job: embedded on this machine, or the cluster that RAY_ADDRESS names."""
 
-from __future__ import annotations
-
 import ipaddress
 import logging
 import os

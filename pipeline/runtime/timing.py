@@ -1,7 +1,5 @@
 """Interleaved timing of several calls, so that drift of the machine affects all of them alike."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping

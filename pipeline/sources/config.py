@@ -1,7 +1,5 @@
 """Configuration of the image sources."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from pipeline.config.tree import Section, operational

@@ -1,7 +1,5 @@
 """Label maps for semantic segmentation: mask files in ADE20K's layout, or those of the generated scenes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Local copies of folders in an object store."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

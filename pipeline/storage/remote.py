@@ -3,8 +3,6 @@
 Credentials come from the environment or the machine's role, never from a URI, because URIs are logged.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import random

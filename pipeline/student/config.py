@@ -1,7 +1,5 @@
 """The student, as each kind of job reads it."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field

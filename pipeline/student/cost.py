@@ -1,7 +1,5 @@
 """Counted cost of a network: parameters, multiply-accumulates, activations, memory."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Iterable

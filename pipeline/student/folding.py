@@ -1,7 +1,5 @@
 """The inference form of any timm backbone: parallel branches merged, BatchNorm folded into what precedes it."""
 
-from __future__ import annotations
-
 import torch
 from timm.layers import BatchNormAct2d
 from timm.utils.model import reparameterize_model

@@ -1,7 +1,5 @@
 """Heads that map student features to a teacher's: one per teacher and kind of feature, not exported by default."""
 
-from __future__ import annotations
-
 from torch import nn
 
 

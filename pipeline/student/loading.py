@@ -1,7 +1,5 @@
 """Backbones by name: exported students and timm models."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Callable, Mapping

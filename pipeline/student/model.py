@@ -1,7 +1,5 @@
 """The student: any timm backbone, giving a summary vector and a feature map."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The neck: one feature map for dense distillation, from several levels of the pyramid."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

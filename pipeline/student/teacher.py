@@ -8,8 +8,6 @@ The summary is the student's own. Patches are the levels that the neck fuses by 
 and concatenated along the channels.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

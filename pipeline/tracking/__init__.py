@@ -1,7 +1,5 @@
 """MLflow: every run, metric, lineage and model. The only package that imports it."""
 
-from __future__ import annotations
-
 import os
 
 # MLflow reads these at import: no telemetry, and a server that does not answer fails soon.

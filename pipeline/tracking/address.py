@@ -3,8 +3,6 @@
 A password in MLFLOW_TRACKING_URI is moved into the environment variable that MLflow or the database driver reads.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

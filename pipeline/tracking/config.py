@@ -1,7 +1,5 @@
 """Where runs are tracked."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from pipeline.config.tree import Section

@@ -1,7 +1,5 @@
 """Sends each kind of message to MLflow."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

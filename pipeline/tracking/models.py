@@ -1,7 +1,5 @@
 """Logging of models, and downloads of logged ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

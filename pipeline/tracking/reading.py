@@ -1,7 +1,5 @@
 """Reads the runs of an experiment and their curves."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ MLflow maintains `models:/<name>/latest`; this module sets `models:/<name>@best`
 experiment's description.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

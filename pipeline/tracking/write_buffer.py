@@ -5,8 +5,6 @@ credentials, memory stays bounded, and the next start sends the files that a kil
 harmless: stores drop a metric with the same value, step and time.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

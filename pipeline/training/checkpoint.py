@@ -5,8 +5,6 @@ checkpoint, which are committed again on resumption if the previous process died
 state: the random numbers of a forward are a function of (seed, step, share), see `step.py`.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath

@@ -1,7 +1,5 @@
 """The exponential moving average of a module's weights, which is evaluated and exported."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 
 import torch

@@ -1,7 +1,5 @@
 """The training loop: epochs, positions, evaluation, divergence. Imports neither Ray nor MLflow."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Losses, rate and shares of the time, accumulated on the device and read a few times per epoch."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence

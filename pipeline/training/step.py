@@ -6,8 +6,6 @@ A step with a non-finite gradient changes no weight (only BatchNorm's statistics
 float32 and bfloat16 training has diverged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any

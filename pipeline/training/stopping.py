@@ -1,7 +1,5 @@
 """Stopping a run after a checkpoint: SIGTERM writes a file into the folder of the checkpoints."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

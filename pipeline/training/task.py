@@ -83,9 +83,11 @@ class Task(ABC):
 
 def check_best_metric(name: str | None, evaluated: Collection[str]) -> None:
     """Raise a UserError with the known metrics if `train.best_metric` is not evaluated."""
-    if name is not None and name not in evaluated:
-        known = ", ".join(evaluated) or "nothing: there are no held-out images"
-        raise UserError(f"train.best_metric={name} is not an evaluated metric: {known}")
+    if name is None or name in evaluated:
+        return
+    if not evaluated:
+        raise UserError(f"train.best_metric={name} needs held-out images to evaluate on: set data.val")
+    raise UserError(f"train.best_metric={name} is not an evaluated metric: {', '.join(evaluated)}")
 
 
 def split_batch(batch: Any, pieces: int) -> list[Any]:

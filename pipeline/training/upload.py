@@ -1,7 +1,5 @@
 """Copies of batches to the training device, during the previous step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar

@@ -5,8 +5,6 @@ fewer workers are alive. Thus neither the global batch nor the order of the data
 that loses or regains workers within an epoch still sees every image once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -268,7 +268,7 @@ def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp
     assert plan("val_cosine/colours4/patches", flat)[0]["kNN"] == "none: the images have no labels"
     with pytest.raises(UserError, match=r"best_metric=knn is not an evaluated metric: val_cosine/colours8/"):
         plan("knn", flat)
-    with pytest.raises(UserError, match=r"evaluated: nothing: there are no held-out images"):
+    with pytest.raises(UserError, match=r"best_metric=knn needs held-out images to evaluate on: set data\.val"):
         plan("knn", "null")
 
 

@@ -1,7 +1,5 @@
 """Batches of rendered pixels for several teachers, assembled from images that are decoded once."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 

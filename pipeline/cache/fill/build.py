@@ -4,8 +4,6 @@ images     source -> Ingest -> committed `images` shards (and row shards of crop
 teachers   `images` shards -> Extract -> committed teacher shards
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

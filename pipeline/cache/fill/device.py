@@ -5,8 +5,6 @@ of another, and the next forward is queued while one runs. Forwards share the de
 GPU memory needed does not grow with the number of threads.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

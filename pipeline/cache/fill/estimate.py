@@ -1,7 +1,5 @@
 """Estimates before the cache is filled: bytes, device hours, and whether they fit."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace

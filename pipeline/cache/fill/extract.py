@@ -5,8 +5,6 @@ Rendering runs ahead of the device (`pipeline/imaging/decoder_pool.py`), and an 
 actor that computed a shard writes it. This module imports neither Ray nor MLflow.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

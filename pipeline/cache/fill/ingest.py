@@ -5,8 +5,6 @@ shard (crops, features) names the files that it was derived from, and a file's n
 a shard with other content than before is listed, whatever was derived from the old content is unlisted.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterable, Mapping, Set

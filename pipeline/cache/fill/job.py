@@ -1,7 +1,5 @@
 """Fill the cache under an MLflow run, and log its contents and lineage."""
 
-from __future__ import annotations
-
 import logging
 
 from pipeline.cache.config import CacheJobConfig

@@ -4,8 +4,6 @@ One actor holds all teachers with missing shards, so that an image is decoded on
 measures what they need before the actors start. Imports Ray inside functions only.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

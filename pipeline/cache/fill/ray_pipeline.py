@@ -3,8 +3,6 @@
 Images and features do not pass through Ray's object store, which would cost ten times as much as reading them.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """One teacher's shard: encoded features, their statistics and their fidelity, until it is committed."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

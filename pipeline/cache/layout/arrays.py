@@ -1,7 +1,5 @@
 """Named arrays as the bytes of an .npz file, and back; nothing is pickled."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A teacher in the cache: what it computes, how its features are stored, and what is known about them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean

@@ -4,8 +4,6 @@
 and a teacher can be added after the source is gone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable

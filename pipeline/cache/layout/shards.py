@@ -4,8 +4,6 @@ Each shard has a record file of its own because object stores cannot append to a
 same shard, the later record replaces the earlier one and names its own data file, so neither harms the other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

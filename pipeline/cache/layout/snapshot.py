@@ -1,7 +1,5 @@
 """The shard records that one job has read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, record_numbers

@@ -1,7 +1,5 @@
 """Verify the whole cache of a plan; `pipeline/cache/maintain/repair.py` repairs the findings."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator

@@ -3,8 +3,6 @@
 Every check raises :class:`BrokenError`, which names the file and the problem. Imports neither Ray nor MLflow.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zipfile

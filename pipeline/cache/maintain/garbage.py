@@ -5,8 +5,6 @@ shard's files moments before their record (`FILE_AGE_S`), and a teacher's descri
 (`FOLDER_AGE_S`). A training that started before a repair may still read the replaced files.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

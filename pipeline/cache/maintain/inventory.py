@@ -1,7 +1,5 @@
 """The contents of a cache, read from the cache alone, without source, teacher or recipe."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Iterator

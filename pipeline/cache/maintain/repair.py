@@ -1,7 +1,5 @@
 """Repair a cache: unlist just what verification found broken, compute it again, and verify it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Checks of stored features: they are finite, have their recorded statistics, and are what the teacher computes now."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Verify a shard: check its files, recompute a sample of rows and compare them with the stored ones."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The order in which a training worker reads an epoch: shuffled row groups, then shuffled rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

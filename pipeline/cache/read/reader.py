@@ -5,8 +5,6 @@ read (`order.py`): a resumed epoch reads only what it still needs, and the rows 
 as soon as it is read, while they are in the processor's cache. Imports neither Ray nor MLflow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Passes over a dataset in stored order, for evaluation: images without features, or features without images."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Row groups of complete shards, and the join of a teacher's features with the rows of the view."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The section of image classification."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from pipeline.config.tree import Section

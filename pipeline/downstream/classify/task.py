@@ -1,7 +1,5 @@
 """Image classification: timm's augmentation and mixing, a normalised linear head, top-1 and top-5."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Images with boxes and instance masks: COCO-format annotations, or generated scenes."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping

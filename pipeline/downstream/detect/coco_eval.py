@@ -1,7 +1,5 @@
 """Average precision by the COCO API (pycocotools), with all twelve of its numbers."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

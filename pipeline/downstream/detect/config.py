@@ -1,7 +1,5 @@
 """The section of detection and instance segmentation."""
 
-from __future__ import annotations
-
 from pydantic import Field, PositiveInt
 
 from pipeline.config.tree import Section

@@ -1,7 +1,5 @@
 """torchvision's Mask R-CNN (He et al. 2017) and Faster R-CNN on a feature pyramid over any hierarchical backbone."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Detection and instance segmentation: scale augmentation, Mask R-CNN's losses, box and mask AP."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

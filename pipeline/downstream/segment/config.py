@@ -1,7 +1,5 @@
 """The section of semantic segmentation."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field, PositiveFloat

@@ -1,7 +1,5 @@
 """Images with label maps: `images/<split>` next to `annotations/<split>` or `masks/<split>`, as in ADE20K."""
 
-from __future__ import annotations
-
 import csv
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The Semantic FPN head: Kirillov et al. 2019, Panoptic Feature Pyramid Networks, section 3.1 and figure 3."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Semantic segmentation with a Semantic FPN head: jittered crops, mIoU, whole-image and sliding-window inference."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
