@@ -19,7 +19,7 @@ ARROWS = {
     "sources": "errors imaging",
     "student": "errors teachers",
     "tracking": "errors runtime storage",
-    "benchmark": "errors sections runtime student export",
+    "benchmark": "errors config sections runtime student export",
     "cache.layout": "errors sections teachers imaging runtime sources storage",
     "cache.read": "errors teachers imaging runtime storage cache.layout",
     "cache.fill": "errors sections teachers imaging runtime sources storage tracking cache.layout",

@@ -3,10 +3,10 @@
 from typing import Any
 
 import timm
-import yaml
 from torch import nn
 
 import pipeline.student.regla  # noqa: F401  registers ReGLA
+from pipeline.config.yaml_text import read_inline_yaml
 from pipeline.errors import UserError
 
 
@@ -31,8 +31,8 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     if not timm.is_model(name):
         raise UserError(f"timm knows no model {name}")
     try:
-        arguments = yaml.safe_load(rest) or {}
-    except yaml.YAMLError:
+        arguments = read_inline_yaml(rest) or {}
+    except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
         raise UserError(f"'{text}': the model's name must be followed by a mapping, such as {name} {{drop_path: 0.1}}")

@@ -18,6 +18,11 @@ def keys_of(*models: type[Section]) -> tuple[str, ...]:
     return tuple(line.key for line in iter_fields(*models))
 
 
+def field_of(key: str) -> str:
+    """The field that a dotted key means, as :func:`keys_of` names it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".0", key)
+
+
 def leaves(tree: Mapping[Any, Any], keys: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The (dotted key, value) pairs of a tree whose sections may be nested, dotted, or both.
 
@@ -25,8 +30,7 @@ def leaves(tree: Mapping[Any, Any], keys: Collection[str], prefix: str = "") -> 
     """
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        field = re.sub(r"\.\d+(?=\.|$)", ".0", key)
-        if isinstance(value, Mapping) and value and _holds_fields(field, value, keys):
+        if isinstance(value, Mapping) and value and _holds_fields(field_of(key), value, keys):
             yield from leaves(value, keys, f"{key}.")
         else:
             yield key, none_if_named(value)
@@ -42,7 +46,7 @@ def _holds_fields(field: str, value: Mapping[Any, Any], keys: Collection[str]) -
 
 def is_field(key: str, keys: Collection[str]) -> bool:
     """Whether a key names a field, a section, or an entry of a field that holds a mapping or a list."""
-    field = re.sub(r"\.\d+(?=\.|$)", ".0", key)
+    field = field_of(key)
     return any(f"{known}.".startswith(f"{field}.") or f"{field}.".startswith(f"{known}.") for known in keys)
 
 
@@ -114,7 +118,8 @@ def _explain(problem: Any, model: type[Section]) -> str:
     message = re.sub(r" or instance of \w+", "", problem["msg"].removeprefix("Value error, "))
     if where and message.startswith(f"{where}."):
         return message
-    return f"{where}: {message[0].lower()}{message[1:]}{given}"
+    remedy = f"; write '{problem['input']}' in quotes" if kind == "string_type" and given else ""
+    return f"{where}: {message[0].lower()}{message[1:]}{given}{remedy}"
 
 
 def unknown(key: str, keys: Sequence[str]) -> str | None:

@@ -7,18 +7,28 @@ each job reads its own sections; the fields of other jobs are checked and ignore
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from pipeline.config.dotted import assign, is_field, keys_of, leaves, none_if_named, prune, unknown, validate
+from pipeline.config.dotted import (
+    assign,
+    field_of,
+    is_field,
+    keys_of,
+    leaves,
+    none_if_named,
+    prune,
+    unknown,
+    validate,
+)
 from pipeline.config.jobs import all_roots
-from pipeline.config.tree import JobRoot
-from pipeline.errors import UserError, one_line
+from pipeline.config.tree import JobRoot, iter_fields
+from pipeline.config.yaml_text import read_inline_yaml, read_yaml
+from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +116,9 @@ def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> Tree:
         named = f", the base of {derived[-1]}," if derived else ""
         raise UserError(f"recipe {path}{named} does not exist" + (f"; there are {', '.join(known)}" if known else ""))
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {one_line(error)}") from None
+        tree = read_yaml(path.read_text(encoding="utf-8-sig")) or {}
+    except ValueError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} must be a mapping of fields, such as `train: {{epochs: 5}}`")
     whole: Tree = {}
@@ -130,13 +140,27 @@ def _merge(whole: Tree, changes: Mapping[str, Any]) -> Tree:
 
 
 def _parse(override: str) -> tuple[str, Any]:
+    """The key and the value of an override: its text as it is where the field is a string, else YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"'{override}' is neither a recipe (.yaml) nor an override (key=value), see --help")
+    kind = _string_fields().get(re.sub(r"^phases\.\d+\.", "", field_of(key)))
+    if kind is not None and not _QUOTED.fullmatch(text):
+        return key, None if kind is not str and text in _NOTHING else text
     try:
-        return key, none_if_named(yaml.safe_load(text))
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = getattr(error, "problem", None) or one_line(error)
+        return key, none_if_named(read_inline_yaml(text))
+    except ValueError as error:
         raise UserError(
-            f"override '{override}' is not valid YAML ({reason}); one with spaces or brackets is quoted for the shell"
+            f"override '{override}' is not valid YAML ({error}); one with spaces or brackets is quoted for the shell"
         ) from None
+
+
+_QUOTED = re.compile(r"""\s*("[^"]*"|'[^']*')\s*""")
+_NOTHING = ("", "none", "null", "~")
+
+
+@cache
+def _string_fields() -> dict[str, Any]:
+    """The annotations, by dotted key, of the fields that are a string or None."""
+    variants = [variant for root in all_roots() for variant in root.variants()]
+    return {line.key: line.annotation for line in iter_fields(*variants) if line.annotation in (str, str | None)}

@@ -37,9 +37,9 @@ def operational(default: Any, **arguments: Any) -> Any:
 
 
 class Section(BaseModel):
-    """An immutable group of fields that refuses unknown keys."""
+    """An immutable group of fields that refuses unknown keys, and values of another type: `true` is not 1."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def decisive(self) -> dict[str, Any]:
         """The fields that change what is computed and are not at their defaults, JSON-ready."""
@@ -94,6 +94,7 @@ class FieldLine(NamedTuple):
     default: Any
     meaning: str
     operational: bool
+    annotation: Any
 
 
 def iter_fields(*roots: type[Section]) -> Iterator[FieldLine]:
@@ -111,7 +112,7 @@ def _iter_fields(model: type[Section], prefix: str = "", operational: bool = Fal
             yield from _iter_fields(section, f"{prefix}{name}." + ("0." if is_list(info) else ""), marked)
         else:
             default = "required" if info.is_required() else _shown(info.default)
-            yield FieldLine(prefix + name, _type_of(info), default, info.description or "", marked)
+            yield FieldLine(prefix + name, _type_of(info), default, info.description or "", marked, info.annotation)
 
 
 def describe_fields(*roots: type[Section]) -> str:

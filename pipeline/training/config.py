@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, Strict, field_validator, model_validator
 
 from pipeline.config.tree import Section, operational
 
@@ -33,7 +33,7 @@ class TrainConfig(Section):
         lt=1,
         description="decay of the averaged weights, or (1 + steps) / (10 + steps) while that is less",
     )
-    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = operational(
+    workers: NonNegativeInt | Annotated[tuple[PositiveInt, PositiveInt], Strict(False)] = operational(
         0,
         description="training workers, or [least, most] depending on the cluster; 0: one per GPU, or one without GPUs",
     )

@@ -167,3 +167,53 @@ def test_fields_may_come_from_python():
         {"train.lr": 2, "loss": {"queue": 9}},
     )
     assert (config.train.epochs, config.train.lr, config.loss.drop, config.loss.queue) == (3, 2, 0.5, 9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["photos #1/train", "a # b", "2024-01-01", "123", "010", "no", "true", "{a,b}.tar", "[x]/y", "a: b", "%20?", "-"],
+)
+def test_an_override_of_a_string_is_its_text(text):
+    keys = ("data.train", "name", "data.label_column", "phases.0.data.val")
+    config = load_config(DistillJobConfig, None, ["phases=[{}]", *(f"{key}={text}" for key in keys)])
+    assert (config.data.train, config.name, config.data.label_column) == (text, text, text)
+    assert config.phase_configs()[0].data.val == text
+
+
+def test_an_override_may_still_be_quoted_for_yaml_and_a_string_that_may_be_missing_may_be_none():
+    config = load_config(DistillJobConfig, None, ["data.train='a #b'", 'work="w"', "data.val=", "data.name=null"])
+    assert (config.data.train, config.work, config.data.val, config.data.name) == ("a #b", "w", None, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=010", "train.epochs: input should be a valid integer, not '010'"),
+        ("train.epochs=true", "train.epochs: input should be a valid integer, not True"),
+        ("train.epochs=2.5", "train.epochs: input should be a valid integer, not 2.5"),
+        ("train.epochs='5'", "train.epochs: input should be a valid integer, not '5'"),
+        ("train.lr=true", "train.lr: input should be a valid number, not True"),
+        ("train.lr=1:30", "train.lr: input should be a valid number, not '1:30'"),
+        ("train.compile=1", "train.compile: input should be a valid boolean, not 1"),
+        ("train.compile=yes", "train.compile: input should be a valid boolean, not 'yes'"),
+        ("train.epochs=5 #6", r"override 'train.epochs=5 #6' is not valid YAML \('#6' follows the value\)"),
+        ("teachers=[hog] #x", r"is not valid YAML \('#x' follows the value\)"),
+        ("loss.patches={mse: 1, mse: 2}", r"is not valid YAML \(key mse twice\)"),
+    ],
+)
+def test_values_are_of_the_type_that_help_names(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(DistillJobConfig, None, [override])
+
+
+def test_a_number_for_a_string_in_a_recipe_says_how_to_write_it(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: 123\n")
+    with pytest.raises(UserError, match="name: input should be a valid string, not 123; write '123' in quotes"):
+        load_config(DistillJobConfig, recipe)
+
+
+def test_workers_may_be_a_list_of_two(tmp_path):
+    assert load_config(DistillJobConfig, None, ["train.workers=[2, 8]"]).train.workers == (2, 8)
+    with pytest.raises(UserError, match=r"train\.workers"):
+        load_config(DistillJobConfig, None, ["train.workers=[true, 8]"])

@@ -98,7 +98,7 @@ def test_help_lists_every_field_with_its_default(capsys):
         run(DistillJobConfig, distill.main, distill.__doc__, ["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for key, _, default, meaning, _ in iter_fields(DistillJobConfig):
+    for key, _, default, meaning, *_ in iter_fields(DistillJobConfig):
         line = next(line for line in text.splitlines() if line.split()[:1] == [key])
         assert meaning in line
         assert f"= {'none' if default is None else default}]" in line
