@@ -26,7 +26,18 @@ def resolve_uri(configured: str | None, work: Path, field: str = "tracking.uri")
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if given and _has_password(given):
         given = os.environ["MLFLOW_TRACKING_URI"] = _without_password(given)
-    return configured or given or f"sqlite:///{work}/mlflow.db"
+    return configured or given or sqlite_uri(work / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of a SQLite store in a file; `%` and `?` in its path have a meaning in a URI, and are escaped."""
+    return "sqlite:///" + str(file).replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store; None for a store of another kind."""
+    path = uri.partition("?")[0].removeprefix("sqlite:///")
+    return Path(unquote(path)) if uri.startswith("sqlite:///") else None
 
 
 def _has_password(uri: str) -> bool:

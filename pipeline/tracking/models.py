@@ -53,22 +53,26 @@ def log_student(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *output.shape[1:]))]),
     )
-    log = partial(
-        Model.log,
-        artifact_path=None,
-        name=name,
-        flavor=mlflow.pytorch,
-        run_id=run.run_id,
-        pytorch_model=model,
-        input_example=example.numpy(),
-        signature=signature,
-        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
-        serialization_format="pt2",
-        tags=dict(tags),
-    )
+
+    def log() -> str:
+        # Without a model, MLflow would create one in the experiment that is active in this process.
+        created = run.client.create_logged_model(run.experiment_id, name, run.run_id, dict(tags))
+        Model.log(
+            artifact_path=None,
+            model_id=created.model_id,
+            flavor=mlflow.pytorch,
+            run_id=run.run_id,
+            pytorch_model=model,
+            input_example=example.numpy(),
+            signature=signature,
+            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+            serialization_format="pt2",
+        )
+        return str(created.model_id)
+
     logged = retry_until_reachable(run.uri, log)
-    _log_model_metrics(run, logged.model_id, metrics)
-    return str(logged.model_uri)
+    _log_model_metrics(run, logged, metrics)
+    return f"models:/{logged}"
 
 
 def _log_model_metrics(run: Run, model_id: str, metrics: Mapping[str, float]) -> None:

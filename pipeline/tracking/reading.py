@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +12,7 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError, one_line
+from pipeline.tracking.address import sqlite_file
 from pipeline.tracking.run import connecting
 
 PAGE = 1000
@@ -101,8 +101,8 @@ def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
 
 def _refuse_missing_file(uri: str) -> None:
     """Refuse a SQLite file that does not exist: MLflow would create an empty store."""
-    file = uri.partition("?")[0].removeprefix("sqlite:///")
-    if file != uri.partition("?")[0] and not Path(file).is_file():
+    file = sqlite_file(uri)
+    if file and not file.is_file():
         raise UserError(f"--tracking-uri: there is no MLflow store at {uri}; name the one that the runs are in")
 
 

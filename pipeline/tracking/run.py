@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.metrics import export_training
 from pipeline.storage.store import Store
+from pipeline.tracking.address import sqlite_file
 from pipeline.tracking.messages import MlflowWriter, Point
 from pipeline.tracking.write_buffer import (
     PATIENCE_S,
@@ -224,9 +225,13 @@ def connecting(uri: str, field: str = "tracking.uri") -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        raise UserError(
-            f"MLflow at {uri} cannot be used ({one_line(error)}); start that server, or name another in {field}"
-        ) from error
+        if "MLFLOW_ALLOW_FILE_STORE" in str(error):
+            raise UserError(
+                f"{field}: {uri} is a folder of files, which MLflow maintains no longer; name a database, such as "
+                "sqlite:///mlflow.db (`mlflow migrate-filestore` moves the runs there), or set MLFLOW_ALLOW_FILE_STORE=true"
+            ) from error
+        remedy = "start that server, or name another" if uri.startswith("http") else "name another store"
+        raise UserError(f"MLflow at {uri} cannot be used ({one_line(error)}); {remedy} in {field}") from error
     finally:
         os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
 
@@ -234,10 +239,10 @@ def connecting(uri: str, field: str = "tracking.uri") -> Iterator[None]:
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
     """Serialise the opening of a SQLite store by jobs that start at the same time."""
-    if not uri.startswith("sqlite:///"):
+    file = sqlite_file(uri)
+    if file is None:
         yield
         return
-    file = Path(uri.removeprefix("sqlite:///"))
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(f"{file.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -252,14 +257,29 @@ def _experiment(uri: str, name: str, work: Path) -> str:
     client = MlflowClient(uri)
     known = client.get_experiment_by_name(name)
     if known is None:
-        artifacts = str(work / "mlartifacts") if uri.startswith("sqlite:///") else None
+        artifacts = _artifact_location(work) if sqlite_file(uri) else None
         try:
             return str(client.create_experiment(name, artifact_location=artifacts, tags={NOTE: _EXPERIMENT_NOTE}))
-        except MlflowException:
+        except MlflowException as error:
             known = client.get_experiment_by_name(name)  # another process may have created it in the meantime
+            if known is None and is_permanent(error):
+                raise UserError(
+                    f"tracking.experiment: MLflow refuses the name {name[:40]!r} ({one_line(error)})"
+                ) from error
             if known is None:
                 raise
+    if known.lifecycle_stage != "active":
+        raise UserError(
+            f"tracking.experiment: experiment {name} was deleted in MLflow; restore it (mlflow experiments restore -x "
+            f"{known.experiment_id}), or name another in tracking.experiment"
+        )
     return str(known.experiment_id)
+
+
+def _artifact_location(work: Path) -> str:
+    """A folder beside the store; a URI where a plain path would be unescaped by MLflow."""
+    folder = work / "mlartifacts"
+    return folder.as_uri() if {"%", "?"} & set(str(folder)) else str(folder)
 
 
 def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id: str | None, buffers: Store) -> Run:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder, create_backbone, load_encoder
-from pipeline.tracking.models import download_student, log_student
+from pipeline.tracking.models import download_student, log_model_folder, log_student
 
 
 class TinyStudent(nn.Module):
@@ -96,3 +96,26 @@ def test_a_student_that_is_not_there_is_named(start, uri):
     start()
     with pytest.raises(UserError, match="m-0000 cannot be loaded from"):
         download_student("models:/m-0000", uri)
+
+
+def test_models_belong_to_the_experiment_of_their_run(start, client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = start()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("w")
+    uris = (
+        log_student(run, TinyStudent().eval(), torch.zeros(2, 3, 16, 16), name="student", metrics={}, tags={}),
+        log_model_folder(run, folder, name="detect", metrics={}, tags={}),
+    )
+    experiment = client.get_experiment(run.experiment_id)
+    listed = {model.model_id for model in client.search_logged_models([run.experiment_id])}
+    for uri in uris:
+        model = client.get_logged_model(uri.removeprefix("models:/"))
+        assert model.model_id in listed
+        assert model.experiment_id == run.experiment_id
+        assert model.status == "READY"
+        assert model.artifact_location.startswith(experiment.artifact_location)
+    outputs = {output.model_id for output in client.get_run(run.run_id).outputs.model_outputs}
+    assert outputs >= {uris[0].removeprefix("models:/")}
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from pipeline.errors import UserError
+from pipeline.tracking.address import resolve_uri, sqlite_file
 from pipeline.tracking.run import start_run
 from tests.tracking.conftest import CONFIG, free_port
 
@@ -190,3 +192,37 @@ def test_a_file_that_is_no_store_is_named(tmp_path, path):
 def test_a_kind_of_store_that_there_is_not_is_named(tmp_path, uri):
     with pytest.raises(UserError, match=f"MLflow at {re.escape(uri)} cannot be used"):
         _start_at(uri, tmp_path / "work")
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a?b", "a b", "a#b", "a@b:c", "ä%", "a%3Fb"])
+def test_store_and_artifacts_are_in_the_work_folder_whatever_its_name(tmp_path, name):
+    work = tmp_path / name
+    run = _start_at(resolve_uri(None, work), work)
+    run.log_text("a", "beside.txt")
+    run.finish()
+    assert sqlite_file(run.uri) == work / "mlflow.db"
+    assert MlflowClient(run.uri).download_artifacts(run.run_id, "beside.txt")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert {"mlflow.db", "mlartifacts"} <= {file.name for file in work.iterdir()}
+
+
+def test_a_deleted_experiment_is_named_with_the_way_out(tmp_path):
+    uri = resolve_uri(None, tmp_path)
+    client = MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("tests"))
+    with pytest.raises(
+        UserError, match=r"tests was deleted in MLflow; restore it \(mlflow experiments restore -x 1\), or"
+    ):
+        _start_at(uri, tmp_path)
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns"])
+def test_a_store_of_files_is_refused_with_the_way_out(tmp_path, uri):
+    with pytest.raises(UserError, match=r"tracking\.uri: .*name a database.*MLFLOW_ALLOW_FILE_STORE=true$"):
+        _start_at(uri, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 1000])
+def test_a_name_that_mlflow_refuses_is_no_matter_of_the_store(tmp_path, name):
+    with pytest.raises(UserError, match=r"^tracking\.experiment: MLflow refuses the name"):
+        start_run(resolve_uri(None, tmp_path), experiment=name, name="a", config={}, tags={}, work=tmp_path)
