@@ -42,6 +42,7 @@ _EMBEDDED = {
 # Without a dashboard, an actor of Ray Train searches this machine for another Ray's, and dies if it finds several. The
 # address of a closed port prevents the search.
 _NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+_STARTUP_FAILED = re.compile(r"during startup|raylet|GCS")
 _GPU_TYPE = "accelerator_type:"
 _MULTI_NODE_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -140,6 +141,13 @@ def connect() -> Iterator[None]:
         reason = one_line(f"{error}: {error.__cause__}" if error.__cause__ else error)
         raise UserError(
             f"RAY_ADDRESS={address} cannot be reached ({reason}); start it, or unset RAY_ADDRESS"
+        ) from error
+    except Exception as error:
+        if not _STARTUP_FAILED.search(str(error)):  # Ray raises plain Exceptions and RuntimeErrors
+            raise
+        raise UserError(
+            f"Ray did not start on this machine ({one_line(error, 120)}): it is very busy, or short of memory; run "
+            "the same command again when it is less so"
         ) from error
     import ray.data
 

@@ -38,7 +38,7 @@ from pipeline.training.config import TrainConfig, check_shares
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.step import synchronised
-from pipeline.training.stopping import STOP_FILE, StopFile, on_sigterm
+from pipeline.training.stopping import STOP_FILE, StopFile, call_in_thread, on_sigterm
 from pipeline.training.task import History, Task
 from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker
 
@@ -99,7 +99,11 @@ def fit(
         run_config=_run_config(config, folder, on_commit),
     )
     with on_sigterm(stop.write):
-        result: Any = trainer.fit()  # its annotation is the class of Ray Train v1
+        try:
+            result: Any = call_in_thread(trainer.fit)  # its annotation is the class of Ray Train v1
+        except KeyboardInterrupt:
+            stop.write()  # for the workers of a session that stays
+            raise
     if result.return_value is not None:
         kind, message = result.return_value
         raise _ENDINGS[kind](message)

@@ -3,13 +3,17 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
 STOP_FILE = "stop"
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,23 @@ class StopFile:
         """Withdraw the request."""
         if self.exists():
             self.filesystem.delete_file(self.path)
+
+
+def call_in_thread(call: Callable[[], Result]) -> Result:
+    """Call a function in a thread of its own and wait, so that Ctrl-C is a KeyboardInterrupt here at once.
+
+    In the main thread, Ray Train installs a handler of its own, which waits for the workers and then exits with code 1.
+    """
+    outcome: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001  raised again by the caller
+            outcome.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=(work,), daemon=True).start()
+    return outcome.result()
 
 
 @contextmanager

@@ -77,8 +77,24 @@ def _check_curves(client, known):
     assert [point.value for point in history["samples_seen"]] == list(range(24, 1153, 24))
 
 
-def kill_when(name, arguments, reached, folder):
-    """Start a job of `jobs/` in a process of its own, in this folder, and SIGKILL it once `reached()`."""
+@pytest.mark.slow
+def test_ctrl_c_in_training_says_so_and_the_same_command_resumes(tmp_path, arguments, job_folder, job):
+    arguments = [*arguments, "teachers=[hog]"]
+    code, output = kill_when(
+        "distill.py", arguments, lambda: list(job_folder.glob("runs/*/train/checkpoint-0001-*")), tmp_path, signal.SIGINT
+    )
+    assert code == 130
+    assert output.splitlines()[-1] == "interrupted; the same command resumes here"
+    assert "Traceback" not in output
+    (run,) = (job_folder / "runs").iterdir()
+    known = json.loads((run / "run.json").read_text())["mlflow"]
+    client = MlflowClient(f"sqlite:///{job_folder}/mlflow.db")
+    assert client.get_run(known["job"]).info.status == "KILLED"
+    assert "resuming the unfinished run" in job(distill.main, *arguments)[0]
+
+
+def kill_when(name, arguments, reached, folder, number=signal.SIGKILL):
+    """Start a job of `jobs/` in a process of its own, in this folder, and send a signal once `reached()`; its code and output."""
     job = [sys.executable, REPOSITORY / "jobs" / name, *arguments]
     with subprocess.Popen(
         job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, cwd=folder
@@ -88,7 +104,8 @@ def kill_when(name, arguments, reached, folder):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(process.pid, number)
+        return process.wait(120), process.stdout.read()
 
 
 def _wait_until_still(calls):

@@ -3,6 +3,7 @@ import os
 import platform
 import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,6 +29,28 @@ def test_an_address_that_nothing_listens_on_is_an_immediate_error(monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(UserError, match=f"RAY_ADDRESS={address} cannot be reached"), connect():
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception(
+            "The current node timed out during startup. This could happen because some of the raylet failed to start"
+        ),
+        RuntimeError("Failed to start GCS.  Last 3 lines of error files:\n ... Please check gcs_server.out"),
+    ],
+)
+def test_a_machine_too_busy_for_ray_is_one_line(monkeypatch, error):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", Mock(side_effect=error))
+    monkeypatch.setattr("pipeline.runtime.ray_session._check_loopback", lambda: None)
+    with (
+        pytest.raises(UserError, match=r"^Ray did not start on this machine \(.*run the same command again") as raised,
+        connect(),
+    ):
+        pass
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.usefixtures("ray_session")

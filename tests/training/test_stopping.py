@@ -2,10 +2,14 @@
 
 import os
 import signal
+import sys
+import threading
+from contextvars import ContextVar
 
+import pytest
 from pyarrow import fs
 
-from pipeline.training.stopping import StopFile, on_sigterm
+from pipeline.training.stopping import StopFile, call_in_thread, on_sigterm
 
 
 def test_the_first_sigterm_writes_the_stop_file_and_the_second_ends_the_process(tmp_path, capsys):
@@ -19,3 +23,29 @@ def test_the_first_sigterm_writes_the_stop_file_and_the_second_ends_the_process(
     assert "saving a checkpoint" in capsys.readouterr().out
     stop.remove()
     assert not (tmp_path / "stop").exists()
+
+
+def test_a_call_in_a_thread_returns_raises_and_sees_the_callers_context():
+    seen = ContextVar("seen")
+    seen.set("here")
+    assert call_in_thread(lambda: (seen.get(), threading.current_thread() is threading.main_thread())) == (
+        "here",
+        False,
+    )
+    with pytest.raises(KeyError, match="inside"):
+        call_in_thread(lambda: {}["inside"])
+    with pytest.raises(SystemExit):
+        call_in_thread(lambda: sys.exit(3))
+
+
+def test_ctrl_c_ends_the_wait_at_once():
+    release = threading.Event()
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        release.wait(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        call_in_thread(interrupted)
+    assert not release.is_set()
+    release.set()
