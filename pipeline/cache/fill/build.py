@@ -108,11 +108,7 @@ def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapsh
 def plan_splits(
     config: CacheJobConfig, store: Store, policy: ViewPolicy = WHOLE, snapshot: RecordSnapshot | None = None
 ) -> tuple[SplitPlan, ...]:
-    """Index the sources; `policy` is for the training images, held-out images are always whole.
-
-    Raises:
-        UserError: if a source or the cache does not match the configuration.
-    """
+    """As `plan_cache`, without teachers; `policy` is for the training images, held-out images are always whole."""
     snapshot = snapshot or RecordSnapshot()
     splits = {"train": (config.data.train, policy), "val": (config.data.held_out, WHOLE)}
     return tuple(_plan_split(config, store, split, at, views, snapshot) for split, (at, views) in splits.items() if at)

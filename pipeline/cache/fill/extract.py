@@ -149,10 +149,10 @@ class BatchAssembler:
         if number not in self.pixels:
             # All of one size, so that their memory is reused; the rows that a short batch leaves over are never touched.
             self.pixels[number] = {
-                name: self.decoders.empty(self.size, 3, *spec.input_size) for name, spec in self.specs.items()
+                name: self.decoders.arrays.empty(self.size, 3, *spec.input_size) for name, spec in self.specs.items()
             }
             self.targets[number] = {
-                name: self.decoders.row_targets(pixels) for name, pixels in self.pixels[number].items()
+                name: self.decoders.arrays.row_targets(pixels) for name, pixels in self.pixels[number].items()
             }
         targets = self.targets[number]
         return [CropTask(view, spec.interpolation, targets[name][position]) for name, spec in self.specs.items()]

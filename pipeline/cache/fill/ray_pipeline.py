@@ -80,8 +80,6 @@ def run_in_actors(
 ) -> Iterator[dict[str, Any]]:
     """Run an actor class on every row, on GPUs if there are any (`pipeline/cache/fill/placement.py`).
 
-    An actor works on several shards (`CONCURRENT_SHARDS`): one is on the device while others are decoded or written.
-
     Args:
         arguments: the first arguments of `actor`; device, threads and batch size follow.
     """
