@@ -306,10 +306,7 @@ class Extract:
             raise TeacherError(
                 f"teacher {cached.spec.name} computed patches with features that are not finite (NaN or infinity)"
             )
-        try:
-            return fit_projection(Codec.parse(cached.codec), features)
-        except UserError as error:
-            raise UserError(f"teacher {cached.spec.name}: {error}") from error
+        return fit_projection(Codec.parse(cached.codec), features)
 
 
 def _sample_size(teacher: CachedTeacher) -> int:
