@@ -217,7 +217,7 @@ def delete(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str
     print(grid([_row(entry)]), flush=True)
     if not confirm(f"delete {entry.address} and everything below it from {store.uri}?", options.yes):
         return {"deleted": None, "bytes": 0}
-    delete_entry(store, entry)
+    delete_entry(entry)
     return {"deleted": entry.address, "bytes": entry.bytes}
 
 

@@ -18,9 +18,7 @@ def crop_and_resize(
 
     Args:
         image: [H, W, 3] uint8, or a Pillow image.
-        view: box and flip.
         size: (height, width) in pixels.
-        interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
         [3, height, width] uint8, contiguous; channels first, because a transpose would take as long as the resizing.

@@ -71,11 +71,7 @@ def image_size(data: bytes | str) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB as :func:`decode_image` does.
-
-    Raises:
-        ValueError: for floating-point pixels, or integers of more than 16 bits.
-    """
+    """Convert to 8-bit RGB as :func:`decode_image` does; ValueError for floats, or integers of more than 16 bits."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):  # convert("RGB") would clip 16-bit grey at 255: a photograph would turn white
@@ -91,11 +87,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_pixels(data: bytes) -> np.ndarray:
-    """The pixels [H, W, 3] uint8 of :func:`decode_image`, faster for an upright JPEG.
-
-    Raises:
-        ValueError: as :func:`decode_image`.
-    """
+    """The pixels [H, W, 3] uint8 of :func:`decode_image`, faster for an upright JPEG; the same errors."""
     pixels = decode_upright_jpeg(data)
     return np.array(decode_image(data)) if pixels is None else pixels
 

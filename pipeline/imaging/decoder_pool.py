@@ -53,7 +53,7 @@ def decoder_count() -> int:
 
 
 class CropTask(NamedTuple):
-    """A view of an image, how to resize it, and the [3, H, W] uint8 array of :meth:`DecoderPool.row_targets` to write."""
+    """A view of an image, how to resize it, and the [3, H, W] uint8 array of :meth:`ArrayPool.row_targets` to write."""
 
     view: View
     interpolation: Interpolation
@@ -74,7 +74,7 @@ class PendingDecode:
 
 
 class DecoderPool:
-    """Decodes into arrays that it allocates and reuses.
+    """Decodes into arrays that its pool `arrays` allocates and reuses.
 
     Args:
         workers: number of threads or processes.
@@ -86,14 +86,6 @@ class DecoderPool:
         self.arrays: ArrayPool = SharedArrayPool() if processes and sys.platform == "linux" else ArrayPool()
         self.pool = self._start()
 
-    def empty(self, *shape: int) -> np.ndarray:
-        """An uninitialised uint8 array to decode into; its memory is reused after garbage collection."""
-        return self.arrays.empty(*shape)
-
-    def row_targets(self, array: np.ndarray) -> Sequence[np.ndarray | ArrayHandle]:
-        """The `CropTask.target` of each row of such an array."""
-        return self.arrays.row_handles(array) if isinstance(self.arrays, SharedArrayPool) else list(array)
-
     def submit(self, tasks: DecodeTasks) -> PendingDecode:
         """Start tasks. Keep their target arrays until :meth:`finish` has returned."""
         staging = None
@@ -102,11 +94,7 @@ class DecoderPool:
         return PendingDecode(tasks, self._submit(tasks), staging)
 
     def finish(self, pending: Sequence[PendingDecode]) -> None:
-        """Wait for all of these tasks.
-
-        Raises:
-            ValueError: for the first image that cannot be decoded, after all tasks have ended.
-        """
+        """Wait until all of these tasks have ended; then ValueError for the first image that cannot be decoded."""
         for attempt in range(1, ATTEMPTS + 1):
             wait([one.future for one in pending])
             broken = [one for one in pending if isinstance(one.future.exception(), BrokenProcessPool)]

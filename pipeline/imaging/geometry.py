@@ -10,14 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class View:
-    """One view of an image.
+    """One view of an image; ValueError if its box is empty or leaves the image.
 
     Attributes:
         box: (left, top, right, bottom) as fractions of the upright image, in [0, 1].
         flip: whether left and right are mirrored after the cut.
-
-    Raises:
-        ValueError: if the box is empty or leaves the image.
     """
 
     box: tuple[float, float, float, float]

@@ -8,6 +8,7 @@ import threading
 import weakref
 from bisect import bisect
 from collections import defaultdict
+from collections.abc import Sequence
 from math import prod
 from operator import itemgetter
 from typing import NamedTuple
@@ -34,6 +35,10 @@ class ArrayPool:
         array = memory.view()
         weakref.finalize(array, free.append, memory).atexit = False
         return array
+
+    def row_targets(self, array: np.ndarray) -> Sequence[np.ndarray | ArrayHandle]:
+        """Each row of an array of this pool, as workers can write to it."""
+        return list(array)
 
     def _allocate(self, shape: tuple[int, ...]) -> np.ndarray:
         return np.empty(shape, np.uint8)
@@ -90,7 +95,7 @@ class SharedArrayPool(ArrayPool):
         start, file, size = segments[bisect(segments, address, key=itemgetter(0)) - 1]
         return ArrayHandle(os.getpid(), file, size, address - start, array.shape)
 
-    def row_handles(self, array: np.ndarray) -> list[ArrayHandle]:
+    def row_targets(self, array: np.ndarray) -> list[ArrayHandle]:
         """The handle of each row of such an array."""
         whole, shape = self.handle(array), array.shape[1:]
         return [whole.part(row * prod(shape), shape) for row in range(len(array))]
@@ -103,11 +108,7 @@ class AttachedArrays:
         self.segments: dict[tuple[int, int], mmap.mmap] = {}
 
     def array(self, handle: ArrayHandle) -> np.ndarray:
-        """The array itself, writable.
-
-        Raises:
-            OSError: if the process that allocated it has ended.
-        """
+        """The array itself, writable; OSError if the process that allocated it has ended."""
         key = handle.pid, handle.file
         if key not in self.segments:
             with open(f"/proc/{handle.pid}/fd/{handle.file}", "r+b") as file:

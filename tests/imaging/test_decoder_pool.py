@@ -26,8 +26,8 @@ def _files(count):
 
 
 def _submit_all(decoders, files):
-    pixels = decoders.empty(len(files) * len(VIEWS), 3, 24, 32)
-    rows = decoders.row_targets(pixels)
+    pixels = decoders.arrays.empty(len(files) * len(VIEWS), 3, 24, 32)
+    rows = decoders.arrays.row_targets(pixels)
     work = [
         (data, [CropTask(view, "bicubic", rows[i * len(VIEWS) + j]) for j, view in enumerate(VIEWS)])
         for i, data in enumerate(files)

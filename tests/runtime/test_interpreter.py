@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from pipeline.cache.fill.device import TeacherDevice
+from pipeline.cache.fill.extract import TeacherDevice
 from pipeline.runtime.interpreter import SWITCH_INTERVAL
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.ingest import Ingest, check_quarantine
 from pipeline.cache.fill.placement import starved
-from pipeline.cache.fill.ray_pipeline import extract_shards, gpus, ingest_shards
+from pipeline.cache.fill.ray_pipeline import extract_shards, finished_shards, gpus, ingest_shards
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import Dataset, create_dataset, plan_dataset
@@ -27,7 +27,6 @@ from pipeline.cache.layout.stats import dump_moments, merge_all
 from pipeline.errors import UserError, blame_field
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.runtime.metrics import export
-from pipeline.runtime.progress import Progress
 from pipeline.sources.base import Source
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
@@ -109,11 +108,7 @@ def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapsh
 def plan_splits(
     config: CacheJobConfig, store: Store, policy: ViewPolicy = WHOLE, snapshot: RecordSnapshot | None = None
 ) -> tuple[SplitPlan, ...]:
-    """Index the sources; `policy` is for the training images, held-out images are always whole.
-
-    Raises:
-        UserError: if a source or the cache does not match the configuration.
-    """
+    """As `plan_cache`, without teachers; `policy` is for the training images, held-out images are always whole."""
     snapshot = snapshot or RecordSnapshot()
     splits = {"train": (config.data.train, policy), "val": (config.data.held_out, WHOLE)}
     return tuple(_plan_split(config, store, split, at, views, snapshot) for split, (at, views) in splits.items() if at)
@@ -213,15 +208,13 @@ def ingest_missing(splits: Sequence[SplitPlan], known: Mapping[tuple[str, int], 
     ingest = Ingest({split.split: (split.dataset, split.source) for split in splits}, known or {})
     missing = {split.split: split.missing_images() for split in splits}
     shards = {split.split: sorted({*missing[split.split], *split.missing_crops()}) for split in splits}
-    rows = [{"split": name, "shard": shard} for name, numbers in shards.items() for shard in numbers]
-    with Progress(_count_images(splits, shards), "img", "index") as progress:
-        for row in ingest_shards(rows, ingest):
-            if row["error"]:
-                raise UserError(row["error"])
-            progress.update(ingest.splits[row["split"]][0].shard_rows(row["shard"]))
-    for split in splits:
-        split.dataset.refresh(shards[split.split])
-    return _count_images(splits, missing)
+    pairs = [(name, shard) for name, numbers in shards.items() for shard in numbers]
+    datasets = {split.split: split.dataset for split in splits}
+    for _ in finished_shards(lambda rows: ingest_shards(rows, ingest), pairs, datasets, "index"):
+        pass
+    for name, dataset in datasets.items():
+        dataset.refresh(shards[name])
+    return sum(datasets[name].shard_rows(shard) for name, numbers in missing.items() for shard in numbers)
 
 
 def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
@@ -243,35 +236,26 @@ def _extract_missing(
 ) -> None:
     ids = {teacher for _, teacher in missing}
     needed = [teacher for teacher in plan.teachers if teacher.id in ids]
-    shards: defaultdict[str, set[int]] = defaultdict(set)
-    for (split, _), lacking in missing.items():
-        shards[split].update(lacking)
-    rows = [{"split": split, "shard": shard} for split in sorted(shards) for shard in sorted(shards[split])]
+    shards = sorted({(split, shard) for (split, _), lacking in missing.items() for shard in lacking})
     datasets = {split.split: split.dataset for split in plan.splits}
     label = f"extract {' '.join(teacher.spec.name for teacher in needed)}"
     started = time.perf_counter()
     stages: defaultdict[str, float] = defaultdict(float)
-    with Progress(_count_images(plan.splits, shards), "img", label) as progress:
-        for number, row in enumerate(extract_shards(rows, (datasets, needed), batch_size), 1):
-            if row["error"]:
-                raise UserError(row["error"])
-            report.shards_computed += row["computed"]
-            report.images_extracted += row["images"] * row["computed"]
-            for stage, seconds in json.loads(row["stages"]).items():
-                stages[stage] += seconds
-            progress.update(datasets[row["split"]].shard_rows(row["shard"]))
-            speed = report.images_extracted / (time.perf_counter() - started)
-            todo = len(rows) - number
-            export("extract", {"shards": report.shards_computed, "shards_left": todo, "images_per_second": speed})
-    for split, numbers in shards.items():
-        datasets[split].refresh(numbers)
+    finished = finished_shards(
+        lambda rows: extract_shards(rows, (datasets, needed), batch_size), shards, datasets, label
+    )
+    for number, row in enumerate(finished, 1):
+        report.shards_computed += row["computed"]
+        report.images_extracted += row["images"] * row["computed"]
+        for stage, seconds in json.loads(row["stages"]).items():
+            stages[stage] += seconds
+        speed = report.images_extracted / (time.perf_counter() - started)
+        todo = len(shards) - number
+        export("extract", {"shards": report.shards_computed, "shards_left": todo, "images_per_second": speed})
+    for split in {split for split, _ in shards}:
+        datasets[split].refresh(shard for name, shard in shards if name == split)
     if reason := starved(stages, time.perf_counter() - started, gpus()):
         log.warning(reason)
-
-
-def _count_images(splits: Sequence[SplitPlan], shards: Mapping[str, Collection[int]]) -> int:
-    """Images of these shards, by split, according to the index."""
-    return sum(sum(map(split.dataset.shard_rows, shards.get(split.split, ()))) for split in splits)
 
 
 def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:

@@ -24,7 +24,6 @@ ALTERNATIVES = ("float32", "float16", "int8", "pca-int8-zstd")
 GPU_MACS_PER_SECOND = {"float32": 4e12, "bfloat16": 62e12}
 """Assumed speed of a GPU if there is none to measure, by `cache.precision`: 40 % of the peak of an A100 (19.5 and
 312 TFLOP/s in NVIDIA's data sheet)."""
-
 CPU_PROBE_MACS = 50e9
 """About how many multiply-accumulates a batch of the probe has on a CPU: it takes seconds with any teacher."""
 KEY_BYTES = 128
@@ -50,10 +49,6 @@ class Probe:
     memory: int = 0
 
 
-Prober = Callable[[CachedTeacher, int], Probe | None]
-"""Measures a teacher with a batch size."""
-
-
 @dataclass(frozen=True)
 class TeacherEstimate:
     """Cost of one teacher.
@@ -61,7 +56,6 @@ class TeacherEstimate:
     Attributes:
         view_bytes: bytes of one view by codec, for the chosen one and `ALTERNATIVES`.
         exact: codecs whose `view_bytes` are known or measured on shards; the others are upper bounds.
-        total_bytes: of all views in the chosen codec.
         shards, missing: in all splits.
         probe: None if the teacher cannot be created without its weights.
         hours: of this machine's device for the missing shards, or None.
@@ -73,7 +67,6 @@ class TeacherEstimate:
     codec: str
     view_bytes: dict[str, float]
     exact: frozenset[str]
-    total_bytes: float
     shards: int
     missing: int
     probe: Probe | None
@@ -81,17 +74,18 @@ class TeacherEstimate:
     gpu_hours: float | None
 
 
-def estimate_cache(plan: CachePlan, config: CacheJobConfig, prober: Prober | None = None) -> list[TeacherEstimate]:
-    """Probe every teacher, by default on this machine, and estimate its cost."""
+def estimate_cache(
+    plan: CachePlan, config: CacheJobConfig, prober: Callable[[CachedTeacher, int], Probe | None] | None = None
+) -> list[TeacherEstimate]:
+    """Probe every teacher with the batch size, by default on this machine, and estimate its cost."""
     labels, prober = teacher_labels(plan.teachers), prober or probe_teacher
     return [_estimate(plan, t, labels[t.id], prober(t, config.cache.batch_size)) for t in plan.teachers]
 
 
 def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe | None) -> TeacherEstimate:
     sizes = {codec: view_bytes(plan, teacher, codec) for codec in (teacher.codec, *ALTERNATIVES)}
-    missing = {split.split: split.missing(teacher) for split in plan.splits}
-    views = sum(_views(split, missing[split.split]) for split in plan.splits)
-    every = sum(_views(split, range(split.dataset.shards)) for split in plan.splits)
+    missing = [split.missing(teacher) for split in plan.splits]
+    views = sum(map(_views, plan.splits, missing))
     hours = gpu_hours = None
     if probe is not None:
         hours = views / probe.views_per_second / 3600
@@ -102,16 +96,15 @@ def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe 
         codec=teacher.codec,
         view_bytes={codec: size for codec, (size, _) in sizes.items()},
         exact=frozenset(codec for codec, (_, exact) in sizes.items() if exact),
-        total_bytes=every * sizes[teacher.codec][0],
         shards=sum(split.dataset.shards for split in plan.splits),
-        missing=sum(map(len, missing.values())),
+        missing=sum(map(len, missing)),
         probe=probe,
         hours=hours,
         gpu_hours=gpu_hours,
     )
 
 
-def _views(split: SplitPlan, shards: range | list[int]) -> int:
+def _views(split: SplitPlan, shards: list[int]) -> int:
     return sum(map(split.dataset.shard_rows, shards)) * split.dataset.policy.rows_per_image
 
 

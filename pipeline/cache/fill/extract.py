@@ -10,14 +10,15 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.fill.batches import BatchAssembler
-from pipeline.cache.fill.device import TeacherDevice
 from pipeline.cache.fill.shard_builder import ShardBuilder
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of
 from pipeline.cache.layout.codec import Codec, Projection, dump_projection, fit_projection
@@ -25,10 +26,13 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE
 from pipeline.cache.layout.view_rows import ViewRows, read_view_rows, views_of
 from pipeline.errors import UserError
-from pipeline.imaging.decoder_pool import DecoderPool, chunk_size
+from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, PendingDecode, chunk_size
+from pipeline.imaging.geometry import View
+from pipeline.imaging.shared_arrays import ArrayHandle
 from pipeline.runtime import logs
 from pipeline.runtime.allocator import keep_freed_memory
-from teachers.base import Teacher, TeacherError, TeacherOutput
+from pipeline.runtime.interpreter import launch_promptly
+from teachers.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
 
 Item = TypeVar("Item")
 
@@ -70,6 +74,99 @@ class Stages(dict[str, float]):
             if item is None:
                 return
             yield item
+
+
+class TeacherDevice:
+    """The device ``cuda`` or ``cpu`` that teachers run on: forwards one after the other, a thread's other work in parallel.
+
+    On a GPU each thread has a CUDA stream of its own, so that the codec, statistics and copies of one shard overlap the
+    forward of another, and the next forward is queued while one runs. Forwards share the default stream and so reuse its
+    memory: the GPU memory needed does not grow with the number of threads.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name == "cuda":
+            launch_promptly()
+        self.name = name
+        self.forward_lock = threading.Lock()
+        self.local = threading.local()
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """In this block, the thread's work on the device overlaps the forwards."""
+        if self.name != "cuda":
+            yield
+            return
+        if not hasattr(self.local, "stream"):
+            self.local.stream = torch.cuda.Stream()
+        with torch.cuda.stream(self.local.stream):
+            yield
+
+    def encode(self, teacher: Teacher, pixels: Tensor) -> tuple[TeacherOutput, float]:
+        """A teacher's output for [B, 3, H, W] uint8 pixels, ready for any stream, and the seconds that the device took."""
+        if self.name == "cuda":
+            return self._encode_on_gpu(teacher, pixels)
+        with self.forward_lock:
+            started = time.perf_counter()
+            return teacher.encode(pixels), time.perf_counter() - started
+
+    def _encode_on_gpu(self, teacher: Teacher, pixels: Tensor) -> tuple[TeacherOutput, float]:
+        pixels, copied = pixels.to(self.name), torch.cuda.current_stream()
+        start = torch.cuda.Event(enable_timing=True)
+        # A blocking event: a waiting thread must not take a core from decoding.
+        end = torch.cuda.Event(enable_timing=True, blocking=True)
+        with self.forward_lock, torch.cuda.stream(torch.cuda.default_stream()):
+            torch.cuda.default_stream().wait_stream(copied)
+            start.record()
+            output = teacher.encode(pixels)
+            end.record()
+        end.synchronize()
+        return output, start.elapsed_time(end) / 1000
+
+
+class BatchAssembler:
+    """Batches of `size` out of `rows` rows, partially rendered; a chunk of images fills rows of one or several batches."""
+
+    def __init__(self, decoders: DecoderPool, specs: Mapping[str, TeacherSpec], rows: int, size: int) -> None:
+        self.decoders, self.specs, self.rows, self.size = decoders, specs, rows, size
+        self.pixels: dict[int, dict[str, np.ndarray]] = {}
+        self.targets: dict[int, dict[str, Sequence[np.ndarray | ArrayHandle]]] = {}
+        self.pending: dict[int, list[PendingDecode]] = {}
+
+    def render(self, images: pa.ChunkedArray, views: Sequence[View], first: int) -> None:
+        """Start rendering a chunk of images, whose views are the rows from `first` on."""
+        count = len(views) // len(images)
+        work: DecodeTasks = [
+            (data, [task for row in range(i, i + count) for task in self._crop_tasks(views[row], first + row)])
+            for i, data in zip(range(0, len(views), count), images.to_pylist(), strict=True)
+        ]
+        pending = self.decoders.submit(work)
+        for number in range(first // self.size, (first + len(views) - 1) // self.size + 1):
+            self.pending.setdefault(number, []).append(pending)
+
+    def _crop_tasks(self, view: View, row: int) -> list[CropTask]:
+        number, position = divmod(row, self.size)
+        if number not in self.pixels:
+            # All of one size, so that their memory is reused; the rows that a short batch leaves over are never touched.
+            self.pixels[number] = {
+                name: self.decoders.arrays.empty(self.size, 3, *spec.input_size) for name, spec in self.specs.items()
+            }
+            self.targets[number] = {
+                name: self.decoders.arrays.row_targets(pixels) for name, pixels in self.pixels[number].items()
+            }
+        targets = self.targets[number]
+        return [CropTask(view, spec.interpolation, targets[name][position]) for name, spec in self.specs.items()]
+
+    def pop(self, number: int) -> dict[str, Tensor]:
+        """Wait for a batch and return its pixels by teacher id, [B, 3, H, W] uint8."""
+        self.decoders.finish(self.pending[number])
+        del self.pending[number], self.targets[number]
+        count = min(self.size, self.rows - number * self.size)
+        return {name: torch.from_numpy(pixels)[:count] for name, pixels in self.pixels.pop(number).items()}
+
+    def wait_for_unused(self) -> None:
+        """Wait for rendering that nobody will use, so that its arrays can be reused."""
+        wait([pending.future for some in self.pending.values() for pending in some])
 
 
 class Extract:
@@ -209,10 +306,7 @@ class Extract:
             raise TeacherError(
                 f"teacher {cached.spec.name} computed patches with features that are not finite (NaN or infinity)"
             )
-        try:
-            return fit_projection(Codec.parse(cached.codec), features)
-        except UserError as error:
-            raise UserError(f"teacher {cached.spec.name}: {error}") from error
+        return fit_projection(Codec.parse(cached.codec), features)
 
 
 def _sample_size(teacher: CachedTeacher) -> int:

@@ -5,14 +5,16 @@ Images and features do not pass through Ray's object store, which would cost ten
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
 from pipeline.cache.fill.ingest import Ingest
 from pipeline.cache.fill.placement import Measured, measure_on_gpu, place
+from pipeline.cache.layout.dataset import Dataset
 from pipeline.errors import UserError
 from pipeline.runtime import logs
+from pipeline.runtime.progress import Progress
 from pipeline.runtime.ray_session import alive_node_resources, is_cluster
 
 WORTH_MEASURING = 16
@@ -35,6 +37,22 @@ def _node_cpus() -> int:
         return min((int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU")), default=1)
     fewest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
     return fewest if is_cluster() else min(fewest, os.cpu_count() or 1)
+
+
+def finished_shards(
+    run: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]],
+    shards: Sequence[tuple[str, int]],
+    datasets: Mapping[str, Dataset],
+    label: str,
+) -> Iterator[dict[str, Any]]:
+    """The results of `run` for these shards (split, number), with progress; UserError for the first with an ``error``."""
+    total = sum(datasets[split].shard_rows(shard) for split, shard in shards)
+    with Progress(total, "img", label) as progress:
+        for row in run([{"split": split, "shard": shard} for split, shard in shards]):
+            if row["error"]:
+                raise UserError(row["error"])
+            progress.update(datasets[row["split"]].shard_rows(row["shard"]))
+            yield row
 
 
 def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[dict[str, Any]]:
@@ -61,8 +79,6 @@ def run_in_actors(
     measured: Measured | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run an actor class on every row, on GPUs if there are any (`pipeline/cache/fill/placement.py`).
-
-    An actor works on several shards (`CONCURRENT_SHARDS`): one is on the device while others are decoded or written.
 
     Args:
         arguments: the first arguments of `actor`; device, threads and batch size follow.

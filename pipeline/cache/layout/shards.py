@@ -173,12 +173,7 @@ class ShardFolder:
             return None
 
     def read_record(self, shard: int) -> ShardRecord:
-        """As `listing`, but with errors.
-
-        Raises:
-            FileNotFoundError: if there is no record.
-            ValueError: if the file is not a record of this shard.
-        """
+        """As `listing`, but FileNotFoundError if there is no record, ValueError if it is not one of this shard."""
         data = self.store.get(record_name(shard))
         try:
             record = ShardRecord(**json.loads(data))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import CachePlan
-from pipeline.cache.fill.ray_pipeline import run_in_actors
+from pipeline.cache.fill.ray_pipeline import finished_shards, run_in_actors
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ShardFolder, evenly_spaced, row_groups
@@ -22,7 +22,6 @@ from pipeline.cache.maintain.checks import (
 from pipeline.cache.maintain.values import check_statistics
 from pipeline.cache.maintain.verify import Verify
 from pipeline.errors import UserError
-from pipeline.runtime.progress import Progress
 from teachers.base import WeightsNotFoundError
 
 SAMPLE_GROUPS = 8
@@ -66,22 +65,19 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
     datasets = {split.split: split.dataset for split in plan.splits}
     shards = [(split, shard) for split, dataset in datasets.items() for shard in range(dataset.shards)]
     shards = [shard for shard in shards if only is None or shard in only]
-    rows = [{"split": split, "shard": shard} for split, shard in shards]
     sampled: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
     for split in plan.splits:
         for group in evenly_spaced(row_groups(split.dataset.images.listed().values()), SAMPLE_GROUPS):
             sampled[split.split, group.shard].append(group.group)
     unindexed = {item.dataset for item in found.findings if item.part == "index"}
     arguments = (datasets, plan.teachers, computed, sampled, unindexed)
-    total = sum(datasets[split].shard_rows(shard) for split, shard in shards)
-    with Progress(total, "img", "verify") as progress:
-        for row in run_in_actors(Verify, rows, arguments, config.cache.batch_size):
-            if row["error"]:
-                raise UserError(row["error"])
-            found.findings += [Finding(**item) for item in json.loads(row["findings"])]
-            found.files += row["files"]
-            found.recomputed += row["recomputed"]
-            progress.update(datasets[row["split"]].shard_rows(row["shard"]))
+    batch_size = config.cache.batch_size
+    for row in finished_shards(
+        lambda rows: run_in_actors(Verify, rows, arguments, batch_size), shards, datasets, "verify"
+    ):
+        found.findings += [Finding(**item) for item in json.loads(row["findings"])]
+        found.files += row["files"]
+        found.recomputed += row["recomputed"]
     found.findings.sort(key=lambda item: (item.dataset, item.part, -1 if item.shard is None else item.shard, item.file))
     return found
 

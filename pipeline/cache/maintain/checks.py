@@ -65,17 +65,13 @@ class Shard:
     record: ShardRecord
     file: pq.ParquetFile
 
-    def read(self) -> pa.Table:
-        """All its rows."""
-        return self._checked(self.file.read)
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """All its rows, or these columns of them."""
+        return self._checked(lambda: self.file.read(columns))
 
     def read_group(self, group: int) -> pa.Table:
         """One row group."""
         return self._checked(lambda: self.file.read_row_group(group))
-
-    def read_keys(self) -> list[tuple[str, int]]:
-        """(sample id, view) of every row."""
-        return keys_of(self._checked(lambda: self.file.read(["sample_id", "view"])))
 
     def _checked(self, read: Callable[[], pa.Table]) -> pa.Table:
         try:
@@ -185,7 +181,7 @@ def check_features(teacher: CachedTeacher, opened: Shard, rows: pa.Table | None)
         if metadata.get(f"{kind}.shape".encode()) != json.dumps(shape).encode():
             raise opened.broken(f"does not have the shape {shape} of {kind} in its metadata")
     if rows is not None:
-        _check_keys(opened, keys_of(rows), opened.read_keys())
+        _check_keys(opened, keys_of(rows), keys_of(opened.read(["sample_id", "view"])))
 
 
 def features_schema(codecs: Mapping[str, FeatureCodec]) -> pa.Schema:

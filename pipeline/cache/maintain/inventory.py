@@ -19,7 +19,6 @@ class Entry:
 
     Attributes:
         address: ``<dataset>``, ``<dataset>/<view>`` or ``<dataset>/<view>/<teacher>``.
-        folder: path below the cache.
         shards, of: number of complete shards, and of all shards.
         bytes: size of all files below the folder.
         fidelity: mean cosine between a patch and its decoded value; None for images and crops.
@@ -27,7 +26,7 @@ class Entry:
     """
 
     address: str
-    folder: str
+    store: Store
     what: str
     shards: int
     of: int
@@ -62,25 +61,25 @@ def _dataset(store: Store, name: str) -> Iterator[Entry]:
     try:
         meta = read_meta(store)
     except UserError:
-        yield Entry(name, name, "another version of the cache, or damaged", 0, 0, bytes_below(store))
+        yield Entry(name, store, "another version of the cache, or damaged", 0, 0, bytes_below(store))
         return
     shards = -(-meta["count"] // meta["shard_size"])
     done = len(ShardFolder(store.sub(f"views/{WHOLE.id}/images")).records())
     what = f"{meta['count']} images of {meta['location']}"
-    yield Entry(name, name, what, done, shards, bytes_below(store))
+    yield Entry(name, store, what, done, shards, bytes_below(store))
     for view in store.sub("views").folders():
-        yield from _view(store.sub(f"views/{view}"), f"{name}/{view}", f"{name}/views/{view}", shards)
+        yield from _view(store.sub(f"views/{view}"), f"{name}/{view}", shards)
 
 
-def _view(store: Store, address: str, folder: str, shards: int) -> Iterator[Entry]:
+def _view(store: Store, address: str, shards: int) -> Iterator[Entry]:
     if not address.endswith(f"/{WHOLE.id}"):
         done = len(ShardFolder(store.sub("rows")).records())
-        yield Entry(address, folder, "crops", done, shards, bytes_below(store))
+        yield Entry(address, store, "crops", done, shards, bytes_below(store))
     for name in store.sub("teachers").folders():
-        yield _teacher(store.sub(f"teachers/{name}"), f"{address}/{name}", f"{folder}/teachers/{name}", shards)
+        yield _teacher(store.sub(f"teachers/{name}"), f"{address}/{name}", shards)
 
 
-def _teacher(store: Store, address: str, folder: str, shards: int) -> Entry:
+def _teacher(store: Store, address: str, shards: int) -> Entry:
     records = ShardFolder(store).records().values()
     try:
         described = dict(json.loads(store.get("teacher.json")))
@@ -89,11 +88,10 @@ def _teacher(store: Store, address: str, folder: str, shards: int) -> Entry:
     kept = [record.facts["fidelity"]["patches"]["cosine"] for record in records if record.rows]
     what = f"{described.get('name', '?')} {described.get('weights', '?')[:20]}, {described.get('codec', '?')}"
     fidelity, licence = fmean(kept) if kept else None, described.get("licence", "unknown")
-    return Entry(address, folder, what, len(records), shards, bytes_below(store), fidelity, licence)
+    return Entry(address, store, what, len(records), shards, bytes_below(store), fidelity, licence)
 
 
-def delete_entry(cache: Store, entry: Entry) -> None:
+def delete_entry(entry: Entry) -> None:
     """Delete all files of an entry. A dataset's dataset.json goes first, so that half a dataset is never taken for a whole."""
-    folder = cache.sub(entry.folder)
-    folder.delete("dataset.json")
-    folder.delete_folder()
+    entry.store.delete("dataset.json")
+    entry.store.delete_folder()

@@ -97,7 +97,7 @@ class EpochOrder:
             starts.append(np.full(len(within), window.start))
         return OrderedRows(groups, np.concatenate(rows), np.concatenate(starts))
 
-    def shuffle_quality(self, epoch: int) -> ShuffleQuality:
+    def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
         """How well this rank's rows of an epoch are shuffled, from the order alone."""
         order = self._permuted_groups(epoch)[self.rank :: self.world]
         rows = self.rows(epoch).rows

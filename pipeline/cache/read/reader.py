@@ -237,8 +237,8 @@ class CacheReader:
 
     def _decode_images(self, partial: PartialBatch) -> Tensor:
         """[B, 3, H, W] uint8; adjacent views of one image are decoded once."""
-        pixels = self.decoders.empty(self.batch_size, 3, self.image_size, self.image_size)
-        crops = list(map(_crop_task, partial.geometry.tolist(), self.decoders.row_targets(pixels)))
+        pixels = self.arrays.empty(self.batch_size, 3, self.image_size, self.image_size)
+        crops = list(map(_crop_task, partial.geometry.tolist(), self.arrays.row_targets(pixels)))
         starts = [i for i, key in enumerate(partial.keys) if i == 0 or key != partial.keys[i - 1]]
         self.decoders.decode(
             [(partial.images[first].as_py(), crops[first:last]) for first, last in pairwise([*starts, self.batch_size])]

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.read.order import ShuffleQuality
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.imaging.shared_arrays import ArrayHandle, AttachedArrays, SharedArrayPool
 from pipeline.runtime.allocator import keep_freed_memory
@@ -47,19 +46,12 @@ class ReaderProcess:
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         self.order = CacheReader(*args, **settings).order
+        self.steps, self.shuffle_quality = self.order.steps, self.order.shuffle_quality
         self.arguments = args, {**settings, "processes": True}
         self.released: deque[int] = deque()
         self.process: Any = None
         self.attached: AttachedArrays
         self.pipe: Connection
-
-    def steps(self, epoch: int) -> int:
-        """As `CacheReader.steps`."""
-        return self.order.steps(epoch)
-
-    def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
-        """As `CacheReader.shuffle_quality`."""
-        return self.order.shuffle_quality(epoch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """As `CacheReader.batches`; RuntimeError if the other process was killed."""

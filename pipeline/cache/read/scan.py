@@ -41,8 +41,8 @@ def scan_images(
 
         def decode(group: RowGroup) -> tuple[pa.Table, Tensor]:
             table = reader.read(group)
-            pixels = decoders.empty(group.rows, 3, image_size, image_size)
-            targets = decoders.row_targets(pixels)
+            pixels = decoders.arrays.empty(group.rows, 3, image_size, image_size)
+            targets = decoders.arrays.row_targets(pixels)
             crops = [[CropTask(v, STUDENT_INTERPOLATION, t)] for v, t in zip(views_of(table), targets, strict=True)]
             decoders.decode(list(zip(table["image"].to_pylist(), crops, strict=True)))
             return table, torch.from_numpy(pixels)
@@ -89,20 +89,19 @@ def read_summaries(
 
 
 class PatchReader:
-    """Reads a teacher's patches by row group, without the images; UserError if shards of either are missing."""
+    """Reads a teacher's patches by row group, without the images; UserError if shards of either are missing.
+
+    `sizes` are the rows of every row group.
+    """
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
         self._reader = FeatureReader(dataset, teacher)
         images = ShardReader(dataset, dataset.images, "images")
         self._groups = row_groups(images.records.values(), dataset.policy.rows_per_image)
+        self.sizes = [group.rows for group in self._groups]
 
     def __len__(self) -> int:
         return len(self._groups)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Rows of every row group."""
-        return [group.rows for group in self._groups]
 
     def read(self, number: int) -> tuple[list[str], Tensor]:
         """The sample ids of a row group and their patches [n, h, w, D] float32."""

@@ -69,11 +69,11 @@ def test_a_shard_that_does_not_count_is_not_counted(cache, filled):
 def test_what_is_deleted_is_gone_and_nothing_else(cache, filled):
     teacher = filled.plan.teachers[0].id
     before = _files(cache)
-    delete_entry(cache, find_entry(cache, f"{filled.train.id}/full/{teacher}"))
+    delete_entry(find_entry(cache, f"{filled.train.id}/full/{teacher}"))
     gone = {name for name in before if name.startswith(f"{filled.train.id}/views/full/teachers/{teacher}/")}
     assert gone
     assert _files(cache) == before - gone
-    delete_entry(cache, find_entry(cache, filled.val.id))
+    delete_entry(find_entry(cache, filled.val.id))
     assert _files(cache) == {name for name in before - gone if not name.startswith(filled.val.id)}
 
 
@@ -100,7 +100,7 @@ def test_crops_have_an_address_of_their_own(tmp_path, photo_config):
     fill_in_process(plan)
     train = plan.split("train").dataset
     view = f"{train.id}/{train.policy.id}"
-    delete_entry(plan.store, find_entry(plan.store, view))
+    delete_entry(find_entry(plan.store, view))
     assert train.images.records()
     assert view not in {entry.address for entry in take_inventory(plan.store)}
 
@@ -223,7 +223,7 @@ def test_a_dataset_of_another_version_is_listed_and_can_be_deleted(cache, filled
     filled.val.store.put("dataset.json", b'{"format": 1}')
     entry = find_entry(cache, filled.val.id)
     assert "another version" in entry.what
-    delete_entry(cache, entry)
+    delete_entry(entry)
     assert not Path(filled.val.store.uri).exists()
 
 

@@ -521,7 +521,7 @@ def test_broken_crops_are_drawn_again_and_are_the_same(projected):
 
 
 def test_a_gpu_of_too_little_memory_is_said_in_a_line(filled, monkeypatch):
-    monkeypatch.setattr("pipeline.cache.fill.device.TeacherDevice.encode", out_of_memory)
+    monkeypatch.setattr("pipeline.cache.fill.extract.TeacherDevice.encode", out_of_memory)
     with pytest.raises(UserError, match=r"^the GPU has too little memory for 32 images at once"):
         verify_cache(filled.plan, filled.config)
 
