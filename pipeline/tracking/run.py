@@ -7,12 +7,11 @@ import hashlib
 import logging
 import math
 import os
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ import mlflow
 import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils.git_utils import get_git_commit
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.metrics import export_training
 from pipeline.storage.store import Store
-from pipeline.tracking.messages import MlflowWriter, Point
+from pipeline.tracking.messages import Point, send_message
 from pipeline.tracking.write_buffer import (
     PATIENCE_S,
     Sender,
@@ -71,7 +71,7 @@ class Run:
 
     @cached_property
     def _sender(self) -> Sender:
-        return Sender(self.buffer, MlflowWriter(self.client, self.run_id, self.buffer).send, self.uri)
+        return Sender(self.buffer, partial(send_message, self.client, self.run_id, self.buffer), self.uri)
 
     def child(self, name: str, run_id: str | None = None) -> Run:
         """A nested run: a new one, or run `run_id` if it still exists.
@@ -210,7 +210,8 @@ def start_run(
         mlflow.set_tracking_uri(uri)
         buffers = Store.at((folder or work) / "unsent")
         run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id, buffers)
-    run.set_tags({**tags, **_git_tags()})
+    commit = get_git_commit(__file__)
+    run.set_tags({**tags, **({"mlflow.source.git.commit": commit} if commit else {})})
     run.log_params(dict(_flatten(config)))
     run.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
     return run
@@ -287,12 +288,3 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(item, f"{prefix}{number}.")
     else:
         yield prefix.rstrip("."), tree
-
-
-def _git_tags() -> dict[str, str]:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return {"mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else {}
