@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_splits
+from pipeline.cache.fill.build import CachePlan, build_cache, plan_splits
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_stats
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.scan import PatchReader, read_summaries
 from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateJobConfig
-from pipeline.evaluate.confusion import SegmentationScores
 from pipeline.evaluate.frozen import cached_encoder
 from pipeline.evaluate.knn import check_splits
 from pipeline.evaluate.knn_search import search_knn
@@ -29,6 +28,7 @@ from pipeline.sources.label_maps import LabelMaps, open_label_maps
 from pipeline.student.loading import load_student
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.run import Run
+from pipeline.training.segmentation_scores import segmentation_scores
 
 MAX_MAPS = 16
 """Maximum images per step of the segmentation probe; each contributes `PIXELS` samples."""
@@ -45,17 +45,12 @@ class FrozenPlan:
     @property
     def train(self) -> Dataset:
         """Training images."""
-        return self._split("train").dataset
+        return self.cache.splits[0].dataset
 
     @property
     def val(self) -> Dataset:
         """Held-out images."""
-        return self._split("val").dataset
-
-    def _split(self, name: str) -> SplitPlan:
-        split = self.cache.split(name)
-        assert split is not None
-        return split
+        return self.cache.splits[1].dataset
 
 
 def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPlan:
@@ -151,11 +146,11 @@ def seg_probe(
     steps, state = count_batches(groups, images), folder / "seg-probe.pt"
     train_heads(heads, batches, steps, settings.epochs, state, _loss_logger(run, settings.lrs))
     matrices = confusions(heads, PatchReader(plan.val, plan.encoder), maps.val, maps.classes, device)
-    scores = [SegmentationScores.of(matrix) for matrix in matrices]
-    found = {name: [getattr(score, name) for score in scores] for name in ("miou", "macc", "aacc")}
+    scores, ious, _ = zip(*map(segmentation_scores, matrices), strict=True)
+    found = {name: [means[name] for means in scores] for name in scores[0]}
     best = _best(run, settings.lrs, found)
-    run.log_dict({"iou": [round(value, 3) for value in scores[best].iou.tolist()]}, "iou.json")
-    return {**{name: values[best] for name, values in found.items()}, "lr": settings.lrs[best]}
+    run.log_dict({"iou": [round(value, 3) for value in ious[best].tolist()]}, "iou.json")
+    return {**scores[best], "lr": settings.lrs[best]}
 
 
 def make_heads(plan: FrozenPlan, config: EvaluateJobConfig, classes: int) -> LinearHeads:
