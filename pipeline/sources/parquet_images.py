@@ -54,11 +54,7 @@ class ParquetImages:
     def open(
         cls, location: str, files: tuple[str, ...], image_column: str | None = None, label_column: str | None = None
     ) -> "ParquetImages":
-        """Find the columns in the first file.
-
-        Raises:
-            UserError: if the file is unreadable or lacks such columns; the message lists the columns it has.
-        """
+        """Find the columns in the first file; UserError if it is unreadable, or lacks them, listing those it has."""
         with open_parquet(files[0]) as file:
             label_column = find_label_column(files[0], file.schema_arrow, label_column)
             image = find_image_column(files[0], file, image_column)
@@ -82,9 +78,11 @@ class ParquetImages:
         with open_parquet(path) as file:
             self._refuse_other_schema(path, file.schema_arrow)
             self._refuse_large_groups(path, file.metadata)
-            table = self._measure_all(path, file)
+            columns = [self.image.name] + ([self.label_column] if self.label_column else [])
+            with readable(path):
+                parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
             groups = np.repeat(np.arange(file.num_row_groups), np.diff(_group_starts(file)))
-        name = os.path.basename(path)
+        table, name = pa.Table.from_batches(parts, schema=_MEASURED), os.path.basename(path)
         table = table.append_column("sample_id", [[f"{name}#{row:08d}" for row in range(table.num_rows)]])
         table = table.append_column("uri", pa.repeat(path, table.num_rows))
         table = table.append_column("offset", pa.array(np.arange(table.num_rows)))
@@ -107,12 +105,6 @@ class ParquetImages:
                     f"{path}: the images of row group {group} take {size / 2**30:.1f} GiB uncompressed, more than the "
                     f"{_MAX_GROUP >> 30} GiB allowed; rewrite the file with smaller row groups"
                 )
-
-    def _measure_all(self, path: str, file: pq.ParquetFile) -> pa.Table:
-        columns = [self.image.name] + ([self.label_column] if self.label_column else [])
-        with readable(path):
-            parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
-        return pa.Table.from_batches(parts, schema=_MEASURED)
 
     def _measure(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         image = batch.column(self.image.name)

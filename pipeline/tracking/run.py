@@ -74,11 +74,7 @@ class Run:
         return Sender(self.buffer, partial(send_message, self.client, self.run_id, self.buffer), self.uri)
 
     def child(self, name: str, run_id: str | None = None) -> Run:
-        """A nested run: a new one, or run `run_id` if it still exists.
-
-        Raises:
-            UserError: if the server does not answer for minutes.
-        """
+        """A nested run: a new one, or `run_id` if it still exists; UserError if the server is silent for minutes."""
         note = f"Part of [the job]({run_link(self)}), which describes it."
         tags, buffers = {"mlflow.parentRunId": self.run_id, NOTE: note}, Store(self.buffer.store.uri.rpartition("/")[0])
         return retry_until_reachable(self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers))
@@ -150,11 +146,7 @@ class Run:
             self.buffer.store.delete_folder()
 
     def flush(self) -> None:
-        """Wait until everything is sent.
-
-        Raises:
-            UserError: if the server does not answer for minutes.
-        """
+        """Wait until everything is sent; UserError if the server does not answer for minutes."""
         if not self._sender.flush(PATIENCE_S):
             raise unreachable_error(self.uri, self._sender.problem)
 
@@ -196,8 +188,6 @@ def start_run(
 ) -> Run:
     """Open the parent run of a job: a new one, or run `run_id` if it still exists.
 
-    One process creates the store, because concurrent first uses of a SQLite file fail.
-
     Args:
         config: the resolved configuration, logged as flat parameters and as the artifact `config.yaml`.
         work: folder of the artifacts if the store is a SQLite file.
@@ -234,7 +224,7 @@ def connecting(uri: str, field: str = "tracking.uri") -> Iterator[None]:
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Serialise the opening of a SQLite store by jobs that start at the same time."""
+    """Let jobs open a SQLite store one after the other: concurrent first uses fail."""
     if not uri.startswith("sqlite:///"):
         yield
         return
