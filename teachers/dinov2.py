@@ -24,10 +24,7 @@ INPUT_SIZE = 224
 
 
 def dinov2(options: TeacherOptions) -> Teacher:
-    """Factory of DINOv2; the default variant is ViT-B/14 with registers.
-
-    `weights` may be a file with timm's keys or with the authors' own.
-    """
+    """Factory of DINOv2, by default ViT-B/14 with registers; files of weights have timm's keys or the authors' own."""
     variant, model = choose_variant("dinov2", options.variant, VARIANTS, DEFAULT)
     return TimmTeacher(f"dinov2/{variant}", model, options, input_size=INPUT_SIZE, key_filter=_to_timm)
 

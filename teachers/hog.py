@@ -78,11 +78,7 @@ def cell_histograms(images: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def hog(options: TeacherOptions) -> Teacher:
-    """Factory of :class:`HOG`.
-
-    Raises:
-        TeacherError: for weights, arguments, a variant, or an unsuitable input size.
-    """
+    """Factory of :class:`HOG`; TeacherError for weights, arguments, a variant, or an unsuitable input size."""
     if options.variant or options.args or options.weights not in ("pretrained", "none"):
         raise TeacherError("teacher hog: it has no variants, weights or args, only input_size and pool")
     return HOG(options.input_size or 224, options.pool or 2)

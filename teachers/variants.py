@@ -7,11 +7,7 @@ from teachers.base import TeacherError
 
 
 def choose_variant(teacher: str, variant: str, known: Mapping[str, str], default: str) -> tuple[str, str]:
-    """The chosen variant (or the default) and its value in `known`.
-
-    Raises:
-        TeacherError: for an unknown variant, listing the known ones.
-    """
+    """The chosen variant (or the default) and its value in `known`; TeacherError, listing those known, for another."""
     chosen = variant or default
     if chosen in known:
         return chosen, known[chosen]

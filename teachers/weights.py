@@ -83,11 +83,7 @@ def seeded_init(seed: int, teacher: str) -> Iterator[None]:
 
 
 def load_from_hub(teacher: str, fetch: Callable[[], T]) -> T:
-    """Call `fetch`, which finds weights in the hub's local cache or downloads them.
-
-    Raises:
-        WeightsNotFoundError: for any failure.
-    """
+    """Call `fetch`, which finds weights in the hub's cache or downloads them; WeightsNotFoundError if it fails."""
     try:
         with _offline_if_unreachable():
             return fetch()

@@ -87,11 +87,6 @@ def map_levels(strides: Sequence[int]) -> list[int]:
     return sorted({max((level for level, stride in enumerate(strides) if stride <= 16), default=last), last})
 
 
-def frozen_encoder(options: TeacherOptions) -> Teacher:
-    """Factory, as `pipeline.evaluate.frozen:frozen_encoder`."""
-    return FrozenTeacher(options)
-
-
 def cached_encoder(
     student: str, input_size: int, *, weights: str, args: dict[str, object], grid: int | None
 ) -> CachedTeacher:
@@ -102,7 +97,7 @@ def cached_encoder(
     """
     settings = {"student": student, "args": args, "grid": grid}
     config = TeacherConfig(
-        model="pipeline.evaluate.frozen:frozen_encoder", weights=weights, input_size=input_size, args=settings
+        model="pipeline.evaluate.frozen:FrozenTeacher", weights=weights, input_size=input_size, args=settings
     )
     spec = FrozenTeacher(TeacherOptions("", weights, input_size, None, settings)).spec
     codec = "float32" if grid is None else "float16"

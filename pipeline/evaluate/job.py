@@ -6,22 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, plan_splits
+from pipeline.cache.fill.build import CachePlan, build_cache, plan_splits
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_stats
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.scan import PatchReader, read_summaries
-from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvaluateJobConfig
-from pipeline.evaluate.confusion import SegmentationScores
 from pipeline.evaluate.frozen import cached_encoder
-from pipeline.evaluate.knn import check_splits
+from pipeline.evaluate.knn import check_splits, labelled
 from pipeline.evaluate.knn_search import search_knn
-from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
+from pipeline.evaluate.linear import Batches, LinearHeads, accuracies, shuffled, train_heads
 from pipeline.evaluate.segmentation import confusions, count_batches, pixel_batches
 from pipeline.runs.addresses import fetch_student
 from pipeline.runs.folder import cache_store, work_folder
@@ -29,6 +26,7 @@ from pipeline.sources.label_maps import LabelMaps, open_label_maps
 from pipeline.student.loading import load_student
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.run import Run
+from pipeline.training.segmentation_scores import segmentation_scores
 
 MAX_MAPS = 16
 """Maximum images per step of the segmentation probe; each contributes `PIXELS` samples."""
@@ -45,17 +43,12 @@ class FrozenPlan:
     @property
     def train(self) -> Dataset:
         """Training images."""
-        return self._split("train").dataset
+        return self.cache.splits[0].dataset
 
     @property
     def val(self) -> Dataset:
         """Held-out images."""
-        return self._split("val").dataset
-
-    def _split(self, name: str) -> SplitPlan:
-        split = self.cache.split(name)
-        assert split is not None
-        return split
+        return self.cache.splits[1].dataset
 
 
 def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPlan:
@@ -108,14 +101,11 @@ def linear(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) 
     """Top-1 and top-5 accuracy in percent of the best learning rate, and that rate; holds 4 N D bytes of both splits."""
     settings, device = config.evaluate, _device()
     (features, labels), (held_out, expected) = (
-        (values[known].to(device), classes[known].to(device))
-        for values, classes in (read_summaries(split, plan.encoder) for split in (plan.train, plan.val))
-        for known in [classes != NO_LABEL]
+        [part.to(device) for part in labelled(*read_summaries(split, plan.encoder))] for split in (plan.train, plan.val)
     )
-    heads = make_heads(plan, config, int(labels.max()) + 1).to(device)
     batches = shuffled(features, labels, settings.batch_size, config.seed)
     steps = math.ceil(len(features) / settings.batch_size)
-    train_heads(heads, batches, steps, settings.epochs, folder / "linear.pt", _loss_logger(run, settings.lrs))
+    heads = _train(plan, config, run, int(labels.max()) + 1, batches, steps, folder / "linear.pt")
     found = accuracies(heads, held_out, expected)
     best = _best(run, settings.lrs, found)
     return {"top1": found["top1"][best], "top5": found["top5"][best], "lr": settings.lrs[best]}
@@ -146,30 +136,29 @@ def seg_probe(
     settings, device = config.evaluate, _device()
     groups = PatchReader(plan.train, plan.encoder)
     images = min(settings.batch_size, MAX_MAPS)
-    heads = make_heads(plan, config, maps.classes).to(device)
     batches = pixel_batches(groups, maps.train, images, config.seed, device)
-    steps, state = count_batches(groups, images), folder / "seg-probe.pt"
-    train_heads(heads, batches, steps, settings.epochs, state, _loss_logger(run, settings.lrs))
+    heads = _train(plan, config, run, maps.classes, batches, count_batches(groups, images), folder / "seg-probe.pt")
     matrices = confusions(heads, PatchReader(plan.val, plan.encoder), maps.val, maps.classes, device)
-    scores = [SegmentationScores.of(matrix) for matrix in matrices]
-    found = {name: [getattr(score, name) for score in scores] for name in ("miou", "macc", "aacc")}
+    scores, ious, _ = zip(*map(segmentation_scores, matrices), strict=True)
+    found = {name: [means[name] for means in scores] for name in scores[0]}
     best = _best(run, settings.lrs, found)
-    run.log_dict({"iou": [round(value, 3) for value in scores[best].iou.tolist()]}, "iou.json")
-    return {**{name: values[best] for name, values in found.items()}, "lr": settings.lrs[best]}
+    run.log_dict({"iou": [round(value, 3) for value in ious[best].tolist()]}, "iou.json")
+    return {**scores[best], "lr": settings.lrs[best]}
 
 
-def make_heads(plan: FrozenPlan, config: EvaluateJobConfig, classes: int) -> LinearHeads:
-    """Classifiers on the features of a filled cache, standardised by the statistics of the training images."""
-    moments = teacher_stats(plan.train, plan.encoder)["patches"]
+def _train(
+    plan: FrozenPlan, config: EvaluateJobConfig, run: Run, classes: int, batches: Batches, steps: int, state_file: Path
+) -> LinearHeads:
+    """Trained classifiers on features that are standardised by the statistics of the training images."""
+    moments, lrs = teacher_stats(plan.train, plan.encoder)["patches"], config.evaluate.lrs
     mean, std = torch.from_numpy(moments.mean), torch.from_numpy(moments.std)
-    return LinearHeads(mean, std, classes, config.evaluate.lrs, config.seed)
+    heads = LinearHeads(mean, std, classes, lrs, config.seed).to(_device())
 
-
-def _loss_logger(run: Run, lrs: Sequence[float]) -> Any:
-    def log(epoch: int, losses: list[float]) -> None:
+    def log_losses(epoch: int, losses: list[float]) -> None:
         run.log_metric_dict({f"loss/lr_{lr:g}": loss for lr, loss in zip(lrs, losses, strict=True)}, epoch)
 
-    return log
+    train_heads(heads, batches, steps, config.evaluate.epochs, state_file, log_losses)
+    return heads
 
 
 def _best(run: Run, lrs: Sequence[float], found: Mapping[str, list[float]]) -> int:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from pipeline.cache.read.scan import PatchReader
-from pipeline.evaluate.confusion import confusion
 from pipeline.evaluate.linear import Batches, LinearHeads
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.runtime.progress import Progress
-from pipeline.sources.label_maps import LabelMaps
+from pipeline.sources.label_maps import IGNORE, LabelMaps
 
 PIXELS = 1024
 """Sampled pixels per image and training step."""
@@ -55,7 +55,7 @@ def count_batches(groups: PatchReader, batch_size: int) -> int:
 
 def _choose(rng: np.random.Generator, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (x, y) in [-1, 1] of random labelled pixels, float32 [P, 2], and their classes [P]; P = 0 without labels."""
-    known = np.flatnonzero(labels >= 0)
+    known = np.flatnonzero(labels != IGNORE)
     pixels = rng.choice(known, PIXELS) if len(known) else known
     height, width = labels.shape
     y, x = np.divmod(pixels, width)
@@ -93,6 +93,8 @@ def confusions(heads: LinearHeads, groups: PatchReader, maps: LabelMaps, classes
                 truth = torch.from_numpy(labels).to(device)
                 for number, grid in enumerate(logits):
                     full = F.interpolate(grid[None], size=truth.shape, mode="bilinear")[0]
-                    matrices[number] += confusion(full.argmax(dim=0), truth, classes).cpu()
+                    matrices[number] += multiclass_confusion_matrix(
+                        full.argmax(dim=0), truth, classes, ignore_index=IGNORE, validate_args=False
+                    ).cpu()
                 progress.update()
     return matrices

@@ -100,11 +100,7 @@ def make_bundle(loaded: LoadedStudent, size: int, *, heads: bool = False) -> Exp
 
 
 def make_task_bundle(saved: SavedModel, size: int | None = None) -> ExportBundle:
-    """A fine-tuned model for inputs of `size` pixels; None: the size that it was trained at.
-
-    Raises:
-        UserError: if its task has no export form.
-    """
+    """A fine-tuned model for inputs of `size` pixels (None: as trained); UserError if its task has no export form."""
     form, task = saved.task.export_form(saved.model), saved.task
     if form is None:
         raise UserError(

@@ -12,11 +12,7 @@ from pipeline.errors import UserError
 
 
 def check_features_file(file: Path) -> None:
-    """Make the folder of a file for :func:`write_features`.
-
-    Raises:
-        UserError: if the name ends in neither `.parquet` nor `.json`, or the folder cannot be made.
-    """
+    """Make the folder of a .parquet or .json file; UserError for any other name, or if it cannot be made."""
     if file.suffix not in (".parquet", ".json"):
         raise UserError(f"{file}: the name must end in .parquet or .json")
     try:

@@ -75,11 +75,7 @@ def _attempt(image: One) -> Image.Image | UserError:
 
 
 def opened(image: One) -> Image.Image:
-    """Upright RGB pixels.
-
-    Raises:
-        UserError: naming an image that cannot be read, or the fault of an array.
-    """
+    """Upright RGB pixels; UserError naming an image that cannot be read, or the fault of an array."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(f"an array must be RGB uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")

@@ -128,11 +128,7 @@ class Predictor:
         return (path for path in paths if path not in (self.unreadable or ()))
 
     def check_task(self, task: str) -> None:
-        """Refuse a task that is not the model's.
-
-        Raises:
-            UserError: naming the model that is needed.
-        """
+        """Raise a UserError, naming the model that is needed, if this one was not fine-tuned for a task."""
         saved = self._fine_tuned(task)
         if task not in (saved.task.name, saved.task.config.finetune.task):
             raise UserError(f"{self.name} was fine-tuned for {self.task}, not for {task}: name a model made for that")

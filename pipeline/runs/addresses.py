@@ -27,11 +27,7 @@ def fetch_student(name: str, tracking_uri: str, parent: Path | None = None) -> s
 
 
 def fetch_model(name: str, tracking_uri: str) -> Path:
-    """The folder of a model: a path, or a local copy of an address or an MLflow URI.
-
-    Raises:
-        UserError: if it does not exist or cannot be reached.
-    """
+    """The folder of a model: a path, or a local copy of an address or MLflow URI; UserError if it cannot be reached."""
     if is_model_uri(name):
         from pipeline.tracking.models import download_model
 

@@ -9,9 +9,9 @@ MLflow run; after a finished run it starts another one, with the next number.
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, Field, StrictBool, ValidationError
 
 from pipeline.cache.config import CacheJobConfig
 from pipeline.errors import UserError, blame_field
@@ -45,12 +45,7 @@ def cache_store(config: CacheJobConfig) -> Store:
     return store
 
 
-SAVED = ("mlflow", "finished", "hours", "gpu_hours")
-"""Fields of a run's state in run.json."""
-
-
-@dataclass
-class RunState:
+class RunState(BaseModel):
     """State of one run; run.json in its folder holds it.
 
     Attributes:
@@ -60,20 +55,19 @@ class RunState:
         hours, gpu_hours: of all its starts.
     """
 
-    folder: Path
-    mlflow: dict[str, str] = field(default_factory=dict)
-    finished: bool = False
-    resumed: bool = False
+    folder: Path = Field(exclude=True)
+    resumed: bool = Field(False, exclude=True)
+    mlflow: dict[str, str]
+    finished: StrictBool
     hours: float = 0.0
     gpu_hours: float = 0.0
 
     def save(self) -> None:
         """Write run.json atomically; UserError if it cannot be written."""
         file = self.folder / "run.json"
-        known = {field: getattr(self, field) for field in SAVED}
         try:
             with atomic_write(file) as out:
-                out.write(json.dumps(known, indent=2).encode())
+                out.write(self.model_dump_json(indent=2).encode())
         except OSError as error:
             raise UserError(
                 f"cannot write {file}: {error.strerror}; once it can be written, the same command resumes from here"
@@ -88,19 +82,17 @@ def open_run(config: JobConfig, job: str) -> RunState:
     while True:
         folder = runs / (stem if number == 1 else f"{stem}-{number}")
         if not (folder / "run.json").exists():
-            return RunState(folder)
-        known = _read_state(folder / "run.json")
-        if not known["finished"]:
-            return RunState(folder, **known, resumed=True)
+            return RunState(folder=folder, mlflow={}, finished=False)
+        state = _read_state(folder)
+        if not state.finished:
+            return state
         number += 1
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(folder: Path) -> RunState:
+    file = folder / "run.json"
     try:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known |= {name: float(known.get(name, 0.0)) for name in ("hours", "gpu_hours")}
-        if not isinstance(known["finished"], bool) or not all(isinstance(i, str) for i in known["mlflow"].values()):
-            raise ValueError("fields are of another type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it, and the run starts over") from error
-    return {field: known[field] for field in SAVED}
+        return RunState(folder=folder, resumed=True, **json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = "fields are of another type" if isinstance(error, ValidationError) else error
+        raise UserError(f"{file} cannot be read ({reason}): remove it, and the run starts over") from error

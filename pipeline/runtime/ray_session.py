@@ -254,9 +254,11 @@ def _keep_root_logger() -> Iterator[None]:
     """Ray's LoggingConfig is meant for its workers, and changes the driver's root logger too."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _probe(address: str) -> None:

@@ -86,11 +86,7 @@ class ImageFolder:
 
 
 def images_below(folder: str) -> Iterator[str]:
-    """Paths of the image files below a folder, in no particular order, without hidden files, hidden folders and linked folders.
-
-    Raises:
-        UserError: if a folder cannot be listed.
-    """
+    """Image files below a folder, unsorted, without hidden entries and linked folders; UserError if that fails."""
     return (os.path.join(parent, name) for parent, _, names in _walk(folder) for name in names)
 
 

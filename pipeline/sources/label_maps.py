@@ -41,8 +41,7 @@ class MaskFolder:
     """`<masks>/<path of the image>.png`: 0 and 255 are ignored, any other value v is class v - 1, as in ADE20K's SceneParse150.
 
     Attributes:
-        images: folder of the images.
-        masks: folder of the masks.
+        images, masks: folders.
         sample_ids: paths of the images below `images`.
     """
 

@@ -16,11 +16,7 @@ _SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:ing|id|idation)?\d*(?=$|[-_.
 
 
 def absolute(location: str) -> str:
-    """Absolute path of a location, valid in workers with another working folder.
-
-    Raises:
-        UserError: if the location is a URI.
-    """
+    """Absolute path of a location, valid in workers with another working folder; UserError if it is a URI."""
     if "://" in location:
         raise UserError(f"{location}: images are read from paths; mount the store, or copy the data to a local folder")
     return os.path.abspath(os.path.expanduser(location))
@@ -81,11 +77,7 @@ def readable_name(path: str) -> str:
 
 
 def refuse_several_splits(location: str, names: Iterable[str], *, extension: str = "") -> None:
-    """Refuse a folder with several splits, which would leak training data into the evaluation.
-
-    Raises:
-        UserError: if the names contain different split names (train, val, test).
-    """
+    """Raise a UserError for names of several splits (train, val, test): training data would leak into evaluation."""
     splits = sorted({match[1].lower() for name in names if (match := _SPLIT.search(name.removesuffix(extension)))})
     if len(splits) > 1:
         example = f"{location}/{splits[0]}" + (f"*{extension}" if extension else "")

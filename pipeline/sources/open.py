@@ -24,9 +24,8 @@ def open_source(
     Args:
         location: `samples` for generated scenes; a folder of class folders or images for `ImageFolder`; a folder, file, glob
             or brace pattern of `.tar` or `.parquet` files for `TarShards` or `ParquetImages`.
-        split: of the generated scenes.
+        split, samples: of the generated scenes.
         image_column, label_column: of Parquet files; None: found by type and name.
-        samples: settings of the generated scenes.
 
     Raises:
         UserError: if nothing is found, kinds or splits are mixed, or no column holds images.

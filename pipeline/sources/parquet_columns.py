@@ -32,48 +32,38 @@ class ImageColumn:
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
-    """Open a Parquet file and read its footer.
-
-    Raises:
-        UserError: if the file is missing, truncated or not Parquet.
-    """
+    """Open a Parquet file and read its footer; UserError if it is missing, truncated or not Parquet."""
     with readable(path):
         return pq.ParquetFile(path)
 
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Context in which a Parquet file is read.
-
-    Raises:
-        UserError: if the file is damaged or not Parquet.
-    """
+    """Report errors of reading a Parquet file as a UserError."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({one_line(error)}); fetch it again") from error
 
 
-def find_image_column(path: str, named: str | None) -> ImageColumn:
+def find_image_column(path: str, file: pq.ParquetFile, named: str | None) -> ImageColumn:
     """The named column, or the only one that can hold images; of several, the one with a usual name.
 
     Raises:
         UserError: if no column or several columns fit, or the named one is missing or of another type.
     """
-    with open_parquet(path) as file:
-        schema = file.schema_arrow
-        fitting = [field.name for field in schema if _layouts(field.type)]
-        usual = [name for name in _IMAGE_NAMES if name in fitting]
-        candidates = [named] if named else usual[:1] or fitting
-        if len(candidates) != 1 or candidates[0] not in fitting:
-            columns = ", ".join(f"{field.name}: {_short(field.type)}" for field in schema)
-            problem = f"column '{named}' holds no images" if named else "cannot tell which column holds the images"
-            raise UserError(f"{path}: {problem}; set data.image_column to one of its columns ({columns})")
-        name = candidates[0]
-        layouts = _layouts(schema.field(name).type)
-        with readable(path):
-            layout = layouts[0] if len(layouts) == 1 else _sniff(file, name)
-    return ImageColumn(name, layout)
+    schema = file.schema_arrow
+    fitting = [field.name for field in schema if _layouts(field.type)]
+    usual = [name for name in _IMAGE_NAMES if name in fitting]
+    candidates = [named] if named else usual[:1] or fitting
+    if len(candidates) != 1 or candidates[0] not in fitting:
+        columns = ", ".join(f"{field.name}: {_short(field.type)}" for field in schema)
+        problem = f"column '{named}' holds no images" if named else "cannot tell which column holds the images"
+        raise UserError(f"{path}: {problem}; set data.image_column to one of its columns ({columns})")
+    name = candidates[0]
+    layouts = _layouts(schema.field(name).type)
+    with readable(path):
+        return ImageColumn(name, layouts[0] if len(layouts) == 1 else _sniff(file, name))
 
 
 def fits(column: ImageColumn, schema: pa.Schema) -> bool:
@@ -81,13 +71,8 @@ def fits(column: ImageColumn, schema: pa.Schema) -> bool:
     return column.name in schema.names and column.layout in _layouts(schema.field(column.name).type)
 
 
-def find_label_column(path: str, named: str | None) -> str | None:
-    """The named integer column, or the first one with a usual name, or None.
-
-    Raises:
-        UserError: if the named column is missing or not of an integer type.
-    """
-    schema = _schema(path)
+def find_label_column(path: str, schema: pa.Schema, named: str | None) -> str | None:
+    """The named integer column, or the first one with a usual name, or None; UserError if the named one is not there."""
     integers = [field.name for field in schema if pa.types.is_integer(field.type)]
     if named and named not in integers:
         remedy = f"to one of: {', '.join(integers)}" if integers else "to null: the file has no labels"
@@ -95,20 +80,14 @@ def find_label_column(path: str, named: str | None) -> str | None:
     return named or next((name for name in _LABEL_NAMES if name in integers), None)
 
 
-def class_names(path: str, label_column: str | None) -> tuple[str, ...]:
+def class_names(schema: pa.Schema, label_column: str | None) -> tuple[str, ...]:
     """Names of a Hugging Face `ClassLabel` from the schema's metadata; empty if it has none."""
-    metadata = _schema(path).metadata or {}
     try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[label_column]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return ()
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
-
-
-def _schema(path: str) -> pa.Schema:
-    with open_parquet(path) as file:
-        return file.schema_arrow
 
 
 def _layouts(kind: pa.DataType) -> tuple[Layout, ...]:

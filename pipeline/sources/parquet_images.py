@@ -1,5 +1,7 @@
 """Images in Parquet files: encoded bytes (Hugging Face or plain binary) or raw uint8 arrays."""
 
+import io
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.sources.base import by_file, finish_index, oversize
@@ -20,10 +23,10 @@ from pipeline.sources.parquet_columns import (
     find_image_column,
     find_label_column,
     fits,
+    is_square,
     open_parquet,
     readable,
 )
-from pipeline.sources.raw_arrays import byte_counts, to_png
 
 _INDEX_BATCH = 256
 _MAX_GROUP = 2 << 30
@@ -51,14 +54,11 @@ class ParquetImages:
     def open(
         cls, location: str, files: tuple[str, ...], image_column: str | None = None, label_column: str | None = None
     ) -> "ParquetImages":
-        """Find the columns in the first file.
-
-        Raises:
-            UserError: if the file is unreadable or lacks such columns; the message lists the columns it has.
-        """
-        label_column = find_label_column(files[0], label_column)
-        image = find_image_column(files[0], image_column)
-        return cls(location, files, image, label_column, class_names(files[0], label_column))
+        """Find the columns in the first file; UserError if it is unreadable, or lacks them, listing those it has."""
+        with open_parquet(files[0]) as file:
+            label_column = find_label_column(files[0], file.schema_arrow, label_column)
+            image = find_image_column(files[0], file, image_column)
+            return cls(location, files, image, label_column, class_names(file.schema_arrow, label_column))
 
     @property
     def name(self) -> str:
@@ -78,9 +78,11 @@ class ParquetImages:
         with open_parquet(path) as file:
             self._refuse_other_schema(path, file.schema_arrow)
             self._refuse_large_groups(path, file.metadata)
-            table = self._measure_all(path, file)
+            columns = [self.image.name] + ([self.label_column] if self.label_column else [])
+            with readable(path):
+                parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
             groups = np.repeat(np.arange(file.num_row_groups), np.diff(_group_starts(file)))
-        name = os.path.basename(path)
+        table, name = pa.Table.from_batches(parts, schema=_MEASURED), os.path.basename(path)
         table = table.append_column("sample_id", [[f"{name}#{row:08d}" for row in range(table.num_rows)]])
         table = table.append_column("uri", pa.repeat(path, table.num_rows))
         table = table.append_column("offset", pa.array(np.arange(table.num_rows)))
@@ -104,12 +106,6 @@ class ParquetImages:
                     f"{_MAX_GROUP >> 30} GiB allowed; rewrite the file with smaller row groups"
                 )
 
-    def _measure_all(self, path: str, file: pq.ParquetFile) -> pa.Table:
-        columns = [self.image.name] + ([self.label_column] if self.label_column else [])
-        with readable(path):
-            parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
-        return pa.Table.from_batches(parts, schema=_MEASURED)
-
     def _measure(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         image = batch.column(self.image.name)
         path = pa.nulls(len(batch), pa.string())
@@ -119,7 +115,7 @@ class ParquetImages:
         label = (
             batch.column(self.label_column).cast(pa.int64()) if self.label_column else pa.nulls(len(batch), pa.int64())
         )
-        return pa.record_batch([label, byte_counts(image, self.image.layout), path], schema=_MEASURED)
+        return pa.record_batch([label, _byte_counts(image, self.image.layout), path], schema=_MEASURED)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """Image bytes of these index rows, in any order; raw arrays as PNG. Each row group is read once."""
@@ -164,7 +160,7 @@ def _image_bytes(value: pa.Scalar, layout: Layout) -> bytes | Exception:
     if not stored.is_valid:
         return ValueError("the row has no image bytes")
     try:
-        return stored.as_py() if layout in ("struct", "encoded") else to_png(stored, layout)
+        return stored.as_py() if layout in ("struct", "encoded") else _to_png(stored, layout)
     except ValueError as error:
         return error
 
@@ -176,3 +172,42 @@ def _paths_are_ids(table: pa.Table) -> bool:
     # Cache shards follow the order of ids: if paths were shuffled, every shard would read every row group.
     groups = table["group"].take(pc.sort_indices(path)).to_numpy()
     return np.count_nonzero(np.diff(groups)) == len(np.unique(groups)) - 1
+
+
+def _byte_counts(column: pa.Array, layout: Layout) -> pa.Array:
+    """Bytes of each image as int64, without decoding: the encoded length, 3 n² for arrays, 0 for null."""
+    kind = column.type
+    if pa.types.is_fixed_size_binary(kind):
+        counts = pc.if_else(column.is_valid(), kind.byte_width, 0)
+    elif layout in ("struct", "encoded") or not pa.types.is_nested(kind):
+        counts = pc.binary_length(column)
+    else:
+        counts = pc.list_value_length(column).cast(pa.int64())
+        counts = pc.multiply(3, pc.multiply(counts, counts)) if layout == "nested" else counts
+    return pc.fill_null(counts.cast(pa.int64()), 0)
+
+
+def _to_png(value: pa.Scalar, layout: Layout) -> bytes:
+    """A stored array as PNG; ValueError if it is not square with three channels, or a value is not in 0..255."""
+    pixels = _nested_pixels(value) if layout == "nested" else _plane_pixels(value)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _plane_pixels(value: pa.Scalar) -> np.ndarray:
+    flat = value.values.to_numpy() if pa.types.is_nested(value.type) else np.frombuffer(value.as_buffer(), np.uint8)
+    if not is_square(len(flat)):
+        raise ValueError(f"{len(flat)} values do not make three square planes")
+    side = math.isqrt(len(flat) // 3)
+    return np.ascontiguousarray(flat.reshape(3, side, side).transpose(1, 2, 0))
+
+
+def _nested_pixels(value: pa.Scalar) -> np.ndarray:
+    rows = value.values
+    columns = rows.flatten()
+    side = len(rows)
+    widths, channels = (pc.unique(pc.list_value_length(part)).to_pylist() for part in (rows, columns))
+    if side == 0 or widths != [side] or channels != [3]:
+        raise ValueError(f"nested lists of lengths {side}, {widths}, {channels} are not n x n x 3")
+    return columns.flatten().cast(pa.uint8()).to_numpy().reshape(side, side, 3)

@@ -5,6 +5,7 @@ class; colour, brightness, texture, size and position do not.
 """
 
 import io
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.sources.base import IndexRow, make_index
 from pipeline.sources.locations import SAMPLES
-from pipeline.sources.painting import blend, surface
 from pipeline.sources.shapes import CLASSES, coverage
 
 SEGMENTATION_CLASSES = ("background", *CLASSES)
 """Classes of `Scene.semantic`: 0 is the background, a class like any other; object class c is c + 1."""
+
+_LUMA = np.array([0.299, 0.587, 0.114])
 
 _MIN_VISIBLE = 1 / 400
 """Minimum visible share of the image; objects with less are left out of the scene."""
@@ -99,9 +101,9 @@ class SampleScenes:
         random = np.random.default_rng(seed)
         label = number % len(CLASSES)
         labels, covers, masks = _visible(*_draw_objects(random, label, self.size))
-        image = surface(random, self.size)
+        image = _surface(random, self.size)
         for cover in reversed(covers):
-            image = blend(random, image, cover)
+            image = _blend(random, image, cover)
         semantic = np.zeros((self.size, self.size), np.uint8)
         for kind, mask in zip(labels, masks, strict=True):
             semantic[mask] = kind + 1
@@ -142,3 +144,49 @@ def _visible(labels: list[int], covers: list[np.ndarray]) -> tuple[list[int], li
             taken |= mask
     labels, covers, masks = map(list, zip(*seen, strict=True))
     return labels, covers, np.stack(masks)
+
+
+# Painting goes through sums, products and resizing alone: transcendental functions of arrays differ in the last bit between
+# processors, and the pixels must not.
+def _surface(random: np.random.Generator, size: int) -> np.ndarray:
+    """A colour with linear shading, cloudy texture and a grating: float32 [size, size, 3], roughly in 0..255."""
+    colour = random.uniform(70, 185) + random.uniform(-50, 50, 3)
+    tint = random.uniform(0.6, 1.0, 3)
+    steps = np.linspace(-1, 1, size, dtype=np.float32)
+    pattern = random.uniform(0, 35) * _ramp(random, steps)
+    pattern += random.uniform(0, 12) * _grating(random, steps)
+    pattern += random.uniform(4, 18) * _clouds(random, size)
+    return pattern[..., None] * tint.astype(np.float32) + colour.astype(np.float32)
+
+
+def _ramp(random: np.random.Generator, steps: np.ndarray) -> np.ndarray:
+    turn = random.uniform(0, 2 * math.pi)
+    return math.cos(turn) * steps[None, :] + math.sin(turn) * steps[:, None]
+
+
+def _grating(random: np.random.Generator, steps: np.ndarray) -> np.ndarray:
+    """A triangle wave of one to six periods in a random direction, in [-1, 1]."""
+    position = random.uniform(1, 6) * _ramp(random, steps) + random.uniform(0, 2)
+    return 2 * np.abs(position % 2 - 1) - 1
+
+
+def _clouds(random: np.random.Generator, size: int) -> np.ndarray:
+    cells = int(random.integers(4, 17))
+    coarse = random.standard_normal((cells, cells), np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _blend(random: np.random.Generator, image: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """Paint an object with the given coverage, brighter or darker than the pixels it hides: float32 like `image`."""
+    paint = _surface(random, len(image))
+    hidden = _mean_luma(image, cover)
+    contrast = random.uniform(35, 90) * random.choice((-1, 1))
+    if not 20 < hidden + contrast < 235:
+        contrast = -contrast
+    # Rounded, because the last bits of a sum depend on the processor.
+    shift = round(hidden + contrast - _mean_luma(paint, cover))
+    return image + cover[..., None] * (paint + np.float32(shift) - image)
+
+
+def _mean_luma(image: np.ndarray, cover: np.ndarray) -> float:
+    return float(np.tensordot(cover, image, 2) @ _LUMA / cover.sum())

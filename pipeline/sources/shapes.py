@@ -71,7 +71,6 @@ def coverage(label: int, centre: np.ndarray, extent: float, linear: np.ndarray, 
     """Share of each pixel that the object covers: float32 [size, size] in [0, 1].
 
     Args:
-        label: class of the object.
         centre: (x, y) in pixels.
         extent: square root of the object's area in pixels.
         linear: 2 x 2 matrix of determinant 1, rotation and stretch.

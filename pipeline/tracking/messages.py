@@ -1,9 +1,7 @@
 """Sends each kind of message to MLflow."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
 from typing import Any
 
 from mlflow import MlflowClient
@@ -18,56 +16,35 @@ Point = tuple[str, float, int, int]
 """Name, value, time in ms and step."""
 
 
-@dataclass(frozen=True)
-class MlflowWriter:
-    """Sends the messages of one run to its tracking store; `buffer` records the steps sent."""
-
-    client: MlflowClient
-    run_id: str
-    buffer: WriteBuffer
-
-    def send(self, kind: str, content: Any) -> None:
-        """Send one message; raises the store's error."""
-        _SEND[kind](self, content)
-
-
-def _metrics(writer: MlflowWriter, points: Iterable[Point]) -> None:
-    metrics = (Metric(*point) for point in points)
-    while batch := list(islice(metrics, BATCH)):
-        writer.client.log_batch(writer.run_id, metrics=batch)
-
-
-def _curves(writer: MlflowWriter, points: Iterable[Point]) -> None:
-    """Send only steps that are not logged yet: a resumed run repeats those since its checkpoint."""
-    sent = writer.buffer.sent_steps()
-    fresh = [point for point in points if point[3] > sent.get(point[0], -1)]
-    _metrics(writer, fresh)
-    if fresh:
-        writer.buffer.set_sent_steps(sent | {name: step for name, _, _, step in fresh})
-
-
-def _params(writer: MlflowWriter, params: Mapping[str, str]) -> None:
-    known = writer.client.get_run(writer.run_id).data.params
-    fresh = [Param(key, value) for key, value in params.items() if key not in known]
-    for first in range(0, len(fresh), 100):
-        writer.client.log_batch(writer.run_id, params=fresh[first : first + 100])
-
-
-def _dataset(writer: MlflowWriter, content: Sequence[str]) -> None:
-    name, digest, source, context = content
-    dataset = Dataset(name, digest, source_type="location", source=json.dumps({"location": source}))
-    writer.client.log_inputs(writer.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
-
-
-_SEND: dict[str, Callable[[MlflowWriter, Any], object]] = {
-    "metrics": _metrics,
-    "curves": _curves,
-    "params": _params,
-    "tags": lambda writer, tags: writer.client.log_batch(writer.run_id, tags=[RunTag(*tag) for tag in tags.items()]),
-    "dataset": _dataset,
-    "text": lambda writer, content: writer.client.log_text(writer.run_id, *content),
-    "dict": lambda writer, content: writer.client.log_dict(writer.run_id, *content),
-    "file": lambda writer, content: writer.client.log_artifact(writer.run_id, *content),
-    "folder": lambda writer, content: writer.client.log_artifacts(writer.run_id, *content),
-    "status": lambda writer, content: writer.client.set_terminated(writer.run_id, *content),
-}
+def send_message(client: MlflowClient, run_id: str, buffer: WriteBuffer, kind: str, content: Any) -> None:
+    """Send one message of a run to its tracking store; `buffer` records the steps sent. Raises the store's error."""
+    match kind:
+        case "metrics":
+            for first in range(0, len(content), BATCH):
+                client.log_batch(run_id, metrics=[Metric(*point) for point in content[first : first + BATCH]])
+        case "curves":  # only steps that are not logged yet: a resumed run repeats those since its checkpoint
+            sent = buffer.sent_steps()
+            fresh = [point for point in content if point[3] > sent.get(point[0], -1)]
+            send_message(client, run_id, buffer, "metrics", fresh)
+            if fresh:
+                buffer.set_sent_steps(sent | {name: step for name, _, _, step in fresh})
+        case "params":
+            known = client.get_run(run_id).data.params
+            params = [Param(key, value) for key, value in content.items() if key not in known]
+            for first in range(0, len(params), 100):
+                client.log_batch(run_id, params=params[first : first + 100])
+        case "tags":
+            client.log_batch(run_id, tags=[RunTag(*tag) for tag in content.items()])
+        case "dataset":
+            name, digest, source, context = content
+            dataset = Dataset(name, digest, source_type="location", source=json.dumps({"location": source}))
+            client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+        case _:
+            calls: dict[str, Callable[..., object]] = {
+                "text": client.log_text,
+                "dict": client.log_dict,
+                "file": client.log_artifact,
+                "folder": client.log_artifacts,
+                "status": client.set_terminated,
+            }
+            calls[kind](run_id, *content)

@@ -139,11 +139,7 @@ def _version(client: MlflowClient, model_uri: str) -> ModelVersion | None:
 def log_model_folder(
     run: Run, folder: Path, *, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]
 ) -> str:
-    """Log the files of a model that torch.export does not support, for :func:`download_model`; returns the model URI.
-
-    Raises:
-        UserError: if the server does not answer for minutes.
-    """
+    """As :func:`log_student`, for a model that torch.export does not support: its files, for :func:`download_model`."""
     run.flush()
     create = partial(run.client.create_logged_model, run.experiment_id, name, run.run_id, dict(tags))
     logged = retry_until_reachable(run.uri, create)

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as Logged
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.utils import get_results_from_paginated_fn
 
 from pipeline.errors import UserError, one_line
 from pipeline.tracking.address import sqlite_file
@@ -107,14 +108,11 @@ def _refuse_missing_file(uri: str) -> None:
 
 
 def _search(client: MlflowClient, experiment_id: str, only: str) -> list[Logged]:
-    runs: list[Logged] = []
-    token: str | None = None
-    while True:
-        page = client.search_runs([experiment_id], only, ViewType.ACTIVE_ONLY, PAGE, page_token=token)
-        runs += page
-        token = page.token
-        if not token:
-            return runs
+    runs: list[Logged] = get_results_from_paginated_fn(
+        lambda most, token: client.search_runs([experiment_id], only, ViewType.ACTIVE_ONLY, most, page_token=token),
+        PAGE,
+    )
+    return runs
 
 
 def _logged(run: Logged) -> LoggedRun:

@@ -7,12 +7,11 @@ import hashlib
 import logging
 import math
 import os
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ import mlflow
 import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils.git_utils import get_git_commit
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.metrics import export_training
 from pipeline.storage.store import Store
 from pipeline.tracking.address import sqlite_file
-from pipeline.tracking.messages import MlflowWriter, Point
+from pipeline.tracking.messages import Point, send_message
 from pipeline.tracking.write_buffer import (
     PATIENCE_S,
     Sender,
@@ -72,14 +72,10 @@ class Run:
 
     @cached_property
     def _sender(self) -> Sender:
-        return Sender(self.buffer, MlflowWriter(self.client, self.run_id, self.buffer).send, self.uri)
+        return Sender(self.buffer, partial(send_message, self.client, self.run_id, self.buffer), self.uri)
 
     def child(self, name: str, run_id: str | None = None) -> Run:
-        """A nested run: a new one, or run `run_id` if it still exists.
-
-        Raises:
-            UserError: if the server does not answer for minutes.
-        """
+        """A nested run: a new one, or `run_id` if it still exists; UserError if the server is silent for minutes."""
         note = f"Part of [the job]({run_link(self)}), which describes it."
         tags, buffers = {"mlflow.parentRunId": self.run_id, NOTE: note}, Store(self.buffer.store.uri.rpartition("/")[0])
         return retry_until_reachable(self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers))
@@ -151,11 +147,7 @@ class Run:
             self.buffer.store.delete_folder()
 
     def flush(self) -> None:
-        """Wait until everything is sent.
-
-        Raises:
-            UserError: if the server does not answer for minutes.
-        """
+        """Wait until everything is sent; UserError if the server does not answer for minutes."""
         if not self._sender.flush(PATIENCE_S):
             raise unreachable_error(self.uri, self._sender.problem)
 
@@ -197,8 +189,6 @@ def start_run(
 ) -> Run:
     """Open the parent run of a job: a new one, or run `run_id` if it still exists.
 
-    One process creates the store, because concurrent first uses of a SQLite file fail.
-
     Args:
         config: the resolved configuration, logged as flat parameters and as the artifact `config.yaml`.
         work: folder of the artifacts if the store is a SQLite file.
@@ -211,7 +201,8 @@ def start_run(
         mlflow.set_tracking_uri(uri)
         buffers = Store.at((folder or work) / "unsent")
         run = _open(uri, _experiment(uri, experiment, work), name, dict(tags), run_id, buffers)
-    run.set_tags({**tags, **_git_tags()})
+    commit = get_git_commit(__file__)
+    run.set_tags({**tags, **({"mlflow.source.git.commit": commit} if commit else {})})
     run.log_params(dict(_flatten(config)))
     run.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
     return run
@@ -238,7 +229,7 @@ def connecting(uri: str, field: str = "tracking.uri") -> Iterator[None]:
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Serialise the opening of a SQLite store by jobs that start at the same time."""
+    """Let jobs open a SQLite store one after the other: concurrent first uses fail."""
     file = sqlite_file(uri)
     if file is None:
         yield
@@ -307,12 +298,3 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(item, f"{prefix}{number}.")
     else:
         yield prefix.rstrip("."), tree
-
-
-def _git_tags() -> dict[str, str]:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return {"mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else {}

@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.evaluate.confusion import SegmentationScores
 from pipeline.evaluate.linear import LinearHeads, train_heads
 from pipeline.evaluate.segmentation import _at_pixels, confusions, count_batches, pixel_batches
+from pipeline.training.segmentation_scores import segmentation_scores
 
 CLASSES, GRID = 4, 6
 
@@ -63,8 +63,8 @@ def test_a_probe_learns_what_a_linear_layer_can(probe, tmp_path):
     batches, steps = pixel_batches(groups, maps, 4, 0, "cpu"), count_batches(groups, 4)
     assert len(list(batches(0))) == steps == 4
     train_heads(heads, batches, steps, 10, tmp_path / "state.pt", lambda *_: None)
-    scores = [SegmentationScores.of(matrix) for matrix in confusions(heads, groups, maps, CLASSES, "cpu")]
-    assert scores[1].aacc > 80
+    scores, _, _ = segmentation_scores(confusions(heads, groups, maps, CLASSES, "cpu")[1])
+    assert scores["aacc"] > 80
     known = sum((maps.read(str(number)) >= 0).sum() for number in range(12))
     assert confusions(heads, groups, maps, CLASSES, "cpu").sum(dim=(1, 2)).tolist() == [known, known]
 

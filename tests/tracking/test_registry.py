@@ -107,7 +107,7 @@ def test_generated_scenes_of_every_seed_are_one_held_out_set(job, another):
     run, client, registration = job
     for seed, score, expected in ((0, 70.0, "1"), (1, 60.0, "1"), (2, 80.0, "3")):
         config = load_config(DistillJobConfig, None, [f"name={registration.name}", f"seed={seed}"])
-        started = Job(config, "distill", RunState(Path(), {}), run, run.uri)
+        started = Job(config, "distill", RunState(folder=Path(), mlflow={}, finished=False), run, run.uri)
         registered = started.register(
             "student", another(), metric="knn_after", score=score, held_out=f"scenes-{seed}", lineage={}
         )

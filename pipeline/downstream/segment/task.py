@@ -20,6 +20,7 @@ from pipeline.downstream.segment.config import SegmentConfig
 from pipeline.downstream.segment.masks import IGNORE, MaskedImages, SceneMasks, open_masked
 from pipeline.downstream.segment.semantic_fpn import SemanticFPN
 from pipeline.student.model import Encoder
+from pipeline.training.segmentation_scores import segmentation_scores
 from pipeline.training.worker import Worker
 
 MOST_DOMINANT = 0.75
@@ -209,22 +210,11 @@ def _starts(length: int, side: int) -> list[int]:
 def segmentation_metrics(
     matrix: Tensor, classes: Sequence[str]
 ) -> tuple[dict[str, float], list[dict[str, str | float]]]:
-    """Percent, from pixels by true and predicted class, int64 [K, K] (Long et al. 2015, section 5).
-
-    mIoU leaves out classes that occur neither in the labels nor in the predictions, mAcc those not in the labels.
-    """
-    matrix = matrix.double()
-    hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
-    union = true + predicted - hit
-    iou, accuracy = 100 * hit / union, 100 * hit / true  # NaN where a class does not occur
-    metrics = {
-        "miou": float(iou.nanmean()),
-        "macc": float(accuracy.nanmean()),
-        "aacc": float(100 * hit.sum() / matrix.sum()),
-    }
+    """The means of :func:`segmentation_scores`, and the scores of every class."""
+    metrics, iou, accuracy = segmentation_scores(matrix)
     table: list[dict[str, str | float]] = [
         {"class": name, "pixels": int(pixels), "iou": round(float(i), 2), "accuracy": round(float(a), 2)}
-        for name, pixels, i, a in zip(classes, true, iou, accuracy, strict=True)
+        for name, pixels, i, a in zip(classes, matrix.sum(1), iou, accuracy, strict=True)
     ]
     return metrics, table
 
