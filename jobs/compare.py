@@ -13,8 +13,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import finish, later, table
-from jobs._completion import complete
+from jobs._cli import later, run_parser, table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--tracking-uri", help="MLflow store; none: MLFLOW_TRACKING_URI, else the SQLite file of ./work"
     )
     parser.add_argument("--to", type=Path, default=Path("comparison"), help="output folder; default: comparison")
-    complete(parser)
-    options = parser.parse_args(arguments)
-    finish(lambda: later("jobs.compare", "show")(options))
+    run_parser(parser, later("jobs.compare", "show"), arguments)
 
 
 if __name__ == "__main__":
