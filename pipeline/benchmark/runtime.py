@@ -4,7 +4,6 @@ import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,10 @@ from torch import Tensor, nn
 from pipeline.export.graphs import INPUT, export_onnx
 from pipeline.student.folding import inference_form
 
-Form = Literal["eager", "fused", "compiled", "onnx"]
-Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def runner(model: nn.Module, form: Form, images: Tensor, precision: Precision, threads: int) -> Callable[[], object]:
+def runner(model: nn.Module, form: str, images: Tensor, precision: str, threads: int) -> Callable[[], object]:
     """Return a function that runs ``model`` once on ``images`` and returns when the work is done.
 
     Args:
