@@ -38,8 +38,8 @@ from pipeline.compare.tables import render_text
 
 def show(options: argparse.Namespace) -> Mapping[str, Any]:
     """Compare, and print what was found."""
-    result = compare(options.experiment, options.filter, options.tracking_uri, options.to)
-    print(render_text(result.comparison))
-    rows = {"page": options.to / "comparison.html", "MLflow": f"{result.comparison.uri} run {result.run_id}"}
+    comparison, figures = compare(options.experiment, options.filter, options.tracking_uri, options.to)
+    print(render_text(comparison))
+    rows = {"page": options.to / "comparison.html", "MLflow": f"{comparison.uri} run {figures['mlflow_run_id']}"}
     print(f"\n{table(rows)}")
-    return result.figures()
+    return figures
