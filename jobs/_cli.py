@@ -3,16 +3,16 @@
 import argparse
 import io
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jobs._completion import complete, complete_item
 from pipeline.config.load import load_config
-from pipeline.config.tree import JobRoot, describe_fields
+from pipeline.config.tree import JobRoot, describe_fields, iter_fields
 from pipeline.errors import UserError
 from pipeline.runs.config import JobConfig
 from pipeline.runtime import logs
@@ -20,6 +20,8 @@ from teachers.errors import TeacherError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "quickstart.yaml"
+TYPES = {"", "bool", "int", "float", "str", "list", "tuple", "mapping", "none"}
+"""Words for types in the listing of fields; any other word there is a value."""
 
 
 R = TypeVar("R", bound=JobRoot)
@@ -128,6 +130,30 @@ def finish(call: Callable[[], Mapping[str, Any]]) -> None:
     print(json.dumps(figures))
     if figures.get("ok") is False:
         sys.exit(1)
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Print completions and exit if the shell asks for them; otherwise return."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
+def complete_item(roots: Sequence[type[JobRoot]], prefix: str, **_: Any) -> Iterator[str]:
+    """Completions of `recipe.yaml | key=value`: recipes, fields of the job, and the values or files of a field."""
+    from argcomplete.completers import FilesCompleter
+
+    fields = {line.key: line.type for line in iter_fields(*roots)}
+    key, equals, value = prefix.partition("=")
+    if not equals:
+        yield from (f"{field}=" for field in fields)
+        yield from FilesCompleter(("yaml", "yml"))(prefix)
+        yield from (recipe.name for recipe in RECIPES.glob("*.yaml"))
+        return
+    kind = fields.get(key, "")
+    options = ("true", "false") if kind == "bool" else [option for option in kind.split("|") if option not in TYPES]
+    yield from (f"{key}={option}" for option in options or FilesCompleter()(value))
 
 
 def confirm(question: str, yes: bool) -> bool:

@@ -19,8 +19,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import DEFAULT_RECIPE, RECIPES, grid, later, percent, run, size, table
-from jobs._completion import complete
+from jobs._cli import DEFAULT_RECIPE, RECIPES, complete, grid, later, percent, run, size, table
 from pipeline.downstream.config import TASKS, CocoResultsJobConfig, EvaluateModelJobConfig
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.runs.config import JobConfig

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._completion import complete
+from jobs._cli import complete
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.ray_session import IS_INSTALLED, REPOSITORY
 

@@ -62,7 +62,7 @@ class Entry:
         started: milliseconds since 1970.
         link: address of the run in MLflow's web interface, if the store has one.
         texts: by :data:`~pipeline.compare.measures.TEXTS`.
-        measures: by the keys of :attr:`CollectedRuns.measures`; unknown ones are missing.
+        measures: by the keys of :attr:`CollectedRuns.all_measures`; unknown ones are missing.
         config: the fields that define its group.
         held_out: the images that accuracies were measured on; None: unknown.
         evaluated_by: names of the runs that evaluated or fine-tuned its student.
@@ -87,12 +87,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class CollectedRuns:
-    """The rows, the setting of latencies, the number of omitted runs by job, and the measures by key."""
+    """The runs, oldest first, the setting of latencies, the number of omitted runs by job, and the measures by key."""
 
     entries: tuple[Entry, ...]
     latency: str | None
     left_out: Mapping[str, int]
-    measures: Mapping[str, Measure]
+    all_measures: Mapping[str, Measure]
 
 
 def collect(experiment: Experiment) -> CollectedRuns:

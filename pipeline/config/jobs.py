@@ -29,5 +29,4 @@ def all_roots() -> tuple[type[JobRoot], ...]:
 
 
 def _import(address: str) -> type[JobRoot]:
-    root: type[JobRoot] = pkgutil.resolve_name(address)
-    return root
+    return pkgutil.resolve_name(address)
