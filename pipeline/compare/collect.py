@@ -235,10 +235,10 @@ def _with_latencies(entries: list[Entry], benchmarks: list[LoggedRun]) -> tuple[
     found = find_latencies(benchmarks, students)
     if found is None:
         return entries, None
-    latencies = [found.milliseconds.get(_plain_student(entry) or "") for entry in entries]
+    measured = {student: {"latency": latency} for student, latency in found.milliseconds.items()}
     extended = [
-        entry if latency is None else replace(entry, measures={**entry.measures, "latency": latency})
-        for entry, latency in zip(entries, latencies, strict=True)
+        replace(entry, measures={**entry.measures, **measured.get(_plain_student(entry) or "", {})})
+        for entry in entries
     ]
     return extended, found.setting
 
