@@ -79,8 +79,7 @@ def cost_plan(
     plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate], cluster: Hardware | None = None
 ) -> str:
     """Device hours, price, read rate and space, also with other codecs; on a cluster, its GPUs and hours."""
-    hours = [grid([_hours(teacher, config) for teacher in teachers])]
-    codecs = [grid([_codecs(teacher) for teacher in teachers])]
+    hours, codecs = grid([_hours(teacher, config) for teacher in teachers]), grid([*map(_codecs, teachers)])
     free = plan.store.free_bytes()
     rows = {
         "still to be written": f"at most {size(missing_bytes(plan))}",
@@ -89,7 +88,7 @@ def cost_plan(
         f"{config.plan.images_per_second:g}",
         "cluster": cluster and _on_cluster(cluster, teachers),
     }
-    return "\n".join(["time", *hours, "bytes per view (<: at most)", *codecs, "space", table(rows)])
+    return "\n".join(["time", hours, "bytes per view (<: at most)", codecs, "space", table(rows)])
 
 
 def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:

@@ -9,8 +9,6 @@ uploads what .gitignore and .rayignore name. RAY_API_SERVER_ADDRESS names the cl
 exit code is that of the job; 130 if the job was stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import logging
@@ -20,7 +18,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,9 +25,6 @@ if not __package__:  # a script imports from its own checkout
 from jobs._cli import complete
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.ray_session import IS_INSTALLED, REPOSITORY
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
 
 MAX_UPLOAD = 50 << 20
 """Largest upload in bytes; large files belong on the shared file system."""
@@ -99,10 +93,15 @@ def submit(command: str, folder: Path) -> int:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
     print(f"submitted as {job}; it runs without this terminal, `ray job stop {job}` stops it", flush=True)
+
+    async def print_log() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
     with _connection_errors(
         f"{address} no longer answers; `ray job logs --follow {job}` shows the progress of the job"
     ):
-        asyncio.run(_print_log(client, job))
+        asyncio.run(print_log())
         details = client.get_job_info(job)
     # If the driver has no exit code, its log does not say why the job ended.
     reason = f" ({details.message})" if details.driver_exit_code is None else ""
@@ -117,11 +116,6 @@ def _connection_errors(problem: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise UserError(f"{problem} ({one_line(error)})") from error
-
-
-async def _print_log(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:
