@@ -66,11 +66,7 @@ def job_names() -> list[str]:
 
 
 def entrypoint(arguments: Sequence[str]) -> str:
-    """Command line that the cluster runs, from the job (`jobs/distill.py` or `distill`) and its arguments.
-
-    Raises:
-        UserError: if the first argument names no job.
-    """
+    """Command line that the cluster runs, from the job (`jobs/distill.py` or `distill`; others: UserError) and its arguments."""
     first = arguments[0] if arguments else ""
     name = first.removeprefix("jobs/").removesuffix(".py")
     if name not in job_names() or first not in (name, f"jobs/{name}.py"):
@@ -81,11 +77,7 @@ def entrypoint(arguments: Sequence[str]) -> str:
 
 
 def submit(command: str, folder: Path) -> int:
-    """Run a command on the cluster in an upload of `folder`, print its log, and return its exit code; 130: stopped.
-
-    Raises:
-        UserError: if the cluster does not answer.
-    """
+    """Run a command on the cluster in an upload of `folder`, print its log, and return its exit code; 130: stopped."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")

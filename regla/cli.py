@@ -23,11 +23,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the job that the first argument names with the arguments that follow it.
-
-    Args:
-        arguments: of the command line; None: those of this process.
-    """
+    """Run the job that the first argument names with those that follow it; None: the arguments of this process."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:
