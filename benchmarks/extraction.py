@@ -26,9 +26,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -53,11 +51,8 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.cache.layout.stats import MomentSums
 from pipeline.cache.layout.view_rows import read_view_rows
-from pipeline.imaging.decoder_pool import DecoderPool
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "memory_extract.png"
-_actor: Extract
-
 ALONE = 2048
 """Images for measuring stages alone, at most."""
 
@@ -76,10 +71,8 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     dataset = write_dataset(folder, count, read_photos(options.photos) if options.photos else jpegs(256), shard_size)
     config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
     teacher = _load(config, options)
-    actor = partial(Extract, {"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
-    if options.processes:
-        actor = partial(_in_processes, actor)
-    stages = Stages(dataset, teacher, actor, options.actors)
+    extract = Extract({"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
+    stages = Stages(dataset, teacher, extract)
     alone = {"teacher": stages.forward, "render": stages.render, "encode": stages.encode}
     ways = {**alone, "extract": stages.extract}
     rounds = [{name: _timed(run) for name, run in ways.items()} for _ in range(options.rounds)]
@@ -97,8 +90,7 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
         "ratio": ratio(slowest, 0),
         "teacher_ratio": ratio("teacher", 0),
         "slowest": slowest,
-        "actors": options.actors,
-        **({"cpu_ratio": ratio(slowest, 1)} if options.actors == 1 else {}),
+        "cpu_ratio": ratio(slowest, 1),
         "render_own_us": round(1e6 * median(found["render"][1] for found in rounds), 1),
         "images_per_second": rates,
         "teacher": teacher.spec.name,
@@ -113,48 +105,11 @@ def _load(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher:
     return CachedTeacher(config, teacher.spec, name, options.codec, options.precision, teacher.weights_sha256)
 
 
-def _in_processes(make: Callable[[], Extract]) -> Extract:
-    extract = make()
-    extract.decoders.close()
-    extract.decoders = DecoderPool(extract.decoders.workers, processes=True)
-    return extract
-
-
-Extracted = tuple[int, Counter[str]]
-"""Images, and seconds of all threads by stage."""
-
-
-def _start_actor(make: Callable[[], Extract]) -> None:
-    global _actor
-    _actor = make()
-
-
-def _extract_in_actor(rows: Sequence[dict[str, object]]) -> Extracted:
-    return _extract(_actor, rows)
-
-
-def _extract(extract: Extract, rows: Sequence[dict[str, object]]) -> Extracted:
-    images, stages = 0, Counter[str]()
-    with ThreadPoolExecutor(CONCURRENT_SHARDS[extract.device.name]) as pool:
-        for row in pool.map(extract, rows):
-            assert row["computed"] == 1, row
-            images += row["images"]
-            stages.update(json.loads(row["stages"]))
-    return images, stages
-
-
 class Stages:
-    """The measured stages, on the shards of one dataset; each returns its number of images.
+    """The measured stages, on the shards of one dataset; each returns its number of images."""
 
-    Args:
-        make: makes the `Extract` of an actor.
-        actors: processes that share the device, each with its own `Extract`.
-    """
-
-    def __init__(self, dataset: Dataset, teacher: CachedTeacher, make: Callable[[], Extract], actors: int) -> None:
-        self.dataset, self.cached, self.extractor, self.actors = dataset, teacher, make(), actors
-        if actors > 1:
-            self.pool = ProcessPoolExecutor(actors, get_context("spawn"), _start_actor, (make,))
+    def __init__(self, dataset: Dataset, teacher: CachedTeacher, extractor: Extract) -> None:
+        self.dataset, self.cached, self.extractor = dataset, teacher, extractor
         self.teacher = self.extractor.teachers[teacher.id]
         self.device = self.extractor.device.name
         self.seconds: dict[str, float] = {}
@@ -195,12 +150,12 @@ class Stages:
         rows: list[dict[str, object]] = [{"split": "train", "shard": shard} for shard in range(self.dataset.shards)]
         for shard in range(self.dataset.shards):
             self.dataset.teacher(self.cached.id).unlist(shard)
-        if self.actors == 1:
-            parts = [_extract(self.extractor, rows)]
-        else:
-            parts = list(self.pool.map(_extract_in_actor, [rows[first :: self.actors] for first in range(self.actors)]))
-        images = sum(images for images, _ in parts)
-        stages = sum((stages for _, stages in parts), Counter[str]())
+        images, stages = 0, Counter[str]()
+        with ThreadPoolExecutor(CONCURRENT_SHARDS[self.device]) as pool:
+            for row in pool.map(self.extractor, rows):
+                assert row["computed"] == 1, row
+                images += row["images"]
+                stages.update(json.loads(row["stages"]))
         self.seconds = {name: seconds / images for name, seconds in stages.items()}
         return images
 
@@ -243,8 +198,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard-size", type=int, help="images; default: as many shards as are processed in parallel")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU: for decoding, and for a teacher there")
-    parser.add_argument("--processes", action="store_true", help="render in processes on a CPU too, as beside a GPU")
-    parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="watch memory instead")
     parser.add_argument("--side", type=int, default=48, help="with --memory: pixels of HOG's input")

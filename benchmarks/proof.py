@@ -154,8 +154,7 @@ def _distilled(config: DistillJobConfig, plan: CachePlan) -> nn.Module:
         raise SystemExit("student.weights: this benchmark compares students from random weights")
     datasets = {split.split: split.dataset for split in plan.splits}
     task = DistillTask(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
-    encoder: nn.Module = _train(task, config).student.encoder
-    return encoder
+    return _train(task, config).student.encoder
 
 
 def _labels_alone(config: DistillJobConfig) -> nn.Module:
@@ -168,8 +167,7 @@ def _labels_alone(config: DistillJobConfig) -> nn.Module:
     with TemporaryDirectory() as folder:
         save_start(plan_finetune(settings).start, config.student.input_size, Path(folder, "start"))
         task = FinetuneTask(FinetuneJob(settings, Path(folder, "start"), Path(folder)))
-        encoder: nn.Module = _train(task, config).encoder
-    return encoder
+        return _train(task, config).encoder
 
 
 def _score(encoder: nn.Module, train: Dataset, val: Dataset, config: DistillJobConfig) -> dict[str, float]:

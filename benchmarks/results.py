@@ -18,12 +18,7 @@ def study_parser(description: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def measure_once(results: Path, run: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Read a run from the JSON lines of `results`; if it is not there, measure it and append its line.
-
-    Args:
-        run: identifies the run.
-        measure: returns the other values of its line.
-    """
+    """Read the line that `run` identifies from the JSON lines of `results`; if it is not there, measure and append it."""
     lines = results.read_text().splitlines() if results.exists() else []
     for row in map(json.loads, lines):
         if run.items() <= row.items():

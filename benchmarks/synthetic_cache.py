@@ -56,11 +56,7 @@ def write_dataset(folder: str, count: int, images: Sequence[bytes], shard_size: 
 
 
 def write_features(dataset: Dataset, model: str, codec: str, **settings: Any) -> CachedTeacher:
-    """Features for every row of a dataset, drawn from a normal distribution, in the shapes of a teacher.
-
-    Args:
-        **settings: other fields of its `TeacherConfig`.
-    """
+    """Features for every row of a dataset, from a normal distribution, in the shapes of a teacher with these settings."""
     config = TeacherConfig(model=model, weights="random", **settings)
     spec = make_teacher(config).spec
     teacher = CachedTeacher(config, spec, spec.name.replace("/", "-"), codec, "float32")

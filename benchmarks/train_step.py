@@ -97,8 +97,7 @@ class DistillStep(Task):
         """See :meth:`Task.loss`."""
         step = torch.tensor(self.step).to(device, non_blocking=True)
         self.step += 1
-        result: tuple[Tensor, dict[str, Tensor]] = module(batch.images, batch.features, step=step)
-        return result
+        return module(batch.images, batch.features, step=step)
 
     def steps(self, epoch: int) -> int:
         """See :meth:`Task.steps`."""
@@ -209,8 +208,7 @@ class Bench:
             if step == WARM_UP:
                 started = _now()
             stepper([next(batches)], step, clock)
-        times: np.ndarray = (_now() - started) / self.options.steps
-        return times
+        return (_now() - started) / self.options.steps
 
     def _block_of_reader(self) -> np.ndarray:
         with closing(self._read()) as batches:
@@ -237,8 +235,7 @@ class Bench:
         started = _now()
         for teacher, pixels in rendered:
             teacher.encode(pixels)
-        times: np.ndarray = (_now() - started) / self.options.online_images * self.options.batch_size
-        return times
+        return (_now() - started) / self.options.online_images * self.options.batch_size
 
 
 def _now() -> np.ndarray:
@@ -305,8 +302,7 @@ def ray_over_bare(bench: Bench, folder: str) -> dict[str, float]:
     def times(run: Callable[[int], None], number: int) -> np.ndarray:
         run(number)
         starts = np.array(json.loads(file.read_text()))
-        found: np.ndarray = np.median(np.diff(starts[WARM_UP:], axis=0), axis=0)
-        return found
+        return np.median(np.diff(starts[WARM_UP:], axis=0), axis=0)
 
     with connect():
         pairs = np.array([[times(run, number) for run in (bare, ray)] for number in range(bench.options.ray_rounds)])

@@ -3,48 +3,33 @@
 import argparse
 import io
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jobs._completion import complete, complete_item
 from pipeline.config.load import load_config
-from pipeline.config.tree import JobRoot, describe_fields
+from pipeline.config.tree import JobRoot, describe_fields, iter_fields
 from pipeline.errors import UserError
+from pipeline.runs.config import JobConfig
 from pipeline.runtime import logs
 from teachers.errors import TeacherError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "quickstart.yaml"
+TYPES = {"", "bool", "int", "float", "str", "list", "tuple", "mapping", "none"}
+"""Words for types in the listing of fields; any other word there is a value."""
 
 
 R = TypeVar("R", bound=JobRoot)
 
-
-@dataclass(frozen=True)
-class Mode:
-    """What a job does instead of its work if a flag is given: `body` takes the configuration and the command line's options.
-
-    A `metavar` is the name of the flag's value. Modes exclude each other.
-    """
-
-    flag: str
-    help: str
-    body: Callable[[Any, argparse.Namespace], Mapping[str, Any]]
-    metavar: str | None = None
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A flag that belongs to modes; given alone, it implies its mode if it has only one."""
-
-    flag: str
-    help: str
-    modes: tuple[str, ...]
+Mode = Callable[[Any, argparse.Namespace], Mapping[str, Any]]
+"""What a job does instead of its work, with the configuration and the command line's options."""
+AddModes = Callable[[argparse.ArgumentParser, Any], Callable[[argparse.Namespace], Mode | None]]
+"""Adds flags to a parser and to its group of flags that exclude each other; gives what chooses the mode by the options."""
 
 
 def later(module: str, function: str = "main") -> Callable[..., Any]:
@@ -60,8 +45,7 @@ def run(
     body: Callable[[R, bool], Mapping[str, Any]],
     description: str,
     arguments: Sequence[str] | None = None,
-    modes: Sequence[Mode] = (),
-    switches: Sequence[Switch] = (),
+    add_modes: AddModes | None = None,
     recipe: Path = DEFAULT_RECIPE,
     listed: Sequence[type[JobRoot]] = (),
 ) -> None:
@@ -87,23 +71,50 @@ def run(
     items.completer = partial(complete_item, listed)  # type: ignore[attr-defined]
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
-    for mode in modes:
-        kind: dict[str, Any] = {"metavar": mode.metavar} if mode.metavar else {"action": "store_true"}
-        group.add_argument(mode.flag, help=mode.help, **kind)
-    for switch in switches:
-        parser.add_argument(switch.flag, action="store_true", help=switch.help)
+    choose = add_modes(parser, group) if add_modes else lambda options: None
     complete(parser)
     options = parser.parse_intermixed_args(arguments)
-    chosen = _choose(parser, options, modes, switches)
+    mode = choose(options)
     logs.configure()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what workers print shows in a log file as it comes
 
     def call() -> Mapping[str, Any]:
         config = _configure(root, options.items, recipe)
-        return chosen.body(config, options) if chosen else body(config, options.dry_run)
+        return mode(config, options) if mode else body(config, options.dry_run)
 
     finish(call)
+
+
+def run_parser(
+    parser: argparse.ArgumentParser,
+    body: Callable[[argparse.Namespace], Mapping[str, Any]],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Run a job that takes no recipe: `body` gets the options. Prints and exits as :func:`run` does."""
+    complete(parser)
+    options = parser.parse_args(arguments)
+    finish(lambda: body(options))
+
+
+def model_parser(description: str | None, accepted: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that name a backbone; `accepted` says which kinds of model the job takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help=accepted)
+    parser.add_argument(
+        "--weights", default="pretrained", help="weights of a timm name: pretrained, random[:seed], or a file"
+    )
+    parser.add_argument("--size", type=int, help="side of the input in pixels; default: as the student was trained")
+    parser.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else the work folder's")
+    return parser
+
+
+def tracking_uri(options: argparse.Namespace) -> str:
+    """The MLflow store in which URIs are looked up."""
+    from pipeline.runs.folder import work_folder
+    from pipeline.tracking.address import resolve_uri
+
+    return resolve_uri(options.tracking_uri, work_folder(JobConfig()), "--tracking-uri")
 
 
 def finish(call: Callable[[], Mapping[str, Any]]) -> None:
@@ -121,17 +132,28 @@ def finish(call: Callable[[], Mapping[str, Any]]) -> None:
         sys.exit(1)
 
 
-def _choose(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, modes: Sequence[Mode], switches: Sequence[Switch]
-) -> Mode | None:
-    given = {f"--{name.replace('_', '-')}" for name, value in vars(options).items() if value}
-    chosen = given & {mode.flag for mode in modes}
-    for switch in switches:
-        if switch.flag in given and not chosen & set(switch.modes):
-            if chosen or options.dry_run or len(switch.modes) > 1:
-                parser.error(f"{switch.flag} goes with {' or '.join(switch.modes)}")
-            chosen = set(switch.modes)
-    return next((mode for mode in modes if mode.flag in chosen), None)
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Print completions and exit if the shell asks for them; otherwise return."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
+def complete_item(roots: Sequence[type[JobRoot]], prefix: str, **_: Any) -> Iterator[str]:
+    """Completions of `recipe.yaml | key=value`: recipes, fields of the job, and the values or files of a field."""
+    from argcomplete.completers import FilesCompleter
+
+    fields = {line.key: line.type for line in iter_fields(*roots)}
+    key, equals, value = prefix.partition("=")
+    if not equals:
+        yield from (f"{field}=" for field in fields)
+        yield from FilesCompleter(("yaml", "yml"))(prefix)
+        yield from (recipe.name for recipe in RECIPES.glob("*.yaml"))
+        return
+    kind = fields.get(key, "")
+    options = ("true", "false") if kind == "bool" else [option for option in kind.split("|") if option not in TYPES]
+    yield from (f"{key}={option}" for option in options or FilesCompleter()(value))
 
 
 def confirm(question: str, yes: bool) -> bool:

@@ -1,17 +1,40 @@
-"""The plan of the cache as text: what exists, what is missing, and what it costs."""
+"""The plan of the cache as text: what exists, what is missing, and what it costs. Filling the cache of all phases."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
 from jobs._cli import grid, size, table
-from pipeline.cache.config import PrecomputeJobConfig
-from pipeline.cache.fill.build import CachePlan
+from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
+from pipeline.cache.fill.build import BuildReport, CachePlan
 from pipeline.cache.fill.estimate import TeacherEstimate, missing_bytes
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.runs.folder import work_folder
 from pipeline.runtime.ray_session import Hardware
+
+if TYPE_CHECKING:  # it imports MLflow
+    from pipeline.runs.session import Job
+
+
+def print_plan(phase: PrecomputeJobConfig, plan: CachePlan, number: int, phases: int, *more: str) -> None:
+    """Print the plan of a phase, numbered if there are several, and `more` text."""
+    title = "plan" if phases == 1 else f"plan of phase {number} of {phases}"
+    print(title, cache_plan(plan, phase), *more, sep="\n", flush=True)
+
+
+def fill(job: Job, planned: Sequence[tuple[CacheJobConfig, CachePlan]]) -> list[tuple[CachePlan, BuildReport]]:
+    """Compute the missing features of all phases ; returns the filled plans."""
+    from pipeline.cache.fill.job import precompute
+
+    filled = []
+    for number, (phase, plan) in enumerate(planned, 1):
+        with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
+            filled.append(precompute(phase, plan, tracked))
+    return filled
 
 
 def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
@@ -56,8 +79,7 @@ def cost_plan(
     plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate], cluster: Hardware | None = None
 ) -> str:
     """Device hours, price, read rate and space, also with other codecs; on a cluster, its GPUs and hours."""
-    hours = [grid([_hours(teacher, config) for teacher in teachers])]
-    codecs = [grid([_codecs(teacher) for teacher in teachers])]
+    hours, codecs = grid([_hours(teacher, config) for teacher in teachers]), grid([*map(_codecs, teachers)])
     free = plan.store.free_bytes()
     rows = {
         "still to be written": f"at most {size(missing_bytes(plan))}",
@@ -66,7 +88,7 @@ def cost_plan(
         f"{config.plan.images_per_second:g}",
         "cluster": cluster and _on_cluster(cluster, teachers),
     }
-    return "\n".join(["time", *hours, "bytes per view (<: at most)", *codecs, "space", table(rows)])
+    return "\n".join(["time", hours, "bytes per view (<: at most)", codecs, "space", table(rows)])
 
 
 def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:

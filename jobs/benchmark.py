@@ -20,7 +20,7 @@ if __name__ == "__main__":
     run(BenchmarkJobConfig, later("jobs.benchmark"), __doc__)
     sys.exit()
 
-from pipeline.benchmark.benchmark import benchmark, check, frame, render
+from pipeline.benchmark.benchmark import benchmark, check, render
 from pipeline.benchmark.figures import accuracy_figure, latency_figure
 from pipeline.runs.folder import work_folder
 
@@ -34,7 +34,7 @@ def main(config: BenchmarkJobConfig, dry_run: bool) -> dict[str, Any]:
     )
     if dry_run:
         return {"dry_run": True}
-    measured = frame(benchmark(settings))
+    measured = benchmark(settings)
     folder = work_folder(config) / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "benchmark.csv", folder / "latency.png", folder / "accuracy.png"]

@@ -13,8 +13,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import finish, later, table
-from jobs._completion import complete
+from jobs._cli import later, run_parser, table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--tracking-uri", help="MLflow store; none: MLFLOW_TRACKING_URI, else the SQLite file of ./work"
     )
     parser.add_argument("--to", type=Path, default=Path("comparison"), help="output folder; default: comparison")
-    complete(parser)
-    options = parser.parse_args(arguments)
-    finish(lambda: later("jobs.compare", "show")(options))
+    run_parser(parser, later("jobs.compare", "show"), arguments)
 
 
 if __name__ == "__main__":
@@ -41,8 +38,8 @@ from pipeline.compare.tables import render_text
 
 def show(options: argparse.Namespace) -> Mapping[str, Any]:
     """Compare, and print what was found."""
-    result = compare(options.experiment, options.filter, options.tracking_uri, options.to)
-    print(render_text(result.comparison))
-    rows = {"page": options.to / "comparison.html", "MLflow": f"{result.comparison.uri} run {result.run_id}"}
+    comparison, figures = compare(options.experiment, options.filter, options.tracking_uri, options.to)
+    print(render_text(comparison))
+    rows = {"page": options.to / "comparison.html", "MLflow": f"{comparison.uri} run {figures['mlflow_run_id']}"}
     print(f"\n{table(rows)}")
-    return result.figures()
+    return figures

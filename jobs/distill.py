@@ -6,7 +6,6 @@ python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ if __name__ == "__main__":
     run(DistillJobConfig, later("jobs.distill"), __doc__)
     sys.exit()
 
-from jobs._plan import cache_plan
-from pipeline.cache.fill.build import BuildReport
+from jobs._plan import fill, print_plan
 from pipeline.cache.fill.estimate import check_space
-from pipeline.cache.fill.job import cache_bytes, precompute
+from pipeline.cache.fill.job import cache_bytes
 from pipeline.distill.job import check_session, distill, training_plan
-from pipeline.distill.phases import Phase, plan_phases
+from pipeline.distill.phases import plan_phases
 from pipeline.runs.folder import cache_store
-from pipeline.runs.session import Job, open_job
+from pipeline.runs.session import open_job
 
 
 def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
@@ -36,8 +34,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     started = time.perf_counter()
     phases = plan_phases(config, cache_store(config))
     for number, phase in enumerate(phases, 1):
-        title = "plan" if len(phases) == 1 else f"plan of phase {number} of {len(phases)}"
-        print(f"{title}\n{cache_plan(phase.plan, phase.config)}\n{table(training_plan(phase))}", flush=True)
+        print_plan(phase.config, phase.plan, number, len(phases), table(training_plan(phase)))
     if dry_run:
         return {"dry_run": True}
     check_space(*(phase.plan for phase in phases))
@@ -47,8 +44,9 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
         else:
             for phase in phases:
                 check_session(phase)
-        filled, reports = fill(job, phases)
-        plans, computed = [phase.plan for phase in filled], sum(report.shards_computed for report in reports)
+        plans, reports = zip(*fill(job, [(phase.config, phase.plan) for phase in phases]), strict=True)
+        filled = [replace(phase, plan=plan) for phase, plan in zip(phases, plans, strict=True)]
+        computed = sum(report.shards_computed for report in reports)
         print(f"{computed} shards computed in {sum(report.seconds for report in reports):.0f} s", flush=True)
         with job.child_run("distill") as tracked:
             result = distill(filled, tracked, job.state.folder)
@@ -90,14 +88,3 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     print(f"done\n{table(rows)}")
     uris = {"model_uri": result.model_uri, "registered": registered}
     return {**figures, "student": str(result.student), **uris, "mlflow_run_id": job.run.run_id}
-
-
-def fill(job: Job, phases: Sequence[Phase]) -> tuple[list[Phase], list[BuildReport]]:
-    """Compute the missing features of all phases before the first one trains; returns the phases with the filled plans."""
-    filled, reports = [], []
-    for number, phase in enumerate(phases, 1):
-        with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
-            plan, report = precompute(phase.config, phase.plan, tracked)
-        filled.append(replace(phase, plan=plan))
-        reports.append(report)
-    return filled, reports

@@ -19,8 +19,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import DEFAULT_RECIPE, RECIPES, later, percent, run, size, table
-from jobs._completion import complete
+from jobs._cli import DEFAULT_RECIPE, RECIPES, complete, grid, later, percent, run, size, table
 from pipeline.downstream.config import TASKS, CocoResultsJobConfig, EvaluateModelJobConfig
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.runs.config import JobConfig
@@ -47,7 +46,8 @@ def start(arguments: Sequence[str]) -> None:
         print(f"error: name the evaluation first: {known}, as in `jobs/evaluate.py knn ...`", file=sys.stderr)
         sys.exit(2)
     body = partial(later("jobs.evaluate", "named"), name, {argument.partition("=")[0] for argument in others})
-    items = [_long_name(name, argument) for argument in others]
+    short = ("annotations=", "results=") if name == "coco-results" else ()
+    items = [f"evaluate.{argument}" if argument.startswith(short) else argument for argument in others]
     if name in TASKS or ":" in name:
         items.append(f"finetune.task={name}")
     own = RECIPES / f"{name}.yaml"
@@ -55,18 +55,15 @@ def start(arguments: Sequence[str]) -> None:
     run(ROOTS.get(name, EvaluateModelJobConfig), body, __doc__ or "", items, recipe=recipe, listed=listed)
 
 
-def _long_name(evaluation: str, argument: str) -> str:
-    """The full key of `annotations=` and `results=` of coco-results: those fields of the section `evaluate`."""
-    short = evaluation == "coco-results" and argument.startswith(("annotations=", "results="))
-    return f"evaluate.{argument}" if short else argument
-
-
 if __name__ == "__main__":
     start(sys.argv[1:])
     sys.exit()
 
-from jobs._downstream import evaluate_results, evaluate_saved
 from pipeline.cache.fill.estimate import check_space
+from pipeline.downstream.base import make_task
+from pipeline.downstream.detect.coco_eval import NUMBERS, evaluate_files
+from pipeline.downstream.job import as_saved, evaluate_model, open_held_out, open_model
+from pipeline.errors import UserError
 from pipeline.evaluate import job as evaluation
 from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
 from pipeline.runs.session import open_job
@@ -118,6 +115,43 @@ def evaluate(
     shown = {key: f"{value:g}" if key == "lr" else percent(value) for key, value in figures.items()}
     print(f"done\n{table({**shown, 'MLflow': f'{job.tracking_uri} run {job.run.run_id}'})}")
     return {**figures, "mlflow_run_id": job.run.run_id}
+
+
+def evaluate_saved(config: EvaluateModelJobConfig, dry_run: bool, given: Collection[str] = ()) -> dict[str, Any]:
+    """Metrics of `evaluate.model` on data.val, with the settings of the model except for the fields that are given."""
+    saved = open_model(config)
+    config = as_saved(config, saved, given)
+    val, task = open_held_out(config, saved), make_task(config)
+    settings = task.saved_settings().items()
+    shown = ", ".join(f"{section}.{name}={value}" for section, fields in settings for name, value in fields.items())
+    print(f"{task.name} of {config.evaluate.model} on {len(val)} images from {val.location}: {shown}", flush=True)
+    if dry_run:
+        return {"dry_run": True}
+    with open_job(config, f"evaluate-{task.name}") as job:
+        report = evaluate_model(config, saved, val, job.run, job.state.folder)
+    rows = {
+        **{name: f"{value:.3f}" for name, value in report.metrics.items()},
+        "tables, pictures": str(job.state.folder / "evaluation"),
+        "MLflow": f"{job.tracking_uri} run {job.run.run_id}",
+    }
+    print(f"done\n{table(rows)}")
+    return {**report.metrics, "mlflow_run_id": job.run.run_id}
+
+
+def evaluate_results(config: CocoResultsJobConfig, dry_run: bool) -> dict[str, Any]:
+    """The twelve COCO metrics of `evaluate.results`, scored against `evaluate.annotations`."""
+    given = config.evaluate
+    if not given.annotations or not given.results:
+        raise UserError("coco-results needs annotations=<COCO JSON> and results=<detections in COCO's results format>")
+    if dry_run:
+        return {"dry_run": True}
+    scores = evaluate_files(Path(given.annotations), Path(given.results))
+    rows = [
+        {"number": number, **{kind: f"{score.numbers[number]:.3f}" for kind, score in scores.items()}}
+        for number in NUMBERS
+    ]
+    print(grid(rows))
+    return {f"{kind}/{name}": value for kind, score in scores.items() for name, value in score.numbers.items()}
 
 
 EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {

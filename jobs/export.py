@@ -15,25 +15,14 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._backbone import add_model_arguments, tracking_uri
-from jobs._cli import finish, later, table
-from jobs._completion import complete
+from jobs._cli import later, model_parser, run_parser, table, tracking_uri
 from pipeline.export.formats import FORMATS, ROUNDS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export, and print a table of the files and one line of JSON."""
-    command_line = parser()
-    complete(command_line)
-    options = command_line.parse_args(arguments)
-    finish(lambda: later("jobs.export", "export")(options))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(
-        parser, "exported student or fine-tuned model folder, MLflow model URI (models:/m-...), or timm name"
+    parser = model_parser(
+        __doc__, "exported student or fine-tuned model folder, MLflow model URI (models:/m-...), or timm name"
     )
     formats = [form for form in FORMATS if form != "coreml"]
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=formats, help=f"default: {' '.join(formats)}")
@@ -42,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=ROUNDS, help=f"rounds of the latency measurement; default: {ROUNDS}"
     )
     parser.add_argument("--to", type=Path, default=Path("exported"), help="output folder; default: exported")
-    return parser
+    run_parser(parser, later("jobs.export", "export"), arguments)
 
 
 if __name__ == "__main__":

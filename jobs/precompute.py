@@ -11,44 +11,52 @@ python jobs/precompute.py --gc                                           files t
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import Mode, Switch, confirm, grid, later, run, size, table
+from jobs._cli import Mode, confirm, grid, later, run, size, table
 from pipeline.cache.config import PrecomputeJobConfig
 
-_later = partial(later, "jobs.precompute")
-MODES = (
-    Mode(
-        "--plan",
-        "probe the teachers; print bytes, hours, price, read rate and free space, and stop",
-        _later("show_plan"),
-    ),
-    Mode(
-        "--verify",
-        "check every file of the recipe's cache and recompute a sample; exit code 1: broken",
-        _later("verify"),
-    ),
-    Mode("--list", "print what the cache holds, and stop", _later("show_inventory")),
-    Mode("--delete", "delete what --list shows at this address, after asking", _later("delete"), "ADDRESS"),
-    Mode("--gc", "remove files of the cache that nothing refers to, after asking", _later("collect_garbage")),
-)
-SWITCHES = (
-    Switch("--repair", "recompute only what is broken; implies --verify", ("--verify",)),
-    Switch("--yes", "with --delete or --gc: do not ask", ("--delete", "--gc")),
-)
+MODES = {
+    "--plan": ("show_plan", "probe the teachers; print bytes, hours, price, read rate and free space, and stop"),
+    "--verify": ("verify", "check every file of the recipe's cache and recompute a sample; exit code 1: broken"),
+    "--list": ("show_inventory", "print what the cache holds, and stop"),
+    "--gc": ("collect_garbage", "remove files of the cache that nothing refers to, after asking"),
+}
+
+
+def add_modes(parser: argparse.ArgumentParser, modes: Any) -> Callable[[argparse.Namespace], Mode | None]:
+    """Add the flags for other work on the cache; see :data:`jobs._cli.AddModes`."""
+    for flag, (function, text) in MODES.items():
+        modes.add_argument(flag, dest="mode", action="store_const", const=function, help=text)
+    modes.add_argument("--delete", metavar="ADDRESS", help="delete what --list shows at this address, after asking")
+    parser.add_argument("--repair", action="store_true", help="recompute only what is broken; implies --verify")
+    parser.add_argument("--yes", action="store_true", help="with --delete or --gc: do not ask")
+
+    def choose(options: argparse.Namespace) -> Mode | None:
+        mode = "delete" if options.delete else options.mode
+        if options.repair:
+            if options.dry_run or mode not in (None, "verify"):
+                parser.error("--repair goes with --verify")
+            mode = "verify"
+        if options.yes and mode not in ("delete", "collect_garbage"):
+            parser.error("--yes goes with --delete or --gc")
+        return later("jobs.precompute", mode) if mode else None
+
+    return choose
+
 
 if __name__ == "__main__":
-    run(PrecomputeJobConfig, _later(), __doc__, modes=MODES, switches=SWITCHES)
+    run(PrecomputeJobConfig, later("jobs.precompute"), __doc__, add_modes=add_modes)
     sys.exit()
 
-from jobs._plan import cache_plan, cost_plan, read_rate
+from jobs._plan import cost_plan, fill, print_plan, read_rate
 from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
 from pipeline.cache.layout.snapshot import RecordSnapshot
@@ -71,14 +79,11 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
         return {"dry_run": True}
     check_space(*(plan for _, plan in planned))
     # MLflow takes seconds to import, which the other modes need not wait for.
-    from pipeline.cache.fill.job import cache_bytes, precompute
+    from pipeline.cache.fill.job import cache_bytes
     from pipeline.runs.session import open_job
 
-    reports = []
     with open_job(config, "precompute") as job:
-        for number, (phase, plan) in enumerate(planned, 1):
-            with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
-                reports.append(precompute(phase, plan, tracked)[1])
+        reports = [report for _, report in fill(job, planned)]
     result = {
         "shards_computed": sum(report.shards_computed for report in reports),
         "images_extracted": sum(report.images_extracted for report in reports),
@@ -103,8 +108,7 @@ def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, Cac
     store, snapshot = cache_store(config), RecordSnapshot()
     planned = [(phase, plan_cache(phase, store, snapshot=snapshot)) for phase in config.phase_configs()]
     for number, (phase, plan) in enumerate(planned, 1):
-        title = "plan" if len(planned) == 1 else f"plan of phase {number} of {len(planned)}"
-        print(f"{title}\n{cache_plan(plan, phase)}", flush=True)
+        print_plan(phase, plan, number, len(planned))
     return planned
 
 

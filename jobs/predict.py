@@ -14,18 +14,8 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._backbone import add_model_arguments, tracking_uri
-from jobs._cli import finish, later, table
-from jobs._completion import complete
+from jobs._cli import later, model_parser, run_parser, table, tracking_uri
 from pipeline.downstream.config import TASKS
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Predict, and print a table of the files and one line of JSON."""
-    command_line = parser()
-    complete(command_line)
-    options = command_line.parse_args(arguments)
-    finish(lambda: later("jobs.predict", "predict")(options))
 
 
 def task_name(text: str) -> str:
@@ -35,11 +25,10 @@ def task_name(text: str) -> str:
     return text
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(
-        parser, "fine-tuned model or exported student folder, MLflow model URI (models:/m-...), or timm name"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Predict, and print a table of the files and one line of JSON."""
+    parser = model_parser(
+        __doc__, "fine-tuned model or exported student folder, MLflow model URI (models:/m-...), or timm name"
     )
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders to search for them")
     task = parser.add_argument(
@@ -53,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
     parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if available")
-    return parser
+    run_parser(parser, later("jobs.predict", "predict"), arguments)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ uploads what .gitignore and .rayignore name. RAY_API_SERVER_ADDRESS names the cl
 exit code is that of the job; 130 if the job was stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import logging
@@ -20,17 +18,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._completion import complete
+from jobs._cli import complete
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.ray_session import IS_INSTALLED, REPOSITORY
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
 
 MAX_UPLOAD = 50 << 20
 """Largest upload in bytes; large files belong on the shared file system."""
@@ -72,11 +66,7 @@ def job_names() -> list[str]:
 
 
 def entrypoint(arguments: Sequence[str]) -> str:
-    """Command line that the cluster runs, from the job (`jobs/distill.py` or `distill`) and its arguments.
-
-    Raises:
-        UserError: if the first argument names no job.
-    """
+    """Command line that the cluster runs, from the job (`jobs/distill.py` or `distill`; others: UserError) and its arguments."""
     first = arguments[0] if arguments else ""
     name = first.removeprefix("jobs/").removesuffix(".py")
     if name not in job_names() or first not in (name, f"jobs/{name}.py"):
@@ -87,11 +77,7 @@ def entrypoint(arguments: Sequence[str]) -> str:
 
 
 def submit(command: str, folder: Path) -> int:
-    """Run a command on the cluster in an upload of `folder`, print its log, and return its exit code; 130: stopped.
-
-    Raises:
-        UserError: if the cluster does not answer.
-    """
+    """Run a command on the cluster in an upload of `folder`, print its log, and return its exit code; 130: stopped."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
@@ -99,10 +85,15 @@ def submit(command: str, folder: Path) -> int:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
     print(f"submitted as {job}; it runs without this terminal, `ray job stop {job}` stops it", flush=True)
+
+    async def print_log() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
     with _connection_errors(
         f"{address} no longer answers; `ray job logs --follow {job}` shows the progress of the job"
     ):
-        asyncio.run(_print_log(client, job))
+        asyncio.run(print_log())
         details = client.get_job_info(job)
     # If the driver has no exit code, its log does not say why the job ended.
     reason = f" ({details.message})" if details.driver_exit_code is None else ""
@@ -117,11 +108,6 @@ def _connection_errors(problem: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise UserError(f"{problem} ({one_line(error)})") from error
-
-
-async def _print_log(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:

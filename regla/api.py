@@ -11,12 +11,12 @@ from regla.images import Images, locate
 
 if TYPE_CHECKING:
     from pipeline.predict.predictor import Predictor
-    from pipeline.runs.config import JobConfig
+    from pipeline.runs.config import ImageJobConfig
 
 Recipe = str | Path | Mapping[str, Any] | None
 """A YAML file, the name of a recipe of this package (`own_images.yaml`), its fields as a mapping, or None for the default."""
 
-C = TypeVar("C", bound="JobConfig")
+C = TypeVar("C", bound="ImageJobConfig")
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,11 @@ def _configure(
     from pipeline.config.load import load_config
     from pipeline.runs.folder import work_folder
 
-    def load(extra: Mapping[str, Any]) -> C:
-        tree = recipe if isinstance(recipe, Mapping) else find_recipe(str(recipe or default))
-        return load_config(root, tree, _plain({**fields, **extra}))
-
-    work = work_folder(load({})) / "images"
-    given = {"data.train": images, "data.val": held_out}
-    return load({key: locate(value, work) for key, value in given.items() if value is not None})
+    tree = recipe if isinstance(recipe, Mapping) else find_recipe(str(recipe or default))
+    config = load_config(root, tree, _plain(fields))
+    given, folder = {"train": images, "val": held_out}, work_folder(config) / "images"
+    located = {split: locate(value, folder) for split, value in given.items() if value is not None}
+    return config.model_copy(update={"data": config.data.model_copy(update=located)})
 
 
 def _plain(value: Any) -> Any:

@@ -23,11 +23,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the job that the first argument names with the arguments that follow it.
-
-    Args:
-        arguments: of the command line; None: those of this process.
-    """
+    """Run the job that the first argument names with those that follow it; None: the arguments of this process."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:
@@ -38,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(argcomplete.shellcode(["regla"], shell=options.shell))
     else:
-        run_job(options.command, words[1:])
+        job, flags = ("precompute", ["--plan"]) if options.command == "plan" else (options.command, [])
+        sys.argv = [f"regla {options.command}", *flags, *words[1:]]
+        # As a script, a job reads its command line before it imports torch.
+        runpy.run_module(f"jobs.{job}", run_name="__main__")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,13 +55,6 @@ def build_parser() -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help='print shell completion: eval "$(regla completion bash)"')
     completion.add_argument("shell", choices=SHELLS)
     return parser
-
-
-def run_job(command: str, arguments: Sequence[str]) -> None:
-    """Run a job as `python -m jobs.<job>` does: it reads its command line before it imports torch."""
-    job, flags = ("precompute", ["--plan"]) if command == "plan" else (command, [])
-    sys.argv = [f"regla {command}", *flags, *arguments]
-    runpy.run_module(f"jobs.{job}", run_name="__main__")
 
 
 def _complete(parser: argparse.ArgumentParser) -> list[str]:

@@ -2,51 +2,40 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.benchmark.config import BenchmarkConfig
 from pipeline.benchmark.models import create_model, parse
-from pipeline.benchmark.runtime import runner
 from pipeline.errors import UserError
-from pipeline.runtime.timing import Timing, interleave
+from pipeline.export.graphs import INPUT, export_onnx
+from pipeline.runtime.timing import interleave
 from pipeline.student.cost import Cost, cost
 from pipeline.student.folding import inference_form
 
-
-@dataclass(frozen=True)
-class Row:
-    """Settings, cost and timing of one model in one form at one size.
-
-    The cost is that of the measured form on one image; the ratio of the timing refers to the reference model in the same form.
-    """
-
-    model: str
-    form: str
-    device: str
-    precision: str
-    threads: int
-    batch: int
-    size: int
-    cost: Cost
-    timing: Timing
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def benchmark(config: BenchmarkConfig) -> list[Row]:
-    """Measure every model in every form at every size, batch size and precision.
+def benchmark(config: BenchmarkConfig) -> pd.DataFrame:
+    """Measure every model in every form at every size, batch size and precision; `config` has passed :func:`check`.
 
     All models and forms of one size, batch size and precision are interleaved, so that drift affects all alike.
 
+    Returns:
+        A row for each, fastest first within a size, batch, precision and form. The cost is that of the measured form on one
+        image, `milliseconds` those of one forward pass. `ratio` refers to the reference model in the same form. Columns in `_q1`
+        and `_q3` are quartiles over the rounds.
+
     Raises:
-        UserError: as :func:`check`, and for a model that does not accept a size.
+        UserError: for a model that does not accept a size.
     """
-    check(config)
     torch.set_num_threads(config.threads)
     models = {text: create_model(text) for text in config.models}
     counted = {
@@ -55,7 +44,7 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
         for name, model in models.items()
         for form, counts in _costs(name, model, config, size)
     }
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     groups = [(s, b, p) for s in config.sizes for b in config.batch_sizes for p in config.precisions]
     for size, batch, precision in tqdm(groups, desc="benchmark", unit="group", disable=len(groups) == 1):
         images = torch.randn(batch, 3, size, size, device=config.device)
@@ -66,33 +55,26 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
         }
         timings = interleave(calls, lambda key: (config.reference, key[1]), config.rounds)
         for (name, form), timing in timings.items():
-            counts = counted[name, form, size]
-            rows.append(Row(name, form, config.device, precision, config.threads, batch, size, counts, timing))
-    return rows
-
-
-def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """Rows as a flat table, fastest first within a size, batch, precision and form.
-
-    ``milliseconds`` are those of one forward pass; columns in ``_q1`` and ``_q3`` are quartiles over the rounds.
-    """
+            row = {
+                "model": name,
+                "form": form,
+                "device": config.device,
+                "precision": precision,
+                "threads": config.threads,
+                "batch": batch,
+                "size": size,
+                **dataclasses.asdict(counted[name, form, size]),
+                "milliseconds": timing.median * 1e3,
+                "milliseconds_q1": timing.quartiles[0] * 1e3,
+                "milliseconds_q3": timing.quartiles[1] * 1e3,
+                "images_per_second": batch / timing.median,
+                "ratio": timing.ratio,
+                "ratio_q1": timing.ratio_quartiles[0],
+                "ratio_q3": timing.ratio_quartiles[1],
+            }
+            rows.append(row)
     keys = ["size", "batch", "precision", "form", "milliseconds"]
-    return pd.DataFrame([_flat(row) for row in rows]).sort_values(keys, ignore_index=True)
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    timing = row.timing
-    return {
-        **{name: value for name, value in vars(row).items() if name not in ("cost", "timing")},
-        **dataclasses.asdict(row.cost),
-        "milliseconds": timing.median * 1e3,
-        "milliseconds_q1": timing.quartiles[0] * 1e3,
-        "milliseconds_q3": timing.quartiles[1] * 1e3,
-        "images_per_second": row.batch / timing.median,
-        "ratio": timing.ratio,
-        "ratio_q1": timing.ratio_quartiles[0],
-        "ratio_q3": timing.ratio_quartiles[1],
-    }
+    return pd.DataFrame(rows).sort_values(keys, ignore_index=True)
 
 
 def render(table: pd.DataFrame) -> str:
@@ -138,3 +120,49 @@ def _costs(name: str, model: nn.Module, config: BenchmarkConfig, size: int) -> I
     folded = cost(inference_form(copy.deepcopy(model), images), images)
     for form in config.forms:
         yield form, as_trained if form == "eager" else folded
+
+
+def runner(model: nn.Module, form: str, images: Tensor, precision: str, threads: int) -> Callable[[], object]:
+    """Return a function that runs ``model`` once on ``images`` and returns when the work is done.
+
+    Args:
+        model: in eval mode and float32, on the device of ``images``; it is not modified.
+        form: ``eager``: as trained; ``fused``: in its inference form; ``compiled``, ``onnx``: that form under ``torch.compile``
+            and in ONNX Runtime (only on the CPU in float32).
+        images: (B, C, H, W) float32.
+        precision: of weights and images.
+        threads: CPU threads of ONNX Runtime; the caller sets those of torch, which apply to the whole process.
+    """
+    model = copy.deepcopy(model)
+    if form != "eager":
+        model = inference_form(model, images[:1])
+    if form == "onnx":
+        return _onnx_runner(model, images, threads)
+    model, images = model.to(DTYPES[precision]), images.to(DTYPES[precision])
+    if form == "compiled":
+        # On a GPU, kernel launches dominate the time of a small network; a CUDA graph is launched once.
+        mode = "reduce-overhead" if images.is_cuda else None
+        model = torch.compile(model, fullgraph=True, mode=mode)  # type: ignore[assignment]
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+
+    return run
+
+
+def _onnx_runner(model: nn.Module, images: Tensor, threads: int) -> Callable[[], object]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Threads of one session must not spin while another session is measured.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_onnx(model, Path(folder) / "model.onnx", images, dynamic=())
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    feed = {INPUT: images.numpy()}
+    return lambda: session.run(None, feed)

@@ -11,12 +11,7 @@ from pipeline.errors import UserError
 
 
 def create_model(text: str, **arguments: Any) -> nn.Module:
-    """Create a timm model without weights, in eval mode.
-
-    Args:
-        text: as for :func:`parse`.
-        **arguments: further constructor arguments; those in ``text`` win.
-    """
+    """Create a timm model without weights, in eval mode; constructor arguments in ``text``, as for :func:`parse`, win."""
     name, own = parse(text)
     return timm.create_model(name, **{**arguments, **own}).eval()
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pipeline.compare.describe import (
     configuration,
@@ -28,6 +28,8 @@ from pipeline.tracking.reading import Experiment, LoggedRun
 
 log = logging.getLogger(__name__)
 
+V = TypeVar("V")
+
 JOBS_WITHOUT_STUDENT = ("compare", "precompute", "benchmark")
 PROBES = {
     "knn": (Column("knn", "knn", "kNN"),),
@@ -44,12 +46,12 @@ def is_evaluation(run: LoggedRun) -> bool:
 
 
 @dataclass(frozen=True)
-class Point:
-    """kNN in percent after an epoch, of the averaged and the raw weights."""
+class Point(Generic[V]):
+    """kNN in percent after an epoch, of the averaged and the raw weights: of a run, or summarised over the runs of a group."""
 
     epoch: float
-    knn: float | None
-    raw: float | None
+    knn: V | None
+    raw: V | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Entry:
         started: milliseconds since 1970.
         link: address of the run in MLflow's web interface, if the store has one.
         texts: by :data:`~pipeline.compare.measures.TEXTS`.
-        measures: by the keys of :attr:`CollectedRuns.measures`; unknown ones are missing.
+        measures: by the keys of :attr:`CollectedRuns.all_measures`; unknown ones are missing.
         config: the fields that define its group.
         held_out: the images that accuracies were measured on; None: unknown.
         evaluated_by: names of the runs that evaluated or fine-tuned its student.
@@ -72,7 +74,7 @@ class Entry:
     link: str | None
     texts: Mapping[str, str]
     measures: Mapping[str, float]
-    curve: tuple[Point, ...]
+    curve: tuple[Point[float], ...]
     config: Mapping[str, str]
     held_out: str | None
     evaluated_by: tuple[str, ...] = ()
@@ -85,12 +87,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class CollectedRuns:
-    """The rows, the setting of latencies, the number of omitted runs by job, and the measures by key."""
+    """The runs, oldest first, the setting of latencies, the number of omitted runs by job, and the measures by key."""
 
     entries: tuple[Entry, ...]
     latency: str | None
     left_out: Mapping[str, int]
-    measures: Mapping[str, Measure]
+    all_measures: Mapping[str, Measure]
 
 
 def collect(experiment: Experiment) -> CollectedRuns:
@@ -181,15 +183,10 @@ def _own_measures(run: LoggedRun, training: LoggedRun) -> dict[str, float]:
     """Measures that a job and its nested training run have logged."""
     own, trained = run.metrics, training.metrics
     found = {
-        "samples_seen": trained.get("samples_seen"),
-        "knn_before": own.get("knn_before"),
+        **{name: trained.get(name) for name in ("samples_seen", "knn_raw", "parameters", "macs")},
+        **{name: own.get(name) for name in ("knn_before", "cache_bytes", "gpu_hours")},
         "knn": own.get("knn_after", trained.get("knn")),
-        "knn_raw": trained.get("knn_raw"),
-        "parameters": trained.get("parameters"),
-        "macs": trained.get("macs"),
-        "cache_bytes": own.get("cache_bytes"),
         "hours": own.get("hours", own["seconds"] / 3600 if "seconds" in own else None),
-        "gpu_hours": own.get("gpu_hours"),
     }
     price = parameter(run, "plan.gpu_hour_price")
     if found["gpu_hours"] is not None and price:
@@ -219,7 +216,7 @@ def _evaluation_measures(runs: Iterable[LoggedRun], task_columns: Collection[Col
     }
 
 
-def _curve(experiment: Experiment, nested: Iterable[LoggedRun]) -> tuple[Point, ...]:
+def _curve(experiment: Experiment, nested: Iterable[LoggedRun]) -> tuple[Point[float], ...]:
     part = next((part for part in nested if "knn" in part.metrics and part.name == "distill"), None)
     if part is None:
         return ()
@@ -238,10 +235,10 @@ def _with_latencies(entries: list[Entry], benchmarks: list[LoggedRun]) -> tuple[
     found = find_latencies(benchmarks, students)
     if found is None:
         return entries, None
-    latencies = [found.milliseconds.get(_plain_student(entry) or "") for entry in entries]
+    measured = {student: {"latency": latency} for student, latency in found.milliseconds.items()}
     extended = [
-        entry if latency is None else replace(entry, measures={**entry.measures, "latency": latency})
-        for entry, latency in zip(entries, latencies, strict=True)
+        replace(entry, measures={**entry.measures, **measured.get(_plain_student(entry) or "", {})})
+        for entry in entries
     ]
     return extended, found.setting
 

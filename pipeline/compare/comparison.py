@@ -4,53 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from pipeline.compare.collect import CollectedRuns, Entry, collect
+from pipeline.compare.collect import CollectedRuns, collect
 from pipeline.compare.group import Group, Summary, changes, group
-from pipeline.compare.measures import COSTS, TEXTS, Measure, accuracies_of
+from pipeline.compare.measures import COSTS, TEXTS, Measure
 from pipeline.compare.significance import Difference, differences, fronts, statement
 from pipeline.tracking.reading import Experiment
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The compared runs of an experiment.
-
-    Attributes:
-        experiment, uri, filter_string: name, store, and MLflow filter.
-        fronts: numbers of the groups on the Pareto front, by accuracy and cost.
-    """
+class Comparison(CollectedRuns):
+    """The compared runs of an experiment: its name, its store, and the MLflow filter."""
 
     experiment: str
     uri: str
     filter_string: str
-    collection: CollectedRuns
-    groups: tuple[Group, ...]
-    fronts: Mapping[tuple[str, str], set[int]]
-    differences: tuple[Difference, ...]
 
     @classmethod
     def of(cls, experiment: Experiment, filter_string: str = "") -> Comparison:
-        """Collect and group runs, and compute fronts and differences.
+        """Collect runs, or raise a UserError if there is nothing to compare."""
+        return cls(
+            **vars(collect(experiment)), experiment=experiment.name, uri=experiment.uri, filter_string=filter_string
+        )
 
-        Raises:
-            UserError: if there is nothing to compare.
-        """
-        collection = collect(experiment)
-        groups = tuple(group(collection.entries))
-        accuracies = accuracies_of(collection.measures)
-        fronts_, differences_ = fronts(groups, accuracies), tuple(differences(groups, accuracies))
-        return cls(experiment.name, experiment.uri, filter_string, collection, groups, fronts_, differences_)
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The runs that differ only in the seed, together."""
+        return group(self.entries)
 
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """The runs, oldest first."""
-        return self.collection.entries
+    @cached_property
+    def fronts(self) -> Mapping[tuple[str, str], set[int]]:
+        """Numbers of the groups on the Pareto front, by accuracy and cost."""
+        return fronts(self.groups, self.accuracies)
 
-    @property
-    def all_measures(self) -> Mapping[str, Measure]:
-        """By key, in the order of the tables."""
-        return self.collection.measures
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Between all pairs of groups on the same held-out images, in every accuracy."""
+        return differences(self.groups, self.accuracies)
 
     @property
     def measures(self) -> list[Measure]:
@@ -59,8 +50,9 @@ class Comparison:
 
     @property
     def accuracies(self) -> list[str]:
-        """Keys of the accuracies that at least one group has."""
-        return [key for key in accuracies_of(self.all_measures) if any(key in group.measures for group in self.groups)]
+        """Keys of the measures, higher being better, that at least one group has."""
+        higher = [key for key, measure in self.all_measures.items() if measure.better == "higher"]
+        return [key for key in higher if any(key in group.measures for group in self.groups)]
 
     @property
     def costs(self) -> list[str]:
@@ -119,8 +111,8 @@ class Comparison:
         ]
         if self.differences:
             found.append("p-values are two-sided and not corrected for the number of comparisons.")
-        if self.collection.latency:
-            found.append(f"Latency: {self.collection.latency}.")
+        if self.latency:
+            found.append(f"Latency: {self.latency}.")
         if unfinished:
             found.append(f"Unfinished, and not counted in a group: {', '.join(unfinished)}.")
         if seeds:
@@ -131,7 +123,7 @@ class Comparison:
             found.append(
                 "Groups were measured on different held-out images; only groups on the same images are compared."
             )
-        if left_out := ", ".join(f"{count} {job}" for job, count in self.collection.left_out.items()):
+        if left_out := ", ".join(f"{count} {job}" for job, count in self.left_out.items()):
             found.append(f"Runs without a student, not shown: {left_out}.")
         return found
 

@@ -75,19 +75,18 @@ def write_figures(comparison: Comparison, folder: Path) -> list[tuple[str, str]]
     return drawn
 
 
-def comparable_groups(comparison: Comparison) -> Iterator[tuple[int, Group, Style]]:
-    """Number, group and style of the groups on the most common held-out images."""
+def comparable_groups(comparison: Comparison, *measures: str) -> Iterator[tuple[int, Group, Style]]:
+    """Number, group and style of the groups on the most common held-out images that have these measures."""
     for number, (group, style) in enumerate(zip(comparison.groups, styles(comparison.groups), strict=True)):
-        if group.held_out == comparison.held_out:
+        if group.held_out == comparison.held_out and {*measures} <= group.measures.keys():
             yield number, group, style
 
 
 def families(comparison: Comparison) -> list[list[tuple[int, Group, Style]]]:
     """Groups with kNN and parameters that differ only in the student, smallest first."""
     found: dict[Any, list[tuple[int, Group, Style]]] = {}
-    for number, group, style in comparable_groups(comparison):
-        if {"knn", "parameters"} <= group.measures.keys():
-            found.setdefault(group.family, []).append((number, group, style))
+    for number, group, style in comparable_groups(comparison, "knn", "parameters"):
+        found.setdefault(group.family, []).append((number, group, style))
     return [sorted(members, key=lambda member: member[1].measures["parameters"].mean) for members in found.values()]
 
 
@@ -107,11 +106,10 @@ def cost_figure(comparison: Comparison) -> Figure | None:
     panels = figure.subplots(1, len(costs), squeeze=False, sharey=True)[0]
     for panel, cost in zip(panels, costs, strict=True):
         line = []
-        for number, group, style in comparable_groups(comparison):
-            if {accuracy, cost} <= group.measures.keys():
-                point = _point(panel, group, style, comparison.all_measures[cost], accuracy)
-                if number in comparison.fronts.get((accuracy, cost), ()):
-                    line.append(point)
+        for number, group, style in comparable_groups(comparison, accuracy, cost):
+            point = _point(panel, group, style, comparison.all_measures[cost], accuracy)
+            if number in comparison.fronts.get((accuracy, cost), ()):
+                line.append(point)
         if line:
             across, up = zip(*sorted(line), strict=True)
             panel.step(across, up, where="post", color="0.5", linewidth=1, linestyle="--", zorder=0)

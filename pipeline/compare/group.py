@@ -29,15 +29,6 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """kNN after an epoch over the seeds, of the averaged and the raw weights."""
-
-    epoch: float
-    knn: Summary | None
-    raw: Summary | None
-
-
-@dataclass(frozen=True)
 class Group:
     """Runs of one configuration.
 
@@ -52,7 +43,7 @@ class Group:
     entries: tuple[Entry, ...]
     counted: Mapping[str, Entry]
     measures: Mapping[str, Summary]
-    curve: tuple[CurvePoint, ...]
+    curve: tuple[Point[Summary], ...]
     config: Mapping[str, str]
 
     @property
@@ -107,11 +98,11 @@ def _group(label: str, runs: list[Entry]) -> Group:
     counted = {entry.texts.get("seed", entry.run_id): entry for entry in runs if entry.finished}
     keys = dict.fromkeys(key for entry in counted.values() for key in entry.measures)
     summaries = {key: Summary.of(entry.measures.get(key) for entry in counted.values()) for key in keys}
-    points: dict[float, list[Point]] = {}
+    points: dict[float, list[Point[float]]] = {}
     for point in (point for entry in counted.values() for point in entry.curve):
         points.setdefault(point.epoch, []).append(point)
     curve = (
-        CurvePoint(epoch, Summary.of(point.knn for point in members), Summary.of(point.raw for point in members))
+        Point(epoch, Summary.of(point.knn for point in members), Summary.of(point.raw for point in members))
         for epoch, members in sorted(points.items())
     )
     measures = {key: summary for key, summary in summaries.items() if summary}

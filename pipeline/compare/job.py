@@ -1,6 +1,5 @@
 """Compare the runs of an experiment, write all outputs, and log them to an MLflow run in the experiment."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,8 @@ CSV_FILES = {
 }
 
 
-@dataclass(frozen=True)
-class Result:
-    """A comparison, its files, and the MLflow run that they are logged to."""
-
-    comparison: Comparison
-    files: list[Path]
-    run_id: str
-
-    def figures(self) -> dict[str, Any]:
-        """The figures of the job's JSON line."""
-        comparison = self.comparison
-        groups = {
-            group.label: {
-                "seeds": len(group.counted),
-                **{key: vars(group.measures[key]) for key in comparison.accuracies if key in group.measures},
-                "front": comparison.pareto_costs(number),
-            }
-            for number, group in enumerate(comparison.groups)
-        }
-        files = [str(file.resolve()) for file in self.files]
-        return {"runs": len(comparison.entries), "groups": groups, "files": files, "mlflow_run_id": self.run_id}
-
-
-def compare(experiment: str, filter_string: str, uri: str | None, folder: Path) -> Result:
-    """Read, compare, write into the folder, and log.
+def compare(experiment: str, filter_string: str, uri: str | None, folder: Path) -> tuple[Comparison, dict[str, Any]]:
+    """Read, compare, write into the folder, and log; returns the comparison and the figures of the job's JSON line.
 
     Args:
         filter_string: MLflow filter of the runs, or "".
@@ -71,7 +47,16 @@ def compare(experiment: str, filter_string: str, uri: str | None, folder: Path) 
     for file in files:
         run.log_file(file, "comparison")
     run.finish()
-    return Result(comparison, files, run.run_id)
+    groups = {
+        group.label: {
+            "seeds": len(group.counted),
+            **{key: vars(group.measures[key]) for key in comparison.accuracies if key in group.measures},
+            "front": comparison.pareto_costs(number),
+        }
+        for number, group in enumerate(comparison.groups)
+    }
+    paths = [str(file.resolve()) for file in files]
+    return comparison, {"runs": len(comparison.entries), "groups": groups, "files": paths, "mlflow_run_id": run.run_id}
 
 
 def _write(comparison: Comparison, folder: Path) -> list[Path]:

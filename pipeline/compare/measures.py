@@ -1,6 +1,6 @@
 """The measures of a comparison: name, unit, direction and format."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,11 +65,6 @@ def measures_of(columns: Iterable[Column]) -> dict[str, Measure]:
         Measure(c.key, c.label, c.unit, "higher" if c.higher_is_better else "lower", digits=c.digits) for c in columns
     )
     return {measure.key: measure for measure in (*BEFORE_TASKS, *own, *AFTER_TASKS)}
-
-
-def accuracies_of(measures: Mapping[str, Measure]) -> list[str]:
-    """Keys of the measures where higher is better."""
-    return [key for key, measure in measures.items() if measure.better == "higher"]
 
 
 COSTS = ("parameters", "latency", "cache_bytes", "samples_seen")

@@ -32,13 +32,12 @@ def _cost_plot(comparison: Comparison, accuracy: str, cost: str) -> Plot:
     measures = comparison.all_measures
     x, y, others = measures[cost], measures[accuracy], [measures[key] for key in comparison.costs]
     traces, line = [], []
-    for number, group, style in comparable_groups(comparison):
-        if {accuracy, cost} <= group.measures.keys():
-            trace = _point(number, group, style, (x, y), others)
-            traces.append(trace)
-            if number in front:
-                trace["marker"] |= {"size": 14, "line": {"width": 2}}
-                line.append((trace["x"][0], trace["y"][0]))
+    for number, group, style in comparable_groups(comparison, accuracy, cost):
+        trace = _point(number, group, style, (x, y), others)
+        traces.append(trace)
+        if number in front:
+            trace["marker"] |= {"size": 14, "line": {"width": 2}}
+            line.append((trace["x"][0], trace["y"][0]))
     costs = [trace["x"][0] for trace in traces]
     kind = "log" if costs and min(costs) > 0 and max(costs) / min(costs) > LOG_FROM else "linear"
     joined = _line("Pareto front", sorted(line), "front", shape="hv", width=1.5, dash="dash")

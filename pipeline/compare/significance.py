@@ -86,10 +86,8 @@ def difference(measure: str, groups: Sequence[Group], one: int, other: int) -> D
     paired = first.keys() == second.keys()
     a, b = list(first.values()), [second[seed] for seed in first] if paired else list(second.values())
     delta, n = mean(a) - mean(b), (len(a), len(b))
-    if min(n) < 2:
-        return Difference(measure, one, other, delta, None, n)
     spread = [x - y for x, y in zip(a, b, strict=True)] if paired else [*(x - a[0] for x in a), *(y - b[0] for y in b)]
-    if max(spread) - min(spread) < 1e-9:
+    if min(n) < 2 or max(spread) - min(spread) < 1e-9:
         return Difference(measure, one, other, delta, None, n)
     result = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
     low, high = (float(bound) for bound in result.confidence_interval(0.95))

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from pipeline.config.tree import Section, is_list, iter_fields, section_of
+from pipeline.config.tree import Section, iter_fields, section_of
 from pipeline.errors import UserError
 
 S = TypeVar("S", bound=Section)
@@ -91,7 +91,7 @@ def prune(tree: Mapping[Any, Any], model: type[Section]) -> dict[Any, Any]:
         section = section_of(info)
         if section and isinstance(value, Mapping):
             value = prune(value, section)
-        elif section and isinstance(value, list) and is_list(info):
+        elif section and isinstance(value, list):
             value = [prune(item, section) if isinstance(item, Mapping) else item for item in value]
         pruned[name] = value
     return pruned

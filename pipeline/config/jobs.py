@@ -19,15 +19,10 @@ JOBS = {
 def job_root(job: str) -> type[JobRoot] | None:
     """The root class of a job; None if the job takes no recipe."""
     address = JOBS.get(job) or JOBS.get(job.partition("-")[0])
-    return _import(address) if address else None
+    return pkgutil.resolve_name(address) if address else None
 
 
 @cache
 def all_roots() -> tuple[type[JobRoot], ...]:
     """The root classes of all jobs."""
-    return tuple(_import(address) for address in dict.fromkeys(JOBS.values()))
-
-
-def _import(address: str) -> type[JobRoot]:
-    root: type[JobRoot] = pkgutil.resolve_name(address)
-    return root
+    return tuple(pkgutil.resolve_name(address) for address in dict.fromkeys(JOBS.values()))

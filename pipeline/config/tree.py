@@ -9,7 +9,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat
 from pydantic.fields import FieldInfo
@@ -45,7 +45,7 @@ class Section(BaseModel):
         """The fields that change what is computed and are not at their defaults, JSON-ready."""
         found = {}
         for name, info in type(self).model_fields.items():
-            if _is_operational(info):
+            if _extra(info, "operational"):
                 continue
             value = self._json(name, getattr(self, name))
             if info.is_required() or value != self._json(name, info.get_default(call_default_factory=True)):
@@ -62,9 +62,6 @@ class Section(BaseModel):
 
 class JobRoot(Section):
     """The whole configuration of a job: its fields and sections."""
-
-    PHASE_FIELDS: ClassVar[tuple[str, ...]] = ()
-    """Fields and sections that a phase may change."""
 
     @classmethod
     def variants(cls) -> tuple[type[Self], ...]:
@@ -107,12 +104,14 @@ def iter_fields(*roots: type[Section]) -> Iterator[FieldLine]:
 
 def _iter_fields(model: type[Section], prefix: str = "", operational: bool = False) -> Iterator[FieldLine]:
     for name, info in model.model_fields.items():
-        marked = operational or _is_operational(info)
+        marked = operational or bool(_extra(info, "operational"))
         if (section := section_of(info)) is not None:
-            yield from _iter_fields(section, f"{prefix}{name}." + ("0." if is_list(info) else ""), marked)
+            entry = "0." if typing.get_origin(info.annotation) is list else ""
+            yield from _iter_fields(section, f"{prefix}{name}.{entry}", marked)
         else:
             default = "required" if info.is_required() else _shown(info.default)
-            yield FieldLine(prefix + name, _type_of(info), default, info.description or "", marked, info.annotation)
+            kind = _extra(info, "type") or _type_name(info.annotation)
+            yield FieldLine(prefix + name, kind, default, info.description or "", marked, info.annotation)
 
 
 def describe_fields(*roots: type[Section]) -> str:
@@ -131,27 +130,16 @@ def section_of(info: FieldInfo) -> type[Section] | None:
     return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
-def is_list(info: FieldInfo) -> bool:
-    """Whether a field is a list."""
-    return typing.get_origin(info.annotation) is list
-
-
-def _is_operational(info: FieldInfo) -> bool:
-    return bool(isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("operational"))
+def _extra(info: FieldInfo, key: str) -> Any:
+    return info.json_schema_extra.get(key) if isinstance(info.json_schema_extra, dict) else None
 
 
 def _shown(default: Any) -> Any:
     return f"[{', '.join(map(str, default))}]" if isinstance(default, list) else default
 
 
-def _type_of(info: FieldInfo) -> str:
-    """The type of a field as users read it: from the field's own `type` if given, else from its annotation."""
-    extra = info.json_schema_extra
-    named = extra.get("type") if isinstance(extra, dict) else None
-    return str(named) if named else _type_name(info.annotation)
-
-
 def _type_name(annotation: Any) -> str:
+    """A type as users read it."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return "|".join(map(str, arguments))

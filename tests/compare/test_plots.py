@@ -2,24 +2,19 @@ import re
 
 import pytest
 
-from pipeline.compare.collect import CollectedRuns
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.figures import styles, write_figures
 from pipeline.compare.group import group
 from pipeline.compare.html import most_common, render_page
-from pipeline.compare.measures import accuracies_of, measures_of
+from pipeline.compare.measures import measures_of
 from pipeline.compare.plots import cost_plots, curves_plot, size_plot
-from pipeline.compare.significance import differences, fronts
 from tests.compare.experiments import entry
 
 MARKUP = "</script><b>$x_1$</b>&amp;"
 
 
 def compare(*rows):
-    groups, measures = group(rows), measures_of([])
-    accuracies = accuracies_of(measures)
-    judged = fronts(groups, accuracies), tuple(differences(groups, accuracies))
-    return Comparison("a", "sqlite:///a", "", CollectedRuns(rows, None, {}, measures), tuple(groups), *judged)
+    return Comparison(rows, None, {}, measures_of([]), "a", "sqlite:///a", "")
 
 
 def test_points_are_in_the_units_of_the_axis_and_the_front_joins_the_best():

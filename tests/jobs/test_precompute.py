@@ -38,8 +38,7 @@ def start(capsys):
                 precompute.main,
                 "",
                 list(arguments),
-                precompute.MODES,
-                precompute.SWITCHES,
+                precompute.add_modes,
             )
             code = 0
         except SystemExit as exit_:

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from pipeline.benchmark.runtime import runner
+from pipeline.benchmark.benchmark import runner
 
 
 @pytest.mark.parametrize("form", ["eager", "fused"])
