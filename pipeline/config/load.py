@@ -8,7 +8,7 @@ each job reads its own sections; the fields of other jobs are checked and ignore
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -91,11 +91,21 @@ def _refuse_unknown(tree: Tree, own: type[JobRoot], others: Iterable[type[JobRoo
         where + (unknown(key, own_keys) or unknown(key, keys) or f"unknown key {key}; --help lists every key")
         for where, part in parts.items()
         if isinstance(part, Mapping)
-        for key in dict.fromkeys(_unknown_part(key, keys) for key, _ in leaves(part, keys))
+        for key in dict.fromkeys(_unknown_part(key, keys) for key in _all_leaves(part, keys))
         if key
     ]
     if problems:
         raise UserError("; ".join(problems))
+
+
+def _all_leaves(tree: Mapping[str, Any], keys: Sequence[str]) -> Iterator[str]:
+    """The dotted keys of a tree, and those of the entries of its lists of sections."""
+    for key, value in leaves(tree, keys):
+        yield key
+        if isinstance(value, list) and any(known.startswith(f"{field_of(key)}.0.") for known in keys):
+            for number, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    yield from (name for name, _ in leaves(item, keys, f"{key}.{number}."))
 
 
 def _unknown_part(key: str, keys: Sequence[str]) -> str | None:
