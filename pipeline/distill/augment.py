@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.distill.config import AugmentConfig
+from pipeline.training.upload import to_device
 
 BLUR_SIGMA = (0.1, 2.0)  # range of the blur's standard deviation in pixels, as in DINO (Caron et al. 2021)
 BLUR_SIDE = 9  # of the blur's kernel in pixels, as in DINOv2
@@ -50,16 +51,12 @@ class Draws:
             torch.where(blurred, low + (high - low) * uniform[7], 0.0),
         )
 
-    def to(self, device: torch.device) -> Draws:
-        """A copy on a device."""
-        return Draws(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
-
 
 def augment(pixels: Tensor, config: AugmentConfig) -> Tensor:
     """Colour jitter, grey and blur: [B, 3, H, W] uint8 RGB on any device -> the same, or `pixels` itself if all are off."""
     if not (config.jitter or config.grey or config.blur):
         return pixels
-    draws = Draws.of(len(pixels), config).to(pixels.device)
+    draws = to_device(Draws.of(len(pixels), config), pixels.device)
     # Autocast would blur in bfloat16, which is no finer than 8-bit pixels.
     with torch.autocast(pixels.device.type, enabled=False):
         return (apply_draws(pixels.float() / 255, draws) * 255).round().to(torch.uint8)

@@ -20,8 +20,7 @@ from pipeline.cache.layout.phi_s import PhiS
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd, Rotation, Standardiser
 from pipeline.errors import UserError, one_line
-from pipeline.student.heads import distillation_head
-from pipeline.student.model import Student, StudentOutput, load_encoder
+from pipeline.student.model import Student, StudentOutput, distillation_head, load_encoder
 
 FILES = ("heads.safetensors", "heads.json")
 
