@@ -54,7 +54,7 @@ from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
 from pipeline.distill.config import LossConfig
 from pipeline.distill.distiller import Distiller
-from pipeline.distill.standardise import MeanStd
+from pipeline.distill.standardise import neutral_standardiser
 from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
@@ -272,7 +272,7 @@ def make_student(name: str) -> Student:
 def make_distiller(options: argparse.Namespace, teachers: Sequence[CachedTeacher]) -> Distiller:
     """Student, heads and losses, with targets that need no standardising."""
     standardisers = {
-        teacher.id: {kind: MeanStd(np.zeros(shape[-1]), np.ones(shape[-1])) for kind, shape in teacher.shapes.items()}
+        teacher.id: {kind: neutral_standardiser("mean_std", shape[-1]) for kind, shape in teacher.shapes.items()}
         for teacher in teachers
     }
     codecs = {teacher.id: teacher.codecs() for teacher in teachers}

@@ -204,7 +204,7 @@ def test_losses_of_steps_are_those_of_a_cpu(cached, precision, bound):
     torch.testing.assert_close(there, here, rtol=bound, atol=0)
 
 
-@pytest.mark.parametrize("standardise", [MeanStd.of, lambda moments: Rotation(PhiS.of(moments))])
+@pytest.mark.parametrize("standardise", [MeanStd, lambda moments: Rotation(PhiS.of(moments))])
 @pytest.mark.parametrize(
     ("codec", "loss"), [("float16", {"summary": {"relation": 1.0}}), ("pca8-int8-zstd", {"max_patches": 8})]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,11 @@ class DistillTask(Task):
         if before:
             transfer_weights(self.module, PhaseState.load(Path(before)))
         self.reader = build_reader(job, rank, world)
-        self._steps: dict[int, int] = {}
+        self._steps = cache(self.reader.steps)
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch."""
-        if epoch not in self._steps:
-            self._steps[epoch] = self.reader.steps(epoch)
-        return self._steps[epoch]
+        return self._steps(epoch)
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """This rank's batches of an epoch."""

@@ -12,7 +12,7 @@ from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.errors import UserError, one_line
 from pipeline.runs.addresses import fetch_student
 from pipeline.student.loading import LoadedStudent, load_student
-from pipeline.student.model import Encoder, load_encoder, save_encoder
+from pipeline.student.model import Encoder, load_encoder
 
 PYRAMID = (4, 8, 16, 32)
 """Strides that segmentation and detection heads need."""
@@ -55,13 +55,8 @@ def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> LoadedStude
         raise UserError(f"finetune.student: {error}{hint}") from error
 
 
-def save_start(start: LoadedStudent, input_size: int, folder: Path) -> None:
-    """Write an exported student, so that workers neither download nor draw weights."""
-    save_encoder(start.encoder, start.name, dict(start.args), input_size, folder)
-
-
 def load_start(folder: Path, frozen: bool) -> Encoder:
-    """The backbone that :func:`save_start` wrote, in training mode."""
+    """The exported backbone in a folder, in training mode."""
     encoder = load_encoder(folder).train()
     return FrozenEncoder(encoder) if frozen else encoder
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.distill.provenance import all_licences, all_teachers
-from pipeline.downstream.backbone import check_input_size, find_start, save_start
+from pipeline.downstream.backbone import check_input_size, find_start
 from pipeline.downstream.base import Examples, Report, SoftTeacher, load_task, make_task
 from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.downstream.images import refuse_other_classes
@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.runs.folder import work_folder
 from pipeline.sources.locations import SAMPLES, absolute
 from pipeline.student.loading import LoadedStudent
+from pipeline.student.model import save_encoder
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import log_model_folder
 from pipeline.tracking.run import Run
@@ -103,7 +104,8 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
     """
     held_out = log_lineage(plan.train, plan.val, run)
     run.set_student_run(plan.start.provenance.get("run_id"))
-    save_start(plan.start, config.student.input_size, folder / "start")
+    # Exported, so that workers neither download nor draw weights.
+    save_encoder(plan.start.encoder, plan.start.name, plan.start.args, config.student.input_size, folder / "start")
     if plan.teacher:
         plan.teacher.saved.save(folder / TEACHER_FOLDER)
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
@@ -236,5 +238,5 @@ def evaluate_model(config: EvaluateModelJobConfig, saved: SavedModel, val: Examp
     run.log_metric_dict(report.metrics)
     run.log_folder(folder / "evaluation", "evaluation")
     run.set_tags({"model": str(config.evaluate.model)})
-    run.set_student_run(saved.student_run)
+    run.set_student_run(saved.provenance.get("student", {}).get("run_id"))
     return report
