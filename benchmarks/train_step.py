@@ -60,12 +60,11 @@ from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.student.model import Encoder, Student, create_backbone
 from pipeline.training.config import TrainConfig
-from pipeline.training.loop import train
+from pipeline.training.loop import prefetch_to_device, train
 from pipeline.training.meter import StepTimer
 from pipeline.training.ray_train import fit
 from pipeline.training.step import Stepper
-from pipeline.training.task import Task
-from pipeline.training.upload import prefetch_to_device, to_device
+from pipeline.training.task import Task, to_device
 from pipeline.training.worker import Worker
 from teachers.base import Teacher
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
-from pipeline.distill.job import export_student
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError
 from pipeline.student.model import (
@@ -20,6 +19,7 @@ from pipeline.student.model import (
     freeze_unused,
     load_encoder,
 )
+from tests.student.conftest import export_student
 
 TINY_VIT = ("timm/test_vit", {"img_size": 32, "patch_size": 16})
 
