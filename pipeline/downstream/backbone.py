@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.errors import UserError, one_line
@@ -28,11 +27,6 @@ class FrozenEncoder(Encoder):
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stay in evaluation mode."""
         return super().train(False)
-
-    @torch.no_grad()
-    def maps(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
-        """As :meth:`Encoder.maps`, without gradients."""
-        return super().maps(images, levels)
 
 
 def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> LoadedStudent:
