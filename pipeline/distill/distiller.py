@@ -156,7 +156,6 @@ class Distiller(nn.Module):
     Args:
         standardisers, codecs: by teacher id, then by kind of feature.
         image_size: side of the student's input in pixels.
-        hidden: hidden channels of the heads.
     """
 
     weights: Tensor

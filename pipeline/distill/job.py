@@ -37,13 +37,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What a distillation gave.
+    """What a distillation gave: kNN accuracies in percent on held-out images (None without labels), and the exported student.
 
     Attributes:
-        knn_before, knn_after: accuracy in percent of the student on held-out images, or None without labels.
-        teacher_knn: of every teacher's cached features, in percent.
         samples: images seen.
-        student: folder of the exported student.
         held_out: identity of the images that kNN was measured on, or "".
         lineage: tags of the registered student.
     """

@@ -130,10 +130,7 @@ class HeldOut:
 def compare_with_teachers(
     module: Distiller, batches: Iterator[Batch], codecs: Mapping[str, Mapping[str, FeatureCodec]]
 ) -> dict[str, float]:
-    """Mean cosine and loss of the predicted features, per teacher and kind; no teacher runs.
-
-    Args:
-        codecs: decoders of the batches by teacher id and kind.
+    """Mean cosine and loss of the predicted features, per teacher and kind; `codecs` as in :class:`HeldOut`.
 
     Returns:
         ``val_cosine/<teacher>/<kind>`` in [-1, 1], the mean over patches or summaries of standardised features, and

@@ -48,12 +48,10 @@ class FinetunePlan:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """The result of a fine-tuning.
+    """What a fine-tuning gave: metrics on held-out images (empty if there are none), and the saved model.
 
     Attributes:
-        before, after: metrics on held-out images; empty if there are none.
-        steps, samples: optimiser steps and images seen.
-        model: folder of the saved model; `model_uri` is its address in MLflow.
+        samples: images seen.
         held_out: identity of the held-out images, or "".
         lineage: origin of the model, by tag.
     """
@@ -238,5 +236,5 @@ def evaluate_model(config: EvaluateModelJobConfig, saved: SavedModel, val: Examp
     run.log_metric_dict(report.metrics)
     run.log_folder(folder / "evaluation", "evaluation")
     run.set_tags({"model": str(config.evaluate.model)})
-    run.set_student_run(saved.provenance.get("student", {}).get("run_id"))
+    run.set_student_run(saved.student_run)
     return report

@@ -43,6 +43,11 @@ class SavedModel:
         """The backbone under the head."""
         return find_encoder(self.model)
 
+    @property
+    def student_run(self) -> str | None:
+        """MLflow run that trained the student, if known."""
+        return self.provenance.get("student", {}).get("run_id")
+
     def save(self, folder: Path) -> None:
         """Write what :func:`load_model` reads."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,6 @@ class Snapshot:
     """A checkpoint to commit.
 
     Attributes:
-        name: of the checkpoint directory.
         state: for resumption, None on ranks other than 0. Training changes its tensors: to write them later, copy them.
         history: metrics since the previous checkpoint.
         best: whether its evaluation is the best so far by `train.best_metric`.

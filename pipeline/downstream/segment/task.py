@@ -47,7 +47,6 @@ class SemanticFPN(nn.Module):
 
     Args:
         encoder: with maps at strides 4, 8, 16 and 32.
-        classes: number K of classes.
         channels: of the branches (128 in the paper); the pyramid has twice as many.
     """
 
