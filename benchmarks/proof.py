@@ -30,7 +30,6 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.task import DistillJob, DistillTask
-from pipeline.downstream.backbone import save_start
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.job import plan_finetune, with_absolute_paths
 from pipeline.downstream.training import FinetuneJob, FinetuneTask
@@ -40,6 +39,7 @@ from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_he
 from pipeline.runs.folder import cache_store
 from pipeline.runtime.ray_session import connect
 from pipeline.student.config import NamedBackboneConfig
+from pipeline.student.model import save_encoder
 from pipeline.training.checkpoint import Snapshot
 from pipeline.training.loop import train
 from pipeline.training.task import Task
@@ -165,7 +165,8 @@ def _labels_alone(config: DistillJobConfig) -> nn.Module:
     student = config.student.model_dump(include=set(NamedBackboneConfig.model_fields))
     settings = with_absolute_paths(root.model_validate({**shared, "student": student, "classify": mild}))
     with TemporaryDirectory() as folder:
-        save_start(plan_finetune(settings).start, config.student.input_size, Path(folder, "start"))
+        start = plan_finetune(settings).start
+        save_encoder(start.encoder, start.name, start.args, config.student.input_size, Path(folder, "start"))
         task = FinetuneTask(FinetuneJob(settings, Path(folder, "start"), Path(folder)))
         return _train(task, config).encoder
 

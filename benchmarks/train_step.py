@@ -54,18 +54,17 @@ from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
 from pipeline.distill.config import LossConfig
 from pipeline.distill.distiller import Distiller
-from pipeline.distill.standardise import MeanStd
+from pipeline.distill.standardise import neutral_standardiser
 from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.student.model import Encoder, Student, create_backbone
 from pipeline.training.config import TrainConfig
-from pipeline.training.loop import train
+from pipeline.training.loop import prefetch_to_device, train
 from pipeline.training.meter import StepTimer
 from pipeline.training.ray_train import fit
 from pipeline.training.step import Stepper
-from pipeline.training.task import Task
-from pipeline.training.upload import prefetch_to_device, to_device
+from pipeline.training.task import Task, to_device
 from pipeline.training.worker import Worker
 from teachers.base import Teacher
 
@@ -269,7 +268,7 @@ def make_student(name: str) -> Student:
 def make_distiller(options: argparse.Namespace, teachers: Sequence[CachedTeacher]) -> Distiller:
     """Student, heads and losses, with targets that need no standardising."""
     standardisers = {
-        teacher.id: {kind: MeanStd(np.zeros(shape[-1]), np.ones(shape[-1])) for kind, shape in teacher.shapes.items()}
+        teacher.id: {kind: neutral_standardiser("mean_std", shape[-1]) for kind, shape in teacher.shapes.items()}
         for teacher in teachers
     }
     codecs = {teacher.id: teacher.codecs() for teacher in teachers}

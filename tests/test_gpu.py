@@ -27,10 +27,10 @@ from pipeline.distill.config import AugmentConfig, LossConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd, Rotation
 from pipeline.training.config import TrainConfig
-from pipeline.training.loop import train
+from pipeline.training.loop import prefetch_to_device, train
 from pipeline.training.meter import StepTimer
 from pipeline.training.step import Stepper
-from pipeline.training.upload import list_tensors, prefetch_to_device
+from pipeline.training.task import list_tensors
 from pipeline.training.worker import Worker
 from tests.training.tiny_task import TinyTask
 
@@ -204,7 +204,7 @@ def test_losses_of_steps_are_those_of_a_cpu(cached, precision, bound):
     torch.testing.assert_close(there, here, rtol=bound, atol=0)
 
 
-@pytest.mark.parametrize("standardise", [MeanStd.of, lambda moments: Rotation(PhiS.of(moments))])
+@pytest.mark.parametrize("standardise", [MeanStd, lambda moments: Rotation(PhiS.of(moments))])
 @pytest.mark.parametrize(
     ("codec", "loss"), [("float16", {"summary": {"relation": 1.0}}), ("pca8-int8-zstd", {"max_patches": 8})]
 )

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from pipeline.distill.config import AugmentConfig
+from pipeline.training.task import to_device
 
 BLUR_SIGMA = (0.1, 2.0)  # range of the blur's standard deviation in pixels, as in DINO (Caron et al. 2021)
 BLUR_SIDE = 9  # of the blur's kernel in pixels, as in DINOv2
-GREY = (0.2989, 0.587, 0.114)  # red, green and blue (ITU-R BT.601), as in torchvision and Pillow
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,12 @@ class Draws:
             torch.where(blurred, low + (high - low) * uniform[7], 0.0),
         )
 
-    def to(self, device: torch.device) -> Draws:
-        """A copy on a device."""
-        return Draws(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
-
 
 def augment(pixels: Tensor, config: AugmentConfig) -> Tensor:
     """Colour jitter, grey and blur: [B, 3, H, W] uint8 RGB on any device -> the same, or `pixels` itself if all are off."""
     if not (config.jitter or config.grey or config.blur):
         return pixels
-    draws = Draws.of(len(pixels), config).to(pixels.device)
+    draws = to_device(Draws.of(len(pixels), config), pixels.device)
     # Autocast would blur in bfloat16, which is no finer than 8-bit pixels.
     with torch.autocast(pixels.device.type, enabled=False):
         return (apply_draws(pixels.float() / 255, draws) * 255).round().to(torch.uint8)
@@ -68,17 +65,11 @@ def augment(pixels: Tensor, config: AugmentConfig) -> Tensor:
 def apply_draws(images: Tensor, draws: Draws) -> Tensor:
     """Brightness, contrast, saturation, hue, grey and blur, in this order: [B, 3, H, W] float32 in [0, 1] -> the same."""
     images = (images * draws.brightness).clamp(0, 1)
-    images = _blend(images, _grey(images).mean(dim=(2, 3), keepdim=True), draws.contrast)
-    images = _blend(images, _grey(images), draws.saturation)
+    images = _blend(images, rgb_to_grayscale(images).mean(dim=(2, 3), keepdim=True), draws.contrast)
+    images = _blend(images, rgb_to_grayscale(images), draws.saturation)
     images = _shift_hue(images, draws.hue)
-    images = torch.where(draws.grey > 0, _grey(images), images)
+    images = torch.where(draws.grey > 0, rgb_to_grayscale(images), images)
     return torch.where(draws.sigma > 0, _blur(images, draws.sigma.clamp_min(BLUR_SIGMA[0])), images)
-
-
-def _grey(images: Tensor) -> Tensor:
-    # Python numbers: copying a tensor to the device would force a synchronisation.
-    red, green, blue = images.split(1, dim=1)
-    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
 
 
 def _blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:

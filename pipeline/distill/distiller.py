@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
@@ -13,10 +14,32 @@ from pipeline.distill.config import LossConfig
 from pipeline.distill.grid import GridRule, patch_subsets
 from pipeline.distill.loss import find_loss, image_loss
 from pipeline.distill.standardise import Standardiser
-from pipeline.distill.summary_queue import SummaryQueue
 from pipeline.errors import UserError, one_line
-from pipeline.student.heads import distillation_head
-from pipeline.student.model import Student, StudentOutput
+from pipeline.student.model import Student, StudentOutput, distillation_head
+
+
+class SummaryQueue(nn.Module):
+    """The latest `size` summaries as unit vectors [dim]; part of the state dict, so a resumed run continues identically."""
+
+    rows: Tensor
+    count: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(size, dim))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Summaries [Q, D], and [Q] bool, which of them are filled; `push` changes the summaries in place."""
+        return self.rows, torch.arange(len(self.rows), device=self.rows.device) < self.count
+
+    @torch.no_grad()
+    def push(self, summaries: Tensor) -> None:
+        """Replace the oldest entries by [B, D]."""
+        latest = F.normalize(summaries.float(), dim=-1)[-len(self.rows) :]
+        positions = (self.count + torch.arange(len(latest), device=latest.device)) % len(self.rows)
+        self.rows[positions] = latest
+        self.count += len(latest)
 
 
 class TeacherTarget(nn.Module):
@@ -133,7 +156,6 @@ class Distiller(nn.Module):
     Args:
         standardisers, codecs: by teacher id, then by kind of feature.
         image_size: side of the student's input in pixels.
-        hidden: hidden channels of the heads.
     """
 
     weights: Tensor

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pipeline.cache.layout.codec import FeatureCodec
@@ -51,19 +53,16 @@ class FigureWriter:
         """
         # A phase begins with the evaluation at the end of the one before.
         curve = [*self.earlier, *evaluations[bool(self.earlier) :]]
-        curves_figure(curve, self.teacher_knn, Path(self.folder, "curves.png"))
-        features_figure(module, batch, codecs, Path(self.folder, "features.png"))
+        figures = {"curves": curves_figure(curve, self.teacher_knn), "features": features_figure(module, batch, codecs)}
+        for name, figure in figures.items():
+            with atomic_write(Path(self.folder, f"{name}.png")) as file:
+                figure.savefig(file, dpi=110, format="png")
 
 
-def curves_figure(
-    evaluations: Sequence[tuple[int, dict[str, float]]], teacher_knn: Mapping[str, float], path: Path
-) -> Path:
+def curves_figure(evaluations: History, teacher_knn: Mapping[str, float]) -> Figure:
     """kNN accuracy by epoch of the averaged and the raw weights and, dashed, of the teachers (the paper's figure 3), and the
     cosine to every teacher on held-out images.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     metrics = [metrics for _, metrics in evaluations]
     cosines = sorted({name for point in metrics for name in point if name.startswith("val_cosine/")})
     knn = any("knn" in point for point in metrics)
@@ -86,20 +85,16 @@ def curves_figure(
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _save(figure, path)
+    return figure
 
 
 @torch.inference_mode()
-def features_figure(
-    module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None, path: Path
-) -> Path:
+def features_figure(module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None) -> Figure:
     """Images, every teacher's patch features, and the student's predictions of them, in columns.
 
     Colours are the first three principal components of the teacher's features, for both, so that equal colours mean equal
     features. The student's own feature map has components of its own.
     """
-    from matplotlib.figure import Figure
-
     device = module.weights.device
     count = min(IMAGES, len(batch.keys))
     images = batch.images[:count]
@@ -119,7 +114,7 @@ def features_figure(
     panel.set_xticks([CELL * (number + 0.5) for number in range(len(columns))], list(columns), rotation=20, fontsize=8)
     panel.set_yticks([])
     panel.xaxis.tick_top()
-    return _save(figure, path)
+    return figure
 
 
 def colours(fitted: Tensor, *features: Tensor) -> list[Tensor]:
@@ -142,14 +137,3 @@ def colours(fitted: Tensor, *features: Tensor) -> list[Tensor]:
 def _enlarge(pictures: Tensor) -> Tensor:
     """[B, h, w, 3] -> one column [B * CELL, CELL, 3]."""
     return F.interpolate(pictures.permute(0, 3, 1, 2), (CELL, CELL), mode="nearest").permute(0, 2, 3, 1).flatten(0, 1)
-
-
-def _save(figure: object, path: Path) -> Path:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.use("Agg")
-    assert isinstance(figure, Figure)
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=110, format="png")
-    return path

@@ -37,13 +37,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What a distillation gave.
+    """What a distillation gave: kNN accuracies in percent on held-out images (None without labels), and the exported student.
 
     Attributes:
-        knn_before, knn_after: accuracy in percent of the student on held-out images, or None without labels.
-        teacher_knn: of every teacher's cached features, in percent.
         samples: images seen.
-        student: folder of the exported student.
         held_out: identity of the images that kNN was measured on, or "".
         lineage: tags of the registered student.
     """
@@ -165,19 +162,22 @@ def _finish(
     jobs: Sequence[DistillJob], run: Run, folder: Path, state: PhaseState, teachers: dict[str, float]
 ) -> DistillResult:
     """Export the student of the last phase, and log it."""
-    job = jobs[-1]
+    job, config = jobs[-1], jobs[-1].config.student
     distiller = build_distiller(job)
     assert state.weights is not None
     distiller.load_state_dict(state.weights)
     encoder, student = distiller.student.encoder, folder / "student"
-    export_student(encoder, job.config, student)
-    if job.config.student.keep_heads:
-        save_heads(distiller, job.config.student.head_dim, student)
+    save_encoder(encoder, config.name, config.args, config.input_size, student)
+    if config.keep_heads:
+        save_heads(distiller, config.head_dim, student)
     before, after = state.knn or (None, None)
-    run.log_metric_dict(_size(encoder, job.config.student.input_size))
+    run.log_metric_dict(_size(encoder, config.input_size))
     origin = provenance(jobs, run.run_id, state.samples, {"knn": after, **teachers}, state.origin)
     (student / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
-    uri = _log(encoder, job.config, run, student, {"knn_after": after} if after is not None else {})
+    run.log_folder(student, "student")
+    example = torch.zeros(2, 3, config.input_size, config.input_size)
+    metrics = {} if after is None else {"knn_after": after}
+    uri = log_student(run, encoder.eval(), example, name="student", metrics=metrics, tags={"model": config.name})
     held_out = job.val.id if job.val else ""
     tags = lineage(jobs, origin)
     return DistillResult(before, after, teachers, state.steps, state.samples, uri, student, held_out, tags)
@@ -221,17 +221,3 @@ def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:
     scores = {labels[t.id]: teacher_knn(t, job.train, job.val, job.config.knn) for t in job.teachers}
     run.log_metrics([(step, {f"teacher_knn/{name}": score for name, score in scores.items()})])
     return scores
-
-
-def export_student(encoder: Encoder, config: DistillJobConfig, folder: Path) -> None:
-    """Write the backbone, without neck and heads, for `load_encoder` and timm."""
-    student = config.student
-    save_encoder(encoder, student.name, student.args, student.input_size, folder)
-
-
-def _log(encoder: Encoder, config: DistillJobConfig, run: Run, folder: Path, metrics: dict[str, float]) -> str:
-    for file in sorted(folder.iterdir()):
-        run.log_file(file, "student")
-    student = config.student
-    example, tags = torch.zeros(2, 3, student.input_size, student.input_size), {"model": student.name}
-    return log_student(run, encoder.eval(), example, name="student", metrics=metrics, tags=tags)

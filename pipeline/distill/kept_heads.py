@@ -11,17 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.cache.layout.phi_s import PhiS
 from pipeline.distill.distiller import Distiller
-from pipeline.distill.standardise import MeanStd, Rotation, Standardiser
+from pipeline.distill.standardise import neutral_standardiser
 from pipeline.errors import UserError, one_line
-from pipeline.student.heads import distillation_head
-from pipeline.student.model import Student, StudentOutput, load_encoder
+from pipeline.student.model import Student, StudentOutput, distillation_head, load_encoder
 
 FILES = ("heads.safetensors", "heads.json")
 
@@ -100,7 +97,7 @@ def load_heads(folder: Path) -> StudentWithHeads:
         for teacher in described["teachers"]:
             widths = teacher["channels"].items()
             heads = {kind: distillation_head(dims[kind], described["hidden"], width) for kind, width in widths}
-            standardisers = {kind: _blank(described["standardise"], width) for kind, width in widths}
+            standardisers = {kind: neutral_standardiser(described["standardise"], width) for kind, width in widths}
             parts[teacher["label"]] = (nn.ModuleDict(heads), nn.ModuleDict(standardisers))
         whole = StudentWithHeads(student, parts, {key: described[key] for key in ("hidden", "standardise", "teachers")})
         missing, unknown = whole.load_state_dict(load_file(folder / FILES[0]), strict=False)
@@ -112,9 +109,3 @@ def load_heads(folder: Path) -> StudentWithHeads:
             "in the distillation that exports it"
         ) from error
     return whole.eval()
-
-
-def _blank(method: str, width: int) -> Standardiser:
-    if method == "phi_s":
-        return Rotation(PhiS(np.zeros(width), np.eye(width), 1.0))
-    return MeanStd(np.zeros(width), np.ones(width))

@@ -19,8 +19,7 @@ def provenance(
     """Run, teachers with their licences, data, budget and accuracy, JSON-ready.
 
     Args:
-        phases: all of them, in order.
-        samples: seen in all phases.
+        samples: images seen.
         knn: accuracies in percent, ``knn`` of the student, the others by the teachers' labels.
         start: provenance of the initial weights; None: they were random.
     """

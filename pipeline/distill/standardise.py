@@ -46,10 +46,10 @@ class MeanStd(Standardiser):
     factors: Tensor
     shift: Tensor
 
-    def __init__(self, mean: np.ndarray, std: np.ndarray) -> None:
+    def __init__(self, moments: Moments) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.from_numpy(mean).float())
-        self.register_buffer("std", torch.from_numpy(std).float())
+        self.register_buffer("mean", torch.from_numpy(moments.mean).float())
+        self.register_buffer("std", torch.from_numpy(moments.std).float())
         # Computed once, to save eight small kernels per step, teacher and kind of feature.
         self.register_buffer("factors", torch.empty_like(self.std), persistent=False)
         self.register_buffer("shift", torch.empty_like(self.mean), persistent=False)
@@ -59,11 +59,6 @@ class MeanStd(Standardiser):
     def _prepare(self) -> None:
         self.factors.copy_(torch.where(self.std > 1e-6 * self.std.max(), 1 / self.std, 0.0))
         self.shift.copy_(-self.mean * self.factors)
-
-    @classmethod
-    def of(cls, moments: Moments) -> MeanStd:
-        """From statistics of the features."""
-        return cls(moments.mean, moments.std)
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -109,4 +104,11 @@ def make_standardisers(dataset: Dataset, teacher: CachedTeacher, method: str) ->
     store = dataset.teacher(teacher.id).store
     if method == "phi_s":
         return {kind: Rotation(part) for kind, part in load_phi_s(store.get("phi_s.npz")).items()}
-    return {kind: MeanStd.of(moments) for kind, moments in load_moments(store.get("stats.npz")).items()}
+    return {kind: MeanStd(moments) for kind, moments in load_moments(store.get("stats.npz")).items()}
+
+
+def neutral_standardiser(method: str, width: int) -> Standardiser:
+    """One that changes nothing, for features of this width, into which saved statistics are loaded."""
+    if method == "phi_s":
+        return Rotation(PhiS(np.zeros(width), np.eye(width), 1.0))
+    return MeanStd(Moments(1, np.zeros(width), np.eye(width)))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.errors import UserError, one_line
 from pipeline.runs.addresses import fetch_student
 from pipeline.student.loading import LoadedStudent, load_student
-from pipeline.student.model import Encoder, load_encoder, save_encoder
+from pipeline.student.model import Encoder, load_encoder
 
 PYRAMID = (4, 8, 16, 32)
 """Strides that segmentation and detection heads need."""
@@ -28,11 +27,6 @@ class FrozenEncoder(Encoder):
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stay in evaluation mode."""
         return super().train(False)
-
-    @torch.no_grad()
-    def maps(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
-        """As :meth:`Encoder.maps`, without gradients."""
-        return super().maps(images, levels)
 
 
 def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> LoadedStudent:
@@ -55,13 +49,8 @@ def find_start(config: FinetuneJobConfig, tracking_uri: str = "") -> LoadedStude
         raise UserError(f"finetune.student: {error}{hint}") from error
 
 
-def save_start(start: LoadedStudent, input_size: int, folder: Path) -> None:
-    """Write an exported student, so that workers neither download nor draw weights."""
-    save_encoder(start.encoder, start.name, dict(start.args), input_size, folder)
-
-
 def load_start(folder: Path, frozen: bool) -> Encoder:
-    """The backbone that :func:`save_start` wrote, in training mode."""
+    """The exported backbone in a folder, in training mode."""
     encoder = load_encoder(folder).train()
     return FrozenEncoder(encoder) if frozen else encoder
 

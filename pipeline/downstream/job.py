@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.distill.provenance import all_licences, all_teachers
-from pipeline.downstream.backbone import check_input_size, find_start, save_start
+from pipeline.downstream.backbone import check_input_size, find_start
 from pipeline.downstream.base import Examples, Report, SoftTeacher, load_task, make_task
 from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.downstream.images import refuse_other_classes
@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.runs.folder import work_folder
 from pipeline.sources.locations import SAMPLES, absolute
 from pipeline.student.loading import LoadedStudent
+from pipeline.student.model import save_encoder
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import log_model_folder
 from pipeline.tracking.run import Run
@@ -47,12 +48,10 @@ class FinetunePlan:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """The result of a fine-tuning.
+    """What a fine-tuning gave: metrics on held-out images (empty if there are none), and the saved model.
 
     Attributes:
-        before, after: metrics on held-out images; empty if there are none.
-        steps, samples: optimiser steps and images seen.
-        model: folder of the saved model; `model_uri` is its address in MLflow.
+        samples: images seen.
         held_out: identity of the held-out images, or "".
         lineage: origin of the model, by tag.
     """
@@ -103,7 +102,8 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
     """
     held_out = log_lineage(plan.train, plan.val, run)
     run.set_student_run(plan.start.provenance.get("run_id"))
-    save_start(plan.start, config.student.input_size, folder / "start")
+    # Exported, so that workers neither download nor draw weights.
+    save_encoder(plan.start.encoder, plan.start.name, plan.start.args, config.student.input_size, folder / "start")
     if plan.teacher:
         plan.teacher.saved.save(folder / TEACHER_FOLDER)
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)

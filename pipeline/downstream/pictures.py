@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -14,8 +13,6 @@ from torch import Tensor
 
 from pipeline.downstream.base import Report
 from pipeline.storage.names import folder_name
-
-matplotlib.use("Agg")
 
 LEAST_SIDE = 256
 """Short side in pixels to which smaller pictures are enlarged, so that their text is readable."""

@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.scheduler import MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from pipeline.downstream.backbone import load_start
 from pipeline.downstream.base import DownstreamTask, Examples, make_task
-from pipeline.downstream.config import FinetuneJobConfig
+from pipeline.downstream.config import FinetuneConfig, FinetuneJobConfig
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.sampling import Sampler, prepare, seeded
-from pipeline.downstream.schedule import make_schedule
 from pipeline.errors import UserError
 from pipeline.training.config import TrainConfig
+from pipeline.training.step import warmup
 from pipeline.training.task import Task, TrainingBatch
+
+POLY_POWER = 0.9
+"""Of DeepLab (Chen et al. 2018, section 3.1), and of Semantic FPN in mmsegmentation."""
 
 
 @dataclass(frozen=True)
@@ -127,3 +131,17 @@ def epoch_steps(config: FinetuneJobConfig, images: int) -> int:
     if not config.finetune.epoch_steps and images < batch:
         raise UserError(f"train.batch_size={batch} is more than the {images} training images; lower it")
     return config.finetune.epoch_steps or images // batch
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, train: TrainConfig, finetune: FinetuneConfig, steps: Sequence[int]
+) -> Scheduler | None:
+    """Linear warm-up, then poly or multistep, from the steps of each epoch; None for the engine's own cosine."""
+    if finetune.schedule == "cosine":
+        return None
+    start = warmup(train, steps)
+    if finetune.schedule == "poly":
+        return PolyLRScheduler(optimizer, t_initial=sum(steps), power=POLY_POWER, lr_min=train.min_lr, **start)
+    # timm applies milestone m at step m - 1.
+    milestones = [sum(steps[:epoch]) + 1 for epoch in sorted(finetune.milestones)]
+    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, **start)

@@ -7,6 +7,7 @@ A layer's method ``fuse() -> nn.Module`` returns its replacement at inference, s
 ``timm.utils.reparameterize_model`` fold a whole network. Folding is done in float64 and cast back once.
 """
 
+import copy
 from typing import TypeVar
 
 import torch
@@ -37,7 +38,7 @@ class ConvBN(nn.Sequential):
 
     def fuse(self) -> nn.Conv2d:
         """Return one Conv2d with bias that equals this module in eval mode."""
-        return biased_conv(self.conv, *self.folded())
+        return with_parameters(self.conv, *self.folded())
 
 
 class RepDW(nn.Module):
@@ -76,7 +77,7 @@ class RepDW(nn.Module):
             bias = bias + small_bias
         if self.identity:
             weight[..., centre, centre] += 1
-        return biased_conv(self.large.conv, weight, bias)
+        return with_parameters(self.large.conv, weight, bias)
 
 
 class Residual(nn.Module):
@@ -185,9 +186,7 @@ class Classifier(nn.Module):
         if self.distill is not None:
             other_weight, other_bias = self.distill.folded()
             weight, bias = (weight + other_weight) / 2, (bias + other_bias) / 2
-        linear = self.main.linear
-        fused = nn.Linear(linear.in_features, linear.out_features, device="meta")
-        return with_parameters(fused, linear, weight, bias)
+        return with_parameters(self.main.linear, weight, bias)
 
 
 def fuse_children(module: AnyModule) -> AnyModule:
@@ -211,22 +210,8 @@ def double(tensor: Tensor) -> Tensor:
     return (tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()).double()
 
 
-def biased_conv(like: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """Return a Conv2d shaped as ``like`` with these parameters, in the dtype and on the device of ``like``."""
-    conv = nn.Conv2d(
-        like.in_channels,
-        like.out_channels,
-        (like.kernel_size[0], like.kernel_size[1]),
-        (like.stride[0], like.stride[1]),
-        (like.kernel_size[0] // 2, like.kernel_size[1] // 2),
-        groups=like.groups,
-        device="meta",
-    )
-    return with_parameters(conv, like, weight, bias)
-
-
-def with_parameters(module: Affine, like: Affine, weight: Tensor, bias: Tensor) -> Affine:
-    """Give ``module`` these parameters, in the dtype, device and mode of ``like``; return it."""
-    module.weight = nn.Parameter(weight.to(like.weight))
-    module.bias = nn.Parameter(bias.to(like.weight))
-    return module.train(like.training)
+def with_parameters(layer: Affine, weight: Tensor, bias: Tensor) -> Affine:
+    """Return a copy of ``layer`` with these parameters, in its dtype, device and mode."""
+    layer = copy.deepcopy(layer)
+    layer.weight, layer.bias = (nn.Parameter(value.to(layer.weight)) for value in (weight, bias))
+    return layer

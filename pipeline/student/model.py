@@ -1,4 +1,4 @@
-"""The student: any timm backbone, giving a summary vector and a feature map."""
+"""The student: any timm backbone, giving a summary vector and a feature map, and the heads that predict a teacher's."""
 
 import difflib
 import json
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pipeline.student.regla  # noqa: F401  registers regla_* with timm
 from pipeline.errors import UserError, one_line
-from pipeline.student.neck import FuseNeck
 from teachers.timm_backbone import LOADING
 
 MAP_STRIDE = 16  # of the feature map, in pixels
@@ -93,6 +93,34 @@ class Encoder(nn.Module):
         return self.maps(images, [len(self.channels) - 1])[0].mean(dim=(2, 3))
 
 
+class FuseNeck(nn.Module):
+    """Project each level to `dim` channels, resize it to the grid of stride `stride`, and add.
+
+    Coarser levels are up-sampled, as in EdgeSAM (Zhou et al. 2023, section 3.2). The projection of a finer level down-samples
+    it: its kernel is as large as its stride.
+    """
+
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], stride: int, dim: int) -> None:
+        super().__init__()
+        self.grid = list(strides).index(stride)
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, dim, side, side, bias=False), nn.BatchNorm2d(dim))
+            for width, side in ((width, max(1, stride // own)) for width, own in zip(channels, strides, strict=True))
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps [B, channels_l, h_l, w_l] of the levels -> [B, dim, h, w], the size of the level of the grid."""
+        projected = [project(part) for project, part in zip(self.projections, maps, strict=True)]
+        fused: Tensor = projected.pop(self.grid)
+        size = fused.shape[-2:]
+        for part in projected:
+            # A finer map of odd size down-samples to one row less than the grid has.
+            if part.shape[-2:] != size:
+                part = F.interpolate(part, size, mode="bilinear", align_corners=False)
+            fused = fused + part
+        return fused
+
+
 class Student(nn.Module):
     """Encoder and neck.
 
@@ -122,6 +150,20 @@ class Student(nn.Module):
         last = len(self.encoder.channels) - 1
         maps = self.encoder.maps(images, sorted({*self.levels, last}))
         return StudentOutput(maps[-1].mean(dim=(2, 3)), self.neck(maps[: len(self.levels)]))
+
+
+def distillation_head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """LayerNorm, Linear, GELU, LayerNorm, Linear over the last dimension: [..., in_dim] -> [..., out_dim].
+
+    Two layers as in UNIC (Sariyildiz et al. 2024) and EUPE; the norms keep large-scale teachers from dominating the hidden layer.
+    """
+    return nn.Sequential(
+        nn.LayerNorm(in_dim),
+        nn.Linear(in_dim, hidden_dim),
+        nn.GELU(),
+        nn.LayerNorm(hidden_dim),
+        nn.Linear(hidden_dim, out_dim),
+    )
 
 
 @torch.enable_grad()

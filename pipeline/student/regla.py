@@ -154,14 +154,13 @@ class ReGLA(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps of the stages, (B, C_i, ceil(H / 2^(i+1)), ceil(W / 2^(i+1))) for i = 1..4.
+        """Map (B, in_chans, H, W) to the maps of the stages, (B, C_i, ceil(H / 2^(i+1)), ceil(W / 2^(i+1))) for i = 1..4.
+
+        The arguments are timm's; ``norm`` has no effect, as there is no norm after a stage.
 
         Args:
-            x: images (B, in_chans, H, W).
             indices: stages to return: the last n if an int, all if None, else these (negative from the end).
-            norm: no effect, there is no norm after a stage.
             stop_early: do not run the stages after the last one asked for.
-            output_fmt: "NCHW".
             intermediates_only: return the list of maps instead of (last map that ran, list of maps).
 
         Raises:
@@ -182,10 +181,7 @@ class ReGLA(nn.Module):
     ) -> list[int]:
         """Remove what the stages in ``indices`` do not need, in place; return their indices counted from the front.
 
-        Args:
-            indices: as in :meth:`forward_intermediates`.
-            prune_norm: no effect, there is no norm after a stage.
-            prune_head: remove the classifier; it goes anyway when the last stage does.
+        The arguments are as in :meth:`forward_intermediates`; the classifier goes anyway when the last stage does.
         """
         wanted, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
         shortened = last + 1 < len(self.stages)

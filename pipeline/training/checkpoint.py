@@ -18,7 +18,7 @@ from pipeline.errors import UserError, blame_field, one_line
 from pipeline.storage.remote import resolve
 from pipeline.storage.store import Store
 from pipeline.training.config import TrainConfig
-from pipeline.training.task import History, map_tensors
+from pipeline.training.task import History
 
 STATE_FILE = "state.pt"
 
@@ -62,9 +62,7 @@ class Snapshot:
     """A checkpoint to commit.
 
     Attributes:
-        name: of the checkpoint directory.
-        state: for resumption, None on ranks other than 0. Training changes its tensors: to write them later, use
-            :func:`copy_to_cpu`.
+        state: for resumption, None on ranks other than 0. Training changes its tensors: to write them later, copy them.
         history: metrics since the previous checkpoint.
         best: whether its evaluation is the best so far by `train.best_metric`.
     """
@@ -73,11 +71,6 @@ class Snapshot:
     state: dict[str, Any] | None
     history: History
     best: bool = False
-
-
-def copy_to_cpu(value: Any) -> Any:
-    """A copy of a state with its tensors on the CPU."""
-    return map_tensors(value, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
 def load_state(directory: str | Path) -> dict[str, Any]:

@@ -1,25 +1,28 @@
 """The training loop: epochs, positions, evaluation, divergence. Imports neither Ray nor MLflow."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.allocator import keep_freed_memory
 from pipeline.runtime.interpreter import launch_promptly
+from pipeline.runtime.prefetch import map_ahead
 from pipeline.runtime.progress import Progress
 from pipeline.training.checkpoint import Snapshot, TrainingPosition
 from pipeline.training.config import TrainConfig
 from pipeline.training.meter import DivergedError, Meter, data_bound
 from pipeline.training.step import Stepper
-from pipeline.training.task import History, Task, check_best_metric
-from pipeline.training.upload import prefetch_to_device
+from pipeline.training.task import History, Task, check_best_metric, list_tensors, to_device
 from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker
 
 log = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
 
 SECONDS_BETWEEN_NOTICES = 5.0
 """Seconds between checks for a notice to save or stop."""
@@ -201,3 +204,27 @@ class _Loop:
         state = f"weights and optimiser state of step {self.position.step}"
         where = f"; its keys, and {state}, are in {file}" if file else ""
         return DivergedError(f"{error}{where}", error.step, error.keys)
+
+
+def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches with all their tensors on `device`.
+
+    A thread copies them to a GPU one batch ahead on a side stream: on the training stream, a copy from pageable memory
+    would wait for the previous step, and the next step for the copy.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+
+    def upload(batch: Batch) -> Batch:
+        with torch.cuda.stream(stream):
+            moved: Batch = to_device(batch, device)
+        stream.synchronize()
+        return moved
+
+    with ThreadPoolExecutor(1) as pool:
+        for batch in map_ahead(pool, upload, batches, ahead=1):
+            for tensor in list_tensors(batch):
+                tensor.record_stream(torch.cuda.current_stream(device))  # or its memory is reused too early
+            yield batch

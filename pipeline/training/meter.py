@@ -85,7 +85,6 @@ class Meter:
     """Metrics of the steps of an epoch.
 
     Args:
-        steps: of the epoch.
         finite_gradient: whether a gradient that is not finite means divergence; in float16 it is expected.
     """
 

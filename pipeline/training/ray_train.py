@@ -29,7 +29,6 @@ from pipeline.training.checkpoint import (
     STATE_FILE,
     Snapshot,
     best_copy_path,
-    copy_to_cpu,
     delete_previous_best,
     load_state,
     open_folder,
@@ -38,8 +37,8 @@ from pipeline.training.config import TrainConfig, check_shares
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.step import synchronised
-from pipeline.training.stopping import STOP_FILE, StopFile, call_in_thread, on_sigterm
-from pipeline.training.task import History, Task
+from pipeline.training.stopping import STOP_FILE, SharedFile, call_in_thread, on_sigterm
+from pipeline.training.task import History, Task, map_tensors
 from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker
 
 if TYPE_CHECKING:
@@ -82,9 +81,9 @@ def fit(
 
     shares = _shares(config, folder)
     filesystem, path = open_folder(folder)
-    stop = StopFile(filesystem, f"{path}/{STOP_FILE}")
+    stop = SharedFile(filesystem, f"{path}/{STOP_FILE}")
     stop.remove()
-    StopFile(filesystem, f"{path}/{REFUSED_FILE}").remove()
+    SharedFile(filesystem, f"{path}/{REFUSED_FILE}").remove()
     worker_loop: Any = _train_worker  # Ray Train's annotations allow no return value
     trainer = TorchTrainer(
         worker_loop,
@@ -116,15 +115,12 @@ def fit(
 def _shares(config: TrainConfig, folder: str) -> int:
     """Shares of the global batch, as recorded in `folder` or for a run that starts now."""
     filesystem, path = open_folder(folder)
-    file = f"{path}/shares"
-    if filesystem.get_file_info(file).type == fs.FileType.File:
-        with filesystem.open_input_stream(file) as stream:
-            if content := stream.read():  # empty if the disk was full, or the job was killed
-                return int(content)
+    file = SharedFile(filesystem, f"{path}/shares")
+    if file.exists() and (recorded := file.read()):  # empty if the disk was full, or the job was killed
+        return int(recorded)
     shares = count_shares(config)
     filesystem.create_dir(path, recursive=True)
-    with filesystem.open_output_stream(file) as stream:
-        stream.write(str(shares).encode())
+    file.write(str(shares))
     return shares
 
 
@@ -188,7 +184,7 @@ def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; at INFO Ray Train prints every report in full
     logs.configure_worker()
     logs.set_context(**{**loop["log"], "stage": "train"})
-    refused = StopFile(*_in_folder(REFUSED_FILE))
+    refused = SharedFile(*_in_folder(REFUSED_FILE))
     if refused.exists():
         return "refused", refused.read()
     try:
@@ -250,7 +246,7 @@ def _make_worker(shares: int) -> Worker:
         return wrapped
 
     alone = Worker(context.get_world_rank(), context.get_world_size(), get_device())
-    stop = StopFile(*_in_folder(STOP_FILE))
+    stop = SharedFile(*_in_folder(STOP_FILE))
 
     def dump(name: str, content: dict[str, Any]) -> str:
         filesystem, path = _in_folder(name)
@@ -294,6 +290,7 @@ class _Reporter:
             ray.train.report(metrics, checkpoint_upload_mode=mode)
             return
         self.written.acquire()
+        state = map_tensors(snapshot.state, lambda tensor: tensor.detach().to("cpu", copy=True))
         filesystem, path = _in_folder(snapshot.name)
         ray.train.report(
             metrics,
@@ -301,7 +298,7 @@ class _Reporter:
             checkpoint_dir_name=snapshot.name,
             checkpoint_upload_mode=mode,
             delete_local_checkpoint_after_upload=False,
-            checkpoint_upload_fn=partial(self._write, copy_to_cpu(snapshot.state), snapshot.best),
+            checkpoint_upload_fn=partial(self._write, state, snapshot.best),
         )
 
     def _write(self, state: dict[str, Any], best: bool, checkpoint: Any, _: str) -> Checkpoint:

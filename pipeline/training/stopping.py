@@ -1,4 +1,4 @@
-"""Stopping a run after a checkpoint: SIGTERM writes a file into the folder of the checkpoints."""
+"""Files that tell all workers something, and SIGTERM, which writes the one that stops a run after a checkpoint."""
 
 import signal
 import threading
@@ -17,29 +17,29 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class StopFile:
-    """A file that asks all workers to stop, in a folder that all of them see."""
+class SharedFile:
+    """A small file in a folder that all workers see."""
 
     filesystem: fs.FileSystem
     path: str
 
-    def write(self, reason: str = "") -> None:
-        """Ask the workers to stop."""
+    def write(self, text: str = "") -> None:
+        """Write it, or overwrite it."""
         with self.filesystem.open_output_stream(self.path) as stream:
-            stream.write(reason.encode())
+            stream.write(text.encode())
 
     def read(self) -> str:
-        """The reason."""
+        """Its text."""
         with self.filesystem.open_input_stream(self.path) as stream:
             return str(stream.read().decode())
 
     def exists(self) -> bool:
-        """Whether the workers are asked to stop."""
+        """Whether it exists."""
         there: bool = self.filesystem.get_file_info(self.path).type == fs.FileType.File
         return there
 
     def remove(self) -> None:
-        """Withdraw the request."""
+        """Delete it, if it exists."""
         if self.exists():
             self.filesystem.delete_file(self.path)
 

@@ -128,3 +128,15 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
         return function(part) if isinstance(part, Tensor) else part
 
     return map_parts(value, apply)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A copy of a batch with all tensors on a device."""
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def list_tensors(batch: Any) -> list[Tensor]:
+    """All tensors of a batch that :func:`to_device` moves."""
+    found: list[Tensor] = []
+    map_tensors(batch, found.append)
+    return found

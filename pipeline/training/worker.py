@@ -28,8 +28,6 @@ class Worker:
     """A training process.
 
     Attributes:
-        rank, world: of the process.
-        device: of its module.
         wrap: wraps a module for distributed training (DDP), given whether each loss depends on all parameters.
         shares: of the global batch, at least `world`; 0: one per worker.
         notice: a reason to save a checkpoint now, `STOP_REQUESTED` to stop as well, or None; called on all ranks alike.

@@ -46,7 +46,10 @@ def test_a_recipe_then_overrides_in_order(tmp_path):
         (["cache.precision=int4"], "cache.precision: input should be 'float32' or 'bfloat16', not 'int4'"),
         (["teachers=[]"], "teachers: list should have at least 1 item"),
         (["teachers=[{model: hog, qqqq: 1}]"], "unknown key teachers.0.qqqq; did you mean teachers.0"),
-        (["teachers=[hog, hog]", "teachers.1.weigths=x"], "unknown key teachers.1.weigths; did you mean teachers.0.weights"),
+        (
+            ["teachers=[hog, hog]", "teachers.1.weigths=x"],
+            "unknown key teachers.1.weigths; did you mean teachers.0.weights",
+        ),
         (["teachers=[hog]", "teachers.3.weights=x"], "teachers.3: the list has 1 entries, numbered from 0"),
         (["teachers=[{weights: x}]"], r"teachers.0.model must be given"),
         (["loss.patches={}"], "loss.patches: dictionary should have at least 1 item"),

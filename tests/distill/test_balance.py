@@ -4,7 +4,7 @@ import torch
 
 from pipeline.cache.config import TeacherConfig
 from pipeline.distill.balance import drop_coefficients, is_scheduled, teacher_weights, weight_at
-from pipeline.distill.summary_queue import SummaryQueue
+from pipeline.distill.distiller import SummaryQueue
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def _stats(teacher):
 def _distiller(*teachers, stats=None, **loss):
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
     stats = stats or {t.id: _stats(t) for t in teachers}
-    standardisers = {name: {kind: MeanStd.of(part) for kind, part in parts.items()} for name, parts in stats.items()}
+    standardisers = {name: {kind: MeanStd(part) for kind, part in parts.items()} for name, parts in stats.items()}
     codecs = {t.id: t.codecs() for t in teachers}
     return Distiller(student, teachers, standardisers, codecs, SIZE, 32, LossConfig(**loss))
 
@@ -373,7 +373,7 @@ def test_the_turns_of_a_batch_compare_every_patch_and_together_are_the_whole_los
     teacher = dataclasses.replace(_teacher("a", grid=grid), codec=codec)
     features = _features(teacher, 40)
     codecs = teacher.codecs(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
-    standardisers = {kind: MeanStd.of(Moments.of(values)) for kind, values in features.items()}
+    standardisers = {kind: MeanStd(Moments.of(values)) for kind, values in features.items()}
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
     places = math.prod(GridRule((4, 4), grid).grid)
     loss = LossConfig(max_patches=-(-places // 2))

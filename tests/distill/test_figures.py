@@ -9,10 +9,9 @@ from PIL import Image
 from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.distill.figures import FigureWriter, colours
-from pipeline.distill.held_out import HeldOut, compare_with_teachers
 from pipeline.distill.job import make_job
 from pipeline.distill.loss import image_loss
-from pipeline.distill.task import DistillTask, make_distill_task
+from pipeline.distill.task import DistillTask, HeldOut, compare_with_teachers, make_distill_task
 from pipeline.storage.store import Store
 from pipeline.training.loop import train
 from pipeline.training.worker import Worker
@@ -39,7 +38,7 @@ def test_the_held_out_sample_is_nearly_all_and_the_same_every_time(job):
 
 
 def test_a_large_held_out_set_is_sampled(job, monkeypatch):
-    monkeypatch.setattr("pipeline.distill.held_out.MAX_IMAGES", 25)
+    monkeypatch.setattr("pipeline.distill.task.MAX_IMAGES", 25)
     held_out = HeldOut(job.held_out, job.teachers, 32, batch_size=10)
     assert sum(len(batch.keys) for batch in held_out.batches()) == 20
 

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from pipeline.distill.job import export_student, make_job
+from pipeline.distill.job import make_job
 from pipeline.distill.kept_heads import load_heads, save_heads
 from pipeline.distill.task import build_distiller, build_reader
 from pipeline.errors import UserError
 from pipeline.export.bundle import make_bundle
 from pipeline.export.folder import export_bundle
 from pipeline.student.loading import load_student
+from tests.student.conftest import export_student
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "student.taps=[8,16,32]"]
 

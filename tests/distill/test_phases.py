@@ -86,6 +86,8 @@ class Logged:
 
     def log_file(self, file, folder): ...
 
+    def log_folder(self, source, folder): ...
+
     def log_reference(self, file, place, path): ...
 
     def set_tags(self, tags): ...
@@ -104,7 +106,7 @@ def unfilled(tmp_path, photo_config):
 @pytest.fixture
 def planned(unfilled, monkeypatch):
     """The same with filled caches."""
-    monkeypatch.setattr(module, "_log", lambda *_: "models:/m-0")
+    monkeypatch.setattr(module, "log_student", lambda *_, **__: "models:/m-0")
 
     def plan(*overrides):
         phases = unfilled(*overrides)

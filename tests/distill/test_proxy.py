@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.cache.fill.build import build_cache, plan_cache
-from pipeline.distill.job import export_student, make_job
+from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student
 from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
@@ -15,6 +15,7 @@ from pipeline.training.loop import train
 from pipeline.training.worker import Worker
 from teachers.base import digest_state
 from tests.fakes import without_ray
+from tests.student.conftest import export_student
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32", "train.precision=float32"]
 

@@ -18,7 +18,7 @@ def features():
 
 def test_mean_std_gives_zero_mean_and_unit_variance_and_silences_dead_channels(features):
     features[:, 3] = 7.0
-    out = MeanStd.of(Moments.of(torch.tensor(features)))(torch.tensor(features, dtype=torch.float32)).numpy()
+    out = MeanStd(Moments.of(torch.tensor(features)))(torch.tensor(features, dtype=torch.float32)).numpy()
     expected = (features - features.mean(0)) / np.where(features.std(0) > 0, features.std(0), 1)
     np.testing.assert_allclose(out, expected, atol=1e-4)
     assert not out[:, 3].any()
@@ -26,7 +26,7 @@ def test_mean_std_gives_zero_mean_and_unit_variance_and_silences_dead_channels(f
 
 def test_statistics_that_are_loaded_are_those_that_are_used(features):
     given, other = torch.tensor(features, dtype=torch.float32), Moments.of(torch.tensor(features) * 3 + 1)
-    standardiser, expected = MeanStd.of(Moments.of(given)), MeanStd.of(other)
+    standardiser, expected = MeanStd(Moments.of(given)), MeanStd(other)
     standardiser.load_state_dict(expected.state_dict())
     assert torch.equal(standardiser(given), expected(given))
     assert sorted(expected.state_dict()) == ["mean", "std"]
@@ -46,14 +46,14 @@ def test_phi_s_rotates_and_scales_to_unit_variance_of_every_channel(features):
 def test_both_can_be_undone(features):
     moments = Moments.of(torch.tensor(features))
     given = torch.tensor(features, dtype=torch.float32).view(20, 5, 6, 6)
-    for standardiser in (MeanStd.of(moments), Rotation(PhiS.of(moments))):
+    for standardiser in (MeanStd(moments), Rotation(PhiS.of(moments))):
         torch.testing.assert_close(standardiser.inverse(standardiser(given)), given, rtol=1e-4, atol=1e-4)
 
 
 def test_features_that_never_vary_become_nothing_and_come_back():
     constant = torch.full((10, 4), 3.0)
     moments = Moments.of(constant)
-    for standardiser in (MeanStd.of(moments), Rotation(PhiS.of(moments))):
+    for standardiser in (MeanStd(moments), Rotation(PhiS.of(moments))):
         assert torch.equal(standardiser(constant), torch.zeros(10, 4))
         assert torch.equal(standardiser.inverse(torch.zeros(10, 4)), constant)
         assert all(torch.isfinite(value).all() for value in standardiser.state_dict().values())
@@ -64,7 +64,7 @@ def test_of_projected_features_the_decoder_standardises(features):
     codec = Codec.parse("pca4-float32")
     feature_codec = codec.build({"patches": (5, 5, 6)}, fit_projection(codec, patches))["patches"]
     moments, rows = Moments.of(patches), torch.from_numpy(feature_codec.encode(patches))
-    for standardiser in (MeanStd.of(moments), Rotation(PhiS.of(moments))):
+    for standardiser in (MeanStd(moments), Rotation(PhiS.of(moments))):
         folded = standardiser.fold(feature_codec)
         torch.testing.assert_close(folded.decode(rows), standardiser(feature_codec.decode(rows)), rtol=1e-4, atol=1e-4)
         assert standardiser.fold(FeatureCodec("float32", (5, 5, 6))) is None

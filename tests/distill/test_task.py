@@ -12,9 +12,8 @@ from pipeline.cache.layout.cached_teacher import teacher_stats
 from pipeline.cache.read import scan
 from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.distill import task as module
-from pipeline.distill.held_out import compare_with_teachers
 from pipeline.distill.job import make_job
-from pipeline.distill.task import DistillTask, build_student, make_distill_task
+from pipeline.distill.task import DistillTask, build_student, compare_with_teachers, make_distill_task
 from pipeline.evaluate.knn import student_knn
 from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image

@@ -1,9 +1,10 @@
 import pytest
 
 from pipeline.config.load import load_config
-from pipeline.downstream.backbone import find_start, save_start
+from pipeline.downstream.backbone import find_start
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.training import FinetuneJob
+from pipeline.student.model import save_encoder
 from tests.downstream.drawings import SIDE, locations, write_set
 
 SMALL = [f"student.input_size={SIDE}", "train.batch_size=4", "train.epochs=2", "train.ema_decay=0.9"]
@@ -32,7 +33,8 @@ def make_job(tmp_path, drawings):
             [*SMALL, f"finetune.task={task}", *locations(drawings, task), *overrides],
         )
         job = FinetuneJob(config, tmp_path / folder / "start", tmp_path / folder)
-        save_start(find_start(config), config.student.input_size, job.start)
+        start = find_start(config)
+        save_encoder(start.encoder, start.name, start.args, config.student.input_size, job.start)
         return job
 
     return make

@@ -12,7 +12,7 @@ from pipeline.compare.comparison import Comparison
 from pipeline.compare.tables import render_text
 from pipeline.config.load import load_config
 from pipeline.config.tree import describe_fields
-from pipeline.downstream.backbone import find_start, save_start
+from pipeline.downstream.backbone import find_start
 from pipeline.downstream.base import load_task
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.job import with_absolute_paths
@@ -20,6 +20,7 @@ from pipeline.downstream.saved import finished_model, load_model
 from pipeline.downstream.training import FinetuneJob, FinetuneTask
 from pipeline.errors import UserError
 from pipeline.predict.predictor import load_predictor
+from pipeline.student.model import save_encoder
 from pipeline.tracking.reading import read_experiment
 from pipeline.training.loop import train
 from pipeline.training.worker import ALONE
@@ -39,7 +40,8 @@ def model(tmp_path_factory):
     overrides = [*OWN, f"finetune.task={TASK}", "mean_colour.hidden=4", "mean_colour.notes=notes.txt", "train.epochs=1"]
     config = load_config(FinetuneJobConfig, None, overrides)
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
-    save_start(find_start(config), config.student.input_size, job.start)
+    start = find_start(config)
+    save_encoder(start.encoder, start.name, start.args, config.student.input_size, job.start)
     task = FinetuneTask(pickle.loads(pickle.dumps(job)))  # noqa: S301  as it travels to a worker
     snapshots = []
     train(task, job.config.train, ALONE, None, snapshots.append)

@@ -17,9 +17,8 @@ from pipeline.downstream.classify.task import Classification
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.sampling import Sampler, prepare, seeded
 from pipeline.downstream.saved import load_model
-from pipeline.downstream.schedule import make_schedule
 from pipeline.downstream.segment.task import Segmentation, slide
-from pipeline.downstream.training import FinetuneTask, epoch_steps
+from pipeline.downstream.training import FinetuneTask, epoch_steps, make_schedule
 from pipeline.errors import UserError
 from pipeline.student.model import save_encoder
 from pipeline.training.loop import train

@@ -81,7 +81,11 @@ def _check_curves(client, known):
 def test_ctrl_c_in_training_says_so_and_the_same_command_resumes(tmp_path, arguments, job_folder, job):
     arguments = [*arguments, "teachers=[hog]"]
     code, output = kill_when(
-        "distill.py", arguments, lambda: list(job_folder.glob("runs/*/train/checkpoint-0001-*")), tmp_path, signal.SIGINT
+        "distill.py",
+        arguments,
+        lambda: list(job_folder.glob("runs/*/train/checkpoint-0001-*")),
+        tmp_path,
+        signal.SIGINT,
     )
     assert code == 130
     assert output.splitlines()[-1] == "interrupted; the same command resumes here"

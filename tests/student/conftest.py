@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.student.model import save_encoder
 from pipeline.student.regla import ReGLA
 
 TINY: dict[str, Any] = {
@@ -24,3 +25,9 @@ def _seed() -> None:
 def tiny() -> Callable[..., ReGLA]:
     """Factory of a ReGLA that is small enough for every option to be tried; keyword arguments override ``TINY``."""
     return lambda **options: ReGLA(**{**TINY, **options})
+
+
+def export_student(encoder, config, folder):
+    """Write the backbone of a distillation's configuration, as its job does."""
+    student = config.student
+    save_encoder(encoder, student.name, student.args, student.input_size, folder)

@@ -8,12 +8,18 @@ from torch import nn
 
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
-from pipeline.distill.job import export_student
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError
-from pipeline.student.heads import distillation_head
-from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused, load_encoder
-from pipeline.student.neck import FuseNeck
+from pipeline.student.model import (
+    Encoder,
+    FuseNeck,
+    Student,
+    create_backbone,
+    distillation_head,
+    freeze_unused,
+    load_encoder,
+)
+from tests.student.conftest import export_student
 
 TINY_VIT = ("timm/test_vit", {"img_size": 32, "patch_size": 16})
 

@@ -8,10 +8,10 @@ from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
-from pipeline.distill.job import export_student
 from pipeline.distill.task import build_student
 from teachers.base import TeacherError, WeightsNotFoundError
 from teachers.registry import create_teacher
+from tests.student.conftest import export_student
 
 
 @pytest.fixture(scope="module")

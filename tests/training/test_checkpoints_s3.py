@@ -18,7 +18,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.config import TrainConfig
 from pipeline.training.ray_train import _shares
-from pipeline.training.stopping import StopFile
+from pipeline.training.stopping import SharedFile
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
 
     filesystem, path = pickle.loads(pickle.dumps(open_folder(folder)))  # noqa: S301  as it travels to workers
     assert path == "models/here/photos-distill-1a2b/train"
-    stop = StopFile(filesystem, f"{path}/stop")
+    stop = SharedFile(filesystem, f"{path}/stop")
     assert not stop.exists()
     stop.write("why")
     assert stop.exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.training.ema import ModelEma
+from pipeline.training.step import ModelEma
 from tests.training.engine import run_training, through_bytes, train_config
 from tests.training.tiny_task import TinyTask
 

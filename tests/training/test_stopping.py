@@ -9,11 +9,11 @@ from contextvars import ContextVar
 import pytest
 from pyarrow import fs
 
-from pipeline.training.stopping import StopFile, call_in_thread, on_sigterm
+from pipeline.training.stopping import SharedFile, call_in_thread, on_sigterm
 
 
 def test_the_first_sigterm_writes_the_stop_file_and_the_second_ends_the_process(tmp_path, capsys):
-    before, stop = signal.getsignal(signal.SIGTERM), StopFile(fs.LocalFileSystem(), str(tmp_path / "stop"))
+    before, stop = signal.getsignal(signal.SIGTERM), SharedFile(fs.LocalFileSystem(), str(tmp_path / "stop"))
     stop.remove()
     with on_sigterm(stop.write):
         assert not stop.exists()

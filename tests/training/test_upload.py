@@ -4,7 +4,7 @@ import torch
 
 from pipeline.cache.read.reader import Batch
 from pipeline.downstream.detect.task import ObjectsBatch
-from pipeline.training.upload import list_tensors, to_device
+from pipeline.training.task import list_tensors, to_device
 
 
 def test_all_tensors_of_a_batch_come_to_a_device_and_nothing_else_changes():

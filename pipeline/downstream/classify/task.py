@@ -15,18 +15,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from pipeline.downstream.backbone import check_input_size
-from pipeline.downstream.base import (
-    Column,
-    DownstreamTask,
-    ExportForm,
-    Report,
-    SoftTeacher,
-    Split,
-    device_of,
-    evenly,
-)
+from pipeline.downstream.base import Column, DownstreamTask, ExportForm, Report, SoftTeacher, Split, device_of, evenly
 from pipeline.downstream.classify.config import ClassifyConfig
-from pipeline.downstream.classify.soft import SoftTargets
 from pipeline.downstream.images import LabelledImages, open_labelled
 from pipeline.downstream.pictures import caption
 from pipeline.downstream.sampling import Draw, prepare, seeded
@@ -46,6 +36,30 @@ class LabelledBatch(NamedTuple):
     keys: list[str]
     images: Tensor
     targets: Tensor
+
+
+class SoftTargets:
+    """Mixes a trained classifier's probabilities for the same augmented images into the targets of a batch.
+
+    Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2, at temperature 1; the classifier
+    sees the student's own augmentation and mixing, as in Beyer et al., "Knowledge distillation: A good teacher is patient and
+    consistent" (2022), section 3.
+
+    Args:
+        model: [B, 3, H, W] float32 RGB in [0, 1] -> logits [B, K]; in evaluation mode.
+        share: of its probabilities in the targets, in (0, 1].
+    """
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        self.model, self.share = model, share
+
+    @torch.no_grad()
+    def __call__(self, batch: LabelledBatch, device: torch.device) -> LabelledBatch:
+        """The same images with mixed targets, both on the device."""
+        images = batch.images.to(device, non_blocking=True)
+        probabilities = self.model.to(device)(images).float().softmax(1)
+        targets = torch.lerp(batch.targets.to(device), probabilities, self.share)
+        return batch._replace(images=images, targets=targets)
 
 
 class Classifier(nn.Module):

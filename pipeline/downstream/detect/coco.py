@@ -36,9 +36,7 @@ class CocoImages:
 
     Args:
         images: folder that `file_name` refers to.
-        annotations: the JSON file.
         masks: whether every object must have a mask.
-        training: whether objects are prepared for training.
 
     Raises:
         UserError: naming the first entry of the file that is wrong.

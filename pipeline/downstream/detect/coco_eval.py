@@ -55,11 +55,8 @@ def average_precision(truth: COCO, results: Sequence[Mapping[str, Any]], kind: K
         evaluation.accumulate()
         evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, :, 0, 2]  # every size, 100 detections
-    per_category = {}
-    for place, category in enumerate(evaluation.params.catIds):
-        values = precision[:, :, place]
-        values = values[values > -1]
-        per_category[int(category)] = float(np.mean(values)) if len(values) else -1.0
+    means = np.ma.masked_equal(precision, -1).mean(axis=(0, 1)).filled(-1.0).tolist()
+    per_category = dict(zip(map(int, evaluation.params.catIds), means, strict=True))
     return Precision(dict(zip(NUMBERS, map(float, evaluation.stats), strict=True)), per_category)
 
 

@@ -1,5 +1,6 @@
 """Semantic segmentation with a Semantic FPN head: jittered crops, mIoU, whole-image and sliding-window inference."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +12,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision import tv_tensors
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.transforms import v2
 
+from pipeline.downstream.backbone import pyramid_levels
 from pipeline.downstream.base import Column, DownstreamTask, Report, Split, device_of, evenly
 from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.downstream.segment.config import SegmentConfig
 from pipeline.downstream.segment.masks import IGNORE, MaskedImages, SceneMasks, open_masked
-from pipeline.downstream.segment.semantic_fpn import SemanticFPN
 from pipeline.student.model import Encoder
 from pipeline.training.segmentation_scores import segmentation_scores
 from pipeline.training.worker import Worker
@@ -37,6 +39,48 @@ class MaskedBatch(NamedTuple):
     keys: list[str]
     images: Tensor
     labels: Tensor
+
+
+class SemanticFPN(nn.Module):
+    """A feature pyramid; its levels are upsampled to stride 4, summed, and classified pixel by pixel.
+
+    Kirillov et al. 2019, Panoptic Feature Pyramid Networks, section 3.1 and figure 3.
+
+    Args:
+        encoder: with maps at strides 4, 8, 16 and 32.
+        channels: of the branches (128 in the paper); the pyramid has twice as many.
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, channels: int) -> None:
+        super().__init__()
+        self.encoder, self.levels = encoder, pyramid_levels(encoder)
+        self.pyramid = FeaturePyramidNetwork([encoder.channels[level] for level in self.levels], 2 * channels)
+        self.branches = nn.ModuleList(_branch(depth, channels) for depth in (1, 1, 2, 3))
+        self.dropout = nn.Dropout2d(0.1)  # as in mmsegmentation's FPNHead
+        self.classify = nn.Conv2d(channels, classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] RGB in [0, 1] -> logits [B, K, H, W]."""
+        maps = self.encoder.maps(images, self.levels)
+        pyramid = list(self.pyramid(OrderedDict(zip("abcd", maps, strict=True))).values())
+        sizes = [level.shape[-2:] for level in pyramid]
+        total = pyramid[0].new_zeros(())
+        for level, branch in enumerate(self.branches):
+            x = pyramid[level]
+            for step, block in enumerate(branch.children(), start=1):
+                x = F.interpolate(block(x), size=sizes[max(0, level - step)], mode="bilinear", align_corners=False)
+            total = total + x
+        logits = self.classify(self.dropout(total))
+        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _branch(depth: int, channels: int) -> nn.ModuleList:
+    return nn.ModuleList(_block(width, channels) for width in [2 * channels] + [channels] * (depth - 1))
+
+
+def _block(inputs: int, channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.GroupNorm(min(32, channels // 2), channels), nn.ReLU(inplace=True))
 
 
 class Segmentation(DownstreamTask[SegmentConfig]):

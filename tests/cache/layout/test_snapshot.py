@@ -14,7 +14,7 @@ from pipeline.cache.layout.shards import RECORD, ShardFolder
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.read.reader import CacheReader
 from pipeline.cache.read.scan import has_labels, read_summaries
-from pipeline.distill.held_out import HeldOut
+from pipeline.distill.task import HeldOut
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, without_ray
 
