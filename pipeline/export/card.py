@@ -7,6 +7,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.distill.provenance import all_licences, all_teachers
+from pipeline.export.formats import GRAPHS
 from pipeline.export.graphs import OUTPUT
 from pipeline.export.hub import MAPS
 
@@ -46,5 +47,6 @@ def _render(described: dict[str, Any], front: str | None) -> str:
         front=front,
         kind="An image classifier" if described["classes"] else kind,
         maps=MAPS,
+        graphs=GRAPHS,
         all_teachers=all_teachers,
     )

@@ -1,5 +1,6 @@
 """An exported folder gives what eager gives, in every format, at two sizes, and without this project."""
 
+import copy
 import json
 import os
 import re
@@ -20,8 +21,9 @@ from pipeline.downstream.saved import SavedModel, find_model
 from pipeline.errors import UserError
 from pipeline.export import folder as export_folder
 from pipeline.export.bundle import make_bundle, make_task_bundle
-from pipeline.export.card import hub_card
+from pipeline.export.card import hub_card, model_card
 from pipeline.export.folder import export_bundle
+from pipeline.runtime.timing import Timing
 from pipeline.student.loading import LoadedStudent, load_student
 
 SHAPES = [(1, 64, 64), (3, 97, 130)]
@@ -157,6 +159,31 @@ def test_graphs_are_timed_beside_eager(exported):
         assert formats[form]["latency"]["milliseconds"] > 0
         assert "one image of 64 px, median of 1 rounds" in formats[form]["latency"]["measured"]
     assert "latency" not in formats["hf"]
+
+
+@pytest.mark.parametrize(("spreads", "measured"), [([0.1], 1), ([0.5, 0.1], 2), ([0.5, 0.5, 0.5], 0)])
+def test_a_time_that_other_programs_disturb_is_measured_again_or_left_out(
+    monkeypatch, caplog, exported, spreads, measured
+):
+    results = iter(spreads)
+
+    def interleave(calls, reference, rounds):
+        spread = next(results)
+        return {name: Timing(1.0, (1 - spread / 2, 1 + spread / 2), 1.0, (1.0, 1.0)) for name in calls}
+
+    monkeypatch.setattr(export_folder, "interleave", interleave)
+    found = export_folder._latency(
+        SimpleNamespace(size=8, model=lambda images: images), {"onnx": lambda images: images}, 1
+    )
+    assert set(found) == ({"eager", "onnx"} if measured else set())
+    assert next(results, None) is None
+    assert ("other programs use this machine" in caplog.text) == (not measured)
+    described = copy.deepcopy(exported.described)
+    for form in ("torch_export", "onnx"):
+        del described["formats"][form]["latency"]
+    card = model_card({**described, "latency": None})
+    assert card.count("left out: the machine was busy") == 2
+    assert "Eager takes" not in card
 
 
 def test_the_hub_folder_has_the_hubs_front_matter_and_timms_preprocessing(exported):
