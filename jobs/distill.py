@@ -27,6 +27,7 @@ from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import plan_phases
 from pipeline.runs.folder import cache_store
 from pipeline.runs.session import open_job
+from pipeline.runs.usage import loading_lines
 
 
 def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
@@ -39,9 +40,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
         return {"dry_run": True}
     check_space(*(phase.plan for phase in phases))
     with open_job(config, "distill") as job:
-        if job.state.resumed:
-            print(f"resuming the unfinished run in {job.state.folder}", flush=True)
-        else:
+        if not job.state.resumed:
             for phase in phases:
                 check_session(phase)
         plans, reports = zip(*fill(job, [(phase.config, phase.plan) for phase in phases]), strict=True)
@@ -85,6 +84,6 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {registered or result.model_uri}",
         "time": f"{figures['seconds']:.0f} s",
     }
-    print(f"done\n{table(rows)}")
+    print(f"done\n{table(rows)}\nload it\n{table(loading_lines(result.student))}")
     uris = {"model_uri": result.model_uri, "registered": registered}
     return {**figures, "student": str(result.student), **uris, "mlflow_run_id": job.run.run_id}

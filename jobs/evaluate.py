@@ -105,8 +105,6 @@ def evaluate(
         return {"dry_run": True}
     check_space(plan.cache)
     with open_job(config, name) as job:
-        if job.state.resumed:
-            print(f"resuming the unfinished run in {job.state.folder}", flush=True)
         plan = compute_features(plan, config)
         job.run.set_tags({"student": str(student), "encoder": encoder.id})
         job.run.set_student_run(plan.student_run)

@@ -49,8 +49,6 @@ def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
     if dry_run:
         return {"dry_run": True}
     with open_job(config, "finetune") as job:
-        if job.state.resumed:
-            print(f"resuming the unfinished run in {job.state.folder}", flush=True)
         with job.child_run("finetune") as tracked:
             result = finetune(config, plan, tracked, job.state.folder)
         figures = {

@@ -81,10 +81,12 @@ def open_job(config: JobConfig, name: str) -> Iterator[Job]:
             with blame_field(field):
                 Store.at(location).check_writable()
     uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
-    with connect():
+    state = open_run(config, name)
+    with logs.copied_to(state.folder / "log.txt"), connect():
+        _announce(config, state, uri, outputs)
         print(hardware_line(), flush=True)
         check_shared(config)
-        run, state = _start(config, uri, name)
+        run = _start(config, uri, name, state)
         with _finish(run), _log_hours(run, state), logs.context(run=state.folder.name):
             yield Job(config, name, state, run, uri)
             if outputs:
@@ -94,8 +96,15 @@ def open_job(config: JobConfig, name: str) -> Iterator[Job]:
         state.save()
 
 
-def _start(config: JobConfig, uri: str, name: str) -> tuple[Run, RunState]:
-    state = open_run(config, name)
+def _announce(config: JobConfig, state: RunState, uri: str, outputs: Store | None) -> None:
+    """Print what this start resumes, extends or writes over."""
+    print(f"resuming the unfinished run in {state.folder}" if state.resumed else f"new run in {state.folder}")
+    print(f"MLflow: {uri}, experiment {config.tracking.experiment}", flush=True)
+    if outputs and not state.resumed and (there := outputs.sub(state.folder.name)).folders():
+        log.warning("outputs: %s holds results of another run of this name, which this run will replace", there.uri)
+
+
+def _start(config: JobConfig, uri: str, name: str, state: RunState) -> Run:
     run = start_run(
         uri,
         experiment=config.tracking.experiment,
@@ -109,7 +118,7 @@ def _start(config: JobConfig, uri: str, name: str) -> tuple[Run, RunState]:
     describe(run, config.note(name))
     state.mlflow["job"] = run.run_id
     state.save()
-    return run, state
+    return run
 
 
 @contextmanager

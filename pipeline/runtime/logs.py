@@ -6,13 +6,15 @@ The fields travel with the work, in the rows of a Ray Data pipeline and the payl
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TextIO
 
 _current: ContextVar[Mapping[str, str]] = ContextVar("fields of log records", default=MappingProxyType({}))
 
@@ -52,6 +54,40 @@ def only_errors(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+class _Copy:
+    """A text stream that also writes to a file what it is given, except for progress bars."""
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self.stream, self.file = stream, file
+
+    def write(self, text: str) -> int:
+        """Write to both."""
+        if "\r" not in text and "\x1b" not in text:
+            with suppress(OSError):  # a full disk must not end the job here
+                self.file.write(text)
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def copied_to(file: Path) -> Iterator[None]:
+    """Append to a file what this process prints and logs, with the time at its beginning."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", buffering=1, encoding="utf-8", errors="backslashreplace") as copy:
+        copy.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {shlex.join(sys.argv)}\n")
+        handler = logging.StreamHandler(copy)
+        handler.setFormatter(Plain())
+        logging.getLogger().addHandler(handler)
+        out: Any = _Copy(sys.stdout, copy)
+        try:
+            with redirect_stdout(out):
+                yield
+        finally:
+            logging.getLogger().removeHandler(handler)
 
 
 @contextmanager

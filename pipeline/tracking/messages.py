@@ -12,9 +12,6 @@ from pipeline.tracking.write_buffer import WriteBuffer
 BATCH = 1000
 """Largest number of metrics in one `log_batch`."""
 
-Point = tuple[str, float, int, int]
-"""Name, value, time in ms and step."""
-
 
 def send_message(client: MlflowClient, run_id: str, buffer: WriteBuffer, kind: str, content: Any) -> None:
     """Send one message of a run to its tracking store; `buffer` records the steps sent. Raises the store's error."""
@@ -27,6 +24,7 @@ def send_message(client: MlflowClient, run_id: str, buffer: WriteBuffer, kind: s
             fresh = [point for point in content if point[3] > sent.get(point[0], -1)]
             send_message(client, run_id, buffer, "metrics", fresh)
             if fresh:
+                buffer.record(fresh)
                 buffer.set_sent_steps(sent | {name: step for name, _, _, step in fresh})
         case "params":
             known = client.get_run(run_id).data.params

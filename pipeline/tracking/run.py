@@ -26,9 +26,10 @@ from pipeline.errors import UserError, one_line
 from pipeline.runtime.metrics import export_training
 from pipeline.storage.store import Store
 from pipeline.tracking.address import sqlite_file
-from pipeline.tracking.messages import Point, send_message
+from pipeline.tracking.messages import send_message
 from pipeline.tracking.write_buffer import (
     PATIENCE_S,
+    Point,
     Sender,
     WriteBuffer,
     is_permanent,

@@ -10,8 +10,9 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mlflow.exceptions import MlflowException
@@ -37,10 +38,17 @@ SENT_STEPS = "marks"
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
+Point = tuple[str, float, int, int]
+"""Name, value, time in ms and step."""
+
 
 @dataclass(frozen=True)
 class WriteBuffer:
-    """A folder of messages, in order, which the sending process must see. Picklable: every process of a job may append."""
+    """A folder of messages, in order, which the sending process must see. Picklable: every process of a job may append.
+
+    <run>/unsent/<MLflow run id>/    messages
+    <run>/metrics.jsonl              curves as they were sent, a line per step, for programs without MLflow
+    """
 
     store: Store
 
@@ -65,6 +73,17 @@ class WriteBuffer:
         for name in self.pending():
             if self.read(name)[0] == kind:
                 self.store.delete(name)
+
+    def record(self, points: Sequence[Point]) -> None:
+        """Append points to `metrics.jsonl`."""
+        steps: dict[int, dict[str, float]] = {}
+        for name, value, _, step in points:
+            steps.setdefault(step, {})[name] = value
+        try:
+            with Path(self.store.uri).parents[1].joinpath("metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **values}) + "\n" for step, values in sorted(steps.items()))
+        except OSError as error:  # MLflow has them
+            log.warning("metrics.jsonl lacks %d steps: %s", len(steps), one_line(error))
 
     def sent_steps(self) -> dict[str, int]:
         """Highest step sent of each curve."""

@@ -1,6 +1,7 @@
 """The start and the end of a job, on a real SQLite store and an embedded Ray session."""
 
 import json
+import shutil
 
 import pytest
 
@@ -58,5 +59,40 @@ def test_a_job_on_a_cluster_says_what_the_cluster_has(tmp_path, config, monkeypa
     monkeypatch.setattr("pipeline.runtime.ray_session.is_cluster", lambda: True)
     with open_job(config(), "distill") as job:
         pass
-    assert capsys.readouterr().out.startswith("cluster: 1 nodes, ")
+    first, store, cluster = capsys.readouterr().out.splitlines()[:3]
+    assert first == f"new run in {job.state.folder}"
+    assert store == f"MLflow: sqlite:///{tmp_path}/work/mlflow.db, experiment regla-distill"
+    assert cluster.startswith("cluster: 1 nodes, ")
     assert json.loads((job.state.folder / "run.json").read_text())["finished"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_is_resumed_or_replaced_is_named_and_the_run_keeps_a_log(tmp_path, config, capsys, caplog):
+    places = config(f"outputs={tmp_path}/results")
+
+    def fail():
+        with open_job(places, "distill") as job:
+            print("half done")
+            job.run.log_metrics([(step, {"loss": step / 2}) for step in (1, 2)])
+            raise UserError("no more")
+
+    with pytest.raises(UserError, match="no more"):
+        fail()
+    first = capsys.readouterr().out
+    with open_job(places, "distill") as job:
+        (job.state.folder / "figures").mkdir()
+        (job.state.folder / "figures/a.png").touch()
+        job.run.log_metrics([(2, {"loss": 1.0}), (3, {"loss": 1.5, "knn": 50.0})])
+    second = capsys.readouterr().out
+    assert f"new run in {job.state.folder}\n" in first
+    assert f"resuming the unfinished run in {job.state.folder}\n" in second
+    log = (job.state.folder / "log.txt").read_text()
+    assert log.count("--- 20") == 2
+    assert "half done\n" in log
+    assert "resuming the unfinished run" in log
+    lines = [json.loads(line) for line in (job.state.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.5, "knn": 50.0}]
+    shutil.rmtree(tmp_path / "work/runs")  # the same outputs from another work folder
+    with open_job(places, "distill"):
+        pass
+    assert f"outputs: {tmp_path}/results/{job.state.folder.name} holds results of another run" in caplog.text
