@@ -45,6 +45,7 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
         missing = len(split.missing_images())
         there = f"{dataset.id}: {dataset.shards - missing} of {dataset.shards} shards cached"
         rows[f"{split.split} images"] = f"{dataset.count} from {dataset.location}; view {dataset.policy.id}; {there}"
+        rows[f"{split.split} left out"] = "; ".join(split.left_out) or None
     labels = teacher_labels(plan.teachers)
     for teacher in plan.teachers:
         rows[f"teacher {labels[teacher.id]}"] = _teacher(plan, teacher)

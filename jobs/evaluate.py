@@ -101,6 +101,9 @@ def evaluate(
         "cache, computed once and without augmentation",
         flush=True,
     )
+    for split in plan.cache.splits:
+        if split.left_out:
+            print(f"data.{split.split} left out: {'; '.join(split.left_out)}", flush=True)
     if dry_run:
         return {"dry_run": True}
     check_space(plan.cache)

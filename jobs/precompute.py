@@ -25,7 +25,10 @@ from pipeline.cache.config import PrecomputeJobConfig
 
 MODES = {
     "--plan": ("show_plan", "probe the teachers; print bytes, hours, price, read rate and free space, and stop"),
-    "--verify": ("verify", "check every file of the recipe's cache and recompute a sample; exit code 1: broken"),
+    "--verify": (
+        "verify",
+        "check every file, compare all images with the source, recompute a sample; exit code 1: broken",
+    ),
     "--list": ("show_inventory", "print what the cache holds, and stop"),
     "--gc": ("collect_garbage", "remove files of the cache that nothing refers to, after asking"),
 }
@@ -103,10 +106,10 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
     return result
 
 
-def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, CachePlan]]:
-    """Plan every phase (a recipe without phases is one), and print the plans."""
+def _planned(config: PrecomputeJobConfig, compare: bool = True) -> list[tuple[PrecomputeJobConfig, CachePlan]]:
+    """Plan every phase (a recipe without phases is one), and print the plans; `compare`: see `plan_cache`."""
     store, snapshot = cache_store(config), RecordSnapshot()
-    planned = [(phase, plan_cache(phase, store, snapshot=snapshot)) for phase in config.phase_configs()]
+    planned = [(phase, plan_cache(phase, store, snapshot, compare)) for phase in config.phase_configs()]
     for number, (phase, plan) in enumerate(planned, 1):
         print_plan(phase, plan, number, len(planned))
     return planned
@@ -141,7 +144,7 @@ def show_plan(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, A
 
 def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Check the cache of the recipe; with --repair, recompute what is broken."""
-    planned = _planned(config)
+    planned = _planned(config, compare=False)  # other images become findings
     for _, plan in planned:
         check_begun(plan)
     found, left = [], 0

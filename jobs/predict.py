@@ -63,7 +63,7 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
     asked = options.task or ("features" if options.to and options.to.suffix else None)
     if asked == "features" and options.to:
         check_features_file(options.to)
-    paths = find_images(options.images)
+    paths, left_out = find_images(options.images)
     predictor = load_predictor(
         options.model,
         weights=options.weights,
@@ -88,6 +88,9 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         count = len(list(predictor.readable(paths)))
         print(table({"images": count, task: ", ".join(map(str, written))}))
         figures = {"task": predictor.task, "images": count, "files": [str(file.resolve()) for file in written]}
+    if left_out:
+        print(f"left out: {'; '.join(left_out)}", file=sys.stderr)
+        figures |= {"left_out": left_out}
     if unreadable := predictor.unreadable:
         for reason in unreadable.values():
             print(f"left out: {reason}", file=sys.stderr)

@@ -15,7 +15,7 @@ ARROWS = {
     "sections": "errors config teachers",
     "runtime": "errors",
     "storage": "errors",
-    "imaging": "runtime teachers",
+    "imaging": "errors runtime teachers",
     "sources": "errors imaging",
     "student": "errors teachers",
     "tracking": "errors runtime storage",

@@ -13,10 +13,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from pipeline.downstream.base import Split
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.errors import UserError
-from pipeline.imaging.decode import decode_image, image_size
+from pipeline.imaging.decode import IMAGE_EXTENSIONS, decode_image, image_size
 from pipeline.runtime.progress import Progress
-from pipeline.sources.base import IMAGE_EXTENSIONS, Source, odd_class
+from pipeline.sources.base import Source, odd_class
 from pipeline.sources.image_folder import images_below
+from pipeline.sources.left_out import LeftOut, notes_of
 from pipeline.sources.locations import SAMPLES
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SampleScenes, SceneSettings
@@ -64,16 +65,19 @@ class Scenes:
         return []
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted, without hidden ones such as the `._photo.jpg` that macOS writes.
+def image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The image files below a folder, sorted, without hidden ones such as the `._photo.jpg` that macOS writes; and notes on
+    what else was left out.
 
     Raises:
         UserError: if there are none, or a folder cannot be listed.
     """
-    found = sorted(map(Path, images_below(str(folder))))
+    left_out = LeftOut()
+    found, notes = sorted(map(Path, images_below(str(folder), left_out))), left_out.all_notes()
     if not found:
-        raise UserError(f"{folder}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}")
-    return found
+        others = f"; left out: {'; '.join(notes)}" if notes else ""
+        raise UserError(f"{folder}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}{others}")
+    return found, notes
 
 
 def decode(data: bytes | Exception, name: str) -> Image.Image:
@@ -117,7 +121,7 @@ class SourceImages:
         return str(self.index["sample_id"][row].as_py())
 
     def check(self) -> list[str]:
-        """Refuse an empty file; whether pixels decode shows only when they are read.
+        """Refuse an empty file; whether pixels decode shows only when they are read. Returns what the source left out.
 
         Raises:
             UserError: naming the first such file.
@@ -126,7 +130,7 @@ class SourceImages:
         empty = np.flatnonzero((sizes == 0) & (self.location != SAMPLES))
         if len(empty):
             raise UserError(f"{self.location}: {self.key(int(empty[0]))} is empty or cannot be read; fetch it again")
-        return []
+        return notes_of(self.index)
 
     def images(self, rows: Sequence[int]) -> list[Image.Image]:
         """Upright RGB images of rows, read in ascending order.
@@ -150,7 +154,8 @@ class LabelledImages(SourceImages):
         labels = self.index["label"]
         if labels.null_count:
             first = self.key(pc.index(labels.is_null(), True).as_py())
-            raise UserError(f"{self.location}: {first} has no label; classification needs one for every image")
+            notes = "".join(f"; {note}" for note in notes_of(self.index))
+            raise UserError(f"{self.location}: {first} has no label; classification needs one for every image{notes}")
         self.labels: np.ndarray = labels.to_numpy()
         self.classes = source.classes or classes or tuple(map(str, range(int(self.labels.max()) + 1)))
 

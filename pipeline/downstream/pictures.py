@@ -16,6 +16,8 @@ from pipeline.storage.names import folder_name
 
 LEAST_SIDE = 256
 """Short side in pixels to which smaller pictures are enlarged, so that their text is readable."""
+MOST_SIDE = 4096
+"""Long side in pixels beyond which nothing is enlarged."""
 
 
 def palette(count: int) -> np.ndarray:
@@ -29,14 +31,14 @@ def palette(count: int) -> np.ndarray:
 
 
 def enlarge(pixels: Tensor) -> Tensor:
-    """uint8 [3, H, W], repeated by a whole factor to a short side of at least `LEAST_SIDE`."""
+    """uint8 [3, H, W], repeated by a whole factor to a short side of at least `LEAST_SIDE`, unless it is very thin."""
     factor = scale_of(pixels.shape[-2:])
     return pixels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
 def scale_of(size: Sequence[int]) -> int:
     """The factor by which :func:`enlarge` repeats an image of (height, width) pixels."""
-    return -(-LEAST_SIDE // min(size)) if min(size) < LEAST_SIDE else 1
+    return max(1, min(-(-LEAST_SIDE // min(size)), MOST_SIDE // max(size)))
 
 
 def caption(image: Tensor, lines: Sequence[str]) -> Tensor:

@@ -8,6 +8,9 @@ from PIL import Image
 from pipeline.imaging.geometry import View
 from teachers.base import Interpolation
 
+THIN = 10
+"""Ratio of an image's sides above which it is never resized as a whole by its short side."""
+
 
 def crop_and_resize(
     image: np.ndarray | Image.Image, view: View, size: tuple[int, ...], interpolation: Interpolation
@@ -32,6 +35,27 @@ def crop_and_resize(
         planes = F.interpolate(planes[None], size, mode=interpolation, align_corners=False, antialias=True)[0]
     resized: np.ndarray = (planes.flip(-1) if view.flip else planes).contiguous().numpy()
     return resized
+
+
+def is_thin(image: Image.Image) -> bool:
+    """Whether the long side is over `THIN` times the short one."""
+    return max(image.size) > THIN * min(image.size)
+
+
+def resized_centre(image: Image.Image, short: int, size: int) -> Image.Image:
+    """The centred square of `size` pixels of an image resized (bicubic) to a short side of `short` pixels.
+
+    As torchvision's Resize and CenterCrop, within one level, but computes nothing outside the square: 1 x 5,000 pixels would
+    first become 224 x 1,120,000.
+    """
+    sides = [int(short * side / min(image.size)) for side in image.size]
+    starts = [round((side - size) / 2) for side in sides]
+    scales = [stored / side for stored, side in zip(image.size, sides, strict=True)]
+    (left, right), (top, bottom) = (
+        (start * scale, min((start + size) * scale, stored))
+        for start, scale, stored in zip(starts, scales, image.size, strict=True)
+    )
+    return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, right, bottom))
 
 
 def _whole_pixels(start: float, end: float, length: int) -> tuple[int, int]:

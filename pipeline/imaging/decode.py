@@ -6,12 +6,22 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 MAX_PIXELS = 89_478_485
 """Maximum size of an image, checked before decoding: Pillow's default limit, which some libraries lift."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
 """Formats that untrusted bytes may have. Pillow's other decoders are riskier: the one for PostScript starts a program."""
+
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jpe", ".jfif", ".gif", ".apng", ".avif", ".avifs"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""Endings of files in these formats, in lower case; in order of preference if a sample has several images."""
+
+_WHITE_IS_ZERO = 0
+"""Value of TIFF's tag PhotometricInterpretation for grey in which 0 is white; Pillow inverts only up to 8 bits."""
 
 _ORIENTATION_MARKERS = (b"Exif\x00\x00", b"http://ns.adobe.com/xap/")
 """A JPEG with one of these may have an orientation."""
@@ -20,12 +30,12 @@ _ORIENTATION_MARKERS = (b"Exif\x00\x00", b"http://ns.adobe.com/xap/")
 def decode_image(data: bytes) -> Image.Image:
     """Decode an encoded image to 8-bit RGB, upright by its EXIF orientation.
 
-    Alpha is dropped, as in the loaders that teachers were trained with; 16-bit grey keeps its high byte. libjpeg reports
+    Alpha is dropped, as in the loaders that teachers were trained with; for deep grey see :func:`to_rgb`. libjpeg reports
     no error for some damage inside JPEG scan data: such an image is accepted with smeared pixels.
 
     Raises:
-        ValueError: if the image is truncated, corrupt, of an unknown format, or has more than `MAX_PIXELS` pixels; the
-            message is a short reason.
+        ValueError: if the image is truncated, corrupt, of an unknown format, of pixels without a known range, or has more
+            than `MAX_PIXELS` pixels; the message is a short reason.
     """
     try:
         image = _open_within_limit(io.BytesIO(data))
@@ -66,24 +76,45 @@ def _open_within_limit(file: io.BytesIO | str | Path) -> Image.Image:
 def image_size(data: bytes | str) -> tuple[int, int]:
     """Upright (width, height) in pixels of an encoded image or of an image file, read from its header."""
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
-        transposed = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        # Pillow turns a TIFF while loading it, and announces the upright size before.
+        stored = image.format != "TIFF"
+        transposed = stored and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.height, image.width) if transposed else (image.width, image.height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB as :func:`decode_image` does; ValueError for floats, or integers of more than 16 bits."""
+    """Convert to 8-bit RGB as :func:`decode_image` does. Grey of 12 or 16 bits keeps its upper eight bits.
+
+    Raises:
+        ValueError: for pixels without a known range: floating point, integers that are signed or of 32 bits, and 16-bit
+            grey whose values fit into 12 bits.
+    """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # convert("RGB") would clip 16-bit grey at 255: a photograph would turn white
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 0xFFFF:
-            raise ValueError("integer pixels of more than 16 bits have no known range")
-        return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # convert("RGB") would clip at 255: a photograph would turn white
+        return Image.fromarray(_upper_bits(image)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
+        raise ValueError("floating-point pixels have no known range; store them with 8 or 16 bits")
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _upper_bits(image: Image.Image) -> np.ndarray:
+    """The upper eight bits [H, W] uint8 of a grey image of more."""
+    # The decoder of PPM scales what it reads to 16 bits, which Pillow holds in 32. Any other mode I is a TIFF (or an array)
+    # of 32 or of signed bits, of which no header tells the largest value that is meant.
+    if image.mode == "I" and image.format != "PPM":
+        raise ValueError("integer pixels of 32 bits, or with a sign, have no known range; store them with 8 or 16 bits")
+    levels = np.asarray(image).astype(np.uint16)  # in the byte order of this machine
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    depth = tags.get(BITSPERSAMPLE, (16,))[0]
+    if depth == 16 and image.format in ("PNG", "TIFF", None) and 0 < levels.max() < 1 << 12:
+        raise ValueError(
+            f"grey of 16 bits with values up to {levels.max()} is either of 12 bits or nearly black; scale it to 16 bits"
+        )
+    eight: np.ndarray = (levels >> (depth - 8)).astype(np.uint8)
+    return ~eight if tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else eight
 
 
 def decode_pixels(data: bytes) -> np.ndarray:

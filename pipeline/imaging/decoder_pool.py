@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pipeline.errors import UserError
 from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_pixels
 from pipeline.imaging.geometry import View
@@ -94,7 +95,12 @@ class DecoderPool:
         return PendingDecode(tasks, self._submit(tasks), staging)
 
     def finish(self, pending: Sequence[PendingDecode]) -> None:
-        """Wait until all of these tasks have ended; then ValueError for the first image that cannot be decoded."""
+        """Wait for all of these tasks.
+
+        Raises:
+            UserError: for the first image that cannot be decoded, after all tasks have ended. The images of a cache could be
+                when they were taken in, though by an older version, which accepted more.
+        """
         for attempt in range(1, ATTEMPTS + 1):
             wait([one.future for one in pending])
             broken = [one for one in pending if isinstance(one.future.exception(), BrokenProcessPool)]
@@ -104,7 +110,13 @@ class DecoderPool:
             for one in broken:
                 one.future = self._submit(one.tasks)
         for one in pending:
-            one.future.result()
+            try:
+                one.future.result()
+            except ValueError as error:
+                raise UserError(
+                    f"an image in the cache {error}; an earlier version accepted it: convert it, and set data.name to cache "
+                    "the images anew"
+                ) from error
 
     def decode(self, tasks: DecodeTasks) -> None:
         """Run tasks in chunks and wait for them; raises as :meth:`finish`."""

@@ -1,5 +1,6 @@
 """Images as users have them: files, folders, arrays, and lists of these."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,8 @@ from pipeline.downstream.images import image_files
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image, to_rgb
 from pipeline.runtime.prefetch import map_ahead
+
+log = logging.getLogger(__name__)
 
 Images = str | Path | np.ndarray | Image.Image | Sequence[Any]
 """An image file, a folder of them, an RGB array uint8 [H, W, 3], a PIL image, or a list of these."""
@@ -26,26 +29,32 @@ def list_images(images: Images) -> list[One]:
         UserError: for a path that does not exist, a folder without images, or an empty list.
     """
     if isinstance(images, str | Path):
-        return [*find_images([Path(images)])]
+        found, notes = find_images([Path(images)])
+        for note in notes:
+            log.warning("left out: %s", note)
+        return [*found]
     if isinstance(images, np.ndarray | Image.Image):
         return [images]
-    found = [image for item in images for image in list_images(item)]
-    if not found:
+    listed = [image for item in images for image in list_images(item)]
+    if not listed:
         raise UserError("there are no images: the list is empty")
-    return found
+    return listed
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files that paths name or hold, folder after folder."""
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The image files that paths name or hold, folder after folder, and notes on other files in the folders."""
     found: list[Path] = []
+    notes: list[str] = []
     for path in paths:
         if path.is_dir():
-            found += image_files(path)
+            files, left_out = image_files(path)
+            found += files
+            notes += [f"{path}: {note}" for note in left_out]
         elif path.is_file():
             found.append(path)
         else:
             raise UserError(f"{path}: no such file or folder")
-    return found
+    return found, notes
 
 
 def decoded(images: Sequence[One], ahead: int, unreadable: dict[Path, str] | None = None) -> Iterator[Image.Image]:

@@ -1,5 +1,6 @@
 """Interface of an image source: an index of samples, and the encoded bytes of any of its rows."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
+from pipeline.sources.left_out import with_notes
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -17,17 +19,16 @@ INDEX_SCHEMA = pa.schema(
         pa.field("uri", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
     ]
 )
 """One row per sample.
 
 `sample_id` is stable across machines and runs; `label` is null for a sample without one; `uri` is the absolute path of
 the file that holds the image ("" for generated scenes); `offset` is the byte offset in a tar, the row in a Parquet file,
-the number of a generated scene, else 0; `size` is in bytes: of the encoded image or of a raw array, 0 if unknown.
+the number of a generated scene, else 0; `size` is in bytes: of the encoded image or of a raw array, 0 if unknown; `version`
+is that of the file (:func:`file_version`), 0 for generated scenes.
 """
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""Lower case, in order of preference if a sample has several."""
 
 MAX_BYTES = 256 << 20
 """Maximum size of a file, tar member or array: the largest image that `decode_image` accepts, uncompressed."""
@@ -79,6 +80,12 @@ def foreign_name(name: str) -> bytes | None:
     return None
 
 
+def file_version(info: os.stat_result) -> int:
+    """A digest of a file's modification time and size; where it differs, the content may differ."""
+    text = f"{info.st_mtime_ns} {info.st_size}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
 def oversize(size: int) -> ValueError | None:
     """The error for a sample of this many bytes if that is too many, or None."""
     return ValueError(f"{size} bytes are over the {MAX_BYTES} allowed") if size > MAX_BYTES else None
@@ -92,26 +99,29 @@ class IndexRow(NamedTuple):
     uri: str
     offset: int
     size: int
+    version: int
 
 
-def make_index(rows: Sequence[IndexRow], *, location: str, looked_for: str) -> pa.Table:
+def make_index(rows: Sequence[IndexRow], *, location: str, looked_for: str, left_out: Sequence[str] = ()) -> pa.Table:
     """:func:`finish_index` of a table of these rows."""
     columns = [*zip(*rows, strict=True)] or [()] * len(INDEX_SCHEMA)
     table = pa.table(columns, schema=INDEX_SCHEMA)
-    return finish_index(table, location=location, looked_for=looked_for)
+    return finish_index(table, location=location, looked_for=looked_for, left_out=left_out)
 
 
-def finish_index(table: pa.Table, *, location: str, looked_for: str) -> pa.Table:
+def finish_index(table: pa.Table, *, location: str, looked_for: str, left_out: Sequence[str] = ()) -> pa.Table:
     """Cast to `INDEX_SCHEMA`, sort by sample id and refuse an empty index or repeated ids.
 
-    Negative labels mean "no label", as in Hugging Face test sets, and become null.
+    Negative labels mean "no label", as in Hugging Face test sets, and become null. `left_out` becomes the notes of the index
+    (:func:`~pipeline.sources.left_out.notes_of`).
 
     Raises:
-        UserError: if the table has no rows (the message says what was `looked_for`), or a sample id is repeated or contains
-            a control character.
+        UserError: if the table has no rows (the message says what was `looked_for` and left out), or a sample id is repeated
+            or contains a control character.
     """
     if table.num_rows == 0:
-        raise UserError(f"{location}: no images found; looked for {looked_for}")
+        found = f"; left out: {'; '.join(left_out)}" if left_out else ""
+        raise UserError(f"{location}: no images found; looked for {looked_for}{found}")
     label = table["label"].cast(pa.int64())
     label = pc.if_else(pc.less(label, 0), pa.scalar(None, pa.int64()), label)
     table = table.set_column(table.schema.get_field_index("label"), "label", label)
@@ -128,7 +138,7 @@ def finish_index(table: pa.Table, *, location: str, looked_for: str) -> pa.Table
     control = pc.index(pc.match_substring_regex(ids, r"[\x00-\x1f\x7f]"), True).as_py()
     if control >= 0:
         raise UserError(f"{location}: sample id {ids[control].as_py()!r} contains a control character; rename it")
-    return table
+    return with_notes(table, left_out)
 
 
 def by_file(rows: pa.Table) -> Iterator[tuple[str, list[tuple[int, int]]]]:

@@ -17,12 +17,15 @@ class DataConfig(Section):
     """Where images come from."""
 
     train: str = Field(
-        "samples", description="images to distil on: class folder, tar shards, Parquet, or `samples` (generated)"
+        "samples",
+        description="images to distil on: class folder or pattern of them, tar shards, Parquet, or `samples` (generated)",
     )
     val: str | None = Field(None, description="held-out images for kNN, in the same forms; none: no kNN")
     name: str | None = operational(None, description="readable name of the data in the cache; none: from the path")
     image_column: str | None = Field(None, description="Parquet column that holds the images; none: found by type")
-    label_column: str | None = Field(None, description="Parquet column that holds the labels; none: label, fine_label")
+    label_column: str | None = Field(
+        None, description="Parquet column that holds the labels; none: label, fine_label, labels"
+    )
     max_bad: float = operational(
         0.05, ge=0, le=1, description="maximum share of unreadable images; above it the job stops"
     )

@@ -112,13 +112,13 @@ def open_label_maps(source: Source, sample_ids: Sequence[str]) -> LabelMaps:
         return SceneLabels(source)
     if not isinstance(source, ImageFolder):
         raise UserError(f"{source.location}: label maps need a folder of images, or `samples`")
-    masks = masks_folder(source.location)
+    masks = masks_folder(source.root)
     if masks is None:
         raise UserError(
             f"{source.location}: found no label maps; put them into the folder of the same path with `images` replaced by "
             "`annotations` or `masks`, as in ade20k/images/training and ade20k/annotations/training"
         )
-    return MaskFolder(source.location, masks, tuple(sample_ids))
+    return MaskFolder(source.root, masks, tuple(sample_ids))
 
 
 def masks_folder(images: str) -> str | None:

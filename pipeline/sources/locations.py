@@ -3,9 +3,10 @@
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from pipeline.errors import UserError
+from pipeline.sources.left_out import is_system
 
 SAMPLES = "samples"
 """Location of the generated sample scenes; a folder of that name is `./samples`."""
@@ -13,6 +14,8 @@ SAMPLES = "samples"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:ing|id|idation)?\d*(?=$|[-_.])", re.IGNORECASE)
+"""A split's name within the name of a file, such as `train-00001-of-00003`."""
+_SPLIT_FOLDER = re.compile(r"(train|val|test)(?:ing|id|idation)?[-_]?\d*", re.IGNORECASE)
 
 
 def absolute(location: str) -> str:
@@ -76,11 +79,40 @@ def readable_name(path: str) -> str:
     return re.sub(r"[^\w.]+|\.{2,}", "-", "-".join(parts)).strip("-._") or "images"
 
 
-def refuse_several_splits(location: str, names: Iterable[str], *, extension: str = "") -> None:
-    """Raise a UserError for names of several splits (train, val, test): training data would leak into evaluation."""
+def refuse_split_files(location: str, names: Iterable[str], extension: str) -> None:
+    """Refuse a folder with the files of several splits, which would leak training data into the evaluation.
+
+    Raises:
+        UserError: if the names contain different split names (train, val, test).
+    """
     splits = sorted({match[1].lower() for name in names if (match := _SPLIT.search(name.removesuffix(extension)))})
     if len(splits) > 1:
-        example = f"{location}/{splits[0]}" + (f"*{extension}" if extension else "")
         raise UserError(
-            f"{location}: contains several splits ({', '.join(splits)}); name one of them, such as {example}"
+            f"{location}: contains several splits ({', '.join(splits)}); name one of them, such as "
+            f"{location}/{splits[0]}*{extension}"
         )
+
+
+def refuse_split_folders(location: str, names: Sequence[str]) -> None:
+    """Refuse folders that are splits, and no classes.
+
+    Raises:
+        UserError: if several are named as different splits are, and either all are, or one of them contains folders itself.
+    """
+    splits = {name: match[1].lower() for name in names if (match := _SPLIT_FOLDER.fullmatch(name))}
+    if len(set(splits.values())) < 2:
+        return
+    if len(splits) == len(names) or any(_has_folders(os.path.join(location, name)) for name in splits):
+        listed = sorted(splits)
+        raise UserError(
+            f"{location}: contains several splits ({', '.join(listed)}); name one of them, such as {location}/{listed[0]}, "
+            f"or {location}/* if these folders are classes"
+        )
+
+
+def _has_folders(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.is_dir() and not is_system(entry.name) for entry in entries)
+    except OSError:
+        return False  # the index refuses it by name

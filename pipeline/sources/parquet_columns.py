@@ -1,7 +1,6 @@
-"""Find the columns of a Parquet file that hold the images and labels, and the class names."""
+"""Find the column of a Parquet file that holds the images, and its layout."""
 
 import io
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ Layout = Literal["struct", "encoded", "planes", "nested"]
 """`struct` {bytes, path} (Hugging Face), `encoded` bytes, `planes` flat (3, n, n) uint8, `nested` n x n x 3 lists."""
 
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "data", "pixels")
-_LABEL_NAMES = ("label", "fine_label", "labels")
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def find_image_column(path: str, file: pq.ParquetFile, named: str | None) -> Ima
     usual = [name for name in _IMAGE_NAMES if name in fitting]
     candidates = [named] if named else usual[:1] or fitting
     if len(candidates) != 1 or candidates[0] not in fitting:
-        columns = ", ".join(f"{field.name}: {_short(field.type)}" for field in schema)
+        columns = ", ".join(f"{field.name}: {short_type(field.type)}" for field in schema)
         problem = f"column '{named}' holds no images" if named else "cannot tell which column holds the images"
         raise UserError(f"{path}: {problem}; set data.image_column to one of its columns ({columns})")
     name = candidates[0]
@@ -71,32 +69,13 @@ def fits(column: ImageColumn, schema: pa.Schema) -> bool:
     return column.name in schema.names and column.layout in _layouts(schema.field(column.name).type)
 
 
-def find_label_column(path: str, schema: pa.Schema, named: str | None) -> str | None:
-    """The named integer column, or the first one with a usual name, or None; UserError if the named one is not there."""
-    integers = [field.name for field in schema if pa.types.is_integer(field.type)]
-    if named and named not in integers:
-        remedy = f"to one of: {', '.join(integers)}" if integers else "to null: the file has no labels"
-        raise UserError(f"{path}: no integer column '{named}'; set data.label_column {remedy}")
-    return named or next((name for name in _LABEL_NAMES if name in integers), None)
-
-
-def class_names(schema: pa.Schema, label_column: str | None) -> tuple[str, ...]:
-    """Names of a Hugging Face `ClassLabel` from the schema's metadata; empty if it has none."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[label_column]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return ()
-    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
-
-
 def _layouts(kind: pa.DataType) -> tuple[Layout, ...]:
     if pa.types.is_struct(kind):
         inner = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
-        return ("struct",) if inner is not None and _is_binary(inner) else ()
+        return ("struct",) if inner is not None and _is_binary(_values(inner)) else ()
     if pa.types.is_fixed_size_binary(kind):
         return ("planes",) if is_square(kind.byte_width) else ()
-    if _is_binary(kind):
+    if _is_binary(_values(kind)):
         return ("encoded", "planes")
     depth = 0
     while _is_list(kind):
@@ -111,18 +90,29 @@ def is_square(count: int) -> bool:
     return count > 0 and count == 3 * math.isqrt(count // 3) ** 2
 
 
+def _values(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+def image_values(column: pa.Array | pa.ChunkedArray, layout: Layout) -> pa.Array | pa.ChunkedArray:
+    """The images themselves in a column, without the struct around them."""
+    values = pc.struct_field(column, "bytes") if layout == "struct" else column
+    # pyarrow can neither filter, take nor slice views.
+    return values.cast(pa.large_binary()) if pa.types.is_binary_view(values.type) else values
+
+
 def _sniff(file: pq.ParquetFile, name: str) -> Layout:
     """Tell encoded images from raw planes, which have no header, by the first stored value."""
     batch = next(file.iter_batches(batch_size=16, columns=[name]), None)
-    values = pc.drop_null(batch.column(0)) if batch is not None else []
+    values = pc.drop_null(image_values(batch.column(0), "encoded")) if batch is not None else []
     if not len(values):
         return "encoded"
     try:
@@ -134,6 +124,7 @@ def _sniff(file: pq.ParquetFile, name: str) -> Layout:
     return "encoded"
 
 
-def _short(kind: pa.DataType) -> str:
+def short_type(kind: pa.DataType) -> str:
+    """A type for a message."""
     text = str(kind)
     return text if len(text) <= 40 else text[:37] + "..."

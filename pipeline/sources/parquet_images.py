@@ -14,19 +14,19 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.sources.base import by_file, finish_index, oversize
+from pipeline.sources.base import by_file, file_version, finish_index, oversize
 from pipeline.sources.locations import readable_name
 from pipeline.sources.parquet_columns import (
     ImageColumn,
     Layout,
-    class_names,
     find_image_column,
-    find_label_column,
     fits,
+    image_values,
     is_square,
     open_parquet,
     readable,
 )
+from pipeline.sources.parquet_labels import class_names, find_label_column, label_kind, label_numbers, unusable_labels
 
 _INDEX_BATCH = 256
 _MAX_GROUP = 2 << 30
@@ -48,7 +48,9 @@ class ParquetImages:
     files: tuple[str, ...]
     image: ImageColumn
     label_column: str | None
+    label_kind: str
     classes: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     @classmethod
     def open(
@@ -56,9 +58,12 @@ class ParquetImages:
     ) -> "ParquetImages":
         """Find the columns in the first file; UserError if it is unreadable, or lacks them, listing those it has."""
         with open_parquet(files[0]) as file:
-            label_column = find_label_column(files[0], file.schema_arrow, label_column)
+            schema = file.schema_arrow
+            label_column = find_label_column(files[0], schema, label_column)
             image = find_image_column(files[0], file, image_column)
-            return cls(location, files, image, label_column, class_names(file.schema_arrow, label_column))
+            kind = label_kind(schema.field(label_column).type) if label_column else ""
+            unusable = tuple(unusable_labels(schema, label_column))
+            return cls(location, files, image, label_column, kind, class_names(files, schema, label_column), unusable)
 
     @property
     def name(self) -> str:
@@ -72,19 +77,25 @@ class ParquetImages:
         if _paths_are_ids(table):
             table = table.set_column(table.schema.get_field_index("sample_id"), "sample_id", table["path"])
         looked_for = f"rows in {len(self.files)} Parquet file(s)"
-        return finish_index(table, location=self.location, looked_for=looked_for)
+        return finish_index(table, location=self.location, looked_for=looked_for, left_out=self.left_out)
 
     def _index_file(self, path: str, number: int) -> pa.Table:
         with open_parquet(path) as file:
+            version = file_version(os.stat(path))
             self._refuse_other_schema(path, file.schema_arrow)
             self._refuse_large_groups(path, file.metadata)
             columns = [self.image.name] + ([self.label_column] if self.label_column else [])
-            with readable(path):
-                parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
+            try:
+                with readable(path):
+                    parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
+            except ValueError as error:
+                problem = f"column '{self.label_column}' {error}"
+                raise UserError(f"{path}: {problem}; correct it, or name another column") from error
             groups = np.repeat(np.arange(file.num_row_groups), np.diff(_group_starts(file)))
         table, name = pa.Table.from_batches(parts, schema=_MEASURED), os.path.basename(path)
         table = table.append_column("sample_id", [[f"{name}#{row:08d}" for row in range(table.num_rows)]])
         table = table.append_column("uri", pa.repeat(path, table.num_rows))
+        table = table.append_column("version", pa.repeat(pa.scalar(version, pa.int64()), table.num_rows))
         table = table.append_column("offset", pa.array(np.arange(table.num_rows)))
         return table.append_column("group", pa.array(groups + number * 2**32))
 
@@ -93,7 +104,7 @@ class ParquetImages:
         for name in filter(None, (self.image.name, label)):
             if name not in schema.names:
                 raise UserError(f"{path}: has no column '{name}', unlike {self.files[0]}; name files of one schema")
-        if not fits(self.image, schema) or (label and not pa.types.is_integer(schema.field(label).type)):
+        if not fits(self.image, schema) or (label and label_kind(schema.field(label).type) != self.label_kind):
             raise UserError(f"{path}: the types of its columns differ from {self.files[0]}; name files of one schema")
 
     def _refuse_large_groups(self, path: str, metadata: pq.FileMetaData) -> None:
@@ -107,15 +118,14 @@ class ParquetImages:
                 )
 
     def _measure(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        image = batch.column(self.image.name)
-        path = pa.nulls(len(batch), pa.string())
-        if self.image.layout == "struct":
-            path = pc.struct_field(image, "path").cast(pa.string()) if image.type.get_field_index("path") >= 0 else path
-            image = pc.struct_field(image, "bytes")
-        label = (
-            batch.column(self.label_column).cast(pa.int64()) if self.label_column else pa.nulls(len(batch), pa.int64())
-        )
-        return pa.record_batch([label, _byte_counts(image, self.image.layout), path], schema=_MEASURED)
+        column, layout = batch.column(self.image.name), self.image.layout
+        path = label = pa.nulls(len(batch))
+        if layout == "struct" and column.type.get_field_index("path") >= 0:
+            path = pc.struct_field(column, "path")
+        if self.label_column:
+            label = label_numbers(batch.column(self.label_column), self.classes)
+        sizes = _byte_counts(image_values(column, layout), layout)
+        return pa.record_batch([label.cast(pa.int64()), sizes, path.cast(pa.string())], schema=_MEASURED)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """Image bytes of these index rows, in any order; raw arrays as PNG. Each row group is read once."""
@@ -142,7 +152,7 @@ class ParquetImages:
             group = int(groups[run[0]])
             try:
                 column = file.read_row_group(group, columns=[self.image.name]).column(self.image.name)
-                values = column.take(pa.array(offsets[run] - starts[group]))
+                values = image_values(column, self.image.layout).take(pa.array(offsets[run] - starts[group]))
             except (pa.ArrowException, OSError, IndexError) as error:
                 yield from [error] * len(run)
                 continue
@@ -156,7 +166,7 @@ def _group_starts(file: pq.ParquetFile) -> np.ndarray:
 
 
 def _image_bytes(value: pa.Scalar, layout: Layout) -> bytes | Exception:
-    stored = value["bytes"] if layout == "struct" and value.is_valid else value
+    stored = value.value if isinstance(value, pa.DictionaryScalar) else value
     if not stored.is_valid:
         return ValueError("the row has no image bytes")
     try:
@@ -177,6 +187,8 @@ def _paths_are_ids(table: pa.Table) -> bool:
 def _byte_counts(column: pa.Array, layout: Layout) -> pa.Array:
     """Bytes of each image as int64, without decoding: the encoded length, 3 n² for arrays, 0 for null."""
     kind = column.type
+    if pa.types.is_dictionary(kind):  # its values may repeat, and are not decoded
+        return pc.fill_null(_byte_counts(column.dictionary, layout).take(column.indices), 0)
     if pa.types.is_fixed_size_binary(kind):
         counts = pc.if_else(column.is_valid(), kind.byte_width, 0)
     elif layout in ("struct", "encoded") or not pa.types.is_nested(kind):

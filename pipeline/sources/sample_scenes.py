@@ -85,7 +85,9 @@ class SampleScenes:
 
     def index(self) -> pa.Table:
         """One row per scene; its number is `offset`, and labels cycle through the classes. Renders nothing: `size` is 0."""
-        rows = [IndexRow(f"scene-{number:08d}", number % len(CLASSES), "", number, 0) for number in range(self.count)]
+        rows = [
+            IndexRow(f"scene-{number:08d}", number % len(CLASSES), "", number, 0, 0) for number in range(self.count)
+        ]
         return make_index(rows, location=self.location, looked_for="data.samples")
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:

@@ -1,19 +1,21 @@
-"""Images in tar files in the WebDataset layout: adjacent members with the same basename are one sample."""
+"""Images in tar files in the WebDataset layout: members with the same path up to the name's first dot are one sample."""
 
-import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
 from typing import BinaryIO, ClassVar
 
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.sources.base import IMAGE_EXTENSIONS, IndexRow, by_file, foreign_name, make_index, oversize
+from pipeline.imaging.decode import IMAGE_EXTENSIONS
+from pipeline.sources.base import IndexRow, by_file, file_version, foreign_name, make_index, oversize
+from pipeline.sources.left_out import LeftOut, is_system, some
 from pipeline.sources.locations import readable_name
+from pipeline.sources.tar_labels import JSON_EXTENSIONS, TEXT_EXTENSIONS, parse_label
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")
 _MAX_TEXT = 1 << 20
@@ -24,8 +26,8 @@ _MAX_TEXT = 1 << 20
 class TarShards:
     """Uncompressed tar files; `shards` are their absolute paths.
 
-    A sample id is `<tar file name>/<key>`. A label is the decimal text of a `.cls` member or `label` in a `.json` member.
-    The layout has no class names.
+    A sample id is `<tar file name>/<key>`; the members of a key may be anywhere in the tar. `pipeline.sources.tar_labels` says
+    which members hold a label. The layout has no class names.
     """
 
     random_access: ClassVar[bool] = True
@@ -40,9 +42,14 @@ class TarShards:
         return readable_name(self.location)
 
     def index(self) -> pa.Table:
-        """One row per sample with an image; `offset` and `size` locate the image's bytes in the tar."""
-        rows = [row for shard in self.shards for row in _index_tar(shard)]
-        return make_index(rows, location=self.location, looked_for=f"{', '.join(IMAGE_EXTENSIONS)} members")
+        """One row per sample with an image; `offset` and `size` locate the image's bytes in the tar.
+
+        The index's notes count the members that are not used.
+        """
+        unused = _Unused()
+        rows = [row for shard in self.shards for row in _index_tar(shard, unused)]
+        looked_for = f"{', '.join(IMAGE_EXTENSIONS)} members"
+        return make_index(rows, location=self.location, looked_for=looked_for, left_out=unused.all_notes())
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """Bytes of these index rows; an OSError instead for each row that cannot be read."""
@@ -72,20 +79,56 @@ def _read_extent(file: BinaryIO, offset: int, size: int) -> bytes | Exception:
     return data
 
 
-def _index_tar(path: str) -> Iterator[IndexRow]:
+Sample = dict[str, tarfile.TarInfo]
+"""The members of one key by extension, in lower case."""
+
+
+@dataclass
+class _Unused:
+    """Members of tars that are not used.
+
+    Attributes:
+        other: neither image nor label.
+        alone: ids of samples with a label and without an image.
+        further: extensions of images of a sample that has another.
+        fields: fields of JSON members that look like a label and hold no number.
+    """
+
+    other: LeftOut = field(default_factory=lambda: LeftOut("members"))
+    alone: list[str] = field(default_factory=list)
+    further: Counter[str] = field(default_factory=Counter)
+    fields: Counter[str] = field(default_factory=Counter)
+
+    def all_notes(self) -> list[str]:
+        """One phrase for each kind."""
+        kinds = [f"{extension} {count}" for extension, count in self.further.items()]
+        odd = [f"{name} in {count} members" for name, count in self.fields.items()]
+        notes = {
+            f"{len(self.alone)} labels without an image: {some(self.alone)}": self.alone,
+            f"{self.further.total()} images of samples that have another: {some(kinds)}": kinds,
+            f"JSON fields that hold no class number: {some(odd)}": odd,
+        }
+        return [*(note for note, found in notes.items() if found), *self.other.all_notes()]
+
+
+def _index_tar(path: str, unused: _Unused) -> Iterator[IndexRow]:
+    """The samples with an image, in the order of their first members."""
     try:
+        version = file_version(os.stat(path))
         with tarfile.open(path, "r:", tarinfo=_Member) as tar:
-            members = (
-                (match[1], match[2].lower(), member) for member in _advancing(tar) if (match := _image_or_label(member))
-            )
-            for key, group in groupby(members, key=lambda entry: entry[0]):
-                sample = {extension: member for _, extension, member in group}
-                image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-                if image is None:
-                    _refuse_dotted(sample)
+            for key, sample in _samples(tar).items():
+                sample_id = f"{os.path.basename(path)}/{key.removeprefix('./')}"
+                images = [extension for extension in IMAGE_EXTENSIONS if extension in sample]
+                unused.further.update(images[1:])
+                unused.other.endings.update(sample.keys() - {*images, *TEXT_EXTENSIONS, *JSON_EXTENSIONS})
+                if images:
+                    image = sample[images[0]]
+                    label = _label(tar, sample, unused)
+                    yield IndexRow(sample_id, label, path, image.offset_data, image.size, version)
                 else:
-                    sample_id = f"{os.path.basename(path)}/{key.removeprefix('./')}"
-                    yield IndexRow(sample_id, _label(tar, sample), path, image.offset_data, image.size)
+                    _refuse_dotted(sample)
+                    if not sample.keys().isdisjoint((*TEXT_EXTENSIONS, *JSON_EXTENSIONS)):
+                        unused.alone.append(sample_id)
             _refuse_missing_end(tar)
     except (tarfile.TarError, OSError, OverflowError, RecursionError) as error:
         raise UserError(
@@ -93,6 +136,20 @@ def _index_tar(path: str) -> Iterator[IndexRow]:
         ) from error
     except ValueError as error:
         raise UserError(f"{path}: {error}; correct or remove that member") from error
+
+
+def _samples(tar: tarfile.TarFile) -> dict[str, Sample]:
+    """The members of every key by extension; a member that occurs twice is refused, since one of the two would be lost."""
+    samples: dict[str, Sample] = {}
+    for member in _advancing(tar):
+        if match := _match(member):
+            sample, extension = samples.setdefault(match[1], {}), match[2].lower()
+            if (known := sample.get(extension)) is not None:
+                if known.name == member.name:
+                    raise ValueError(f"member '{member.name}' occurs twice")
+                raise ValueError(f"members '{known.name}' and '{member.name}' differ only in upper and lower case")
+            sample[extension] = member
+    return samples
 
 
 def _refuse_dotted(sample: dict[str, tarfile.TarInfo]) -> None:
@@ -129,9 +186,12 @@ def _advancing(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _image_or_label(member: tarfile.TarInfo) -> re.Match[str] | None:
+def _match(member: tarfile.TarInfo) -> re.Match[str] | None:
+    """Key and extension of a file; None for other members, and for those that systems add."""
     match = _KEY.fullmatch(member.name) if member.isreg() else None
-    if match and (name := foreign_name(match[0])):
+    if match is None or any(map(is_system, member.name.split("/"))):
+        return None
+    if name := foreign_name(match[0]):
         raise ValueError(f"the name of member {name!r} is not valid UTF-8")
     return match
 
@@ -144,29 +204,19 @@ def _refuse_missing_end(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
 
 
-def _label(tar: tarfile.TarFile, sample: dict[str, tarfile.TarInfo]) -> int | None:
-    for extension, parse in ((".cls", int), (".json", _json_label)):
+def _label(tar: tarfile.TarFile, sample: Sample, unused: _Unused) -> int | None:
+    """The label in the first member of a sample that holds one."""
+    for extension in (*TEXT_EXTENSIONS, *JSON_EXTENSIONS):
         member = sample.get(extension)
         file = member and tar.extractfile(member)
         if member and file:
             if member.size > _MAX_TEXT:
                 raise ValueError(f"the label in member '{member.name}' takes {member.size} bytes")
             try:
-                return _in_64_bits(parse(file.read()))
+                label, odd = parse_label(file.read(), extension)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"the label in member '{member.name}' is not an integer ({error})") from error
+                raise ValueError(f"the label in member '{member.name}' is not a class number ({error})") from error
+            if label is not None:
+                return label
+            unused.fields.update([odd] if odd else [])
     return None
-
-
-def _in_64_bits(label: int | None) -> int | None:
-    if label is not None and label.bit_length() > 63:
-        raise ValueError("more than 64 bits")
-    return label
-
-
-def _json_label(text: bytes) -> int | None:
-    content = json.loads(text)
-    label = content.get("label") if isinstance(content, dict) else None
-    if label is not None and not isinstance(label, int):
-        raise ValueError(f"label is {label!r}")
-    return label

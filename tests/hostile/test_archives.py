@@ -106,7 +106,7 @@ def _tars(rng, harmful):
         "list": b'{"label": [1]}',
     }.items():
         yield f"json-{name}", _tar({"a.jpg": image, "a.json": text})
-    yield "twice", _tar({"a.jpg": image, "b.jpg": image, "a.png": image})
+    yield "twice", _tar({"a.jpg": image, "b.jpg": image, "a.JPG": image})
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
         yield f"kind-{kind.decode()}", _header(kind=kind) + end
 

@@ -20,13 +20,20 @@ from pipeline.sources.base import MAX_BYTES
 from pipeline.sources.open import open_source
 from pipeline.storage.store import Store
 
-FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF"}
+FORMATS = {
+    **{"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "gif": "GIF"},
+    **{"avif": "AVIF", "jp2": "JPEG2000", "ppm": "PPM"},
+}
 MAGIC = {
     "jpg": b"\xff\xd8\xff\xe0",
     "png": b"\x89PNG\r\n\x1a\n",
     "webp": b"RIFF\x10\x27\0\0WEBP",
     "bmp": b"BM",
     "tif": b"II*\0",
+    "gif": b"GIF89a",
+    "avif": b"\0\0\0\x1cftypavif",
+    "jp2": b"\0\0\0\x0cjP  \r\n\x87\n",
+    "ppm": b"P6 ",
 }
 
 
@@ -99,6 +106,15 @@ def _bombs(rng):
     for offset in (0, 8, 2**32 - 1):  # a directory that is not there, or is its own successor
         entry = struct.pack("<HHHII", 1, 256, 4, 1, 2**31) + struct.pack("<I", 8)
         yield f"directory-{offset}.tif", b"II*\0" + struct.pack("<I", offset) + entry
+    for width, height in ((100_000, 100_000), (2**31, 1), (0, 5)):
+        yield f"sides{width}x{height}.ppm", b"P6 %d %d 255\n" % (width, height) + rng.bytes(300)
+    jp2, avif = _encode(rng, "JPEG2000"), _encode(rng, "AVIF")
+    size = jp2.index(b"ihdr") + 4
+    yield "sides.jp2", jp2[:size] + struct.pack(">II", 100_000, 100_000) + jp2[size + 8 :]
+    stream = jp2.index(b"\xff\x51") + 6
+    yield "stream.jp2", jp2[:stream] + struct.pack(">II", 100_000, 100_000) + jp2[stream + 8 :]
+    size = avif.index(b"ispe") + 8
+    yield "sides.avif", avif[:size] + struct.pack(">II", 100_000, 100_000) + avif[size + 8 :]
     yield "sides.gif.jpg", b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b";"
 
 

@@ -61,7 +61,7 @@ def pictures(folder):
 @torch.inference_mode()
 def test_a_classifier_gives_its_likeliest_classes_as_in_the_evaluation(photos, models, tmp_path, capsys):
     predictor = load_predictor(str(models / "classify"), device="cpu", batch_size=2)
-    paths = find_images([photos])
+    paths, _ = find_images([photos])
     steps = predictor.saved.task.held_out_transform()
     logits = predictor.model(torch.stack([steps(decode_image(path.read_bytes())) for path in paths]))
     found = list(predictor.classify(photos))
@@ -79,7 +79,7 @@ def test_a_classifier_gives_its_likeliest_classes_as_in_the_evaluation(photos, m
 
 def test_segmentation_gives_maps_at_the_images_own_size_and_writes_them_as_png(photos, models, tmp_path, capsys):
     predictor = load_predictor(str(models / "segment"), device="cpu")
-    paths = find_images([photos])
+    paths, _ = find_images([photos])
     image = torch.from_numpy(np.array(decode_image(paths[1].read_bytes()))).permute(2, 0, 1)
     maps = list(predictor.segment(photos))
     with torch.inference_mode():
@@ -101,7 +101,7 @@ def test_detections_are_written_in_cocos_results_format_beside_their_images(phot
     run(capsys, models / "detect", photos, "--to", tmp_path)
     truth = COCO(tmp_path / "images.json")
     loaded = truth.loadRes(str(tmp_path / "predictions.json"))
-    for image, path, objects in zip(truth.dataset["images"], find_images([photos]), found, strict=True):
+    for image, path, objects in zip(truth.dataset["images"], find_images([photos])[0], found, strict=True):
         assert image["file_name"] == str(path)
         width, height = Image.open(path).size
         assert (image["width"], image["height"]) == (width, height)
@@ -119,7 +119,7 @@ def test_detections_are_written_in_cocos_results_format_beside_their_images(phot
 @pytest.mark.parametrize("task", TASKS)
 def test_images_that_cannot_be_read_are_left_out_of_the_predictions(task, photos, models, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "photos")
-    paths = find_images([tmp_path / "photos"])
+    paths, _ = find_images([tmp_path / "photos"])
     for path in (broken := [paths[0], paths[3]]):
         path.write_bytes(b"none")
     readable, whole, part = [path for path in paths if path not in broken], tmp_path / "whole", tmp_path / "part"

@@ -6,8 +6,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.sources.base import INDEX_SCHEMA
 from pipeline.sources.image_folder import ImageFolder
+from pipeline.sources.left_out import notes_of
 from pipeline.sources.open import open_source
 from tests.sources.noise_images import encode
 
@@ -84,6 +86,66 @@ def test_linked_class_folders_are_followed_and_loops_are_not(animals: Path, tmp_
     assert open_source(str(animals), split="train").index()["sample_id"].to_pylist()[-1] == "zebra/z.jpg"
 
 
+def test_links_to_folders_elsewhere_are_followed_at_any_depth_and_each_folder_once(
+    animals: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    for name in ("one/a.jpg", "one/deep/b.jpg", "two/c.jpg"):
+        write(store / name, encode(7))
+    (animals / "bird" / "batch1").symlink_to(store / "one")
+    (animals / "bird" / "again").symlink_to(store / "one" / "deep")
+    (store / "one" / "more").symlink_to(store / "two")
+    (store / "two" / "back").symlink_to(store / "one")
+    (animals / "bird" / "root").symlink_to(animals)
+    (animals / "bird" / "apes").symlink_to(animals / "ape")
+    index = open_source(str(animals), split="train").index()
+    birds = [Path(name).name for name in index["sample_id"].to_pylist() if name.startswith("bird/")]
+    assert sorted(birds) == ["a.jpg", "b.jpg", "c.jpg"]
+    (note,) = (note for note in notes_of(index) if "links" in note)
+    assert note.startswith("4 links back into the data: ")
+    assert "bird/root" in note
+    assert "bird/apes" in note
+
+
+SYSTEM = ("__MACOSX", "@eaDir", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+
+
+@pytest.mark.parametrize("name", [*SYSTEM, ".ipynb_checkpoints", ".git", "@EADIR", "#snapshot"])
+def test_what_systems_leave_behind_is_neither_class_nor_image(animals: Path, name: str) -> None:
+    before = open_source(str(animals), split="train").index()
+    for place in ("", "ape", "hund/nah"):
+        write(animals / place / name / "ape" / "x.jpg", encode(3))
+        write(animals / place / "._a.jpg", b"x")
+        write(animals / place / "Thumbs.db", b"x")
+        write(animals / place / ".DS_Store", b"x")
+    source = open_source(str(animals), split="train")
+    assert source.classes == ("ape", "bird", "hund")
+    assert source.index().equals(before)
+    assert notes_of(source.index()) == notes_of(before)
+
+
+def test_other_files_and_empty_classes_are_named(animals: Path) -> None:
+    for number, name in enumerate(("b.heic", "c.HEIC", "d.xyz", "e")):
+        write(animals / "hund" / name, encode(number))
+    assert notes_of(open_source(str(animals), split="train").index()) == [
+        "1 classes without an image: bird",
+        "5 files that are no images by their ending: .heic 2, .txt 1, .xyz 1, no ending 1",
+    ]
+
+
+@pytest.mark.parametrize("ending", IMAGE_EXTENSIONS)
+def test_every_ending_of_an_image_is_found_in_any_case(tmp_path: Path, ending: str) -> None:
+    for name in (f"a{ending}", f"b{ending.upper()}"):
+        write(tmp_path / "c" / name, encode(0))
+    assert open_source(str(tmp_path), split="train").index().num_rows == 2
+
+
+def test_a_folder_without_images_says_what_it_has(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "x.heic", b"x")
+    with pytest.raises(UserError, match=r"no images found; .*left out: 1 classes without .*ending: \.heic 1"):
+        open_source(str(tmp_path), split="train").index()
+
+
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / "flat" / f"{number}.jpg", encode(number))
@@ -105,8 +167,66 @@ def test_images_beside_class_folders_are_refused(animals: Path) -> None:
 
 def test_split_folders_are_not_taken_for_classes(animals: Path) -> None:
     (animals.parent / "val").mkdir()
-    with pytest.raises(UserError, match=r"several splits \(train, val\)"):
+    with pytest.raises(
+        UserError, match=r"several splits \(train, val\); .* or .*/animals/\* if these folders are classes"
+    ):
         open_source(str(animals.parent), split="train")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("test_tube", "bullet_train", "mug"),
+        ("train-station", "test tube"),
+        ("train", "test", "bus"),
+        ("train", "training"),
+        ("validation.set", "trains", "tests"),
+    ],
+)
+def test_classes_may_be_called_like_splits(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write(tmp_path / name / "a.jpg", encode(0))
+    assert open_source(str(tmp_path), split="train").classes == tuple(sorted(names))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train/a", "val/a"),
+        ("train", "test"),
+        ("Training", "Validation"),
+        ("train2017", "val2017"),
+        ("train/a", "test/a", "notes"),
+        ("valid", "test"),
+    ],
+)
+def test_folders_of_splits_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write(tmp_path / name / "a.jpg", encode(0))
+    with pytest.raises(UserError, match="several splits"):
+        open_source(str(tmp_path), split="train")
+
+
+def test_a_pattern_of_folders_names_the_classes(tmp_path: Path) -> None:
+    for name in ("train", "test", "tram", "__MACOSX"):
+        write(tmp_path / "rails" / name / "deep" / "a.jpg", encode(0))
+    write(tmp_path / "rails" / "notes.txt", b"x")
+    source = open_source(f"{tmp_path}/rails/*", split="train")
+    assert source.classes == ("test", "train", "tram")
+    assert source.name == "rails"
+    index = source.index()
+    assert index["sample_id"].to_pylist() == ["test/deep/a.jpg", "train/deep/a.jpg", "tram/deep/a.jpg"]
+    assert list(source.read(index)) == [encode(0)] * 3
+    some = open_source(f"{tmp_path}/rails/{{tram,train}}", split="train")
+    assert some.classes == ("train", "tram")
+    assert some.index()["label"].to_pylist() == [0, 1]
+
+
+def test_a_pattern_of_folders_in_several_folders_is_refused(tmp_path: Path) -> None:
+    for name in ("a/cat", "b/cat"):
+        write(tmp_path / name / "a.jpg", encode(0))
+    with pytest.raises(UserError, match=r"class folders must be in one folder, but these are in .*/a, .*/b"):
+        open_source(f"{tmp_path}/*/cat", split="train")
 
 
 def test_a_file_name_that_is_not_utf8_is_named(animals: Path) -> None:

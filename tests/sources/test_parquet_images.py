@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_image
+from pipeline.sources.left_out import notes_of
 from pipeline.sources.open import open_source
 from pipeline.sources.parquet_images import ParquetImages
 from tests.sources.noise_images import encode
@@ -135,12 +136,103 @@ def test_several_candidates_need_a_name(tmp_path: Path) -> None:
     assert list(source.read(source.index())) == [encode(1)]
 
 
-def test_the_label_column_can_be_named_and_must_be_integer(tmp_path: Path) -> None:
-    columns = {"image": pa.array([encode(0)]), "label": [1], "coarse": [2], "word": ["x"]}
+def test_the_label_column_can_be_named_and_must_hold_labels(tmp_path: Path) -> None:
+    columns = {"image": pa.array([encode(0)]), "label": [1], "coarse": [2], "boxes": [[1, 2]]}
     path = str(write(tmp_path / "a.parquet", columns))
     assert open_source(path, split="train", label_column="coarse").index()["label"].to_pylist() == [2]
-    with pytest.raises(UserError, match=r"'word'; set data\.label_column to one of: label, coarse"):
+    remedy = r"set data\.label_column to one of: label, coarse"
+    with pytest.raises(UserError, match=rf"column 'boxes' holds list.*int64.*not class numbers or names; {remedy}"):
+        open_source(path, split="train", label_column="boxes")
+    with pytest.raises(UserError, match=rf"no column 'word'.*; {remedy}"):
         open_source(path, split="train", label_column="word")
+
+
+WORDS = ["dog", "cat", None, "dog", " cat "]
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "classes"),
+    [
+        (pa.array(WORDS), [1, 0, None, 1, 0], ("cat", "dog")),
+        (pa.array(WORDS, pa.large_string()), [1, 0, None, 1, 0], ("cat", "dog")),
+        (pa.array(WORDS, pa.string_view()), [1, 0, None, 1, 0], ("cat", "dog")),
+        (pa.array(WORDS).dictionary_encode(), [1, 0, None, 1, 0], ("cat", "dog")),
+        (pa.array(["10", "9", "", "-1", "10"]), [10, 9, None, None, 10], ()),
+        (pa.array(["10", "9", "x", "9", "10"]), [0, 1, 2, 1, 0], ("10", "9", "x")),
+        (pa.array([3.0, 0.0, float("nan"), None, -1.0]), [3, 0, None, None, None], ()),
+        (pa.array([3, 0, 1, 2, 1], pa.uint8()), [3, 0, 1, 2, 1], ()),
+        (pa.array([3, 0, 1, 2, 1], pa.float16()), [3, 0, 1, 2, 1], ()),
+        (pa.array([3, 0, 1, 2, 1]).dictionary_encode(), [3, 0, 1, 2, 1], ()),
+        (pa.array([True, False, None, True, True]), [1, 0, None, 1, 1], ("false", "true")),
+    ],
+    ids=str,
+)
+def test_labels_of_every_type(tmp_path: Path, column: pa.Array, labels: list, classes: tuple[str, ...]) -> None:
+    path = write(tmp_path / "a.parquet", {"image": [encode(n) for n in range(5)], "label": column}, rows_per_group=2)
+    source = pickle.loads(pickle.dumps(open_source(str(path), split="train")))  # noqa: S301
+    assert source.classes == classes
+    assert source.index()["label"].to_pylist() == labels
+
+
+def test_names_of_classes_are_those_of_all_files_and_numbers_may_be_floats_in_some(tmp_path: Path) -> None:
+    for file, words in {"a": ["cat", "owl"], "b": ["dog", "cat"]}.items():
+        columns = {"image": [encode(n) for n in range(2)], "label": words, "number": pa.array([1, 2])}
+        if file == "b":
+            columns["number"] = pa.array([3.0, float("nan")])
+        write(tmp_path / f"{file}.parquet", columns)
+    source = open_source(str(tmp_path), split="train")
+    assert source.classes == ("cat", "dog", "owl")
+    assert source.index()["label"].to_pylist() == [0, 2, 1, 0]
+    numbers = open_source(str(tmp_path), split="train", label_column="number").index()
+    assert numbers["label"].to_pylist() == [1, 2, 3, None]
+    write(tmp_path / "c.parquet", {"image": [encode(0)], "label": [1], "number": [1]})
+    with pytest.raises(UserError, match=r"c\.parquet: the types of its columns differ"):
+        open_source(str(tmp_path), split="train").index()
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (pa.array([0.5]), r"column 'label' holds 0\.5; labels are whole numbers"),
+        (pa.array([float("inf")]), r"column 'label' holds inf"),
+        (pa.array([1e300]), r"column 'label' holds 1e\+300"),
+        (pa.array([2**64 - 1], pa.uint64()), r"column 'label' holds a number of more than 64 bits"),
+    ],
+)
+def test_numbers_that_are_no_labels_are_named(tmp_path: Path, values: pa.Array, problem: str) -> None:
+    path = write(tmp_path / "a.parquet", {"image": [encode(0)], "label": values})
+    with pytest.raises(UserError, match=rf"a\.parquet: {problem}"):
+        open_source(str(path), split="train").index()
+
+
+def test_a_usual_column_that_cannot_hold_labels_is_noted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"image": [encode(0)], "labels": [[1, 2]]})
+    index = open_source(str(path), split="train").index()
+    assert index["label"].to_pylist() == [None]
+    (note,) = notes_of(index)
+    assert note.startswith("columns that hold no class numbers or names: labels: list")
+
+
+@pytest.mark.parametrize(
+    ("kind", "nested"),
+    [  # pyarrow cannot write views within a struct, nor read a dictionary there
+        *((kind, nested) for kind in (pa.binary(), pa.large_binary()) for nested in (False, True)),
+        (pa.binary_view(), False),
+        (pa.dictionary(pa.int32(), pa.binary()), False),
+    ],
+    ids=str,
+)
+def test_image_columns_of_every_binary_type(tmp_path: Path, kind: pa.DataType, nested: bool) -> None:
+    images = [encode(n) for n in range(4)] + [encode(0), None]
+    column = pa.array(images, pa.binary()).cast(kind) if pa.types.is_dictionary(kind) else pa.array(images, kind)
+    if nested:
+        column = pa.StructArray.from_arrays([column], ["bytes"])
+    source = open_source(str(write(tmp_path / "a.parquet", {"image": column})), split="train")
+    index = source.index()
+    assert index["size"].to_pylist() == [len(image or b"") for image in images]
+    *read, missing = source.read(index)
+    assert read == images[:-1]
+    assert isinstance(missing, ValueError)
 
 
 def test_damaged_and_mismatched_files_are_named(tmp_path: Path) -> None:

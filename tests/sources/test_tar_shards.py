@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.sources.left_out import notes_of
 from pipeline.sources.open import open_source
 from pipeline.sources.tar_shards import TarShards
 from tests.sources.noise_images import encode
@@ -117,17 +118,106 @@ def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
         open_source(str(write_tar(tmp_path / "x.tar", {"a.jpg": encode(0)}, "w:gz")), split="train").index()
 
 
-@pytest.mark.parametrize(("member", "text"), [("a.cls", b"cat"), ("a.json", b'{"label": "cat"}'), ("a.json", b"{")])
+@pytest.mark.parametrize(
+    ("member", "text"),
+    [
+        ("a.cls", b"cat"),
+        ("a.label", b"3.5"),
+        ("a.class.txt", b"1_000"),
+        ("a.cls", b"\xff"),
+        ("a.cls", b"1" * 30),
+        ("a.json", b'{"label": "cat"}'),
+        ("a.json", b'{"label": 0.5}'),
+        ("a.json", b'{"label": [1]}'),
+        ("a.json", b'{"label": Infinity}'),
+        ("a.json", b"{"),
+    ],
+)
 def test_a_bad_label_names_tar_and_member(tmp_path: Path, member: str, text: bytes) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.jpg": encode(0), member: text})
     with pytest.raises(UserError, match=rf"x\.tar: .*'{member}'"):
         open_source(str(path), split="train").index()
 
 
-def test_one_key_in_two_places_is_refused(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", {"a.jpg": encode(0), "b.jpg": encode(1), "a.png": encode(2, "PNG")})
-    with pytest.raises(UserError, match=r"'x\.tar/a' occurs more than once"):
+def test_members_of_a_sample_may_be_anywhere(tmp_path: Path) -> None:
+    members = {f"{n}.jpg": encode(n) for n in range(4)} | {f"{n}.cls": str(n % 2).encode() for n in (3, 0, 2, 1)}
+    source = open_source(str(write_tar(tmp_path / "x.tar", members)), split="train")
+    index = source.index()
+    assert index["label"].to_pylist() == [0, 1, 0, 1]
+    assert list(source.read(index)) == [encode(n) for n in range(4)]
+
+
+def test_what_is_not_used_is_counted_and_named(tmp_path: Path) -> None:
+    members = {
+        "a.jpg": encode(0),
+        "lonely.cls": b"1",
+        "a.png": encode(1, "PNG"),
+        "a.seg.png": encode(2, "PNG"),
+        "b.jpg": encode(3),
+        "b.json": b'{"class": "cat", "caption": "a cat"}',
+        "readme.txt": b"x",
+    }
+    source = open_source(str(write_tar(tmp_path / "x.tar", members)), split="train")
+    index = source.index()
+    assert list(source.read(index)) == [encode(0), encode(3)]
+    assert index["label"].to_pylist() == [None, None]
+    assert notes_of(index) == [
+        "1 labels without an image: x.tar/lonely",
+        "1 images of samples that have another: .png 1",
+        "JSON fields that hold no class number: class in 1 members",
+        "2 members that are no images by their ending: .seg.png 1, .txt 1",
+    ]
+
+
+def test_a_member_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    file = write_tar(tmp_path / "x.tar", {"a.jpg": encode(0), "b.jpg": encode(1)})
+    with tarfile.open(file, "a") as tar:
+        again = tarfile.TarInfo("a.jpg")
+        again.size = len(encode(9))
+        tar.addfile(again, io.BytesIO(encode(9)))
+    with pytest.raises(UserError, match=r"x\.tar: member 'a\.jpg' occurs twice"):
+        open_source(str(file), split="train").index()
+
+
+def test_members_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": encode(0), "a.JPG": encode(1)})
+    with pytest.raises(UserError, match=r"members 'a\.jpg' and 'a\.JPG' differ only in upper and lower case"):
         open_source(str(path), split="train").index()
+
+
+def test_what_systems_add_to_a_tar_is_ignored_at_any_depth(tmp_path: Path) -> None:
+    names = ("__MACOSX/a.jpg", "x/@eaDir/a.jpg", ".cache/a.jpg", "x/._a.jpg", "lost+found/a.cls", "x/Thumbs.db")
+    members = {"./x/a.jpg": encode(0), **{name: encode(1) for name in names}}
+    index = open_source(str(write_tar(tmp_path / "x.tar", members)), split="train").index()
+    assert index["sample_id"].to_pylist() == ["x.tar/x/a"]
+    assert notes_of(index) == []
+
+
+@pytest.mark.parametrize(
+    ("member", "text", "label"),
+    [
+        ("a.cls", "3\n", 3),
+        ("a.cls", "3.0", 3),
+        ("a.cls", "", None),
+        ("a.cls.txt", "3", 3),
+        ("a.CLASS", "3", 3),
+        ("a.label.txt", " 3 ", 3),
+        ("a.target", "3", 3),
+        ("a.json", '{"label": "3"}', 3),
+        ("a.json", '{"label": 3.0}', 3),
+        ("a.json", '{"label": true}', 1),
+        ("a.json", '{"label": null, "class_id": 3}', 3),
+        ("a.json", '{"caption": "x", "category_id": "3"}', 3),
+        ("a.json", '{"class": "cat", "target": 3}', 3),
+        ("a.json", '{"label": NaN}', None),
+        ("a.json", '["a", "list"]', None),
+        ("a.cls.json", "3", 3),
+        ("a.cls", "-1", None),
+    ],
+)
+def test_labels_as_people_write_them(tmp_path: Path, member: str, text: str, label: int | None) -> None:
+    path = write_tar(tmp_path / "x.tar", {member: text.encode(), "a.jpg": encode(0)})
+    assert open_source(str(path), split="train").index()["label"].to_pylist() == [label]
 
 
 def test_a_shard_that_vanished_or_shrank_fails_only_its_own_rows(shards: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 import pyarrow as pa
 
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
+from pipeline.cache.fill.compare import refuse_other_images
 from pipeline.cache.fill.ingest import Ingest, check_quarantine
 from pipeline.cache.fill.placement import starved
 from pipeline.cache.fill.ray_pipeline import extract_shards, finished_shards, gpus, ingest_shards
@@ -28,6 +29,7 @@ from pipeline.errors import UserError, blame_field
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.runtime.metrics import export
 from pipeline.sources.base import Source
+from pipeline.sources.left_out import notes_of
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
 from pipeline.storage.store import Store
@@ -46,6 +48,11 @@ class SplitPlan:
     source: Source
     index: pa.Table
     dataset: Dataset
+
+    @property
+    def left_out(self) -> list[str]:
+        """What the source has passed over, in phrases."""
+        return notes_of(self.index)
 
     def missing_images(self) -> list[int]:
         """Shards of `images` that are missing."""
@@ -91,8 +98,13 @@ class BuildReport:
     quarantined: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
 
-def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapshot | None = None) -> CachePlan:
+def plan_cache(
+    config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapshot | None = None, compare: bool = True
+) -> CachePlan:
     """Index the sources and name every folder that the job needs; its plans may share a snapshot.
+
+    Args:
+        compare: refuse other images than the cached ones where files have changed (`pipeline.cache.fill.compare`).
 
     Raises:
         UserError, TeacherError: if a source, a teacher or the cache does not match the configuration.
@@ -102,16 +114,25 @@ def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapsh
     for twin in {name for name in ids if ids.count(name) > 1}:
         raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; list each teacher once")
     policy = ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed)
-    return CachePlan(store, plan_splits(config, store, policy, snapshot), cached)
+    return CachePlan(store, plan_splits(config, store, policy, snapshot, compare), cached)
 
 
 def plan_splits(
-    config: CacheJobConfig, store: Store, policy: ViewPolicy = WHOLE, snapshot: RecordSnapshot | None = None
+    config: CacheJobConfig,
+    store: Store,
+    policy: ViewPolicy = WHOLE,
+    snapshot: RecordSnapshot | None = None,
+    compare: bool = True,
 ) -> tuple[SplitPlan, ...]:
     """As `plan_cache`, without teachers; `policy` is for the training images, held-out images are always whole."""
     snapshot = snapshot or RecordSnapshot()
     splits = {"train": (config.data.train, policy), "val": (config.data.held_out, WHOLE)}
-    return tuple(_plan_split(config, store, split, at, views, snapshot) for split, (at, views) in splits.items() if at)
+    planned = [_plan_split(config, store, split, at, views, snapshot) for split, (at, views) in splits.items() if at]
+    for split in planned if compare else ():
+        if split.dataset.store.uri not in snapshot.compared:
+            refuse_other_images(split.dataset, split.source, split.index)
+            snapshot.compared.add(split.dataset.store.uri)
+    return tuple(planned)
 
 
 def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import Source
+from pipeline.sources.locations import SAMPLES
 from pipeline.storage.store import Store, report_damage
 
 SCATTER_BYTES = 1 << 30
@@ -136,14 +138,39 @@ def plan_dataset(
 
 
 def create_dataset(dataset: Dataset, index: pa.Table) -> None:
-    """Write the index and the descriptions of the dataset and its view, unless they exist."""
+    """Write the index and the descriptions of the dataset and its view, unless they exist.
+
+    An index whose files have moved or changed is written again, with the same images in the same order.
+    """
     if not dataset.view.exists("view.json"):
         dataset.view.put("view.json", json.dumps(asdict(dataset.policy), indent=2).encode())
     if dataset.store.exists("dataset.json"):
+        if len(changed_rows(dataset, index)):
+            write_index(dataset, index)
         return
     write_index(dataset, index)
     meta = {"format": FORMAT_VERSION, **{name: getattr(dataset, name) for name in DESCRIBED}}
     dataset.store.put("dataset.json", json.dumps(meta, indent=2).encode())
+
+
+def changed_rows(dataset: Dataset, index: pa.Table) -> np.ndarray:
+    """Numbers of the rows of an index whose files have another place or version than the index in the cache says.
+
+    None if the cache has no index that can be read; all if an older version made it, without versions of files. Generated
+    scenes have no files.
+    """
+    none = np.empty(0, np.int64)
+    if dataset.location == SAMPLES or not dataset.store.exists("index.parquet"):
+        return none
+    try:
+        file = pq.ParquetFile(dataset.store.open("index.parquet"))
+        known = file.read([name for name in ("uri", "version") if name in file.schema_arrow.names])
+    except (pa.ArrowException, OSError):
+        return none  # --verify says so, and --repair writes it again
+    if "version" not in known.column_names or known.num_rows != index.num_rows:
+        return np.arange(index.num_rows)
+    differs = pc.or_(*(pc.not_equal(known[name], index[name]) for name in ("uri", "version")))
+    return np.flatnonzero(differs.to_numpy())
 
 
 def write_index(dataset: Dataset, index: pa.Table) -> None:

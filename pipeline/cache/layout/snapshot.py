@@ -6,7 +6,8 @@ from pipeline.cache.layout.shards import ShardFolder, ShardRecord, record_number
 
 
 class RecordSnapshot:
-    """The records of the shards in several folders; each record is read from the store once.
+    """The records of the shards in several folders; each record is read from the store once. And which datasets' images were
+    compared with their source (`compared`, by URI), as the phases of a job share them.
 
     A record is a small file, and a job asks for the records of a folder a dozen times: in the plan, while filling, and in
     every reader. The datasets of a job share one snapshot, and whoever commits shards refreshes it. It is picklable, so
@@ -15,6 +16,7 @@ class RecordSnapshot:
     """
 
     def __init__(self) -> None:
+        self.compared: set[str] = set()
         self._folders: dict[str, ShardFolder] = {}
         self._listed: dict[str, dict[int, ShardRecord]] = {}
         self._complete: dict[str, dict[int, ShardRecord]] = {}

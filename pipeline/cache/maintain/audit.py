@@ -2,11 +2,12 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipeline.cache.config import CacheJobConfig
-from pipeline.cache.fill.build import CachePlan
+from pipeline.cache.fill.build import CachePlan, SplitPlan
+from pipeline.cache.fill.compare import differing_images
 from pipeline.cache.fill.ray_pipeline import finished_shards, run_in_actors
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.dataset import Dataset
@@ -47,7 +48,7 @@ class Verification:
 
 
 def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, int]] | None = None) -> Verification:
-    """Check every file of the plan's datasets and teachers, and recompute a sample of rows.
+    """Check every file of the plan's datasets and teachers, compare all images with the source, and recompute a sample of rows.
 
     Args:
         only: (split, shard) of the shards to check; None: all. Files that belong to all shards are always checked.
@@ -78,6 +79,10 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
         found.findings += [Finding(**item) for item in json.loads(row["findings"])]
         found.files += row["files"]
         found.recomputed += row["recomputed"]
+    broken = {(item.dataset, item.shard) for item in found.findings if item.part == "images"}
+    for split in plan.splits:
+        intact = [n for name, n in shards if name == split.split and (split.dataset.id, n) not in broken]
+        found.findings += _compare_with_source(split, intact)
     found.findings.sort(key=lambda item: (item.dataset, item.part, -1 if item.shard is None else item.shard, item.file))
     return found
 
@@ -125,6 +130,16 @@ def _other_weights(plan: CachePlan, cached: CachedTeacher, present: str) -> Iter
                 f"file, or --delete {split.dataset.id}/{split.dataset.policy.id}/{cached.id}"
             )
             yield finding(split.dataset, cached.id, folder.store, None, BrokenError("teacher.json", problem))
+
+
+def _compare_with_source(split: SplitPlan, shards: Sequence[int]) -> Iterator[Finding]:
+    """The shards whose images differ from the source's."""
+    dataset = split.dataset
+    for shard, names in sorted(differing_images(dataset, split.source, split.index, shards).items()):
+        record = dataset.images.listing(shard)
+        assert record is not None
+        problem = f"differs from {dataset.location} in {len(names)} images, first {names[0]}"
+        yield finding(dataset, "images", dataset.images.store, shard, BrokenError(record.file, problem))
 
 
 def _check_folders(dataset: Dataset, teachers: Iterable[CachedTeacher]) -> Iterator[Finding]:

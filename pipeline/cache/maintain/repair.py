@@ -7,7 +7,7 @@ from dataclasses import replace
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, freeze_stats, ingest_missing
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.dataset import Dataset, discard_stats, write_index
+from pipeline.cache.layout.dataset import Dataset, changed_rows, discard_stats, write_index
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.maintain.audit import Verification, verify_cache
 from pipeline.cache.maintain.checks import BrokenError, Finding
@@ -51,9 +51,9 @@ def _affected(plan: CachePlan, found: Verification) -> Iterator[tuple[str, int]]
 def _repair_images(split: SplitPlan, found: Iterable[Finding]) -> None:
     """Write the index, images and crops again, which needs no teacher."""
     dataset = split.dataset
-    if any(item.part == "index" for item in found):
-        write_index(dataset, split.index)
     images = _shards(found, "images")
+    if any(item.part == "index" for item in found) or (images and len(changed_rows(dataset, split.index))):
+        write_index(dataset, split.index)  # which also says where the images are now
     bad = {shard: record.facts["bad"] for shard, record in dataset.images.listed().items() if "bad" in record.facts}
     known = {(split.split, shard): {sample["sample_id"] for sample in bad[shard]} for shard in images & bad.keys()}
     for shard in images:

@@ -1,5 +1,6 @@
 """Image classification: timm's augmentation and mixing, a normalised linear head, top-1 and top-5."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from pipeline.downstream.pictures import caption
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.downstream.saved import find_model
 from pipeline.errors import UserError
+from pipeline.imaging.crop import is_thin, resized_centre
 from pipeline.sources.base import odd_class
 from pipeline.student.model import Encoder
 from pipeline.training.worker import Worker
@@ -212,12 +214,17 @@ class Classification(DownstreamTask[ClassifyConfig]):
         return v2.Compose([transform, v2.Normalize((-mean / std).tolist(), (1 / std).tolist())])
 
     def held_out_transform(self) -> Callable[[Any], Tensor]:
-        """timm's resize and centre crop of a PIL image, to float32 [3, S, S] in [0, 1]."""
+        """timm's resize and centre crop of a PIL image, to float32 [3, S, S] in [0, 1]; memory is bounded for any shape."""
         size, share = self.config.student.input_size, self.settings.crop_share
-        steps: Callable[[Any], Tensor] = create_transform(
-            (3, size, size), interpolation="bicubic", crop_pct=share, mean=(0,) * 3, std=(1,) * 3
-        )
-        return steps
+        steps = create_transform((3, size, size), interpolation="bicubic", crop_pct=share, mean=(0,) * 3, std=(1,) * 3)
+
+        def transform(image: Any) -> Tensor:
+            if is_thin(image):
+                return pil_to_tensor(resized_centre(image, math.floor(size / share), size)) / 255
+            pixels: Tensor = steps(image)
+            return pixels
+
+        return transform
 
     def _held_out(self, examples: LabelledImages, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         steps, size = self.held_out_transform(), self.config.train.batch_size

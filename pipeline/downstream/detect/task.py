@@ -160,6 +160,12 @@ class Detection(DownstreamTask[DetectConfig]):
         return {"predictions.json": results, "images.json": described}
 
     def _find(self, model: nn.Module, image: Tensor, classes: Sequence[str]) -> Objects:
+        height, width = image.shape[-2:]
+        if max(height, width) > self.settings.max_size * min(
+            height, width
+        ):  # resized, its short side is less than a pixel
+            masks = torch.zeros(0, height, width, dtype=torch.bool) if self.settings.masks else None
+            return Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0), masks)
         (output,) = model([image.to(device_of(model)).float() / 255])
         output = {name: value.cpu() for name, value in output.items()}
         labels = output["labels"] - 1  # the detector's 0 is the background

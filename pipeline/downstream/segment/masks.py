@@ -36,7 +36,8 @@ class MaskedImages:
         self.location, self.masks, self.classes, self.first = str(images), masks, classes, int(reduce_zero_label)
         if not images.is_dir():
             raise UserError(f"{images}: no such folder of images")
-        self.names = sorted(str(path.relative_to(images)) for path in image_files(images))
+        files, self.left_out = image_files(images)
+        self.names = sorted(str(path.relative_to(images)) for path in files)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -52,7 +53,7 @@ class MaskedImages:
     def check(self) -> list[str]:
         """Every image must have a label map of its size that holds only known classes."""
         check_rows(self._check_row, len(self))
-        return []
+        return self.left_out
 
     def _check_row(self, row: int) -> None:
         path = os.path.join(self.location, self.names[row])

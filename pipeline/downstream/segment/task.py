@@ -21,6 +21,7 @@ from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.downstream.segment.config import SegmentConfig
 from pipeline.downstream.segment.masks import IGNORE, MaskedImages, SceneMasks, open_masked
+from pipeline.imaging.crop import THIN
 from pipeline.student.model import Encoder
 from pipeline.training.segmentation_scores import segmentation_scores
 from pipeline.training.worker import Worker
@@ -163,11 +164,12 @@ class Segmentation(DownstreamTask[SegmentConfig]):
         return {"predictions.json": {"classes": list(classes), "images": rows}}
 
     def training_transform(self) -> v2.Compose:
-        """Scale jitter, crop, flip and colour changes of an image uint8 [3, H, W] and its mask."""
+        """Scale jitter, crop, flip and colour changes of an image uint8 [3, H, W] and its mask; of a thin image a part."""
         low, high = (round(scale * self.settings.size) for scale in self.settings.scales)
         fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE}  # the mean colour of ImageNet
         return v2.Compose(
             [
+                _Part(),
                 v2.RandomResize(low, high + 1, antialias=True),
                 _Crop(self.config.student.input_size, pad_if_needed=True, fill=fill),
                 v2.RandomHorizontalFlip(),
@@ -200,6 +202,23 @@ class Segmentation(DownstreamTask[SegmentConfig]):
 
 def _plain(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.as_subclass(Tensor) for tensor in tensors])
+
+
+class _Part(v2.Transform):
+    """A random part of an image whose long side is over `THIN` times its short one, which resizing would make huge."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        sides = [*v2.functional.get_size(flat_inputs[0])]
+        kept = [min(side, THIN * min(sides)) for side in sides]
+        # Other images draw no random number.
+        starts = [
+            int(torch.randint(side - part + 1, ())) if side > part else 0
+            for side, part in zip(sides, kept, strict=True)
+        ]
+        return {"top": starts[0], "left": starts[1], "height": kept[0], "width": kept[1]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
 
 
 class _Crop(v2.RandomCrop):
