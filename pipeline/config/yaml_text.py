@@ -44,17 +44,18 @@ def read_yaml(text: str) -> Any:
     Raises:
         ValueError: with the reason in one line and, in a text of several lines, the number of the line.
     """
-    loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f"line {mark.line + 1}: " if mark and "\n" in text.strip() else ""
         raise ValueError(f"{line}{error.problem}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
-    finally:
-        loader.dispose()
 
 
 def read_inline_yaml(text: str) -> Any:

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -239,6 +239,9 @@ def _locked(uri: str) -> Iterator[None]:
     with file.with_name(f"{file.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    if (escaped := Path(uri.removeprefix("sqlite:///")).parent) != file.parent:
+        with suppress(OSError):
+            os.removedirs(escaped)  # MLflow makes the folder of the URI as it is written
 
 
 _EXPERIMENT_NOTE = """Runs of ReGLA Distill. Each job is a run that describes what it does, with its stages as nested runs and

@@ -40,7 +40,8 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
         ("a:\n  b: 1\nc: 2\na: 3\n", "line 4: key a twice"),
         ("a: [1,\nb", "line 2: expected"),
         ("!!python/object:os.system {}", "could not determine a constructor"),
-        ("[" * 5000, "recursion|expected"),
+        ("a: \0", "special characters are not allowed"),
+        ("[" * 1500, "recursion|expected"),
     ],
 )
 def test_what_is_no_value_is_refused_with_its_line(text, reason):

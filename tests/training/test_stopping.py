@@ -38,6 +38,15 @@ def test_a_call_in_a_thread_returns_raises_and_sees_the_callers_context():
         call_in_thread(lambda: sys.exit(3))
 
 
+@pytest.fixture
+def default_sigint():
+    """xdist's workers ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_sigint")
 def test_ctrl_c_ends_the_wait_at_once():
     release = threading.Event()
 
