@@ -41,10 +41,10 @@ TEACHERS = "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}, {model: '
 
 @pytest.mark.parametrize("codec", ["pca-int8-zstd", "int8", "float32"])
 def test_every_figure_of_size_counts_all_files_below_the_folder(photo_config, tmp_path, codec):
-    plan = plan_cache(photo_config(f"cache.codec={codec}", TEACHERS), Store.at(tmp_path / "cache"))
-    bound = missing_bytes(plan)
-    fill_in_process(plan)
-    plan = plan_cache(photo_config(f"cache.codec={codec}", TEACHERS), Store.at(tmp_path / "cache"))
+    config, store = photo_config(f"cache.codec={codec}", TEACHERS), Store.at(tmp_path / "cache")
+    bound = missing_bytes(plan_cache(config, store))
+    fill_in_process(plan_cache(config, store))
+    plan = plan_cache(config, store)
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     disk = {path: path.stat().st_size for path in files}
     features = sum(size for path, size in disk.items() if "teachers" in path.parts)
