@@ -241,7 +241,7 @@ def all_bytes(split: SplitPlan, teacher: CachedTeacher, row_bytes: float) -> int
     known = 2 * sum(part.numel() for part in components if part is not None)
     # One shard more, for the merged statistics and the teacher's description.
     beside = side_bytes(teacher, dataset.shards + 1, fitted=bool(known)) + known
-    return int(_views(split, range(dataset.shards)) * (row_bytes + KEY_BYTES)) + beside
+    return int(_views(split, list(range(dataset.shards))) * (row_bytes + KEY_BYTES)) + beside
 
 
 def check_space(*plans: CachePlan) -> None:
