@@ -1,31 +1,48 @@
 """Measure bytes and fidelity of stored features, per teacher and codec.
 
     python benchmarks/cache_size.py recipes/photos.yaml data.train=<photos> teachers.1.weights=<file> --images 1024
+    python benchmarks/cache_size.py --simulated
 
-Projections are fitted on one half of the images; every codec is evaluated on the other half. Bytes are those of a Parquet file
-of that half, including zstd. Prints a table and one line of JSON: for the recipe's own codec the bytes of float32 over its bytes
-(`ratio`) and the mean cosine of a patch (`min_cosine`), each the minimum over the trained teachers.
+Projections are fitted on one part of the images and every codec is evaluated on the others, which are committed as the job
+commits them. Bytes are those of all files of the teacher's folder: features, statistics, records, projections, description.
+Fidelity is the cosine of the standardised patches (`pipeline/cache/layout/target.py`), computed here in float64.
+
+`--simulated` draws features instead, in the shapes of DINOv2-L, CLIP-L and SAM-H (pooled to 16x16): normal, with means and
+deviations that spread over the channels as lognormal, a correlation of the spectrum i**-power in a random basis, and for
+the transformers two massive channels of a hundredfold deviation. The spectrum decides the size: it is a model, no
+measurement of those networks.
+
+Prints a table and one line of JSON: for the recipe's own codec the bytes of float32 over its bytes (`ratio`) and the mean cosine
+(`min_cosine`), each the minimum over the trained teachers.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from benchmarks.synthetic_cache import binary_column
-from pipeline.cache.layout.cached_teacher import make_teacher
-from pipeline.cache.layout.codec import TARGET_COSINE, Codec, Projection, fidelity, fit_projection
+from pipeline.cache.config import TeacherConfig
+from pipeline.cache.fill.shard_builder import ShardBuilder
+from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher, projections_of
+from pipeline.cache.layout.codec import Codec
+from pipeline.cache.layout.projection import dump_projections, fit_projections
+from pipeline.cache.layout.shards import ShardFolder, fixed_width
+from pipeline.cache.layout.stats import dump_moments, merge_all
+from pipeline.cache.layout.target import TARGET_COSINE
+from pipeline.cache.layout.view_rows import ViewRows
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.imaging.crop import crop_and_resize
@@ -33,33 +50,79 @@ from pipeline.imaging.decode import decode_image
 from pipeline.imaging.geometry import FULL
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
-from teachers.base import Teacher
+from pipeline.storage.store import Store
+from teachers.base import TeacherOutput, TeacherSpec
 
-CODECS = ("float32", "float16", "bfloat16", "int8", "int8-zstd", "pca-int8", "pca-int8-zstd")
+CODECS = ("float32", "float16", "int8", "int8-zstd", "pca-int8-zstd")
+OWN = "pca-int8-zstd"
+BATCH, SHARD = 32, 512
+SIMULATED = {"DINOv2-L": (1024, 1024, 2), "CLIP-L": (1024, 768, 2), "SAM-H": (256, None, 0)}
+"""Channels of the 16x16 patches and of the summary, and massive channels."""
+
+
+@dataclass
+class Features:
+    """Features of one teacher: those to fit on, and batches to store, the same every time."""
+
+    spec: TeacherSpec
+    fitted: dict[str, Tensor]
+    stored: Sequence[Callable[[], dict[str, Tensor]]]
+    untrained: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every teacher of a recipe."""
+    """Measure every teacher of a recipe, or simulated ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("items", nargs="+", help="a recipe and overrides, as for the jobs")
-    parser.add_argument("--images", type=int, default=512, help="images, spread over the training source")
+    parser.add_argument("items", nargs="*", help="a recipe and overrides, as for the jobs")
+    parser.add_argument("--simulated", action="store_true", help="draw features instead")
+    parser.add_argument("--power", type=float, default=1.5, help="with --simulated: decay of the spectrum")
+    parser.add_argument("--images", type=int, default=768, help="images, of which 256 are fitted and the others stored")
     parser.add_argument("--figure", type=Path, help="PNG file of cosine against bytes")
     options = parser.parse_args(arguments)
-    config = load_config(DistillJobConfig, options.items[0], options.items[1:])
-    images = list(_images(config, options.images))
+    teachers = _simulated(options) if options.simulated else _computed(options)
     results = {}
-    for entry in config.teachers:
-        teacher = make_teacher(entry)
-        untrained = teacher.spec.weights.startswith("random")
-        height, width, channels = *teacher.spec.grid, teacher.spec.patch_dim
-        name = f"{teacher.spec.name} {height}x{width}x{channels}{' (untrained)' if untrained else ''}"
-        print(f"\n{name}: {len(images) // 2} images to fit, as many to evaluate")
-        codec = entry.codec or config.cache.codec
-        rows = _measure(codec, _features(teacher, images, config.cache.batch_size))
-        results[name] = {"untrained": untrained, "codec": codec, **rows}
+    for codec, features in teachers:
+        spec = features.spec
+        name = (
+            f"{spec.name} {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}{' (untrained)' if features.untrained else ''}"
+        )
+        stored = sum(_rows(batch()) for batch in features.stored)
+        print(f"\n{name}: {len(features.fitted['patches'])} images fitted, {stored} stored")
+        results[name] = {"untrained": features.untrained, "codec": codec, **_measure(codec, features)}
     if options.figure:
         _draw(results, options.figure)
     print(json.dumps(_summary(results)))
+
+
+def _rows(batch: Mapping[str, Tensor]) -> int:
+    return len(batch["patches"])
+
+
+def _computed(options: argparse.Namespace) -> Iterator[tuple[str, Features]]:
+    config = load_config(DistillJobConfig, options.items[0], options.items[1:])
+    images = list(_images(config, options.images))
+    for entry in config.teachers:
+        teacher = make_teacher(entry)
+        teacher.load()
+        spec, batches = teacher.spec, []
+        for first in range(0, len(images), BATCH):
+            decoded = map(decode_image, images[first : first + BATCH])
+            pixels = [crop_and_resize(image, FULL, spec.input_size, spec.interpolation) for image in decoded]
+            with torch.inference_mode():
+                output = teacher.encode(torch.from_numpy(np.stack(pixels)))
+            kinds = {"patches": output.patches, "summary": output.summary}
+            batches.append({kind: values.float() for kind, values in kinds.items() if values is not None})
+        few = len(images) // BATCH // 3
+        fitted = {kind: torch.cat([batch[kind] for batch in batches[:few]]) for kind in batches[0]}
+        yield (
+            entry.codec or config.cache.codec,
+            Features(
+                spec,
+                fitted,
+                [partial(dict, batch) for batch in batches[few:]],
+                spec.weights.startswith("random"),
+            ),
+        )
 
 
 def _images(config: DistillJobConfig, count: int) -> Iterator[bytes]:
@@ -68,54 +131,129 @@ def _images(config: DistillJobConfig, count: int) -> Iterator[bytes]:
     source = open_source(data.train, split="train", image_column=data.image_column, samples=settings)
     index = source.index()
     chosen = np.linspace(0, index.num_rows - 1, min(count, index.num_rows)).round().astype(int)
-    # Alternate halves are compared, so no class may lie in one of them only.
+    # Two parts are compared, so no class may lie in one of them only.
     found = source.read(index.take(np.random.default_rng(0).permutation(chosen)))
     return (image for image in found if isinstance(image, bytes))
 
 
-@torch.inference_mode()
-def _features(teacher: Teacher, images: Sequence[bytes], batch_size: int) -> dict[str, Tensor]:
-    teacher.load()
-    spec, parts = teacher.spec, []
-    for first in range(0, len(images), batch_size):
-        decoded = map(decode_image, images[first : first + batch_size])
-        pixels = [crop_and_resize(image, FULL, spec.input_size, spec.interpolation) for image in decoded]
-        parts.append(teacher.encode(torch.from_numpy(np.stack(pixels))))
-    features = {"patches": torch.cat([part.patches for part in parts])}
-    summaries = [part.summary for part in parts if part.summary is not None]
-    return features | ({"summary": torch.cat(summaries)} if summaries else {})
+def _draw_batch(distributions: Mapping[str, tuple[Tensor, Tensor]], seed: int) -> dict[str, Tensor]:
+    """A batch of features by token type."""
+    generator, batch = torch.Generator().manual_seed(seed), {}
+    for kind, (mean, mixing) in distributions.items():
+        shape = (BATCH, 16, 16) if kind == "patches" else (BATCH,)
+        batch[kind] = mean + torch.randn(*shape, len(mean), generator=generator) @ mixing
+    return batch
 
 
-def _measure(own: str, features: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Bytes and fidelity by codec, which include the recipe's own."""
-    channels = features["patches"].shape[-1]
-    fixed = [f"pca{channels // part}-int8" for part in (2, 4, 8, 16, 32) if channels // part >= 4]
-    print(
-        f"  {'codec':<18}{'components':>11}{'bytes per image':>16}{'of float32':>12}{'cosine':>9}{'1st pct':>9}{'error':>8}"
-    )
-    rows: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys([*CODECS, *fixed, own]):
-        codec = Codec.parse(name)
-        projection = fit_projection(codec, features["patches"][::2]) if codec.pca else None
-        row = rows[name] = _evaluate(codec, projection, {kind: values[1::2] for kind, values in features.items()})
-        kept, part = len(projection.basis) if projection else channels, rows["float32"]["bytes"] / row["bytes"]
-        print(
-            f"  {name:<18}{kept:>11}{row['bytes']:>16,.0f}{f'1/{part:.1f}':>12}"
-            f"{row['cosine']:>9.4f}{row['cosine_p1']:>9.4f}{row['relative_error']:>8.4f}"
+def _distribution(channels: int, massive: int, power: float) -> tuple[Tensor, Tensor]:
+    """Mean [D] and mixing matrix [D, D] of normal features."""
+    rng = np.random.default_rng(0)
+    deviations = np.exp(0.8 * rng.standard_normal(channels))
+    deviations[rng.choice(channels, massive, replace=False)] *= 100
+    spectrum = np.arange(1, channels + 1.0) ** -power
+    mixing = np.sqrt(spectrum)[:, None] * np.linalg.qr(rng.standard_normal((channels, channels)))[0]
+    mixing *= deviations / np.linalg.norm(mixing, axis=0)
+    mean = deviations * rng.standard_normal(channels)
+    return torch.from_numpy(mean).float(), torch.from_numpy(mixing).float()
+
+
+def _simulated(options: argparse.Namespace) -> Iterator[tuple[str, Features]]:
+    for name, (patches, summary, massive) in SIMULATED.items():
+        channels = {"patches": patches} | ({"summary": summary} if summary else {})
+        few = 256 // BATCH
+        distributions = {kind: _distribution(size, massive, options.power) for kind, size in channels.items()}
+        batches = [partial(_draw_batch, distributions, seed) for seed in range(options.images // BATCH)]
+        fitting = [batch() for batch in batches[:few]]
+        fitted = {kind: torch.cat([batch[kind] for batch in fitting]) for kind in channels}
+        spec = TeacherSpec(
+            name=f"{name} (simulated)",
+            architecture=name,
+            weights="none",
+            input_size=(224, 224),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            interpolation="bicubic",
+            summary_dim=summary,
+            patch_dim=patches,
+            grid=(16, 16),
+            licence="none",
         )
+        yield OWN, Features(spec, fitted, batches[few:])
+
+
+def _measure(own: str, features: Features) -> dict[str, dict[str, float]]:
+    """Bytes and fidelity by codec, which include the recipe's own."""
+    heads = ("bytes an image", "beside", "of float32", "target", "1st pct", "raw")
+    print(f"  {'codec':<15}{'width':>7}" + "".join(f"{head:>15}" for head in heads))
+    rows: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys([*CODECS, own]):
+        with TemporaryDirectory() as folder:
+            row = rows[name] = _stored(name, features, ShardFolder(Store.at(folder)))
+        ratio = f"1/{rows['float32']['bytes'] / row['bytes']:.1f}"
+        cosines = (f"{row[key]:.4f}" for key in ("cosine", "cosine_p1", "raw_cosine"))
+        cells = (f"{row['bytes']:,.0f}", f"{row['beside']:.2%}", ratio, *cosines)
+        print(f"  {name:<15}{row['width']:>7}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
     return rows
 
 
-def _evaluate(codec: Codec, projection: Projection | None, features: dict[str, Tensor]) -> dict[str, float]:
-    """Bytes an image over all token types, and the fidelity of the patches."""
-    codecs = codec.build({kind: tuple(values.shape[1:]) for kind, values in features.items()}, projection)
-    encoded = {kind: codecs[kind].encode(values) for kind, values in features.items()}
-    columns = {kind: binary_column(rows) for kind, rows in encoded.items()}
-    sink = pa.BufferOutputStream()
-    compression = "zstd" if codec.zstd else "none"
-    pq.write_table(pa.table(columns), sink, compression=compression, use_dictionary=False, write_statistics=False)
-    kept = codecs["patches"].decode(torch.from_numpy(encoded["patches"]))
-    return {"bytes": sink.getvalue().size / len(kept), **fidelity(features["patches"], kept)}
+def _stored(codec: str, features: Features, folder: ShardFolder) -> dict[str, float]:
+    """Commit shards, and measure the folder and what is read from it."""
+    spec = features.spec
+    teacher = CachedTeacher(TeacherConfig(model="hog"), spec, "measured", codec, "float32")
+    if Codec.parse(codec).pca:
+        folder.add_projection(dump_projections(fit_projections(Codec.parse(codec), features.fitted)))
+    folder.store.put("teacher.json", json.dumps(asdict(spec), indent=2).encode())
+    per_shard, images = SHARD // BATCH, 0
+    for shard in range(-(-len(features.stored) // per_shard)):
+        builder, ids = ShardBuilder(teacher, folder.projection, projections_of(folder)), []
+        for number in range(shard * per_shard, min((shard + 1) * per_shard, len(features.stored))):
+            batch = features.stored[number]()
+            ids += [f"class{row % 10:03d}/image{images + row:06d}.jpg" for row in range(_rows(batch))]
+            images += _rows(batch)
+            builder.add(TeacherOutput(batch.get("summary"), batch["patches"]), 0.0)
+        table = pa.table({"sample_id": ids, "view": pa.array([0] * len(ids), pa.int16())})
+        views = ViewRows(table, table, {"images": "shard-00000-00000000.parquet"})
+        with patch.object(ShardBuilder, "fidelity", lambda *_: {}):  # measured here, and no codec is refused
+            builder.commit(folder, shard, views, "cpu")
+    records = folder.records()
+    folder.store.put("stats.npz", dump_moments(merge_all(folder.moments(records.values()))))
+    files = folder.store.files()
+    parquet = sum(record.bytes for record in records.values())
+    return {
+        "width": builder.codecs["patches"].width,
+        "bytes": sum(files.values()) / images,
+        "beside": sum(files.values()) / parquet - 1,
+        **_cosines(teacher, features, folder),
+    }
+
+
+def _cosines(teacher: CachedTeacher, features: Features, folder: ShardFolder) -> dict[str, float]:
+    """Cosines of the stored patches, standardised by the statistics of all of them, and raw, in float64."""
+    codec, moments = teacher.codecs(projections_of(folder))["patches"], [*folder.moments(folder.records().values())]
+    merged = merge_all(moments)["patches"]
+    standardised, raw, first = [], [], 0
+    read = np.concatenate([fixed_width(folder.read(r, ["patches"])["patches"]) for r in folder.records().values()])
+    for batch in (make() for make in features.stored):
+        x = batch["patches"].flatten(0, -2).double().numpy()
+        rows = torch.from_numpy(read[first : first + _rows(batch)].copy())
+        y = codec.decode(rows).flatten(0, -2).double().numpy()
+        first += _rows(batch)
+        raw.append(_cosine(x, y))
+        live = merged.std > 1e-6 * np.abs(merged.mean)
+        standardised.append(_cosine(*((part[:, live] - merged.mean[live]) / merged.std[live] for part in (x, y))))
+    target, raw_cosines = np.concatenate(standardised), np.concatenate(raw)
+    return {
+        "cosine": float(target.mean()),
+        "cosine_p1": float(np.percentile(target, 1)),
+        "raw_cosine": float(raw_cosines.mean()),
+    }
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Cosines of the rows of two arrays [N, D]; rows of zeros are left out."""
+    lengths = np.linalg.norm(x, axis=1)
+    some = lengths > 0
+    return np.sum(x * y, axis=1)[some] / (lengths[some] * np.linalg.norm(y, axis=1)[some].clip(1e-30))
 
 
 def _draw(results: dict[str, dict], path: Path) -> None:
@@ -125,18 +263,11 @@ def _draw(results: dict[str, dict], path: Path) -> None:
     axes = figure.add_subplot()
     for teacher, rows in results.items():
         codecs = {name: (row["bytes"] / 1024, row["cosine"]) for name, row in rows.items() if isinstance(row, dict)}
-        projected = sorted(codecs[name] for name in codecs if name[:3] == "pca" and name[3].isdecimal())
-        (line,) = axes.plot(*zip(*projected, strict=True), "-", linewidth=0.8)
-        points: Any = {"linestyle": "none", "color": line.get_color()}
-        axes.plot(*zip(*codecs.values(), strict=True), marker=".", label=teacher, **points)
-        axes.plot(*codecs[rows["codec"]], marker="*", markersize=15, markeredgecolor="black", **points)
+        (line,) = axes.plot(*zip(*codecs.values(), strict=True), marker=".", linestyle="none", label=teacher)
+        axes.plot(*codecs[rows["codec"]], marker="*", markersize=15, markeredgecolor="black", color=line.get_color())
     axes.axhline(TARGET_COSINE, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(
-        xscale="log",
-        xlabel="KiB per image",
-        ylabel="mean cosine of a token",
-        title="Stars: the default codec; lines: PCA and int8",
-    )
+    axes.set(xscale="log", xlabel="KiB per image, all files", ylabel="mean cosine of a standardised patch")
+    axes.set_title("Stars: the default codec")
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -144,7 +275,8 @@ def _draw(results: dict[str, dict], path: Path) -> None:
 def _summary(results: dict[str, dict]) -> dict[str, object]:
     def figures(rows: dict, codec: str) -> dict[str, float]:
         ratio = rows["float32"]["bytes"] / rows[codec]["bytes"]
-        return {"ratio": round(ratio, 2), "cosine": round(rows[codec]["cosine"], 5)}
+        names = ("cosine", "cosine_p1", "beside")
+        return {"ratio": round(ratio, 2), **{name: round(rows[codec][name], 5) for name in names}}
 
     own = {name: figures(rows, rows["codec"]) for name, rows in results.items()}
     counted = [own[name] for name, rows in results.items() if not rows["untrained"]] or list(own.values())

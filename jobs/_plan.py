@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 from jobs._cli import grid, size, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.build import BuildReport, CachePlan
-from pipeline.cache.fill.estimate import TeacherEstimate, missing_bytes
-from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
+from pipeline.cache.fill.estimate import TeacherEstimate, all_bytes, missing_bytes
+from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_fidelity, teacher_labels
 from pipeline.cache.layout.codec import Codec
+from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1
 from pipeline.runs.folder import work_folder
 from pipeline.runtime.ray_session import Hardware
 
@@ -65,15 +66,21 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
 
 
 def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
-    """Bytes per view and in total; an upper bound while the number of components is unknown or zstd compresses."""
-    folders = [split.dataset.teacher(teacher.id) for split in plan.splits]
-    rows = [teacher.row_bytes(projection_of(folder)) for folder in folders]
+    """Bytes per view, at most, and of all files in total; and the fidelity of what is stored, or what it is chosen for."""
+    rows = [teacher.row_bytes(projections_of(split.dataset.teacher(teacher.id))) for split in plan.splits]
+    total = sum(all_bytes(split, teacher, row) for split, row in zip(plan.splits, rows, strict=True))
+    return f"at most {size(rows[0])} per view, {size(total)} in total{_fidelity(plan, teacher)}"
+
+
+def _fidelity(plan: CachePlan, teacher: CachedTeacher) -> str:
+    figures = [teacher_fidelity(split.dataset, teacher)["patches"] for split in plan.splits]
+    if known := [found for found in figures if "target_cosine" in found]:
+        mean, low = (min(found[name] for found in known) for name in ("target_cosine", "target_cosine_p1"))
+        return f", cosine of the standardised patches {mean:.3f}, 1st percentile {low:.3f}"
     codec = Codec.parse(teacher.codec)
-    bounded = codec.zstd or (codec.pca and not all(folder.projection for folder in folders))
-    bound = "at most " if bounded else ""
-    views = [split.dataset.count * split.dataset.policy.rows_per_image for split in plan.splits]
-    total = sum(count * row for count, row in zip(views, rows, strict=True))
-    return f"{bound}{size(rows[0])} per view, {size(total)} total"
+    if codec.pca and codec.components is None and not any(figures):
+        return f", chosen for a cosine of the standardised patches of {TARGET_COSINE:g}, 1st percentile {TARGET_COSINE_P1:g}"
+    return ", cosine of the standardised patches not measured"
 
 
 def cost_plan(

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from jobs._plan import fill, print_plan
 from pipeline.cache.fill.estimate import check_space
-from pipeline.cache.fill.job import cache_bytes
+from pipeline.cache.fill.job import cache_bytes, image_bytes
 from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import plan_phases
 from pipeline.runs.folder import cache_store
@@ -79,7 +79,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
         "images seen": f"{result.samples} in {result.steps} steps",
         "shards computed": computed,
         "quarantined images": len(bad),
-        "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))})",
+        "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))} of features, {size(image_bytes(*plans))} of images)",
         "student": str(result.student),
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {registered or result.model_uri}",
         "time": f"{figures['seconds']:.0f} s",

@@ -82,7 +82,7 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
         return {"dry_run": True}
     check_space(*(plan for _, plan in planned))
     # MLflow takes seconds to import, which the other modes need not wait for.
-    from pipeline.cache.fill.job import cache_bytes
+    from pipeline.cache.fill.job import cache_bytes, image_bytes
     from pipeline.runs.session import open_job
 
     with open_job(config, "precompute") as job:
@@ -98,7 +98,7 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
     rows = {
         "shards computed": result["shards_computed"],
         "quarantined images": result["quarantined"],
-        "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))})",
+        "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))} of features, {size(image_bytes(*plans))} of images)",
         "time": f"{result['seconds']:.0f} s",
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}",
     }
@@ -165,6 +165,7 @@ def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str
         "files": sum(part.files for part in found),
         "rows_recomputed": sum(part.recomputed for part in found),
         "not_recomputed": sorted({name for part in found for name in part.skipped}),
+        "fidelity": {name: figures for part in found for name, figures in part.fidelity.items()},
         "findings": findings,
         "repaired": findings - left if options.repair else 0,
     }
@@ -173,6 +174,8 @@ def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str
 def _show_findings(title: str, found: Verification) -> None:
     for label, reason in found.skipped.items():
         print(f"not recomputed: {label}: {reason}", flush=True)
+    for name, (mean, low) in found.fidelity.items():
+        print(f"cosine of the standardised {name}: {mean:.4f}, 1st percentile {low:.4f}", flush=True)
     rows = [
         {
             "dataset": item.dataset,

@@ -16,11 +16,13 @@ from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
 from pipeline.cache.fill.placement import measure
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
-from pipeline.cache.layout.codec import Codec, fit_projection
+from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.cache.layout.phi_s import PhiS
+from pipeline.cache.layout.projection import fit_projections
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE
 from pipeline.cache.layout.stats import PIECE, Moments, MomentSums
+from pipeline.cache.layout.target import fidelity
 from pipeline.cache.read.reader import CacheReader
 from pipeline.distill.augment import augment
 from pipeline.distill.config import AugmentConfig, LossConfig
@@ -62,15 +64,16 @@ def _never_waiting():
 def test_codecs_store_and_read_the_same_as_on_a_cpu(name):
     features = torch.randn(64, 5, 7, 24) * torch.logspace(-1, 1, 24)
     codec = Codec.parse(name)
-    fitted = fit_projection(codec, features) if codec.pca else None
+    fitted = fit_projections(codec, {"patches": features}) if codec.pca else {}
     here, there = (codec.build({"patches": features.shape[1:]}, fitted)["patches"].to(where) for where in ("cpu", CUDA))
     rows = torch.from_numpy(here.encode(features))
     torch.testing.assert_close(there.decode(rows.to(CUDA)).cpu(), here.decode(rows), rtol=1e-5, atol=1e-4)
     stored = torch.from_numpy(there.encode(features.to(CUDA)))
     step = features.abs().amax() / 127 if codec.scalar == "int8" else 0
     torch.testing.assert_close(here.decode(stored), here.decode(rows), rtol=1e-2, atol=1e-4 + float(step))
-    likeness = there.fidelity(features.to(CUDA), stored.numpy())
-    assert likeness == pytest.approx(here.fidelity(features, rows.numpy()), rel=1e-2)
+    std, mean = torch.std_mean(features.flatten(0, -2).double(), dim=0)
+    likeness = fidelity(features.to(CUDA), there.decode(stored.to(CUDA)), mean.to(CUDA), std.to(CUDA))
+    assert likeness == pytest.approx(fidelity(features, here.decode(rows), mean, std), rel=1e-2)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
@@ -99,9 +102,10 @@ def test_a_teacher_never_waits_for_the_device(model):
     assert torch.isfinite(patches).all()
 
 
-def test_statistics_are_those_of_a_cpu():
+@pytest.mark.parametrize("outer", [False, True])
+def test_statistics_are_those_of_a_cpu(outer):
     features = torch.randn(PIECE // 64 + 3, 64, 12) + torch.arange(12) * 100
-    here, there = Moments.of(features), Moments.of(features.to(CUDA))
+    here, there = Moments.of(features, outer), Moments.of(features.to(CUDA), outer)
     assert here.count == there.count
     np.testing.assert_allclose(there.mean, here.mean, rtol=1e-12)
     np.testing.assert_allclose(there.scatter, here.scatter, rtol=1e-9, atol=1e-6)
@@ -211,8 +215,8 @@ def test_losses_of_steps_are_those_of_a_cpu(cached, precision, bound):
 def test_the_loss_of_a_batch_is_that_of_a_cpu(codec, loss, standardise):
     teacher = _teacher("dinov2/vits14", codec, input_size=56)
     drawn = {kind: torch.randn(64, *shape) * 3 + 1 for kind, shape in teacher.shapes.items()}
-    codecs = teacher.codecs(fit_projection(Codec.parse(codec), drawn["patches"]))
-    standardisers = {kind: standardise(Moments.of(values)) for kind, values in drawn.items()}
+    codecs = teacher.codecs(fit_projections(Codec.parse(codec), drawn))
+    standardisers = {kind: standardise(Moments.of(values, outer=True)) for kind, values in drawn.items()}
     here = Distiller(
         make_student("regla_t"),
         [teacher],

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from pipeline.cache.fill.build import CachePlan
+from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.read.order import check_per_step
 from pipeline.cache.read.scan import has_labels
@@ -203,10 +204,16 @@ def _log_commit(run: Run, before: PhaseState, figures: Path, history: History, c
 
 
 def make_job(config: DistillJobConfig, plan: CachePlan) -> DistillJob:
-    """The job on a complete cache; if held-out images have no labels, it logs a warning and measures no kNN."""
+    """The job on a complete cache, with the rotations of PHI-S if the loss standardises by them.
+
+    If held-out images have no labels, it logs a warning and measures no kNN.
+    """
     train, val = plan.split("train"), plan.split("val")
     assert train is not None
     held_out = val.dataset if val else None
+    if config.loss.standardise == "phi_s":
+        for teacher in plan.teachers:
+            freeze_phi_s(train.dataset, teacher)
     labelled = held_out if held_out and has_labels(train.dataset) and has_labels(held_out) else None
     if held_out and not labelled:
         log.warning("no kNN: data.train or data.val has no labels")

@@ -17,6 +17,7 @@ from pipeline.cache.layout.codec import FeatureCodec, Projection
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.phi_s import PhiS, load_phi_s
 from pipeline.cache.layout.stats import Moments, load_moments
+from pipeline.cache.layout.target import inverse_deviations
 
 
 class Standardiser(nn.Module):
@@ -34,7 +35,8 @@ class Standardiser(nn.Module):
         """A decoder of projected features whose matrix also standardises them; None without a projection."""
         if codec.basis is None or codec.mean is None:
             return None
-        projection = Projection(self(codec.mean), self.scale_deviations(codec.basis))
+        basis = self.scale_deviations(codec.basis)
+        projection = Projection(self(codec.mean), torch.ones_like(codec.mean), basis)
         return FeatureCodec(codec.scalar, codec.shape, projection, codec.by_channel)
 
 
@@ -57,7 +59,7 @@ class MeanStd(Standardiser):
         self.register_load_state_dict_post_hook(lambda module, _: module._prepare())
 
     def _prepare(self) -> None:
-        self.factors.copy_(torch.where(self.std > 1e-6 * self.std.max(), 1 / self.std, 0.0))
+        self.factors.copy_(inverse_deviations(self.mean, self.std))
         self.shift.copy_(-self.mean * self.factors)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -111,4 +113,4 @@ def neutral_standardiser(method: str, width: int) -> Standardiser:
     """One that changes nothing, for features of this width, into which saved statistics are loaded."""
     if method == "phi_s":
         return Rotation(PhiS(np.zeros(width), np.eye(width), 1.0))
-    return MeanStd(Moments(1, np.zeros(width), np.eye(width)))
+    return MeanStd(Moments(1, np.zeros(width), np.ones(width)))

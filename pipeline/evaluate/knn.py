@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
@@ -36,12 +35,15 @@ def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Neigh
 
     Fewer if N < k. Additional memory: a normalised copy of the bank (4 N D bytes), and at most 256 MiB for the cosines of
     1024 queries to 65,536 bank vectors.
+
+    Raises:
+        UserError: if a vector is not finite; it would be compared as if it were similar to nothing, or to anything.
     """
-    bank = F.normalize(bank.float(), dim=1)
+    bank = _normalised(bank, "the bank (data.train)")
     parts = list(zip(bank.split(BANK_CHUNK), bank_labels.split(BANK_CHUNK), strict=True))
     found = []
     for chunk in queries.split(QUERY_CHUNK):
-        normalised = F.normalize(chunk.float(), dim=1)
+        normalised = _normalised(chunk, "the queries (data.val)")
         best = None
         for vectors, labels in parts:
             similarity, index = (normalised @ vectors.T).topk(min(k, len(vectors)), dim=1)
@@ -50,6 +52,18 @@ def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Neigh
         assert best is not None
         found.append(best)
     return Neighbours(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def _normalised(vectors: Tensor, whose: str) -> Tensor:
+    """Vectors [N, D] at length 1, float32; a zero vector stays zero."""
+    lengths = vectors.float().norm(dim=1, keepdim=True)
+    if not torch.isfinite(lengths).all():
+        odd = int((~torch.isfinite(lengths)).sum())
+        raise UserError(
+            f"kNN: {odd} of {len(vectors)} vectors of {whose} are not finite (NaN, infinity, or a length beyond float32): the "
+            "model that computed them is broken, or needs float32"
+        )
+    return vectors.float() / lengths.clamp_min(1e-12)
 
 
 def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:

@@ -132,6 +132,10 @@ class Store:
         """Names of the folders directly in this one, sorted."""
         return sorted(info.base_name for info in self._list() if info.type == fs.FileType.Directory)
 
+    def bytes_below(self) -> int:
+        """Bytes of all files in this folder and below."""
+        return sum(self.files().values()) + sum(self.sub(name).bytes_below() for name in self.folders())
+
     def leftovers(self) -> dict[str, int]:
         """Name and size in bytes of the temporary files that killed writers left directly in this folder."""
         return self._sizes(LEFTOVER_AGE_S, temporary=True)

@@ -16,6 +16,7 @@ GATES: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "silu": nn.SiLU, "ha
 NO_GATE = "none"
 # A head whose K is all zero gives 0 / 0.001 instead of 0 / 0; K is of order one after its BatchNorm.
 K_FLOOR = 1e-3
+SMALLEST_HALF = 2.0**-24
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-3) -> Tensor:
@@ -28,10 +29,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-3) -> Tensor:
     - numerator and denominator are divided by the mean of the denominator vector, so the scale of K cancels (a traced graph
       with a fixed N is right at other sizes too) and ``eps`` is relative to it;
     - the weights are non-negative and sum to less than 1, so |out| <= max |v|. A token whose q is all zero, and every
-      token of a head whose K is all zero, gets 0.
+      token of a head whose K is all zero, gets 0;
+    - in float16, queries above 1 are divided by their largest channel and ``eps`` with them, and K by its largest value:
+      both cancel, and the sums over channels, up to d * max(q), would leave the range.
 
     A query with sum(q) near ``eps`` is pulled towards zero; after BatchNorm and ReLU the sum is typically above 10.
-    float16 stays finite while sqrt(N) * mean(k) * max|v| < 65504.
+    float16 stays finite for any finite q and k while max(sqrt(N), d) * max|v| < 65504.
 
     Args:
         q, k, v: queries and keys (B, h, d, N), >= 0, and values (B, h, e, N), of one floating dtype.
@@ -40,14 +43,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-3) -> Tensor:
     Returns:
         (B, h, e, N), dtype of the inputs (the autocast dtype under autocast).
     """
+    if k.dtype == torch.float16:
+        k = k / k.amax((-2, -1), keepdim=True).clamp_min(1)
     k = k * k.shape[-1] ** -0.5
     z = k.sum(-1, dtype=torch.promote_types(k.dtype, torch.float32)).unsqueeze(-2)
     s = v @ k.transpose(-1, -2)
+    half = s.dtype == torch.float16  # under autocast q and k may not be
     scale = z.mean(-1, keepdim=True) + K_FLOOR
     # One matrix (B, h, e + 1, d) for numerator and denominator: one product with Q instead of two.
     s = (torch.cat([s.to(z.dtype), z], -2) / scale).to(q.dtype)
+    if half:
+        largest = q.amax(-2, keepdim=True).clamp_min(1)
+        q = q / largest
     o = s @ q
-    return o[..., :-1, :] / (o[..., -1:, :] + eps)
+    # In float16, eps / largest may round to 0.
+    floor = (eps / largest).clamp_min(SMALLEST_HALF).to(o.dtype) if half else eps
+    return o[..., :-1, :] / (o[..., -1:, :] + floor)
 
 
 class RGMA(nn.Module):

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.codec import Codec, fit_projection
+from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.phi_s import PhiS
+from pipeline.cache.layout.projection import fit_projections
 from pipeline.cache.layout.stats import Moments
 from pipeline.distill.config import LossConfig
 from pipeline.distill.distiller import Distiller, feature_map_size
@@ -318,12 +319,12 @@ def test_evaluation_has_no_relation_and_leaves_the_queue_alone():
 def test_phi_s_gives_the_same_targets_whether_features_are_projected_or_not():
     teacher = _teacher("a", grid=(8, 8))
     features = _features(teacher, 50)
-    moments = {kind: Moments.of(values) for kind, values in features.items()}
+    moments = {kind: Moments.of(values, outer=True) for kind, values in features.items()}
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
     targets = []
     for codec in ("float32", "pca6-float32"):  # all six channels: nothing is lost
         cached = dataclasses.replace(teacher, codec=codec)
-        codecs = cached.codecs(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
+        codecs = cached.codecs(fit_projections(Codec.parse(codec), features) if "pca" in codec else None)
         standardisers = {kind: Rotation(PhiS.of(part)) for kind, part in moments.items()}
         one = Distiller(student, [cached], {cached.id: standardisers}, {cached.id: codecs}, SIZE, 32, LossConfig())
         raw = {kind: torch.from_numpy(codecs[kind].encode(values)) for kind, values in features.items()}
@@ -372,7 +373,7 @@ def test_patch_relation_compares_the_patches_of_the_step_at_the_same_positions()
 def test_the_turns_of_a_batch_compare_every_patch_and_together_are_the_whole_loss(grid, codec):
     teacher = dataclasses.replace(_teacher("a", grid=grid), codec=codec)
     features = _features(teacher, 40)
-    codecs = teacher.codecs(fit_projection(Codec.parse(codec), features["patches"]) if "pca" in codec else None)
+    codecs = teacher.codecs(fit_projections(Codec.parse(codec), features) if "pca" in codec else None)
     standardisers = {kind: MeanStd(Moments.of(values)) for kind, values in features.items()}
     student = Student(Encoder(create_backbone("timm/test_resnet")), TOKEN_DIM)
     places = math.prod(GridRule((4, 4), grid).grid)

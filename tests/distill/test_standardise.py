@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import teacher_stats
-from pipeline.cache.layout.codec import Codec, FeatureCodec, fit_projection
+from pipeline.cache.layout.codec import Codec, FeatureCodec
 from pipeline.cache.layout.phi_s import PhiS
+from pipeline.cache.layout.projection import fit_projections
 from pipeline.cache.layout.stats import Moments
 from pipeline.distill.standardise import MeanStd, Rotation, make_standardisers
 
@@ -24,6 +26,12 @@ def test_mean_std_gives_zero_mean_and_unit_variance_and_silences_dead_channels(f
     assert not out[:, 3].any()
 
 
+def test_a_massive_channel_silences_no_other(features):
+    features[:, 2] *= 1e8
+    out = MeanStd(Moments.of(torch.tensor(features)))(torch.tensor(features)).numpy()
+    np.testing.assert_allclose(out, (features - features.mean(0)) / features.std(0), atol=1e-4)
+
+
 def test_statistics_that_are_loaded_are_those_that_are_used(features):
     given, other = torch.tensor(features, dtype=torch.float32), Moments.of(torch.tensor(features) * 3 + 1)
     standardiser, expected = MeanStd(Moments.of(given)), MeanStd(other)
@@ -33,7 +41,7 @@ def test_statistics_that_are_loaded_are_those_that_are_used(features):
 
 
 def test_phi_s_rotates_and_scales_to_unit_variance_of_every_channel(features):
-    part = PhiS.of(Moments.of(torch.tensor(features)))
+    part = PhiS.of(Moments.of(torch.tensor(features), outer=True))
     out = Rotation(part)(torch.tensor(features, dtype=torch.float32)).numpy()
     covariance = np.cov(features.T, bias=True)
     np.testing.assert_allclose(out.mean(0), 0, atol=1e-4)
@@ -44,7 +52,7 @@ def test_phi_s_rotates_and_scales_to_unit_variance_of_every_channel(features):
 
 
 def test_both_can_be_undone(features):
-    moments = Moments.of(torch.tensor(features))
+    moments = Moments.of(torch.tensor(features), outer=True)
     given = torch.tensor(features, dtype=torch.float32).view(20, 5, 6, 6)
     for standardiser in (MeanStd(moments), Rotation(PhiS.of(moments))):
         torch.testing.assert_close(standardiser.inverse(standardiser(given)), given, rtol=1e-4, atol=1e-4)
@@ -52,7 +60,7 @@ def test_both_can_be_undone(features):
 
 def test_features_that_never_vary_become_nothing_and_come_back():
     constant = torch.full((10, 4), 3.0)
-    moments = Moments.of(constant)
+    moments = Moments.of(constant, outer=True)
     for standardiser in (MeanStd(moments), Rotation(PhiS.of(moments))):
         assert torch.equal(standardiser(constant), torch.zeros(10, 4))
         assert torch.equal(standardiser.inverse(torch.zeros(10, 4)), constant)
@@ -62,8 +70,8 @@ def test_features_that_never_vary_become_nothing_and_come_back():
 def test_of_projected_features_the_decoder_standardises(features):
     patches = torch.tensor(features, dtype=torch.float32).view(24, 5, 5, 6)
     codec = Codec.parse("pca4-float32")
-    feature_codec = codec.build({"patches": (5, 5, 6)}, fit_projection(codec, patches))["patches"]
-    moments, rows = Moments.of(patches), torch.from_numpy(feature_codec.encode(patches))
+    feature_codec = codec.build({"patches": (5, 5, 6)}, fit_projections(codec, {"patches": patches}))["patches"]
+    moments, rows = Moments.of(patches, outer=True), torch.from_numpy(feature_codec.encode(patches))
     for standardiser in (MeanStd(moments), Rotation(PhiS.of(moments))):
         folded = standardiser.fold(feature_codec)
         torch.testing.assert_close(folded.decode(rows), standardiser(feature_codec.decode(rows)), rtol=1e-4, atol=1e-4)
@@ -73,6 +81,7 @@ def test_of_projected_features_the_decoder_standardises(features):
 def test_they_come_frozen_from_the_cache(filled):
     teacher = filled.plan.teachers[0]
     stats = teacher_stats(filled.train, teacher)
+    freeze_phi_s(filled.train, teacher)
     for method, kind in (("mean_std", MeanStd), ("phi_s", Rotation)):
         made = make_standardisers(filled.train, teacher, method)
         assert made.keys() == {"summary", "patches"}

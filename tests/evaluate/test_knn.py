@@ -80,3 +80,21 @@ def test_more_neighbours_than_images_and_unlabelled_images():
 def test_no_labels_at_all_is_refused():
     with pytest.raises(UserError, match="kNN needs labels on both sides"):
         knn_accuracy(torch.eye(2), torch.tensor([NO_LABEL, NO_LABEL]), torch.eye(2), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38])
+@pytest.mark.parametrize("side", ["the bank \\(data.train\\)", "the queries \\(data.val\\)"])
+def test_vectors_that_are_not_finite_are_refused_with_their_number_and_side(clouds, side, value):
+    bank, labels, queries, expected = (part.clone() for part in clouds)
+    vectors = bank if "bank" in side else queries
+    vectors[3, 1] = vectors[7, 0] = value
+    with pytest.raises(UserError, match=rf"kNN: 2 of \d+ vectors of {side} are not finite"):
+        knn_accuracy(bank, labels, queries, expected)
+
+
+def test_zero_vectors_are_similar_to_nothing():
+    """As the cosine of a zero vector is taken everywhere else, in float64 from the definition."""
+    bank = torch.tensor([[0.0, 0.0], [3.0, 4.0], [-1.0, 0.0]])
+    near = nearest(bank, torch.tensor([0, 1, 2]), torch.tensor([[6.0, 8.0]]), 3)
+    assert near.labels.tolist() == [[1, 0, 2]]
+    np.testing.assert_allclose(near.similarity[0], [1.0, 0.0, -0.6], atol=1e-7)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.cache.fill.build import freeze_stats, plan_cache
-from pipeline.cache.layout.cached_teacher import projection_of, teacher_stats
+from pipeline.cache.layout.cached_teacher import projections_of, teacher_stats
 from pipeline.cache.layout.dataset import read_meta
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.read.reader import CacheReader
@@ -112,7 +112,7 @@ def test_every_bad_array_file_is_refused_by_name_and_not_unpickled(filled, harmf
             continue  # an archive without members says that nothing is projected
         folder.store.put("projection-00000000.npz", data)
         with pytest.raises(UserError, match=r"projection-00000000\.npz is damaged"):
-            projection_of(folder)
+            projections_of(folder)
         folder.store.delete("projection-00000000.npz")
         folder.store.delete("stats.npz")
         folder.store.put(moments, data)

@@ -148,3 +148,32 @@ def test_rgma_mixes_all_tokens():
     x = torch.randn(1, 8, 9, 9, requires_grad=True)
     rgma(x)[0, :, 0, 0].sum().backward()
     assert (x.grad[0, :, 8, 8] != 0).any()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e4, 6e4])
+@pytest.mark.parametrize("of", ["q", "k", "both"])
+def test_float16_is_close_at_every_magnitude_that_it_holds(size, of):
+    """Sums over channels would leave float16's range at q near 1e4, and the division by infinity gave zeros."""
+    q, k, v = qkv(256, d=32, e=16)
+    q, k = (part / part.max() * (size if of in (name, "both") else 3) for name, part in (("q", q), ("k", k)))
+    q, k, v = (part.half() for part in (q, k, v))
+    out = attend(q, k, v)
+    assert torch.isfinite(out).all()
+    assert (out.double() - attend(q.double(), k.double(), v.double())).abs().max() <= 4e-3 * v.abs().max().double()
+
+
+def test_float16_gives_zero_where_the_query_or_the_head_is_zero():
+    q, k, v = (part.half() for part in qkv(16))
+    q[:, 0, :, 3] = 0
+    k[:, 1] = 0
+    out = attend(q / q.max() * 6e4, k, v)
+    assert (out[:, 0, :, 3] == 0).all()
+    assert (out[:, 1] == 0).all()
+
+
+def test_autocast_to_float16_is_close_for_large_queries():
+    q, k, v = (part.float() for part in qkv(256))
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = attend(q * 1e4, k, v)
+    assert out.dtype == torch.float16
+    assert (out.double() - attend(q.double() * 1e4, k.double(), v.double())).abs().max() <= 4e-3 * v.abs().max()

@@ -22,7 +22,6 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import Dataset, create_dataset, plan_dataset
 from pipeline.cache.layout.keys import teacher_id, teacher_identity
-from pipeline.cache.layout.phi_s import PhiS, dump_phi_s
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.layout.stats import dump_moments, merge_all
 from pipeline.errors import UserError, blame_field
@@ -280,10 +279,9 @@ def _extract_missing(
 
 
 def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
-    """Merge the statistics of all shards of a complete teacher and derive its PHI-S rotation, unless that was done."""
+    """Merge the statistics of all shards of a complete teacher, unless that was done."""
     folder = dataset.teacher(teacher.id)
     if folder.store.exists("stats.npz"):
         return
     merged = merge_all(folder.moments(record for record in dataset.records(folder).values() if record.moments))
-    folder.store.put("phi_s.npz", dump_phi_s({kind: PhiS.of(moments) for kind, moments in merged.items()}))
     folder.store.put("stats.npz", dump_moments(merged))

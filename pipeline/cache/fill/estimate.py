@@ -13,7 +13,8 @@ from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import CachePlan, SplitPlan
 from pipeline.cache.fill.extract import out_of_memory
 from pipeline.cache.fill.ray_pipeline import gpus
-from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of, teacher_labels
+from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_labels
+from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.keys import teacher_id
 from pipeline.errors import UserError, blame_field
 from pipeline.runtime.logs import only_errors
@@ -28,6 +29,8 @@ CPU_PROBE_MACS = 50e9
 """About how many multiply-accumulates a batch of the probe has on a CPU: it takes seconds with any teacher."""
 KEY_BYTES = 128
 """Upper bound for the keys of a row and its share of Parquet's own structures."""
+SHARD_BYTES = 8 << 10
+"""Upper bound for a shard's record, the headers of its statistics, and what its Parquet file has but once."""
 
 
 @dataclass(frozen=True)
@@ -214,12 +217,31 @@ def _missing_image_bytes(split: SplitPlan) -> int:
 
 
 def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:
-    missing = split.missing(teacher)
-    row = teacher.row_bytes(projection_of(split.dataset.teacher(teacher.id))) + KEY_BYTES
+    missing, folder = split.missing(teacher), split.dataset.teacher(teacher.id)
+    projections = projections_of(folder)
+    once = 0 if not missing else side_bytes(teacher, 1, fitted=projections is not None)
+    return (
+        _views(split, missing) * (teacher.row_bytes(projections) + KEY_BYTES) + side_bytes(teacher, len(missing)) + once
+    )
+
+
+def side_bytes(teacher: CachedTeacher, shards: int, fitted: bool = True) -> int:
+    """Upper bound of the bytes beside the features of some shards: records, statistics, and projections unless `fitted`."""
     channels = [shape[-1] for shape in teacher.shapes.values()]
-    # A shard's statistics by token type: mean and upper triangle in float64.
-    moments = sum(8 * (size * (size + 1) // 2 + size) for size in channels)
-    return _views(split, missing) * row + len(missing) * moments
+    # Mean and deviation of every channel in float32.
+    statistics = shards * (SHARD_BYTES + sum(8 * size for size in channels))
+    projections = 0 if fitted or not Codec.parse(teacher.codec).pca else sum(8 * size for size in channels)
+    return statistics + projections + (2 * teacher.spec.patch_dim**2 if projections else 0)
+
+
+def all_bytes(split: SplitPlan, teacher: CachedTeacher, row_bytes: float) -> int:
+    """Upper bound of the bytes of all files in a teacher's folder for a split, given those of a row of features."""
+    dataset = split.dataset
+    components = [part.components for part in (projections_of(dataset.teacher(teacher.id)) or {}).values()]
+    known = 2 * sum(part.numel() for part in components if part is not None)
+    # One shard more, for the merged statistics and the teacher's description.
+    beside = side_bytes(teacher, dataset.shards + 1, fitted=bool(known)) + known
+    return int(_views(split, list(range(dataset.shards))) * (row_bytes + KEY_BYTES)) + beside
 
 
 def check_space(*plans: CachePlan) -> None:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.fill.shard_builder import ShardBuilder
-from pipeline.cache.layout.cached_teacher import CachedTeacher, projection_of
-from pipeline.cache.layout.codec import Codec, Projection, dump_projection, fit_projection
+from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of
+from pipeline.cache.layout.codec import Codec, Projection
 from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.projection import dump_projections, fit_projections
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE
 from pipeline.cache.layout.view_rows import ViewRows, read_view_rows, views_of
 from pipeline.errors import UserError
@@ -195,7 +196,7 @@ class Extract:
         self.cached = {teacher.id: teacher for teacher in teachers}
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}
         self.projection_lock = threading.Lock()
-        self.projections: dict[str, tuple[str, Projection | None]] = {}
+        self.projections: dict[str, tuple[str, dict[str, Projection] | None]] = {}
         self.sampled: dict[tuple[str, int, int], TeacherOutput] = {}
 
     def _load(self, cached: CachedTeacher) -> Teacher:
@@ -233,14 +234,18 @@ class Extract:
     def _extract(self, dataset: Dataset, shard: int, names: list[str], stages: Stages) -> int:
         with stages.measure("read"):
             views = read_view_rows(dataset, shard)
-        writers = {name: ShardBuilder(self.cached[name], *self._projection(dataset, name)) for name in names}
+        writers = {name: ShardBuilder(self.cached[name], *self._projections(dataset, name)) for name in names}
+        fitted = {name: self._fitted_groups(dataset, name, shard) for name in names}
+        group_rows = ROW_GROUP_SIZE * dataset.policy.rows_per_image
         for number, pixels in enumerate(stages.measure_each("render", self.rendered(views, names))):
             for name, batch in pixels.items():
                 sampled = self.sampled.pop((dataset.teacher(name).store.uri, shard, number), None)
                 output, seconds = (sampled.to(self.device.name), 0.0) if sampled else self.encode(name, batch)
                 stages["teacher"] += seconds
                 with stages.measure("encode"):
-                    writers[name].add(output, seconds)
+                    first, last = number * self.batch_size, number * self.batch_size + len(batch) - 1
+                    groups = range(first // group_rows, last // group_rows + 1)
+                    writers[name].add(output, seconds, held_out=fitted[name].isdisjoint(groups))
         for name, writer in writers.items():
             with stages.measure("write"):
                 writer.commit(dataset.teacher(name), shard, views, self.device.name)
@@ -272,41 +277,53 @@ class Extract:
         finally:
             assembler.wait_for_unused()
 
-    def _projection(self, dataset: Dataset, name: str) -> tuple[str, Projection | None]:
-        """Name and content of a teacher's projection over a dataset, which is fitted here if it does not exist yet."""
+    def _fitted_groups(self, dataset: Dataset, name: str, shard: int) -> set[int]:
+        """Row groups of a shard's images that the projections of a teacher are fitted on."""
+        if not Codec.parse(self.cached[name].codec).pca:
+            return set()
+        sample = dataset.sample_images(_sample_size(self.cached[name]))
+        return {group.group for group in sample if group.shard == shard}
+
+    def _projections(self, dataset: Dataset, name: str) -> tuple[str, dict[str, Projection] | None]:
+        """File and content of a teacher's projections over a dataset, which are fitted here if they do not exist yet."""
         if not Codec.parse(self.cached[name].codec).pca:
             return "", None
         folder = dataset.teacher(name)
         with self.projection_lock:
             if folder.store.uri not in self.projections:
                 if not folder.projection:
-                    fitted = dump_projection(self._fit(dataset, name))
+                    fitted = dump_projections(self._fit(dataset, name))
                     if not folder.projection:  # another actor may have been faster
                         folder.add_projection(fitted)
-                self.projections[folder.store.uri] = folder.projection, projection_of(folder)
+                self.projections[folder.store.uri] = folder.projection, projections_of(folder)
             return self.projections[folder.store.uri]
 
-    def _fit(self, dataset: Dataset, name: str) -> Projection | None:
-        """The projection of a sample of images.
+    def _fit(self, dataset: Dataset, name: str) -> dict[str, Projection]:
+        """The projections of a sample of images.
 
         Outputs of batches that the sample shares with their shards are kept until then: no teacher runs twice on an image.
         """
         cached, uri = self.cached[name], dataset.teacher(name).store.uri
-        patches = []
+        parts: dict[str, list[Tensor]] = {kind: [] for kind in cached.shapes}
         for sample in dataset.sample_images(_sample_size(cached)):
             shard, start = read_view_rows(dataset, sample.shard), sample.group * ROW_GROUP_SIZE
             is_last = start + sample.rows == shard.images.num_rows
             first, rest = divmod(start * dataset.policy.rows_per_image, self.batch_size)
             for number, output in enumerate(self.features(shard.slice(start, sample.rows), [name]), first):
-                patches.append(output[name].patches.cpu())
-                if not rest and (is_last or len(patches[-1]) == self.batch_size):
+                for kind, features in parts.items():
+                    features.append(getattr(output[name], kind).cpu())
+                if not rest and (is_last or len(parts["patches"][-1]) == self.batch_size):
                     self.sampled[uri, sample.shard, number] = output[name].to("cpu")
-        features = torch.cat(patches).float()
-        if not torch.isfinite(features).all():
-            raise TeacherError(
-                f"teacher {cached.spec.name} computed patches with features that are not finite (NaN or infinity)"
-            )
-        return fit_projection(Codec.parse(cached.codec), features)
+        together = {kind: torch.cat(features).float() for kind, features in parts.items()}
+        for kind, values in together.items():
+            if not torch.isfinite(values).all():
+                raise TeacherError(
+                    f"teacher {cached.spec.name} computed {kind} with features that are not finite (NaN or infinity)"
+                )
+        try:
+            return fit_projections(Codec.parse(cached.codec), together)
+        except UserError as error:
+            raise UserError(f"teacher {cached.spec.name}: {error}") from error
 
 
 def _sample_size(teacher: CachedTeacher) -> int:

@@ -1,10 +1,12 @@
 """Fill the cache under an MLflow run, and log its contents and lineage."""
 
+import itertools
 import logging
 
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import BuildReport, CachePlan, build_cache
-from pipeline.cache.layout.cached_teacher import teacher_fidelity
+from pipeline.cache.layout.cached_teacher import teacher_fidelity, teacher_labels
+from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1, keeps_target
 from pipeline.tracking.run import Run
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ def precompute(config: CacheJobConfig, plan: CachePlan, run: Run) -> tuple[Cache
             run.log_text(manifest, f"manifests/{split.split}/{teacher.id}.tsv")
             run.log_text(folder.store.get("teacher.json").decode(), f"teachers/{teacher.id}.json")
             run.log_dict(teacher_fidelity(dataset, teacher), f"fidelity/{split.split}/{teacher.id}.json")
+    warn_of_losses(plan)
     quarantined = sum(len(bad) for bad in report.quarantined.values())
     run.log_metric_dict({"quarantined": quarantined, "cache_bytes": float(cache_bytes(plan))})
     if report.images_ingested or report.shards_computed:
@@ -45,8 +48,36 @@ def precompute(config: CacheJobConfig, plan: CachePlan, run: Run) -> tuple[Cache
     return plan, report
 
 
+def warn_of_losses(plan: CachePlan) -> None:
+    """Log a warning for every teacher of which the stored features keep too little, or an unknown share, of the target."""
+    labels = teacher_labels(plan.teachers)
+    for split, teacher in itertools.product(plan.splits, plan.teachers):
+        name = f"{split.split} features of {labels[teacher.id]}"
+        for kind, figures in teacher_fidelity(split.dataset, teacher).items():
+            if "cosine" in figures:
+                log.warning(
+                    "%s: an earlier version stored the %s and measured them raw, not standardised as a student is trained on "
+                    "them; to choose their codec anew, jobs/precompute.py --delete %s/%s/%s",
+                    *(name, kind, split.dataset.id, split.dataset.policy.id, teacher.id),
+                )
+            elif not keeps_target(figures):
+                log.warning(
+                    "%s: %s keeps a cosine of %.3f of the standardised %s, 1st percentile %.3f (wanted: %g and %g)",
+                    *(name, teacher.codec, figures["target_cosine"], kind, figures["target_cosine_p1"]),
+                    *(TARGET_COSINE, TARGET_COSINE_P1),
+                )
+
+
 def cache_bytes(*plans: CachePlan) -> int:
-    """Bytes of the teacher shards that these plans use."""
-    pairs = [(split.dataset, teacher.id) for plan in plans for split in plan.splits for teacher in plan.teachers]
-    records = {dataset.teacher(name).store.uri: dataset.records(dataset.teacher(name)) for dataset, name in pairs}
-    return sum(record.bytes for of_folder in records.values() for record in of_folder.values())
+    """Bytes of all files in the teachers' folders of these plans: features, statistics, records and projections."""
+    pairs = itertools.chain.from_iterable(itertools.product(plan.splits, plan.teachers) for plan in plans)
+    stores = {split.dataset.teacher(teacher.id).store for split, teacher in pairs}
+    return sum(store.bytes_below() for store in stores)
+
+
+def image_bytes(*plans: CachePlan) -> int:
+    """Bytes of all other files of the datasets and views of these plans: images, keys, labels, crops and the index."""
+    splits = [split.dataset for plan in plans for split in plan.splits]
+    whole = {store for dataset in splits for store in (dataset.images.store, dataset.rows.store)}
+    around = {store for dataset in splits for store in (dataset.store, dataset.view)}
+    return sum(store.bytes_below() for store in whole) + sum(sum(store.files().values()) for store in around)

@@ -1,6 +1,7 @@
 """One teacher's shard: encoded features, their statistics and their fidelity, until it is committed."""
 
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -10,33 +11,46 @@ from torch import Tensor
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import Codec, Projection
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord
-from pipeline.cache.layout.stats import MomentSums
+from pipeline.cache.layout.stats import Moments, MomentSums
+from pipeline.cache.layout.target import fidelity
 from pipeline.cache.layout.view_rows import ViewRows
 from teachers.base import TeacherError, TeacherOutput
 
-FIDELITY_IMAGES = 32
-"""Images of a shard on which the fidelity of its codec is measured."""
+FIDELITY_ROWS = 32
+"""Rows of a shard on which the fidelity of its codec is measured."""
+FEWEST_VECTORS = 32
+"""Fewer vectors have no statistics to standardise them by: their fidelity is not measured."""
+LOST = 0.5
+"""A mean cosine of the standardised target below which a codec is refused: nothing to train on is left."""
 
 
 class ShardBuilder:
     """Collects the encoded features of one teacher and shard, with their statistics."""
 
-    def __init__(self, teacher: CachedTeacher, projection_name: str, projection: Projection | None) -> None:
+    def __init__(
+        self, teacher: CachedTeacher, projection_name: str, projections: Mapping[str, Projection] | None
+    ) -> None:
         self.teacher = teacher
         self.projection_name = projection_name
-        self.codecs = teacher.codecs(projection)
+        self.codecs = teacher.codecs(projections)
         self.encoded: dict[str, list[np.ndarray]] = {kind: [] for kind in teacher.shapes}
         self.sums = {kind: MomentSums() for kind in teacher.shapes}
         self.seconds = 0.0
-        self.fidelity: dict[str, dict[str, float]] = {}
+        self.sample: dict[str, tuple[Tensor, np.ndarray]] = {}
+        self.sample_held_out = False
 
-    def add(self, output: TeacherOutput, seconds: float) -> None:
+    def add(self, output: TeacherOutput, seconds: float, held_out: bool = True) -> None:
         """Add the features of the next batch, on any device, and the seconds that the device took for them.
+
+        Args:
+            held_out: whether no projection was fitted on them; fidelity is measured on such features if there are any.
 
         Raises:
             TeacherError: if they are not finite, or too large for the codec.
         """
         self.seconds += seconds
+        sampled = not self.sample or (held_out and not self.sample_held_out)
+        self.sample_held_out |= held_out
         for kind in self.encoded:
             features: Tensor = getattr(output, kind)
             codec = self.codecs[kind].to(features.device)
@@ -46,8 +60,30 @@ class ShardBuilder:
                 raise TeacherError(f"teacher {self.teacher.spec.name} computed {kind} {error}") from error
             self.encoded[kind].append(rows)
             self.sums[kind].add(features)
-            if kind not in self.fidelity:
-                self.fidelity[kind] = codec.fidelity(features[:FIDELITY_IMAGES], rows[:FIDELITY_IMAGES])
+            if sampled:  # a copy: a view would keep the whole batch alive
+                self.sample[kind] = features[:FIDELITY_ROWS].clone(), rows[:FIDELITY_ROWS]
+
+    def fidelity(self, moments: Mapping[str, Moments]) -> dict[str, dict[str, float]]:
+        """Figures of `pipeline.cache.layout.target.fidelity` by token type, given the statistics of the shard.
+
+        Raises:
+            TeacherError: if nothing is left of the target.
+        """
+        found = {}
+        for kind, (features, rows) in self.sample.items():
+            kept = self.codecs[kind].decode(torch.from_numpy(rows).to(features.device))
+            part = moments[kind]
+            statistics = [torch.from_numpy(values).to(features.device) for values in (part.mean, part.std)]
+            found[kind] = fidelity(features, kept, *statistics)
+            if part.count < FEWEST_VECTORS:
+                found[kind] = {"relative_error": found[kind]["relative_error"]}
+            if found[kind].get("target_cosine", 1.0) < LOST:
+                raise TeacherError(
+                    f"teacher {self.teacher.spec.name}: {self.teacher.codec} keeps a cosine of only "
+                    f"{found[kind]['target_cosine']:.2f} of the standardised {kind}, which a student is trained on: "
+                    "set cache.codec=pca-int8-zstd"
+                )
+        return found
 
     def commit(self, folder: ShardFolder, shard: int, views: ViewRows, device: str) -> ShardRecord:
         """Write the shard of features of these views."""
@@ -57,10 +93,11 @@ class ShardBuilder:
             rows = np.concatenate(parts) if parts else np.empty((0, width), np.uint8)
             column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
             table = table.append_column(pa.field(kind, column.type, nullable=False), column)
+        moments = {kind: sums.moments() for kind, sums in self.sums.items() if sums.count}
         facts = {
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "device_seconds": round(self.seconds, 3),
-            "fidelity": self.fidelity,
+            "fidelity": self.fidelity(moments),
             "torch": torch.__version__,
             **views.files,
         }
@@ -69,7 +106,7 @@ class ShardBuilder:
         return folder.commit(
             shard,
             table.replace_schema_metadata(metadata),
-            {kind: sums.moments() for kind, sums in self.sums.items() if sums.count},
+            moments,
             facts,
             projection=self.projection_name,
             compression="zstd" if Codec.parse(self.teacher.codec).zstd else "none",

@@ -1,13 +1,14 @@
 """A teacher in the cache: what it computes, how its features are stored, and what is known about them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from pipeline.cache.config import TeacherConfig
-from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection, load_projection
+from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.shards import ShardFolder
+from pipeline.cache.layout.projection import load_projections
+from pipeline.cache.layout.shards import ShardFolder, ShardRecord
 from pipeline.cache.layout.stats import Moments, load_moments
 from pipeline.storage.store import report_damage
 from teachers.base import Teacher, TeacherSpec
@@ -44,13 +45,13 @@ class CachedTeacher:
         summary = {} if self.spec.summary_dim is None else {"summary": (self.spec.summary_dim,)}
         return {**summary, "patches": (*self.spec.grid, self.spec.patch_dim)}
 
-    def codecs(self, projection: Projection | None = None) -> dict[str, FeatureCodec]:
+    def codecs(self, projections: Mapping[str, Projection] | None = None) -> dict[str, FeatureCodec]:
         """The feature codec of every token type."""
-        return Codec.parse(self.codec).build(self.shapes, projection)
+        return Codec.parse(self.codec).build(self.shapes, projections)
 
-    def row_bytes(self, projection: Projection | None = None) -> int:
-        """Bytes of one view of an image in the cache; an upper bound if a projection is still to be fitted."""
-        return sum(codec.row_bytes for codec in self.codecs(projection).values())
+    def row_bytes(self, projections: Mapping[str, Projection] | None = None) -> int:
+        """Bytes of one view of an image in the cache; an upper bound if projections are still to be fitted."""
+        return sum(codec.row_bytes for codec in self.codecs(projections).values())
 
 
 def teacher_labels(teachers: Sequence[CachedTeacher]) -> dict[str, str]:
@@ -68,18 +69,18 @@ def make_teacher(config: TeacherConfig) -> Teacher:
     return create_teacher(OWN_TEACHERS.get(config.model, config.model), **options)
 
 
-def projection_of(folder: ShardFolder) -> Projection | None:
-    """The projection of the rows in a teacher's folder, or None."""
+def projections_of(folder: ShardFolder) -> dict[str, Projection] | None:
+    """The projections of the rows in a teacher's folder by token type, or None before they are fitted."""
     name = folder.projection
     if not name:
         return None
     with report_damage(f"{folder.store.uri}/{name}"):
-        return load_projection(folder.store.get(name))
+        return load_projections(folder.store.get(name))
 
 
 def load_codecs(dataset: Dataset, teacher: CachedTeacher) -> dict[str, FeatureCodec]:
     """Feature codecs of a teacher's shards by token type."""
-    return teacher.codecs(projection_of(dataset.teacher(teacher.id)))
+    return teacher.codecs(projections_of(dataset.teacher(teacher.id)))
 
 
 def teacher_stats(dataset: Dataset, teacher: CachedTeacher) -> dict[str, Moments]:
@@ -90,14 +91,24 @@ def teacher_stats(dataset: Dataset, teacher: CachedTeacher) -> dict[str, Moments
 
 
 def teacher_fidelity(dataset: Dataset, teacher: CachedTeacher) -> dict[str, dict[str, float]]:
-    """Fidelity of the stored features by token type: means over the shards, except for the lowest 1st percentile."""
-    records = [record for record in dataset.records(dataset.teacher(teacher.id)).values() if record.rows]
-    figures = {kind: [record.facts["fidelity"][kind] for record in records] for kind in teacher.shapes}
-    return {
-        kind: {
-            name: min(part[name] for part in parts) if name == "cosine_p1" else fmean(part[name] for part in parts)
-            for name in ("cosine", "cosine_p1", "relative_error")
-        }
-        for kind, parts in figures.items()
-        if parts
-    }
+    """Fidelity of the stored features by token type, from the shards' records; see :func:`merged_fidelity`."""
+    return merged_fidelity(dataset.records(dataset.teacher(teacher.id)).values(), teacher.shapes)
+
+
+def merged_fidelity(records: Iterable[ShardRecord], kinds: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Figures of `pipeline.cache.layout.target.fidelity` by token type over shards: means by rows, but the lowest 1st percentile.
+
+    A figure that nothing was measured for is left out. If a shard has the cosine of raw features alone, as earlier versions
+    measured it, that is merged, as ``cosine``.
+    """
+    kept = [record for record in records if record.rows]
+    merged: dict[str, dict[str, float]] = {}
+    for kind in kinds:
+        parts = [(record.facts.get("fidelity", {}).get(kind, {}), record.rows) for record in kept]
+        raw = any("cosine" in part for part, _ in parts)
+        merged[kind] = {}
+        for name in ("cosine", "relative_error") if raw else ("target_cosine", "target_cosine_p1", "relative_error"):
+            if known := [(part[name], rows) for part, rows in parts if name in part]:
+                values, rows = zip(*known, strict=True)
+                merged[kind][name] = min(values) if name == "target_cosine_p1" else fmean(values, rows)
+    return merged

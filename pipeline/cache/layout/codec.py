@@ -4,8 +4,8 @@ A codec is named ``[pca[<k>]-]<scalar>[-zstd]``:
 
 ``scalar``   ``float32``, ``float16``, ``bfloat16``, or ``int8`` with one float16 scale per token (its largest
              magnitude / 127, rounded up)
-``pca<k>``   patches are first projected on their first k principal components; ``pca`` alone keeps as many as needed
-             for a mean cosine of `TARGET_COSINE` per token, and projects only if that saves space
+``pca<k>``   features are first standardised by channel, and patches projected on their first k principal components;
+             ``pca`` alone chooses components and precision from the features (`pipeline/cache/layout/projection.py`)
 ``zstd``     the Parquet column is compressed, with values stored channel by channel: neighbouring tokens are similar
              in a channel, and features after a ReLU are zero in most channels, which saves a quarter
 
@@ -21,21 +21,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from pipeline.cache.layout.arrays import dump_arrays, load_arrays
 from pipeline.errors import UserError
 
-TARGET_COSINE = 0.99
-"""Mean cosine between a token and its decoded value that ``pca`` keeps enough components for."""
-MARGIN = 0.002
-"""Loss of that cosine allowed for images outside the sample."""
-WORTH = 0.9
-"""``pca`` projects if projected rows take at most this share of the space of unprojected ones."""
-COMPONENT_STEP = 8
-"""``pca`` chooses a multiple of this number of components, so that rows stay aligned."""
 _GRAMMAR = re.compile(
     r"(?P<pca>pca(?P<components>[1-9]\d*)?-)?(?P<scalar>float32|float16|bfloat16|int8)(?P<zstd>-zstd)?"
 )
@@ -64,31 +54,29 @@ class Codec:
         components = match["components"]
         return cls(match["scalar"], bool(match["pca"]), int(components) if components else None, bool(match["zstd"]))
 
-    def build(self, shapes: Mapping[str, tuple[int, ...]], fitted: Projection | None) -> dict[str, FeatureCodec]:
-        """The feature codec of every token type, given the shapes of one image's features; only patches are projected."""
-        return {
-            kind: FeatureCodec(self.scalar, shape, fitted if kind == "patches" else None, self.zstd)
-            for kind, shape in shapes.items()
-        }
+    def build(
+        self, shapes: Mapping[str, tuple[int, ...]], projections: Mapping[str, Projection] | None = None
+    ) -> dict[str, FeatureCodec]:
+        """The feature codec of every token type, given the shapes of one image's features."""
+        fitted = projections or {}
+        return {kind: FeatureCodec(self.scalar, shape, fitted.get(kind), self.zstd) for kind, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Principal components of patches: mean [D] and basis [k, D] of orthonormal rows by falling variance, float32."""
+    """An affine map of vectors x [D] before they are stored: ``components @ ((x - mean) / scale)``.
+
+    Attributes:
+        mean, scale: [D] float32; no scale is 0.
+        components: [k, D] float32, orthonormal rows by falling variance; None: the identity.
+        step: smallest distance of two int8 values of a token, relative to its root mean square; 0: as fine as int8 allows.
+            A coarser step leaves zstd less to store.
+    """
 
     mean: Tensor
-    basis: Tensor
-
-
-def dump_projection(projection: Projection | None) -> bytes:
-    """A projection, or None as the decision against one, as the bytes of an .npz file."""
-    return dump_arrays({"mean": projection.mean.numpy(), "basis": projection.basis.numpy()} if projection else {})
-
-
-def load_projection(data: bytes) -> Projection | None:
-    """The inverse of :func:`dump_projection`."""
-    arrays = load_arrays(data)
-    return Projection(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["basis"])) if arrays else None
+    scale: Tensor
+    components: Tensor | None = None
+    step: float = 0.0
 
 
 class FeatureCodec(nn.Module):
@@ -98,6 +86,8 @@ class FeatureCodec(nn.Module):
     """
 
     mean: Tensor | None
+    scale: Tensor | None
+    components: Tensor | None
     basis: Tensor | None
 
     def __init__(
@@ -105,9 +95,15 @@ class FeatureCodec(nn.Module):
     ) -> None:
         super().__init__()
         self.scalar, self.shape, self.by_channel = scalar, tuple(shape), by_channel
+        components = projection.components if projection else None
         self.register_buffer("mean", projection.mean if projection else None, persistent=False)
-        self.register_buffer("basis", projection.basis if projection else None, persistent=False)
-        self.width = len(projection.basis) if projection else self.shape[-1]
+        self.register_buffer("scale", projection.scale if projection else None, persistent=False)
+        self.register_buffer("components", components, persistent=False)
+        # What a stored value adds to the features: scaled here, so that decoding is a single product.
+        basis = None if projection is None or components is None else components * projection.scale
+        self.register_buffer("basis", basis, persistent=False)
+        self.step = projection.step if projection else 0.0
+        self.width = self.shape[-1] if components is None else len(components)
         self.num_tokens = math.prod(self.shape[:-1])
 
     @property
@@ -121,11 +117,10 @@ class FeatureCodec(nn.Module):
         An ``int8`` row is the float16 scales of all tokens, then the values. Raises ValueError for features that are not
         finite, or too large for the codec.
         """
-        values = self._project(features).reshape(len(features), self.num_tokens, self.width)
+        values = self.project(features).reshape(len(features), self.num_tokens, self.width)
         if self.scalar == "int8":
-            scales = _half_rounded_up(values.abs().amax(dim=-1) / 127)
-            levels = values / scales.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-            parts = [scales, self._ordered(levels.round().to(torch.int8))]
+            scales, levels = quantised(values, self.step, self.shape[-1])
+            parts = [scales, self._ordered(levels)]
         else:
             parts = [self._ordered(values.to(_DTYPES[self.scalar]))]
         if not torch.isfinite(parts[0]).all():  # for int8, the scales are not finite if a value is not
@@ -141,17 +136,22 @@ class FeatureCodec(nn.Module):
 
         Given `positions` [K] int64, only these tokens are decoded, to [N, K, D]; they count row by row of the grid.
         """
+        values = self.stored_values(rows, positions)
+        kept = values.shape[1]
+        if self.basis is not None and self.mean is not None:
+            values = torch.addmm(self.mean, values.flatten(0, 1), self.basis)
+        elif self.mean is not None and self.scale is not None:
+            values = torch.addcmul(self.mean, values, self.scale)
+        return values.reshape(len(rows), *(self.shape if positions is None else (kept, self.shape[-1])))
+
+    def stored_values(self, rows: Tensor, positions: Tensor | None = None) -> Tensor:
+        """`decode` before the inverse of the projection: [N, tokens, width] float32."""
         if self.scalar == "int8":
             scales = rows[:, : 2 * self.num_tokens].contiguous().view(torch.float16).unsqueeze(-1)
             levels = self._by_token(rows[:, 2 * self.num_tokens :].view(torch.int8))
             # int8 times float32 in one operation is half as fast on a CPU.
-            values = _at(levels, positions).float().mul_(_at(scales, positions).float())
-        else:
-            values = _at(self._by_token(rows.contiguous().view(_DTYPES[self.scalar])), positions).float()
-        kept = values.shape[1]
-        if self.basis is not None and self.mean is not None:
-            values = torch.addmm(self.mean, values.flatten(0, 1), self.basis)
-        return values.reshape(len(rows), *(self.shape if positions is None else (kept, self.shape[-1])))
+            return _at(levels, positions).float().mul_(_at(scales, positions).float())
+        return _at(self._by_token(rows.contiguous().view(_DTYPES[self.scalar])), positions).float()
 
     def _ordered(self, values: Tensor) -> Tensor:
         """[N, tokens, width] to [N, tokens * width] in the order of a stored row."""
@@ -163,77 +163,22 @@ class FeatureCodec(nn.Module):
             return values.unflatten(1, (self.width, self.num_tokens)).transpose(1, 2)
         return values.unflatten(1, (self.num_tokens, self.width))
 
-    def fidelity(self, features: Tensor, rows: np.ndarray) -> dict[str, float]:
-        """Fidelity of the encoded `rows` to `features` [N, *shape], see :func:`fidelity`."""
-        return fidelity(features, self.decode(torch.from_numpy(rows).to(features.device)))
-
-    def _project(self, features: Tensor) -> Tensor:
-        if self.basis is None or self.mean is None:
-            return features.float()
-        return torch.addmm(-self.mean @ self.basis.T, features.float().flatten(0, -2), self.basis.T)
+    def project(self, features: Tensor) -> Tensor:
+        """What is stored of features [N, *shape], before the number format: [tokens, width] float32."""
+        values = features.float().flatten(0, -2)
+        if self.mean is not None and self.scale is not None:
+            values = (values - self.mean) / self.scale
+        return values if self.components is None else values @ self.components.T
 
 
-def fidelity(features: Tensor, kept: Tensor) -> dict[str, float]:
-    """Similarity of decoded tokens to the original ones, both [..., D].
-
-    ``cosine`` is the mean over the tokens that are not all zero, ``cosine_p1`` its 1st percentile, ``relative_error`` the
-    norm of the difference relative to that of the features.
-    """
-    features, kept = features.float().flatten(0, -2), kept.flatten(0, -2)
-    directed = features.norm(dim=-1) > 0  # the zero vector has no direction to keep
-    cosine = nn.functional.cosine_similarity(features[directed], kept[directed], dim=-1).cpu().numpy()
-    cosine = cosine if len(cosine) else np.ones(1)
-    error = ((kept - features).norm() / features.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
-    return {"cosine": float(cosine.mean()), "cosine_p1": float(np.percentile(cosine, 1)), "relative_error": error}
-
-
-def fit_projection(codec: Codec, patches: Tensor) -> Projection | None:
-    """Principal components of patches [N, h, w, D] float32 of a sample of images.
-
-    If the codec leaves their number open, one half of the images is fitted, and the smallest number is chosen with which
-    the other half has a mean cosine of `TARGET_COSINE` plus `MARGIN` after decoding. Returns None if that would not make
-    the rows smaller: features after a ReLU are sparse, which zstd exploits better than a projection does.
-
-    Raises:
-        UserError: if the codec asks for more components than there are channels.
-    """
-    if codec.components is not None:
-        if codec.components > patches.shape[-1]:
-            raise UserError(f"codec pca{codec.components}: the patches have {patches.shape[-1]} channels, not more")
-        return _principal(patches, codec.components)
-    full = _principal(patches[::2], patches.shape[-1])
-    held_out = patches[1::2] if len(patches) > 1 else patches
-    few, enough = 0, -(-len(full.basis) // COMPONENT_STEP)
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        encoder, rows = _encoded(codec, held_out, _first(full, middle * COMPONENT_STEP))
-        reached = encoder.fidelity(held_out, rows)["cosine"] >= TARGET_COSINE + MARGIN
-        few, enough = (few, middle) if reached else (middle, enough)
-    chosen = _first(full, enough * COMPONENT_STEP)
-    projected, plain = (_stored_bytes(codec, _encoded(codec, held_out, basis)[1]) for basis in (chosen, None))
-    return _principal(patches, len(chosen.basis)) if projected <= WORTH * plain else None
-
-
-def _first(projection: Projection, components: int) -> Projection:
-    return Projection(projection.mean, projection.basis[:components])
-
-
-def _encoded(codec: Codec, patches: Tensor, projection: Projection | None) -> tuple[FeatureCodec, np.ndarray]:
-    encoder = FeatureCodec(codec.scalar, tuple(patches.shape[1:]), projection, codec.zstd)
-    return encoder, encoder.encode(patches)
-
-
-def _stored_bytes(codec: Codec, rows: np.ndarray) -> int:
-    return pa.compress(rows.tobytes(), "zstd").size if codec.zstd else rows.nbytes
-
-
-def _principal(patches: Tensor, components: int) -> Projection:
-    tokens = patches.flatten(0, -2).double().cpu()
-    mean = tokens.mean(dim=0)
-    centred = tokens - mean
-    # eigh lists the smallest eigenvalue first.
-    vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :components]
-    return Projection(mean.float(), vectors.T.float().contiguous())
+def quantised(values: Tensor, step: float, channels: int) -> tuple[Tensor, Tensor]:
+    """float16 scales [...] and int8 levels [..., width] of vectors; see `Projection.step`, relative to `channels` values."""
+    scales = values.abs().amax(dim=-1) / 127
+    if step:
+        scales = torch.maximum(scales, values.norm(dim=-1) * (step / math.sqrt(channels)))
+    scales = _half_rounded_up(scales)
+    levels = values / scales.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    return scales, levels.round().to(torch.int8)
 
 
 def _at(values: Tensor, positions: Tensor | None) -> Tensor:

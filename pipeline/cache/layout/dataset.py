@@ -181,7 +181,7 @@ def write_index(dataset: Dataset, index: pa.Table) -> None:
 
 
 def discard_stats(folder: ShardFolder) -> None:
-    """Delete the merged statistics of a teacher's shards; they are merged again once all shards exist."""
+    """Delete the merged statistics of a teacher's shards, and PHI-S; both are computed again once all shards exist."""
     for name in ("stats.npz", "phi_s.npz"):
         folder.store.delete(name)
 

@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import CachePlan, SplitPlan
@@ -17,7 +18,7 @@ from pipeline.cache.maintain.checks import (
     Finding,
     check_description,
     check_index,
-    check_projection,
+    check_projections,
     finding,
 )
 from pipeline.cache.maintain.values import check_statistics
@@ -36,6 +37,8 @@ class Verification:
     Attributes:
         files: Parquet files of shards that were read.
         recomputed: rows times teachers that were recomputed and compared.
+        fidelity: by ``<teacher>/<token type>``, mean cosine of the standardised recomputed features and their stored values,
+            and the lowest 1st percentile of a row group.
         skipped: why a teacher could not recompute rows, by label; its files were checked all the same.
         unable: ids of the teachers that cannot be computed here, without weights or with other weights than the cache's.
     """
@@ -43,6 +46,7 @@ class Verification:
     findings: list[Finding] = field(default_factory=list)
     files: int = 0
     recomputed: int = 0
+    fidelity: dict[str, tuple[float, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     unable: set[str] = field(default_factory=set)
 
@@ -71,6 +75,8 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
         for group in evenly_spaced(row_groups(split.dataset.images.listed().values()), SAMPLE_GROUPS):
             sampled[split.split, group.shard].append(group.group)
     unindexed = {item.dataset for item in found.findings if item.part == "index"}
+    cosines: defaultdict[str, list[list[float]]] = defaultdict(list)
+    labels = teacher_labels(plan.teachers)
     arguments = (datasets, plan.teachers, computed, sampled, unindexed)
     batch_size = config.cache.batch_size
     for row in finished_shards(
@@ -79,6 +85,11 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
         found.findings += [Finding(**item) for item in json.loads(row["findings"])]
         found.files += row["files"]
         found.recomputed += row["recomputed"]
+        for teacher, kind, *figures in json.loads(row["cosines"]):
+            cosines[f"{labels[teacher]}/{kind}"].append(figures)
+    for name, parts in sorted(cosines.items()):
+        counts, means, lows = zip(*parts, strict=True)
+        found.fidelity[name] = fmean(means, counts), min(lows)
     broken = {(item.dataset, item.shard) for item in found.findings if item.part == "images"}
     for split in plan.splits:
         intact = [n for name, n in shards if name == split.split and (split.dataset.id, n) not in broken]
@@ -151,7 +162,7 @@ def _check_folders(dataset: Dataset, teachers: Iterable[CachedTeacher]) -> Itera
     for teacher in teachers:
         folder = dataset.teacher(teacher.id)
         listed = len(folder.listed())
-        checks: list[Callable[[ShardFolder, CachedTeacher], object]] = [check_description, check_projection]
+        checks: list[Callable[[ShardFolder, CachedTeacher], object]] = [check_description, check_projections]
         if listed == dataset.shards:
             checks.append(check_statistics)
         for check in checks if listed else ():

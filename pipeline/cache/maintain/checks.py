@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection, load_projection
+from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import index_fingerprint
+from pipeline.cache.layout.projection import load_projections
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, keys_of, record_name
 from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, views_of
 from pipeline.errors import one_line
@@ -228,8 +229,8 @@ def check_description(folder: ShardFolder, teacher: CachedTeacher) -> str:
     return str(weights)
 
 
-def check_projection(folder: ShardFolder, teacher: CachedTeacher) -> Projection | None:
-    """Check and return the projection of a teacher's patches; None if they are stored unprojected."""
+def check_projections(folder: ShardFolder, teacher: CachedTeacher) -> dict[str, Projection] | None:
+    """Check and return the projections of a teacher's features by token type; None if they are stored as they are."""
     if not Codec.parse(teacher.codec).pca:
         return None
     name = folder.projection
@@ -238,11 +239,13 @@ def check_projection(folder: ShardFolder, teacher: CachedTeacher) -> Projection 
         raise BrokenError(min(named, default="projection"), "is missing: the shards cannot be decoded without it")
     if hashlib.sha256(_get(folder.store, name)).hexdigest()[:8] != name.removeprefix("projection-")[:8]:
         raise BrokenError(name, "does not have the content that its name says")
-    projection = load_file(folder.store, name, load_projection)
-    channels = teacher.spec.patch_dim
-    if projection and (projection.basis.shape[1:] != (channels,) or not torch.isfinite(projection.basis).all()):
-        raise BrokenError(name, f"is no projection of {channels} channels")
-    return projection
+    projections = load_file(folder.store, name, load_projections)
+    for kind, part in projections.items():
+        channels = teacher.shapes[kind][-1] if kind in teacher.shapes else 0
+        tensors = [part.mean, part.scale, *([] if part.components is None else part.components)]
+        if not all(tensor.shape == (channels,) and torch.isfinite(tensor).all() for tensor in tensors):
+            raise BrokenError(name, f"is no projection of {kind} with {channels} channels")
+    return projections
 
 
 def check_schema(opened: Shard, due: pa.Schema) -> None:

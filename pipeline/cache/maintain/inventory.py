@@ -4,8 +4,8 @@ import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import fmean
 
+from pipeline.cache.layout.cached_teacher import merged_fidelity
 from pipeline.cache.layout.dataset import read_meta
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.errors import UserError
@@ -21,7 +21,7 @@ class Entry:
         address: ``<dataset>``, ``<dataset>/<view>`` or ``<dataset>/<view>/<teacher>``.
         shards, of: number of complete shards, and of all shards.
         bytes: size of all files below the folder.
-        fidelity: mean cosine between a patch and its decoded value; None for images and crops.
+        fidelity: mean cosine between a standardised patch and its decoded value; None for images, crops, and if not measured.
         licence: of a teacher's weights; "" for images and crops.
     """
 
@@ -50,23 +50,18 @@ def find_entry(cache: Store, address: str) -> Entry:
     raise UserError(f"--delete: {cache.uri} holds no {address}; {hint}--list prints the addresses")
 
 
-def bytes_below(store: Store) -> int:
-    """Bytes of all files below a folder."""
-    return sum(store.files().values()) + sum(bytes_below(store.sub(name)) for name in store.folders())
-
-
 def _dataset(store: Store, name: str) -> Iterator[Entry]:
     if not store.exists("dataset.json"):
         return
     try:
         meta = read_meta(store)
     except UserError:
-        yield Entry(name, store, "another version of the cache, or damaged", 0, 0, bytes_below(store))
+        yield Entry(name, store, "another version of the cache, or damaged", 0, 0, store.bytes_below())
         return
     shards = -(-meta["count"] // meta["shard_size"])
     done = len(ShardFolder(store.sub(f"views/{WHOLE.id}/images")).records())
     what = f"{meta['count']} images of {meta['location']}"
-    yield Entry(name, store, what, done, shards, bytes_below(store))
+    yield Entry(name, store, what, done, shards, store.bytes_below())
     for view in store.sub("views").folders():
         yield from _view(store.sub(f"views/{view}"), f"{name}/{view}", shards)
 
@@ -74,7 +69,7 @@ def _dataset(store: Store, name: str) -> Iterator[Entry]:
 def _view(store: Store, address: str, shards: int) -> Iterator[Entry]:
     if not address.endswith(f"/{WHOLE.id}"):
         done = len(ShardFolder(store.sub("rows")).records())
-        yield Entry(address, store, "crops", done, shards, bytes_below(store))
+        yield Entry(address, store, "crops", done, shards, store.bytes_below())
     for name in store.sub("teachers").folders():
         yield _teacher(store.sub(f"teachers/{name}"), f"{address}/{name}", shards)
 
@@ -85,10 +80,10 @@ def _teacher(store: Store, address: str, shards: int) -> Entry:
         described = dict(json.loads(store.get("teacher.json")))
     except (FileNotFoundError, ValueError, TypeError):
         described = {}  # --verify reports it
-    kept = [record.facts["fidelity"]["patches"]["cosine"] for record in records if record.rows]
+    kept = merged_fidelity(records, ["patches"])["patches"]
     what = f"{described.get('name', '?')} {described.get('weights', '?')[:20]}, {described.get('codec', '?')}"
-    fidelity, licence = fmean(kept) if kept else None, described.get("licence", "unknown")
-    return Entry(address, store, what, len(records), shards, bytes_below(store), fidelity, licence)
+    fidelity, licence = kept.get("target_cosine"), described.get("licence", "unknown")
+    return Entry(address, store, what, len(records), shards, store.bytes_below(), fidelity, licence)
 
 
 def delete_entry(entry: Entry) -> None:

@@ -12,6 +12,7 @@ from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.phi_s import PhiS, load_phi_s
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, fixed_width, record_name
 from pipeline.cache.layout.stats import Moments, load_moments, merge_all
+from pipeline.cache.layout.target import target_cosines
 from pipeline.cache.maintain.checks import BrokenError, Shard, check_schema, features_schema, load_file
 from teachers.base import TeacherOutput
 
@@ -68,7 +69,7 @@ class _Sums:
     def check(self, opened: Shard, kind: str, moments: Moments, bound: float) -> None:
         if moments.count != self.count:
             raise BrokenError(opened.record.moments, f"counts {moments.count} {kind}, the shard holds {self.count}")
-        size = float(np.sqrt(np.trace(moments.scatter) / moments.count + np.sum(moments.mean**2)))
+        size = _size(moments)
         drift = float(np.linalg.norm((self.sum / self.count).numpy() - moments.mean))
         drift = max(drift, abs(float(np.sqrt(self.square / self.count)) - size))
         if drift > bound * size:
@@ -85,56 +86,75 @@ def check_moments(folder: ShardFolder, record: ShardRecord, teacher: CachedTeach
     moments = load_file(folder.store, record.moments, load_moments)
     if {kind: part.mean.shape for kind, part in moments.items()} != {k: s[-1:] for k, s in teacher.shapes.items()}:
         raise BrokenError(record.moments, f"does not hold the statistics of {' and '.join(teacher.shapes)}")
-    if not all(np.isfinite(part.mean).all() and np.isfinite(part.scatter).all() for part in moments.values()):
+    if not all(np.isfinite(part.mean).all() and np.isfinite(part.std).all() for part in moments.values()):
         raise BrokenError(record.moments, "holds statistics that are not finite")
     return moments
 
 
 def check_statistics(folder: ShardFolder, teacher: CachedTeacher) -> None:
-    """Check that the merged statistics are those of all shards, and that PHI-S equalises the variances.
+    """Check that the merged statistics are those of all shards, and that PHI-S, if there is one, belongs to them.
 
     Shards recomputed on another device may have moved the statistics by `TOLERANCE`.
     """
     records = [record for record in folder.listed().values() if record.rows]
     frozen = load_file(folder.store, "stats.npz", load_moments)
-    rotations = load_file(folder.store, "phi_s.npz", load_phi_s)
+    rotations = load_file(folder.store, "phi_s.npz", load_phi_s) if folder.store.exists("phi_s.npz") else None
     due = merge_all(check_moments(folder, record, teacher) for record in records)
+    tolerance = TOLERANCE[teacher.precision]
     for kind in teacher.shapes:
-        if kind not in frozen or not _alike(frozen[kind], due[kind], TOLERANCE[teacher.precision]):
+        if kind not in frozen or not _alike(frozen[kind], due[kind], tolerance):
             raise BrokenError("stats.npz", f"does not hold the statistics of the shards' {kind}")
-        if kind not in rotations or not _equalises(rotations[kind], frozen[kind]):
-            raise BrokenError("phi_s.npz", f"does not equalise the variances of the {kind} in stats.npz")
+        if rotations is not None and not (kind in rotations and _fits(rotations[kind], frozen[kind], tolerance)):
+            raise BrokenError("phi_s.npz", f"is no rotation with the mean and scale of the {kind} in stats.npz")
 
 
 def _alike(frozen: Moments, due: Moments, tolerance: float) -> bool:
-    size = np.sqrt(np.trace(due.scatter) / due.count + np.sum(due.mean**2))
-    mean = np.linalg.norm(frozen.mean - due.mean) <= tolerance * size
-    scatter = np.linalg.norm(frozen.scatter - due.scatter) <= tolerance * np.linalg.norm(due.scatter)
-    return bool(frozen.count == due.count and mean and scatter)
+    mean = np.linalg.norm(frozen.mean - due.mean) <= tolerance * _size(due)
+    std = np.linalg.norm(frozen.std - due.std) <= tolerance * np.linalg.norm(due.std)
+    return bool(frozen.count == due.count and mean and std)
 
 
-def _equalises(phi: PhiS, moments: Moments) -> bool:
-    variances = np.diagonal(phi.rotation @ moments.covariance @ phi.rotation.T)
-    return bool(np.allclose(phi.mean, moments.mean) and np.allclose(variances, phi.scale**2, rtol=1e-2))
+def _size(moments: Moments) -> float:
+    """Root mean square norm of the vectors."""
+    return float(np.sqrt(np.sum(moments.std**2) + np.sum(moments.mean**2)))
+
+
+def _fits(phi: PhiS, moments: Moments, tolerance: float) -> bool:
+    """Whether PHI-S is orthogonal, and has the mean and scale of features whose stored form lost no more than they vary."""
+    if phi.rotation.shape != (len(moments.mean),) * 2:
+        return False
+    mean = np.linalg.norm(phi.mean - moments.mean) <= (tolerance + 0.1) * np.linalg.norm(moments.std)
+    scale = abs(phi.scale - np.sqrt(np.mean(moments.std**2))) <= (tolerance + 0.2) * phi.scale
+    turn = phi.rotation @ phi.rotation.T
+    return bool(mean and scale and np.allclose(turn, np.eye(len(turn)), atol=1e-3))
 
 
 def compare(
-    teacher: CachedTeacher, codecs: dict[str, FeatureCodec], opened: Shard, group: int, outputs: Sequence[TeacherOutput]
-) -> None:
+    teacher: CachedTeacher,
+    codecs: dict[str, FeatureCodec],
+    opened: Shard,
+    group: int,
+    outputs: Sequence[TeacherOutput],
+    frozen: Mapping[str, Moments],
+) -> dict[str, Tensor]:
     """Compare a stored row group with what the teacher computes from the same pixels now.
+
+    Returns:
+        Cosines of the standardised features, [vectors] by token type, given the statistics of the dataset.
 
     By the triangle inequality, a row's relative error is at most the codec's loss on these features plus what the
     arithmetic of another device may change (`TOLERANCE`). The fidelity in the shard's record is a mean over other rows,
     and would raise false alarms on the rows that are hardest to encode.
     """
-    stored = opened.read_group(group)
+    stored, cosines = opened.read_group(group), {}
     for kind, codec in codecs.items():
         features: Tensor = torch.cat([getattr(output, kind) for output in outputs]).cpu()
         try:
             kept = codec.decode(torch.from_numpy(codec.encode(features)))
         except ValueError as error:
             raise opened.broken(f"cannot be compared: the teacher now computes {kind} {error}") from error
-        loss = relative_errors(features, decode(stored[kind], codec))
+        found = decode(stored[kind], codec)
+        loss = relative_errors(features, found)
         bound = relative_errors(features, kept) + TOLERANCE[teacher.precision]
         if wrong := (loss > bound).nonzero().flatten().tolist():
             row = wrong[0]
@@ -142,6 +162,10 @@ def compare(
                 f"holds other {kind} than the teacher computes: {len(wrong)} of {len(loss)} recomputed rows differ, first "
                 f"{stored['sample_id'][row]} view {stored['view'][row]} by {loss[row]:.3f}, allowed {bound[row]:.3f}"
             )
+        if kind in frozen:
+            mean, std = (torch.from_numpy(part) for part in (frozen[kind].mean, frozen[kind].std))
+            cosines[kind] = target_cosines(features.flatten(0, -2), found.flatten(0, -2), mean, std)
+    return cosines
 
 
 def relative_errors(features: Tensor, kept: Tensor) -> Tensor:

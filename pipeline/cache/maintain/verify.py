@@ -13,6 +13,8 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder
+from pipeline.cache.layout.stats import Moments, load_moments
+from pipeline.cache.layout.target import cosine_figures
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA, ViewRows
 from pipeline.cache.maintain.checks import (
     BrokenError,
@@ -21,9 +23,10 @@ from pipeline.cache.maintain.checks import (
     check_derived_from,
     check_features,
     check_images,
-    check_projection,
+    check_projections,
     check_rows_shard,
     finding,
+    load_file,
     open_shard,
 )
 from pipeline.cache.maintain.values import check_values, compare
@@ -58,7 +61,8 @@ class Verify:
 
         Returns:
             The row with ``findings`` (JSON list of `Finding`), ``files`` (Parquet files read), ``recomputed`` (rows times
-            teachers) and ``error`` (a user-fixable failure in one line, or "").
+            teachers), ``cosines`` (JSON list of teacher id, token type, number of recomputed vectors, and mean and 1st percentile
+            of the cosines of their standardised values) and ``error`` (a user-fixable failure in one line, or "").
         """
         work = _ShardCheck(self, row["split"], int(row["shard"]))
         error = ""
@@ -68,7 +72,8 @@ class Verify:
         except USER_ERRORS as failure:
             error = self.extract.error_message(failure)
         findings = json.dumps([asdict(found) for found in work.findings])
-        return {**row, "findings": findings, "files": work.files, "recomputed": work.recomputed, "error": error}
+        counts = {"files": work.files, "recomputed": work.recomputed}
+        return {**row, "findings": findings, **counts, "cosines": json.dumps(work.cosines), "error": error}
 
 
 class _ShardCheck:
@@ -78,6 +83,7 @@ class _ShardCheck:
         self.verify, self.split, self.shard = verify, split, shard
         self.dataset = verify.datasets[split]
         self.findings: list[Finding] = []
+        self.cosines: list[list[object]] = []
         self.files = self.recomputed = 0
         self.sources: dict[str, str] = {}  # intact files of images and crops
 
@@ -139,7 +145,7 @@ class _ShardCheck:
     def _codecs(self, teacher: CachedTeacher) -> dict[str, FeatureCodec] | None:
         """Codecs, or None if the projection is broken, which is reported once per folder and not for every shard."""
         try:
-            return teacher.codecs(check_projection(self.dataset.teacher(teacher.id), teacher))
+            return teacher.codecs(check_projections(self.dataset.teacher(teacher.id), teacher))
         except BrokenError:
             return None
 
@@ -154,5 +160,17 @@ class _ShardCheck:
             self.recomputed += views.rows.num_rows
             del asked[name]
             with self._report(name, self.dataset.teacher(name)):
-                compare(teacher, codecs, opened, group, [output[name] for output in outputs])
+                found = compare(
+                    teacher, codecs, opened, group, [output[name] for output in outputs], self._frozen(teacher)
+                )
                 asked[name] = opened
+                for kind, cosines in found.items():
+                    if figures := cosine_figures(cosines):
+                        self.cosines.append([name, kind, len(cosines), *figures.values()])
+
+    def _frozen(self, teacher: CachedTeacher) -> Mapping[str, Moments]:
+        """Statistics of the dataset; none if they are missing or broken, which is found elsewhere."""
+        try:
+            return load_file(self.dataset.teacher(teacher.id).store, "stats.npz", load_moments)
+        except BrokenError:
+            return {}

@@ -120,21 +120,23 @@ def projected(tmp_path, photo_config):
 
 
 def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(projected):
-    from pipeline.cache.layout.cached_teacher import load_codecs, projection_of, teacher_fidelity
+    from pipeline.cache.layout.cached_teacher import load_codecs, projections_of, teacher_fidelity
 
     teacher = projected.teachers[0]
     for split in projected.splits:
         folder = split.dataset.teacher(teacher.id)
-        projection = projection_of(folder)
-        assert projection.basis.shape == (8, 24)
+        projections = projections_of(folder)
+        assert projections["patches"].components.shape == (8, 24)
         codecs = load_codecs(split.dataset, teacher)
         assert codecs["patches"].row_bytes == 16 * (8 + 2)
         schema = pq.read_schema(Path(folder.store.uri, folder.records()[0].file))
         assert str(schema.field("patches").type) == f"fixed_size_binary[{16 * 10}]"
         assert schema.metadata[b"projection"].decode() == folder.projection
         fidelity = teacher_fidelity(split.dataset, teacher)
-        assert 0.99 < fidelity["patches"]["cosine_p1"] <= fidelity["patches"]["cosine"] <= 1.0001
-        assert fidelity["summary"]["cosine"] > 0.999
+        patches = fidelity["patches"]
+        assert 0.95 < patches["target_cosine_p1"] <= patches["target_cosine"] <= 1.0001
+        assert patches["target_cosine"] > 0.99
+        assert fidelity["summary"]["target_cosine"] > 0.999
 
 
 @pytest.mark.parametrize("crops", [0, 2])
@@ -233,14 +235,43 @@ def test_a_codec_that_cannot_be_is_refused_by_the_plan(tmp_path, photo_config, o
         plan_cache(photo_config(override), Store.at(tmp_path / "cache"))
 
 
-def test_phi_s_is_frozen_with_the_statistics(filled):
-    import numpy as np
+def test_fidelity_is_measured_on_images_that_no_projection_was_fitted_on(tmp_path, photo_config, monkeypatch):
+    monkeypatch.setattr("pipeline.cache.fill.extract._sample_size", lambda teacher: 64)
+    config = photo_config("cache.codec=pca-int8-zstd", "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}]")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    from pipeline.cache.fill.shard_builder import ShardBuilder
 
-    from pipeline.cache.layout.cached_teacher import teacher_stats
-    from pipeline.cache.layout.phi_s import load_phi_s
+    seen, add = [], ShardBuilder.add
+    monkeypatch.setattr(
+        ShardBuilder, "add", lambda self, *a, held_out: seen.append(held_out) or add(self, *a, held_out=held_out)
+    )
+    fill_in_process(plan)
+    # Shards of 100, 50 and 40 images in batches of 16; the first row group of 64 images of each data set is fitted on.
+    assert seen == [False] * 4 + [True] * 3 + [True] * 4 + [False] * 3
 
-    teacher = filled.plan.teachers[0]
-    moments = teacher_stats(filled.train, teacher)
-    for kind, phi in load_phi_s(filled.train.teacher(teacher.id).store.get("phi_s.npz")).items():
-        rotated = phi.rotation @ moments[kind].covariance @ phi.rotation.T / phi.scale**2
-        np.testing.assert_allclose(np.diagonal(rotated), np.ones(8), rtol=1e-3)
+
+@pytest.mark.parametrize(("change", "codec"), [((1e-9, 0), "int8"), ((1e-9, 0), "float16"), ((1, 1e5), "int8")])
+def test_a_codec_that_loses_the_target_is_refused_in_a_line(tmp_path, photo_config, monkeypatch, change, codec):
+    from teachers.base import TeacherError, TeacherOutput
+    from tests.fakes import ColourGrid
+
+    forward = ColourGrid.forward
+
+    def changed(self, images):
+        output = forward(self, images)
+        return TeacherOutput(*(part * change[0] + change[1] for part in (output.summary, output.patches)))
+
+    monkeypatch.setattr(ColourGrid, "forward", changed)
+    name = f"cache.codec={codec}"
+    plan = plan_cache(photo_config(name, "teachers=['tests.fakes:colours']"), Store.at(tmp_path / "a"))
+    with pytest.raises(
+        (AssertionError, TeacherError), match=rf"{codec} keeps a cosine of only .* set cache.codec=pca-int8"
+    ):
+        fill_in_process(plan)
+    plan = plan_cache(
+        photo_config("cache.codec=pca-int8-zstd", "teachers=['tests.fakes:colours']"), Store.at(tmp_path / "b")
+    )
+    fill_in_process(plan)
+    from pipeline.cache.layout.cached_teacher import teacher_fidelity
+
+    assert teacher_fidelity(plan.split("train").dataset, plan.teachers[0])["patches"]["target_cosine"] > 0.99

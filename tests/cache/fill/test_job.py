@@ -1,10 +1,24 @@
 """What filling the cache tells MLflow, on a real SQLite store."""
 
+import json
+from dataclasses import asdict, replace
+
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.build import plan_cache
-from pipeline.cache.fill.job import precompute
+from pipeline.cache.fill.estimate import all_bytes, missing_bytes
+from pipeline.cache.fill.job import cache_bytes, image_bytes, precompute, warn_of_losses
+from pipeline.cache.fill.shard_builder import ShardBuilder
+from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher, projections_of
+from pipeline.cache.layout.shards import ShardFolder
+from pipeline.cache.layout.view_rows import ViewRows
 from pipeline.storage.store import Store
 from pipeline.tracking.run import start_run
-from tests.fakes import without_ray
+from teachers.base import TeacherOutput
+from tests.fakes import fill_in_process, without_ray
 
 
 def test_a_start_that_computes_nothing_leaves_what_an_earlier_one_logged(photo_config, tmp_path, monkeypatch):
@@ -20,3 +34,59 @@ def test_a_start_that_computes_nothing_leaves_what_an_earlier_one_logged(photo_c
     assert second == 0 < first == metrics["shards_computed"]
     assert metrics == later
     assert metrics.keys() >= {"images_extracted", "images_per_second", "seconds", "quarantined", "cache_bytes"}
+
+
+TEACHERS = "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}, {model: 'tests.fakes:colours', args: {dim: 8}}]"
+
+
+@pytest.mark.parametrize("codec", ["pca-int8-zstd", "int8", "float32"])
+def test_every_figure_of_size_counts_all_files_below_the_folder(photo_config, tmp_path, codec):
+    config, store = photo_config(f"cache.codec={codec}", TEACHERS), Store.at(tmp_path / "cache")
+    bound = missing_bytes(plan_cache(config, store))
+    fill_in_process(plan_cache(config, store))
+    plan = plan_cache(config, store)
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    disk = {path: path.stat().st_size for path in files}
+    features = sum(size for path, size in disk.items() if "teachers" in path.parts)
+    assert cache_bytes(plan) == features
+    assert image_bytes(plan) == sum(disk.values()) - features
+    assert features <= bound
+    total = sum(
+        all_bytes(split, teacher, teacher.row_bytes(projections_of(split.dataset.teacher(teacher.id))))
+        for split in plan.splits
+        for teacher in plan.teachers
+    )
+    assert features <= total
+
+
+def test_what_lies_beside_the_features_of_a_shard_is_below_two_percent(tmp_path):
+    """A shard of 512 images of the feature maps of MobileNetV2 at 224 px, with zstd, all files counted."""
+    spec = replace(make_teacher(TeacherConfig(model="hog")).spec, grid=(7, 7), patch_dim=1280, summary_dim=1280)
+    teacher = CachedTeacher(TeacherConfig(model="hog"), spec, "wide", "int8-zstd", "float32")
+    builder, generator = ShardBuilder(teacher, "", None), torch.Generator().manual_seed(0)
+    for _ in range(16):
+        patches = torch.relu(torch.randn(32, 7, 7, 1280, generator=generator) - 1)
+        builder.add(TeacherOutput(patches.mean(dim=(1, 2)), patches), 0.0)
+    ids = [f"class/{number:06d}.jpg" for number in range(512)]
+    rows = pa.table({"sample_id": ids, "view": pa.array([0] * 512, pa.int16())})
+    folder = ShardFolder(Store.at(tmp_path))
+    record = builder.commit(folder, 0, ViewRows(rows, rows, {"images": "shard-00000-00000000.parquet"}), "cpu")
+    assert folder.store.bytes_below() - record.bytes < 0.02 * record.bytes
+
+
+@pytest.mark.parametrize("facts", [{"cosine": 0.999}, {"target_cosine": 0.97, "target_cosine_p1": 0.9}, {}])
+def test_features_that_keep_too_little_or_an_unknown_share_are_named(photo_config, tmp_path, caplog, facts):
+    plan = plan_cache(photo_config(TEACHERS), Store.at(tmp_path / "cache"))
+    fill_in_process(plan)
+    dataset = plan.split("train").dataset
+    folder = dataset.teacher(plan.teachers[0].id)
+    for number, record in folder.records().items():
+        fidelity = {kind: {**facts, "relative_error": 0.0} for kind in ("summary", "patches")}
+        changed = asdict(replace(record, facts={**record.facts, "fidelity": fidelity}))
+        folder.store.put(f"shard-{number:05d}.json", json.dumps(changed).encode())
+    dataset.refresh()
+    warn_of_losses(plan)
+    words = {"cosine": "measured them raw", "target_cosine": "a cosine of 0.970 of the standardised patches"}
+    expected = [text for name, text in words.items() if name in facts]
+    assert all(any(text in record.getMessage() for record in caplog.records) for text in expected)
+    assert bool(caplog.records) == bool(expected)

@@ -3,26 +3,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.cache.layout.codec import (
-    MARGIN,
-    TARGET_COSINE,
-    Codec,
-    FeatureCodec,
-    Projection,
-    dump_projection,
-    fidelity,
-    fit_projection,
-    load_projection,
-)
+from pipeline.cache.layout.codec import Codec, FeatureCodec
+from pipeline.cache.layout.projection import fit_projections
 from pipeline.errors import UserError
-
-
-def low_rank(images=40, grid=4, dim=48, rank=6, noise=0.02, seed=0):
-    """Patches [N, h, w, D] near a plane of `rank` dimensions, off the origin."""
-    generator = torch.Generator().manual_seed(seed)
-    plane = torch.randn(rank, dim, generator=torch.Generator().manual_seed(99))
-    values = torch.randn(images, grid, grid, rank, generator=generator) @ plane
-    return values + noise * torch.randn(images, grid, grid, dim, generator=generator) + 1
+from tests.cache.layout.drawn import low_rank
 
 
 @pytest.mark.parametrize(
@@ -69,9 +53,8 @@ def test_a_round_trip_keeps_values_to_the_precision_of_the_format(
 def test_tokens_are_decoded_alone_as_they_are_among_all(codec):
     patches, places = low_rank(), torch.tensor([5, 0, 15, 5])
     parsed = Codec.parse(codec)
-    feature_codec = parsed.build({"patches": (4, 4, 48)}, fit_projection(parsed, patches) if parsed.pca else None)[
-        "patches"
-    ]
+    fitted = fit_projections(parsed, {"patches": patches}) if parsed.pca else {}
+    feature_codec = parsed.build({"patches": (4, 4, 48)}, fitted)["patches"]
     rows = torch.from_numpy(feature_codec.encode(patches))
     torch.testing.assert_close(feature_codec.decode(rows, places), feature_codec.decode(rows).flatten(1, 2)[:, places])
 
@@ -104,7 +87,8 @@ def test_int8_takes_a_quarter_of_float32_and_keeps_a_cosine_of_999():
     features = torch.randn(32, 4, 4, 768)
     feature_codec = FeatureCodec("int8", (4, 4, 768))
     assert FeatureCodec("float32", (4, 4, 768)).row_bytes / feature_codec.row_bytes > 3.9
-    assert feature_codec.fidelity(features, feature_codec.encode(features))["cosine"] > 0.999
+    kept = feature_codec.decode(torch.from_numpy(feature_codec.encode(features)))
+    assert torch.nn.functional.cosine_similarity(features, kept, dim=-1).mean() > 0.999
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3, 1.0, 1e3, 2e6])
@@ -130,79 +114,3 @@ def test_features_beyond_half_precision_are_refused_with_their_size():
         FeatureCodec("float16", (2,)).encode(torch.tensor([[1e5, 1.0]]))
     with pytest.raises(ValueError, match=r"1e\+07, too large for the codec int8"):
         FeatureCodec("int8", (2,)).encode(torch.tensor([[1e7, 1.0]]))
-
-
-def test_a_projection_is_orthonormal_and_finds_the_plane():
-    patches = low_rank(noise=0)
-    projection = fit_projection(Codec.parse("pca6-float32"), patches)
-    torch.testing.assert_close(projection.basis @ projection.basis.T, torch.eye(6), atol=1e-6, rtol=0)
-    feature_codec = FeatureCodec("float32", (4, 4, 48), projection)
-    torch.testing.assert_close(
-        feature_codec.decode(torch.from_numpy(feature_codec.encode(patches))), patches, atol=1e-4, rtol=0
-    )
-    assert feature_codec.row_bytes == 16 * 6 * 4
-
-
-def test_the_fitted_number_of_components_is_the_smallest_that_reaches_the_target_on_other_images():
-    codec = Codec.parse("pca-int8")
-    patches = low_rank(rank=20, noise=0.3)
-    projection = fit_projection(codec, patches)
-    fresh = low_rank(rank=20, noise=0.3, seed=5)
-
-    def cosine(components):
-        kept = Projection(projection.mean, projection.basis[:components])
-        feature_codec = FeatureCodec("int8", (4, 4, 48), kept)
-        return feature_codec.fidelity(fresh, feature_codec.encode(fresh))["cosine"]
-
-    chosen = len(projection.basis)
-    assert chosen % 8 == 0
-    assert cosine(chosen) >= TARGET_COSINE
-    assert cosine(chosen - 8) < TARGET_COSINE + MARGIN
-
-
-@pytest.mark.parametrize("name", ["pca-int8", "pca-int8-zstd"])
-def test_features_without_structure_are_not_projected(name):
-    assert fit_projection(Codec.parse(name), torch.randn(60, 2, 2, 12)) is None
-
-
-def test_sparse_features_are_left_to_zstd():
-    patches = torch.relu(low_rank(noise=0) - 6)
-    assert fit_projection(Codec.parse("pca-int8"), patches) is not None
-    assert fit_projection(Codec.parse("pca-int8-zstd"), patches) is None
-
-
-def test_only_patches_are_projected():
-    codec = Codec.parse("pca6-int8")
-    feature_codec = codec.build({"summary": (48,), "patches": (4, 4, 48)}, fit_projection(codec, low_rank()))
-    assert feature_codec["summary"].row_bytes == 48 + 2
-    assert feature_codec["patches"].row_bytes == 16 * (6 + 2)
-
-
-def test_more_components_than_channels_are_refused():
-    with pytest.raises(UserError, match="pca64: the patches have 48 channels"):
-        fit_projection(Codec.parse("pca64-int8"), low_rank())
-
-
-def test_a_projection_survives_its_file():
-    projection = fit_projection(Codec.parse("pca6-int8"), low_rank())
-    loaded = load_projection(dump_projection(projection))
-    assert torch.equal(loaded.mean, projection.mean)
-    assert torch.equal(loaded.basis, projection.basis)
-    assert load_projection(dump_projection(None)) is None
-
-
-def test_zero_tokens_have_no_cosine_but_an_error():
-    features = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    figures = fidelity(features, torch.tensor([[0.0, 5.0], [3.0, 4.0]]))
-    assert figures["cosine"] == pytest.approx(1)
-    assert figures["relative_error"] == pytest.approx(1)
-
-
-def test_fidelity_reports_mean_worst_percentile_and_error():
-    features = torch.ones(200, 2)
-    kept = features.clone()
-    kept[0] = torch.tensor([1.0, -1.0])
-    figures = fidelity(features, kept)
-    assert figures["cosine"] == pytest.approx(1 - 1 / 200)
-    assert figures["cosine_p1"] == pytest.approx(1.0, abs=0.02)
-    assert figures["relative_error"] == pytest.approx((4 / 400) ** 0.5)

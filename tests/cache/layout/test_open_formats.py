@@ -33,13 +33,15 @@ def cache(request, tmp_path_factory):
     fill_in_process(plan)
     dataset, teacher = plan.splits[0].dataset, plan.teachers[0]
     folder = dataset.teacher(teacher.id)
-    feature_codec, known = load_codecs(dataset, teacher)["patches"], {}
+    codecs, known = load_codecs(dataset, teacher), {}
     for record in folder.records().values():
         table = folder.read(record)
-        rows = np.stack([np.frombuffer(row, np.uint8) for row in table["patches"].to_pylist()])
-        known |= dict(
-            zip(table["sample_id"].to_pylist(), feature_codec.decode(torch.from_numpy(rows)).numpy(), strict=True)
+        patches, summaries = (
+            codec.decode(torch.from_numpy(np.stack([np.frombuffer(row, np.uint8) for row in table[kind].to_pylist()])))
+            for kind, codec in (("patches", codecs["patches"]), ("summary", codecs["summary"]))
         )
+        pairs = zip(patches.numpy(), summaries.numpy(), strict=True)
+        known |= dict(zip(table["sample_id"].to_pylist(), pairs, strict=True))
     return folder.store.uri, known
 
 
@@ -53,8 +55,19 @@ def test_the_example_gives_the_features_of_its_sample_ids(cache, library):
     assert len(names["patches"]) in (10, 64, 100)
     assert (names["projection"] is not None) == names["codec"].startswith("pca")
     assert all(f"class{label}" in sample_id for sample_id, label, _ in names.get("found", ()))
-    expected = np.stack([known[sample_id] for sample_id in names["sample_ids"]])
+    expected = np.stack([known[sample_id][0] for sample_id in names["sample_ids"]])
     np.testing.assert_allclose(names["patches"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_documented_decoder_reads_summaries_too(cache):
+    folder, known = cache
+    names = {"folder": folder}
+    exec(DECODE + START, names)
+    table = pq.read_table(names["files"][0])
+    rows = np.stack([np.frombuffer(row, np.uint8) for row in table["summary"].to_pylist()])
+    found = names["decode"](rows, (8,), names["codec"], names["projection"], kind="summary")
+    expected = np.stack([known[sample_id][1] for sample_id in table["sample_id"].to_pylist()])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "float16-zstd", "int8-zstd"])

@@ -27,7 +27,7 @@ def test_sizes_without_a_construction_are_said_to_have_none(size):
 @pytest.mark.parametrize("dim", [1, 2, 5, 12, 27, 36, 64])
 def test_every_channel_has_unit_variance_and_shape_is_kept(dim):
     rows = correlated(dim)
-    phi = PhiS.of(Moments.of(rows))
+    phi = PhiS.of(Moments.of(rows, outer=True))
     np.testing.assert_allclose(phi.rotation @ phi.rotation.T, np.eye(dim), atol=1e-10)
     y = (rows.numpy() - phi.mean) @ phi.rotation.T / phi.scale
     np.testing.assert_allclose(y.var(axis=0), np.ones(dim), rtol=1e-8)
@@ -38,13 +38,13 @@ def test_every_channel_has_unit_variance_and_shape_is_kept(dim):
 def test_channels_that_never_vary_do_no_harm():
     rows = correlated(12)
     rows[:, 3] = 7
-    phi = PhiS.of(Moments.of(rows))
+    phi = PhiS.of(Moments.of(rows, outer=True))
     y = (rows.numpy() - phi.mean) @ phi.rotation.T / phi.scale
     np.testing.assert_allclose(y.var(axis=0), np.ones(12), rtol=1e-8)
 
 
 def test_it_survives_the_file_with_a_float32_rotation():
-    phi = PhiS.of(Moments.of(correlated(12)))
+    phi = PhiS.of(Moments.of(correlated(12), outer=True))
     loaded = load_phi_s(dump_phi_s({"patches": phi}))["patches"]
     assert loaded.scale == phi.scale
     assert loaded.rotation.dtype == np.float32

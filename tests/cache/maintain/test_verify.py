@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.arrays import dump_arrays, load_arrays
+from pipeline.cache.layout.phi_s import dump_phi_s, load_phi_s
 from pipeline.cache.maintain.audit import check_begun, verify_cache
 from pipeline.cache.maintain.repair import repair_cache
 from pipeline.config.load import load_config
@@ -260,8 +262,11 @@ def _foreign_statistics(cache):
 
 def _damaged_rotation(cache):
     folder = _teacher(cache, 1, "val")
-    _path(folder, "phi_s.npz").unlink()
-    return "phi_s.npz", "is missing"
+    freeze_phi_s(cache.val, cache.plan.teachers[1])
+    turned = load_phi_s(folder.store.get("phi_s.npz"))
+    turned["patches"] = replace(turned["patches"], rotation=turned["patches"].rotation * 1.1)
+    folder.store.put("phi_s.npz", dump_phi_s(turned))
+    return "phi_s.npz", "is no rotation with the mean and scale of the patches"
 
 
 def _damaged_index(cache):
@@ -347,7 +352,8 @@ def test_a_lost_projection_is_fitted_again_and_the_shards_count_again(projected)
 def test_a_changed_projection_is_found(projected):
     folder = _teacher(projected)
     arrays = load_arrays(folder.store.get(folder.projection))
-    folder.store.put(folder.projection, dump_arrays({**arrays, "basis": arrays["basis"][::-1]}))
+    turned = {"patches_components": arrays["patches_components"][::-1]}
+    folder.store.put(folder.projection, dump_arrays({**arrays, **turned}))
     found = verify_cache(projected.plan, projected.config)
     assert [item.problem for item in found.findings] == ["does not have the content that its name says"]
 
