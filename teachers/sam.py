@@ -30,6 +30,9 @@ FLASH_CHANNELS = 256
 class SAM(TimmTeacher):
     """A SAM image encoder with the authors' epsilon in every norm; timm's own is 1e-5 in the blocks."""
 
+    def __init__(self, name: str, model_name: str, options: TeacherOptions, *, pool: int = 1) -> None:
+        super().__init__(name, model_name, options, has_summary=False, pool=pool, key_filter=_to_timm)
+
     def _create(self, **changes: Any) -> nn.Module:
         model = super()._create(**changes)
         for name, module in list(model.named_modules()):
@@ -117,7 +120,7 @@ def sam(options: TeacherOptions) -> Teacher:
     pool = side // GRID if side >= GRID and side % GRID == 0 else 1
     # The tables have the published size; timm resamples them to the input's in every forward pass.
     options = replace(options, args={"img_size": INPUT_SIZE, **options.args})
-    return SAM(f"sam/{variant}", model, options, has_summary=False, pool=pool, key_filter=_to_timm)
+    return SAM(f"sam/{variant}", model, options, pool=pool)
 
 
 def _to_timm(tensors: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
