@@ -188,7 +188,7 @@ def _published(model_name: str) -> dict[str, Any]:
         raise TeacherError(
             f"teacher timm/{model_name}: timm has no weights {tag}; for {architecture} it has {', '.join(tags) or 'none'}"
         ) from error
-    return config.to_dict() if config else {}
+    return (config or timm.models.PretrainedCfg()).to_dict()  # old names of models have none
 
 
 def _patch_size(model: nn.Module) -> int:

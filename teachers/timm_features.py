@@ -26,7 +26,7 @@ def find_features(model: Any, images: Tensor) -> Read:
     features = model.forward_features(images)
     if isinstance(features, Tensor) and features.ndim == 4 and (last is None or features.shape[-1] > 1):
         return _read_map
-    if isinstance(features, Tensor) and features.ndim == 3 and _is_grid(model, features, last):
+    if isinstance(features, Tensor) and features.ndim == 3 and _is_grid(model, features, last, images.shape[-1]):
         return _read_tokens
     if intermediates is None:
         raise ValueError("it gives no map of patches, but a class token or tokens of several sizes")
@@ -45,14 +45,16 @@ def _intermediates(model: Any, images: Tensor) -> Read | None:
     return None
 
 
-def _is_grid(model: Any, features: Tensor, last: Tensor | None) -> bool:
+def _is_grid(model: Any, features: Tensor, last: Tensor | None, size: int) -> bool:
     """Whether the tokens after the prefix are a square of patches: the last map's, or the patch embedding's."""
     patches = features.shape[1] - _prefix(model)
     if isqrt(patches) ** 2 != patches:
         return False
     if last is not None:
         return last.shape[1:] == (isqrt(patches), isqrt(patches), features.shape[-1])
-    return patches == getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    patch = patch[0] if isinstance(patch, tuple) else patch
+    return bool(patch) and isqrt(patches) == size // patch
 
 
 def _prefix(model: Any) -> int:
