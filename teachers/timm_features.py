@@ -54,7 +54,7 @@ def _is_grid(model: Any, features: Tensor, last: Tensor | None, size: int) -> bo
         return last.shape[1:] == (isqrt(patches), isqrt(patches), features.shape[-1])
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     patch = patch[0] if isinstance(patch, tuple) else patch
-    return bool(patch) and isqrt(patches) == size // patch
+    return patch is not None and isqrt(patches) == size // patch
 
 
 def _prefix(model: Any) -> int:
