@@ -58,8 +58,10 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     shards = sum(split.dataset.shards for split in plan.splits)
     missing = sum(len(split.missing(teacher)) for split in plan.splits)
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
+    computed = f", {spec.computation}" if spec.computation else ""
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
+        f"squashed to a square, {spec.interpolation}{computed}; "
         f"weights {spec.weights[:20]}; {teacher.precision}, stored as {teacher.codec}: {_stored(plan, teacher)}; "
         f"{teacher.id}: {shards - missing} of {shards} shards cached"
     )

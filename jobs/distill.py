@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import fill, print_plan
+from pipeline.cache.fill.build import check_weights
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.job import cache_bytes, image_bytes
 from pipeline.distill.job import check_session, distill, training_plan
@@ -36,6 +37,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     phases = plan_phases(config, cache_store(config))
     for number, phase in enumerate(phases, 1):
         print_plan(phase.config, phase.plan, number, len(phases), table(training_plan(phase)))
+    check_weights(*(phase.plan for phase in phases))
     if dry_run:
         return {"dry_run": True}
     check_space(*(phase.plan for phase in phases))

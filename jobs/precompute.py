@@ -60,7 +60,7 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import cost_plan, fill, print_plan, read_rate
-from pipeline.cache.fill.build import CachePlan, plan_cache
+from pipeline.cache.fill.build import CachePlan, check_weights, plan_cache
 from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.maintain.audit import Verification, check_begun, verify_cache
@@ -78,6 +78,7 @@ SHOWN = 50
 def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
     """Compute what the cache lacks of the recipe's teachers and images, for all of its phases."""
     planned = _planned(config)
+    check_weights(*(plan for _, plan in planned))
     if dry_run:
         return {"dry_run": True}
     check_space(*(plan for _, plan in planned))

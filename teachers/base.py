@@ -70,6 +70,8 @@ class TeacherSpec:
         pool: side of the square of patches averaged into one; divides the encoder's own grid exactly.
         model_args: arguments passed to the library's constructor.
         licence: SPDX identifier or name of the weights' licence, as published.
+        computation: how the features are computed where the fields above do not tell it, such as a correction of what the
+            library does; "" for the library's own way.
     """
 
     name: str
@@ -85,11 +87,14 @@ class TeacherSpec:
     pool: int = 1
     model_args: Mapping[str, Any] = field(default_factory=dict)
     licence: str = "unknown"
+    computation: str = ""
 
     def identity(self) -> dict[str, Any]:
         """All fields but name and licence, JSON-ready: teachers of equal identity share a cache."""
         fields = asdict(self)
         del fields["name"], fields["licence"]
+        if not self.computation:  # caches of earlier versions do not have it
+            del fields["computation"]
         return fields
 
 
@@ -112,6 +117,13 @@ class Teacher(ABC):
 
         Raises:
             WeightsNotFoundError, TeacherError: if the file is missing, or does not fit the architecture.
+        """
+
+    def check(self) -> None:  # noqa: B027
+        """Find out for a plan, without loading, whether `load` can succeed; by default nothing is checked.
+
+        Raises:
+            WeightsNotFoundError, TeacherError: if the weights cannot be had, or are those of another network.
         """
 
     @abstractmethod

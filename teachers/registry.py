@@ -12,7 +12,7 @@ FACTORIES: dict[str, str] = {
     "clip": "teachers.clip:clip",
     "sam": "teachers.sam:sam",
     "hog": "teachers.hog:hog",
-    "timm": "teachers.timm_backbone:timm_backbone",
+    "timm": "teachers.timm_names:timm_model",
 }
 """Name -> `module:factory`, imported on demand, so that a teacher needs no other teacher's library."""
 

@@ -2,6 +2,9 @@
 
 There is no summary. Patches are the neck's 256 channels; at 1024 px the 64 x 64 grid is averaged exactly to 16 x 16.
 At smaller inputs fewer patches are averaged, so that the grid stays 16 x 16 where possible.
+
+Images are resized bilinearly, as by the authors, but to a square, as by all teachers: patches then lie where the student's
+do. The authors keep the sides' ratio and pad below or to the right; a square image is the same either way.
 """
 
 from collections.abc import Mapping
@@ -29,6 +32,10 @@ FLASH_CHANNELS = 256
 
 class SAM(TimmTeacher):
     """A SAM image encoder with the authors' epsilon in every norm; timm's own is 1e-5 in the blocks."""
+
+    def __init__(self, name: str, model_name: str, options: TeacherOptions, *, pool: int = 1) -> None:
+        options = replace(options, args={"interpolation": "bilinear", **options.args})
+        super().__init__(name, model_name, options, has_summary=False, pool=pool, key_filter=_to_timm)
 
     def _create(self, **changes: Any) -> nn.Module:
         model = super()._create(**changes)
@@ -117,7 +124,7 @@ def sam(options: TeacherOptions) -> Teacher:
     pool = side // GRID if side >= GRID and side % GRID == 0 else 1
     # The tables have the published size; timm resamples them to the input's in every forward pass.
     options = replace(options, args={"img_size": INPUT_SIZE, **options.args})
-    return SAM(f"sam/{variant}", model, options, has_summary=False, pool=pool, key_filter=_to_timm)
+    return SAM(f"sam/{variant}", model, options, pool=pool)
 
 
 def _to_timm(tensors: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:

@@ -9,8 +9,7 @@
 """
 
 import difflib
-from collections.abc import Callable, Mapping
-from math import isqrt
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -27,21 +26,24 @@ from teachers.base import (
     digest_state,
     pool_grid,
 )
+from teachers.checkpoint import read_checkpoint
 from teachers.errors import one_line
+from teachers.fit import KeyFilter, fit
+from teachers.hub import HubFile, check_available, load_from_hub
+from teachers.timm_features import Read, find_features
 from teachers.variants import check_input_size, pooled_grid
-from teachers.weights import check_keys, conversion_errors, load_from_hub, parse_weights, read_checkpoint, seeded_init
+from teachers.weights import parse_weights, seeded_init
 
 PREPROCESSING = ("mean", "std", "interpolation")
 
 LOADING = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 """Arguments of timm.create_model that make it read files or a hub, which only `weights` may."""
 
-KeyFilter = Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor]]
-"""Turns the keys of a published file into timm's, given the model."""
-
 
 class TimmTeacher(Teacher):
     """A timm model: patches are its last features, the summary is the input of its classifier.
+
+    Subclasses change what their authors compute otherwise, and name it in the specification's `computation`.
 
     Args:
         name, model_name: in the configuration, and in timm, with or without a pretrained tag.
@@ -51,6 +53,7 @@ class TimmTeacher(Teacher):
     """
 
     model: nn.Module
+    read: Read
 
     def __init__(
         self,
@@ -68,7 +71,13 @@ class TimmTeacher(Teacher):
         published = _published(self.model_name)
         size = options.input_size or input_size or published["input_size"][-1]
         self.model_args = self._model_args(options.args, published, size)
-        self.source = parse_weights(options.weights, name, published["tag"] or "default")
+        self.source = parse_weights(options.weights, name, published.get("tag") or "default")
+        self.hub_file = HubFile.of_timm(published)
+        if self.source.kind == "hub" and not self.hub_file:
+            raise TeacherError(
+                f"teacher {name}: timm publishes no weights of {self.model_name}; set weights=<path of a file>, or "
+                "weights=random for an untrained network"
+            )
         summary_dim, patch_dim, grid = self._probe(size)
         self.pool = options.pool or pool
         chosen = {key: options.args.get(key, published[key]) for key in PREPROCESSING}
@@ -86,7 +95,12 @@ class TimmTeacher(Teacher):
             pool=self.pool,
             model_args=self.model_args,
             licence=published.get("license") or "unknown",
+            computation=self._computation(),
         )
+
+    def _computation(self) -> str:
+        """See :attr:`~teachers.base.TeacherSpec.computation`."""
+        return ""
 
     def _model_args(self, args: Mapping[str, Any], published: Mapping[str, Any], size: int) -> dict[str, Any]:
         if refused := ", ".join(sorted(LOADING & args.keys())):
@@ -99,32 +113,31 @@ class TimmTeacher(Teacher):
     def _create(self, **changes: Any) -> nn.Module:
         try:
             model: nn.Module = timm.create_model(self.model_name, **{**self.model_args, **changes})
-        except (TypeError, ValueError, AssertionError, KeyError) as error:
+        except (TypeError, ValueError, AssertionError, KeyError, RuntimeError, AttributeError) as error:
             raise TeacherError(f"teacher {self.name}: args {self.model_args}: {one_line(error)}") from error
         return model.eval().requires_grad_(False)
 
-    def _probe(self, size: int) -> tuple[int, int, tuple[int, int]]:
+    def _probe(self, size: int) -> tuple[int | None, int, tuple[int, int]]:
         """Channels of summary and patch, and the encoder's own grid."""
         with torch.device("meta"):
-            model = self._create()
+            model, images = self._create(), torch.empty(1, 3, size, size)
             check_input_size(self.name, size, _patch_size(model))
             try:
-                summary, patches = self._features(model, torch.empty(1, 3, size, size))
-            except (RuntimeError, AssertionError, ValueError) as error:
+                self.read = find_features(model, images)
+                summary, patches = self.read(model, images)
+            except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
                 reason = one_line(error)
-                raise TeacherError(f"teacher {self.name}: it does not accept input_size {size} ({reason})") from error
-        return summary.shape[-1], patches.shape[-1], (patches.shape[1], patches.shape[2])
+                raise TeacherError(f"teacher {self.name}: no patches at input_size {size} ({reason})") from error
+        return None if summary is None else summary.shape[-1], patches.shape[-1], (patches.shape[1], patches.shape[2])
 
-    @staticmethod
-    def _features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = model.forward_features(images)
-        summary = model.forward_head(features, pre_logits=True)
-        if features.ndim == 3:
-            tokens = features[:, getattr(model, "num_prefix_tokens", 0) :]
-            side = isqrt(tokens.shape[1])
-            return summary, tokens.reshape(len(tokens), side, side, -1)
-        channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        return summary, features if channels_last else features.permute(0, 2, 3, 1)
+    def check(self) -> None:
+        """See :meth:`teachers.base.Teacher.check`."""
+        if self.source.kind == "hub" and self.hub_file:
+            check_available(self.name, self.hub_file)
+        elif self.source.kind == "file":
+            with torch.device("meta"):
+                model = self._create()
+            self._read_file(model, self.source.value, "meta")
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Load the weights; see :meth:`teachers.base.Teacher.load`."""
@@ -136,29 +149,25 @@ class TimmTeacher(Teacher):
     def _load(self) -> nn.Module:
         source = self.source
         if source.kind == "hub":
-            return load_from_hub(self.name, lambda: self._create(pretrained=True))
+            return load_from_hub(self.name, self._create_published, self.hub_file)
         if source.kind == "random":
             with seeded_init(int(source.value), self.name):
                 return self._create()
         model = self._create()
-        tensors: Mapping[str, Tensor] = read_checkpoint(source.value, self.name)
-        if self.key_filter:
-            with conversion_errors(source.value, self.name):
-                tensors = self.key_filter(dict(tensors), model)
-        model.load_state_dict(check_keys(tensors, model.state_dict(), self.name))
+        model.load_state_dict(self._read_file(model, source.value, "cpu"))
         return model
+
+    def _create_published(self) -> nn.Module:
+        """The model with timm's own weights, from the hub or its cache."""
+        return self._create(pretrained=True)
+
+    def _read_file(self, model: nn.Module, path: str, device: str) -> dict[str, Tensor]:
+        return fit(read_checkpoint(path, self.name, device), model, path, self.name, self.key_filter)
 
     def forward(self, images: Tensor) -> TeacherOutput:
         """[B, 3, H, W] -> summary [B, D_s] or None, patches [B, h, w, D]."""
-        summary, patches = self._features(self.model, images)
+        summary, patches = self.read(self.model, images)
         return TeacherOutput(summary if self.has_summary else None, pool_grid(patches, self.pool))
-
-
-def timm_backbone(options: TeacherOptions) -> Teacher:
-    """Factory of `timm/<model>`."""
-    if not options.variant:
-        raise TeacherError("teacher timm: add a model, as in timm/mobilenetv2_100")
-    return TimmTeacher(f"timm/{options.variant}", options.variant, options)
 
 
 def _known_model(name: str) -> str:
@@ -179,7 +188,7 @@ def _published(model_name: str) -> dict[str, Any]:
         raise TeacherError(
             f"teacher timm/{model_name}: timm has no weights {tag}; for {architecture} it has {', '.join(tags) or 'none'}"
         ) from error
-    return config.to_dict() if config else {}
+    return (config or timm.models.PretrainedCfg()).to_dict()  # old names of models have none
 
 
 def _patch_size(model: nn.Module) -> int:

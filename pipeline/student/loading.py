@@ -13,7 +13,10 @@ from torch import nn
 from pipeline.errors import UserError, one_line
 from pipeline.student.model import Encoder, build_encoder, create_backbone, load_encoder
 from teachers.base import TeacherError, WeightsNotFoundError
-from teachers.weights import check_keys, load_from_hub, parse_weights, read_checkpoint
+from teachers.checkpoint import read_checkpoint
+from teachers.fit import check_keys
+from teachers.hub import HubFile, load_from_hub
+from teachers.weights import parse_weights
 
 
 class LoadedStudent(NamedTuple):
@@ -127,7 +130,7 @@ def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> tuple[Encode
         backbone = create_backbone(name, args)
         known: Mapping[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
         if source.kind == "hub":
-            backbone = load_from_hub(name, lambda: _pretrained(name, args))
+            backbone = load_from_hub(name, lambda: _pretrained(name, args), HubFile.of_timm(known))
         else:
             heads = known.get("classifier") or ()
             ignored = [f"{head}." for head in ([heads] if isinstance(heads, str) else heads)]

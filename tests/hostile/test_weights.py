@@ -18,7 +18,8 @@ from pipeline.errors import UserError
 from pipeline.student.model import create_backbone, load_encoder
 from pipeline.training.checkpoint import STATE_FILE, load_state
 from teachers.base import TeacherError
-from teachers.weights import check_keys, read_checkpoint
+from teachers.checkpoint import read_checkpoint
+from teachers.fit import check_keys
 
 
 def _torch_bytes(value, **options):

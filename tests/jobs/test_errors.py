@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from jobs import distill, evaluate, export, precompute
@@ -16,6 +17,7 @@ from pipeline.distill.config import DistillJobConfig
 from pipeline.downstream.base import load_task
 from pipeline.downstream.config import TASKS
 from pipeline.runs.folder import cache_store
+from teachers.registry import create_teacher
 from tests.fakes import SMALL_JOB, fill_in_process, write_photos
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -76,6 +78,29 @@ def test_pretrained_weights_that_no_hub_gives_stop_the_job_first(tmp_path, refus
     assert "dinov2/vits14" in line
     assert "teachers.<i>.weights=<path of the file>" in line
     assert not list((tmp_path / "work/cache").rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("main", [distill.main, precompute.main])
+def test_a_dry_run_finds_out_that_weights_cannot_be_had(tmp_path, refused, monkeypatch, main):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    line = refused(main, *SMALL_JOB, "teachers=[hog, dinov2/vits14]", f"work={tmp_path}/work", "--dry-run")
+    assert "timm/vit_small_patch14_dinov2.lvd142m" in line
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("main", [distill.main, precompute.main])
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_weights_of_another_network_are_refused_in_the_plan(tmp_path, refused, main, dry):
+    small = "{embed_dim: 64, depth: 2, num_heads: 2}"
+    teacher = create_teacher("dinov2/vits14", weights="random", input_size=56, args=yaml.safe_load(small))
+    teacher.load()
+    torch.save(teacher.model.state_dict(), tmp_path / "other.pth")
+    entry = f"teachers=[{{model: dinov2/vits14, weights: {tmp_path}/other.pth, input_size: 56}}]"
+    line = refused(main, *SMALL_JOB, entry, f"work={tmp_path}/work", *dry)
+    assert "the file looks like a transformer (width 64, 2 blocks" in line
+    assert "this architecture is ViT-S/14 (width 384, 12 blocks" in line
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_cache_made_for_other_data_is_refused(tmp_path, refused):

@@ -11,6 +11,7 @@ from pipeline.cache.fill import build
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
+from teachers.hub import HubFile
 from tests.fakes import write_photos
 
 RECIPES = [
@@ -51,6 +52,7 @@ def quick_teachers():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "make_teacher", lambda config: remembered(Key(config)))
+        patch.setattr(HubFile, "is_cached", lambda file: True)
         yield
 
 

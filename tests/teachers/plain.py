@@ -68,6 +68,31 @@ def split_heads(qkv: Tensor, heads: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     return list(zip(q, k, v, strict=True))
 
 
+def resample_with_offset(table: Tensor, side: int, offset: float) -> Tensor:
+    """A square table of positions [N, D] to side^2 rows, by cubic convolution (Keys 1981; a = -0.75) without antialiasing.
+
+    Place i of the new grid is at (i + 1/2) / s - 1/2 of the old one, s = (side + offset) / old; beyond its edge the old
+    grid repeats its last row or column.
+    """
+    old = round(len(table) ** 0.5)
+    if old == side:
+        return table
+    weights = torch.zeros(side, old)
+    for i in range(side):
+        at = (i + 0.5) * old / (side + offset) - 0.5
+        first = int(at // 1) - 1
+        for place in range(first, first + 4):
+            weights[i, min(max(place, 0), old - 1)] += _cubic(abs(at - place))
+    grid = table.reshape(old, old, -1)
+    return torch.einsum("ir,jc,rcd->ijd", weights, weights, grid).flatten(0, 1)
+
+
+def _cubic(x: float, a: float = -0.75) -> float:
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
 def resample(table: Tensor, side: int) -> Tensor:
     """A square table of positions [N, D] to side^2 rows, bicubic and antialiased."""
     old = round(len(table) ** 0.5)

@@ -191,7 +191,12 @@ def test_the_digest_covers_parameters_and_buffers():
 
 def test_identity_ignores_the_readable_name_and_the_licence():
     assert replace(SPEC, name="alias", licence="other").identity() == SPEC.identity()
-    assert {field.name for field in fields(TeacherSpec)} - SPEC.identity().keys() == {"name", "licence"}
+    assert {field.name for field in fields(TeacherSpec)} - SPEC.identity().keys() == {"name", "licence", "computation"}
+
+
+def test_the_librarys_own_way_of_computing_is_no_part_of_the_identity():
+    # Caches of versions without the field stay valid.
+    assert "computation" not in SPEC.identity()
 
 
 @pytest.mark.parametrize(
@@ -208,6 +213,7 @@ def test_identity_ignores_the_readable_name_and_the_licence():
         {"grid": (3, 2)},
         {"pool": 2},
         {"model_args": {"depth": 3}},
+        {"computation": "positions: bicubic"},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -247,6 +247,73 @@ def test_towers_that_are_no_vit_of_open_clip_give_what_their_spec_says(model, si
         assert not torch.allclose(features[0], features[1])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*TorchScript archive:UserWarning")
+@pytest.mark.parametrize("packed", ["pytorch", "torchscript"])
+def test_counters_of_batch_norm_stay_integers(tmp_path, packed):
+    args = {"layers": (1, 1, 1, 1), "width": 16}
+    first = create_teacher("clip/RN50", weights="random:3", input_size=64, args=args)
+    first.load()
+    tensors = {f"visual.{key}": value for key, value in first.tower.state_dict().items()}
+    assert any(not value.is_floating_point() for value in tensors.values())
+    half = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
+    (save_as_torchscript if packed == "torchscript" else torch.save)(half, tmp_path / "resnet.pt")
+    second = create_teacher("clip/RN50", weights=str(tmp_path / "resnet.pt"), input_size=64, args=args)
+    second.check()
+    second.load()
+    pixels = draw_pixels(1, 64)
+    torch.testing.assert_close(second.encode(pixels).patches, first.encode(pixels).patches, atol=2e-2, rtol=2e-2)
+
+
+def test_a_mobile_tower_loads_from_a_file(tmp_path):
+    first = create_teacher("clip/MobileCLIP-S1", weights="random:3", input_size=64)
+    first.load()
+    tensors = {f"visual.{key}": value for key, value in first.tower.state_dict().items()}
+    safetensors.torch.save_file(tensors, tmp_path / "mobile.safetensors")
+    second = create_teacher("clip/MobileCLIP-S1", weights=str(tmp_path / "mobile.safetensors"), input_size=64)
+    second.check()
+    second.load()
+    assert second.weights_sha256 == first.weights_sha256
+
+
+def test_tokens_before_an_attentional_pool_are_those_of_the_last_block():
+    args = {"layers": 1, "width": 64, "head_width": 32, "attn_pooler_heads": 4}
+    teacher = create_teacher("clip/coca_ViT-B-32", weights="random", input_size=96, args=args)
+    assert teacher.spec.grid == (3, 3)
+    teacher.load()
+    pixels = draw_pixels(1, 96)
+    summary, patches = teacher.encode(pixels)
+    with torch.inference_mode():
+        tower, images = teacher.tower, normalise(pixels, MEAN, STD)
+        tokens = tower.transformer(tower._embeds(images))
+        expected, _ = tower(images)
+    torch.testing.assert_close(summary, expected)
+    torch.testing.assert_close(patches.flatten(1, 2), tokens[:, 1:])
+
+
+def test_a_tower_of_timm_takes_another_input_size(tmp_path):
+    args = {"timm_model_name": "vit_tiny_patch16_224"}
+    whole = create_teacher("clip/ViT-B-16-SigLIP", weights="random:1", args=args)
+    whole.load()
+    tensors = {f"visual.{key}": value for key, value in whole.tower.state_dict().items()}
+    torch.save(tensors, tmp_path / "siglip.pt")
+    teacher = create_teacher("clip/ViT-B-16-SigLIP", weights=str(tmp_path / "siglip.pt"), input_size=64, args=args)
+    assert teacher.spec.grid == (4, 4)
+    teacher.check()
+    teacher.load()
+    table = resample(tensors["visual.trunk.pos_embed"][0, 1:], 4)
+    torch.testing.assert_close(teacher.tower.state_dict()["trunk.pos_embed"][0, 1:], table)
+    assert teacher.encode(draw_pixels(1, 64)).patches.shape == (1, 4, 4, 192)
+
+
+@pytest.mark.parametrize("refuse", ["check", "load"])
+def test_weights_of_another_size_are_described(tmp_path, refuse):
+    torch.save(draw(shapes(4)), tmp_path / "small.pt")
+    teacher = create_teacher("clip/ViT-L-14@openai", weights=str(tmp_path / "small.pt"))
+    looks = r"looks like a transformer \(width 64, 2 blocks, patches of 16 px\), this architecture is ViT-L/14 \(width 1024, 24"
+    with pytest.raises(TeacherError, match=looks):
+        getattr(teacher, refuse)()
+
+
 def test_an_unknown_model_names_the_nearest():
     with pytest.raises(TeacherError, match=r"did you mean clip/ViT-L-14\?"):
         create_teacher("clip/ViT-L14")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from teachers.base import TeacherError
 from teachers.registry import create_teacher
-from tests.teachers.plain import attend, draw, draw_pixels, linear, norm, normalise, resample
+from tests.teachers.plain import attend, draw, draw_pixels, linear, norm, normalise, resample, resample_with_offset
 
 WIDTH, DEPTH, HEADS, PATCH = 64, 2, 2, 14
 ARGS = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
@@ -46,7 +46,9 @@ def forward(w, images):
     x = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=PATCH)
     batch, _, height, width = x.shape
     x = x.flatten(2).transpose(1, 2)
-    positions = torch.cat([w["pos_embed"][0, :1], resample(w["pos_embed"][0, 1:], height)])
+    table = w["pos_embed"][0, 1:]
+    places = resample(table, height) if "register_tokens" in w else resample_with_offset(table, height, 0.1)
+    positions = torch.cat([w["pos_embed"][0, :1], places])
     x = torch.cat([w["cls_token"].expand(batch, -1, -1), x], dim=1) + positions
     registers = w.get("register_tokens", torch.zeros(1, 0, WIDTH))
     x = torch.cat([x[:, :1], registers.expand(batch, -1, -1), x[:, 1:]], dim=1)
@@ -69,7 +71,7 @@ def build(variant, weights, side=4, **args):
     return create_teacher(f"dinov2/{variant}", weights=str(weights), input_size=PATCH * side, args={**ARGS, **args})
 
 
-@pytest.mark.parametrize("table", [4, 6])
+@pytest.mark.parametrize("table", [3, 4, 6, 9])
 @pytest.mark.parametrize(("variant", "registers"), [("vits14", 0), ("vits14_reg", 4)])
 def test_a_file_of_the_authors_gives_the_published_forward(tmp_path, variant, registers, table):
     tensors = draw(shapes(table, registers))
@@ -82,6 +84,56 @@ def test_a_file_of_the_authors_gives_the_published_forward(tmp_path, variant, re
     assert patches.shape == (2, 4, 4, WIDTH)
     torch.testing.assert_close(summary, class_token, atol=2e-5, rtol=0)
     torch.testing.assert_close(patches, tokens, atol=2e-5, rtol=0)
+
+
+def test_another_resampling_is_another_teacher_in_the_cache(tmp_path):
+    # Up to version 0.3 timm resampled, with antialiasing; those features must not be mixed with these.
+    torch.save(draw(shapes(4)), tmp_path / "authors.pth")
+    changed = "positions: bicubic, offset 0.1"
+    assert build("vits14", tmp_path / "authors.pth").spec.computation == changed
+    assert create_teacher("dinov2/vits14").spec.computation == changed
+    assert create_teacher("dinov2/vits14", input_size=518).spec.computation == ""
+    assert create_teacher("dinov2/vits14", weights="random").spec.computation == ""
+    assert create_teacher("dinov2/vits14_reg").spec.computation == ""
+
+
+@pytest.mark.parametrize("suffix", ["", "_reg"])
+def test_the_name_of_timm_is_the_same_teacher(tmp_path, suffix):
+    torch.save(draw(shapes(6, 4 if suffix else 0)), tmp_path / "authors.pth")
+    registers = "reg4_" if suffix else ""
+    teachers = [
+        create_teacher(name, weights=str(tmp_path / "authors.pth"), input_size=56, args=dict(ARGS))
+        for name in (f"dinov2/vits14{suffix}", f"timm/vit_small_patch14_{registers}dinov2.lvd142m")
+    ]
+    assert teachers[0].spec.identity() == teachers[1].spec.identity()
+    features = []
+    for teacher in teachers:
+        teacher.load()
+        features.append(teacher.encode(draw_pixels(1, 56)).patches)
+    assert torch.equal(*features)
+
+
+@pytest.mark.parametrize("name", ["img_size", "dynamic_img_size"])
+def test_arguments_that_resample_in_another_way_are_refused(name):
+    with pytest.raises(TeacherError, match=rf"dinov2/vits14: args\.{name}: set input_size"):
+        create_teacher("dinov2/vits14", args={name: 224})
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_checkpoint_of_their_training_is_the_published_network(tmp_path, chunked):
+    tensors = draw(shapes(4))
+    kept = {
+        f"blocks.0.{key.removeprefix('blocks.')}" if chunked and "blocks." in key else key: value
+        for key, value in tensors.items()
+    }
+    heads = {"dino_head.mlp.0.weight": torch.ones(8, WIDTH), "ibot_head.last_layer.weight_v": torch.ones(9, 8)}
+    torch.save({"teacher": {f"backbone.{key}": value for key, value in kept.items()} | heads}, tmp_path / "teacher.pth")
+    teacher = build("vits14", tmp_path / "teacher.pth")
+    teacher.check()
+    teacher.load()
+    pixels = draw_pixels(1, 56)
+    _, tokens = forward(tensors, normalise(pixels))
+    torch.testing.assert_close(teacher.encode(pixels).patches, tokens, atol=2e-5, rtol=0)
 
 
 def test_the_gated_layers_of_the_giant_are_those_of_the_authors(tmp_path):
@@ -113,7 +165,7 @@ def test_the_layout_of_the_file_does_not_matter(tmp_path):
 def test_registers_are_no_patches_and_tell_variants_apart(tmp_path):
     torch.save(draw(shapes(4, registers=4)), tmp_path / "authors.pth")
     assert build("vits14_reg", tmp_path / "authors.pth").spec.grid == (4, 4)
-    with pytest.raises(TeacherError, match=r"has .*register_tokens, which this architecture does not have"):
+    with pytest.raises(TeacherError, match=r"looks like .*, 4 registers\), this architecture is .*: the file has"):
         build("vits14", tmp_path / "authors.pth").load()
     torch.save(draw(shapes(4)), tmp_path / "plain.pth")
     with pytest.raises(TeacherError, match="lacks reg_token"):
@@ -126,6 +178,17 @@ def test_a_position_table_that_is_no_square_names_the_file(tmp_path):
     torch.save(tensors, tmp_path / "damaged.pth")
     with pytest.raises(TeacherError, match=r"damaged\.pth does not fit this architecture"):
         build("vits14", tmp_path / "damaged.pth").load()
+
+
+@pytest.mark.parametrize("refuse", ["check", "load"])
+def test_weights_of_another_size_are_described(tmp_path, refuse):
+    with torch.device("meta"):
+        other = create_teacher("dinov2/vitb14", weights="random", input_size=56)._create().state_dict()
+    torch.save({key: torch.empty(1).expand(value.shape) for key, value in other.items()}, tmp_path / "other.pth")
+    teacher = create_teacher("dinov2/vits14_reg", weights=str(tmp_path / "other.pth"))
+    looks = r"looks like ViT-B/14 \(width 768, 12 blocks, patches of 14 px\), this architecture is "
+    with pytest.raises(TeacherError, match=looks + r"ViT-S/14 \(width 384, 12 blocks, patches of 14 px, 4 registers\)"):
+        getattr(teacher, refuse)()
 
 
 def test_a_file_of_another_depth_or_width_names_the_key(tmp_path):

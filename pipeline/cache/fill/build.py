@@ -162,6 +162,18 @@ def _plan_split(
     return SplitPlan(split, source, index, dataset)
 
 
+def check_weights(*plans: CachePlan) -> None:
+    """Find out whether the weights that are still needed can be loaded, as far as a plan can know.
+
+    Raises:
+        TeacherError: if they cannot be had, or are those of another network.
+    """
+    pairs = ((split, teacher) for plan in plans for split in plan.splits for teacher in plan.teachers)
+    needed = {teacher.id: teacher for split, teacher in pairs if split.missing(teacher)}
+    for teacher in needed.values():
+        teacher.create().check()
+
+
 def build_cache(plan: CachePlan, config: CacheJobConfig) -> tuple[CachePlan, BuildReport]:
     """Compute and commit what is missing; returns the plan with the digests of the teachers' weights, and a report.
 
