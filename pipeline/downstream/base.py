@@ -204,6 +204,16 @@ class DownstreamTask(ABC, Generic[Settings]):
             worker: this rank, which evaluates its `own_rows`.
         """
 
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """The headline of :attr:`Report.metrics`; None if it was not measured."""
+        missing = {column.metric: column.missing for column in self.columns}
+        value = metrics.get(self.headline)
+        return None if value == missing.get(self.headline) else value
+
+    def in_words(self, metric: str, value: float) -> str:
+        """The value of a metric in :attr:`Report.metrics`, for people."""
+        return f"{value:.3f}"
+
     @abstractmethod
     def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Any]:
         """A result for each image, on the CPU; called in inference mode.
