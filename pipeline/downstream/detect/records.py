@@ -1,6 +1,7 @@
 """COCO's annotation and results files: every field that is read is checked, and the first wrong one is named."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -213,7 +214,7 @@ def _fault(error: ValidationError, text: str, results: bool) -> str:
     value = json.dumps(first["input"], default=str)
     shown = value if len(value) <= 60 else f"{value[:57]}..."
     verb = f"has {field} {shown}" if field else f"is {shown}"
-    return f"{where} {verb}, which {first['msg'].removeprefix('Input ').removeprefix('Value ')}"
+    return f"{where} {verb}, which {re.sub(r'^[A-Z][a-z]+ should', 'should', first['msg'])}"
 
 
 def _entry_name(text: str, part: str, number: Any) -> str:
@@ -232,7 +233,7 @@ def _entry_name(text: str, part: str, number: Any) -> str:
         image = (item for item in listed if isinstance(item, dict) and item.get("id") == entry.get("image_id"))
         return annotation_name(entry, number + 1, next(image, None))
     names = (entry.get(field) for field in ("file_name", "name", "id"))
-    return f"{_NOUNS[part]} {next((name for name in names if isinstance(name, str | int)), number + 1)}"
+    return f"{_NOUNS[part]} {next((name for name in names if name and isinstance(name, str | int)), number + 1)}"
 
 
 def _refuse_repeated(path: Path, noun: str, entries: Sequence[Mapping[str, Any]]) -> None:

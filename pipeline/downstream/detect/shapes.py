@@ -81,8 +81,10 @@ def run_lengths(counts: Any) -> np.ndarray | None:
             return np.array(_LENGTHS.validate_python(counts), np.int64)
         except ValidationError:
             return None
-    codes = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+    if not counts or not counts.isascii():
+        return None
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    if codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         return None
     last = np.flatnonzero(codes & 32 == 0)
     first = np.append(0, last[:-1] + 1)

@@ -176,7 +176,7 @@ def read_classes(path: Path, first: int) -> ClassList:
         UserError: naming the line, if the file is missing, has no such column, or leaves doubt about a class.
     """
     try:
-        text = read_text(path)
+        text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     except UserError as error:
         raise UserError(f"segment.classes: {error}") from error
     if (rows := _table(path, text)) is None:
@@ -192,7 +192,7 @@ def read_classes(path: Path, first: int) -> ClassList:
 
 def _lines(path: Path, text: str) -> list[str]:
     """One name per line, without the quotes that a spreadsheet adds."""
-    lines = [line.strip() for line in io.StringIO(text.strip("\r\n"), newline=None)]
+    lines = [line.strip() for line in text.strip("\n").split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     if "" in lines:
@@ -206,7 +206,7 @@ def _lines(path: Path, text: str) -> list[str]:
 
 def _table(path: Path, text: str) -> list[tuple[int, list[str]]] | None:
     """The rows of a table, each with its line, header first; None if the file is a list of names."""
-    lead, _, rest = text.lstrip("\r\n").partition("\n")
+    lead, _, rest = text.lstrip("\n").partition("\n")
     stated = re.fullmatch(r"sep=(.)\s*", lead)  # as Excel reads and writes it
     if stated:
         text, lead = rest, rest.partition("\n")[0]
@@ -221,14 +221,14 @@ def _table(path: Path, text: str) -> list[tuple[int, list[str]]] | None:
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):
-                rows.append((reader.line_num + bool(stated), [cell.strip() for cell in cells]))
+                rows.append((reader.line_num + bool(stated), [" ".join(cell.split()) for cell in cells]))
     except csv.Error as error:
         raise UserError(f"segment.classes: {path}: line {reader.line_num + bool(stated)}: {error}") from error
     return rows
 
 
 def _key(cell: str) -> str:
-    return cell.strip(_BLANKS + "\r").lower()
+    return cell.strip(_BLANKS).lower()
 
 
 def _columns(path: Path, rows: list[tuple[int, list[str]]], first: int) -> tuple[dict[int, str], bool]:
