@@ -117,7 +117,7 @@ def test_detections_are_written_in_cocos_results_format_beside_their_images(phot
 
 
 def test_an_earlier_prediction_is_named_and_replaced_and_other_files_stay(photos, models, tmp_path, capsys):
-    paths, out = find_images([photos]), tmp_path / "out"
+    paths, out = find_images([photos])[0], tmp_path / "out"
     predict.main([str(models / "detect"), str(photos), "--to", str(out)])
     assert "replacing" not in capsys.readouterr().out
     (out / "notes.txt").write_text("mine")
@@ -145,7 +145,7 @@ def test_a_prediction_that_fails_leaves_the_earlier_one(photos, models, tmp_path
 
 def test_pictures_that_are_no_known_predictions_are_not_replaced(photos, models, tmp_path, capsys):
     (tmp_path / "out/pictures").mkdir(parents=True)
-    shutil.copy(find_images([photos])[0], tmp_path / "out/pictures/00000-mine.png")
+    shutil.copy(find_images([photos])[0][0], tmp_path / "out/pictures/00000-mine.png")
     arguments = [str(models / "classify"), str(tmp_path / "out"), "--to", str(tmp_path / "out")]
     for expected in ("pictures without a predictions.json", "is an earlier prediction that would be replaced"):
         with pytest.raises(SystemExit) as exit_:
