@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.tree import Section
-from pipeline.downstream.config import FinetuneJobConfig, import_task
+from pipeline.downstream.config import TASKS, FinetuneConfig, FinetuneJobConfig, import_task
 from pipeline.downstream.sampling import Draw
 from pipeline.student.model import Encoder
 from pipeline.training.task import TrainingBatch
@@ -253,6 +253,11 @@ def load_task(task: str) -> type[DownstreamTask[Any]]:
 def make_task(config: FinetuneJobConfig) -> DownstreamTask[Any]:
     """The task that `finetune.task` names, under this configuration."""
     return load_task(config.finetune.task)(config)
+
+
+def built_in_tasks() -> list[DownstreamTask[Any]]:
+    """Every task with a short name, under its default configuration."""
+    return [make_task(FinetuneJobConfig.of_task(name)(finetune=FinetuneConfig(task=name))) for name in TASKS]
 
 
 def device_of(model: nn.Module) -> torch.device:

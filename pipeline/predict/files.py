@@ -18,8 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.downstream.base import DownstreamTask, make_task
-from pipeline.downstream.config import TASKS, FinetuneConfig, FinetuneJobConfig
+from pipeline.downstream.base import DownstreamTask, built_in_tasks
 from pipeline.errors import UserError
 from pipeline.predict.predictor import Predictor
 from pipeline.storage.names import folder_name
@@ -33,7 +32,7 @@ def earlier_predictions(task: DownstreamTask[Any], images: Sequence[Path], folde
     Raises:
         UserError: if the folder has files of the same names that are not known to be predictions, or are now the images.
     """
-    tasks = [*(make_task(FinetuneJobConfig.of_task(name)(finetune=FinetuneConfig(task=name))) for name in TASKS), task]
+    tasks = [*built_in_tasks(), task]
     names = {name for made in tasks for name in made.documents([], ())}
     found = [path for name in sorted(names) if (path := folder / name).is_file()]
     pictures = [*_pictures(folder, {name for made in tasks for name in made.folders})]
