@@ -61,7 +61,7 @@ if __name__ == "__main__":
 
 from pipeline.cache.fill.estimate import check_space
 from pipeline.downstream.base import make_task
-from pipeline.downstream.detect.coco_eval import NUMBERS, evaluate_files
+from pipeline.downstream.detect.coco_eval import NUMBERS, in_words, read_files, score
 from pipeline.downstream.job import as_saved, evaluate_model, open_held_out, open_model
 from pipeline.errors import UserError
 from pipeline.evaluate import job as evaluation
@@ -126,12 +126,14 @@ def evaluate_saved(config: EvaluateModelJobConfig, dry_run: bool, given: Collect
     settings = task.saved_settings().items()
     shown = ", ".join(f"{section}.{name}={value}" for section, fields in settings for name, value in fields.items())
     print(f"{task.name} of {config.evaluate.model} on {len(val)} images from {val.location}: {shown}", flush=True)
+    for note in val.check():
+        print(f"  note: {note}", flush=True)
     if dry_run:
         return {"dry_run": True}
     with open_job(config, f"evaluate-{task.name}") as job:
         report = evaluate_model(config, saved, val, job.run, job.state.folder)
     rows = {
-        **{name: f"{value:.3f}" for name, value in report.metrics.items()},
+        **{name: task.in_words(name, value) for name, value in report.metrics.items()},
         "tables, pictures": str(job.state.folder / "evaluation"),
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}",
     }
@@ -144,15 +146,18 @@ def evaluate_results(config: CocoResultsJobConfig, dry_run: bool) -> dict[str, A
     given = config.evaluate
     if not given.annotations or not given.results:
         raise UserError("coco-results needs annotations=<COCO JSON> and results=<detections in COCO's results format>")
+    dataset, detections = read_files(Path(given.annotations), Path(given.results))
+    counts = f"{len(dataset['annotations'])} annotations of {len(dataset['images'])} images"
+    print(f"coco-results of {len(detections)} detections from {given.results} on {counts}", flush=True)
     if dry_run:
         return {"dry_run": True}
-    scores = evaluate_files(Path(given.annotations), Path(given.results))
+    scores = score(dataset, detections)
     rows = [
-        {"number": number, **{kind: f"{score.numbers[number]:.3f}" for kind, score in scores.items()}}
+        {"number": number, **{kind: in_words(number, found.numbers[number]) for kind, found in scores.items()}}
         for number in NUMBERS
     ]
     print(grid(rows))
-    return {f"{kind}/{name}": value for kind, score in scores.items() for name, value in score.numbers.items()}
+    return {f"{kind}/{name}": value for kind, found in scores.items() for name, value in found.numbers.items()}
 
 
 EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {

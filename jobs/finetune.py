@@ -36,7 +36,7 @@ if __name__ == "__main__":
     run(FinetuneJobConfig, later("jobs.finetune"), __doc__, recipe=RECIPES / "classify.yaml", listed=configs)
     sys.exit()
 
-from pipeline.downstream.base import load_task
+from pipeline.downstream.base import DownstreamTask, make_task
 from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
 from pipeline.runs.session import open_job
 
@@ -44,7 +44,7 @@ from pipeline.runs.session import open_job
 def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
     """Train and evaluate; an interrupted run of the same configuration resumes."""
     started = time.perf_counter()
-    plan = plan_finetune(config)
+    plan, task = plan_finetune(config), make_task(config)
     print(f"plan\n{table(plan_rows(config, plan))}", flush=True)
     if dry_run:
         return {"dry_run": True}
@@ -57,17 +57,16 @@ def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 1),
         }
         job.run.log_metric_dict(figures)
-        task = load_task(config.finetune.task)
         registered = job.register(
             task.name,
             result.model_uri,
             metric=task.headline,
-            score=result.after.get(task.headline),
+            score=task.score(result.after),
             held_out=result.held_out,
             lineage=result.lineage,
         )
     rows = {
-        **{name: f"{result.before[name]:.3f} before, {value:.3f} after" for name, value in result.after.items()},
+        **{name: _before_after(task, name, result.before[name], value) for name, value in result.after.items()},
         "images seen": f"{result.samples} in {result.steps} steps",
         "model": str(result.model),
         "tables, pictures": str(job.state.folder / "evaluation") if result.after else None,
@@ -77,6 +76,11 @@ def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
     print(f"done\n{table(rows)}")
     uris = {"model_uri": result.model_uri, "registered": registered}
     return {**figures, "model": str(result.model), **uris, "mlflow_run_id": job.run.run_id}
+
+
+def _before_after(task: DownstreamTask[Any], metric: str, before: float, after: float) -> str:
+    shown = [task.in_words(metric, value) for value in (before, after)]
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]} before, {shown[1]} after"
 
 
 def plan_rows(config: FinetuneJobConfig, plan: FinetunePlan) -> dict[str, str | None]:
@@ -90,5 +94,5 @@ def plan_rows(config: FinetuneJobConfig, plan: FinetunePlan) -> dict[str, str | 
         "backbone": f"{plan.start.name} from {config.finetune.student or 'scratch'}{frozen}",
         "soft targets": plan.teacher.summary if plan.teacher else None,
         "training": f"{config.train.epochs} epochs of {plan.steps} steps of {config.train.batch_size} images",
-        "passed over": "; ".join(plan.notes) or None,
+        "notes": "; ".join(plan.notes) or None,
     }

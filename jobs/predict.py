@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 from pipeline.errors import UserError
 from pipeline.predict.features import check_features_file, write_features
-from pipeline.predict.files import write_predictions
+from pipeline.predict.files import earlier_predictions, write_predictions
 from pipeline.predict.images import find_images
 from pipeline.predict.predictor import load_predictor
 
@@ -77,6 +77,8 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
     if task == "features":
         file = options.to or Path("features.parquet")
         check_features_file(file)
+        if file.exists():
+            print(f"replacing {file}", flush=True)
         vectors = predictor.features([*paths])
         write_features(file, [*predictor.readable(paths)], vectors)
         count, channels = vectors.shape
@@ -84,7 +86,11 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         figures: dict[str, Any] = {"file": str(file.resolve()), "images": count, "channels": channels}
     else:
         predictor.check_task(task)
-        written = write_predictions(predictor, paths, options.to or Path("predictions"))
+        assert predictor.saved is not None
+        folder = options.to or Path("predictions")
+        if earlier := earlier_predictions(predictor.saved.task, paths, folder):
+            print(f"replacing the {len(earlier)} files of an earlier prediction in {folder}", flush=True)
+        written = write_predictions(predictor, paths, folder, earlier)
         count = len(list(predictor.readable(paths)))
         print(table({"images": count, task: ", ".join(map(str, written))}))
         figures = {"task": predictor.task, "images": count, "files": [str(file.resolve()) for file in written]}

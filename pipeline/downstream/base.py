@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.tree import Section
-from pipeline.downstream.config import FinetuneJobConfig, import_task
+from pipeline.downstream.config import TASKS, FinetuneConfig, FinetuneJobConfig, import_task
 from pipeline.downstream.sampling import Draw
 from pipeline.student.model import Encoder
 from pipeline.training.task import TrainingBatch
@@ -204,6 +204,16 @@ class DownstreamTask(ABC, Generic[Settings]):
             worker: this rank, which evaluates its `own_rows`.
         """
 
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """The headline of :attr:`Report.metrics`; None if it was not measured."""
+        missing = {column.metric: column.missing for column in self.columns}
+        value = metrics.get(self.headline)
+        return None if value == missing.get(self.headline) else value
+
+    def in_words(self, metric: str, value: float) -> str:
+        """The value of a metric in :attr:`Report.metrics`, for people."""
+        return f"{value:.3f}"
+
     @abstractmethod
     def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Any]:
         """A result for each image, on the CPU; called in inference mode.
@@ -243,6 +253,11 @@ def load_task(task: str) -> type[DownstreamTask[Any]]:
 def make_task(config: FinetuneJobConfig) -> DownstreamTask[Any]:
     """The task that `finetune.task` names, under this configuration."""
     return load_task(config.finetune.task)(config)
+
+
+def built_in_tasks() -> list[DownstreamTask[Any]]:
+    """Every task with a short name, under its default configuration."""
+    return [make_task(FinetuneJobConfig.of_task(name)(finetune=FinetuneConfig(task=name))) for name in TASKS]
 
 
 def device_of(model: nn.Module) -> torch.device:

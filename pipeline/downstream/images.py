@@ -1,8 +1,10 @@
 """Images and labels from any source, decoded by row; training and held-out classes must agree."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -10,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pipeline.downstream.base import Split
+from pipeline.downstream.base import Examples, Split
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS, decode_image, image_size
@@ -21,6 +23,8 @@ from pipeline.sources.left_out import LeftOut, notes_of
 from pipeline.sources.locations import SAMPLES
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SampleScenes, SceneSettings
+
+T = TypeVar("T")
 
 PARQUET_BLOCK = 128
 """Rows of a Parquet file that stay together in the shuffle: reading one reads its whole row group."""
@@ -160,14 +164,17 @@ class LabelledImages(SourceImages):
         self.classes = source.classes or classes or tuple(map(str, range(int(self.labels.max()) + 1)))
 
     def check(self) -> list[str]:
-        """Refuse a label beyond the classes, and an empty file."""
+        """Refuse a label beyond the classes, and an empty file; a note on classes without an image."""
         beyond = np.flatnonzero(self.labels >= len(self.classes))
         if len(beyond):
             row = int(beyond[0])
             raise UserError(
                 f"{self.location}: {self.key(row)} has label {self.labels[row]}, but there are {len(self.classes)} classes"
             )
-        return super().check()
+        absent = [self.classes[label] for label in sorted({*range(len(self.classes))} - {*self.labels.tolist()})]
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        named = f"{len(absent)} of {len(self.classes)} classes have no image: {', '.join(absent[:5])}{more}"
+        return [*super().check(), *([named] if absent else [])]
 
 
 def open_labelled(config: FinetuneJobConfig, split: Split, classes: Sequence[str] = ()) -> LabelledImages | None:
@@ -180,10 +187,42 @@ def refuse_other_classes(expected: Sequence[str], found: Sequence[str], whose: s
     """Refuse two lists of classes that differ.
 
     Raises:
-        UserError: naming the first class that only one of them has.
+        UserError: naming the classes that only one of them has, or the first of another place.
     """
     if (odd := odd_class(expected, found)) is not None:
-        raise UserError(f"{whose} and {location} differ in their classes ({len(expected)} and {len(found)}): {odd}")
+        counts = f"{len(expected)} and {len(found)}" if len(expected) != len(found) else f"{len(found)} each"
+        raise UserError(f"{whose} and {location} differ in their classes ({counts}): {odd}")
+
+
+def origins(data: Examples) -> Iterator[tuple[str, int]]:
+    """For every row, the file that holds its image, links resolved, and the place in it."""
+    if isinstance(data, SourceImages):
+        files, places = data.index["uri"].to_pylist(), data.index["offset"].to_pylist()
+    else:
+        files, places = [os.path.join(data.location, data.key(row)) for row in range(len(data))], [0] * len(data)
+    folders: dict[str, str] = {}
+    for file, place in zip(files, places, strict=True):
+        folder, name = os.path.split(file)
+        real = folders.get(folder) or folders.setdefault(folder, os.path.realpath(folder))
+        path = os.path.join(real, name)
+        yield os.path.realpath(path) if os.path.islink(path) else path, place
+
+
+def refuse_same_images(train: Examples, val: Examples) -> None:
+    """Refuse held-out images that are training images too, also by links to files or folders.
+
+    Raises:
+        UserError: with their number and the first one.
+    """
+    if SAMPLES in (train.location, val.location):
+        return
+    known = set(origins(train))
+    both = [row for row, origin in enumerate(origins(val)) if origin in known]
+    if both:
+        raise UserError(
+            f"data.val ({val.location}): {len(both)} of its {len(val)} images are images of data.train too, first "
+            f"{val.key(both[0])}; name other images, or none (data.val=none)"
+        )
 
 
 def size_on_disk(path: str) -> tuple[int, int]:
@@ -194,8 +233,11 @@ def size_on_disk(path: str) -> tuple[int, int]:
         raise UserError(f"{path}: cannot be read as an image ({error}); fetch it again or remove it") from error
 
 
-def check_rows(check: Callable[[int], None], count: int) -> None:
-    """Call `check` for every row on threads; raises what the first bad row raises."""
+def check_rows(check: Callable[[int], T], count: int) -> list[T]:
+    """Call `check` for every row on threads; returns its results, and raises what the first bad row raises."""
+    results = []
     with ThreadPoolExecutor(8) as pool, Progress(count, "img", "checking data") as progress:
-        for _ in pool.map(check, range(count)):
+        for result in pool.map(check, range(count)):
+            results.append(result)
             progress.update()
+    return results

@@ -13,7 +13,7 @@ from pipeline.distill.provenance import all_licences, all_teachers
 from pipeline.downstream.backbone import check_input_size, find_start
 from pipeline.downstream.base import Examples, Report, SoftTeacher, load_task, make_task
 from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
-from pipeline.downstream.images import refuse_other_classes
+from pipeline.downstream.images import refuse_other_classes, refuse_same_images
 from pipeline.downstream.pictures import write_report
 from pipeline.downstream.saved import SavedModel, find_model, finished_model, load_model
 from pipeline.downstream.training import FinetuneJob, FinetuneTask, build_model, epoch_steps
@@ -83,13 +83,14 @@ def plan_finetune(config: FinetuneJobConfig) -> FinetunePlan:
             f"data.train ({train.location}) has only one class; finetune.task={task.name} needs "
             f"{task.min_classes} or more"
         )
+    if val is not None:
+        refuse_same_images(train, val)
+        refuse_other_classes(train.classes, val.classes, f"data.train ({train.location})", f"data.val ({val.location})")
     task.build(start.encoder, train.classes)
     check_input_size(start.encoder, task.image_size(), f"finetune.student: {start.name}")
     teacher = task.find_teacher(train.classes, tracking_uri)
     steps = epoch_steps(config, len(train))
     notes = [f"{split}: {note}" for split, data in (("train", train), ("val", val)) if data for note in data.check()]
-    if val is not None:
-        refuse_other_classes(train.classes, val.classes, f"data.train ({train.location})", val.location)
     return FinetunePlan(train, val, start, teacher, steps, notes)
 
 
@@ -218,12 +219,11 @@ def as_saved(config: EvaluateModelJobConfig, saved: SavedModel, given: Collectio
 
 
 def open_held_out(config: FinetuneJobConfig, saved: SavedModel) -> Examples:
-    """Held-out images, checked, with the classes of the model."""
+    """Held-out images with the classes of the model, to be checked."""
     val = make_task(config).open("val", saved.classes)
     if val is None:
         raise UserError("data.val: evaluation needs held-out images")
-    refuse_other_classes(saved.classes, val.classes, "evaluate.model", val.location)
-    val.check()
+    refuse_other_classes(saved.classes, val.classes, "evaluate.model", f"data.val ({val.location})")
     return val
 
 

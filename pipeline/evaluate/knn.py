@@ -3,6 +3,7 @@
 Imports neither Ray nor MLflow.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -123,7 +124,7 @@ def labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_splits(train: Dataset, val: Dataset) -> None:
     """Raise a UserError if splits have the same location, or a class that only one of them has."""
-    if train.location == val.location != SAMPLES:
+    if val.location != SAMPLES and os.path.realpath(train.location) == os.path.realpath(val.location):
         raise UserError(
             f"data.val ({val.location}) are the images of data.train; name other images, or none (data.val=none)"
         )

@@ -35,10 +35,21 @@ MAX_BYTES = 256 << 20
 
 
 def odd_class(expected: Sequence[str], found: Sequence[str]) -> str | None:
-    """The first class that is in only one of two lists, or a note that their order differs; None if they are equal."""
+    """How two lists of classes differ: what only the first and only the second has, or their order; None if they are equal."""
     if tuple(expected) == tuple(found):
         return None
-    return min(set(expected) ^ set(found), default="the order of the classes")
+    sides = {"the first": sorted({*expected} - {*found}), "the second": sorted({*found} - {*expected})}
+    only = [f"only {side} has {', '.join(names[:3])}" + _more(names[3:]) for side, names in sides.items() if names]
+    if only:
+        return "; ".join(only)
+    place = next((place for place, (one, other) in enumerate(zip(expected, found, strict=False)) if one != other), None)
+    if place is None:
+        return f"{len(expected)} and {len(found)} of the same names, some of them repeated"
+    return f"the same names in another order; class {place} is {expected[place]} in the first and {found[place]} in the second"
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names)} more" if names else ""
 
 
 class Source(Protocol):

@@ -16,9 +16,10 @@ SMALL += ["data.samples.train=8", "data.samples.val=4", f"data.samples.size={SID
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory):
-    """A set of eight drawings; not to be changed."""
+    """A set of eight drawings, and the same again in `held-out`; not to be changed."""
     folder = tmp_path_factory.mktemp("drawings")
     write_set(folder)
+    write_set(folder / "held-out")
     return folder
 
 

@@ -70,8 +70,10 @@ def write_set(folder: Path, count: int = 8) -> None:
 
 
 def locations(folder: Path, task: str) -> list[str]:
-    """Overrides that train and evaluate on the set."""
-    images = folder / ("classes" if task == "classify" else "images/train")
-    names = [f"data.train={images}", f"data.val={images}", f"segment.classes={folder}/classes.txt"]
-    annotations = f"{folder}/annotations/instances_train.json"
-    return [*names, f"detect.train_annotations={annotations}", f"detect.val_annotations={annotations}"]
+    """Overrides that train on the set and evaluate on the equal one in `held-out`."""
+    images = "classes" if task == "classify" else "images/train"
+    annotations = "annotations/instances_train.json"
+    found = [f"segment.classes={folder}/classes.txt"]
+    for split, part in {"train": folder, "val": folder / "held-out"}.items():
+        found += [f"data.{split}={part}/{images}", f"detect.{split}_annotations={part}/{annotations}"]
+    return found

@@ -12,7 +12,7 @@ from jobs import evaluate
 from pipeline.downstream.classify.task import classification_metrics
 from pipeline.downstream.detect.coco_eval import NUMBERS, average_precision, coco_index, evaluate_files
 from pipeline.downstream.detect.task import Objects, coco_results
-from pipeline.downstream.segment.masks import IGNORE
+from pipeline.downstream.segment.classes import IGNORE
 from pipeline.downstream.segment.task import segmentation_metrics
 from pipeline.errors import UserError
 
@@ -121,13 +121,17 @@ def test_annotations_match_whatever_they_are_numbered_and_leave_out(entry):
     ("truth", "results", "expected"),
     [
         ({"annotations": [SQUARE | {"category_id": 5}]}, [], r"truth.json: annotation 1 \(1\) has category 5"),
-        ({"categories": [{"id": 4}]}, [], r"truth.json: category {'id': 4} has no name"),
-        ({"categories": [{"id": "4", "name": "thing"}]}, [], "category thing has id '4', which must be a whole number"),
+        ({"categories": [{"id": 4}]}, [], "truth.json: category 4 has no name"),
+        (
+            {"categories": [{"id": "4", "name": "thing"}]},
+            [],
+            'category thing has id "4", which should be a valid integer',
+        ),
         ({"images": [SHEET, SHEET]}, [], "repeats id 1"),
         (
             {"annotations": [SQUARE]},
             [SQUARE | POLYGON | {"score": 1}],
-            "annotation 1 has no segmentation, which .* is compared",
+            r"annotation 1 \(1\) has no segmentation, which .* is compared",
         ),
     ],
 )

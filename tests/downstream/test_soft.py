@@ -66,5 +66,5 @@ def test_another_task_another_set_of_classes_and_no_model_are_refused(make_job, 
     with pytest.raises(UserError, match=r"classify\.teacher: .*nowhere is not a fine-tuned classifier"):
         plan_finetune(load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={tmp_path}/nowhere"]))
     config = load_config(FinetuneJobConfig, None, [*settings, f"classify.teacher={taught}"])
-    with pytest.raises(UserError, match=r"differ in their classes: (zebra|square)"):
+    with pytest.raises(UserError, match=r"differ in their classes: only the first has .*; only the second has "):
         make_task(config).find_teacher([*plan.train.classes[:-1], "zebra"], "")

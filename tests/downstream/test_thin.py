@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import _geometry
 from pipeline.downstream.backbone import find_start
 from pipeline.downstream.base import make_task
 from pipeline.downstream.pictures import MOST_SIDE, enlarge
-from pipeline.downstream.segment.masks import IGNORE
+from pipeline.downstream.segment.classes import IGNORE
 from pipeline.imaging.crop import THIN, is_thin, resized_centre
 
 SIZES = [(1, 3000), (3000, 1), (3, 100), (100, 3), (7, 300), (300, 7), (20, 1), (300, 200), (64, 64), (33, 90)]

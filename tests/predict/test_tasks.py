@@ -116,6 +116,52 @@ def test_detections_are_written_in_cocos_results_format_beside_their_images(phot
     assert len(pictures(tmp_path)) == 5
 
 
+def test_an_earlier_prediction_is_named_and_replaced_and_other_files_stay(photos, models, tmp_path, capsys):
+    paths, out = find_images([photos])[0], tmp_path / "out"
+    predict.main([str(models / "detect"), str(photos), "--to", str(out)])
+    assert "replacing" not in capsys.readouterr().out
+    (out / "notes.txt").write_text("mine")
+    (out / "pictures/own.png").write_bytes(b"mine")
+    predict.main([str(models / "segment"), *map(str, paths[:2]), "--to", str(out)])
+    assert f"replacing the 7 files of an earlier prediction in {out}" in capsys.readouterr().out
+    assert len(list((out / "labels").iterdir())) == 2
+    assert sorted(path.name for path in out.iterdir()) == ["labels", "notes.txt", "pictures", "predictions.json"]
+    assert len(list((out / "pictures").iterdir())) == 3
+
+
+def test_a_prediction_that_fails_leaves_the_earlier_one(photos, models, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    run(capsys, models / "classify", photos, "--to", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.downstream.classify.task.Classification.describe", fail)
+    with pytest.raises(SystemExit):
+        predict.main([str(models / "classify"), str(photos), "--to", str(out)])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_pictures_that_are_no_known_predictions_are_not_replaced(photos, models, tmp_path, capsys):
+    (tmp_path / "out/pictures").mkdir(parents=True)
+    shutil.copy(find_images([photos])[0][0], tmp_path / "out/pictures/00000-mine.png")
+    arguments = [str(models / "classify"), str(tmp_path / "out"), "--to", str(tmp_path / "out")]
+    for expected in ("pictures without a predictions.json", "is an earlier prediction that would be replaced"):
+        with pytest.raises(SystemExit) as exit_:
+            predict.main(arguments)
+        assert exit_.value.code == 2
+        assert expected in capsys.readouterr().err
+        (tmp_path / "out/predictions.json").write_text("[]")
+    assert (tmp_path / "out/pictures/00000-mine.png").is_file()
+
+
+def test_an_earlier_file_of_features_is_named(photos, models, tmp_path, capsys):
+    for expected in (False, True):
+        predict.main([str(models / "detect"), str(photos), "--to", str(tmp_path / "features.json")])
+        assert (f"replacing {tmp_path}/features.json" in capsys.readouterr().out) == expected
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_images_that_cannot_be_read_are_left_out_of_the_predictions(task, photos, models, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "photos")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pipeline.downstream.base import Split
 from pipeline.downstream.config import FinetuneJobConfig
-from pipeline.downstream.detect.coco_eval import read_annotations
 from pipeline.downstream.detect.config import DetectConfig
+from pipeline.downstream.detect.records import read_annotations
+from pipeline.downstream.detect.shapes import encoded
 from pipeline.downstream.images import Scenes, check_rows, read_pixels, size_on_disk, split_location
 from pipeline.errors import UserError
 from pipeline.sources.locations import SAMPLES, absolute, below
@@ -46,8 +47,9 @@ class CocoImages:
 
     def __init__(self, images: Path, annotations: Path, *, masks: bool, training: bool) -> None:
         self.location, self.annotations, self.with_masks = str(images), annotations, masks
-        dataset = read_annotations(annotations, ("file_name", "width", "height"))
-        categories = sorted((entry["id"], str(entry["name"])) for entry in dataset["categories"])
+        remedy = "; detect.masks=false trains only boxes" if masks else None
+        dataset = read_annotations(annotations, file_names=True, masks=remedy)
+        categories = sorted((entry["id"], entry["name"]) for entry in dataset["categories"])
         self.classes = tuple(name for _, name in categories)
         self.category_ids = [number for number, _ in categories]
         self.passed_over: Counter[str] = Counter()
@@ -61,35 +63,21 @@ class CocoImages:
             lacking = "no image has an object to learn from" if training else "lists no images"
             raise UserError(f"{annotations}: {lacking}")
 
-    def _usable_objects(self, dataset: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
-        """Usable objects by image id; boxes that the file omits are computed."""
+    def _usable_objects(self, dataset: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
+        """Usable objects by image id."""
         images = {image["id"]: image for image in dataset["images"]}
         usable: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
-        for number, entry in enumerate(dataset["annotations"], start=1):
-            image = images[entry["image_id"]]
-            where = f"{self.annotations}: annotation {entry.get('id', number)} ({image['file_name']})"
-            self._complete(entry, image, where)
-            if (box := self._usable_box(entry, image)) is not None:
-                kept = {"box": box, "category": entry["category_id"], "mask": entry.get("segmentation")}
-                usable[image["id"]].append(kept)
+        for entry in dataset["annotations"]:
+            if (box := self._usable_box(entry, images[entry["image_id"]])) is not None:
+                mask = entry["segmentation"] if self.with_masks else None
+                usable[entry["image_id"]].append({"box": box, "category": entry["category_id"], "mask": mask})
         return usable
-
-    def _complete(self, entry: dict[str, Any], image: Mapping[str, Any], where: str) -> None:
-        shape = entry.get("segmentation")
-        if self.with_masks and not shape:
-            raise UserError(f"{where} has no segmentation; detect.masks=false trains only boxes")
-        if shape and (wrong := _wrong_shape(shape, image)):
-            raise UserError(f"{where} has a segmentation {wrong}")
-        if len(entry.get("bbox") or ()) != 4:
-            if not shape:
-                raise UserError(f"{where} has neither a box of four numbers nor a segmentation")
-            entry["bbox"] = rle.toBbox(encoded(shape, image["height"], image["width"])).tolist()
 
     def _usable_box(self, entry: Mapping[str, Any], image: Mapping[str, Any]) -> list[float] | None:
         if entry.get("iscrowd"):
             self.passed_over["crowd"] += 1
             return None
-        left, top, width, height = map(float, entry["bbox"])
+        left, top, width, height = entry["bbox"]
         right, bottom = min(left + width, image["width"]), min(top + height, image["height"])
         box = [max(left, 0.0), max(top, 0.0), right, bottom]
         if box[2] - box[0] < 1 or box[3] - box[1] < 1:
@@ -194,26 +182,6 @@ class SceneObjects(Scenes):
                 )
         categories = [{"id": number, "name": name} for number, name in enumerate(self.classes, start=1)]
         return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _wrong_shape(shape: Any, image: Mapping[str, Any]) -> str | None:
-    """What is wrong with a COCO segmentation, or None."""
-    if isinstance(shape, list):
-        good = all(isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in shape)
-        return None if good else "with a polygon of less than three points, or of half a point"
-    if not isinstance(shape, dict) or not {"size", "counts"} <= set(shape):
-        return "that is neither polygons nor run lengths"
-    size = [image["height"], image["width"]]
-    return None if list(shape["size"]) == size else f"of {shape['size']} pixels (height, width) on an image of {size}"
-
-
-def encoded(shape: Any, height: int, width: int) -> dict[str, Any]:
-    """A COCO segmentation (polygons, or run lengths compressed or not) as compressed run lengths."""
-    if isinstance(shape, list):
-        return dict(rle.merge(rle.frPyObjects(shape, height, width)))
-    if isinstance(shape["counts"], list):
-        return dict(rle.frPyObjects(shape, height, width))
-    return dict(shape)
 
 
 def open_objects(config: FinetuneJobConfig, settings: DetectConfig, split: Split) -> CocoImages | SceneObjects | None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +11,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.errors import UserError
+from pipeline.downstream.detect.records import match_results, read_annotations, read_results
 
 Kind = Literal["bbox", "segm"]
 
@@ -20,6 +19,8 @@ _SIZES = ("small", "medium", "large")
 NUMBERS: tuple[str, ...] = ("AP", "AP50", "AP75", *(f"AP_{size}" for size in _SIZES))
 NUMBERS += ("AR1", "AR10", "AR100", *(f"AR_{size}" for size in _SIZES))
 """Names of the twelve numbers, in the COCO API's order."""
+NOTHING = -1.0
+"""The COCO API's number where there is no object to find."""
 
 
 class Precision(NamedTuple):
@@ -31,13 +32,14 @@ class Precision(NamedTuple):
 
 def coco_index(dataset: Mapping[str, Any]) -> COCO:
     """The API's index of copied annotations, with crowd flags and areas filled in, and ids from 1 (0 means no match)."""
-    annotations = [{"iscrowd": 0, **entry, "id": row} for row, entry in enumerate(dataset["annotations"], start=1)]
+    annotations = [{**entry, "id": row} for row, entry in enumerate(dataset["annotations"], start=1)]
     with contextlib.redirect_stdout(io.StringIO()):
         index = COCO()
         index.dataset = {**dataset, "annotations": annotations}
         index.createIndex()
     for entry in annotations:
-        if "area" not in entry:
+        entry["iscrowd"] = int(entry.get("iscrowd") or 0)
+        if entry.get("area") is None:
             shape = entry.get("segmentation")
             entry["area"] = float(rle.area(index.annToRLE(entry))) if shape else entry["bbox"][2] * entry["bbox"][3]
     return index
@@ -55,7 +57,7 @@ def average_precision(truth: COCO, results: Sequence[Mapping[str, Any]], kind: K
         evaluation.accumulate()
         evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, :, 0, 2]  # every size, 100 detections
-    means = np.ma.masked_equal(precision, -1).mean(axis=(0, 1)).filled(-1.0).tolist()
+    means = np.ma.masked_equal(precision, NOTHING).mean(axis=(0, 1)).filled(NOTHING).tolist()
     per_category = dict(zip(map(int, evaluation.params.catIds), means, strict=True))
     return Precision(dict(zip(NUMBERS, map(float, evaluation.stats), strict=True)), per_category)
 
@@ -66,75 +68,28 @@ def evaluate_files(annotations: Path, results: Path) -> dict[Kind, Precision]:
     Raises:
         UserError: if a file is not in COCO's format, or they do not belong together.
     """
-    dataset, detections = read_annotations(annotations, ("width", "height")), read_json(results)
-    if not isinstance(detections, list) or not all(isinstance(entry, dict) for entry in detections):
-        raise UserError(f"{results}: not COCO results: expected a list of detections")
-    images, categories = ({item["id"] for item in dataset[part]} for part in ("images", "categories"))
+    return score(*read_files(annotations, results))
+
+
+def read_files(annotations: Path, results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read annotations and the results that are compared with them; raises as :func:`evaluate_files`."""
+    detections = read_results(results)
+    masks = f", which {results} is compared with" if detections and "segmentation" in detections[0] else None
+    dataset = read_annotations(annotations, masks=masks)
+    match_results(results, detections, dataset, annotations)
+    return dataset, detections
+
+
+def score(dataset: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[Kind, Precision]:
+    """The scores of what :func:`read_files` has read."""
     shapes: tuple[tuple[str, Kind], ...] = (("bbox", "bbox"), ("segmentation", "segm"))
-    kinds = [kind for field, kind in shapes if detections and field in detections[0]]
-    fields = [field for field, kind in shapes if kind in kinds]
-    for number, entry in enumerate(detections):
-        lacking = [name for name in ("image_id", "category_id", "score", *fields) if name not in entry]
-        if lacking or not kinds:
-            raise UserError(f"{results}: detection {number} has no {(lacking or ['bbox or segmentation'])[0]}")
-        if entry["image_id"] not in images or entry["category_id"] not in categories:
-            raise UserError(
-                f"{results}: detection {number} is of image {entry['image_id']}, category {entry['category_id']}, "
-                f"which {annotations} does not have"
-            )
-    for number, entry in enumerate(dataset["annotations"], start=1):
-        if lacking := [name for name in fields or ["bbox"] if not entry.get(name)]:
-            raise UserError(
-                f"{annotations}: annotation {entry.get('id', number)} has no {lacking[0]}, which {results} is compared with"
-            )
     truth = coco_index(dataset)
-    return {kind: average_precision(truth, detections, kind) for kind in kinds or ["bbox"]}
+    kinds = [kind for field, kind in shapes if (field in detections[0] if detections else kind == "bbox")]
+    return {kind: average_precision(truth, detections, kind) for kind in kinds}
 
 
-def read_annotations(path: Path, image_fields: Sequence[str]) -> dict[str, Any]:
-    """Read a file in COCO's format whose images, categories and annotations refer to each other.
-
-    Args:
-        image_fields: fields that every image must have, other than its id.
-
-    Raises:
-        UserError: naming the file and the first entry that does not fit.
-    """
-    dataset = read_json(path)
-    if not isinstance(dataset, dict) or not {"images", "annotations", "categories"} <= set(dataset):
-        raise UserError(f"{path}: not COCO annotations: expected images, annotations and categories")
-    images = _by_id(dataset["images"], image_fields, f"{path}: image")
-    categories = _by_id(dataset["categories"], ("name",), f"{path}: category")
-    for number, entry in enumerate(dataset["annotations"], start=1):
-        where = f"{path}: annotation {entry.get('id', number)}"
-        image, category = entry.get("image_id"), entry.get("category_id")
-        if image not in images:
-            raise UserError(f"{where} is of image {image}, which is not listed")
-        if category not in categories:
-            raise UserError(
-                f"{where} ({images[image].get('file_name', image)}) has category {category}, which is not listed"
-            )
-    return dataset
-
-
-def _by_id(entries: Sequence[Mapping[str, Any]], fields: Sequence[str], what: str) -> dict[int, Mapping[str, Any]]:
-    """Entries by id, which must be unique whole numbers; every entry must have these fields."""
-    found: dict[int, Mapping[str, Any]] = {}
-    for entry in entries:
-        where = f"{what} {entry.get('file_name') or entry.get('name') or entry}"
-        if lacking := [name for name in ("id", *fields) if name not in entry]:
-            raise UserError(f"{where} has no {lacking[0]}")
-        if not isinstance(entry["id"], int):
-            raise UserError(f"{where} has id {entry['id']!r}, which must be a whole number")
-        if entry["id"] in found:
-            raise UserError(f"{where} repeats id {entry['id']}")
-        found[entry["id"]] = entry
-    return found
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+def in_words(number: str, value: float) -> str:
+    """One of the twelve numbers for people: the COCO API's -1 means that no object can be found."""
+    if value != NOTHING:
+        return f"{value:.3f}"
+    return "no objects of that size" if number.endswith(_SIZES) else "no objects"

@@ -16,7 +16,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from pipeline.downstream.base import Column, DownstreamTask, Report, Split, device_of, evenly
 from pipeline.downstream.detect.coco import CocoImages, ObjectTargets, SceneObjects, open_objects
-from pipeline.downstream.detect.coco_eval import Kind, average_precision, coco_index
+from pipeline.downstream.detect.coco_eval import NOTHING, Kind, average_precision, coco_index, in_words
 from pipeline.downstream.detect.config import DetectConfig
 from pipeline.downstream.detect.mask_rcnn import build_detector
 from pipeline.downstream.pictures import enlarge, palette, scale_of
@@ -62,8 +62,8 @@ class Detection(DownstreamTask[DetectConfig]):
     name, headline, section = "detect", "box/AP", DetectConfig
     locations = ("train_annotations", "val_annotations")
     columns = (
-        Column("box/AP", "box_ap", "box AP", factor=100.0, missing=-1.0),
-        Column("mask/AP", "mask_ap", "mask AP", factor=100.0, missing=-1.0),
+        Column("box/AP", "box_ap", "box AP", factor=100.0, missing=NOTHING),
+        Column("mask/AP", "mask_ap", "mask AP", factor=100.0, missing=NOTHING),
     )
     min_classes = 1
 
@@ -126,6 +126,10 @@ class Detection(DownstreamTask[DetectConfig]):
         masks = self.settings.masks and detector.roi_heads.has_mask()
         metrics, table = detection_metrics(examples, results, masks=masks)
         return Report(metrics, table, pictures=self._pictures(detector, examples))
+
+    def in_words(self, metric: str, value: float) -> str:
+        """A number of the COCO API."""
+        return in_words(metric, value)
 
     def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Objects]:
         """The objects in each image, one by one: padding to the size of others would change the scores."""
@@ -217,11 +221,15 @@ def detection_metrics(
         {
             "class": examples.classes[place],
             "objects": len(truth.getAnnIds(catIds=[category], iscrowd=False)),
-            **{f"{name} AP": round(score.per_category[category], 4) for name, score in scores.items()},
+            **{f"{name} AP": _cell(score.per_category[category]) for name, score in scores.items()},
         }
         for place, category in enumerate(examples.category_ids)
     ]
     return metrics, table
+
+
+def _cell(value: float) -> str | float:
+    return "" if value == NOTHING else round(value, 4)
 
 
 def draw_objects(image: Tensor, objects: ObjectTargets, names: list[str]) -> Tensor:

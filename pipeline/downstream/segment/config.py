@@ -1,8 +1,8 @@
 """The section of semantic segmentation."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, StrictInt
 
 from pipeline.config.tree import Section
 
@@ -12,6 +12,9 @@ class SegmentConfig(Section):
 
     classes: str | None = Field(None, description="file of class names: one per line, or a table with a name column")
     reduce_zero_label: bool = Field(False, description="whether mask value 0 is ignored, so that classes count from 1")
+    ignore: list[Annotated[StrictInt, Field(ge=0, lt=2**16)] | str] = Field(
+        [], description="further mask values, or names of classes, that are ignored (255 always is)"
+    )
     train_masks: str | None = Field(
         None,
         description="folder of the masks of data.train; none: its path with `images` replaced by `annotations` or `masks`",

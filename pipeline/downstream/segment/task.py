@@ -19,8 +19,9 @@ from pipeline.downstream.backbone import pyramid_levels
 from pipeline.downstream.base import Column, DownstreamTask, Report, Split, device_of, evenly
 from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
+from pipeline.downstream.segment.classes import IGNORE
 from pipeline.downstream.segment.config import SegmentConfig
-from pipeline.downstream.segment.masks import IGNORE, MaskedImages, SceneMasks, open_masked
+from pipeline.downstream.segment.masks import MaskedImages, SceneMasks, open_masked
 from pipeline.imaging.crop import THIN
 from pipeline.student.model import Encoder
 from pipeline.training.segmentation_scores import segmentation_scores
@@ -107,8 +108,10 @@ class Segmentation(DownstreamTask[SegmentConfig]):
         return side, side if self.settings.inference == "slide" else side + 32
 
     def saved_settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """Width of the head, and how it sees whole images."""
+        """Width of the head, how it sees whole images, and which values of a label map are ignored, if any is named."""
         kept = self.settings.model_dump(include={"channels", "size", "inference"})
+        ignored = self.settings.model_dump(include={"reduce_zero_label", "ignore"})
+        kept |= {name: value for name, value in ignored.items() if value}
         return {"segment": kept, "student": {"input_size": self.config.student.input_size}}
 
     def batch(self, examples: Examples, draws: Sequence[Draw]) -> MaskedBatch:
