@@ -41,15 +41,18 @@ UNFINISHED = (
     ("given", "expected"),
     [
         ("work/runs/photos-distill-11", f"; did you mean {STUDENT}?"),
-        ("work/runs/photos-finetune-22", "; did you mean work/runs/photos-finetune-22/model?"),
+        ("work/runs/photos-finetune-22", "; did you mean work/runs/photos-finetune-22/model (a fine-tuned model)?"),
         ("work/runs/photos-distill-11/model", f"; did you mean {STUDENT}?"),
         (f"{STUDENT}/student.safetensors", f"; did you mean {STUDENT}?"),
-        ("work/runs/photos-distill-12", f"; did you mean {STUDENT} or work/runs/photos-finetune-22/model?"),
+        (
+            "work/runs/photos-distill-12",
+            f"; did you mean {STUDENT} or work/runs/photos-finetune-22/model (a fine-tuned model)?",
+        ),
         ("work/runs/photos-distil-11/student", f"; did you mean {STUDENT} or"),
-        ("work/runs", f"; did you mean work/runs/photos-finetune-22/model or {STUDENT}?"),
+        ("work/runs", f"; did you mean work/runs/photos-finetune-22/model (a fine-tuned model) or {STUDENT}?"),
         ("work/runs/flowers-distill-33", UNFINISHED),
         ("work/runs/flowers-distill-33/student", UNFINISHED),
-        ("work/runs/photos-linear-44", "; work/runs/photos-linear-44 is the folder of a run that made no model"),
+        ("work/runs/photos-linear-44", "; work/runs/photos-linear-44 is the folder of a run that made no such model"),
         ("work/runs/photos-finetune-22/model", "; it is a fine-tuned model"),
     ],
 )
@@ -66,8 +69,10 @@ def test_the_message_points_to_what_is_there(runs, load, given, expected):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("work/runs/photos-finetune-22", "; did you mean work/runs/photos-finetune-22/model?"),
+        ("work/runs/photos-finetune-22", "; did you mean work/runs/photos-finetune-22/model (a fine-tuned model)?"),
         (STUDENT, "; it is an exported student"),
+        ("work/runs/photos-distill-11", "photos-distill-11 is the folder of a run that made no such model"),
+        ("work/runs/photos-distil-11/model", "; did you mean work/runs/photos-finetune-22/model (a fine-tuned model)?"),
         ("work/runs/flowers-distill-33", UNFINISHED),
     ],
 )

@@ -137,7 +137,7 @@ class Classification(DownstreamTask[ClassifyConfig]):
             return None
         saved = find_model(name, tracking_uri)
         if saved is None or saved.task.name != self.name:
-            hint = (nearest_folders(name) if saved is None else "") or "; jobs/finetune.py trains one"
+            hint = (nearest_folders(name, ["model"]) if saved is None else "") or "; jobs/finetune.py trains one"
             raise UserError(f"classify.teacher: {name} is not a fine-tuned classifier{hint}")
         if (odd := odd_class(saved.classes, classes)) is not None:
             raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd}")
