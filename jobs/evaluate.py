@@ -60,6 +60,7 @@ if __name__ == "__main__":
     sys.exit()
 
 from pipeline.cache.fill.estimate import check_space
+from pipeline.cache.fill.job import log_images
 from pipeline.downstream.base import make_task
 from pipeline.downstream.detect.coco_eval import NUMBERS, in_words, read_files, score
 from pipeline.downstream.job import as_saved, evaluate_model, open_held_out, open_model
@@ -108,6 +109,7 @@ def evaluate(
         return {"dry_run": True}
     check_space(plan.cache)
     with open_job(config, name) as job:
+        log_images(plan.cache, job.run)
         plan = compute_features(plan, config)
         job.run.set_tags({"student": str(student), "encoder": encoder.id})
         job.run.set_student_run(plan.student_run)

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Generic, TypeVar
 
@@ -17,8 +17,9 @@ from pipeline.compare.describe import (
     student_key,
     timm_student,
 )
+from pipeline.compare.images import places, unify
 from pipeline.compare.latency import find_latencies
-from pipeline.compare.measures import Measure, columns_of, measures_of
+from pipeline.compare.measures import WITHOUT_IMAGES, Measure, columns_of, measures_of
 from pipeline.downstream.base import Column, DownstreamTask, load_task
 from pipeline.downstream.config import TASKS
 from pipeline.errors import UserError, one_line
@@ -29,6 +30,9 @@ from pipeline.tracking.reading import Experiment, LoggedRun
 log = logging.getLogger(__name__)
 
 V = TypeVar("V")
+
+Figures = dict[str, dict[str | None, tuple[LoggedRun, float]]]
+"""The latest evaluation and its value, by measure and held-out images; the latest is the last."""
 
 JOBS_WITHOUT_STUDENT = ("compare", "precompute", "benchmark")
 PROBES = {
@@ -64,8 +68,10 @@ class Entry:
         texts: by :data:`~pipeline.compare.measures.TEXTS`.
         measures: by the keys of :attr:`CollectedRuns.all_measures`; unknown ones are missing.
         config: the fields that define its group.
-        held_out: the images that accuracies were measured on; None: unknown.
-        evaluated_by: names of the runs that evaluated or fine-tuned its student.
+        held_out: its held-out images; None: unknown.
+        measured_on: the images of the measures that an evaluation took on others, by key.
+        evaluated_by: names of the finished runs that evaluated or fine-tuned its student.
+        unfinished: names of the others.
     """
 
     run_id: str
@@ -77,7 +83,13 @@ class Entry:
     curve: tuple[Point[float], ...]
     config: Mapping[str, str]
     held_out: str | None
+    measured_on: Mapping[str, str | None] = field(default_factory=dict)
     evaluated_by: tuple[str, ...] = ()
+    unfinished: tuple[str, ...] = ()
+
+    def images(self, measure: str) -> str | None:
+        """The images that a measure was taken on; None: unknown, or it depends on none."""
+        return None if measure in WITHOUT_IMAGES else self.measured_on.get(measure, self.held_out)
 
     @property
     def finished(self) -> bool:
@@ -87,25 +99,35 @@ class Entry:
 
 @dataclass(frozen=True)
 class CollectedRuns:
-    """The runs, oldest first, the setting of latencies, the number of omitted runs by job, and the measures by key."""
+    """The rows, by the start of their first run.
+
+    Attributes:
+        latency: the setting of latencies.
+        left_out: number of omitted runs by job.
+        all_measures: by key.
+        places: where images lie, by the name of the set.
+    """
 
     entries: tuple[Entry, ...]
     latency: str | None
     left_out: Mapping[str, int]
     all_measures: Mapping[str, Measure]
+    places: Mapping[str, str]
 
 
 def collect(experiment: Experiment) -> CollectedRuns:
     """Build one row per student: the run that trained it, joined with the runs that evaluated it.
 
-    If several runs of one job evaluated a student, the latest counts. Evaluations of a student that no run of the experiment
-    trained form a row of their own.
+    If several runs of one job evaluated a student on the same images, the latest counts. If they used several sets of images,
+    the row has the figure on its own held-out images, or the latest one; those on other sets are rows of their own.
+    Evaluations of a student that no run of the experiment trained form a row of their own.
 
     Raises:
         UserError: if there is nothing to compare.
     """
-    jobs = [run for run in experiment.runs if run.parent is None]
-    parts = {run.run_id: [part for part in experiment.runs if part.parent == run.run_id] for run in jobs}
+    runs = unify(experiment.runs, PROBES)
+    jobs = [run for run in runs if run.parent is None]
+    parts = {run.run_id: [part for part in runs if part.parent == run.run_id] for run in jobs}
     job_of = {part.run_id: job for job, nested in parts.items() for part in nested} | {job: job for job in parts}
     without_student = [run for run in jobs if run.tags.get("job") in JOBS_WITHOUT_STUDENT]
     chosen = experiment.chosen - {run.run_id for run in without_student}
@@ -122,10 +144,10 @@ def collect(experiment: Experiment) -> CollectedRuns:
     if not rows:
         raise UserError(_nothing_to_compare(experiment, jobs))
     columns = columns_of(_own_tasks(jobs))
-    entries = [_entry(experiment, runs, parts, columns.values()) for runs in rows.values()]
+    entries = [entry for row in rows.values() for entry in _entries(experiment, row, parts, columns.values())]
     entries, setting = _with_latencies(entries, [run for run in without_student if run.tags["job"] == "benchmark"])
     left_out = Counter(run.tags["job"] for run in without_student)
-    return CollectedRuns(tuple(entries), setting, left_out, measures_of(columns.values()))
+    return CollectedRuns(tuple(entries), setting, left_out, measures_of(columns.values()), places(runs))
 
 
 def _nothing_to_compare(experiment: Experiment, jobs: Iterable[LoggedRun]) -> str:
@@ -151,32 +173,89 @@ def _own_tasks(jobs: Iterable[LoggedRun]) -> Iterator[type[DownstreamTask[Any]]]
             log.warning("the metrics of %s are left out: %s", task, error)
 
 
-def _entry(
+def _entries(
     experiment: Experiment,
     runs: list[LoggedRun],
     parts: Mapping[str, list[LoggedRun]],
     columns: Collection[Column],
-) -> Entry:
+) -> list[Entry]:
+    """The row of a student, and those of its figures on further images."""
     trained = [run for run in runs if not is_evaluation(run)]
-    run = next(iter(trained or [run for run in runs if run.status == "FINISHED"] or runs))
-    nested = parts[run.run_id]
-    data = {split: used for part in (run, *nested) for split, used in part.data.items()}
+    finished = [run for run in runs if run.status == "FINISHED"]
+    run = next(iter(trained or finished or runs))
+    others = [other for other in runs if other is not run]
+    nested, data = parts[run.run_id], _data(run, parts)
     training = next((part for part in nested if part.name in ("distill", "finetune")), None)
     own = _own_measures(run, training) if training else {}
     name, side = timm_student(run), input_size(run)
     size = _compute_size(name, int(side)) if name and side and not own.keys() & {"parameters", "macs"} else {}
-    return Entry(
+    judged = [(other, image_set(other, _data(other, parts), "val")) for other in finished if other not in trained]
+    held_out = image_set(run, data, "val") or next((images for _, images in judged if images), None)
+    figures = _by_images(judged, columns)
+    for key in own.keys() & figures.keys():
+        figures[key][held_out] = run, own[key]
+    row = Entry(
         run_id=run.run_id,
         name=run.name,
         started=run.started,
         link=experiment.link(run.run_id),
         texts=describe(run, data),
-        measures={**_evaluation_measures((other for other in runs if other not in trained), columns), **size, **own},
+        measures={**size, **own},
         curve=_curve(experiment, nested),
         config=configuration(run, data),
-        held_out=image_set(run, data, "val"),
-        evaluated_by=tuple(other.name for other in runs if other is not run),
+        held_out=held_out,
+        evaluated_by=tuple(other.name for other in others if other in finished),
+        unfinished=tuple(other.name for other in others if other not in finished),
     )
+    return _with_figures(experiment, row, figures)
+
+
+def _data(run: LoggedRun, parts: Mapping[str, list[LoggedRun]]) -> dict[str, tuple[str, str]]:
+    """The images of a run and of its nested runs, by split."""
+    return {split: used for part in (run, *parts[run.run_id]) for split, used in part.data.items()}
+
+
+def _by_images(judged: Iterable[tuple[LoggedRun, str | None]], task_columns: Collection[Column]) -> Figures:
+    """Figures of finished evaluations, each given with its held-out images; on equal images, the latest counts."""
+    found: Figures = {}
+    for run, images in judged:
+        for column in PROBES.get(run.tags["job"], task_columns):
+            if (value := run.metrics.get(column.metric)) is not None and value != column.missing:
+                values = found.setdefault(column.key, {})
+                values.pop(images, None)  # the latest is the last
+                values[images] = run, column.factor * value
+    return found
+
+
+def _with_figures(experiment: Experiment, row: Entry, figures: Figures) -> list[Entry]:
+    """The row with one figure of each measure, and a row for each further set of images."""
+    measures = dict(row.measures)
+    measured_on: dict[str, str | None] = {}
+    further: dict[str | None, dict[str, tuple[LoggedRun, float]]] = {}
+    for key, values in figures.items():
+        chosen = row.held_out if row.held_out in values else list(values)[-1]
+        measures[key] = values[chosen][1]
+        measured_on |= {key: chosen} if chosen != row.held_out else {}
+        for images in [images for images in values if images != chosen]:
+            further.setdefault(images, {})[key] = values[images]
+    costs = {key: value for key, value in row.measures.items() if key in WITHOUT_IMAGES}
+    rows = [replace(row, measures=measures, measured_on=measured_on)]
+    for images, found in further.items():
+        run = max((run for run, _ in found.values()), key=lambda run: run.started)
+        rows.append(
+            Entry(
+                run_id=run.run_id,
+                name=run.name,
+                started=run.started,
+                link=experiment.link(run.run_id),
+                texts=row.texts,
+                measures={**costs, **{key: value for key, (_, value) in found.items()}},
+                curve=(),
+                config={**row.config, "data.val": images or "unknown"},
+                held_out=images,
+            )
+        )
+    return rows
 
 
 def _own_measures(run: LoggedRun, training: LoggedRun) -> dict[str, float]:
@@ -203,17 +282,6 @@ def _compute_size(name: str, side: int) -> dict[str, float]:
         log.warning("the size of %s is unknown: %s", name, one_line(error))
         return {}
     return {"parameters": counted.parameters, "macs": counted.macs}
-
-
-def _evaluation_measures(runs: Iterable[LoggedRun], task_columns: Collection[Column]) -> dict[str, float]:
-    """Measures from finished evaluations; later runs override earlier ones."""
-    return {
-        column.key: column.factor * value
-        for run in runs
-        if run.status == "FINISHED"
-        for column in PROBES.get(run.tags["job"], task_columns)
-        if (value := run.metrics.get(column.metric)) is not None and value != column.missing
-    }
 
 
 def _curve(experiment: Experiment, nested: Iterable[LoggedRun]) -> tuple[Point[float], ...]:

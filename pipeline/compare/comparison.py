@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipeline.compare.collect import CollectedRuns, collect
+from pipeline.compare.collect import CollectedRuns, Entry, collect
 from pipeline.compare.group import Group, Summary, changes, group
-from pipeline.compare.measures import COSTS, TEXTS, Measure
+from pipeline.compare.measures import COSTS, TEXTS, WITHOUT_IMAGES, Measure
 from pipeline.compare.significance import Difference, differences, fronts, statement
+from pipeline.errors import UserError
 from pipeline.tracking.reading import Experiment
 
 
@@ -23,15 +25,26 @@ class Comparison(CollectedRuns):
 
     @classmethod
     def of(cls, experiment: Experiment, filter_string: str = "") -> Comparison:
-        """Collect runs, or raise a UserError if there is nothing to compare."""
-        return cls(
+        """Collect runs, or raise a UserError if there is nothing to compare, or none has finished."""
+        found = cls(
             **vars(collect(experiment)), experiment=experiment.name, uri=experiment.uri, filter_string=filter_string
         )
+        if not found.groups:
+            held = Counter(entry.texts["status"] for entry in found.entries)
+            listed = ", ".join(f"{count} {status}" for status, count in held.items())
+            where = "--filter: it leaves" if filter_string else "--experiment: there is"
+            raise UserError(f"{where} no finished run of {experiment.name} to compare; there are only: {listed}")
+        return found
 
     @cached_property
     def groups(self) -> list[Group]:
         """The runs that differ only in the seed, together."""
         return group(self.entries)
+
+    @cached_property
+    def group_of(self) -> Mapping[str, int]:
+        """Number of the group by run id, for runs that are in one."""
+        return {entry.run_id: number for number, group in enumerate(self.groups) for entry in group.entries}
 
     @cached_property
     def fronts(self) -> Mapping[tuple[str, str], set[int]]:
@@ -40,7 +53,7 @@ class Comparison(CollectedRuns):
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Between all pairs of groups on the same held-out images, in every accuracy."""
+        """Between all pairs of groups, in every accuracy that both have on the same held-out images."""
         return differences(self.groups, self.accuracies)
 
     @property
@@ -61,25 +74,37 @@ class Comparison(CollectedRuns):
 
     @property
     def main_accuracy(self) -> str | None:
-        """The accuracy that most groups have, or None."""
-        return max(self.accuracies, key=lambda key: sum(key in group.measures for group in self.groups), default=None)
+        """The accuracy that most groups have on the same images, or None."""
+        return max(self.accuracies, key=lambda key: max(map(len, self.by_images(key).values())), default=None)
 
-    @property
-    def held_out(self) -> str | None:
-        """The held-out images that most groups were measured on."""
-        every = [group.held_out for group in self.groups]
-        return max(every, key=every.count)
+    def by_images(self, measure: str) -> dict[str | None, list[int]]:
+        """Numbers of the groups that have a measure, by the images that it was taken on."""
+        found: dict[str | None, list[int]] = {}
+        for number, group_ in enumerate(self.groups):
+            if measure in group_.measures:
+                found.setdefault(group_.images(measure), []).append(number)
+        return found
+
+    def comparable(self, measure: str) -> list[int]:
+        """Numbers of the groups that have a measure on the images that most have it on."""
+        return max(self.by_images(measure).values(), key=len, default=[])
 
     @property
     def best(self) -> dict[str | None, int]:
         """Number of the group with the highest main accuracy, by held-out images."""
         key = self.main_accuracy or ""
-        rivals: dict[str | None, list[int]] = {}
-        for number, group_ in enumerate(self.groups):
-            if key in group_.measures:
-                rivals.setdefault(group_.held_out, []).append(number)
-        means = {number: self.groups[number].measures[key].mean for numbers in rivals.values() for number in numbers}
-        return {held_out: max(numbers, key=means.__getitem__) for held_out, numbers in rivals.items()}
+        return {
+            images: max(numbers, key=lambda number: self.groups[number].measures[key].mean)
+            for images, numbers in self.by_images(key).items()
+        }
+
+    @property
+    def first_pair(self) -> Difference | None:
+        """The difference to show first: in the main accuracy, of the best group and the runner-up; None if there is none."""
+        numbers = self.comparable(key := self.main_accuracy or "")
+        ranked = sorted(numbers, key=lambda number: -self.groups[number].measures[key].mean)
+        shown = [d for d in self.differences if d.measure == key and {d.first, d.second} == {*ranked[:2]}]
+        return next(iter(shown or self.differences), None)
 
     @property
     def varying_texts(self) -> list[str]:
@@ -101,31 +126,24 @@ class Comparison(CollectedRuns):
         found = [d for d in self.differences if d.measure == self.main_accuracy and {d.first, d.second} & best]
         return [statement(d, self.groups, self.all_measures[d.measure]) for d in found]
 
-    def notes(self) -> list[str]:
-        """Notes for the reader."""
-        unfinished = [entry.name for entry in self.entries if not entry.finished]
-        seeds = sum(len(group.entries) - len(group.counted) for group in self.groups) - len(unfinished)
-        found = [
-            "A group holds all runs that differ only in the seed; ± is the standard deviation over the seeds.",
-            "Parameters and MACs are those of the backbone in its inference form, on one image.",
-        ]
-        if self.differences:
-            found.append("p-values are two-sided and not corrected for the number of comparisons.")
-        if self.latency:
-            found.append(f"Latency: {self.latency}.")
-        if unfinished:
-            found.append(f"Unfinished, and not counted in a group: {', '.join(unfinished)}.")
-        if seeds:
-            found.append(
-                f"Among runs of equal configuration and seed only the latest counts; {seeds} earlier ones are ignored."
-            )
-        if len({group.held_out for group in self.groups}) > 1:
-            found.append(
-                "Groups were measured on different held-out images; only groups on the same images are compared."
-            )
-        if left_out := ", ".join(f"{count} {job}" for job, count in self.left_out.items()):
-            found.append(f"Runs without a student, not shown: {left_out}.")
-        return found
+    @cached_property
+    def marks(self) -> dict[str | None, int]:
+        """Numbers of the images that figures were measured on apart from the held-out images of their runs."""
+        used = (images for entry in self.entries for images in entry.measured_on.values())
+        return {images: number for number, images in enumerate(dict.fromkeys(used), 1)}
+
+    def mark(self, row: Entry | Group, measure: str) -> str:
+        """The mark of a figure: "[1]", or "" if the row's own held-out images were used, or none."""
+        if measure in WITHOUT_IMAGES or measure not in row.measures or (images := row.images(measure)) == row.held_out:
+            return ""
+        return f"[{self.marks[images]}]"
+
+    def named(self, images: str | None) -> str:
+        """Images in words: their name, and where they lie."""
+        place = self.places.get(images or "")
+        return (
+            "unknown images" if images is None else f"{images} ({place})" if place not in (None, "", images) else images
+        )
 
 
 def format_summary(summary: Summary | None, measure: Measure) -> str:

@@ -75,17 +75,19 @@ def write_figures(comparison: Comparison, folder: Path) -> list[tuple[str, str]]
     return drawn
 
 
-def comparable_groups(comparison: Comparison, *measures: str) -> Iterator[tuple[int, Group, Style]]:
-    """Number, group and style of the groups on the most common held-out images that have these measures."""
-    for number, (group, style) in enumerate(zip(comparison.groups, styles(comparison.groups), strict=True)):
-        if group.held_out == comparison.held_out and {*measures} <= group.measures.keys():
-            yield number, group, style
+def comparable_groups(comparison: Comparison, accuracy: str, *costs: str) -> Iterator[tuple[int, Group, Style]]:
+    """Number, group and style of the groups that have an accuracy, on the images that most have it on, and these costs."""
+    every = styles(comparison.groups)
+    for number in comparison.comparable(accuracy):
+        group = comparison.groups[number]
+        if {*costs} <= group.measures.keys():
+            yield number, group, every[number]
 
 
 def families(comparison: Comparison) -> list[list[tuple[int, Group, Style]]]:
     """Groups with kNN and parameters that differ only in the student, smallest first."""
     found: dict[Any, list[tuple[int, Group, Style]]] = {}
-    for number, group, style in comparable_groups(comparison, "knn", "parameters"):
+    for number, group, style in comparable_groups(comparison, KNN.key, PARAMETERS.key):
         found.setdefault(group.family, []).append((number, group, style))
     return [sorted(members, key=lambda member: member[1].measures["parameters"].mean) for members in found.values()]
 
@@ -121,7 +123,7 @@ def cost_figure(comparison: Comparison) -> Figure | None:
 
 def curves_figure(comparison: Comparison) -> Figure | None:
     """kNN over the epochs: lines for averaged weights, dotted for raw ones, bands of one standard deviation."""
-    drawn = [(group, style) for _, group, style in comparable_groups(comparison) if len(group.curve) > 1]
+    drawn = [(group, style) for _, group, style in comparable_groups(comparison, KNN.key) if len(group.curve) > 1]
     if not drawn:
         return None
     figure = Figure(figsize=(7.4, 4.8), layout="constrained")

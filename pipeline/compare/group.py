@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import mean, stdev
 
 from pipeline.compare.collect import Entry, Point
@@ -30,7 +31,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration.
+    """Runs of one configuration, of which at least one has finished.
 
     Attributes:
         label: unique among the groups.
@@ -42,9 +43,30 @@ class Group:
     label: str
     entries: tuple[Entry, ...]
     counted: Mapping[str, Entry]
-    measures: Mapping[str, Summary]
     curve: tuple[Point[Summary], ...]
     config: Mapping[str, str]
+
+    @cached_property
+    def measures(self) -> Mapping[str, Summary]:
+        """Summaries by key, each over values on the same images."""
+        keys = dict.fromkeys(key for entry in self.counted.values() for key in entry.measures)
+        summaries = {key: Summary.of(self.values(key).values()) for key in keys}
+        return {key: summary for key, summary in summaries.items() if summary}
+
+    def images(self, measure: str) -> str | None:
+        """The images of the summary of a measure, those of the latest run; values on different images are not comparable."""
+        known = [entry for entry in self.counted.values() if measure in entry.measures]
+        return max(known, key=lambda entry: entry.started).images(measure) if known else None
+
+    def values(self, measure: str) -> dict[str, float]:
+        """What the summary of a measure combines, by seed: the values on :meth:`images`."""
+        images, counted = self.images(measure), sorted(self.counted.items())
+        known = {seed: entry for seed, entry in counted if measure in entry.measures}
+        return {seed: entry.measures[measure] for seed, entry in known.items() if entry.images(measure) == images}
+
+    def left_out(self, measure: str) -> int:
+        """Number of seeds whose value was taken on other images."""
+        return sum(measure in entry.measures for entry in self.counted.values()) - len(self.values(measure))
 
     @property
     def texts(self) -> Mapping[str, str]:
@@ -53,7 +75,7 @@ class Group:
 
     @property
     def held_out(self) -> str | None:
-        """Held-out images of the accuracies; accuracies on different images are not comparable."""
+        """Held-out images of the runs; an evaluation may have used others (:meth:`images`)."""
         return self.entries[-1].held_out
 
     @property
@@ -64,11 +86,11 @@ class Group:
 
 
 def group(entries: Iterable[Entry]) -> list[Group]:
-    """Groups in the order of their first runs."""
+    """Groups in the order of their first runs; runs of which no seed has finished are in none."""
     found: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
     for entry in entries:
         found.setdefault(tuple(sorted(_config(entry).items())), []).append(entry)
-    members = list(found.values())
+    members = [runs for runs in found.values() if any(entry.finished for entry in runs)]
     return [_group(label, runs) for label, runs in zip(_labels(members), members, strict=True)]
 
 
@@ -96,8 +118,6 @@ def _config(entry: Entry) -> dict[str, str]:
 
 def _group(label: str, runs: list[Entry]) -> Group:
     counted = {entry.texts.get("seed", entry.run_id): entry for entry in runs if entry.finished}
-    keys = dict.fromkeys(key for entry in counted.values() for key in entry.measures)
-    summaries = {key: Summary.of(entry.measures.get(key) for entry in counted.values()) for key in keys}
     points: dict[float, list[Point[float]]] = {}
     for point in (point for entry in counted.values() for point in entry.curve):
         points.setdefault(point.epoch, []).append(point)
@@ -105,8 +125,7 @@ def _group(label: str, runs: list[Entry]) -> Group:
         Point(epoch, Summary.of(point.knn for point in members), Summary.of(point.raw for point in members))
         for epoch, members in sorted(points.items())
     )
-    measures = {key: summary for key, summary in summaries.items() if summary}
-    return Group(label, tuple(runs), counted, measures, tuple(curve), _config(runs[-1]))
+    return Group(label, tuple(runs), counted, tuple(curve), _config(runs[-1]))
 
 
 def _labels(members: Sequence[Sequence[Entry]]) -> list[str]:

@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from pipeline.compare.collect import Entry
 from pipeline.compare.comparison import Comparison, format_summary
 from pipeline.compare.group import Group
+from pipeline.compare.notes import notes
 from pipeline.compare.plots import cost_plots, curves_plot, seeds, size_plot
 from pipeline.compare.significance import statement
 from pipeline.compare.tables import common
@@ -35,6 +36,10 @@ def render_page(comparison: Comparison) -> str:
         f"{d.measure} {d.first} {d.second}": statement(d, groups, all_measures[d.measure])
         for d in comparison.differences
     }
+    images = {
+        key: [comparison.named(group.images(key)) if key in group.measures else None for group in groups]
+        for key in comparison.accuracies
+    }
     return environment.get_template("page.html").render(
         comparison=comparison,
         common=common(comparison),
@@ -49,12 +54,12 @@ def render_page(comparison: Comparison) -> str:
         cheapest=cheapest(comparison),
         day=lambda entry: datetime.fromtimestamp(entry.started / 1000, UTC).strftime("%Y-%m-%d %H:%M"),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        group_of={entry.run_id: n for n, group in enumerate(groups) for entry in group.entries},
+        notes=notes(comparison),
         css=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
         scripts=scripts,
         policy=_policy(scripts),
         plots=plots,
-        data=_json({"plots": plots, "pairs": pairs}),
+        data=_json({"plots": plots, "pairs": pairs, "images": images}),
     )
 
 
@@ -75,11 +80,11 @@ def _json(value: Any) -> Markup:
 
 def cheapest(comparison: Comparison) -> dict[str, Group]:
     """By parameters and latency, the cheapest group on the front, unless it is also the most accurate one."""
-    main_accuracy, best = comparison.main_accuracy, set(comparison.best.values())
+    key, best = comparison.main_accuracy or "", set(comparison.best.values())
     found: dict[str, Group] = {}
     for cost in ("parameters", "latency"):
-        front = comparison.fronts.get((main_accuracy or "", cost), ())
-        on_front = {n: comparison.groups[n] for n in front if comparison.groups[n].held_out == comparison.held_out}
+        front = comparison.fronts.get((key, cost), set())
+        on_front = {number: comparison.groups[number] for number in front.intersection(comparison.comparable(key))}
         if on_front:
             number, group = min(on_front.items(), key=lambda item: item[1].measures[cost].mean)
             found |= {cost: group} if number not in best else {}

@@ -50,7 +50,11 @@ def compare(experiment: str, filter_string: str, uri: str | None, folder: Path) 
     groups = {
         group.label: {
             "seeds": len(group.counted),
-            **{key: vars(group.measures[key]) for key in comparison.accuracies if key in group.measures},
+            **{
+                key: {**vars(group.measures[key]), "held_out": group.images(key)}
+                for key in comparison.accuracies
+                if key in group.measures
+            },
             "front": comparison.pareto_costs(number),
         }
         for number, group in enumerate(comparison.groups)

@@ -69,5 +69,7 @@ def measures_of(columns: Iterable[Column]) -> dict[str, Measure]:
 
 COSTS = ("parameters", "latency", "cache_bytes", "samples_seen")
 """The costs that accuracies are plotted against, by key."""
+WITHOUT_IMAGES = frozenset({*COSTS, "macs", "hours", "gpu_hours", "cost"})
+"""The measures that depend on no held-out images, by key."""
 TEXTS = ("status", "job", "data", "student", "input", "teachers", "codec", "views", "seed", "device")
 """Names of the texts that describe a run, in the order of the tables."""

@@ -46,7 +46,7 @@ def _cost_plot(comparison: Comparison, accuracy: str, cost: str) -> Plot:
 
 def curves_plot(comparison: Comparison) -> Plot:
     """kNN over the epochs."""
-    drawn = [member for member in comparable_groups(comparison) if len(member[1].curve) > 1]
+    drawn = [member for member in comparable_groups(comparison, KNN.key) if len(member[1].curve) > 1]
     plot = _plot([trace for member in drawn for trace in _curves(*member)], "epoch", KNN.title)
     epochs = max((point.epoch for group in comparison.groups for point in group.curve), default=0)
     plot["layout"]["xaxis"]["dtick"] = max(1, ceil(epochs / TICKS))

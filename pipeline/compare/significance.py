@@ -28,15 +28,15 @@ def front(points: Sequence[tuple[float, float]]) -> set[int]:
 
 
 def fronts(groups: Sequence[Group], accuracies: Sequence[str]) -> dict[tuple[str, str], set[int]]:
-    """Numbers of the groups on the Pareto front, by accuracy and cost; each set of held-out images has its own front."""
+    """Numbers of the groups on the Pareto front, by accuracy and cost; each set of images has its own front."""
     found: dict[tuple[str, str], set[int]] = {}
-    for accuracy, cost, held_out in product(accuracies, COSTS, {group.held_out for group in groups}):
-        points = {
-            number: (group.measures[accuracy].mean, group.measures[cost].mean)
-            for number, group in enumerate(groups)
-            if group.held_out == held_out and {accuracy, cost} <= group.measures.keys()
-        }
-        if points:
+    for accuracy, cost in product(accuracies, COSTS):
+        by_images: dict[str | None, dict[int, tuple[float, float]]] = {}
+        for number, group in enumerate(groups):
+            if {accuracy, cost} <= group.measures.keys():
+                point = (group.measures[accuracy].mean, group.measures[cost].mean)
+                by_images.setdefault(group.images(accuracy), {})[number] = point
+        for points in by_images.values():
             on_front = front(list(points.values()))
             found.setdefault((accuracy, cost), set()).update(list(points)[index] for index in on_front)
     return found
@@ -67,13 +67,13 @@ class Difference:
 
 
 def differences(groups: Sequence[Group], accuracies: Sequence[str]) -> list[Difference]:
-    """Differences between all pairs of groups on the same held-out images, in every accuracy that both have."""
+    """Differences between all pairs of groups in every accuracy that both have on the same held-out images."""
     return [
         difference(measure, groups, one, other)
         for one, other in combinations(range(len(groups)), 2)
         for measure in accuracies
-        if groups[one].held_out == groups[other].held_out
-        and measure in groups[one].measures.keys() & groups[other].measures.keys()
+        if measure in groups[one].measures.keys() & groups[other].measures.keys()
+        and groups[one].images(measure) == groups[other].images(measure)
     ]
 
 
@@ -82,7 +82,7 @@ def difference(measure: str, groups: Sequence[Group], one: int, other: int) -> D
 
     No test is possible with fewer than two seeds in a group, or without any spread.
     """
-    first, second = _values(groups[one], measure), _values(groups[other], measure)
+    first, second = groups[one].values(measure), groups[other].values(measure)
     paired = first.keys() == second.keys()
     a, b = list(first.values()), [second[seed] for seed in first] if paired else list(second.values())
     delta, n = mean(a) - mean(b), (len(a), len(b))
@@ -94,11 +94,6 @@ def difference(measure: str, groups: Sequence[Group], one: int, other: int) -> D
     assert isfinite(result.pvalue)
     test = PAIRED if paired else WELCH
     return Difference(measure, one, other, delta, test, n, float(result.pvalue), (low, high))
-
-
-def _values(group: Group, measure: str) -> dict[str, float]:
-    """Values by seed."""
-    return {seed: entry.measures[measure] for seed, entry in sorted(group.counted.items()) if measure in entry.measures}
 
 
 def statement(found: Difference, groups: Sequence[Group], measure: Measure) -> str:

@@ -6,8 +6,11 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.compare.collect import Entry
 from pipeline.compare.comparison import Comparison, format_summary
+from pipeline.compare.group import Group
 from pipeline.compare.measures import TEXTS
+from pipeline.compare.notes import notes
 
 Rows = list[list[str]]
 """The first row is the header."""
@@ -19,7 +22,8 @@ def groups_table(comparison: Comparison) -> Rows:
     rows = [["group", "seeds", *(measure.title for measure in measures), "on the front"]]
     for number, group in enumerate(comparison.groups):
         marks = [comparison.all_measures[cost].label for cost in comparison.pareto_costs(number)]
-        values = [format_summary(group.measures.get(measure.key), measure) for measure in measures]
+        shown = [format_summary(group.measures.get(measure.key), measure) for measure in measures]
+        values = _with_marks(comparison, group, shown)
         rows.append([group.label, str(len(group.counted)), *values, ", ".join(marks)])
     return rows
 
@@ -31,8 +35,15 @@ def runs_table(comparison: Comparison) -> Rows:
     for entry in comparison.entries:
         known = entry.measures
         values = [measure.show(known[measure.key]) if measure.key in known else "" for measure in measures]
-        rows.append([entry.name, *(entry.texts.get(key, "") for key in texts), *values])
+        marked = _with_marks(comparison, entry, values)
+        rows.append([entry.name, *(entry.texts.get(key, "") for key in texts), *marked])
     return rows
+
+
+def _with_marks(comparison: Comparison, row: Entry | Group, values: Iterable[str]) -> list[str]:
+    """The values of a row with the marks of the images that they were measured on."""
+    marks = (comparison.mark(row, measure.key) for measure in comparison.measures)
+    return [f"{value} {mark}".rstrip() for value, mark in zip(values, marks, strict=True)]
 
 
 def changes_table(comparison: Comparison) -> Rows:
@@ -54,13 +65,13 @@ def render_text(comparison: Comparison) -> str:
     parts += [_aligned(runs_table(comparison)), f"all: {common(comparison)}", _aligned(groups_table(comparison))]
     if comparison.changed:
         parts.append(_aligned(changes_table(comparison)))
-    parts += ["\n".join(comparison.differences_to_best()), "\n".join(comparison.notes())]
+    parts += ["\n".join(comparison.differences_to_best()), "\n".join(notes(comparison))]
     return "\n\n".join(_printable(part) for part in parts if part)
 
 
 def render_markdown(comparison: Comparison, figures: Iterable[tuple[str, str]]) -> str:
     """A Markdown report with figures, given as title and file name."""
-    bullets = [_prose(line) for line in (*comparison.differences_to_best(), *comparison.notes())]
+    bullets = [_prose(line) for line in (*comparison.differences_to_best(), *notes(comparison))]
     parts = [
         f"# {_prose(comparison.experiment)}: {len(comparison.entries)} runs in {len(comparison.groups)} groups",
         f"Filter: {_prose(comparison.filter_string)}" if comparison.filter_string else "",
@@ -79,41 +90,55 @@ def render_markdown(comparison: Comparison, figures: Iterable[tuple[str, str]]) 
 
 
 def runs_frame(comparison: Comparison) -> pd.DataFrame:
-    """All texts and unscaled measures of all runs."""
-    group_of = {entry.run_id: group.label for group in comparison.groups for entry in group.entries}
-    rows = [
-        {"run_id": entry.run_id, "name": entry.name, "group": group_of[entry.run_id], "held_out": entry.held_out}
-        | {**entry.texts, **entry.measures}
+    """All texts and unscaled measures of all runs, and the images of those that were not measured on the run's own."""
+    groups, number = comparison.groups, comparison.group_of
+    labels = {run_id: groups[at].label for run_id, at in number.items()}
+    rows: list[dict[str, Any]] = [
+        {"run_id": entry.run_id, "name": entry.name, "group": labels.get(entry.run_id), "held_out": entry.held_out}
+        | {**entry.texts, **entry.measures, **_images(comparison, entry)}
         for entry in comparison.entries
     ]
-    return _frame(rows, ["run_id", "name", "group", "held_out", *TEXTS, *comparison.all_measures])
+    columns = ["run_id", "name", "group", "held_out", *TEXTS, *comparison.all_measures]
+    return _frame(rows, [*columns, *_image_columns(comparison)])
 
 
 def groups_frame(comparison: Comparison) -> pd.DataFrame:
-    """Mean, standard deviation and number of seeds of each measure by group."""
+    """Mean, standard deviation and number of seeds of each measure by group, and the images as in :func:`runs_frame`."""
     rows = [
         {f"{key}_{part}": value for key, summary in group.measures.items() for part, value in vars(summary).items()}
         | {"group": group.label, "held_out": group.held_out, "front": " ".join(comparison.pareto_costs(number))}
+        | _images(comparison, group)
         for number, group in enumerate(comparison.groups)
     ]
     statistics = [f"{key}_{part}" for key in comparison.all_measures for part in ("mean", "std", "n")]
-    return _frame(rows, ["group", "held_out", *statistics, "front"])
+    return _frame(rows, ["group", "held_out", *statistics, "front", *_image_columns(comparison)])
+
+
+def _image_columns(comparison: Comparison) -> dict[str, str]:
+    """Measures by the column that names their images: those that some run has on images other than its own."""
+    used = {key for entry in comparison.entries for key in entry.measured_on}
+    return {f"{key}_held_out": key for key in comparison.all_measures if key in used}
+
+
+def _images(comparison: Comparison, row: Entry | Group) -> dict[str, Any]:
+    return {name: row.images(key) for name, key in _image_columns(comparison).items() if key in row.measures}
 
 
 def differences_frame(comparison: Comparison) -> pd.DataFrame:
-    """All pairs of groups on the same held-out images, in every accuracy."""
-    labels = [group.label for group in comparison.groups]
-    rows = [
-        (d.measure, labels[d.first], labels[d.second], d.delta, d.test, *d.n, d.p, *(d.interval or (None, None)))
-        for d in comparison.differences
-    ]
-    columns = ["measure", "first", "second", "difference", "test", "n_first", "n_second", "p", "low", "high"]
+    """All pairs of groups in every accuracy that both have on the same held-out images."""
+    columns = ["measure", "first", "second", "held_out"]
+    columns += ["difference", "test", "n_first", "n_second", "p", "low", "high"]
+    rows = []
+    for d in comparison.differences:
+        first, second = comparison.groups[d.first], comparison.groups[d.second]
+        pair = (d.measure, first.label, second.label, first.images(d.measure))
+        rows.append([*pair, d.delta, d.test, *d.n, d.p, *(d.interval or (None, None))])
     return _frame((dict(zip(columns, row, strict=True)) for row in rows), columns)
 
 
 def curves_frame(comparison: Comparison) -> pd.DataFrame:
     """kNN by run and epoch, of the averaged and the raw weights."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"run_id": entry.run_id, "name": entry.name, "epoch": point.epoch, "knn": point.knn, "knn_raw": point.raw}
         for entry in comparison.entries
         for point in entry.curve

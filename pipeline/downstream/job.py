@@ -22,6 +22,7 @@ from pipeline.runs.folder import work_folder
 from pipeline.sources.locations import SAMPLES, absolute
 from pipeline.student.loading import LoadedStudent
 from pipeline.student.model import save_encoder
+from pipeline.student.nearest import nearest_folders
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import log_model_folder
 from pipeline.tracking.run import Run
@@ -203,7 +204,7 @@ def open_model(config: EvaluateModelJobConfig) -> SavedModel:
         raise UserError("evaluate.model must be given: the folder or MLflow model URI that jobs/finetune.py printed")
     saved = find_model(name, resolve_uri(config.tracking.uri, work_folder(config)))
     if saved is None:
-        raise UserError(f"evaluate.model: {name} is not a fine-tuned model")
+        raise UserError(f"evaluate.model: {name} is not a fine-tuned model{nearest_folders(name, ['model'])}")
     if saved.task.name != (asked := load_task(config.finetune.task).name):
         raise UserError(f"evaluate.model: {name} was made for {saved.task.name}, not for {asked}")
     return saved

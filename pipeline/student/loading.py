@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline.errors import UserError, one_line
 from pipeline.student.model import Encoder, build_encoder, create_backbone, load_encoder
+from pipeline.student.nearest import nearest_folders
 from teachers.base import TeacherError, WeightsNotFoundError
 from teachers.checkpoint import read_checkpoint
 from teachers.fit import check_keys
@@ -57,7 +58,7 @@ def load_student(student: str, *, weights: str = "pretrained", args: Mapping[str
     near = difflib.get_close_matches(student, timm.list_models(), n=3)
     raise UserError(
         f"{student}: neither an exported student folder, nor an MLflow URI (models:/m-...), nor a name that timm knows"
-        + (f"; did you mean {', '.join(near)}?" if near else "")
+        + (nearest_folders(student) or (f"; did you mean {', '.join(near)}?" if near else ""))
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import pipeline.student.regla  # noqa: F401  registers regla_* with timm
 from pipeline.errors import UserError, one_line
+from pipeline.student.nearest import nearest_folders
 from teachers.timm_backbone import LOADING
 
 MAP_STRIDE = 16  # of the feature map, in pixels
@@ -213,7 +214,8 @@ def load_encoder(folder: Path) -> Encoder:
         encoder = build_encoder(described)
         load_weights(encoder.backbone, folder / "student.safetensors")
     except Exception as error:  # timm's constructors raise various types for unsuitable arguments
-        raise UserError(f"{folder} is not an exported student: {one_line(error)}") from error
+        hint = "" if (folder / "student.json").is_file() else nearest_folders(str(folder))
+        raise UserError(f"{folder} is not an exported student: {one_line(error)}{hint}") from error
     return encoder.eval()
 
 

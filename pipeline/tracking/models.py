@@ -1,6 +1,7 @@
 """Logging of models, and downloads of logged ones."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError, one_line
 from pipeline.storage.fetch import temporary_folder
+from pipeline.tracking.address import sqlite_file
+from pipeline.tracking.nearest import nearest_models, nested_run_with
 from pipeline.tracking.run import Run
-from pipeline.tracking.write_buffer import retry_until_reachable
+from pipeline.tracking.write_buffer import is_permanent, retry_until_reachable
 
 STUDENT_FOLDER = "student"
 STUDENT_FILES = ("student.safetensors", "student.json")
@@ -93,26 +96,49 @@ def download_student(model_uri: str, tracking_uri: str, parent: Path | None = No
     Raises:
         UserError: if there is no such model, or its run has no exported student.
     """
-    client = MlflowClient(tracking_uri)
+    client = _client(model_uri, tracking_uri)
+    with _nearest_named(client, model_uri, tracking_uri):
+        run_id = source_run_id(client, model_uri)
     try:
-        folder = Path(
-            client.download_artifacts(source_run_id(client, model_uri), STUDENT_FOLDER, str(temporary_folder(parent)))
-        )
+        folder = Path(client.download_artifacts(run_id, STUDENT_FOLDER, str(temporary_folder(parent))))
         for name in STUDENT_FILES:
             (folder / name).stat()  # some stores return nothing for a missing artifact
     except (MlflowException, OSError) as error:
         raise UserError(
             f"{model_uri} cannot be loaded from {tracking_uri}: {one_line(error)}; students are read from the artifact "
             f"{STUDENT_FOLDER}/{STUDENT_FILES[0]} of the run that logged them, nothing is unpickled"
+            f"{nested_run_with(client, run_id, STUDENT_FOLDER)}"
         ) from error
     return folder
 
 
+def _client(model_uri: str, tracking_uri: str) -> MlflowClient:
+    """A client; UserError if the store is a SQLite file that does not exist, which MLflow would create."""
+    file = sqlite_file(tracking_uri)
+    if file and not file.is_file():
+        raise UserError(
+            f"{model_uri} cannot be loaded: there is no MLflow store at {tracking_uri}; name the store that has it "
+            "(tracking.uri, --tracking-uri)"
+        )
+    return MlflowClient(tracking_uri)
+
+
+@contextmanager
+def _nearest_named(client: MlflowClient, model_uri: str, tracking_uri: str) -> Iterator[None]:
+    """Turn MLflow's error on a URI into a UserError that names what the store holds instead."""
+    try:
+        yield
+    except MlflowException as error:
+        name = _split_uri(model_uri)[1].partition("@")[0]
+        hint = f"; {nearest_models(client, name)}" if is_permanent(error) else ""
+        raise UserError(f"{model_uri} cannot be loaded from {tracking_uri}: {one_line(error)}{hint}") from error
+
+
 def source_run_id(client: MlflowClient, model_uri: str) -> str:
-    """The run that logged a model; MlflowException if there is no such model."""
+    """The run that logged a model; MlflowException if there is no such model or run."""
     scheme, head, _ = _split_uri(model_uri)
     if scheme == "runs" and head:
-        return head
+        return str(client.get_run(head).info.run_id)
     if scheme != "models" or not head:
         raise MlflowException("it is neither models:/... nor runs:/...")
     version = _version(client, model_uri)
@@ -151,16 +177,22 @@ def log_model_folder(
 
 def download_model(model_uri: str, tracking_uri: str) -> Path:
     """A local folder with the files of a logged model; UserError if there is no such model."""
+    client = _client(model_uri, tracking_uri)
+    with _nearest_named(client, model_uri, tracking_uri):
+        location = _location(client, model_uri)
     try:
-        location = _location(MlflowClient(tracking_uri), model_uri)
         return Path(mlflow.artifacts.download_artifacts(location, tracking_uri=tracking_uri))
     except (MlflowException, OSError) as error:
-        raise UserError(f"{model_uri} cannot be loaded from {tracking_uri}: {one_line(error)}") from error
+        scheme, run_id, folder = _split_uri(location)
+        hint = nested_run_with(client, run_id, folder) if scheme == "runs" else ""
+        raise UserError(f"{model_uri} cannot be loaded from {tracking_uri}: {one_line(error)}{hint}") from error
 
 
 def _location(client: MlflowClient, model_uri: str) -> str:
     """The location of a model's files; MLflow's own lookup uses a global store instead of the client's."""
     version = _version(client, model_uri)
     source = str(version.source) if version else model_uri
+    if source.startswith("runs:/"):
+        source_run_id(client, source)
     scheme, logged, tail = _split_uri(source)
     return str(client.get_logged_model(logged).artifact_location) if scheme == "models" and not tail else source

@@ -30,7 +30,7 @@ class LoggedRun:
         status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
         started: milliseconds since 1970.
         metrics: the latest value of each.
-        data: (location, content-addressed name) of the images by context (``train``, ``val``).
+        data: (location, name that ends in 8 characters of the digest) of the images by context (``train``, ``val``).
     """
 
     run_id: str
@@ -127,7 +127,10 @@ def _logged(run: Logged) -> LoggedRun:
 
 
 def _location(dataset: Any) -> tuple[str, str]:
+    # Names that hold no digest are equal for different images.
+    digest = str(dataset.digest)[:8]
+    name = dataset.name if dataset.name.endswith(digest) else f"{dataset.name}-{digest}"
     try:
-        return str(json.loads(dataset.source)["location"]), dataset.name
+        return str(json.loads(dataset.source)["location"]), name
     except (ValueError, KeyError, TypeError):
-        return "", dataset.name  # logged by another program
+        return "", name  # logged by another program

@@ -7,6 +7,8 @@ from pipeline.runs.config import JobConfig
 from pipeline.tracking.run import Run, start_run
 
 CIFAR = {"train": ("photos/train.parquet", "cifar-11112222"), "val": ("photos/test.parquet", "cifar-val-33334444")}
+FLOWERS = ("data/flowers/val", "flowers-val-aaaabbbb")
+"""Other held-out images: their path and name."""
 HOSTILE = '=2+5</script><img src=x onerror="document.title=1">|`*'
 STUDENTS = {"regla_t": (2_692_640, 35e6, 0.0), "regla_s": (6_100_000, 70e6, 2.5)}
 TEACHERS = {"hog": (14e6, 0.0), "dinov2/vits14": (60e6, 4.0), "clip/ViT-B-32@openai": (90e6, 6.0)}
@@ -61,10 +63,12 @@ class Store:
             run.finish(status)
         return trained
 
-    def judge(self, job, student_run, figures, *overrides, status="FINISHED"):
-        """An evaluation of a student."""
+    def judge(self, job, student_run, figures, *overrides, status="FINISHED", name="run", val=CIFAR["val"]):
+        """An evaluation of a student on the images `val` (location, identity); None: without a word on them."""
         field = "finetune" if job == "finetune" else "evaluate"
-        run = self.start(job, f"{field}.student=work/runs/a/student", *overrides)
+        run = self.start(job, f"{field}.student=work/runs/a/student", *overrides, name=name)
+        if val:
+            run.log_dataset(val[1], val[0], val[1][-8:], "val")
         run.set_student_run(student_run)
         run.log_metric_dict(figures)
         run.finish(status)
@@ -77,9 +81,12 @@ class Store:
         run.finish()
 
 
-def entry(label="regla_t", seed=0, *, status="finished", held_out="photos", config=(), curve=(), **measures):
+def entry(
+    label="regla_t", seed=0, *, status="finished", held_out="photos", config=(), curve=(), measured_on=(), **measures
+):
     """A row as `collect` gives it, of a student of this name."""
     texts = {"status": status, "job": "distill", "student": label, "teachers": "hog", "seed": str(seed)}
     fields = {"student.name": label, **dict(config)}
     name = f"{label}-{seed}"
-    return Entry(f"id-{name}-{status}", name, seed, None, texts, measures, tuple(curve), fields, held_out)
+    run_id = f"id-{name}-{status}-{held_out}-{hash(frozenset(fields.items()))}"
+    return Entry(run_id, name, seed, None, texts, measures, tuple(curve), fields, held_out, dict(measured_on))

@@ -1,9 +1,11 @@
 import pytest
+from mlflow import MlflowClient
 
 from pipeline.compare.collect import collect
+from pipeline.compare.group import group
 from pipeline.errors import UserError
 from pipeline.tracking.reading import Experiment
-from tests.compare.experiments import CIFAR
+from tests.compare.experiments import CIFAR, FLOWERS
 
 
 def rows(read, only=""):
@@ -175,3 +177,112 @@ def test_an_experiment_with_nothing_to_compare_is_refused(store, read):
     store.distil("regla_t", ["hog"], 0, 20.0)
     with pytest.raises(UserError, match=r"--filter: it leaves no run .* the experiment holds 1 precompute, 1 distill"):
         collect(read("tags.job = 'precompute'"))
+
+
+JUDGED = [("linear", "top1", "linear"), ("seg-probe", "miou", "probe_miou"), ("finetune", "top1", "top1")]
+"""Job, metric and measure of evaluations."""
+
+
+@pytest.mark.parametrize(("job", "metric", "measure"), JUDGED)
+def test_a_figure_on_other_images_than_the_rows_says_so(store, read, job, metric, measure):
+    run = store.distil("regla_t", ["hog"], 0, 20.0)
+    store.judge(job, run.run_id, {metric: 50.0}, val=FLOWERS)
+    found = collect(read())
+    (row,) = found.entries
+    assert (row.measures["knn"], row.measures[measure]) == (20.0, 50.0)
+    assert row.measured_on == {measure: FLOWERS[1]}
+    assert (row.images("knn"), row.images(measure), row.images("parameters")) == (CIFAR["val"][1], FLOWERS[1], None)
+    assert found.places[FLOWERS[1]] == "data/flowers/val"
+
+
+@pytest.mark.parametrize(("job", "metric", "measure"), JUDGED)
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_figure_on_the_rows_own_images_stays_whatever_came_later(store, read, job, metric, measure, order):
+    run = store.distil("regla_t", ["hog"], 0, 20.0)
+    for value, val in [(50.0, CIFAR["val"]), (60.0, FLOWERS)][::order]:
+        store.judge(job, run.run_id, {metric: value}, val=val, name=val[1])
+    own, other = collect(read()).entries
+    assert (own.measures[measure], own.measured_on, own.held_out) == (50.0, {}, CIFAR["val"][1])
+    assert (other.measures[measure], other.measured_on, other.held_out) == (60.0, {}, FLOWERS[1])
+    assert other.name == f"{FLOWERS[1]}-{job}"
+    assert "knn" not in other.measures
+    assert other.measures["cache_bytes"] == own.measures["cache_bytes"]
+    assert own.config.keys() == other.config.keys()
+    assert {key for key in own.config if own.config[key] != other.config[key]} == {"data.val"}
+
+
+def test_knn_on_two_sets_of_images_is_two_rows(store, read):
+    run = store.distil("regla_t", ["hog"], 0, 20.0)
+    store.judge("knn", run.run_id, {"knn": 33.0}, val=FLOWERS)
+    for value, val in ((40.0, CIFAR["val"]), (70.0, FLOWERS), (41.0, CIFAR["val"])):
+        store.judge("knn", None, {"knn": value}, "evaluate.student=timm/resnet18", val=val)
+    found = [(row.texts["student"], row.held_out, row.measures["knn"]) for row in collect(read()).entries]
+    assert found == [
+        ("regla_t", CIFAR["val"][1], 20.0),
+        ("regla_t", FLOWERS[1], 33.0),
+        ("resnet18", CIFAR["val"][1], 41.0),
+        ("resnet18", FLOWERS[1], 70.0),
+    ]
+
+
+def test_a_run_without_held_out_images_has_those_of_its_evaluation(store, read):
+    run = store.distil("regla_t", ["hog"], 0, 20.0, "data.val=null", data={"train": CIFAR["train"]})
+    store.judge("linear", run.run_id, {"top1": 50.0}, val=FLOWERS)
+    (row,) = collect(read()).entries
+    assert (row.held_out, row.measured_on) == (FLOWERS[1], {})
+
+
+def test_equal_images_have_one_name_whatever_the_user_called_them(store, read):
+    run = store.distil("regla_t", ["hog"], 0, 20.0)
+    store.judge("linear", run.run_id, {"top1": 50.0}, val=("elsewhere", "renamed-33334444"))
+    (row,) = collect(read()).entries
+    assert (row.held_out, row.measured_on) == (CIFAR["val"][1], {})
+
+
+def test_as_many_other_images_of_a_fine_tuning_are_others(store, read):
+    for number, digest in enumerate(("1" * 36, "2" * 36)):
+        run = store.judge("finetune", None, {"top1": 50.0}, f"seed={number}", "evaluate.student=null", val=None)
+        run.log_dataset("val-40", "photos/val", digest, "val")
+        run.finish()
+    found = collect(read())
+    assert [row.held_out for row in found.entries] == ["val-40-11111111", "val-40-22222222"]
+    assert len({row.config["data.val"] for row in found.entries}) == 2
+
+
+def test_a_probe_of_an_earlier_version_has_the_images_of_its_path(store, read):
+    run = store.distil("regla_t", ["hog"], 0, 20.0)
+    store.judge("linear", run.run_id, {"top1": 50.0}, "data.val=photos/test.parquet", val=None)
+    store.judge("seg-probe", run.run_id, {"miou": 9.0}, "data.val=photos/other.parquet", val=None)
+    (row,) = collect(read()).entries
+    assert row.measured_on == {"probe_miou": "photos/other.parquet"}
+
+
+def test_an_evaluation_that_has_not_finished_is_named_and_not_counted(store, read):
+    run = store.distil("regla_t", ["hog"], 0, 20.0)
+    for name, status in (("good", "FINISHED"), ("broken", "FAILED"), ("on-its-way", "RUNNING")):
+        store.judge("linear", run.run_id, {"top1": 50.0}, name=name, status=status)
+    (row,) = collect(read()).entries
+    assert (row.evaluated_by, row.unfinished) == (("good-linear",), ("broken-linear", "on-its-way-linear"))
+
+
+def test_a_run_that_was_resumed_counts_once_and_keeps_its_evaluations(store, read):
+    part = store.distil("regla_t", ["hog"], 0, 20.0, status="FAILED")
+    client = MlflowClient(store.uri)
+    parent = client.get_run(part.run_id).data.tags["mlflow.parentRunId"]
+    # A second start opens the same runs, as pipeline.runs does with the ids in run.json.
+    for run_id, metrics in ((part.run_id, {"knn": 25.0}), (parent, {"knn_after": 25.0})):
+        for key, value in metrics.items():
+            client.log_metric(run_id, key, value, step=30)
+        client.set_terminated(run_id, "FINISHED")
+    store.judge("linear", part.run_id, {"top1": 50.0})
+    (row,) = collect(read()).entries
+    assert (row.run_id, row.finished, row.measures["knn"], row.measures["linear"]) == (parent, True, 25.0, 50.0)
+    assert len(group([row])[0].counted) == 1
+
+
+def test_an_evaluation_of_one_of_several_runs_of_a_configuration_is_joined_with_its_own(store, read):
+    first, again = (store.distil("regla_t", ["hog"], 0, 20.0, name=name) for name in ("first", "again"))
+    store.judge("linear", first.run_id, {"top1": 50.0})
+    store.judge("linear", again.run_id, {"top1": 60.0})
+    found = rows(read)
+    assert [found[name].measures["linear"] for name in ("first", "again")] == [50.0, 60.0]

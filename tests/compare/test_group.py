@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from pipeline.compare.collect import Point
@@ -22,9 +24,20 @@ def test_of_runs_with_the_same_seed_the_latest_finished_one_counts():
     assert list(only.counted) == ["0", "1"]
 
 
-def test_a_group_without_a_finished_run_has_no_figures():
-    (only,) = group([entry("regla_t", 0, status="failed", knn=99.0)])
-    assert (only.measures, only.curve, only.counted) == ({}, (), {})
+def test_a_summary_combines_values_on_the_same_images_alone():
+    rows = [entry("regla_t", seed, knn=20.0 + seed, linear=50.0 + seed) for seed in range(3)]
+    rows[0] = replace(rows[0], measured_on={"linear": "others"})
+    (only,) = group(rows)
+    assert only.measures["linear"] == Summary(51.5, pytest.approx(0.5**0.5), 2)  # the latest run has it on `photos`
+    assert (only.images("linear"), only.left_out("linear"), only.left_out("knn")) == ("photos", 1, 0)
+    (only,) = group([rows[1], rows[2], replace(rows[0], started=9)])
+    assert (only.images("linear"), only.values("linear"), only.left_out("linear")) == ("others", {"0": 50.0}, 2)
+    assert (only.images("knn"), only.measures["knn"].n) == ("photos", 3)
+
+
+def test_runs_of_which_none_has_finished_are_no_group():
+    found = group([entry("regla_t", 0, status="failed", knn=99.0), entry("regla_s", 0, knn=20.0)])
+    assert [only.label for only in found] == ["regla_s"]
 
 
 def test_the_curve_of_a_group_is_the_mean_of_each_epoch():

@@ -7,6 +7,7 @@ from pipeline.compare.figures import styles, write_figures
 from pipeline.compare.group import group
 from pipeline.compare.html import most_common, render_page
 from pipeline.compare.measures import measures_of
+from pipeline.compare.notes import notes
 from pipeline.compare.plots import cost_plots, curves_plot, size_plot
 from tests.compare.experiments import entry
 
@@ -14,7 +15,7 @@ MARKUP = "</script><b>$x_1$</b>&amp;"
 
 
 def compare(*rows):
-    return Comparison(rows, None, {}, measures_of([]), "a", "sqlite:///a", "")
+    return Comparison(rows, None, {}, measures_of([]), {}, "a", "sqlite:///a", "")
 
 
 def test_points_are_in_the_units_of_the_axis_and_the_front_joins_the_best():
@@ -49,7 +50,7 @@ def test_only_groups_on_the_same_images_are_drawn_together(tmp_path):
     found = compare(*rows, entry("c", knn=90.0, parameters=1e6, held_out="others"))
     names = [trace["name"] for trace in cost_plots(found)["knn"]["parameters"]["data"] if trace["meta"]["groups"]]
     assert names == ["a", "b"]
-    assert any("different held-out images" in note for note in found.notes())
+    assert any("different held-out images" in note for note in notes(found))
     assert [file for _, file in write_figures(found, tmp_path)] == ["figure1.png", "figure4.png"]
     assert (tmp_path / "figure1.png").read_bytes().startswith(b"\x89PNG")
 

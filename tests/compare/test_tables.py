@@ -53,7 +53,7 @@ def test_the_terminal_shows_runs_groups_changes_and_what_is_significant(comparis
         "teachers.1.model",
         "(t-test, paired by seed, 2 seeds)",
         "Latency: fused, 64 px, batch 1, float32, CPU, 1 thread(s), run run-benchmark.",
-        "Unfinished, and not counted in a group: broken-distill.",
+        "Unfinished, and not counted: broken-distill.",
         "Runs without a student, not shown: 1 benchmark",
     ):
         assert expected in text

@@ -172,6 +172,8 @@ def test_a_linear_probe_of_it_goes_on_after_an_interruption(first, client, phase
     assert f"top1 {figures['top1']:7.2f} %" in text
     run = client.get_run(figures["mlflow_run_id"])
     assert run.data.tags["student_run"] == phases["distill"].info.run_id
+    used, learned = ({i.dataset.name for i in part.inputs.dataset_inputs} for part in (run, phases["precompute"]))
+    assert used == learned
     assert run.data.metrics["hours"] > 0
     assert run.data.metrics["top1"] == figures["top1"]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss/lr_0.1")] == [1, 2, 3]

@@ -1,5 +1,6 @@
 """Logged models and students, in a SQLite file and on a real MLflow server."""
 
+import re
 from pathlib import Path
 
 import mlflow
@@ -10,7 +11,8 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.student.model import Encoder, create_backbone, load_encoder
-from pipeline.tracking.models import download_student, log_model_folder, log_student
+from pipeline.tracking.models import download_model, download_student, log_model_folder, log_student
+from pipeline.tracking.run import start_run
 
 
 class TinyStudent(nn.Module):
@@ -119,3 +121,59 @@ def test_models_belong_to_the_experiment_of_their_run(start, client, tmp_path, m
     outputs = {output.model_id for output in client.get_run(run.run_id).outputs.model_outputs}
     assert outputs >= {uris[0].removeprefix("models:/")}
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    """The URI of a SQLite store, and ids of a job's run and of its nested run, which logged a student."""
+    work = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{work}/mlflow.db"
+    run = start_run(uri, experiment="e", name="r", config={"a": 1}, tags={}, work=work)
+    nested = run.child("distill")
+    (work / "model").mkdir()
+    (work / "model" / "weights").touch()
+    (work / "student.json").write_text("{}")
+    nested.log_file(work / "student.json", "student")
+    nested.flush()
+    model = log_model_folder(run, work / "model", name="classify", metrics={}, tags={})
+    for name, versions in (("photos", 3), ("it's", 1), ("flowers", 1), ("birds", 1), ("cars", 1), ("maps", 1)):
+        run.client.create_registered_model(name)
+        for _ in range(versions):
+            run.client.create_model_version(name, model, run.run_id)
+    run.client.set_registered_model_alias("photos", "best", "2")
+    return uri, run.run_id, nested.run_id
+
+
+PHOTOS = "; there are models:/photos/3, models:/photos/2 (@best), models:/photos/1"
+
+
+@pytest.mark.parametrize("download", [download_model, download_student])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("models:/photos/9", f"{PHOTOS}$"),
+        ("models:/photos@worst", f"{PHOTOS}$"),
+        ("models:/photos", f"{PHOTOS}$"),
+        ("models:/photos/newest", f"{PHOTOS}$"),
+        ("models:/photo/1", f"{PHOTOS}, .*, and 1 more$"),
+        ("models:/it's/2", "; there are models:/it's/1$"),
+        ("models:/m-000", r"; there are models:/\w+.*, and 1 more$"),
+        ("runs:/abc/student", "Run with id=abc not found; there are models:/"),
+        ("runs:/JOB/student", r"; did you mean runs:/NESTED/student\?$"),
+    ],
+)
+def test_a_wrong_guess_is_told_what_there_is(registry, download, name, expected):
+    uri, job, nested = registry
+    with pytest.raises(UserError, match=expected.replace(PHOTOS, re.escape(PHOTOS)).replace("NESTED", nested)):
+        download(name.replace("JOB", job), uri)
+
+
+@pytest.mark.parametrize("download", [download_model, download_student])
+def test_a_store_without_models_and_one_that_is_not_there_say_so(download, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    start_run(uri, experiment="e", name="r", config={"a": 1}, tags={}, work=tmp_path)
+    with pytest.raises(UserError, match=r"no model is registered there; .* name that one \(tracking\.uri"):
+        download("models:/photos/1", uri)
+    with pytest.raises(UserError, match=r"there is no MLflow store at .*none\.db"):
+        download("models:/photos/1", f"sqlite:///{tmp_path}/none.db")
+    assert not (tmp_path / "none.db").exists()

@@ -17,9 +17,7 @@ def precompute(config: CacheJobConfig, plan: CachePlan, run: Run) -> tuple[Cache
 
     If nothing is missing, the work metrics that an earlier start of the run has logged stay.
     """
-    for split in plan.splits:
-        dataset = split.dataset
-        run.log_dataset(dataset.id, dataset.location, dataset.fingerprint, split.split)
+    log_images(plan, run)
     run.set_tags({f"teacher.{number}": teacher.id for number, teacher in enumerate(plan.teachers)})
     if untrained := [teacher.spec.name for teacher in plan.teachers if teacher.spec.weights.startswith("random")]:
         run.set_tags({"untrained_teachers": ", ".join(untrained)})
@@ -66,6 +64,13 @@ def warn_of_losses(plan: CachePlan) -> None:
                     *(name, teacher.codec, figures["target_cosine"], kind, figures["target_cosine_p1"]),
                     *(TARGET_COSINE, TARGET_COSINE_P1),
                 )
+
+
+def log_images(plan: CachePlan, run: Run) -> None:
+    """Log the data sets of a plan as the inputs of a run."""
+    for split in plan.splits:
+        dataset = split.dataset
+        run.log_dataset(dataset.id, dataset.location, dataset.fingerprint, split.split)
 
 
 def cache_bytes(*plans: CachePlan) -> int:

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { plots, pairs } = JSON.parse(document.getElementById("data").textContent);
+  const { plots, pairs, images } = JSON.parse(document.getElementById("data").textContent);
   const find = (id) => document.getElementById(id);
   const root = document.documentElement;
 
@@ -112,9 +112,11 @@
     const kept = new Set();
     let count = 0;
     for (const row of runs) {
-      const text = `${row.textContent.toLowerCase()} ${words.get(row.dataset.group)}`;
+      const text = `${row.textContent.toLowerCase()} ${words.get(row.dataset.group) ?? ""}`;
       row.hidden = !wanted.every((word) => text.includes(word));
-      if (!row.hidden) { kept.add(Number(row.dataset.group)); count += 1; }
+      if (row.hidden) continue;
+      if (row.dataset.group) kept.add(Number(row.dataset.group));  // a run that has not finished may be in none
+      count += 1;
     }
     for (const row of [...groups, ...changes]) row.hidden = !kept.has(Number(row.dataset.group));
     visible = wanted.length ? kept : null;
@@ -124,12 +126,19 @@
   find("search").addEventListener("input", filter);
 
   // Two groups.
+  const chosen = (id) => find(id).selectedOptions[0].textContent;
+  function reason(measure, numbers) {
+    const name = chosen("pair-measure"), labels = [chosen("pair-first"), chosen("pair-second")];
+    const used = numbers.map((number) => images[measure][number]);
+    const lacking = labels.filter((_, index) => used[index] === null);
+    if (lacking.length) return `Not compared: there is no ${name} of ${lacking.join(" nor of ")}.`;
+    return `Not compared: ${name} of ${labels[0]} was measured on ${used[0]}, that of ${labels[1]} on ${used[1]}.`;
+  }
   function tell() {
     const [a, b] = [find("pair-first").value, find("pair-second").value].map(Number);
     const measure = find("pair-measure").value;
     const found = pairs[`${measure} ${Math.min(a, b)} ${Math.max(a, b)}`];
-    find("statement").textContent = found
-      ?? (a === b ? "Choose two groups." : "One of the two has no such figure, or they were measured on different images.");
+    find("statement").textContent = found ?? (a === b ? "Choose two groups." : reason(measure, [a, b]));
   }
   if (find("statement")) {
     for (const id of ["pair-measure", "pair-first", "pair-second"]) find(id).addEventListener("change", tell);

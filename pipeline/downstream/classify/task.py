@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.imaging.crop import is_thin, resized_centre
 from pipeline.sources.base import odd_class
 from pipeline.student.model import Encoder
+from pipeline.student.nearest import nearest_folders
 from pipeline.training.worker import Worker
 
 PICTURE_SIDE = 512
@@ -136,7 +137,8 @@ class Classification(DownstreamTask[ClassifyConfig]):
             return None
         saved = find_model(name, tracking_uri)
         if saved is None or saved.task.name != self.name:
-            raise UserError(f"classify.teacher: {name} is not a fine-tuned classifier; jobs/finetune.py trains one")
+            hint = (nearest_folders(name, ["model"]) if saved is None else "") or "; jobs/finetune.py trains one"
+            raise UserError(f"classify.teacher: {name} is not a fine-tuned classifier{hint}")
         if (odd := odd_class(saved.classes, classes)) is not None:
             raise UserError(f"classify.teacher: {name} and data.train differ in their classes: {odd}")
         check_input_size(saved.model, self.image_size(), f"classify.teacher: {name}")

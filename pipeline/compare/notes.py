@@ -1,0 +1,62 @@
+"""What a reader must know beside the figures: the images they were measured on, and what is not counted."""
+
+from collections.abc import Iterator
+
+from pipeline.compare.comparison import Comparison
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Notes on a comparison, one sentence or two each."""
+    found = [
+        "A group holds all runs that differ only in the seed; ± is the standard deviation over the seeds.",
+        "Parameters and MACs are those of the backbone in its inference form, on one image.",
+    ]
+    if comparison.differences:
+        found.append("p-values are two-sided and not corrected for the number of comparisons.")
+    if comparison.latency:
+        found.append(f"Latency: {comparison.latency}.")
+    return [*found, *_uncounted(comparison), *_different_images(comparison), *_marked(comparison)]
+
+
+def _uncounted(comparison: Comparison) -> Iterator[str]:
+    entries, groups = comparison.entries, comparison.groups
+    unfinished = [name for entry in entries for name in (*([] if entry.finished else [entry.name]), *entry.unfinished)]
+    if unfinished:
+        yield f"Unfinished, and not counted: {', '.join(unfinished)}."
+    if earlier := sum(entry.finished for entry in entries) - sum(len(group.counted) for group in groups):
+        yield f"Among runs of equal configuration and seed only the latest counts; {earlier} earlier ones are ignored."
+    if left_out := ", ".join(f"{count} {job}" for job, count in comparison.left_out.items()):
+        yield f"Runs without a student, not shown: {left_out}."
+    for measure in comparison.measures:
+        for group in groups:
+            if count := group.left_out(measure.key):
+                seeds = "1 seed was" if count == 1 else f"{count} seeds were"
+                where = comparison.named(group.images(measure.key))
+                yield f"{measure.label} of {group.label} is that on {where}; {seeds} measured on other images and left out."
+
+
+def _different_images(comparison: Comparison) -> Iterator[str]:
+    for key in comparison.accuracies:
+        by_images, common = comparison.by_images(key), comparison.comparable(key)
+        if len(by_images) > 1:
+            sets = [
+                f"{f'{len(numbers)} groups' if numbers == common and len(numbers) > 1 else _labels(comparison, numbers)} "
+                f"on {comparison.named(images)}"
+                for images, numbers in by_images.items()
+            ]
+            yield (
+                f"{comparison.all_measures[key].label} was measured on different held-out images, and only groups on the "
+                f"same ones are compared: {'; '.join(sets)}."
+            )
+
+
+def _labels(comparison: Comparison, numbers: list[int]) -> str:
+    return ", ".join(comparison.groups[number].label for number in numbers)
+
+
+def _marked(comparison: Comparison) -> Iterator[str]:
+    for images, number in comparison.marks.items():
+        yield f"[{number}] Measured on {comparison.named(images)}."
+    if comparison.marks:
+        own = dict.fromkeys(entry.held_out for entry in comparison.entries)
+        yield f"Without a mark: measured on the held-out images of the run, {' or '.join(map(comparison.named, own))}."
