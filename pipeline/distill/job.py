@@ -178,7 +178,8 @@ def _finish(
     run.log_folder(student, "student")
     example = torch.zeros(2, 3, config.input_size, config.input_size)
     metrics = {} if after is None else {"knn_after": after}
-    uri = log_student(run, encoder.eval(), example, name="student", metrics=metrics, tags={"model": config.name})
+    # MLflow reads an artifact folder of a run as the run's model of that name, and `student` is such a folder.
+    uri = log_student(run, encoder.eval(), example, name="encoder", metrics=metrics, tags={"model": config.name})
     held_out = job.val.id if job.val else ""
     tags = lineage(jobs, origin)
     return DistillResult(before, after, teachers, state.steps, state.samples, uri, student, held_out, tags)

@@ -101,7 +101,13 @@ def kill_when(name, arguments, reached, folder, number=signal.SIGKILL):
     """Start a job of `jobs/` in a process of its own, in this folder, and send a signal once `reached()`; its code and output."""
     job = [sys.executable, REPOSITORY / "jobs" / name, *arguments]
     with subprocess.Popen(
-        job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, cwd=folder
+        job,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ,
+        cwd=folder,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test in the background ignores it
     ) as process:
         deadline = time.monotonic() + 300
         while not reached():

@@ -73,7 +73,9 @@ def _start(address, folder, delay=0.0):
 
 @pytest.mark.slow
 def test_ray_kills_for_lack_of_memory_and_the_next_start_trains(tmp_path):
-    with cluster(2, environment={"RAY_memory_usage_threshold": "0.001"}) as nodes:
+    # An embedded session earlier in this process has switched the monitor off.
+    watched = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "250"}
+    with cluster(2, environment=watched) as nodes:
         line = _start(nodes[0].address, tmp_path, delay=15.0)  # a quiet machine trains before the monitor looks
     assert "ran out of memory: free memory there" in line
     assert "\n" not in line

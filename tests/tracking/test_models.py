@@ -30,7 +30,7 @@ def test_a_model_that_was_logged_loads_alone_for_any_batch_size(start, client, u
     model = TinyStudent().eval()
     nn.init.normal_(model.norm.running_mean)
     model_uri = log_student(
-        run, model, torch.zeros(2, 3, 16, 16), name="student", metrics={"knn_after": 61.5}, tags={"model": "tiny"}
+        run, model, torch.zeros(2, 3, 16, 16), name="encoder", metrics={"knn_after": 61.5}, tags={"model": "tiny"}
     )
     logged = client.get_logged_model(model_uri.removeprefix("models:/"))
     assert logged.source_run_id == run.run_id
@@ -107,7 +107,7 @@ def test_models_belong_to_the_experiment_of_their_run(start, client, tmp_path, m
     folder.mkdir()
     (folder / "weights").write_text("w")
     uris = (
-        log_student(run, TinyStudent().eval(), torch.zeros(2, 3, 16, 16), name="student", metrics={}, tags={}),
+        log_student(run, TinyStudent().eval(), torch.zeros(2, 3, 16, 16), name="encoder", metrics={}, tags={}),
         log_model_folder(run, folder, name="detect", metrics={}, tags={}),
     )
     experiment = client.get_experiment(run.experiment_id)
