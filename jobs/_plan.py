@@ -28,7 +28,7 @@ def print_plan(phase: PrecomputeJobConfig, plan: CachePlan, number: int, phases:
 
 
 def fill(job: Job, planned: Sequence[tuple[CacheJobConfig, CachePlan]]) -> list[tuple[CachePlan, BuildReport]]:
-    """Compute the missing features of all phases ; returns the filled plans."""
+    """Compute the missing features of all phases; returns the filled plans."""
     from pipeline.cache.fill.job import precompute
 
     filled = []
