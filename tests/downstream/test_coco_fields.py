@@ -95,7 +95,7 @@ def refusal(call):
     except UserError as error:
         line = str(error)
         assert "\n" not in line
-        assert len(line) < 600
+        assert len(re.sub(r"/\S*/", "", line)) < 400, "without folders, whose names are as long as they are"
         return line
     return None
 
@@ -103,7 +103,7 @@ def refusal(call):
 NOUNS = {"images": r"image (a\.jpg|\S+)", "categories": r"category \S+", "annotations": r"annotation \S+"}
 
 
-@pytest.mark.parametrize("path", places(GOOD), ids=named)
+@pytest.mark.parametrize("path", [*places(GOOD)], ids=named)
 @pytest.mark.parametrize("masks", [True, False])
 def test_a_field_of_annotations_of_any_type_is_read_or_named(path, masks, tmp_path):
     file = tmp_path / "truth.json"
@@ -118,7 +118,7 @@ def test_a_field_of_annotations_of_any_type_is_read_or_named(path, masks, tmp_pa
                 assert re.search(NOUNS[path[0]], line) or "no image has an object" in line, (kind, line)
 
 
-@pytest.mark.parametrize("path", places(RESULTS), ids=named)
+@pytest.mark.parametrize("path", [*places(RESULTS)], ids=named)
 def test_a_field_of_results_of_any_type_is_read_or_named(path, tmp_path):
     truth, file = tmp_path / "truth.json", tmp_path / "results.json"
     truth.write_text(json.dumps(GOOD))

@@ -10,7 +10,7 @@ from pycocotools import mask as rle
 from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs it below Python 3.12
 
-from pipeline.downstream.detect.shapes import Finite, encoded, has_shape, wrong_shape
+from pipeline.downstream.detect.shapes import Finite, encoded, has_shape, shown, wrong_shape
 from pipeline.downstream.text import read_text
 from pipeline.errors import UserError
 
@@ -115,7 +115,7 @@ def annotation_name(entry: Mapping[str, Any], number: int, image: Mapping[str, A
     """An annotation for people: its id, else its number from 1 on, with the file of its image."""
     name = entry.get("id") if isinstance(entry.get("id"), int | str) else number
     file = image.get("file_name", image.get("id")) if image else None
-    return f"annotation {name}" + (f" ({file})" if file is not None else "")
+    return f"annotation {shown(name)}" + (f" ({shown(file)})" if file is not None else "")
 
 
 def _complete(entry: dict[str, Any], image: Mapping[str, Any], where: str, masks: str | None) -> None:
@@ -211,9 +211,8 @@ def _fault(error: ValidationError, text: str, results: bool) -> str:
     field = "".join(f"[{step}]" if isinstance(step, int) else str(step) for step in rest[1:])
     if first["type"] == "missing":
         return f"{where} has no {field}"
-    value = json.dumps(first["input"], default=str)
-    shown = value if len(value) <= 60 else f"{value[:57]}..."
-    verb = f"has {field} {shown}" if field else f"is {shown}"
+    value = shown(json.dumps(first["input"], default=str))
+    verb = f"has {field} {value}" if field else f"is {value}"
     return f"{where} {verb}, which {re.sub(r'^[A-Z][a-z]+ should', 'should', first['msg'])}"
 
 
@@ -233,7 +232,7 @@ def _entry_name(text: str, part: str, number: Any) -> str:
         image = (item for item in listed if isinstance(item, dict) and item.get("id") == entry.get("image_id"))
         return annotation_name(entry, number + 1, next(image, None))
     names = (entry.get(field) for field in ("file_name", "name", "id"))
-    return f"{_NOUNS[part]} {next((name for name in names if name and isinstance(name, str | int)), number + 1)}"
+    return f"{_NOUNS[part]} {shown(next((name for name in names if name and isinstance(name, str | int)), number + 1))}"
 
 
 def _refuse_repeated(path: Path, noun: str, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -24,6 +24,12 @@ def has_shape(shape: Any) -> bool:
     return shape is not None and shape != [] and shape != {}
 
 
+def shown(value: Any) -> str:
+    """A value of a file for a message, in moderate length."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def wrong_shape(shape: Any, height: int, width: int) -> str | None:
     """What is wrong with a segmentation from a JSON file, on an image of this many pixels; None: :func:`encoded` takes it.
 
@@ -38,11 +44,13 @@ def wrong_shape(shape: Any, height: int, width: int) -> str | None:
     except ValidationError:
         return "whose `size` is not two whole numbers (height, width)"
     if size != (height, width):
-        return f"of {list(size)} pixels (height, width) on an image of {[height, width]}"
+        return f"of {shown(list(size))} pixels (height, width) on an image of {[height, width]}"
     if (lengths := run_lengths(shape["counts"])) is None:
         return "whose `counts` are damaged: neither a list of run lengths nor COCO's compressed text"
     if (total := int(lengths.sum())) != height * width:
-        return f"whose `counts` add up to {total} pixels, but the image has {height} x {width} = {height * width}"
+        return (
+            f"whose `counts` add up to {shown(total)} pixels, but the image has {height} x {width} = {height * width}"
+        )
     return None
 
 
@@ -53,7 +61,7 @@ def _wrong_polygons(shape: list[Any], height: int, width: int) -> str | None:
         first = error.errors(include_url=False)[0]
         if first["type"] == "too_short":
             return "with a polygon of less than three points, or of half a point"
-        return f"with a coordinate that {first['msg'].removeprefix('Input ')}, but is {str(first['input'])[:40]}"
+        return f"with a coordinate that {first['msg'].removeprefix('Input ')}, but is {shown(first['input'])}"
     margin = max(height, width)
     for polygon in polygons:
         if len(polygon) % 2:
