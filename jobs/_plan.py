@@ -43,9 +43,11 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
     rows: dict[str, str | None] = {"work folder": str(work_folder(config)), "cache": plan.store.uri}
     for split in plan.splits:
         dataset = split.dataset
-        missing = len(split.missing_images())
-        there = f"{dataset.id}: {dataset.shards - missing} of {dataset.shards} shards cached"
-        rows[f"{split.split} images"] = f"{dataset.count} from {dataset.location}; view {dataset.policy.id}; {there}"
+        there = "all known" if not split.new.num_rows else f"{split.new.num_rows} new or changed, still to be read"
+        bad = f"; {split.listing.bad.num_rows} that cannot be used" if split.listing.bad.num_rows else ""
+        rows[f"{split.split} images"] = (
+            f"{split.images} from {dataset.location}; view {dataset.policy.id}; {there}{bad}"
+        )
         rows[f"{split.split} left out"] = "; ".join(split.left_out) or None
     labels = teacher_labels(plan.teachers)
     for teacher in plan.teachers:
@@ -55,23 +57,23 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
 
 def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     spec = teacher.spec
-    shards = sum(split.dataset.shards for split in plan.splits)
-    missing = sum(len(split.missing(teacher)) for split in plan.splits)
+    views = sum(split.images * split.dataset.policy.rows_per_image for split in plan.splits)
+    missing = min(views, sum(split.missing_views(teacher) for split in plan.splits))
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     computed = f", {spec.computation}" if spec.computation else ""
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
         f"squashed to a square, {spec.interpolation}{computed}; "
         f"weights {spec.weights[:20]}; {teacher.precision}, stored as {teacher.codec}: {_stored(plan, teacher)}; "
-        f"{teacher.id}: {shards - missing} of {shards} shards cached"
+        f"{teacher.id}: {views - missing} of {views} views cached"
     )
 
 
 def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
     """Bytes per view, at most, and of all files in total; and the fidelity of what is stored, or what it is chosen for."""
-    rows = [teacher.row_bytes(projections_of(split.dataset.teacher(teacher.id))) for split in plan.splits]
-    total = sum(all_bytes(split, teacher, row) for split, row in zip(plan.splits, rows, strict=True))
-    return f"at most {size(rows[0])} per view, {size(total)} in total{_fidelity(plan, teacher)}"
+    row = teacher.row_bytes(projections_of(plan.store, teacher))
+    total = sum(all_bytes(split, teacher, row) for split in plan.splits)
+    return f"at most {size(row)} per view, {size(total)} in total{_fidelity(plan, teacher)}"
 
 
 def _fidelity(plan: CachePlan, teacher: CachedTeacher) -> str:
@@ -117,7 +119,7 @@ def _hours(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, s
     price = None if teacher.gpu_hours is None else teacher.gpu_hours * config.plan.gpu_hour_price
     return {
         "teacher": teacher.label,
-        "shards missing": f"{teacher.missing} of {teacher.shards}",
+        "views missing": f"{teacher.missing} of {teacher.views}",
         "measured": speed + ("" if probe is None or probe.trained else ", random weights"),
         "time here": _number(teacher.hours, " h"),
         "time on a GPU": _number(teacher.gpu_hours, " h") + gpu,

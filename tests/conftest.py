@@ -102,8 +102,8 @@ def filled(tmp_path, photo_config):
     from tests.fakes import fill_in_process
 
     config = photo_config()
-    plan = plan_cache(config, Store.at(tmp_path / "cache"))
-    assert fill_in_process(plan) == 6
+    plan, computed = fill_in_process(plan_cache(config, Store.at(tmp_path / "cache")))
+    assert computed == 6
     return SimpleNamespace(plan=plan, config=config, train=plan.split("train").dataset, val=plan.split("val").dataset)
 
 

@@ -13,7 +13,6 @@ from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.read.order import check_per_step
-from pipeline.cache.read.scan import has_labels
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import feature_map_size
 from pipeline.distill.figures import FigureWriter
@@ -61,7 +60,7 @@ def steps_per_epoch(phase: Phase) -> int:
     """Optimiser steps of an epoch, if no image is quarantined; raises a UserError if the images do not fill one batch."""
     train = phase.plan.split("train")
     assert train is not None
-    images, batch = train.dataset.count * train.dataset.policy.rows_per_image, phase.config.train.batch_size
+    images, batch = train.images * train.dataset.policy.rows_per_image, phase.config.train.batch_size
     if images < batch:
         raise UserError(
             f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
@@ -215,7 +214,7 @@ def make_job(config: DistillJobConfig, plan: CachePlan) -> DistillJob:
     if config.loss.standardise == "phi_s":
         for teacher in plan.teachers:
             freeze_phi_s(train.dataset, teacher)
-    labelled = held_out if held_out and has_labels(train.dataset) and has_labels(held_out) else None
+    labelled = held_out if held_out and train.dataset.labelled and held_out.labelled else None
     if held_out and not labelled:
         log.warning("no kNN: data.train or data.val has no labels")
     return DistillJob(config, train.dataset, labelled, plan.teachers, held_out)

@@ -79,7 +79,9 @@ def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPla
     student = load_student(source, weights=settings.weights, args=config.student.args)
     size = settings.input_size or student.input_size or config.student.input_size
     encoder = cached_encoder(source, size, weights=settings.weights, args=config.student.args, grid=grid)
-    plan = FrozenPlan(CachePlan(store, splits, (encoder,)), encoder, student.provenance.get("run_id"))
+    plan = FrozenPlan(
+        CachePlan(store, splits, (encoder,), config.cache.shard_size), encoder, student.provenance.get("run_id")
+    )
     check_splits(plan.train, plan.val)
     return plan
 

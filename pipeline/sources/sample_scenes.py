@@ -4,6 +4,7 @@ A scene has one dominant object, whose shape is the image's label, and smaller o
 class; colour, brightness, texture, size and position do not.
 """
 
+import hashlib
 import io
 import math
 import zlib
@@ -85,8 +86,11 @@ class SampleScenes:
 
     def index(self) -> pa.Table:
         """One row per scene; its number is `offset`, and labels cycle through the classes. Renders nothing: `size` is 0."""
+        text = f"{self.seed} {self.split} {self.size}"
+        version = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
         rows = [
-            IndexRow(f"scene-{number:08d}", number % len(CLASSES), "", number, 0, 0) for number in range(self.count)
+            IndexRow(f"scene-{number:08d}", number % len(CLASSES), "", number, 0, version)
+            for number in range(self.count)
         ]
         return make_index(rows, location=self.location, looked_for="data.samples")
 

@@ -63,20 +63,12 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group: its shard, its number in the shard's file, and its rows."""
+    """One row group: the number of its part in a list of parts, its shard, its number in the shard's file, and its rows."""
 
+    part: int
     shard: int
     group: int
     rows: int
-
-
-def row_groups(records: Iterable[ShardRecord], rows_per_image: int = 1) -> list[RowGroup]:
-    """The row groups of these shards of images, in order, with the rows that each has in a view."""
-    return [
-        RowGroup(record.shard, group, min(ROW_GROUP_SIZE, record.rows - first) * rows_per_image)
-        for record in records
-        for group, first in enumerate(range(0, record.rows, ROW_GROUP_SIZE))
-    ]
 
 
 def evenly_spaced(groups: Sequence[RowGroup], count: int) -> list[RowGroup]:
@@ -86,10 +78,15 @@ def evenly_spaced(groups: Sequence[RowGroup], count: int) -> list[RowGroup]:
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """The shards of the images, of a view's rows, or of one teacher. Picklable."""
+    """The shards of a part: of the images, of a view's rows, or of one teacher. Picklable.
+
+    Attributes:
+        home: where a teacher's projections are, for all parts.
+    """
 
     store: Store
     row_group_size: int = ROW_GROUP_SIZE
+    home: Store | None = None
 
     def commit(
         self,
@@ -117,7 +114,7 @@ class ShardFolder:
             row_group_size=self.row_group_size,
             compression=compression,
             use_dictionary=False,
-            write_statistics=["sample_id"],
+            write_statistics=["key"],
             write_page_checksum=True,
         )
         data = sink.getvalue()
@@ -145,7 +142,8 @@ class ShardFolder:
         A shard is incomplete if its file is missing, differs in size from its record, or was encoded with another
         projection than the folder's; it is then computed again.
         """
-        projection, complete = _projection(files), {}
+        complete: dict[int, ShardRecord] = {}
+        projection = self.projection if any(record.projection for record in records.values()) else ""
         for record in records.values():
             if reason := _fault(record, files.get(record.file), projection):
                 log.warning("%s/%s %s: it will be computed again", self.store.uri, record.file, reason)
@@ -200,12 +198,8 @@ class ShardFolder:
 
     @property
     def projection(self) -> str:
-        """Name of the folder's projection; "" while there is none."""
-        return _projection(self.store.files())
-
-    def add_projection(self, data: bytes) -> None:
-        """Write a projection, named after its content. If two processes add one each, every reader picks the same one."""
-        self.store.put(f"projection-{hashlib.sha256(data).hexdigest()[:8]}.npz", data)
+        """Name of the teacher's projection; "" while there is none."""
+        return projection_in(self.home) if self.home else ""
 
     def read(self, record: ShardRecord, columns: list[str] | None = None) -> pa.Table:
         """All rows of a shard; UserError if the file is missing or damaged."""
@@ -234,8 +228,8 @@ def _check_fields(record: ShardRecord) -> None:
 
 
 def keys_of(table: pa.Table) -> list[tuple[str, int]]:
-    """Sample id and view of every row."""
-    return list(zip(table["sample_id"].to_pylist(), table["view"].to_pylist(), strict=True))
+    """Key, in hexadecimal digits, and view of every row."""
+    return [(key.hex(), view) for key, view in zip(table["key"].to_pylist(), table["view"].to_pylist(), strict=True)]
 
 
 def in_one_piece(column: pa.ChunkedArray) -> pa.Array:
@@ -258,8 +252,14 @@ def selected(table: pa.Table, columns: list[str] | None) -> pa.Table:
     return table if columns is None else table.select(columns)
 
 
-def _projection(files: Iterable[str]) -> str:
-    return min((name for name in files if name.startswith("projection-")), default="")
+def projection_in(home: Store) -> str:
+    """Name of the projection in a teacher's folder; "" while there is none."""
+    return min((name for name in home.files() if name.startswith("projection-")), default="")
+
+
+def add_projection(home: Store, data: bytes) -> None:
+    """Write a projection, named after its content. If two processes add one each, every reader picks the same one."""
+    home.put(f"projection-{hashlib.sha256(data).hexdigest()[:8]}.npz", data)
 
 
 def _fault(record: ShardRecord, size: int | None, projection: str) -> str:

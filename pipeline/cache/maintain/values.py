@@ -7,8 +7,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.cache.fill.statistics import dataset_moments
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
+from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.phi_s import PhiS, load_phi_s
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, fixed_width, record_name
 from pipeline.cache.layout.stats import Moments, load_moments, merge_all
@@ -37,7 +39,7 @@ def check_values(
             finite = torch.isfinite(values).flatten(1).all(dim=1)
             if not finite.all():
                 row = int((~finite).nonzero()[0])
-                raise opened.broken(f"holds {kind} that are not finite, first of {table['sample_id'][row]}")
+                raise opened.broken(f"holds {kind} that are not finite, first of {table['key'][row].as_py().hex()}")
             sums[kind].add(values)
     for kind, total in sums.items():
         if total.count:
@@ -91,15 +93,15 @@ def check_moments(folder: ShardFolder, record: ShardRecord, teacher: CachedTeach
     return moments
 
 
-def check_statistics(folder: ShardFolder, teacher: CachedTeacher) -> None:
-    """Check that the merged statistics are those of all shards, and that PHI-S, if there is one, belongs to them.
+def check_statistics(dataset: Dataset, teacher: CachedTeacher) -> None:
+    """Check that the statistics of a data set are those of its samples, and that PHI-S, if there is one, belongs to them.
 
     Shards recomputed on another device may have moved the statistics by `TOLERANCE`.
     """
-    records = [record for record in folder.listed().values() if record.rows]
-    frozen = load_file(folder.store, "stats.npz", load_moments)
-    rotations = load_file(folder.store, "phi_s.npz", load_phi_s) if folder.store.exists("phi_s.npz") else None
-    due = merge_all(check_moments(folder, record, teacher) for record in records)
+    store = dataset.statistics(teacher.id)
+    frozen = load_file(store, "stats.npz", load_moments)
+    rotations = load_file(store, "phi_s.npz", load_phi_s) if store.exists("phi_s.npz") else None
+    due = merge_all(dataset_moments(dataset, teacher))
     tolerance = TOLERANCE[teacher.precision]
     for kind in teacher.shapes:
         if kind not in frozen or not _alike(frozen[kind], due[kind], tolerance):
@@ -160,7 +162,7 @@ def compare(
             row = wrong[0]
             raise opened.broken(
                 f"holds other {kind} than the teacher computes: {len(wrong)} of {len(loss)} recomputed rows differ, first "
-                f"{stored['sample_id'][row]} view {stored['view'][row]} by {loss[row]:.3f}, allowed {bound[row]:.3f}"
+                f"{stored['key'][row].as_py().hex()} view {stored['view'][row]} by {loss[row]:.3f}, allowed {bound[row]:.3f}"
             )
         if kind in frozen:
             mean, std = (torch.from_numpy(part) for part in (frozen[kind].mean, frozen[kind].std))

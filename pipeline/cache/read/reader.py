@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.shards import RowGroup, fixed_width, in_one_piece, row_groups
+from pipeline.cache.layout.shards import RowGroup, fixed_width, in_one_piece
 from pipeline.cache.layout.view_rows import BOX, ROWS_SCHEMA, check_rows
 from pipeline.cache.read.order import EpochOrder, OrderedRows, ShuffleQuality, check_per_step
-from pipeline.cache.read.shard_reader import FeatureReader, ShardReader, labels_of
+from pipeline.cache.read.shard_reader import FeatureReader, SampleReader, ShardReader, image_reader
 from pipeline.errors import UserError
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool
 from pipeline.imaging.geometry import View
@@ -120,10 +120,11 @@ class CacheReader:
         views = dataset.policy.rows_per_image
         check_per_step(per_step, views, batch_size)
         self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
-        self.images = ShardReader(dataset, dataset.images, "images")
-        self.rows = ShardReader(dataset, dataset.rows, "views") if dataset.policy.crops else None
+        self.samples, self.images = SampleReader(dataset), image_reader(dataset)
+        crops = [part.rows for part in dataset.parts] if dataset.policy.crops else None
+        self.rows = ShardReader(crops, dataset, "views") if crops else None
         self.teachers = {teacher.id: FeatureReader(dataset, teacher) for teacher in teachers}
-        groups = row_groups(self.images.records.values(), views)
+        groups = dataset.row_groups()
         self.order = EpochOrder(groups, batch_size, seed, window, rank, world, per_step, views)
         self.io = ThreadPoolExecutor(IO_THREADS)
         self.assembler = ThreadPoolExecutor(BATCHES_AHEAD + 1)
@@ -205,24 +206,26 @@ class CacheReader:
         """Read a row group and copy its rows into their batches; returns its number."""
         number, group, slices = work
         columns = [] if self.rows else ROWS_SCHEMA.names[1:]
-        images = self.images.read(group, ["sample_id", "label", "image", *columns])
+        samples, images = self.samples.read(group), self.images.read(group, ["key", "image", *columns])
         rows = images
         if self.rows:
             rows = self.rows.read(group)
-            check_rows(self.dataset, group.shard, rows, images)
-        keys, labels, encoded = rows["sample_id"].to_pylist(), labels_of(images), in_one_piece(images["image"])
+            check_rows(self.dataset.parts[group.part], group.shard, rows, images)
+        encoded, views = in_one_piece(images["image"]), self.dataset.policy.rows_per_image
         geometry = np.stack([rows[name].to_numpy() for name in GEOMETRY], axis=1)
+        stored: list[RowSlice] = []
         for batch, target, chosen in slices:
-            owners = chosen // self.dataset.policy.rows_per_image
-            batch.keys[target] = [keys[row] for row in chosen]
-            batch.images[target] = [encoded[owner] for owner in owners]
-            batch.labels[target] = labels[owners]
-            batch.geometry[target] = geometry[chosen]
+            owners = chosen // views
+            stored.append((batch, target, samples.rows[owners] * views + chosen % views))
+            batch.keys[target] = [samples.names[owner] for owner in owners]
+            batch.images[target] = [encoded[row] for row in samples.rows[owners]]
+            batch.labels[target] = samples.labels[owners]
+            batch.geometry[target] = geometry[stored[-1][2]]
         for name, reader in self.teachers.items():
             table = reader.read_aligned(group, rows)
             for kind in reader.widths:
                 source = fixed_width(table[kind])
-                for batch, target, chosen in slices:
+                for batch, target, chosen in stored:
                     # With mode="raise" numpy copies through a buffer of its own.
                     np.take(source, chosen, axis=0, out=batch.features[name][kind][target], mode="clip")
         return number
