@@ -52,7 +52,6 @@ class SplitPlan:
 
     Attributes:
         listing: the index beside what the cache knows; `dataset` lacks the rows that are new.
-        files: files of `dataset` that are not written yet, by name.
     """
 
     split: str
@@ -60,7 +59,6 @@ class SplitPlan:
     index: pa.Table
     listing: Listing
     dataset: Dataset
-    files: dict[str, pa.Table]
 
     @property
     def left_out(self) -> list[str]:
@@ -180,8 +178,8 @@ def split_plan(split: str, source: Source, index: pa.Table, empty: Dataset) -> S
     """The plan of a split with this index; `empty` is its data set without samples."""
     latest = latest_version(empty)
     listing = compare_listing(index, latest.dataset if latest else None)
-    dataset, files = make_dataset(empty, latest.dataset.parts if latest else (), listing.known, listing.bad)
-    return SplitPlan(split, source, index, listing, dataset, files)
+    dataset = make_dataset(empty, latest.dataset.parts if latest else (), listing.known, listing.bad)
+    return SplitPlan(split, source, index, listing, dataset)
 
 
 def check_weights(*plans: CachePlan) -> None:
@@ -267,8 +265,7 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
     for split in complete:
         if not split.dataset.count:
             raise UserError(f"{split.dataset.location}: none of the images can be read")
-        write_dataset(split.dataset, split.files)
-    return tuple(complete)
+    return tuple(replace(split, dataset=write_dataset(split.dataset)) for split in complete)
 
 
 def read_again(split: SplitPlan) -> pa.Table:
@@ -313,8 +310,8 @@ def _placed(split: SplitPlan, images: pa.Table, bad: pa.Table, shard_size: int, 
     for part, rows in place_images(dataset, images, shard_size, made):
         parts[part.id] = part
         known[part.id] = pa.concat_tables([known[part.id], rows]) if part.id in known else rows
-    complete, files = make_dataset(dataset, parts.values(), known, bad)
-    return replace(split, listing=Listing(known, bad, split.new.slice(0, 0)), dataset=complete, files=files)
+    complete = make_dataset(dataset, parts.values(), known, bad)
+    return replace(split, listing=Listing(known, bad, split.new.slice(0, 0)), dataset=complete)
 
 
 def ingest_missing(splits: Sequence[SplitPlan]) -> int:

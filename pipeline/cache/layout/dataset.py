@@ -66,6 +66,7 @@ class Dataset:
         bad: name of the file of samples that cannot be used; "" if there are none.
         policy: the view whose features teachers compute.
         snapshot: the shard records that the job has read, shared by its data sets.
+        draft: the files of a version that is not written yet, by name.
     """
 
     cache: Store
@@ -79,6 +80,7 @@ class Dataset:
     bad: str = ""
     policy: ViewPolicy = WHOLE
     snapshot: RecordSnapshot = field(default_factory=RecordSnapshot, repr=False, compare=False)
+    draft: Mapping[str, pa.Table] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def id(self) -> str:
@@ -114,13 +116,15 @@ class Dataset:
     def samples(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """The samples in part `number`, or these columns of them (`SAMPLE_SCHEMA`); UserError if the file is damaged."""
         file = self.selections[number].file
+        if (table := self.draft.get(file)) is not None:
+            return table if columns is None else table.select(columns)
         with report_damage(f"{self.store.uri}/{file}"):
             return pq.read_table(self.store.open(file), columns=columns)
 
     def bad_samples(self) -> pa.Table:
         """The samples that cannot be used (`BAD_SCHEMA`)."""
-        if not self.bad:
-            return BAD_SCHEMA.empty_table()
+        if self.bad in self.draft or not self.bad:
+            return self.draft.get(self.bad, BAD_SCHEMA.empty_table())
         with report_damage(f"{self.store.uri}/{self.bad}"):
             return pq.read_table(self.store.open(self.bad))
 
@@ -220,10 +224,8 @@ def read_version(
         raise UserError(f"{store.uri}/{file} cannot be read ({error}): restore it, or delete it") from error
 
 
-def make_dataset(
-    empty: Dataset, parts: Iterable[Part], samples: Mapping[str, pa.Table], bad: pa.Table
-) -> tuple[Dataset, dict[str, pa.Table]]:
-    """A version with these samples, and its files by name, which are not written yet.
+def make_dataset(empty: Dataset, parts: Iterable[Part], samples: Mapping[str, pa.Table], bad: pa.Table) -> Dataset:
+    """A version with these samples, which is not written yet.
 
     Args:
         empty: with the name, location, classes, view and snapshot.
@@ -249,26 +251,24 @@ def make_dataset(
         content
     )
     labels = everything["label"]
-    return (
-        replace(
-            empty,
-            fingerprint=fingerprint(everything.sort_by("sample_id")),
-            count=everything.num_rows,
-            labelled=len(labels) - labels.null_count,
-            selections=tuple(selections),
-            bad=bad_file,
-        ),
-        files,
+    return replace(
+        empty,
+        fingerprint=fingerprint(everything.sort_by("sample_id")),
+        count=everything.num_rows,
+        labelled=len(labels) - labels.null_count,
+        selections=tuple(selections),
+        bad=bad_file,
+        draft=files,
     )
 
 
-def write_dataset(dataset: Dataset, files: Mapping[str, pa.Table]) -> None:
-    """Write a version, after its files; nothing if the latest version is the same."""
+def write_dataset(dataset: Dataset) -> Dataset:
+    """Write a version, after its files, unless the latest version is the same; returns it without its draft."""
     latest = next(read_versions(dataset.cache, dataset.name, dataset.policy, dataset.snapshot), None)
     if latest and latest.dataset == dataset:
-        return
+        return replace(dataset, draft={})
     present = dataset.store.files()
-    for name, table in files.items():
+    for name, table in dataset.draft.items():
         if name not in present:
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -277,6 +277,7 @@ def write_dataset(dataset: Dataset, files: Mapping[str, pa.Table]) -> None:
     content = {name: getattr(dataset, name) for name in (*DESCRIBED, "bad", "selections")}
     meta = {"format": FORMAT_VERSION, **content, "made": made}
     dataset.store.put(f"version-{round(1000 * made):014d}-{dataset.fingerprint[:8]}.json", json.dumps(meta).encode())
+    return replace(dataset, draft={})
 
 
 def record_use(dataset: Dataset, run_id: str) -> None:

@@ -151,7 +151,7 @@ def _indices(plan: CachePlan, parts: Mapping[str, Part], found: Verification) ->
     for split in plan.splits:
         for number, part in enumerate(split.dataset.parts):
             try:
-                if part.id in intact and split.dataset.selections[number].file not in split.files:
+                if part.id in intact and split.dataset.selections[number].file not in split.dataset.draft:
                     check_samples(split.dataset, number, intact[part.id])
             except BrokenError as broken:
                 found.findings.append(
