@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.layout.keys import FORMAT_VERSION, fingerprint
 from pipeline.cache.layout.part import KEY, Part
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, ShardRecord
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardRecord
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
@@ -149,14 +149,10 @@ class Dataset:
         found = ((part, part.records(part.teacher(teacher)).get(shard)) for part, shard in self.shards)
         return [(part, record) for part, record in found if record is not None]
 
-    def row_groups(self) -> list[RowGroup]:
-        """The row groups that hold samples, in order, with the samples of each times the views of an image."""
-        return [
-            RowGroup(number, shard, group, count * self.policy.rows_per_image)
-            for number in range(len(self.selections))
-            for shard, group, count in self._groups(number)
-            if count
-        ]
+    def row_groups(self) -> np.ndarray:
+        """The row groups that hold samples, in order, [G, 4] int64: the fields of `RowGroup`, with the samples' views as rows."""
+        found = [self._groups(number) for number in range(len(self.selections))]
+        return np.concatenate(found) if found else np.empty((0, 4), np.int64)
 
     def chosen_rows(self, number: int, shard: int) -> np.ndarray | None:
         """Numbers of the rows of a shard of part `number` that are samples, each as often as it is one; None: all, once."""
@@ -167,14 +163,21 @@ class Dataset:
         chosen_rows: np.ndarray = rows[slice(*np.searchsorted(rows, [first, first + part.shard_rows(shard)]))] - first
         return chosen_rows
 
-    def _groups(self, number: int) -> Iterator[tuple[int, int, int]]:
-        chosen, part = self.selections[number], self.parts[number]
-        rows = None if chosen.whole else self.samples(number, ["row"])["row"].to_numpy()
-        for shard in range(part.shards):
-            for group in range(-(-part.shard_rows(shard) // ROW_GROUP_SIZE)):
-                bounds = group_rows(part, shard, group)
-                first, last = bounds if rows is None else np.searchsorted(rows, bounds)
-                yield shard, group, int(last - first)
+    def _groups(self, number: int) -> np.ndarray:
+        chosen = self.selections[number]
+        starts = np.arange(0, chosen.images, chosen.shard_size)
+        sizes = np.minimum(chosen.shard_size, chosen.images - starts)
+        counts = -(-sizes // ROW_GROUP_SIZE)
+        shards = np.repeat(np.arange(len(starts)), counts)
+        groups = np.arange(len(shards)) - np.repeat(counts.cumsum() - counts, counts)
+        first = starts[shards] + groups * ROW_GROUP_SIZE
+        last = np.minimum(first + ROW_GROUP_SIZE, (starts + sizes)[shards])
+        if not chosen.whole:
+            first, last = np.searchsorted(self.samples(number, ["row"])["row"].to_numpy(), [first, last])
+        found = np.stack(
+            [np.full(len(shards), number), shards, groups, (last - first) * self.policy.rows_per_image], axis=1
+        )
+        return found[found[:, 3] > 0]
 
 
 def group_rows(part: Part, shard: int, group: int) -> tuple[int, int]:

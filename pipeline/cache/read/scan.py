@@ -91,7 +91,7 @@ class PatchReader:
     def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
         self._reader, self._samples = FeatureReader(dataset, teacher), SampleReader(dataset)
         image_reader(dataset)
-        self._groups, self._views = dataset.row_groups(), dataset.policy.rows_per_image
+        self._groups, self._views = _groups(dataset), dataset.policy.rows_per_image
         self.sizes = [group.rows for group in self._groups]
 
     def __len__(self) -> int:
@@ -108,5 +108,5 @@ class PatchReader:
 
 def _groups(dataset: Dataset, limit: int | None = None) -> list[RowGroup]:
     """The row groups of a data set, or about `limit` images' worth of them, evenly spaced."""
-    groups = dataset.row_groups()
+    groups = [RowGroup(*group) for group in dataset.row_groups().tolist()]
     return groups if limit is None else evenly_spaced(groups, max(1, limit // ROW_GROUP_SIZE))
