@@ -381,12 +381,16 @@ def _extract_missing(
         speed = report.images_extracted / (time.perf_counter() - started)
         todo = len(shards) - number
         export("extract", {"shards": report.shards_computed, "shards_left": todo, "images_per_second": speed})
-    refresh(parts, rows)
+    refresh(parts, rows, needed)
     if reason := starved(stages, time.perf_counter() - started, gpus()):
         log.warning(reason)
 
 
-def refresh(parts: Mapping[str, Part], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Read the records of these shards again."""
-    for key in dict.fromkeys(row["part"] for row in rows):
-        parts[key].refresh(row["shard"] for row in rows if row["part"] == key)
+def refresh(
+    parts: Mapping[str, Part], rows: Sequence[Mapping[str, Any]], teachers: Sequence[CachedTeacher] = ()
+) -> None:
+    """Read the records of the parts of these rows again, and write those of complete folders together."""
+    for part in (parts[key] for key in dict.fromkeys(row["part"] for row in rows)):
+        part.refresh()
+        crops = [part.rows] if part.policy.crops else []
+        part.write_records([part.teacher(teacher.id) for teacher in teachers] if teachers else [part.images, *crops])

@@ -111,9 +111,9 @@ def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe 
 def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
     """Bytes of one view in a codec, measured on shards if there are any; and whether that is exact or an upper bound."""
     other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision))
-    records = [record for split in plan.splits for _, record in split.dataset.records(other.id)]
-    if records:
-        return sum(record.bytes for record in records) / sum(record.rows for record in records), True
+    known = [summary for split in plan.splits for summary in split.dataset.summaries(other.id)]
+    if rows := sum(summary.rows for summary in known):
+        return sum(summary.bytes for summary in known) / rows, True
     return float(other.row_bytes()), codec in ("float32", "float16", "bfloat16", "int8")
 
 

@@ -6,7 +6,7 @@ moved or was labelled anew is another version, which shares parts, and the files
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.layout.keys import FORMAT_VERSION, fingerprint
 from pipeline.cache.layout.part import KEY, Part
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardRecord
-from pipeline.cache.layout.snapshot import RecordSnapshot
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
+from pipeline.cache.layout.snapshot import RecordSnapshot, Summary
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import INDEX_SCHEMA
@@ -134,20 +134,32 @@ class Dataset:
 
     def missing(self, teacher: str) -> list[tuple[Part, int]]:
         """Shards with samples that a teacher, by its id, lacks, according to the snapshot."""
-        return [(part, shard) for part, shard in self.shards if shard not in part.records(part.teacher(teacher))]
+        return self._missing(lambda part: part.teacher(teacher))
 
     def missing_images(self) -> list[tuple[Part, int]]:
         """Shards of `images` that are missing, according to the snapshot."""
-        return [(part, shard) for part, shard in self.shards if shard not in part.records(part.images)]
+        return self._missing(lambda part: part.images)
 
     def missing_crops(self) -> list[tuple[Part, int]]:
         """Row shards of crops that are missing; none for a view without crops."""
-        return [(part, n) for part, n in self.shards if part.policy.crops and n not in part.records(part.rows)]
+        return self._missing(lambda part: part.rows) if self.policy.crops else []
 
-    def records(self, teacher: str) -> list[tuple[Part, ShardRecord]]:
-        """Records of the complete shards of a teacher that hold samples, with their parts, from the snapshot."""
-        found = ((part, part.records(part.teacher(teacher)).get(shard)) for part, shard in self.shards)
-        return [(part, record) for part, record in found if record is not None]
+    def _missing(self, folder: Callable[[Part], ShardFolder]) -> list[tuple[Part, int]]:
+        found = []
+        for number, part in enumerate(self.parts):
+            if lacking := part.missing(folder(part)):
+                needed = {*self.shards_of(number)}
+                found += [(part, shard) for shard in lacking if shard in needed]
+        return found
+
+    def records(self, teacher: str) -> Iterator[tuple[Part, ShardRecord]]:
+        """Records of the complete shards of a teacher, by its id, with their parts, from the snapshot."""
+        for part in self.parts:
+            yield from ((part, record) for record in part.records(part.teacher(teacher)).values())
+
+    def summaries(self, teacher: str) -> list[Summary]:
+        """What every part has of a teacher, by its id, from the snapshot."""
+        return [part.snapshot.summary(part.teacher(teacher)) for part in self.parts]
 
     def row_groups(self) -> np.ndarray:
         """The row groups that hold samples, in order, [G, 4] int64: the fields of `RowGroup`, with the samples' views as rows."""

@@ -108,12 +108,18 @@ class Part:
 
     def missing(self, folder: ShardFolder) -> list[int]:
         """Shards that one of this part's folders lacks, according to the snapshot."""
-        complete = self.records(folder)
-        return [shard for shard in range(self.shards) if shard not in complete]
+        complete = self.snapshot.summary(folder).shards
+        return [shard for shard in range(self.shards) if shard not in complete] if len(complete) < self.shards else []
 
-    def refresh(self, shards: Iterable[int] | None = None) -> None:
-        """Read the records of these shards (None: of all) again, in every folder that the snapshot holds."""
-        self.snapshot.refresh(self.store.uri, shards)
+    def refresh(self) -> None:
+        """Let the snapshot read the records of this part again."""
+        self.snapshot.refresh(self.store.uri)
+
+    def write_records(self, folders: Iterable[ShardFolder]) -> None:
+        """Write the records of those of this part's folders together that have all shards."""
+        for folder in folders:
+            if self.shards > 1 and not self.missing(folder):
+                folder.write_together(self.records(folder))
 
     @property
     def _row_group_size(self) -> int:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ ROW_GROUP_SIZE = 64
 RECORD = re.compile(r"shard-(\d{5,})\.json")
 """Name of a record."""
 _FILE = re.compile(r"(shard-\d{5,}-[0-9a-f]{8}\.(parquet|npz)|projection-[0-9a-f]{8}\.npz)?")
+
+RECORDS = "records.json"
+"""Name of the file with the records of all shards of a part, written when they are complete."""
+Figures = dict[str, dict[str, float]]
+"""Figures of `pipeline.cache.layout.target.fidelity` by token type."""
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +138,29 @@ class ShardFolder:
         return record
 
     def records(self) -> dict[int, ShardRecord]:
-        """Records of the complete shards by number, in order. Reads one file per shard: see `RecordSnapshot`."""
+        """Records of the complete shards by number, in order. Reads one file per shard, or one if all were complete before."""
         files = self.store.files()
+        if RECORDS in files:
+            together = self._read_together()
+            if together and len(complete := self.complete(together, files)) == len(together):
+                return complete
         return self.complete(self.read_records(record_numbers(files)), files)
+
+    def write_together(self, records: Mapping[int, ShardRecord]) -> None:
+        """Write the records of all shards, which are complete, into one file."""
+        listed = json.dumps([asdict(record) for record in records.values()], sort_keys=True)
+        self.store.put(RECORDS, f"{hashlib.sha256(listed.encode()).hexdigest()}\n{listed}".encode())
+
+    def _read_together(self) -> dict[int, ShardRecord]:
+        """What `write_together` wrote; nothing if that is damaged, since each record has a file of its own."""
+        try:
+            digest, _, listed = self.store.get(RECORDS).decode().partition("\n")
+            if hashlib.sha256(listed.encode()).hexdigest() != digest:
+                raise ValueError("its content does not have its checksum")
+            return {item["shard"]: ShardRecord(**item) for item in json.loads(listed)}
+        except (FileNotFoundError, ValueError) as error:
+            log.warning("%s/%s cannot be read (%s): reading the record of every shard", self.store.uri, RECORDS, error)
+            return {}
 
     def complete(self, records: Mapping[int, ShardRecord], files: Mapping[str, int]) -> dict[int, ShardRecord]:
         """The records whose shard is complete, given the folder's files and their sizes.
@@ -185,6 +211,7 @@ class ShardFolder:
     def unlist(self, shard: int) -> None:
         """Delete a shard's record, then the files that it names; a file that belongs to another shard stays."""
         record = self.listing(shard)
+        self.store.delete(RECORDS)
         self.store.delete(record_name(shard))
         for name in (record.file, record.moments) if record else ():
             if name.startswith(f"shard-{shard:05d}-"):
@@ -269,3 +296,21 @@ def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
     if size != record.bytes:
         return f"has {size} bytes, its record says {record.bytes}"
     return "was encoded with another projection" if record.projection != projection else ""
+
+
+def merge_figures(parts: Iterable[tuple[Mapping[str, Mapping[str, float]], int]]) -> Figures:
+    """Figures of fidelity over parts with their rows: means by rows, but the lowest 1st percentile.
+
+    A figure that nothing was measured for is left out. If a part has the cosine of raw features alone, as earlier versions
+    measured it, that is merged, as ``cosine``.
+    """
+    known, merged = list(parts), Figures()
+    for kind in dict.fromkeys(kind for figures, _ in known for kind in figures):
+        found = [(figures[kind], rows) for figures, rows in known if kind in figures]
+        raw = any("cosine" in figures for figures, _ in found)
+        merged[kind] = {}
+        for name in ("cosine", "relative_error") if raw else ("target_cosine", "target_cosine_p1", "relative_error"):
+            if measured := [(figures[name], rows) for figures, rows in found if name in figures]:
+                values, counts = zip(*measured, strict=True)
+                merged[kind][name] = min(values) if name == "target_cosine_p1" else fmean(values, counts)
+    return merged

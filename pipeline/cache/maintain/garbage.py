@@ -20,7 +20,7 @@ FOLDER_AGE_S = 24 * 3600.0
 _SHARD_FILE = re.compile(r"shard-(\d{5,})-[0-9a-f]{8}\.(parquet|npz)")
 _SAMPLES = re.compile(r"(rows|bad)-[0-9a-f]{16}\.parquet")
 _OURS = re.compile(
-    rf"(teacher|view|part|shard-\d{{5,}})\.json|index\.parquet|(stats|phi_s|projection-[0-9a-f]{{8}})\.npz|{_SHARD_FILE.pattern}"
+    rf"(teacher|view|part|records|shard-\d{{5,}})\.json|index\.parquet|(stats|phi_s|projection-[0-9a-f]{{8}})\.npz|{_SHARD_FILE.pattern}"
 )
 _PART = re.compile(r"[0-9a-f]{20}")
 
@@ -132,7 +132,8 @@ def _unnamed(store: Store) -> Iterator[Garbage]:
     listed = ShardFolder(store).listed()
     # Files of a shard whose record cannot be read are left to --verify.
     doubtful = record_numbers(store.files()) - set(listed)
-    named = {name for record in listed.values() for name in (record.file, record.moments)}
+    both = [*listed.values(), *ShardFolder(store).records().values()]
+    named = {name for record in both for name in (record.file, record.moments)}
     for name, size in store.files(FILE_AGE_S).items():
         match = _SHARD_FILE.fullmatch(name)
         if match and int(match[1]) not in doubtful and name not in named:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from pipeline.cache.layout.cached_teacher import merged_fidelity
 from pipeline.cache.layout.dataset import Dataset, Version, read_version, used_by
 from pipeline.cache.layout.part import Part, read_part, teacher_home
-from pipeline.cache.layout.shards import ShardFolder, ShardRecord
+from pipeline.cache.layout.shards import ShardFolder, ShardRecord, merge_figures
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE
 from pipeline.storage.store import Store
@@ -150,7 +149,7 @@ def _teacher(cache: Store, teacher: str, folders: Sequence[tuple[Part, Store]]) 
         described = dict(json.loads(home.get("teacher.json")))
     except (FileNotFoundError, ValueError, TypeError):
         described = {}  # --verify reports it
-    kept = merged_fidelity(records, ["patches"])["patches"]
+    kept = merge_figures((record.facts.get("fidelity", {}), record.rows) for record in records).get("patches", {})
     what = f"{described.get('name', '?')} {described.get('weights', '?')[:20]}, {described.get('codec', '?')}"
     stores = (home, *(store for _, store in folders))
     fidelity, licence = kept.get("target_cosine"), described.get("licence", "unknown")

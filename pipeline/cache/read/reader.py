@@ -121,8 +121,7 @@ class CacheReader:
         check_per_step(per_step, views, batch_size)
         self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
         self.samples, self.images = SampleReader(dataset), image_reader(dataset)
-        crops = [part.rows for part in dataset.parts] if dataset.policy.crops else None
-        self.rows = ShardReader(crops, dataset, "views") if crops else None
+        self.rows = ShardReader(lambda part: part.rows, dataset, "views") if dataset.policy.crops else None
         self.teachers = {teacher.id: FeatureReader(dataset, teacher) for teacher in teachers}
         groups = dataset.row_groups()
         self.order = EpochOrder(groups, batch_size, seed, window, rank, world, per_step, views)

@@ -1,6 +1,7 @@
 """Row groups of complete shards, the join of a teacher's features with the rows of the view, and the samples in a row group."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,14 +11,17 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.dataset import Dataset, group_rows
+from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.shards import RowGroup, ShardFolder, keys_of, record_name, selected
 from pipeline.errors import UserError
-from pipeline.storage.store import report_damage
+from pipeline.storage.store import Store, report_damage
 
 NO_LABEL = -1
 """Label of a sample without a label."""
 PARTS_HELD = 256
 """Parts whose samples a reader holds in memory."""
+FOOTERS_HELD = 4096
+"""Files whose footers a reader holds in memory."""
 
 
 class Samples(NamedTuple):
@@ -49,46 +53,46 @@ class SampleReader:
 
 
 class ShardReader:
-    """Reads row groups of a folder of every part; UserError, which calls it `name`, unless all its shards are complete.
+    """Reads row groups of a folder of every part; UserError, which calls it `name`, where a shard is missing.
 
-    Each file's footer is read once; the page checksums of a row group are verified at its first read.
+    The records of a part are read at its first row group. Of recently read files the footers are kept; the page checksums of a
+    row group are verified at its first read.
     """
 
-    def __init__(self, folders: Sequence[ShardFolder], dataset: Dataset, name: str) -> None:
-        self.folders, self.name = folders, name
-        self.records = [part.records(folder) for part, folder in zip(dataset.parts, folders, strict=True)]
-        for number, (folder, records) in enumerate(zip(folders, self.records, strict=True)):
-            needed = dataset.shards_of(number)
-            if lacking := [shard for shard in needed if shard not in records]:
-                raise UserError(
-                    f"{name} has {len(needed) - len(lacking)} of {len(needed)} shards in {folder.store.uri}: run "
-                    "jobs/precompute.py with this recipe"
-                )
-        self._footers: dict[tuple[int, int], pq.FileMetaData] = {}
-        self._verified: set[RowGroup] = set()
+    def __init__(self, folders: Callable[[Part], ShardFolder], dataset: Dataset, name: str) -> None:
+        self.folders, self.dataset, self.name = folders, dataset, name
+        self._footer = lru_cache(FOOTERS_HELD)(self._read_footer)
+        self._verified: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
 
     def read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
         """The rows of a row group; UserError if the file is missing or damaged."""
-        store, record = self.folders[group.part].store, self.records[group.part][group.shard]
-        options = {
-            "metadata": self._footers.get((group.part, group.shard)),
-            "page_checksum_verification": group not in self._verified,
-        }
-        with (
-            report_damage(f"{store.uri}/{record.file}"),
-            pq.ParquetFile(store.open(record.file), **options) as opened,
-        ):
-            table = selected(opened.read_row_group(group.group, columns=columns, use_threads=False), columns)
-            self._footers[group.part, group.shard] = opened.metadata
-            self._verified.add(group)
-            return table
+        part = self.dataset.parts[group.part]
+        folder = self.folders(part)
+        record = part.records(folder).get(group.shard)
+        if record is None:
+            raise UserError(
+                f"{self.name} lacks shard {group.shard} in {folder.store.uri}: run jobs/precompute.py with this recipe"
+            )
+        verified = self._verified[group.part, group.shard]
+        with report_damage(f"{folder.store.uri}/{record.file}"):
+            footer = self._footer(folder.store, record.file)
+            verify = group.group not in verified
+            options = {"metadata": footer, "page_checksum_verification": verify}
+            with pq.ParquetFile(folder.store.open(record.file), **options) as opened:
+                table = selected(opened.read_row_group(group.group, columns=columns, use_threads=False), columns)
+        verified.add(group.group)
+        return table
+
+    def _read_footer(self, store: Store, file: str) -> pq.FileMetaData:
+        with pq.ParquetFile(store.open(file)) as opened:
+            return opened.metadata
 
 
 class FeatureReader(ShardReader):
     """Reads one teacher's features, and checks that they belong to the rows that they are joined with."""
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
-        super().__init__([part.teacher(teacher.id) for part in dataset.parts], dataset, teacher.id)
+        super().__init__(lambda part: part.teacher(teacher.id), dataset, teacher.id)
         self.codecs = load_codecs(dataset.cache, teacher)
         self.widths = {kind: codec.row_bytes for kind, codec in self.codecs.items()}
 
@@ -105,10 +109,10 @@ class FeatureReader(ShardReader):
         wanted, present = next((pair for pair in zip(expected, found, strict=False) if pair[0] != pair[1]), lengths)
         return UserError(
             f"shard {group.shard} of {self.name} does not hold the keys of its images: found {present}, expected {wanted}; "
-            f"delete {self.folders[group.part].store.uri}/{record_name(group.shard)} and run the job again"
+            f"delete {self.folders(self.dataset.parts[group.part]).store.uri}/{record_name(group.shard)} and run the job again"
         )
 
 
 def image_reader(dataset: Dataset) -> ShardReader:
     """Reads the images of a data set."""
-    return ShardReader([part.images for part in dataset.parts], dataset, "images")
+    return ShardReader(lambda part: part.images, dataset, "images")
