@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import pyarrow.compute as pc
-
 from jobs._cli import grid, size, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.build import BuildReport, CachePlan
@@ -142,7 +140,6 @@ def _codecs(teacher: TeacherEstimate) -> dict[str, str]:
 
 def read_rate(plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate]) -> float:
     """Bytes per second that a training at `plan.images_per_second` reads: images and all features."""
-    index = plan.splits[0].index
-    image = (pc.sum(index["size"]).as_py() or 0) / index.num_rows
+    image = plan.splits[0].image_bytes
     features = sum(teacher.view_bytes[teacher.codec] for teacher in teachers)
     return float(config.plan.images_per_second * (image + features))

@@ -106,7 +106,7 @@ def _evaluated(plan: CachePlan) -> list[str]:
 
 
 def _labelled(plan: CachePlan) -> bool:
-    labelled = [split.index["label"].null_count < len(split.index) for split in plan.splits]
+    labelled = [split.labelled for split in plan.splits]
     return len(labelled) > 1 and all(labelled)
 
 

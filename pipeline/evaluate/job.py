@@ -70,7 +70,7 @@ def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPla
     store = cache_store(config)
     splits = plan_splits(config, store)
     for split in splits if grid is None else ():
-        if split.index["label"].null_count == split.index.num_rows:
+        if not split.labelled:
             raise UserError(f"data.{split.split}: {split.source.location} has no labels, which this evaluation needs")
     work = work_folder(config)  # which all nodes see
     source = fetch_student(settings.student, resolve_uri(config.tracking.uri, work), work)
@@ -124,7 +124,7 @@ class SplitMaps:
     @classmethod
     def of(cls, plan: FrozenPlan) -> SplitMaps:
         """Open and check all label maps; UserError names the first image without a matching one."""
-        maps = {s.split: open_label_maps(s.source, s.index["sample_id"].to_pylist()) for s in plan.cache.splits}
+        maps = {s.split: open_label_maps(s.source, s.sample_ids()) for s in plan.cache.splits}
         return cls(maps["train"], maps["val"], max(found.check() for found in maps.values()))
 
 

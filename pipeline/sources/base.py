@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -9,7 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
+from pipeline.runtime.prefetch import map_ahead
 from pipeline.sources.left_out import with_notes
+from pipeline.storage.files import THREADS, describe
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -51,6 +54,10 @@ def _more(names: Sequence[str]) -> str:
     return f" and {len(names)} more" if names else ""
 
 
+class NoImagesError(UserError):
+    """A source lists no image."""
+
+
 class Source(Protocol):
     """A set of images. Small and picklable, for Ray workers: it holds no open file."""
 
@@ -70,6 +77,16 @@ class Source(Protocol):
     def random_access(self) -> bool:
         """Whether single rows are fast to read; if not, neighbours in the index share a block that is read as a whole."""
 
+    def versions(self) -> dict[str, int]:
+        """The versions of the tars or Parquet files by path or URI; empty for images that are files of their own.
+
+        Raises:
+            UserError: if a file cannot be found.
+        """
+
+    def only(self, files: Sequence[str]) -> "Source":
+        """The source of some of those files."""
+
     def index(self) -> pa.Table:
         """Table of `INDEX_SCHEMA`, sorted by sample id, ids unique, never empty.
 
@@ -83,6 +100,21 @@ class Source(Protocol):
         Raises:
             StoreError: if the store of the images fails, which says nothing about a sample.
         """
+
+
+def file_versions(files: Sequence[str]) -> dict[str, int]:
+    """The versions of files by path or URI; UserError if one cannot be found."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(files, map_ahead(pool, _version, files, THREADS), strict=True))
+
+
+def _version(file: str) -> int:
+    try:
+        return describe(file).version
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be found ({error.strerror or error}); restore it, or name the files anew"
+        ) from error
 
 
 def foreign_name(name: str) -> bytes | None:
@@ -129,7 +161,7 @@ def finish_index(table: pa.Table, *, location: str, looked_for: str, left_out: S
     """
     if table.num_rows == 0:
         found = f"; left out: {'; '.join(left_out)}" if left_out else ""
-        raise UserError(f"{location}: no images found; looked for {looked_for}{found}")
+        raise NoImagesError(f"{location}: no images found; looked for {looked_for}{found}")
     label = table["label"].cast(pa.int64())
     label = pc.if_else(pc.less(label, 0), pa.scalar(None, pa.int64()), label)
     table = table.set_column(table.schema.get_field_index("label"), "label", label)

@@ -72,6 +72,14 @@ class ImageFolder:
         """The last two components of the location."""
         return readable_name(self.location)
 
+    def versions(self) -> dict[str, int]:
+        """None: every image is a file of its own."""
+        return {}
+
+    def only(self, files: Sequence[str]) -> "ImageFolder":
+        """This source, which has no such files."""
+        return self
+
     def index(self) -> pa.Table:
         """One row per image file, with its size; the index's notes name what was left out."""
         left_out = LeftOut()

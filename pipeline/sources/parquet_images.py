@@ -3,8 +3,8 @@
 import io
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.sources.base import by_file, finish_index, in_stored_order, oversize
+from pipeline.sources.base import by_file, file_versions, finish_index, in_stored_order, oversize
 from pipeline.sources.locations import readable_name
 from pipeline.sources.parquet_columns import (
     ImageColumn,
@@ -72,6 +72,14 @@ class ParquetImages:
     def name(self) -> str:
         """The last two components of the location, without `.parquet`."""
         return readable_name(self.location)
+
+    def versions(self) -> dict[str, int]:
+        """The versions of the files."""
+        return file_versions(self.files)
+
+    def only(self, files: Sequence[str]) -> "ParquetImages":
+        """The source of some of the files."""
+        return replace(self, files=tuple(files))
 
     def index(self) -> pa.Table:
         """One row per Parquet row; reads the image column once for its byte lengths, without decoding."""

@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -83,6 +83,14 @@ class SampleScenes:
     def name(self) -> str:
         """All parameters of the scenes, such as `samples-train-n800-s96-seed0`."""
         return f"samples-{self.split}-n{self.count}-s{self.size}-seed{self.seed}"
+
+    def versions(self) -> dict[str, int]:
+        """None: every image is a file of its own."""
+        return {}
+
+    def only(self, files: Sequence[str]) -> "SampleScenes":
+        """This source, which has no such files."""
+        return self
 
     def index(self) -> pa.Table:
         """One row per scene; its number is `offset`, and labels cycle through the classes. Renders nothing: `size` is 0."""

@@ -4,9 +4,9 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.runtime.prefetch import map_ahead
-from pipeline.sources.base import IndexRow, by_file, foreign_name, in_stored_order, make_index, oversize
+from pipeline.sources.base import IndexRow, by_file, file_versions, foreign_name, in_stored_order, make_index, oversize
 from pipeline.sources.left_out import LeftOut, is_system, some
 from pipeline.sources.locations import readable_name
 from pipeline.sources.tar_labels import JSON_EXTENSIONS, TEXT_EXTENSIONS, parse_label
@@ -49,6 +49,14 @@ class TarShards:
     def random_access(self) -> bool:
         """Whether the tars are local: a store is fast to read in the order of its files."""
         return not is_uri(self.shards[0])
+
+    def versions(self) -> dict[str, int]:
+        """The versions of the files."""
+        return file_versions(self.shards)
+
+    def only(self, files: Sequence[str]) -> "TarShards":
+        """The source of some of the files."""
+        return replace(self, shards=tuple(files))
 
     def index(self) -> pa.Table:
         """One row per sample with an image; `offset` and `size` locate the image's bytes in the tar.

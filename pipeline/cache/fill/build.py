@@ -20,7 +20,7 @@ from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.compose import place_images
 from pipeline.cache.fill.digest import KEYED_SCHEMA, Digest, keyed, slices
 from pipeline.cache.fill.ingest import Ingest, check_quarantine, ingest_row
-from pipeline.cache.fill.listing import Listing, compare_listing, latest_version
+from pipeline.cache.fill.listing import Listing, compare_again, list_source
 from pipeline.cache.fill.placement import starved
 from pipeline.cache.fill.ray_pipeline import extract_shards, finished_shards, gpus, run_tasks
 from pipeline.cache.fill.statistics import freeze_stats
@@ -35,7 +35,6 @@ from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.runtime.metrics import export
 from pipeline.runtime.progress import Progress
 from pipeline.sources.base import INDEX_SCHEMA, Source
-from pipeline.sources.left_out import notes_of
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
 from pipeline.storage.store import Store
@@ -51,19 +50,18 @@ class SplitPlan:
     """One split of the data (``train`` or ``val``): its source, its index, and its data set as far as the cache knows it.
 
     Attributes:
-        listing: the index beside what the cache knows; `dataset` lacks the rows that are new.
+        listing: what the source lists beside what the cache knows; `dataset` lacks the rows that are new.
     """
 
     split: str
     source: Source
-    index: pa.Table
     listing: Listing
     dataset: Dataset
 
     @property
-    def left_out(self) -> list[str]:
+    def left_out(self) -> Sequence[str]:
         """What the source has passed over, in phrases."""
-        return notes_of(self.index)
+        return self.listing.notes
 
     @property
     def new(self) -> pa.Table:
@@ -74,6 +72,22 @@ class SplitPlan:
     def images(self) -> int:
         """Samples that can be used, as far as known."""
         return self.dataset.count + self.new.num_rows
+
+    @property
+    def labelled(self) -> bool:
+        """Whether an image has a label."""
+        return bool(self.dataset.labelled) or self.new["label"].null_count < self.new.num_rows
+
+    @property
+    def image_bytes(self) -> float:
+        """Mean bytes of an image in the source; 0 for generated scenes."""
+        known = sum(chosen.bytes for chosen in self.dataset.selections)
+        return float((known + (pc.sum(self.new["size"]).as_py() or 0)) / max(1, self.images))
+
+    def sample_ids(self) -> list[str]:
+        """Names of all samples that can be used, as far as known."""
+        known = [self.listing.samples(part.id)["sample_id"] for part in self.dataset.parts]
+        return [name for column in (*known, self.new["sample_id"]) for name in column.to_pylist()]
 
     def missing(self, teacher: CachedTeacher) -> list[tuple[Part, int]]:
         """Shards of a teacher that are missing, of the images that the cache knows."""
@@ -170,16 +184,8 @@ def _plan_split(
             samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
         )
     name = f"{data.name}-{split}" if data.name else source.name
-    empty = Dataset(store, name, source.location, "", 0, 0, tuple(source.classes), (), "", policy, snapshot)
-    return split_plan(split, source, source.index(), empty)
-
-
-def split_plan(split: str, source: Source, index: pa.Table, empty: Dataset) -> SplitPlan:
-    """The plan of a split with this index; `empty` is its data set without samples."""
-    latest = latest_version(empty)
-    listing = compare_listing(index, latest.dataset if latest else None)
-    dataset = make_dataset(empty, latest.dataset.parts if latest else (), listing.known, listing.bad)
-    return SplitPlan(split, source, index, listing, dataset)
+    empty = Dataset(store, name, source.location, tuple(source.classes), policy=policy, snapshot=snapshot)
+    return SplitPlan(split, source, *list_source(source, empty))
 
 
 def check_weights(*plans: CachePlan) -> None:
@@ -270,7 +276,8 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
 
 def read_again(split: SplitPlan) -> pa.Table:
     """The known samples whose images the source gives otherwise now (`SAMPLE_SCHEMA`), all of which are read."""
-    known = pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *split.listing.known.values()]).sort_by("sample_id")
+    tables = (split.listing.samples(part.id) for part in split.dataset.parts)
+    known = pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *tables]).sort_by("sample_id")
     current, _ = _digest(
         [replace(split, listing=Listing({}, BAD_SCHEMA.empty_table(), known.select(INDEX_SCHEMA.names)))]
     )[split.split]
@@ -282,7 +289,8 @@ def read_again(split: SplitPlan) -> pa.Table:
 
 def _relisted(split: SplitPlan) -> SplitPlan:
     """The plan as of now: an earlier phase or another job may have read its new images meanwhile."""
-    return split_plan(split.split, split.source, split.index, replace(split.dataset, selections=(), bad=""))
+    listing, dataset = compare_again(split.listing, split.dataset)
+    return replace(split, listing=listing, dataset=dataset)
 
 
 def _digest(splits: Sequence[SplitPlan]) -> dict[str, tuple[pa.Table, pa.Table]]:
@@ -305,13 +313,16 @@ def _digest(splits: Sequence[SplitPlan]) -> dict[str, tuple[pa.Table, pa.Table]]
 
 def _placed(split: SplitPlan, images: pa.Table, bad: pa.Table, shard_size: int, made: dict[str, Part]) -> SplitPlan:
     """The plan of a split all of whose images have a place; `made` collects the parts that this job makes."""
-    dataset, known = split.dataset, dict(split.listing.known)
+    dataset, listing = split.dataset, split.listing
+    known, kept = dict(listing.known), dict(listing.kept)
     parts = {part.id: part for part in dataset.parts}
     for part, rows in place_images(dataset, images, shard_size, made):
         parts[part.id] = part
-        known[part.id] = pa.concat_tables([known[part.id], rows]) if part.id in known else rows
-    complete = make_dataset(dataset, parts.values(), known, bad)
-    return replace(split, listing=Listing(known, bad, split.new.slice(0, 0)), dataset=complete)
+        known[part.id] = pa.concat_tables([known.get(part.id, listing.samples(part.id)), rows])
+        kept.pop(part.id, None)
+    complete = make_dataset(dataset, parts.values(), known, bad, kept)
+    found = replace(listing, known=known, kept=kept, bad=bad, new=split.new.slice(0, 0))
+    return replace(split, listing=found, dataset=complete)
 
 
 def ingest_missing(splits: Sequence[SplitPlan]) -> int:
@@ -326,7 +337,7 @@ def ingest_missing(splits: Sequence[SplitPlan]) -> int:
     for split in splits:
         for part in split.dataset.parts:
             mine = sorted(shard for key, shard in images | crops if key == part.key)
-            samples = split.listing.known[part.id] if mine else None
+            samples = split.listing.samples(part.id) if mine else None
             rows += [ingest_row(split.split, part, shard, samples) for shard in mine]
             images -= {(part.key, shard) for shard in mine}
             crops -= {(part.key, shard) for shard in mine}

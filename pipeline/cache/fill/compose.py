@@ -5,7 +5,7 @@ What a part holds follows from its images alone, so that two jobs that read the 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,7 +37,7 @@ def place_images(
         if found.num_rows:
             yield part, found.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
             images = images.filter(pc.invert(pc.is_in(images["key"], found["key"].combine_chunks())))
-    for index in _new_parts(images, shard_size):
+    for index in _new_parts(dataset, images, shard_size):
         part = Part(dataset.cache, part_id(index), index.num_rows, shard_size, dataset.policy, dataset.snapshot)
         write_part(part, index)
         part = made[part.id] = replace(part, shard_size=_written(part).shard_size)
@@ -68,9 +68,18 @@ def _numbered(index: pa.Table) -> pa.Table:
     return index.select(["key"]).append_column("row", pa.array(range(index.num_rows), pa.int64()))
 
 
-def _new_parts(images: pa.Table, shard_size: int) -> Iterator[pa.Table]:
-    """The indices of new parts, in the order of the keys: every row group is then a random sample of the images."""
-    unique = images.group_by("key").aggregate([("size", "min")]).sort_by("key")
-    table = pa.table([unique["key"], unique["size_min"]], names=PART_SCHEMA.names).cast(PART_SCHEMA)
-    length = shard_size * PART_SHARDS
-    yield from (table.slice(first, length) for first in range(0, table.num_rows, length))
+def _new_parts(dataset: Dataset, images: pa.Table, shard_size: int) -> Iterator[pa.Table]:
+    """The indices of new parts, in the order of the keys: every row group is then a random sample of the images.
+
+    A tar or Parquet file makes parts of its own, which stay as they are when others come or go.
+    """
+    numbered = images.append_column("at", pa.array(range(images.num_rows), pa.int64()))
+    first = numbered.group_by("key").aggregate([("at", "min")])["at_min"]
+    by_file = "uri" if dataset.files else "key"
+    unique = images.take(first.combine_chunks()).sort_by([(by_file, "ascending"), ("key", "ascending")])
+    index, length = unique.select(PART_SCHEMA.names).cast(PART_SCHEMA), shard_size * PART_SHARDS
+    ends = [index.num_rows]
+    if dataset.files:
+        ends = pc.run_end_encode(unique["uri"].combine_chunks()).run_ends.to_pylist()
+    for start, end in pairwise([0, *ends]):
+        yield from (index.slice(at, min(length, end - at)) for at in range(start, end, length))

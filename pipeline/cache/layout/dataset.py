@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cache.layout.keys import FORMAT_VERSION, fingerprint
+from pipeline.cache.layout.keys import FORMAT_VERSION, digest, fingerprint
 from pipeline.cache.layout.part import KEY, Part
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
 from pipeline.cache.layout.snapshot import RecordSnapshot, Summary
@@ -31,8 +32,6 @@ SAMPLE_SCHEMA = pa.schema(
 """The samples of one part: rows of the source's index, with the image's key and its row in the part, in the order of the rows."""
 BAD_SCHEMA = pa.schema([*INDEX_SCHEMA, pa.field("reason", pa.string(), nullable=False), pa.field("read", pa.bool_())])
 """Samples that cannot be used, why, and whether their bytes could be read; if not, they are tried again."""
-DESCRIBED = ("name", "location", "fingerprint", "count", "labelled", "classes")
-"""Fields of a data set that its version keeps as they are."""
 
 
 class Selection(NamedTuple):
@@ -41,16 +40,22 @@ class Selection(NamedTuple):
     Attributes:
         part, images, shard_size: id, number of images and shard size of the part.
         file: name of the file of samples.
-        samples: their number.
+        content: digest of the samples' names, labels and images, wherever their files are.
+        samples, labelled, bytes: their number, the number of those with a label, and the bytes of their images in the source.
         whole: whether every image of the part is a sample once.
+        files: numbers of the files of the data set that hold them.
     """
 
     part: str
     images: int
     shard_size: int
     file: str
+    content: str
     samples: int
+    labelled: int
+    bytes: int
     whole: bool
+    files: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,8 @@ class Dataset:
 
     Attributes:
         location: of the source.
-        fingerprint: of the samples' names, labels and images.
-        count: samples that can be used.
-        labelled: samples with a label.
         classes: names of the classes by label; may be empty.
+        files: files that hold many samples each (tars, Parquet files) with their versions, sorted.
         bad: name of the file of samples that cannot be used; "" if there are none.
         policy: the view whose features teachers compute.
         snapshot: the shard records that the job has read, shared by its data sets.
@@ -72,15 +75,28 @@ class Dataset:
     cache: Store
     name: str
     location: str
-    fingerprint: str
-    count: int
-    labelled: int
     classes: tuple[str, ...]
-    selections: tuple[Selection, ...]
+    files: tuple[tuple[str, int], ...] = ()
+    selections: tuple[Selection, ...] = ()
     bad: str = ""
     policy: ViewPolicy = WHOLE
     snapshot: RecordSnapshot = field(default_factory=RecordSnapshot, repr=False, compare=False)
     draft: Mapping[str, pa.Table] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the samples' names, labels and images."""
+        return digest(sorted([chosen.part, chosen.content] for chosen in self.selections))
+
+    @cached_property
+    def count(self) -> int:
+        """Samples that can be used."""
+        return sum(chosen.samples for chosen in self.selections)
+
+    @cached_property
+    def labelled(self) -> int:
+        """Samples with a label."""
+        return sum(chosen.labelled for chosen in self.selections)
 
     @property
     def id(self) -> str:
@@ -231,49 +247,63 @@ def read_version(
             raise UserError(
                 f"{store.uri} has cache format {meta['format']}, this version reads {FORMAT_VERSION}: name another cache.uri"
             )
-        content = {key: meta[key] for key in DESCRIBED} | {"classes": tuple(meta["classes"]), "bad": meta["bad"]}
-        chosen = tuple(Selection(*item) for item in meta["selections"])
-        dataset = Dataset(cache, **content, selections=chosen, policy=policy, snapshot=snapshot or RecordSnapshot())
+        files = tuple((str(uri), int(version)) for uri, version in meta["files"])
+        chosen = tuple(Selection(*item)._replace(files=tuple(item[-1])) for item in meta["selections"])
+        content = meta["name"], meta["location"], tuple(meta["classes"]), files, chosen, meta["bad"]
+        dataset = Dataset(cache, *content, policy, snapshot or RecordSnapshot())
         return Version(file, float(meta["made"]), dataset)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{store.uri}/{file} cannot be read ({error}): restore it, or delete it") from error
 
 
-def make_dataset(empty: Dataset, parts: Iterable[Part], samples: Mapping[str, pa.Table], bad: pa.Table) -> Dataset:
+def make_dataset(
+    empty: Dataset,
+    parts: Iterable[Part],
+    samples: Mapping[str, pa.Table],
+    bad: pa.Table,
+    kept: Mapping[str, tuple[Selection, Dataset]] | None = None,
+) -> Dataset:
     """A version with these samples, which is not written yet.
 
     Args:
-        empty: with the name, location, classes, view and snapshot.
+        empty: with the name, location, classes, files, view and snapshot.
         parts: those that hold the samples, and possibly others.
         samples: by the id of their part, rows of `SAMPLE_SCHEMA`.
         bad: rows of `BAD_SCHEMA`.
+        kept: selections of another version that stay as they are, with that version, by the id of their part.
     """
-    files: dict[str, pa.Table] = {}
+    numbers = {uri: number for number, (uri, _) in enumerate(empty.files)}
+    draft: dict[str, pa.Table] = {}
     selections = []
     for part in parts:
-        if part.id not in samples:
-            continue
-        table = samples[part.id].sort_by([("row", "ascending"), ("sample_id", "ascending")])
-        file = f"rows-{fingerprint(table)[:16]}.parquet"
-        files[file] = table
-        whole = np.array_equal(table["row"].to_numpy(), np.arange(part.count))
-        selections.append(Selection(part.id, part.count, part.shard_size, file, table.num_rows, bool(whole)))
+        if part.id in samples:
+            table = samples[part.id].sort_by([("row", "ascending"), ("sample_id", "ascending")])
+            chosen = _selection(part, table, numbers)
+            draft[chosen.file] = table
+            selections.append(chosen)
+        elif kept and part.id in kept:
+            chosen, before = kept[part.id]
+            uris = (before.files[number][0] for number in chosen.files)
+            selections.append(chosen._replace(files=tuple(sorted(numbers[uri] for uri in uris))))
     bad_file = f"bad-{fingerprint(bad)[:16]}.parquet" if bad.num_rows else ""
     if bad_file:
-        files[bad_file] = bad
-    content = ["sample_id", "label", "key"]
-    everything = pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *(files[chosen.file] for chosen in selections)]).select(
-        content
-    )
-    labels = everything["label"]
-    return replace(
-        empty,
-        fingerprint=fingerprint(everything.sort_by("sample_id")),
-        count=everything.num_rows,
-        labelled=len(labels) - labels.null_count,
-        selections=tuple(selections),
-        bad=bad_file,
-        draft=files,
+        draft[bad_file] = bad
+    return replace(empty, selections=tuple(selections), bad=bad_file, draft=draft)
+
+
+def _selection(part: Part, table: pa.Table, files: Mapping[str, int]) -> Selection:
+    labels, rows = table["label"], table["row"].to_numpy()
+    return Selection(
+        part.id,
+        part.count,
+        part.shard_size,
+        f"rows-{fingerprint(table)[:16]}.parquet",
+        fingerprint(table.select(["sample_id", "label", "key", "row"]))[:32],
+        table.num_rows,
+        table.num_rows - labels.null_count,
+        int(pc.sum(table["size"]).as_py() or 0),
+        bool(np.array_equal(rows, np.arange(part.count))),
+        tuple(sorted(files[uri] for uri in pc.unique(table["uri"]).to_pylist() if uri in files)),
     )
 
 
@@ -289,8 +319,8 @@ def write_dataset(dataset: Dataset) -> Dataset:
             pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
             dataset.store.put(name, sink.getvalue())
     made = max(time.time(), latest.made + 1e-3 if latest else 0.0)
-    content = {name: getattr(dataset, name) for name in (*DESCRIBED, "bad", "selections")}
-    meta = {"format": FORMAT_VERSION, **content, "made": made}
+    fields = ("name", "location", "count", "fingerprint", "classes", "files", "bad", "selections")
+    meta = {"format": FORMAT_VERSION, **{name: getattr(dataset, name) for name in fields}, "made": made}
     dataset.store.put(f"version-{round(1000 * made):014d}-{dataset.fingerprint[:8]}.json", json.dumps(meta).encode())
     return replace(dataset, draft={})
 

@@ -125,7 +125,7 @@ class EpochOrder:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
 
     def _shuffled(self, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The rows of a window, permuted; an image's views are first split at random into groups of `per_step` that stay together."""
+        """The rows of a window, permuted; groups of `per_step` of an image's views, drawn at random, stay together."""
         within = np.concatenate([np.arange(size) for size in sizes])
         rows = np.stack([np.repeat(np.arange(len(sizes)), sizes), within], axis=1)
         if self.per_step == 1:

@@ -14,7 +14,7 @@ from pipeline.cache.layout.dataset import Dataset, group_rows
 from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.shards import RowGroup, ShardFolder, keys_of, record_name, selected
 from pipeline.errors import UserError
-from pipeline.storage.store import Store, report_damage
+from pipeline.storage.store import report_damage
 
 NO_LABEL = -1
 """Label of a sample without a label."""
@@ -61,7 +61,7 @@ class ShardReader:
 
     def __init__(self, folders: Callable[[Part], ShardFolder], dataset: Dataset, name: str) -> None:
         self.folders, self.dataset, self.name = folders, dataset, name
-        self._footer = lru_cache(FOOTERS_HELD)(self._read_footer)
+        self._footers: dict[str, pq.FileMetaData] = {}
         self._verified: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
 
     def read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
@@ -73,19 +73,15 @@ class ShardReader:
             raise UserError(
                 f"{self.name} lacks shard {group.shard} in {folder.store.uri}: run jobs/precompute.py with this recipe"
             )
-        verified = self._verified[group.part, group.shard]
-        with report_damage(f"{folder.store.uri}/{record.file}"):
-            footer = self._footer(folder.store, record.file)
-            verify = group.group not in verified
-            options = {"metadata": footer, "page_checksum_verification": verify}
-            with pq.ParquetFile(folder.store.open(record.file), **options) as opened:
-                table = selected(opened.read_row_group(group.group, columns=columns, use_threads=False), columns)
+        uri, verified = f"{folder.store.uri}/{record.file}", self._verified[group.part, group.shard]
+        options = {"metadata": self._footers.get(uri), "page_checksum_verification": group.group not in verified}
+        with report_damage(uri), pq.ParquetFile(folder.store.open(record.file), **options) as opened:
+            table = selected(opened.read_row_group(group.group, columns=columns, use_threads=False), columns)
+            if len(self._footers) >= FOOTERS_HELD:
+                self._footers.clear()
+            self._footers[uri] = opened.metadata
         verified.add(group.group)
         return table
-
-    def _read_footer(self, store: Store, file: str) -> pq.FileMetaData:
-        with pq.ParquetFile(store.open(file)) as opened:
-            return opened.metadata
 
 
 class FeatureReader(ShardReader):
