@@ -225,6 +225,8 @@ def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:
 
 def _shards(split: SplitPlan, views: int) -> int:
     """Shards that this many views take, at most."""
+    if not views:
+        return 0
     size = min((part.shard_size for part in split.dataset.parts), default=512)
     return -(-views // (size * split.dataset.policy.rows_per_image)) + len(split.dataset.parts)
 

@@ -148,8 +148,7 @@ class ShardFolder:
 
     def write_together(self, records: Mapping[int, ShardRecord]) -> None:
         """Write the records of all shards, which are complete, into one file."""
-        listed = json.dumps([asdict(record) for record in records.values()], sort_keys=True)
-        self.store.put(RECORDS, f"{hashlib.sha256(listed.encode()).hexdigest()}\n{listed}".encode())
+        self.store.put(RECORDS, dump_records(records.values()))
 
     def _read_together(self) -> dict[int, ShardRecord]:
         """What `write_together` wrote; nothing if that is damaged, since each record has a file of its own."""
@@ -296,6 +295,12 @@ def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
     if size != record.bytes:
         return f"has {size} bytes, its record says {record.bytes}"
     return "was encoded with another projection" if record.projection != projection else ""
+
+
+def dump_records(records: Iterable[ShardRecord]) -> bytes:
+    """Records as JSON, after a line with its SHA-256."""
+    listed = json.dumps([asdict(record) for record in records], sort_keys=True)
+    return f"{hashlib.sha256(listed.encode()).hexdigest()}\n{listed}".encode()
 
 
 def merge_figures(parts: Iterable[tuple[Mapping[str, Mapping[str, float]], int]]) -> Figures:
