@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.runtime.prefetch import map_ahead
-from pipeline.sources.base import IndexRow, foreign_name, make_index, oversize
+from pipeline.sources.base import IndexRow, finish_index, foreign_name, make_table, oversize
 from pipeline.sources.left_out import LeftOut, some
 from pipeline.sources.listing import images_directly_in, images_in, top_level
 from pipeline.sources.locations import readable_name, refuse_split_folders
@@ -85,13 +86,14 @@ class ImageFolder:
         left_out = LeftOut()
         if self.classes:
             below = images_in([os.path.join(self.root, name) for name in self.classes], left_out, self.root)
-            rows = [self._row(file, label) for label, files in enumerate(below) for file in files]
+            table = make_table(self._row(file, label) for label, files in enumerate(below) for file in files)
         else:
-            rows = [self._row(file, None) for file in images_directly_in(self.root, left_out)]
-        if empty := sorted({*self.classes} - {self.classes[row.label] for row in rows if row.label is not None}):
+            table = make_table(self._row(file, None) for file in images_directly_in(self.root, left_out))
+        found = {self.classes[label] for label in pc.unique(table["label"]).drop_null().to_pylist()}
+        if empty := sorted({*self.classes} - found):
             left_out.notes.append(f"{len(empty)} classes without an image: {some(empty)}")
         looked_for = f"class folders or images ({', '.join(IMAGE_EXTENSIONS)}), .tar or .parquet files"
-        return make_index(rows, location=self.location, looked_for=looked_for, left_out=left_out.all_notes())
+        return finish_index(table, location=self.location, looked_for=looked_for, left_out=left_out.all_notes())
 
     def _row(self, file: Entry, label: int | None) -> IndexRow:
         if name := foreign_name(file.path):

@@ -17,7 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.sources.base import IndexRow, make_index
+from pipeline.sources.base import IndexRow, finish_index, make_table
 from pipeline.sources.locations import SAMPLES
 from pipeline.sources.shapes import CLASSES, coverage
 
@@ -96,11 +96,11 @@ class SampleScenes:
         """One row per scene; its number is `offset`, and labels cycle through the classes. Renders nothing: `size` is 0."""
         text = f"{self.seed} {self.split} {self.size}"
         version = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-        rows = [
+        rows = (
             IndexRow(f"scene-{number:08d}", number % len(CLASSES), "", number, 0, version)
             for number in range(self.count)
-        ]
-        return make_index(rows, location=self.location, looked_for="data.samples")
+        )
+        return finish_index(make_table(rows), location=self.location, looked_for="data.samples")
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """Scenes as PNG, which decodes to exactly `scene(i).image`."""

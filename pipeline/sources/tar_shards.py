@@ -14,7 +14,16 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.runtime.prefetch import map_ahead
-from pipeline.sources.base import IndexRow, by_file, file_versions, foreign_name, in_stored_order, make_index, oversize
+from pipeline.sources.base import (
+    IndexRow,
+    by_file,
+    file_versions,
+    finish_index,
+    foreign_name,
+    in_stored_order,
+    make_table,
+    oversize,
+)
 from pipeline.sources.left_out import LeftOut, is_system, some
 from pipeline.sources.locations import readable_name
 from pipeline.sources.tar_labels import JSON_EXTENSIONS, TEXT_EXTENSIONS, parse_label
@@ -63,13 +72,12 @@ class TarShards:
 
         A tar of a store is read once, from front to back. The index's notes count the members that are not used.
         """
-        rows: list[IndexRow] = []
-        unused = _Unused()
+        unused, tables = _Unused(), []
         for found, passed_over in self._indices():
-            rows += found
+            tables.append(make_table(found))
             unused.add(passed_over)
-        looked_for = f"{', '.join(IMAGE_EXTENSIONS)} members"
-        return make_index(rows, location=self.location, looked_for=looked_for, left_out=unused.all_notes())
+        table, looked_for = pa.concat_tables(tables), f"{', '.join(IMAGE_EXTENSIONS)} members"
+        return finish_index(table, location=self.location, looked_for=looked_for, left_out=unused.all_notes())
 
     def _indices(self) -> Iterator[tuple[list[IndexRow], "_Unused"]]:
         if self.random_access:

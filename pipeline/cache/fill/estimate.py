@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import pyarrow.compute as pc
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import CachePlan, SplitPlan
@@ -163,6 +162,8 @@ def probe_on_cluster(teacher: CachedTeacher, batch_size: int) -> Probe | None:
 
 def count_macs(teacher: Teacher, pixels: torch.Tensor) -> int:
     """Multiply-accumulates of one forward."""
+    from torch.utils.flop_counter import FlopCounterMode  # 100 MB of torch's compiler, which only a probe needs
+
     # The counter does not know the fused attention kernels; the plain form consists of matrix products.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
