@@ -127,7 +127,7 @@ def load_from_hub(teacher: str, fetch: Callable[[], T], file: HubFile | None) ->
 def _not_found(teacher: str, file: HubFile, reason: str) -> WeightsNotFoundError:
     return WeightsNotFoundError(
         f"teacher {teacher}: its pretrained weights are neither in the local hub cache ({constants.HF_HUB_CACHE}) nor can "
-        f"they be downloaded ({reason}): put {file} on this machine and set teachers.<i>.weights=<path of the file>, or "
+        f"they be downloaded ({reason}): put {file} on this machine and set weights=<path of the file>, or "
         "weights=random for an untrained network"
     )
 

@@ -218,7 +218,7 @@ def test_a_licence_that_nobody_told_is_unknown(photo_config, known, expected):
 
 def test_weights_that_are_nowhere_are_refused_with_the_plan(unfilled):
     with pytest.raises(
-        UserError, match=r"student\.weights=nowhere: timm/test_resnet: weights=nowhere: neither a file nor"
+        UserError, match=r"student\.weights=nowhere: timm/test_resnet: weights: there is no file .*/nowhere; put the"
     ):
         unfilled("student.weights=nowhere")
 
