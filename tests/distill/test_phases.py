@@ -258,6 +258,16 @@ def test_every_phase_has_a_plan(planned):
     assert list(second)[2:] == ["learning rate", "kNN", "grid colours12", "grid colours8"]
 
 
+@pytest.mark.parametrize(
+    ("codec", "standardise", "warned"),
+    [("pca-int8-zstd", "phi_s", True), ("pca-int8-zstd", "mean_std", False), ("float16", "phi_s", False)],
+)
+def test_a_codec_that_was_chosen_for_other_targets_is_named(unfilled, caplog, codec, standardise, warned):
+    training_plan(unfilled(f"cache.codec={codec}", f"loss.standardise={standardise}")[0])
+    message = "phi_s: what the cache keeps of colours8, colours4 was chosen for mean_std"
+    assert (message in caplog.text) is warned
+
+
 def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp_path):
     def plan(metric, val):
         config = photo_config(*STUDENT, f"train.best_metric={metric}", f"data.val={val}")
