@@ -87,7 +87,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
         **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
         "training": f"{config.train.epochs} epochs of {steps_per_epoch(phase)} steps of {config.train.batch_size} images",
         "learning rate": config.train.lr_rule,
-        "kNN": f"{config.knn.k} neighbours" if _labelled(phase.plan) else "none: the images have no labels",
+        "kNN": f"{config.knn.k} neighbours" if _labelled(phase.plan) else f"none: {_lacking(phase.plan)}",
     }
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
 
@@ -122,6 +122,10 @@ def _evaluated(plan: CachePlan) -> list[str]:
 def _labelled(plan: CachePlan) -> bool:
     labelled = [split.index["label"].null_count < len(split.index) for split in plan.splits]
     return len(labelled) > 1 and all(labelled)
+
+
+def _lacking(plan: CachePlan) -> str:
+    return "the images have no labels" if plan.split("val") else "data.val names no held-out images"
 
 
 def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:

@@ -278,6 +278,7 @@ def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp
     for metric in ("knn", "knn_raw", "val_loss/colours8/summary"):
         assert plan(metric, labelled)[0]["kNN"] == "20 neighbours"
     assert plan("val_cosine/colours4/patches", flat)[0]["kNN"] == "none: the images have no labels"
+    assert plan("null", "null")[0]["kNN"] == "none: data.val names no held-out images"
     with pytest.raises(UserError, match=r"best_metric=knn is not an evaluated metric: val_cosine/colours8/"):
         plan("knn", flat)
     with pytest.raises(UserError, match=r"best_metric=knn needs held-out images to evaluate on: set data\.val"):
