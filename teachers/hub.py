@@ -114,7 +114,10 @@ def load_from_hub(teacher: str, fetch: Callable[[], T], file: HubFile | None) ->
         WeightsNotFoundError: for any failure, naming the file; if none is published (`file` is None).
     """
     if file is None:
-        raise WeightsNotFoundError(f"teacher {teacher}: no weights of it are published")
+        raise WeightsNotFoundError(
+            f"teacher {teacher}: no weights of it are published; set weights=<path of a file>, or weights=random for an "
+            "untrained network"
+        )
     try:
         with _offline_if_unreachable(file):
             return fetch()

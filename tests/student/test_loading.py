@@ -159,6 +159,11 @@ def test_random_weights_follow_their_seed():
             f"^{NAME}: weights: there is no file .*/no/such/file.safetensors; put",
         ),
         (NAME, "random:many", "the seed of random:many must be a whole number"),
+        (
+            "regla_t",
+            "pretrained",
+            "^regla_t: no weights of it are published; set weights=<path of a file>, or weights=random",
+        ),
     ],
 )
 def test_what_is_no_backbone_is_named(student, weights, expected):
