@@ -5,7 +5,8 @@
 
 Projections are fitted on one part of the images and every codec is evaluated on the others, which are committed as the job
 commits them. Bytes are those of all files of the teacher's folder: features, statistics, records, projections, description.
-Fidelity is the cosine of the standardised patches (`pipeline/cache/layout/target.py`), computed here in float64.
+Fidelity is the cosine of the standardised patches (`pipeline/cache/layout/target.py`), computed here in float64. PHI-S is a
+rotation and one scale, which leave the cosine of the centred patches as it is.
 
 `--simulated` draws features instead, in the shapes of DINOv2-L, CLIP-L and SAM-H (pooled to 16x16): normal, with means and
 deviations that spread over the channels as lognormal, a correlation of the spectrum i**-power in a random basis, and for
@@ -183,14 +184,14 @@ def _simulated(options: argparse.Namespace) -> Iterator[tuple[str, Features]]:
 
 def _measure(own: str, features: Features) -> dict[str, dict[str, float]]:
     """Bytes and fidelity by codec, which include the recipe's own."""
-    heads = ("bytes an image", "beside", "of float32", "target", "1st pct", "raw")
+    heads = ("bytes an image", "beside", "of float32", "target", "1st pct", "PHI-S", "1st pct", "raw")
     print(f"  {'codec':<15}{'width':>7}" + "".join(f"{head:>15}" for head in heads))
     rows: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys([*CODECS, own]):
         with TemporaryDirectory() as folder:
             row = rows[name] = _stored(name, features, ShardFolder(Store.at(folder)))
         ratio = f"1/{rows['float32']['bytes'] / row['bytes']:.1f}"
-        cosines = (f"{row[key]:.4f}" for key in ("cosine", "cosine_p1", "raw_cosine"))
+        cosines = (f"{row[key]:.4f}" for key in ("cosine", "cosine_p1", "phi_s", "phi_s_p1", "raw_cosine"))
         cells = (f"{row['bytes']:,.0f}", f"{row['beside']:.2%}", ratio, *cosines)
         print(f"  {name:<15}{row['width']:>7}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
     return rows
@@ -231,7 +232,7 @@ def _cosines(teacher: CachedTeacher, features: Features, folder: ShardFolder) ->
     """Cosines of the stored patches, standardised by the statistics of all of them, and raw, in float64."""
     codec, moments = teacher.codecs(projections_of(folder))["patches"], [*folder.moments(folder.records().values())]
     merged = merge_all(moments)["patches"]
-    standardised, raw, first = [], [], 0
+    standardised, centred, raw, first = [], [], [], 0
     read = np.concatenate([fixed_width(folder.read(r, ["patches"])["patches"]) for r in folder.records().values()])
     for batch in (make() for make in features.stored):
         x = batch["patches"].flatten(0, -2).double().numpy()
@@ -239,12 +240,15 @@ def _cosines(teacher: CachedTeacher, features: Features, folder: ShardFolder) ->
         y = codec.decode(rows).flatten(0, -2).double().numpy()
         first += _rows(batch)
         raw.append(_cosine(x, y))
+        centred.append(_cosine(x - merged.mean, y - merged.mean))
         live = merged.std > 1e-6 * np.abs(merged.mean)
         standardised.append(_cosine(*((part[:, live] - merged.mean[live]) / merged.std[live] for part in (x, y))))
-    target, raw_cosines = np.concatenate(standardised), np.concatenate(raw)
+    target, phi_s, raw_cosines = (np.concatenate(parts) for parts in (standardised, centred, raw))
     return {
         "cosine": float(target.mean()),
         "cosine_p1": float(np.percentile(target, 1)),
+        "phi_s": float(phi_s.mean()),
+        "phi_s_p1": float(np.percentile(phi_s, 1)),
         "raw_cosine": float(raw_cosines.mean()),
     }
 

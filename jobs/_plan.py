@@ -18,6 +18,8 @@ from pipeline.runtime.ray_session import Hardware
 if TYPE_CHECKING:  # it imports MLflow
     from pipeline.runs.session import Job
 
+RESIZED = {"squash": "squashed to a square", "pad": "longest side resized, padded to a square"}
+
 
 def print_plan(phase: PrecomputeJobConfig, plan: CachePlan, number: int, phases: int, *more: str) -> None:
     """Print the plan of a phase, numbered if there are several, and `more` text."""
@@ -61,7 +63,7 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     computed = f", {spec.computation}" if spec.computation else ""
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
-        f"squashed to a square, {spec.interpolation}{computed}; "
+        f"{RESIZED[spec.resize_mode]}, {spec.interpolation}{computed}; "
         f"weights {spec.weights[:20]}; {teacher.precision}, stored as {teacher.codec}: {_stored(plan, teacher)}; "
         f"{teacher.id}: {views - missing} of {views} views cached"
     )

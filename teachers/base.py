@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from teachers.errors import TeacherError as TeacherError
 from teachers.errors import WeightsNotFoundError as WeightsNotFoundError
+from teachers.padding import average_unpadded
 
 Interpolation = Literal["bicubic", "bilinear"]
+ResizeMode = Literal["squash", "pad"]
 
 
 class TeacherOutput(NamedTuple):
@@ -72,6 +74,8 @@ class TeacherSpec:
         licence: SPDX identifier or name of the weights' licence, as published.
         computation: how the features are computed where the fields above do not tell it, such as a correction of what the
             library does; "" for the library's own way.
+        resize_mode: ``squash``: images are resized to `input_size` whatever the ratio of their sides. ``pad``: the ratio is kept,
+            and zeros are added right and below after normalisation; `grid` then covers the image alone.
     """
 
     name: str
@@ -88,13 +92,20 @@ class TeacherSpec:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     licence: str = "unknown"
     computation: str = ""
+    resize_mode: ResizeMode = "squash"
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pixels to encode: RGB, and with ``pad`` a mask."""
+        return 4 if self.resize_mode == "pad" else 3
 
     def identity(self) -> dict[str, Any]:
         """All fields but name and licence, JSON-ready: teachers of equal identity share a cache."""
         fields = asdict(self)
         del fields["name"], fields["licence"]
-        if not self.computation:  # caches of earlier versions do not have it
-            del fields["computation"]
+        for added, default in (("computation", ""), ("resize_mode", "squash")):  # caches of earlier versions lack them
+            if fields[added] == default:
+                del fields[added]
         return fields
 
 
@@ -128,25 +139,36 @@ class Teacher(ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> TeacherOutput:
-        """Encode images [B, 3, H, W], normalised with the spec's mean and std, in the dtype and on the device of `load`."""
+        """Encode images [B, 3, H, W], normalised with the spec's mean and std, in the dtype and on the device of `load`.
+
+        With the resize mode ``pad``, returns the patches of the padded images, not pooled; :meth:`encode` averages the image's.
+        """
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> TeacherOutput:
         """Normalise on the device and encode.
 
         Args:
-            pixels: [B, 3, H, W] uint8 RGB at the spec's input size, on any device.
+            pixels: [B, 3, H, W] uint8 RGB at the spec's input size, on any device. With the resize mode ``pad``,
+                [B, 4, H, W]: the fourth channel is 0 on padding, which lies right and below, and 1 elsewhere.
 
         Returns:
             float32 features on the device of `load`: summary [B, D_s] or None, patches [B, h, w, D].
 
         Raises:
-            TeacherError: if the features do not have the shapes of the spec.
+            TeacherError: if the pixels or the features do not have the shapes of the spec.
         """
-        images = pixels.to(self.device, non_blocking=True).float().div_(255)
-        mean, std = (_by_channel(tuple(values), self.device) for values in (self.spec.mean, self.spec.std))
-        summary, patches = self.forward(images.sub_(mean).div_(std).to(self.dtype))
         spec, batch = self.spec, len(pixels)
+        if pixels.shape[1] != spec.channels:
+            raise TeacherError(f"teacher {spec.name}: encodes {spec.channels} channels, not {pixels.shape[1]}")
+        pixels = pixels.to(self.device, non_blocking=True)
+        mean, std = (_by_channel(tuple(values), self.device) for values in (spec.mean, spec.std))
+        images = pixels[:, :3].float().div_(255).sub_(mean).div_(std)
+        if spec.resize_mode == "pad":
+            images.mul_(mask := pixels[:, 3:] > 0)
+        summary, patches = self.forward(images.to(self.dtype))
+        if spec.resize_mode == "pad":
+            patches = average_unpadded(patches.float(), mask[:, 0], spec.grid)
         promised = (batch, spec.summary_dim) if spec.summary_dim else None, (batch, *spec.grid, spec.patch_dim)
         given = None if summary is None else tuple(summary.shape), tuple(patches.shape)
         if promised != given:

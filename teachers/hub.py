@@ -114,7 +114,10 @@ def load_from_hub(teacher: str, fetch: Callable[[], T], file: HubFile | None) ->
         WeightsNotFoundError: for any failure, naming the file; if none is published (`file` is None).
     """
     if file is None:
-        raise WeightsNotFoundError(f"teacher {teacher}: no weights of it are published")
+        raise WeightsNotFoundError(
+            f"teacher {teacher}: no weights of it are published; set weights=<path of a file>, or weights=random for an "
+            "untrained network"
+        )
     try:
         with _offline_if_unreachable(file):
             return fetch()
@@ -127,7 +130,7 @@ def load_from_hub(teacher: str, fetch: Callable[[], T], file: HubFile | None) ->
 def _not_found(teacher: str, file: HubFile, reason: str) -> WeightsNotFoundError:
     return WeightsNotFoundError(
         f"teacher {teacher}: its pretrained weights are neither in the local hub cache ({constants.HF_HUB_CACHE}) nor can "
-        f"they be downloaded ({reason}): put {file} on this machine and set teachers.<i>.weights=<path of the file>, or "
+        f"they be downloaded ({reason}): put {file} on this machine and set weights=<path of the file>, or "
         "weights=random for an untrained network"
     )
 

@@ -3,8 +3,9 @@
 There is no summary. Patches are the neck's 256 channels; at 1024 px the 64 x 64 grid is averaged exactly to 16 x 16.
 At smaller inputs fewer patches are averaged, so that the grid stays 16 x 16 where possible.
 
-Images are resized bilinearly, as by the authors, but to a square, as by all teachers: patches then lie where the student's
-do. The authors keep the sides' ratio and pad below or to the right; a square image is the same either way.
+Images are resized bilinearly, as by the authors, but squashed to a square, as by all teachers. With the argument
+`resize_mode: pad` their ratio is kept and they are padded, as by the authors; the image's part of the feature map is then
+averaged to the same grid, so that no padding enters a feature. A square image is the same either way.
 """
 
 from collections.abc import Mapping

@@ -5,7 +5,8 @@
         weights: mobilenetv2.safetensors
         args: {pad_type: same, mean: [0.498, 0.498, 0.498], std: [0.5, 0.5, 0.5]}
 
-`args` are passed to `timm.create_model`, except `mean`, `std` and `interpolation`, which override the published preprocessing.
+`args` are passed to `timm.create_model`, except `mean`, `std` and `interpolation`, which override the published preprocessing,
+and `resize_mode`: `squash`, or, where there is no summary, `pad`.
 """
 
 import difflib
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from teachers.base import (
     Interpolation,
+    ResizeMode,
     Teacher,
     TeacherError,
     TeacherOptions,
@@ -34,7 +36,7 @@ from teachers.timm_features import Read, find_features
 from teachers.variants import check_input_size, pooled_grid
 from teachers.weights import parse_weights, seeded_init
 
-PREPROCESSING = ("mean", "std", "interpolation")
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 LOADING = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 """Arguments of timm.create_model that make it read files or a hub, which only `weights` may."""
@@ -80,7 +82,7 @@ class TimmTeacher(Teacher):
             )
         summary_dim, patch_dim, grid = self._probe(size)
         self.pool = options.pool or pool
-        chosen = {key: options.args.get(key, published[key]) for key in PREPROCESSING}
+        chosen = {**published, "resize_mode": "squash", **options.args}
         self.spec = TeacherSpec(
             name=name,
             architecture=f"timm/{self.model_name.partition('.')[0]}",
@@ -96,6 +98,7 @@ class TimmTeacher(Teacher):
             model_args=self.model_args,
             licence=published.get("license") or "unknown",
             computation=self._computation(),
+            resize_mode=_resize_mode(name, chosen["resize_mode"], has_summary),
         )
 
     def _computation(self) -> str:
@@ -167,7 +170,8 @@ class TimmTeacher(Teacher):
     def forward(self, images: Tensor) -> TeacherOutput:
         """[B, 3, H, W] -> summary [B, D_s] or None, patches [B, h, w, D]."""
         summary, patches = self.read(self.model, images)
-        return TeacherOutput(summary if self.has_summary else None, pool_grid(patches, self.pool))
+        pool = 1 if self.spec.resize_mode == "pad" else self.pool
+        return TeacherOutput(summary if self.has_summary else None, pool_grid(patches, pool))
 
 
 def _known_model(name: str) -> str:
@@ -207,3 +211,13 @@ def _interpolation(name: str, value: Any) -> Interpolation:
     if value == "bicubic" or value == "bilinear":
         return value
     raise TeacherError(f"teacher {name}: args.interpolation must be bicubic or bilinear, not {value!r}")
+
+
+def _resize_mode(name: str, value: Any, has_summary: bool) -> ResizeMode:
+    if value == "squash" or (value == "pad" and not has_summary):
+        return value
+    if value == "pad":
+        raise TeacherError(
+            f"teacher {name}: args.resize_mode=pad is for SAM: the padding would change this teacher's summary"
+        )
+    raise TeacherError(f"teacher {name}: args.resize_mode must be squash or pad, not {value!r}")

@@ -11,7 +11,8 @@ import torch
 
 from pipeline.cache.fill.build import CachePlan
 from pipeline.cache.fill.second_moments import freeze_phi_s
-from pipeline.cache.layout.cached_teacher import teacher_labels
+from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
+from pipeline.cache.layout.codec import Codec
 from pipeline.cache.read.order import check_per_step
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import feature_map_size
@@ -75,6 +76,8 @@ def training_plan(phase: Phase) -> dict[str, str]:
     share = config.train.batch_size // max(1, config.train.most_workers)
     check_per_step(config.views.per_step, config.views.crops or 1, share)
     check_best_metric(config.train.best_metric, _evaluated(phase.plan))
+    if config.loss.standardise == "phi_s":
+        _warn_of_projections(teachers)
     student = build_student(config)
     grid, labels = feature_map_size(student, config.student.input_size), teacher_labels(teachers)
     strides = ", ".join(map(str, student.tap_strides))
@@ -83,9 +86,19 @@ def training_plan(phase: Phase) -> dict[str, str]:
         **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
         "training": f"{config.train.epochs} epochs of {steps_per_epoch(phase)} steps of {config.train.batch_size} images",
         "learning rate": config.train.lr_rule,
-        "kNN": f"{config.knn.k} neighbours" if _labelled(phase.plan) else "none: the images have no labels",
+        "kNN": f"{config.knn.k} neighbours" if _labelled(phase.plan) else f"none: {_lacking(phase.plan)}",
     }
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
+
+
+def _warn_of_projections(teachers: Sequence[CachedTeacher]) -> None:
+    labels = teacher_labels(teachers)
+    if chosen := [labels[teacher.id] for teacher in teachers if Codec.parse(teacher.codec).pca]:
+        log.warning(
+            "loss.standardise=phi_s: what the cache keeps of %s was chosen for mean_std; with a few channels of large deviation "
+            "it keeps less of these targets than the plan says: set cache.codec=int8 or float16",
+            ", ".join(chosen),
+        )
 
 
 def check_session(phase: Phase) -> None:
@@ -108,6 +121,10 @@ def _evaluated(plan: CachePlan) -> list[str]:
 def _labelled(plan: CachePlan) -> bool:
     labelled = [split.labelled for split in plan.splits]
     return len(labelled) > 1 and all(labelled)
+
+
+def _lacking(plan: CachePlan) -> str:
+    return "the images have no labels" if plan.split("val") else "data.val names no held-out images"
 
 
 def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:

@@ -1,9 +1,10 @@
-"""Cut a view from decoded pixels and resize it once."""
+"""Cut a view from decoded pixels and resize it once, squashed or padded."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from pipeline.imaging.geometry import View
 from teachers.base import Interpolation
@@ -26,15 +27,26 @@ def crop_and_resize(
     Returns:
         [3, height, width] uint8, contiguous; channels first, because a transpose would take as long as the resizing.
     """
-    pixels = image if isinstance(image, np.ndarray) else np.array(image)
-    (top, bottom), (left, right) = (
-        _whole_pixels(view.box[axis], view.box[axis + 2], pixels.shape[1 - axis]) for axis in (1, 0)
-    )
-    planes = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
-    if planes.shape[1:] != size:
-        planes = F.interpolate(planes[None], size, mode=interpolation, align_corners=False, antialias=True)[0]
-    resized: np.ndarray = (planes.flip(-1) if view.flip else planes).contiguous().numpy()
-    return resized
+    return _resize(_cut(image, view), view, size, interpolation)
+
+
+def crop_and_pad(
+    image: np.ndarray | Image.Image, view: View, size: tuple[int, ...], interpolation: Interpolation
+) -> np.ndarray:
+    """As :func:`crop_and_resize`, but keeps the ratio of the sides: the box fits into `size`, and zeros lie right and below.
+
+    The sides are rounded as by the authors of SAM (`ResizeLongestSide`), to at least one pixel.
+
+    Returns:
+        [4, height, width] uint8: RGB and a mask, 1 on the box and 0 on the padding.
+    """
+    planes = _cut(image, view)
+    scale = min(full / side for full, side in zip(size, planes.shape[1:], strict=True))
+    height, width = (max(1, int(side * scale + 0.5)) for side in planes.shape[1:])
+    padded = np.zeros((4, *size), np.uint8)
+    padded[:3, :height, :width] = _resize(planes, view, (height, width), interpolation)
+    padded[3, :height, :width] = 1
+    return padded
 
 
 def is_thin(image: Image.Image) -> bool:
@@ -56,6 +68,22 @@ def resized_centre(image: Image.Image, short: int, size: int) -> Image.Image:
         for start, scale, stored in zip(starts, scales, image.size, strict=True)
     )
     return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, right, bottom))
+
+
+def _cut(image: np.ndarray | Image.Image, view: View) -> Tensor:
+    """The box [3, h, w] uint8, at whole pixels."""
+    pixels = image if isinstance(image, np.ndarray) else np.array(image)
+    (top, bottom), (left, right) = (
+        _whole_pixels(view.box[axis], view.box[axis + 2], pixels.shape[1 - axis]) for axis in (1, 0)
+    )
+    return torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
+
+
+def _resize(planes: Tensor, view: View, size: tuple[int, ...], interpolation: Interpolation) -> np.ndarray:
+    if planes.shape[1:] != size:
+        planes = F.interpolate(planes[None], size, mode=interpolation, align_corners=False, antialias=True)[0]
+    resized: np.ndarray = (planes.flip(-1) if view.flip else planes).contiguous().numpy()
+    return resized
 
 
 def _whole_pixels(start: float, end: float, length: int) -> tuple[int, int]:

@@ -85,9 +85,11 @@ def image_size(data: bytes | str) -> tuple[int, int]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to 8-bit RGB as :func:`decode_image` does. Grey of 12 or 16 bits keeps its upper eight bits.
 
+    16-bit PNG and TIFF without a value over 4,095 are read as 12 bits: cameras store those unscaled, and the upper eight
+    of 16 bits would be black. A dark image of 16 bits comes out 16 times as bright.
+
     Raises:
-        ValueError: for pixels without a known range: floating point, integers that are signed or of 32 bits, and 16-bit
-            grey whose values fit into 12 bits.
+        ValueError: for pixels without a known range: floating point, and integers that are signed or of 32 bits.
     """
     if image.mode == "RGB":
         return image
@@ -109,10 +111,8 @@ def _upper_bits(image: Image.Image) -> np.ndarray:
     levels = np.asarray(image).astype(np.uint16)  # in the byte order of this machine
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     depth = tags.get(BITSPERSAMPLE, (16,))[0]
-    if depth == 16 and image.format in ("PNG", "TIFF", None) and 0 < levels.max() < 1 << 12:
-        raise ValueError(
-            f"grey of 16 bits with values up to {levels.max()} is either of 12 bits or nearly black; scale it to 16 bits"
-        )
+    if depth == 16 and image.format in ("PNG", "TIFF", None) and levels.max() < 1 << 12:
+        depth = 12
     eight: np.ndarray = (levels >> (depth - 8)).astype(np.uint8)
     return ~eight if tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else eight
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-from pipeline.imaging.crop import crop_and_resize
+from pipeline.imaging.crop import crop_and_pad, crop_and_resize
 from pipeline.imaging.decode import decode_pixels
 from pipeline.imaging.geometry import View
 from pipeline.imaging.shared_arrays import ArrayHandle, ArrayPool, AttachedArrays, SharedArrayPool
@@ -54,7 +54,10 @@ def decoder_count() -> int:
 
 
 class CropTask(NamedTuple):
-    """A view of an image, how to resize it, and the [3, H, W] uint8 array of :meth:`ArrayPool.row_targets` to write."""
+    """A view of an image, how to resize it, and the uint8 array of :meth:`ArrayPool.row_targets` to write.
+
+    A target of [3, H, W] takes the squashed view, one of [4, H, W] the padded view and its mask.
+    """
 
     view: View
     interpolation: Interpolation
@@ -162,4 +165,5 @@ def _decode(tasks: DecodeTasks) -> None:
         image = decode_pixels(_attached.array(data).tobytes() if isinstance(data, ArrayHandle) else data)
         for view, interpolation, target in crops:
             pixels = _attached.array(target) if isinstance(target, ArrayHandle) else target
-            pixels[:] = crop_and_resize(image, view, pixels.shape[1:], interpolation)
+            crop = crop_and_pad if len(pixels) == 4 else crop_and_resize
+            pixels[:] = crop(image, view, pixels.shape[1:], interpolation)

@@ -118,17 +118,41 @@ def connect() -> Iterator[None]:
     Raises:
         UserError: if the cluster cannot be reached, or if a process of the job was killed, for example for lack of memory.
     """
-    address = _address()
-    embedded = address == "local"
-    for name, value in {**_ENVIRONMENT, **(_EMBEDDED if embedded else {})}.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import_ray()
+    # A later connection of this process may be to a cluster.
+    embedded = {} if is_cluster() else {name: value for name, value in _EMBEDDED.items() if name not in os.environ}
+    with _environment(embedded):
+        import_ray()
+        with _session(_address()):
+            yield
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables in this block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _session(address: str) -> Iterator[None]:
+    """See :func:`connect`."""
     import ray
 
     if ray.is_initialized():
         with _killed_in_one_line():
             yield
         return
+    embedded = address == "local"
     arguments = _embedded_arguments() if embedded else {}
     arguments["runtime_env"] = {"env_vars": _workers_environment(embedded)}
     if embedded:
@@ -194,14 +218,8 @@ def import_ray() -> None:
 
     Ray has this variable for Windows and macOS, and reads it at import only; it does not affect clusters.
     """
-    before = os.environ.get(_MULTI_NODE_SWITCH)
-    os.environ[_MULTI_NODE_SWITCH] = "0"
-    try:
+    with _environment({_MULTI_NODE_SWITCH: "0"}):  # `ray start` in a child process refuses to form a cluster with it
         import ray  # noqa: F401
-    finally:
-        del os.environ[_MULTI_NODE_SWITCH]  # `ray start` in a child process refuses to form a cluster with it
-        if before is not None:
-            os.environ[_MULTI_NODE_SWITCH] = before
 
 
 def _check_loopback() -> None:

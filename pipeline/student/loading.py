@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.errors import UserError, one_line
 from pipeline.student.model import Encoder, build_encoder, create_backbone, load_encoder
 from pipeline.student.nearest import nearest_folders
-from teachers.base import TeacherError, WeightsNotFoundError
+from teachers.base import TeacherError
 from teachers.checkpoint import read_checkpoint
 from teachers.fit import check_keys
 from teachers.hub import HubFile, load_from_hub
@@ -137,11 +137,6 @@ def _from_timm(name: str, weights: str, args: Mapping[str, Any]) -> tuple[Encode
             ignored = [f"{head}." for head in ([heads] if isinstance(heads, str) else heads)]
             state = check_keys(read_checkpoint(source.value, name), backbone.state_dict(), name, ignored)
             backbone.load_state_dict(state)
-    except WeightsNotFoundError as error:
-        raise UserError(
-            f"{name}: weights={weights}: neither a file nor in the hub's cache, and no download is possible; "
-            "set a checkpoint file, or `random` for an untrained network"
-        ) from error
     except TeacherError as error:
         raise UserError(str(error).removeprefix("teacher ")) from error
     return Encoder(backbone).eval(), known["input_size"][-1]

@@ -218,7 +218,7 @@ def test_a_licence_that_nobody_told_is_unknown(photo_config, known, expected):
 
 def test_weights_that_are_nowhere_are_refused_with_the_plan(unfilled):
     with pytest.raises(
-        UserError, match=r"student\.weights=nowhere: timm/test_resnet: weights=nowhere: neither a file nor"
+        UserError, match=r"student\.weights=nowhere: timm/test_resnet: weights: there is no file .*/nowhere; put the"
     ):
         unfilled("student.weights=nowhere")
 
@@ -258,6 +258,16 @@ def test_every_phase_has_a_plan(planned):
     assert list(second)[2:] == ["learning rate", "kNN", "grid colours12", "grid colours8"]
 
 
+@pytest.mark.parametrize(
+    ("codec", "standardise", "warned"),
+    [("pca-int8-zstd", "phi_s", True), ("pca-int8-zstd", "mean_std", False), ("float16", "phi_s", False)],
+)
+def test_a_codec_that_was_chosen_for_other_targets_is_named(unfilled, caplog, codec, standardise, warned):
+    training_plan(unfilled(f"cache.codec={codec}", f"loss.standardise={standardise}")[0])
+    message = "phi_s: what the cache keeps of colours8, colours4 was chosen for mean_std"
+    assert (message in caplog.text) is warned
+
+
 def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp_path):
     def plan(metric, val):
         config = photo_config(*STUDENT, f"train.best_metric={metric}", f"data.val={val}")
@@ -268,6 +278,7 @@ def test_the_best_metric_is_one_that_the_held_out_images_allow(photo_config, tmp
     for metric in ("knn", "knn_raw", "val_loss/colours8/summary"):
         assert plan(metric, labelled)[0]["kNN"] == "20 neighbours"
     assert plan("val_cosine/colours4/patches", flat)[0]["kNN"] == "none: the images have no labels"
+    assert plan("null", "null")[0]["kNN"] == "none: data.val names no held-out images"
     with pytest.raises(UserError, match=r"best_metric=knn is not an evaluated metric: val_cosine/colours8/"):
         plan("knn", flat)
     with pytest.raises(UserError, match=r"best_metric=knn needs held-out images to evaluate on: set data\.val"):

@@ -1,5 +1,6 @@
 """Images of an extreme ratio of sides: nothing is resized to more than is used."""
 
+import json
 import math
 
 import numpy as np
@@ -14,7 +15,9 @@ from pipeline.downstream.backbone import find_start
 from pipeline.downstream.base import make_task
 from pipeline.downstream.pictures import MOST_SIDE, enlarge
 from pipeline.downstream.segment.classes import IGNORE
+from pipeline.downstream.training import FinetuneTask
 from pipeline.imaging.crop import THIN, is_thin, resized_centre
+from tests.downstream.drawings import locations, write_set
 
 SIZES = [(1, 3000), (3000, 1), (3, 100), (100, 3), (7, 300), (300, 7), (20, 1), (300, 200), (64, 64), (33, 90)]
 LARGEST = 1 << 24
@@ -84,6 +87,35 @@ def test_training_on_label_maps_crops_a_part_of_a_thin_image_first(make_job, res
     assert pixels.shape[1:] == labels.shape
     assert (labels != IGNORE).any()
     assert max(resized) < 1 << 20
+
+
+def make_thin(folder, width, height):
+    """Replace half of the drawings of a set by images of this size that one object fills."""
+    file = folder / "annotations/instances_train.json"
+    dataset = json.loads(file.read_text())
+    for image, entry in list(zip(dataset["images"], dataset["annotations"], strict=True))[::2]:
+        image |= {"width": width, "height": height}
+        entry |= {"bbox": [0, 0, width, height], "area": width * height}
+        entry["segmentation"] = {"size": [height, width], "counts": [0, width * height]}
+        for path in folder.rglob(image["file_name"]):
+            mode = "L" if "masks" in path.parts else "RGB"
+            Image.new(mode, (width, height), 1).save(path)
+    file.write_text(json.dumps(dataset))
+
+
+@pytest.mark.parametrize("sides", [(1, 20_000), (20_000, 1), (3, 144), (144, 3)], ids=str)
+@pytest.mark.parametrize("task", ["classify", "segment", "detect"])
+def test_tasks_train_and_evaluate_on_thin_images(make_job, tmp_path, task, sides):
+    for part in ("set", "set/held-out"):
+        write_set(tmp_path / part, 4)
+        make_thin(tmp_path / part, *sides)
+    job = make_job(task, *locations(tmp_path / "set", task))
+    trained = FinetuneTask(job)
+    batch = next(iter(trained.batches(0, 0)))
+    loss, _ = trained.loss(trained.module.train(), batch, torch.device("cpu"))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(math.isfinite(value) for value in trained.evaluate(trained.module.eval(), None).values())
 
 
 def test_pictures_of_thin_images_are_not_enlarged_without_bound():

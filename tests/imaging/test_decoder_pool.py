@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.imaging.crop import crop_and_resize
+from pipeline.imaging.crop import crop_and_pad, crop_and_resize
 from pipeline.imaging.decode import decode_pixels
 from pipeline.imaging.decoder_pool import ATTEMPTS, MIN_CHUNK, CropTask, DecoderPool
 from pipeline.imaging.geometry import FULL, View
@@ -54,6 +54,15 @@ def test_each_view_is_written_to_its_target(decoders):
         pixels, pending = _submit_all(decoders, files)
         decoders.finish(pending)
         assert np.array_equal(pixels, _expected(files))
+
+
+def test_one_decoding_serves_squashed_and_padded_views(decoders):
+    data = next(_files(1))
+    targets = [decoders.arrays.empty(1, channels, 24, 24) for channels in (3, 4)]
+    crops = [CropTask(VIEWS[1], "bilinear", decoders.arrays.row_targets(target)[0]) for target in targets]
+    decoders.decode([(data, crops)])
+    for crop, target in zip((crop_and_resize, crop_and_pad), targets, strict=True):
+        assert np.array_equal(target[0], crop(decode_pixels(data), VIEWS[1], (24, 24), "bilinear"))
 
 
 def test_several_threads_can_use_it(decoders):

@@ -76,7 +76,7 @@ def test_pretrained_weights_that_no_hub_gives_stop_the_job_first(tmp_path, refus
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     line = refused(precompute.main, *SMALL_JOB, "teachers=[dinov2/vits14]", f"work={tmp_path}/work")
     assert "dinov2/vits14" in line
-    assert "teachers.<i>.weights=<path of the file>" in line
+    assert "set weights=<path of the file>" in line
     assert not list((tmp_path / "work/cache").rglob("*.parquet"))
 
 

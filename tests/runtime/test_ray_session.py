@@ -10,6 +10,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.runtime.ray_session import (
+    _EMBEDDED,
     _workers_environment,
     check_devices,
     connect,
@@ -61,6 +62,29 @@ def test_within_an_open_session_that_one_is_used_and_stays():
     with connect():
         assert ray.get_runtime_context().get_node_id() == node
     assert ray.is_initialized()
+
+
+def test_settings_of_an_embedded_session_end_with_it(monkeypatch):
+    """A later connection of the process may be to a cluster."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    for name in _EMBEDDED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    theirs = {"RAY_AUTH_MODE": "token"}
+
+    def settings():
+        return {name: os.environ[name] for name in _EMBEDDED if name in os.environ}
+
+    with connect():
+        assert settings() == _EMBEDDED | theirs
+    assert settings() == theirs
+    with pytest.raises(KeyboardInterrupt), connect():
+        raise KeyboardInterrupt
+    assert settings() == theirs
+    monkeypatch.setenv("RAY_ADDRESS", "a-cluster:6379")
+    with connect():
+        assert settings() == theirs
 
 
 @pytest.mark.parametrize(

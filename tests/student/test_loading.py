@@ -90,7 +90,7 @@ def test_weights_of_the_hub_are_known_by_their_tag_and_licence(monkeypatch):
             "FOLDER/student.safetensors",
             r"student\.weights=FOLDER/student\.safetensors: regla_t: weights: the file lacks stages",
         ),
-        (NAME, "nothing", rf"student\.weights=nothing: {NAME}: weights=nothing: neither a file nor"),
+        (NAME, "nothing", rf"student\.weights=nothing: {NAME}: weights: there is no file .*/nothing; put"),
         (NAME, "models:/nothing/1", r"student\.weights=models:/nothing/1: "),
         (
             NAME,
@@ -153,8 +153,17 @@ def test_random_weights_follow_their_seed():
     [
         ("no/such/folder", "random", "neither an exported student folder, nor an MLflow URI"),
         ("timm/mobilenetv5", "random", "timm has no model mobilenetv5"),
-        (NAME, "no/such/file.safetensors", "weights=no/such/file.safetensors: neither a file"),
+        (
+            NAME,
+            "no/such/file.safetensors",
+            f"^{NAME}: weights: there is no file .*/no/such/file.safetensors; put",
+        ),
         (NAME, "random:many", "the seed of random:many must be a whole number"),
+        (
+            "regla_t",
+            "pretrained",
+            "^regla_t: no weights of it are published; set weights=<path of a file>, or weights=random",
+        ),
     ],
 )
 def test_what_is_no_backbone_is_named(student, weights, expected):
@@ -168,7 +177,12 @@ def test_a_file_of_another_architecture_and_an_unreachable_hub_are_named(tmp_pat
         load_student(NAME, weights=str(tmp_path / "odd.safetensors"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match="no download is possible; set a checkpoint file, or `random`"):
+    expected = (
+        r"^timm/mobilenetv2_100: its pretrained weights are neither .* \(HF_HUB_OFFLINE is set\): put model\.safetensors or "
+        r"pytorch_model\.bin of \S+/timm/mobilenetv2_100\.ra_in1k on this machine and set weights=<path of the file>, or "
+        "weights=random for an untrained network$"
+    )
+    with pytest.raises(UserError, match=expected):
         load_student("timm/mobilenetv2_100", weights="pretrained")
 
 

@@ -124,6 +124,13 @@ def test_features_of_other_shapes_are_refused(pixels, echo):
         echo.encode(pixels)
 
 
+@pytest.mark.parametrize(("resize_mode", "channels"), [("squash", 4), ("pad", 3)])
+def test_pixels_need_a_mask_where_they_are_padded_and_there_alone(resize_mode, channels):
+    echo = Echo(replace(SPEC, resize_mode=resize_mode))
+    with pytest.raises(TeacherError, match=f"teacher echo: encodes {7 - channels} channels, not {channels}"):
+        echo.encode(torch.zeros(1, channels, 4, 6, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("pool", [1, 2, 4])
 def test_pooling_is_the_exact_average_of_each_square(pool):
     # Whole numbers below 2^24: every sum is exact.
@@ -191,12 +198,17 @@ def test_the_digest_covers_parameters_and_buffers():
 
 def test_identity_ignores_the_readable_name_and_the_licence():
     assert replace(SPEC, name="alias", licence="other").identity() == SPEC.identity()
-    assert {field.name for field in fields(TeacherSpec)} - SPEC.identity().keys() == {"name", "licence", "computation"}
+    assert {field.name for field in fields(TeacherSpec)} - SPEC.identity().keys() == {
+        "name",
+        "licence",
+        "computation",
+        "resize_mode",
+    }
 
 
-def test_the_librarys_own_way_of_computing_is_no_part_of_the_identity():
-    # Caches of versions without the field stay valid.
-    assert "computation" not in SPEC.identity()
+def test_the_librarys_own_way_of_computing_and_squashing_are_no_part_of_the_identity():
+    # Caches of versions without the fields stay valid.
+    assert SPEC.identity().keys().isdisjoint({"computation", "resize_mode"})
 
 
 @pytest.mark.parametrize(
@@ -214,6 +226,7 @@ def test_the_librarys_own_way_of_computing_is_no_part_of_the_identity():
         {"pool": 2},
         {"model_args": {"depth": 3}},
         {"computation": "positions: bicubic"},
+        {"resize_mode": "pad"},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -1,9 +1,13 @@
 """SAM's image encoder against a forward of the authors' checkpoint layout in plain torch."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2.functional import horizontal_flip, resize
 
+from pipeline.imaging.crop import crop_and_pad, crop_and_resize
+from pipeline.imaging.geometry import FULL, View
 from teachers import sam
 from teachers.base import TeacherError
 from teachers.registry import create_teacher
@@ -186,6 +190,90 @@ def test_the_default_pool_averages_to_sixteen_by_sixteen(tmp_path):
     whole.load()
     squares = F.avg_pool2d(whole.encode(pixels).patches.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     torch.testing.assert_close(pooled, squares, atol=1e-6, rtol=0)
+
+
+def padded_forward(tensors, image, side, grid):
+    """The authors' features [grid, grid, NECK] of an image [3, h, w] uint8, averaged over cells of the image alone."""
+    long = max(image.shape[1:])
+    height, width = (max(1, int(extent * (PATCH * side / long) + 0.5)) for extent in image.shape[1:])
+    padded = torch.zeros(1, 3, PATCH * side, PATCH * side)
+    padded[:, :, :height, :width] = normalise(resize(image, [height, width], antialias=True)[None])
+    features = forward(tensors, padded)[0]
+    # Every pixel split into `grid` parts, so that cells begin between two of them.
+    cells = torch.empty(grid, grid, NECK)
+    for row in range(grid):
+        for column in range(grid):
+            ys, xs = (
+                torch.arange(cell * extent, (cell + 1) * extent) // (PATCH * grid)
+                for cell, extent in ((row, height), (column, width))
+            )
+            cells[row, column] = features[ys][:, xs].mean(dim=(0, 1))
+    return cells
+
+
+@pytest.mark.parametrize(
+    ("size", "view"),
+    [
+        ((90, 240), FULL),
+        ((200, 150), FULL),
+        ((128, 128), FULL),
+        ((40, 30), FULL),
+        ((1, 300), FULL),
+        ((120, 90), View((0.0, 0.25, 1.0, 0.75), flip=True)),
+    ],
+    ids=["wide", "tall", "square", "enlarged", "thin", "mirrored crop"],
+)
+@pytest.mark.parametrize(("side", "pool"), [(8, 2), (6, 1)])
+def test_padded_images_are_encoded_as_by_the_authors_and_no_padding_is_averaged(tmp_path, size, view, side, pool):
+    tensors = draw_file(side)
+    torch.save(tensors, tmp_path / "authors.pth")
+    teacher = build(tmp_path / "authors.pth", side, pool=pool, resize_mode="pad")
+    assert teacher.spec.grid == (side // pool, side // pool)
+    teacher.load()
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    pixels = torch.from_numpy(crop_and_pad(image, view, teacher.spec.input_size, teacher.spec.interpolation))
+    top, bottom = (round(share * size[0]) for share in view.box[1::2])
+    cut = torch.from_numpy(image[top:bottom].copy()).permute(2, 0, 1)
+    expected = padded_forward(tensors, horizontal_flip(cut) if view.flip else cut, side, side // pool)
+    together = teacher.encode(torch.stack([torch.ones_like(pixels), pixels])).patches[
+        1
+    ]  # beside an image of another extent
+    torch.testing.assert_close(together, expected, atol=5e-5, rtol=0)
+
+
+def test_a_square_image_has_the_same_features_padded_or_squashed(tmp_path):
+    torch.save(draw_file(8), tmp_path / "authors.pth")
+    image, features = np.random.default_rng(0).integers(0, 256, (70, 70, 3), np.uint8), []
+    for mode, crop in (("squash", crop_and_resize), ("pad", crop_and_pad)):
+        teacher = build(tmp_path / "authors.pth", 8, pool=2, resize_mode=mode)
+        teacher.load()
+        pixels = crop(image, FULL, teacher.spec.input_size, teacher.spec.interpolation)
+        features.append(teacher.encode(torch.from_numpy(pixels)[None]).patches)
+    torch.testing.assert_close(*features, atol=1e-5, rtol=0)
+
+
+def test_squashing_is_the_default_and_leaves_the_identity_of_older_caches():
+    spec, padded = (create_teacher("sam", args=args).spec for args in ({}, {"resize_mode": "pad"}))
+    assert (spec.resize_mode, padded.resize_mode) == ("squash", "pad")
+    assert padded.identity() == {**spec.identity(), "resize_mode": "pad"}
+    assert create_teacher("sam", args={"resize_mode": "squash"}).spec.identity() == spec.identity()
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "reason"),
+    [
+        ("sam", "crop", "teacher sam/vit_b: args.resize_mode must be squash or pad, not 'crop'"),
+        ("sam", True, "must be squash or pad, not True"),
+        (
+            "dinov2/vits14",
+            "pad",
+            "teacher dinov2/vits14: args.resize_mode=pad is for SAM: the padding would change this",
+        ),
+    ],
+)
+def test_other_ways_to_resize_are_refused(model, mode, reason):
+    with pytest.raises(TeacherError, match=reason):
+        create_teacher(model, weights="random", args={"resize_mode": mode})
 
 
 @pytest.mark.parametrize(("variant", "size"), [("vit_b", "base"), ("vit_l", "large"), ("vit_h", "huge")])

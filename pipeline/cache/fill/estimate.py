@@ -138,7 +138,7 @@ def _probe(cached: CachedTeacher, batch_size: int) -> Probe | None:
     if loaded is None:
         return None
     teacher, trained = loaded
-    pixels = torch.randint(0, 256, (batch_size, 3, *cached.spec.input_size), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (batch_size, cached.spec.channels, *cached.spec.input_size), dtype=torch.uint8)
     macs = count_macs(teacher, pixels[:1])
     if device == "cpu":
         pixels = pixels[: max(1, int(CPU_PROBE_MACS / max(1, macs)))]

@@ -104,7 +104,7 @@ class TeacherDevice:
             yield
 
     def encode(self, teacher: Teacher, pixels: Tensor) -> tuple[TeacherOutput, float]:
-        """A teacher's output for [B, 3, H, W] uint8 pixels, ready for any stream, and the seconds that the device took."""
+        """A teacher's output, ready for any stream, and the seconds that the device took."""
         if self.name == "cuda":
             return self._encode_on_gpu(teacher, pixels)
         with self.forward_lock:
@@ -150,7 +150,8 @@ class BatchAssembler:
         if number not in self.pixels:
             # All of one size, so that their memory is reused; the rows that a short batch leaves over are never touched.
             self.pixels[number] = {
-                name: self.decoders.arrays.empty(self.size, 3, *spec.input_size) for name, spec in self.specs.items()
+                name: self.decoders.arrays.empty(self.size, spec.channels, *spec.input_size)
+                for name, spec in self.specs.items()
             }
             self.targets[number] = {
                 name: self.decoders.arrays.row_targets(pixels) for name, pixels in self.pixels[number].items()
@@ -159,7 +160,7 @@ class BatchAssembler:
         return [CropTask(view, spec.interpolation, targets[name][position]) for name, spec in self.specs.items()]
 
     def pop(self, number: int) -> dict[str, Tensor]:
-        """Wait for a batch and return its pixels by teacher id, [B, 3, H, W] uint8."""
+        """Wait for a batch and return its pixels by teacher id, as `Teacher.encode` takes them."""
         self.decoders.finish(self.pending[number])
         del self.pending[number], self.targets[number]
         count = min(self.size, self.rows - number * self.size)
@@ -259,11 +260,11 @@ class Extract:
             yield {name: self.encode(name, batch)[0] for name, batch in pixels.items()}
 
     def encode(self, name: str, pixels: Tensor) -> tuple[TeacherOutput, float]:
-        """A teacher's output for [B, 3, H, W] uint8 pixels, and the seconds that the device took."""
+        """A teacher's output, and the seconds that the device took."""
         return self.device.encode(self.teachers[name], pixels)
 
     def rendered(self, shard: ViewRows, names: list[str]) -> Iterator[dict[str, Tensor]]:
-        """Batches of [B, 3, H, W] uint8 pixels by teacher id, rendered `BATCHES_AHEAD` batches ahead of the device."""
+        """Batches of pixels by teacher id, rendered `BATCHES_AHEAD` batches ahead of the device."""
         images, rows, _ = shard
         specs = {name: self.teachers[name].spec for name in names}
         assembler = BatchAssembler(self.decoders, specs, rows.num_rows, self.batch_size)

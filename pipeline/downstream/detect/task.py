@@ -88,7 +88,7 @@ class Detection(DownstreamTask[DetectConfig]):
     def batch(self, examples: Examples, draws: Sequence[Draw]) -> ObjectsBatch:
         """Images resized to a random short side and flipped, each by its own seed."""
         settings = self.settings
-        augment = v2.Compose([v2.RandomShortestSize(settings.sizes, settings.max_size), v2.RandomHorizontalFlip()])
+        augment = v2.Compose([_ShortestSize(settings.sizes, settings.max_size), v2.RandomHorizontalFlip()])
         images, targets = [], []
         for draw in draws:
             image, objects = examples.read(draw.row)
@@ -165,9 +165,7 @@ class Detection(DownstreamTask[DetectConfig]):
 
     def _find(self, model: nn.Module, image: Tensor, classes: Sequence[str]) -> Objects:
         height, width = image.shape[-2:]
-        if max(height, width) > self.settings.max_size * min(
-            height, width
-        ):  # resized, its short side is less than a pixel
+        if max(height, width) >= self.settings.max_size * min(height, width):  # the short side would be under a pixel
             masks = torch.zeros(0, height, width, dtype=torch.bool) if self.settings.masks else None
             return Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0), masks)
         (output,) = model([image.to(device_of(model)).float() / 255])
@@ -186,6 +184,14 @@ class Detection(DownstreamTask[DetectConfig]):
             found = self.draw(image, self._find(detector, image, examples.classes), examples.classes)
             pictures[examples.key(row)] = torch.cat([truth, found], dim=2)
         return pictures
+
+
+class _ShortestSize(v2.RandomShortestSize):
+    """Keeps at least one pixel of an image whose long side is more than `max_size` times its short one."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params: dict[str, Any] = super().make_params(flat_inputs)
+        return {**params, "size": tuple(max(1, side) for side in params["size"])}
 
 
 def _wrapped(objects: ObjectTargets, image: Tensor, masks: bool) -> dict[str, Tensor]:

@@ -5,9 +5,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.cache.fill.build import plan_cache
+from jobs._plan import cache_plan
+from pipeline.cache.fill.build import build_cache, plan_cache
 from pipeline.cache.fill.extract import Extract
 from pipeline.cache.layout.cached_teacher import teacher_labels
+from pipeline.cache.layout.view_rows import read_view_rows, views_of
+from pipeline.imaging.crop import crop_and_pad, crop_and_resize
+from pipeline.imaging.decode import decode_pixels
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, images_seen, out_of_memory, without_ray
 
@@ -82,6 +86,28 @@ def test_other_weights_than_planned_are_refused(filled):
     teacher = replace(filled.plan.teachers[0], weights_sha256="0" * 64)
     with pytest.raises(TeacherError, match="other weights than the one that planned the job"):
         Extract({"train": filled.train}, [teacher], "cpu", 1, 8)
+
+
+def test_a_teacher_of_padded_images_is_cached_beside_one_of_squashed_ones(tmp_path, photo_config, monkeypatch):
+    without_ray(monkeypatch)
+    tiny = "embed_dim: 32, depth: 1, num_heads: 2, neck_chans: 16, window_size: 0, img_size: 64, resize_mode: pad"
+    sam = f"{{model: sam, weights: random, input_size: 64, args: {{{tiny}}}}}"
+    config = photo_config(f"teachers=[{sam}, {{model: 'tests.fakes:colours'}}]", "views.crops=2", "cache.codec=float32")
+    plan = plan_cache(config, Store.at(tmp_path / "cache"))
+    assert "longest side resized, padded to a square, bilinear" in cache_plan(plan, config)
+    build_cache(plan, config)
+    dataset = plan.split("train").dataset
+    images, rows, _ = read_view_rows(dataset, 0)
+    views, decoded = views_of(rows), [decode_pixels(data) for data in images["image"].to_pylist()]
+    assert len({image.shape for image in decoded}) > 1
+    for teacher, crop in zip(plan.teachers, (crop_and_pad, crop_and_resize), strict=True):
+        source, folder, spec = teacher.create(), dataset.teacher(teacher.id), teacher.spec
+        source.load()
+        pixels = [crop(decoded[i // 2], view, spec.input_size, spec.interpolation) for i, view in enumerate(views)]
+        stored = folder.read(folder.records()[0])["patches"].to_pylist()
+        patches = torch.frombuffer(bytearray(b"".join(stored)), dtype=torch.float32).view(len(stored), 4, 4, -1)
+        expected = source.encode(torch.from_numpy(np.stack(pixels))).patches
+        torch.testing.assert_close(patches, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_equal_those_of_the_stored_features(filled):

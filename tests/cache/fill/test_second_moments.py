@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from pipeline.cache.fill.build import plan_cache
-from pipeline.cache.fill.second_moments import freeze_phi_s
-from pipeline.cache.layout.cached_teacher import load_codecs, teacher_stats
+from pipeline.cache.fill.second_moments import _summed, freeze_phi_s
+from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.cache.layout.phi_s import load_phi_s
+from pipeline.cache.layout.stats import merge_all
 from pipeline.cache.maintain.values import decode
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
@@ -54,11 +55,25 @@ def test_it_is_computed_once_and_from_complete_features(tmp_path, photo_config):
         freeze_phi_s(dataset, teacher)
 
 
-def test_parts_are_summed_on_ray_to_the_same_rotation(tmp_path, photo_config, monkeypatch, ray_session):
-    monkeypatch.setattr("pipeline.cache.fill.second_moments.PART", 1)
+@pytest.mark.usefixtures("ray_session")
+def test_parts_are_summed_on_ray_to_the_same_moments_and_rotation(tmp_path, photo_config, monkeypatch):
     dataset, teacher = made(tmp_path, photo_config, "int8")
-    store = dataset.teacher(teacher.id).store
-    freeze_phi_s(dataset, teacher)
-    together = load_phi_s(store.get("phi_s.npz"))
-    covariance = teacher_stats(dataset, teacher)["patches"].std ** 2
-    assert together["patches"].scale ** 2 == pytest.approx(covariance.mean(), rel=1e-2)
+    folder, rotations = dataset.teacher(teacher.id), {}
+    for part in (16, 1):  # one part is summed in this process
+        monkeypatch.setattr("pipeline.cache.fill.second_moments.PART", part)
+        freeze_phi_s(dataset, teacher)
+        rotations[part] = load_phi_s(folder.store.get("phi_s.npz"))
+        folder.store.delete("phi_s.npz")
+    codecs, records = load_codecs(dataset, teacher), [*folder.records().values()]
+    merged = merge_all(_summed(dataset, teacher, [[record] for record in records]))
+    for kind, codec in codecs.items():
+        tables = [decode(folder.read(record)[kind], codec) for record in records]
+        features = np.concatenate([table.flatten(0, -2).double().numpy() for table in tables])
+        deviations = features - features.mean(axis=0)
+        assert merged[kind].count == len(features)
+        np.testing.assert_allclose(merged[kind].mean, features.mean(axis=0), rtol=1e-9)
+        np.testing.assert_allclose(merged[kind].scatter, deviations.T @ deviations, rtol=1e-7, atol=1e-7)
+        for phi in (rotations[16][kind], rotations[1][kind]):
+            assert phi.scale == pytest.approx(np.sqrt(features.var(axis=0).mean()), rel=1e-9)
+            rotated = deviations @ phi.rotation.T.astype(float) / phi.scale
+            np.testing.assert_allclose(rotated.std(axis=0), np.ones(24), rtol=1e-3)

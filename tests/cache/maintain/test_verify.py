@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,16 +13,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.cache.fill.build import build_cache, plan_cache
 from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.arrays import dump_arrays, load_arrays
+from pipeline.cache.layout.cached_teacher import projections_of
 from pipeline.cache.layout.phi_s import dump_phi_s, load_phi_s
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, fixed_width
+from pipeline.cache.layout.view_rows import read_view_rows, views_of
 from pipeline.cache.maintain.audit import check_begun, verify_cache
 from pipeline.cache.maintain.repair import repair_cache
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
+from pipeline.imaging.crop import crop_and_resize
+from pipeline.imaging.decode import decode_pixels
 from pipeline.storage.store import Store
 from tests.conftest import TEACHERS
 from tests.fakes import out_of_memory, without_ray, write_photos
@@ -334,6 +341,44 @@ def _concerned(name, item, all_of_shard):
     folder, _, file = name.rpartition("/")
     own = file.startswith(f"shard-{item.shard:05d}") if item.shard is not None else file in ("stats.npz", "phi_s.npz")
     return own and item.file.startswith(f"{folder}/")
+
+
+def _features(dataset, teacher, kind):
+    """By row group: exact features, from pixels cropped here, and stored ones, both float64 [vectors, D]."""
+    source, folder = teacher.create(), dataset.teacher(teacher.id)
+    source.load()
+    codec, size = teacher.codecs(projections_of(folder))[kind], ROW_GROUP_SIZE * dataset.policy.rows_per_image
+    for shard, record in folder.records().items():
+        images, rows, _ = read_view_rows(dataset, shard)
+        decoded = [decode_pixels(data) for data in images["image"].to_pylist() for _ in range(len(rows) // len(images))]
+        crops = map(crop_and_resize, decoded, views_of(rows), repeat(source.spec.input_size), repeat("bilinear"))
+        exact = getattr(source.encode(torch.from_numpy(np.stack(list(crops)))), kind)
+        stored = codec.decode(torch.from_numpy(fixed_width(folder.read(record, [kind])[kind]).copy()))
+        for parts in zip(exact.split(size), stored.split(size), strict=True):
+            yield tuple(part.flatten(0, -2).double().numpy() for part in parts)
+
+
+@pytest.mark.parametrize("kind", ["summary", "patches"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_fidelity_is_the_cosine_of_the_standardised_features_of_all_splits(cache_of, kind, number):
+    lossy = cache_of("cache.codec=pca2-int8", *PROJECTED[1:])
+    teacher, cosines = lossy.plan.teachers[number], []
+    for dataset in (lossy.train, lossy.val):
+        groups = list(_features(dataset, teacher, kind))
+        exact = np.concatenate([group for group, _ in groups])
+        mean, std = exact.mean(axis=0), exact.std(axis=0)
+        for group in groups:
+            target, kept = ((part - mean) / std for part in group)
+            lengths = np.linalg.norm(target, axis=1) * np.linalg.norm(kept, axis=1)
+            cosines.append((target * kept).sum(axis=1) / lengths)
+    found = verify_cache(lossy.plan, lossy.config)
+    assert found.findings == []
+    assert found.recomputed == 2 * (2 * 150 + 40)
+    assert len(cosines) == 4  # of 64, 36, 50 and 40 images; the held-out ones are not cropped
+    low = min(np.percentile(group, 1) for group in cosines)
+    expected = np.concatenate(cosines).mean(), low
+    assert found.fidelity[f"{teacher.spec.name}/{kind}"] == pytest.approx(expected, abs=5e-7)
+    assert low < (0.99 if kind == "patches" else 0.99999)  # summaries are not projected
 
 
 def test_a_lost_projection_is_fitted_again_and_the_shards_count_again(projected):
