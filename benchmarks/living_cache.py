@@ -3,9 +3,9 @@
     python benchmarks/living_cache.py
 
 Caches 80 JPEGs of a class folder for two teachers, and then makes one change after the other: an image is added, ten are
-removed, files and a class are renamed and the folder moves, a label changes, a file gets other bytes of the same length, a second
-data set shares half of the images, a tar comes to two others. After each change the whole job, `jobs/precompute.py`, runs. Prints a
-table and one line of JSON: views that the teachers' forward saw, over the number of teachers.
+removed, files and a class are renamed and the folder moves, a label changes, a file gets other bytes of the same length, a
+second data set shares half of the images, a tar comes to two others. After each change the whole job, `jobs/precompute.py`,
+runs. Prints a table and one line of JSON: views that the teachers' forward saw, over the number of teachers.
 """
 
 import io
