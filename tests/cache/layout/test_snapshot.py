@@ -13,7 +13,7 @@ from pipeline.cache.fill.job import cache_bytes, precompute
 from pipeline.cache.layout.shards import RECORD, ShardFolder
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.read.reader import CacheReader
-from pipeline.cache.read.scan import has_labels, read_summaries
+from pipeline.cache.read.scan import read_summaries
 from pipeline.distill.task import HeldOut
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, without_ray
@@ -49,7 +49,7 @@ def test_plan_filling_and_the_start_of_training_read_each_record_once(tmp_path, 
     assert cache_bytes(plan)
     train, val = plan.split("train").dataset, plan.split("val").dataset
     for dataset in (train, val):
-        assert has_labels(dataset)
+        assert dataset.labelled
         read_summaries(dataset, plan.teachers[0])
     CacheReader(train, plan.teachers, image_size=32, batch_size=16)
     HeldOut(val, plan.teachers, 32, 16)
