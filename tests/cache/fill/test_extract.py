@@ -275,9 +275,7 @@ def test_a_codec_that_loses_the_target_is_refused_in_a_line(tmp_path, photo_conf
     monkeypatch.setattr(ColourGrid, "forward", changed)
     name = f"cache.codec={codec}"
     plan = plan_cache(photo_config(name, "teachers=['tests.fakes:colours']"), Store.at(tmp_path / "a"))
-    with pytest.raises(
-        (UserError, TeacherError), match=rf"{codec} keeps a cosine of only .* set cache.codec=pca-int8"
-    ):
+    with pytest.raises((UserError, TeacherError), match=rf"{codec} keeps a cosine of only .* set cache.codec=pca-int8"):
         fill_in_process(plan)
     plan = plan_cache(
         photo_config("cache.codec=pca-int8-zstd", "teachers=['tests.fakes:colours']"), Store.at(tmp_path / "b")

@@ -68,7 +68,12 @@ def rows_read(dataset, teachers=(), **settings):
     """Every row of an epoch: name, label, the student's pixels, and the stored features by teacher and token type."""
     settings = {"image_size": 32, "batch_size": 1, "window": 64, **settings}
     return [
-        (key, int(label), image, {t: {kind: rows[i] for kind, rows in kinds.items()} for t, kinds in b.features.items()})
+        (
+            key,
+            int(label),
+            image,
+            {t: {kind: rows[i] for kind, rows in kinds.items()} for t, kinds in b.features.items()},
+        )
         for b in CacheReader(dataset, teachers, **settings).batches(0)
         for i, (key, label, image) in enumerate(zip(b.keys, b.labels, b.images, strict=True))
     ]
@@ -267,7 +272,7 @@ def test_crops_of_a_data_set_that_grew_and_shrank_are_those_of_its_images(job):
     dataset, expected = plan.split("train").dataset, samples_of(job.photos)
     for settings in ({}, {"batch_size": 2, "per_step": 2}):
         rows = rows_read(dataset, plan.teachers, **settings)
-        assert Counter((key, label) for key, label, *_ in rows) == Counter({item: 2 for item in expected.items()})
+        assert Counter((key, label) for key, label, *_ in rows) == Counter(dict.fromkeys(expected.items(), 2))
     assert [key for key, *_ in rows[::2]] == [key for key, *_ in rows[1::2]]
     by_name = {}
     for key, _, image, features in rows:
@@ -284,7 +289,9 @@ def test_evaluation_reads_the_samples_of_a_data_set_alone(job):
         job.photo(number).unlink()
     plan = job.fill()
     dataset, teacher, expected = plan.split("train").dataset, plan.teachers[0], samples_of(job.photos)
-    scanned = [(key, int(label)) for b in scan_images(dataset, 32, 7) for key, label in zip(b.keys, b.labels, strict=True)]
+    scanned = [
+        (key, int(label)) for b in scan_images(dataset, 32, 7) for key, label in zip(b.keys, b.labels, strict=True)
+    ]
     assert Counter(scanned) == Counter(expected.items())
     summaries, labels = read_summaries(dataset, teacher)
     assert labels.tolist() == [label for _, label in scanned]

@@ -142,12 +142,12 @@ def _values(filled):
     ]
 
 
-def test_missing_shards_are_named_before_training(filled):
+def test_a_missing_shard_is_named(filled):
     (part,) = filled.train.parts
     Path(part.teacher(filled.plan.teachers[1].id).store.uri, "shard-00000.json").unlink()
     part.refresh()
-    with pytest.raises(UserError, match=r"has 1 of 2 shards .*: run jobs/precompute\.py"):
-        _reader(filled)
+    with pytest.raises(UserError, match=r"colours4-\w+ lacks shard 0 in .*: run jobs/precompute\.py"):
+        list(_reader(filled).batches(0))
 
 
 def test_too_few_images_for_a_batch_are_refused(filled):
