@@ -51,6 +51,10 @@ def test_it_is_computed_once_and_from_complete_features(tmp_path, photo_config):
     folder.store.delete(folder.records()[0].file)
     with pytest.raises(UserError, match="shard-00000"):
         freeze_phi_s(dataset, teacher)
+    dataset.parts[0].refresh()
+    with pytest.raises(UserError, match="lacks shards"):
+        freeze_phi_s(dataset, teacher)
+    assert not store.exists("phi_s.npz")
 
 
 def test_shards_are_summed_on_ray_to_the_same_rotation(tmp_path, photo_config, monkeypatch, ray_session):

@@ -38,7 +38,9 @@ def _commit(folder, shard, first=0):
     return folder.commit(shard, pa.table({"key": [str(first), str(first + 1)]}))
 
 
-def test_plan_filling_and_the_start_of_training_read_the_records_of_a_folder_once(tmp_path, photo_config, monkeypatch, reads):
+def test_plan_filling_and_the_start_of_training_read_the_records_of_a_folder_once(
+    tmp_path, photo_config, monkeypatch, reads
+):
     config = photo_config("views.crops=2", "cache.codec=pca-int8-zstd")
     fill_in_process(plan_cache(config, Store.at(tmp_path / "cache")))
     without_ray(monkeypatch)
@@ -82,4 +84,5 @@ def test_another_process_starts_with_an_empty_snapshot(tmp_path):
     _commit(folder, 0)
     assert len(snapshot.records(folder)) == 1
     _commit(folder, 1)
-    assert len(pickle.loads(pickle.dumps(snapshot)).records(folder)) == 2
+    copy = pickle.loads(pickle.dumps(snapshot))  # noqa: S301  as it travels to a worker
+    assert len(copy.records(folder)) == 2
