@@ -29,7 +29,8 @@ INDEX_SCHEMA = pa.schema(
 `sample_id` is stable across machines and runs; `label` is null for a sample without one; `uri` is the absolute path or URI
 of the file that holds the image ("" for generated scenes); `offset` is the byte offset in a tar, the row in a Parquet file,
 the number of a generated scene, else 0; `size` is in bytes: of the encoded image or of a raw array, 0 if unknown; `version`
-is that of the file (:class:`~pipeline.storage.files.Entry`), 0 for generated scenes.
+is that of the file (:class:`~pipeline.storage.files.Entry`), for a generated scene a digest of all that decides its pixels but
+its number.
 """
 
 ROWS_HELD = 1 << 16

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.cache.fill.statistics import selected_features
+from pipeline.cache.fill.statistics import needed_records, selected_features
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
@@ -38,9 +38,7 @@ def freeze_phi_s(dataset: Dataset, teacher: CachedTeacher) -> None:
         return
     log.info("%s: summing the second moments of the features for PHI-S", store.uri)
     records = [
-        (number, record)
-        for number, part in enumerate(dataset.parts)
-        for record in part.records(part.teacher(teacher.id)).values()
+        (number, record) for number in range(len(dataset.parts)) for record in needed_records(dataset, number, teacher)
     ]
     batches = [records[first : first + BATCH] for first in range(0, len(records), BATCH)]
     merged = merge_all(part for part in _summed(dataset, teacher, batches) if part)

@@ -25,14 +25,10 @@ def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
 def dataset_moments(dataset: Dataset, teacher: CachedTeacher) -> Iterator[dict[str, Moments]]:
     """Statistics of the samples, shard by shard, in order; UserError if a shard is missing or damaged."""
     codecs: dict[str, FeatureCodec] = {}
-    for number, (chosen, part) in enumerate(zip(dataset.selections, dataset.parts, strict=True)):
-        folder = part.teacher(teacher.id)
-        complete, needed = part.records(folder), dataset.shards_of(number)
-        if any(shard not in complete for shard in needed):
-            raise UserError(f"{folder.store.uri} lacks shards: run the job again")
-        records = [complete[shard] for shard in needed]
+    for number, chosen in enumerate(dataset.selections):
+        records = needed_records(dataset, number, teacher)
         if chosen.whole:
-            yield from folder.moments(records)
+            yield from dataset.parts[number].teacher(teacher.id).moments(records)
             continue
         codecs = codecs or load_codecs(dataset.cache, teacher)
         for record in records:
@@ -41,6 +37,16 @@ def dataset_moments(dataset: Dataset, teacher: CachedTeacher) -> Iterator[dict[s
                 sums[kind].add(codecs[kind].decode(rows))
             if all(part.count for part in sums.values()):
                 yield {kind: part.moments() for kind, part in sums.items()}
+
+
+def needed_records(dataset: Dataset, number: int, teacher: CachedTeacher) -> list[ShardRecord]:
+    """Records of the shards of part `number` that hold samples; UserError if one is missing."""
+    part = dataset.parts[number]
+    folder = part.teacher(teacher.id)
+    complete, needed = part.records(folder), dataset.shards_of(number)
+    if any(shard not in complete for shard in needed):
+        raise UserError(f"{folder.store.uri} lacks shards: run the job again")
+    return [complete[shard] for shard in needed]
 
 
 def selected_features(

@@ -141,8 +141,10 @@ class ShardFolder:
         """Records of the complete shards by number, in order. Reads one file per shard, or one if all were complete before."""
         files = self.store.files()
         if RECORDS in files:
-            together = self._read_together()
-            if together and len(complete := self.complete(together, files)) == len(together):
+            together, shards = self._read_together(), {name for name in files if name.endswith(".parquet")}
+            # A record that was deleted, or a shard that was committed again since then, is not in the one file.
+            same = record_numbers(files) == together.keys() and shards == {item.file for item in together.values()}
+            if same and len(complete := self.complete(together, files)) == len(together):
                 return complete
         return self.complete(self.read_records(record_numbers(files)), files)
 

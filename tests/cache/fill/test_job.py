@@ -13,6 +13,7 @@ from pipeline.cache.fill.estimate import all_bytes, missing_bytes
 from pipeline.cache.fill.job import cache_bytes, image_bytes, precompute, warn_of_losses
 from pipeline.cache.fill.shard_builder import ShardBuilder
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher, projections_of
+from pipeline.cache.layout.part import KEY, image_key
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.layout.view_rows import ViewRows
 from pipeline.storage.store import Store
@@ -47,12 +48,12 @@ def test_every_figure_of_size_counts_all_files_below_the_folder(photo_config, tm
     plan = plan_cache(config, store)
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     disk = {path: path.stat().st_size for path in files}
-    features = sum(size for path, size in disk.items() if "teachers" in path.parts)
+    features = sum(size for path, size in disk.items() if {"teachers", "statistics"} & {*path.parts})
     assert cache_bytes(plan) == features
     assert image_bytes(plan) == sum(disk.values()) - features
     assert features <= bound
     total = sum(
-        all_bytes(split, teacher, teacher.row_bytes(projections_of(split.dataset.teacher(teacher.id))))
+        all_bytes(split, teacher, teacher.row_bytes(projections_of(store, teacher)))
         for split in plan.splits
         for teacher in plan.teachers
     )
@@ -67,8 +68,8 @@ def test_what_lies_beside_the_features_of_a_shard_is_below_two_percent(tmp_path)
     for _ in range(16):
         patches = torch.relu(torch.randn(32, 7, 7, 1280, generator=generator) - 1)
         builder.add(TeacherOutput(patches.mean(dim=(1, 2)), patches), 0.0)
-    ids = [f"class/{number:06d}.jpg" for number in range(512)]
-    rows = pa.table({"sample_id": ids, "view": pa.array([0] * 512, pa.int16())})
+    keys = [image_key(str(number).encode()) for number in range(512)]
+    rows = pa.table({"key": pa.array(keys, KEY), "view": pa.array([0] * 512, pa.int16())})
     folder = ShardFolder(Store.at(tmp_path))
     record = builder.commit(folder, 0, ViewRows(rows, rows, {"images": "shard-00000-00000000.parquet"}), "cpu")
     assert folder.store.bytes_below() - record.bytes < 0.02 * record.bytes
@@ -76,15 +77,14 @@ def test_what_lies_beside_the_features_of_a_shard_is_below_two_percent(tmp_path)
 
 @pytest.mark.parametrize("facts", [{"cosine": 0.999}, {"target_cosine": 0.97, "target_cosine_p1": 0.9}, {}])
 def test_features_that_keep_too_little_or_an_unknown_share_are_named(photo_config, tmp_path, caplog, facts):
-    plan = plan_cache(photo_config(TEACHERS), Store.at(tmp_path / "cache"))
-    fill_in_process(plan)
-    dataset = plan.split("train").dataset
-    folder = dataset.teacher(plan.teachers[0].id)
+    plan, _ = fill_in_process(plan_cache(photo_config(TEACHERS), Store.at(tmp_path / "cache")))
+    (part,) = plan.split("train").dataset.parts
+    folder = part.teacher(plan.teachers[0].id)
     for number, record in folder.records().items():
         fidelity = {kind: {**facts, "relative_error": 0.0} for kind in ("summary", "patches")}
         changed = asdict(replace(record, facts={**record.facts, "fidelity": fidelity}))
         folder.store.put(f"shard-{number:05d}.json", json.dumps(changed).encode())
-    dataset.refresh()
+    part.refresh()
     warn_of_losses(plan)
     words = {"cosine": "measured them raw", "target_cosine": "a cosine of 0.970 of the standardised patches"}
     expected = [text for name, text in words.items() if name in facts]
