@@ -5,6 +5,7 @@ moved or was labelled anew is another version, which shares parts, and the files
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,9 @@ SAMPLE_SCHEMA = pa.schema(
 """The samples of one part: rows of the source's index, with the image's key and its row in the part, in the order of the rows."""
 BAD_SCHEMA = pa.schema([*INDEX_SCHEMA, pa.field("reason", pa.string(), nullable=False), pa.field("read", pa.bool_())])
 """Samples that cannot be used, why, and whether their bytes could be read; if not, they are tried again."""
+
+_PART = re.compile(r"[0-9a-f]{20}")
+_SAMPLES = re.compile(r"(rows|bad)-[0-9a-f]{16}\.parquet")
 
 log = logging.getLogger(__name__)
 
@@ -275,10 +279,25 @@ def read_version(
         chosen = tuple(Selection(*item)._replace(files=tuple(item[-1])) for item in meta["selections"])
         content = meta["name"], meta["location"], tuple(meta["classes"]), files, chosen, meta["bad"]
         dataset = Dataset(cache, *content, policy, snapshot or RecordSnapshot())
+        _check_fields(dataset)
         return Version(file, float(meta["made"]), dataset)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         remedy = f"with the recipe of its data and --verify --repair, or forget it with --delete {folder}/{file}"
         raise DamagedError(f"{store.uri}/{file} cannot be read ({error}): run jobs/precompute.py {remedy}") from error
+
+
+def _check_fields(dataset: Dataset) -> None:
+    """Raise ValueError unless the fields are valid, above all the file names, which must not lead out of the cache."""
+    texts = all(isinstance(text, str) for text in (dataset.name, dataset.location, *dataset.classes))
+    selections = all(
+        _PART.fullmatch(chosen.part)
+        and _SAMPLES.fullmatch(chosen.file)
+        and min(chosen.images, chosen.shard_size, chosen.samples) > 0
+        and all(0 <= number < len(dataset.files) for number in chosen.files)
+        for chosen in dataset.selections
+    )
+    if not (texts and selections and (not dataset.bad or _SAMPLES.fullmatch(dataset.bad))):
+        raise ValueError("a field has the wrong type, or names a file that is none of a data set")
 
 
 def make_dataset(
