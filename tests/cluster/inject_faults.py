@@ -130,7 +130,7 @@ class Extraction:
         """Committed shards of images and teachers, or requests to the store."""
         if self.uri and self.bench.store:
             return len(self.bench.store.requests)
-        return len(list(self.cache.glob("*/views/full/**/shard-*.json")))
+        return len(list(self.cache.glob("parts/*/views/full/**/shard-*.json")))
 
     def begun(self) -> bool:
         """Whether the teacher is at work."""

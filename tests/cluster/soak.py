@@ -134,7 +134,7 @@ class Soak:
         self.wrong_curves += not same
 
     def _damage_and_repair(self) -> None:
-        victim = self.draw.choice(sorted(self.cache.glob("*/views/full/**/shard-*.parquet")))
+        victim = self.draw.choice(sorted(self.cache.glob("parts/*/views/full/**/shard-*.parquet")))
         data = bytearray(victim.read_bytes())
         data[self.draw.randrange(len(data))] ^= 0xFF
         victim.write_bytes(data)

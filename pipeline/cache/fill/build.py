@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
-from pipeline.cache.fill.compose import place_images
+from pipeline.cache.fill.compose import place_images, take_lost
 from pipeline.cache.fill.digest import KEYED_SCHEMA, Digest, keyed, slices
 from pipeline.cache.fill.ingest import Ingest, check_quarantine, ingest_row
 from pipeline.cache.fill.listing import Listing, compare_again, list_source
@@ -27,7 +27,7 @@ from pipeline.cache.fill.statistics import freeze_stats
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import BAD_SCHEMA, SAMPLE_SCHEMA, Dataset, make_dataset, write_dataset
-from pipeline.cache.layout.keys import teacher_id, teacher_identity
+from pipeline.cache.layout.keys import sealed, teacher_id, teacher_identity, unsealed
 from pipeline.cache.layout.part import Part, teacher_home
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError, blame_field
@@ -211,7 +211,8 @@ def build_cache(plan: CachePlan, config: CacheJobConfig) -> tuple[CachePlan, Bui
     report = BuildReport()
     # Weights first: a missing file must not be discovered after hours of decoding.
     plan = replace(plan, teachers=tuple(_with_weights(plan, teacher) for teacher in plan.teachers))
-    plan = replace(plan, splits=read_images(plan.splits, plan.shard_size, report))
+    splits = [_relisted(split) if split.new.num_rows else split for split in plan.splits]
+    plan = replace(plan, splits=read_images(splits, plan.shard_size, report))
     for split in plan.splits:
         report.quarantined[split.split] = check_quarantine(split.dataset, split.listing.bad, config.data.max_bad)
     export("index", {"quarantined": sum(map(len, report.quarantined.values()))})
@@ -240,14 +241,14 @@ def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
     if known is None:
         description = {**asdict(cached.spec), **teacher_identity(cached.spec, cached.codec, cached.precision)}
         description |= {"id": cached.id, "weights_sha256": teacher.weights_sha256}
-        home.put("teacher.json", json.dumps(description, indent=2, sort_keys=True).encode())
+        home.put("teacher.json", sealed(description))
     return replace(cached, weights_sha256=teacher.weights_sha256)
 
 
 def _recorded_digest(folder: Store) -> str:
     try:
-        return str(json.loads(folder.get("teacher.json"))["weights_sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+        return str(unsealed(folder.get("teacher.json"))["weights_sha256"])
+    except (ValueError, KeyError) as error:
         raise UserError(
             f"{folder.uri}/teacher.json cannot be read ({error}): run jobs/precompute.py with this recipe and --repair"
         ) from error
@@ -259,7 +260,6 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
     Raises:
         UserError: if a source or the cache cannot be used, or none of the images can be read.
     """
-    splits = [_relisted(split) if split.new.num_rows else split for split in splits]
     read = _digest(splits)
     report.images_read = sum(split.new.num_rows for split in splits)
     complete: list[SplitPlan] = []
@@ -271,7 +271,7 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
     for split in complete:
         if not split.dataset.count:
             raise UserError(f"{split.dataset.location}: none of the images can be read")
-    return tuple(replace(split, dataset=write_dataset(split.dataset)) for split in complete)
+    return tuple(replace(split, dataset=write_dataset(split.dataset, split.listing.damaged)) for split in complete)
 
 
 def read_again(split: SplitPlan) -> pa.Table:
@@ -313,15 +313,16 @@ def _digest(splits: Sequence[SplitPlan]) -> dict[str, tuple[pa.Table, pa.Table]]
 
 def _placed(split: SplitPlan, images: pa.Table, bad: pa.Table, shard_size: int, made: dict[str, Part]) -> SplitPlan:
     """The plan of a split all of whose images have a place; `made` collects the parts that this job makes."""
-    dataset, listing = split.dataset, split.listing
+    dataset, (listing, lost) = split.dataset, take_lost(split.listing)
     known, kept = dict(listing.known), dict(listing.kept)
-    parts = {part.id: part for part in dataset.parts}
-    for part, rows in place_images(dataset, images, shard_size, made):
+    parts = {part.id: part for part in (*listing.parts, *dataset.parts)}
+    images = pa.concat_tables([images, lost])
+    for part, rows in place_images(dataset, [*parts.values()], images, shard_size, made):
         parts[part.id] = part
         known[part.id] = pa.concat_tables([known.get(part.id, listing.samples(part.id)), rows])
         kept.pop(part.id, None)
     complete = make_dataset(dataset, parts.values(), known, bad, kept)
-    found = replace(listing, known=known, kept=kept, bad=bad, new=split.new.slice(0, 0))
+    found = replace(listing, known=known, kept=kept, bad=bad, new=split.new.slice(0, 0), parts=complete.parts)
     return replace(split, listing=found, dataset=complete)
 
 

@@ -3,37 +3,47 @@
 What a part holds follows from its images alone, so that two jobs that read the same images make the same parts.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.cache.fill.digest import KEYED_SCHEMA
+from pipeline.cache.fill.listing import Listing
 from pipeline.cache.layout.dataset import SAMPLE_SCHEMA, Dataset
 from pipeline.cache.layout.part import PART_SCHEMA, Part, part_id, read_part, write_part
 
 PART_SHARDS = 32
 """Most shards of a part."""
 
+log = logging.getLogger(__name__)
+
 
 def place_images(
-    dataset: Dataset, images: pa.Table, shard_size: int, made: dict[str, Part]
+    dataset: Dataset, parts: Sequence[Part], images: pa.Table, shard_size: int, made: dict[str, Part]
 ) -> Iterator[tuple[Part, pa.Table]]:
     """Parts with the images that are or will be in them (`SAMPLE_SCHEMA`), for images with keys (`KEYED_SCHEMA`).
 
     Args:
-        dataset: names cache and view; its own parts are preferred.
+        dataset: names cache and view.
+        parts: where images are looked for first, in those of their shards that exist.
         made: the parts that this job has made, to which those made here are added.
 
     Raises:
         UserError: if a part of the cache is damaged.
     """
     own = (replace(part, policy=dataset.policy, snapshot=dataset.snapshot) for part in made.values())
-    for part in chain(dataset.parts, own, _other_parts(dataset, made)):
+    for part in chain(parts, own, _other_parts(dataset, {*made, *(part.id for part in parts)})):
         if not images.num_rows:
             return
+        lacking = [] if part.id in made else part.missing(part.images)
+        if len(lacking) == part.shards:
+            continue
         found = images.join(_numbered(part.index()), "key", join_type="inner")
+        found = found.filter(pc.invert(_in_shards(part, found, lacking)))
         if found.num_rows:
             yield part, found.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
             images = images.filter(pc.invert(pc.is_in(images["key"], found["key"].combine_chunks())))
@@ -45,9 +55,42 @@ def place_images(
         yield part, found.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
 
 
-def _other_parts(dataset: Dataset, made: Mapping[str, Part]) -> Iterator[Part]:
-    """The parts of the cache whose images are all there, and that neither the data set has nor this job makes."""
-    seen = {*made, *(part.id for part in dataset.parts)}
+def take_lost(listing: Listing) -> tuple[Listing, pa.Table]:
+    """A listing without the samples whose shard of images can no longer be restored, and these samples (`KEYED_SCHEMA`).
+
+    That is so if the shard is missing, and the data set no longer contains one of its images, which nobody provides then.
+    """
+    known, kept, taken = dict(listing.known), dict(listing.kept), [KEYED_SCHEMA.empty_table()]
+    for part in listing.parts:
+        if part.missing(part.images) and (lost := _lost_shards(part, samples := listing.samples(part.id))):
+            log.warning("%s lacks images that the data set no longer contains: others of it move", part.store.uri)
+            moved = _in_shards(part, samples, lost)
+            taken.append(samples.filter(moved).select(KEYED_SCHEMA.names))
+            known[part.id] = samples.filter(pc.invert(moved))
+            kept.pop(part.id, None)
+    known = {name: samples for name, samples in known.items() if samples.num_rows}
+    return replace(listing, known=known, kept=kept), pa.concat_tables(taken)
+
+
+def _lost_shards(part: Part, samples: pa.Table) -> list[int]:
+    counts = {shard: part.shard_rows(shard) for shard in part.missing(part.images)}
+    lost = [shard for shard, count in counts.items() if _distinct(samples, part, shard) < count]
+    if lost and len(counts) == part.shards and not part.store.exists("index.parquet"):
+        lost = [*counts]
+    return lost
+
+
+def _distinct(samples: pa.Table, part: Part, shard: int) -> int:
+    return len(pc.unique(samples.filter(_in_shards(part, samples, [shard]))["row"]))
+
+
+def _in_shards(part: Part, samples: pa.Table, shards: Sequence[int]) -> pa.ChunkedArray:
+    """Which samples are in these shards of a part."""
+    return pc.is_in(pc.divide(samples["row"], part.shard_size), pa.array(shards, pa.int64()))
+
+
+def _other_parts(dataset: Dataset, seen: Collection[str]) -> Iterator[Part]:
+    """The parts of the cache whose images are all there, without those with these ids."""
     for name in dataset.cache.sub("parts").folders():
         part = None if name in seen else read_part(dataset.cache, name)
         if part is not None:

@@ -219,9 +219,11 @@ def _missing_image_bytes(split: SplitPlan) -> int:
 
 def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:
     views = split.missing_views(teacher)
+    if not views:
+        return 0
     projections = projections_of(split.dataset.cache, teacher)
-    once = 0 if not views else side_bytes(teacher, 1, fitted=projections is not None)
-    return views * (teacher.row_bytes(projections) + KEY_BYTES) + side_bytes(teacher, _shards(split, views)) + once
+    beside = side_bytes(teacher, 1, fitted=projections is not None) + side_bytes(teacher, _shards(split, views))
+    return views * (teacher.row_bytes(projections) + KEY_BYTES) + beside
 
 
 def _shards(split: SplitPlan, views: int) -> int:

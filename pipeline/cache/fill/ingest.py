@@ -80,7 +80,7 @@ def _commit_images(part: Part, source: Source, shard: int, listed: pa.Table) -> 
         first = next((reasons[key] for key in lost if key in reasons), "an image that it does not list")
         raise UserError(
             f"{source.location} does not provide {len(lost)} images of shard {shard} of {part.images.store.uri}, first "
-            f"{first}: restore them, or run the job again if they have changed meanwhile"
+            f"{first}: restore them, or run jobs/precompute.py with this recipe and --verify --repair to do without them"
         )
     rows = [{**view_row(key, 0, FULL), "image": found[key]} for key in keys]
     part.images.commit(shard, pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA))

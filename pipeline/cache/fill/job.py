@@ -9,6 +9,7 @@ from pipeline.cache.layout.cached_teacher import teacher_fidelity, teacher_label
 from pipeline.cache.layout.dataset import record_use
 from pipeline.cache.layout.part import teacher_home
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1, keeps_target
+from pipeline.errors import UserError
 from pipeline.tracking.run import Run
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,10 @@ def log_images(plan: CachePlan, run: Run) -> None:
     """Log the data sets of a plan as the inputs of a run."""
     for split in plan.splits:
         dataset = split.dataset
-        record_use(dataset, run.run_id)
+        try:
+            record_use(dataset, run.run_id)
+        except UserError as error:  # a complete cache may be read-only
+            log.warning("the cache does not note this run: %s", error)
         run.log_dataset(dataset.id, dataset.location, dataset.fingerprint, split.split)
 
 

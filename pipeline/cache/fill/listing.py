@@ -7,8 +7,9 @@ that hold no others are not read.
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import pyarrow as pa
@@ -23,9 +24,10 @@ from pipeline.cache.layout.dataset import (
     make_dataset,
     read_versions,
 )
-from pipeline.errors import UserError, one_line
+from pipeline.cache.layout.part import Part
 from pipeline.sources.base import INDEX_SCHEMA, NoImagesError, Source
 from pipeline.sources.left_out import notes_of
+from pipeline.storage.store import DamagedError
 
 PLACE = ["uri", "offset", "size", "version"]
 """Columns that tell a file, and an image in it, from all others."""
@@ -45,6 +47,8 @@ class Listing:
         new: rows of `INDEX_SCHEMA` that nobody has read.
         kept: selections of a version that stay as they are, with that version, by the id of their part.
         notes: what the source has passed over, in phrases, as far as it was listed anew.
+        parts: those of the version, in order.
+        damaged: names of the version's files that cannot be read; what they list is new.
     """
 
     known: dict[str, pa.Table]
@@ -52,6 +56,8 @@ class Listing:
     new: pa.Table
     kept: dict[str, tuple[Selection, Dataset]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    damaged: tuple[str, ...] = ()
 
     def samples(self, part: str) -> pa.Table:
         """All known samples in a part."""
@@ -95,9 +101,10 @@ def compare_again(listing: Listing, dataset: Dataset) -> tuple[Listing, Dataset]
     }
     kept = {part: item for part, item in listing.kept.items() if part not in found.known}
     bad = pa.concat_tables([listing.bad, found.bad])
-    parts = {part.id: part for part in (*dataset.parts, *latest.dataset.parts)}
-    listing = replace(listing, known=known, kept=kept, bad=bad, new=found.new)
-    return listing, make_dataset(dataset, parts.values(), known, bad, kept)
+    parts = {part.id: part for part in (*listing.parts, *dataset.parts, *latest.dataset.parts)}
+    damaged = tuple({*listing.damaged, *found.damaged})
+    listing = Listing(known, bad, found.new, kept, listing.notes, tuple(parts.values()), damaged)
+    return listing, make_dataset(dataset, listing.parts, known, bad, kept)
 
 
 def known_dataset(empty: Dataset, listing: Listing, before: Dataset | None) -> Dataset:
@@ -111,10 +118,12 @@ def _compare(index: pa.Table, before: Dataset | None) -> Listing:
         return Listing({}, BAD_SCHEMA.empty_table(), index)
     index = index.append_column("at", pa.array(range(index.num_rows), pa.int64()))
     schema = pa.schema([*map(SAMPLE_SCHEMA.field, (*PLACE, "key", "row")), pa.field("part", pa.int64())])
-    tables = [schema.empty_table()]
-    for number in range(len(before.selections)):
-        table = _read(before, number)
-        if table is not None:
+    tables, damaged = [schema.empty_table()], []
+    for number, chosen in enumerate(before.selections):
+        table = _readable(partial(before.samples, number))
+        if table is None:
+            damaged.append(chosen.file)
+        else:
             part = pa.repeat(pa.scalar(number, pa.int64()), table.num_rows)
             tables.append(table.select([*PLACE, "key", "row"]).append_column("part", part).cast(schema))
     found = _joined(index, pa.concat_tables(tables))
@@ -123,29 +132,34 @@ def _compare(index: pa.Table, before: Dataset | None) -> Listing:
     for number in pc.unique(found["part"]).to_pylist():
         rows = found.filter(pc.equal(found["part"], number))
         known[before.selections[number].part] = rows.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
-    known_bad = before.bad_samples()
+    known_bad = _readable(before.bad_samples)
+    if known_bad is None:
+        damaged.append(before.bad)
+        known_bad = BAD_SCHEMA.empty_table()
     bad = _joined(left, known_bad.filter(known_bad["read"]).select([*PLACE, "reason", "read"]))
     left = _without(left, bad)
-    return Listing(known, bad.select(BAD_SCHEMA.names).cast(BAD_SCHEMA), left.select(INDEX_SCHEMA.names))
+    found_bad, new = bad.select(BAD_SCHEMA.names).cast(BAD_SCHEMA), left.select(INDEX_SCHEMA.names)
+    return Listing(known, found_bad, new, parts=before.parts, damaged=tuple(damaged))
 
 
 def _compare_files(source: Source, files: Mapping[str, int], before: Dataset) -> Listing:
     """The samples in files that a version knows, and the rows of the others."""
     known_files = {uri for uri, version in before.files if files.get(uri) == version}
-    kept, known, unreadable = {}, {}, set[str]()
+    kept, known, present = {}, {}, before.store.files()
+    if not {*before.sample_files} <= present.keys():
+        return _compare(source.index(), before)
     for number, chosen in enumerate(before.selections):
         uris = {before.files[file][0] for file in chosen.files}
         if uris <= known_files:
             kept[chosen.part] = (chosen, before)
         elif uris & known_files:
-            table = _read(before, number)
+            table = _readable(partial(before.samples, number))
             if table is None:
-                unreadable |= uris
-            else:
-                known[chosen.part] = table.filter(pc.is_in(table["uri"], pa.array(sorted(known_files), pa.string())))
-    if unreadable:  # all samples of these files are compared row by row
+                return _compare(source.index(), before)
+            known[chosen.part] = table.filter(pc.is_in(table["uri"], pa.array(sorted(known_files), pa.string())))
+    bad = _readable(before.bad_samples)
+    if bad is None:
         return _compare(source.index(), before)
-    bad = before.bad_samples()
     bad = bad.filter(pc.is_in(bad["uri"], pa.array(sorted(known_files), pa.string())))
     others, new = [uri for uri in files if uri not in known_files], INDEX_SCHEMA.empty_table()
     notes: tuple[str, ...] = ()
@@ -155,15 +169,15 @@ def _compare_files(source: Source, files: Mapping[str, int], before: Dataset) ->
         notes = tuple(notes_of(new))
     again = bad.filter(pc.invert(bad["read"])).select(INDEX_SCHEMA.names)
     new = pa.concat_tables([new.replace_schema_metadata(), again])
-    return Listing(known, bad.filter(bad["read"]), new, kept, notes)
+    return Listing(known, bad.filter(bad["read"]), new, kept, notes, before.parts)
 
 
-def _read(dataset: Dataset, number: int) -> pa.Table | None:
-    """The samples in part `number`; None, with a warning, if their file is damaged: their images are read again."""
+def _readable(read: Callable[[], pa.Table]) -> pa.Table | None:
+    """The samples of a file, or None, with a warning, if it is missing or damaged."""
     try:
-        return dataset.samples(number)
-    except UserError as error:
-        log.warning("%s; the images are read again", one_line(error))
+        return read()
+    except DamagedError as error:
+        log.warning("%s; the images that it lists are read again", str(error).rpartition(": ")[0])
         return None
 
 

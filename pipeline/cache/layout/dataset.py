@@ -4,27 +4,28 @@ A version is a small file that names one file of rows per part. Nothing of it is
 moved or was labelled anew is another version, which shares parts, and the files of unchanged rows, with those before.
 """
 
-import json
+import logging
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cache.layout.keys import FORMAT_VERSION, digest, fingerprint
+from pipeline.cache.layout.keys import FORMAT_VERSION, digest, fingerprint, sealed, unsealed
 from pipeline.cache.layout.part import KEY, Part
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord, selected
 from pipeline.cache.layout.snapshot import RecordSnapshot, Summary
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import INDEX_SCHEMA
 from pipeline.storage.names import folder_name
-from pipeline.storage.store import Store, report_damage
+from pipeline.storage.store import DamagedError, Store, report_damage
 
 SAMPLE_SCHEMA = pa.schema(
     [*INDEX_SCHEMA, pa.field("key", KEY, nullable=False), pa.field("row", pa.int64(), nullable=False)]
@@ -32,6 +33,11 @@ SAMPLE_SCHEMA = pa.schema(
 """The samples of one part: rows of the source's index, with the image's key and its row in the part, in the order of the rows."""
 BAD_SCHEMA = pa.schema([*INDEX_SCHEMA, pa.field("reason", pa.string(), nullable=False), pa.field("read", pa.bool_())])
 """Samples that cannot be used, why, and whether their bytes could be read; if not, they are tried again."""
+
+_PART = re.compile(r"[0-9a-f]{20}")
+_SAMPLES = re.compile(r"(rows|bad)-[0-9a-f]{16}\.parquet")
+
+log = logging.getLogger(__name__)
 
 
 class Selection(NamedTuple):
@@ -134,15 +140,18 @@ class Dataset:
         file = self.selections[number].file
         if (table := self.draft.get(file)) is not None:
             return table if columns is None else table.select(columns)
-        with report_damage(f"{self.store.uri}/{file}"):
-            return pq.read_table(self.store.open(file), columns=columns)
+        return read_samples(self.store, file, columns)
+
+    @property
+    def sample_files(self) -> list[str]:
+        """Names of its files of samples."""
+        return [*(chosen.file for chosen in self.selections), *([self.bad] if self.bad else [])]
 
     def bad_samples(self) -> pa.Table:
         """The samples that cannot be used (`BAD_SCHEMA`)."""
         if self.bad in self.draft or not self.bad:
             return self.draft.get(self.bad, BAD_SCHEMA.empty_table())
-        with report_damage(f"{self.store.uri}/{self.bad}"):
-            return pq.read_table(self.store.open(self.bad))
+        return read_samples(self.store, self.bad)
 
     def statistics(self, teacher: str) -> Store:
         """Folder of the statistics of a teacher, by its id, over the samples in this view."""
@@ -215,6 +224,13 @@ def group_rows(part: Part, shard: int, group: int) -> tuple[int, int]:
     return first, min(first + ROW_GROUP_SIZE, start + part.shard_rows(shard))
 
 
+def read_samples(store: Store, file: str, columns: list[str] | None = None) -> pa.Table:
+    """A file of samples, or these columns of it; DamagedError if it is missing or damaged."""
+    with report_damage(f"{store.uri}/{file}"):
+        table = pq.read_table(store.open(file), columns=columns, page_checksum_verification=True)
+        return selected(table, columns)
+
+
 def dataset_store(cache: Store, name: str) -> Store:
     """Folder of all versions of a data set."""
     return cache.sub(f"datasets/{folder_name(name)}")
@@ -230,19 +246,31 @@ class Version:
 
 
 def read_versions(cache: Store, name: str, policy: ViewPolicy, snapshot: RecordSnapshot) -> Iterator[Version]:
-    """The versions of a data set, the latest first; UserError if one cannot be read."""
-    store = dataset_store(cache, name)
-    for file in sorted((file for file in store.files() if file.startswith("version-")), reverse=True):
-        yield read_version(cache, folder_name(name), file, policy, snapshot)
+    """The versions of a data set, the latest first, without damaged ones; UserError for one of another format."""
+    for file in version_files(dataset_store(cache, name)):
+        try:
+            yield read_version(cache, folder_name(name), file, policy, snapshot)
+        except DamagedError as error:
+            log.warning("%s; images that it alone lists are read again", error)
+
+
+def version_files(store: Store) -> list[str]:
+    """Names of the files of versions in a folder of `datasets`, the latest first."""
+    return sorted((file for file in store.files() if file.startswith("version-")), reverse=True)
 
 
 def read_version(
     cache: Store, folder: str, file: str, policy: ViewPolicy = WHOLE, snapshot: RecordSnapshot | None = None
 ) -> Version:
-    """A version from its file in a folder of `datasets`; UserError if it cannot be read."""
+    """A version from its file in a folder of `datasets`.
+
+    Raises:
+        DamagedError: if it cannot be read.
+        UserError: if it is of another format.
+    """
     store = cache.sub(f"datasets/{folder}")
     try:
-        meta: dict[str, Any] = json.loads(store.get(file))
+        meta = unsealed(store.get(file))
         if meta["format"] != FORMAT_VERSION:
             raise UserError(
                 f"{store.uri} has cache format {meta['format']}, this version reads {FORMAT_VERSION}: name another cache.uri"
@@ -251,9 +279,25 @@ def read_version(
         chosen = tuple(Selection(*item)._replace(files=tuple(item[-1])) for item in meta["selections"])
         content = meta["name"], meta["location"], tuple(meta["classes"]), files, chosen, meta["bad"]
         dataset = Dataset(cache, *content, policy, snapshot or RecordSnapshot())
+        _check_fields(dataset)
         return Version(file, float(meta["made"]), dataset)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{store.uri}/{file} cannot be read ({error}): restore it, or delete it") from error
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        remedy = f"with the recipe of its data and --verify --repair, or forget it with --delete {folder}/{file}"
+        raise DamagedError(f"{store.uri}/{file} cannot be read ({error}): run jobs/precompute.py {remedy}") from error
+
+
+def _check_fields(dataset: Dataset) -> None:
+    """Raise ValueError unless the fields are valid, above all the file names, which must not lead out of the cache."""
+    texts = all(isinstance(text, str) for text in (dataset.name, dataset.location, *dataset.classes))
+    selections = all(
+        _PART.fullmatch(chosen.part)
+        and _SAMPLES.fullmatch(chosen.file)
+        and min(chosen.images, chosen.shard_size, chosen.samples) > 0
+        and all(0 <= number < len(dataset.files) for number in chosen.files)
+        for chosen in dataset.selections
+    )
+    if not (texts and selections and (not dataset.bad or _SAMPLES.fullmatch(dataset.bad))):
+        raise ValueError("a field has the wrong type, or names a file that is none of a data set")
 
 
 def make_dataset(
@@ -307,21 +351,25 @@ def _selection(part: Part, table: pa.Table, files: Mapping[str, int]) -> Selecti
     )
 
 
-def write_dataset(dataset: Dataset) -> Dataset:
-    """Write a version, after its files, unless the latest version is the same; returns it without its draft."""
+def write_dataset(dataset: Dataset, damaged: Collection[str] = ()) -> Dataset:
+    """Write a version, after its files, unless the latest version is the same; returns it without its draft.
+
+    Args:
+        damaged: files that are written again, if they are those of this version.
+    """
     latest = next(read_versions(dataset.cache, dataset.name, dataset.policy, dataset.snapshot), None)
-    if latest and latest.dataset == dataset:
-        return replace(dataset, draft={})
-    present = dataset.store.files()
+    present = dataset.store.files().keys() - damaged
     for name, table in dataset.draft.items():
         if name not in present:
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
             dataset.store.put(name, sink.getvalue())
+    if latest and latest.dataset == dataset:
+        return replace(dataset, draft={})
     made = max(time.time(), latest.made + 1e-3 if latest else 0.0)
     fields = ("name", "location", "count", "fingerprint", "classes", "files", "bad", "selections")
     meta = {"format": FORMAT_VERSION, **{name: getattr(dataset, name) for name in fields}, "made": made}
-    dataset.store.put(f"version-{round(1000 * made):014d}-{dataset.fingerprint[:8]}.json", json.dumps(meta).encode())
+    dataset.store.put(f"version-{round(1000 * made):014d}-{dataset.fingerprint[:8]}.json", sealed(meta))
     return replace(dataset, draft={})
 
 

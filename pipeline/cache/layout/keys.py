@@ -24,6 +24,23 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def sealed(meta: dict[str, Any]) -> bytes:
+    """A JSON object with its own digest, as the field ``checksum``."""
+    return json.dumps({**meta, "checksum": digest(meta)}, indent=2, sort_keys=True).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The inverse of `sealed`; ValueError if a byte has changed."""
+    try:
+        meta: dict[str, Any] = json.loads(data)
+        checksum = meta.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no JSON object with a checksum: {error}") from error
+    if checksum != digest(meta):
+        raise ValueError("its content does not have its checksum")
+    return meta
+
+
 def fingerprint(table: pa.Table) -> str:
     """SHA-256 over the values of a table, in its order."""
     state = hashlib.sha256()

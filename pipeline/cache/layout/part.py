@@ -6,15 +6,13 @@ resized nor encoded again: teacher and student decode the same pixels, and a tea
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache.layout.keys import FORMAT_VERSION
+from pipeline.cache.layout.keys import FORMAT_VERSION, sealed, unsealed
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, ShardFolder, ShardRecord
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError
@@ -79,7 +77,7 @@ class Part:
     def index(self) -> pa.Table:
         """Key and size of every image (`PART_SCHEMA`); UserError if the file is missing or damaged."""
         with report_damage(f"{self.store.uri}/index.parquet"):
-            return pq.read_table(self.store.open("index.parquet"), schema=PART_SCHEMA)
+            return pq.read_table(self.store.open("index.parquet"), schema=PART_SCHEMA, page_checksum_verification=True)
 
     @property
     def view(self) -> Store:
@@ -144,18 +142,22 @@ def teacher_home(cache: Store, teacher: str) -> Store:
 def write_part(part: Part, index: pa.Table) -> None:
     """Write the index and the descriptions of a part and its view, unless they exist."""
     if not part.view.exists("view.json"):
-        part.view.put("view.json", json.dumps(vars(part.policy), indent=2).encode())
+        part.view.put("view.json", sealed(vars(part.policy)))
     if part.store.exists("part.json"):
         return
     write_index(part, index)
-    meta = {"format": FORMAT_VERSION, "count": part.count, "shard_size": part.shard_size}
-    part.store.put("part.json", json.dumps(meta, indent=2).encode())
+    describe_part(part)
+
+
+def describe_part(part: Part) -> None:
+    """Write the description of a part."""
+    part.store.put("part.json", sealed({"format": FORMAT_VERSION, "count": part.count, "shard_size": part.shard_size}))
 
 
 def write_index(part: Part, index: pa.Table) -> None:
     """Write the index of a part."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(index.select(PART_SCHEMA.names).cast(PART_SCHEMA), sink, use_dictionary=False)
+    sink, table = pa.BufferOutputStream(), index.select(PART_SCHEMA.names).cast(PART_SCHEMA)
+    pq.write_table(table, sink, use_dictionary=False, write_page_checksum=True)
     part.store.put("index.parquet", sink.getvalue())
 
 
@@ -163,7 +165,7 @@ def read_part(cache: Store, name: str) -> Part | None:
     """The part in a folder of `parts`; None if its description is missing. UserError if that cannot be read."""
     store = cache.sub(f"parts/{name}")
     try:
-        meta: dict[str, Any] = json.loads(store.get("part.json"))
+        meta = unsealed(store.get("part.json"))
         if meta["format"] != FORMAT_VERSION:
             raise UserError(
                 f"{store.uri} has cache format {meta['format']}, this version reads {FORMAT_VERSION}: name another cache.uri"
@@ -173,6 +175,9 @@ def read_part(cache: Store, name: str) -> Part | None:
             raise ValueError("fields are missing or have the wrong type")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{store.uri}/part.json cannot be read ({error}): restore it, or delete its folder") from error
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{store.uri}/part.json cannot be read ({error}): run jobs/precompute.py with the recipe of its images and "
+            "--repair, or delete its folder"
+        ) from error
     return Part(cache, name, count, shard_size)

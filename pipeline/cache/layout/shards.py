@@ -5,7 +5,6 @@ same shard, the later record replaces the earlier one and names its own data fil
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cache.layout.keys import sealed, unsealed
 from pipeline.cache.layout.stats import Moments, dump_moments, load_moments
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.storage.store import Store, report_damage
@@ -134,7 +134,7 @@ class ShardFolder:
             shard, f"{stem}.parquet", table.num_rows, data.size, sha256, statistics, projection, facts or {}
         )
         before_listing(record)
-        self.store.put(record_name(shard), json.dumps(asdict(record), sort_keys=True).encode())
+        self.store.put(record_name(shard), sealed(asdict(record)))
         return record
 
     def records(self) -> dict[int, ShardRecord]:
@@ -155,11 +155,11 @@ class ShardFolder:
     def _read_together(self) -> dict[int, ShardRecord]:
         """What `write_together` wrote; nothing if that is damaged, since each record has a file of its own."""
         try:
-            digest, _, listed = self.store.get(RECORDS).decode().partition("\n")
-            if hashlib.sha256(listed.encode()).hexdigest() != digest:
-                raise ValueError("its content does not have its checksum")
-            return {item["shard"]: ShardRecord(**item) for item in json.loads(listed)}
-        except (FileNotFoundError, ValueError) as error:
+            records = [ShardRecord(**item) for item in unsealed(self.store.get(RECORDS))["records"]]
+            for record in records:
+                _check_fields(record)
+            return {record.shard: record for record in records}
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             log.warning("%s/%s cannot be read (%s): reading the record of every shard", self.store.uri, RECORDS, error)
             return {}
 
@@ -201,9 +201,9 @@ class ShardFolder:
         """As `listing`, but FileNotFoundError if there is no record, ValueError if it is not one of this shard."""
         data = self.store.get(record_name(shard))
         try:
-            record = ShardRecord(**json.loads(data))
+            record = ShardRecord(**unsealed(data))
             _check_fields(record)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"is not a record ({error})") from error
         if record.shard != shard:
             raise ValueError(f"is the record of shard {record.shard}")
@@ -300,9 +300,8 @@ def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
 
 
 def dump_records(records: Iterable[ShardRecord]) -> bytes:
-    """Records as JSON, after a line with its SHA-256."""
-    listed = json.dumps([asdict(record) for record in records], sort_keys=True)
-    return f"{hashlib.sha256(listed.encode()).hexdigest()}\n{listed}".encode()
+    """Records as JSON, with a checksum."""
+    return sealed({"records": [asdict(record) for record in records]})
 
 
 def merge_figures(parts: Iterable[tuple[Mapping[str, Mapping[str, float]], int]]) -> Figures:

@@ -2,16 +2,16 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-
-import pyarrow as pa
 
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import CachePlan, SplitPlan, all_parts, read_again
 from pipeline.cache.fill.ray_pipeline import finished_shards, run_in_actors
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
+from pipeline.cache.layout.dataset import Version, read_version, version_files
 from pipeline.cache.layout.part import Part, image_groups, teacher_home
 from pipeline.cache.layout.shards import evenly_spaced
 from pipeline.cache.layout.stats import Moments, load_moments
@@ -20,7 +20,9 @@ from pipeline.cache.maintain.checks import (
     Finding,
     check_description,
     check_index,
+    check_part,
     check_projections,
+    check_records,
     check_samples,
     finding,
     load_file,
@@ -28,6 +30,8 @@ from pipeline.cache.maintain.checks import (
 from pipeline.cache.maintain.values import check_statistics
 from pipeline.cache.maintain.verify import Verify
 from pipeline.errors import UserError
+from pipeline.storage.names import folder_name
+from pipeline.storage.store import DamagedError, Store
 from teachers.base import WeightsNotFoundError
 
 SAMPLE_GROUPS = 8
@@ -54,13 +58,21 @@ class Verification:
     skipped: dict[str, str] = field(default_factory=dict)
     unable: set[str] = field(default_factory=set)
 
+    @contextmanager
+    def report(self, cache: Store, place: str, what: str, folder: Store) -> Iterator[None]:
+        """Add a finding if the block finds a file of the folder broken that belongs to all shards."""
+        try:
+            yield
+        except BrokenError as broken:
+            self.findings.append(finding(cache, place, what, folder, None, broken))
+
 
 def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, int]] | None = None) -> Verification:
     """Check every file of the plan's data sets, parts and teachers, compare all images with the source, and recompute a sample of
     rows.
 
     Args:
-        only: (part, shard) of the shards to check; None: all. Files that belong to all shards are always checked.
+        only: (part, shard) of the shards to check; None: all, and the source. Files that belong to all shards are always checked.
 
     Raises:
         UserError, TeacherError: if the cache cannot be used, or a teacher cannot be created.
@@ -71,8 +83,9 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
         part.refresh()
     found = Verification()
     computed = _computed(plan, found)
-    indices = dict(_indices(plan, parts, found))
-    shards = [(key, shard) for key, part in parts.items() for shard in range(part.shards)]
+    indices = dict(_check_parts(plan, parts, found))
+    versions = {version.dataset.fingerprint for split in plan.splits for version in _check_versions(split, found)}
+    shards = dict.fromkeys((part.key, shard) for split in plan.splits for part, shard in split.dataset.shards)
     rows = [{"part": key, "shard": shard} for key, shard in shards if only is None or (key, shard) in only]
     cosines: defaultdict[str, list[list[float]]] = defaultdict(list)
     labels = teacher_labels(plan.teachers)
@@ -87,8 +100,9 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
     for name, sums in sorted(cosines.items()):
         counts, means, lows = zip(*sums, strict=True)
         found.fidelity[name] = fmean(means, counts), min(lows)
-    found.findings += _check_statistics(plan, found)
-    found.findings += _compare_with_sources(plan.splits)
+    found.findings += _check_statistics(plan, found, versions)
+    if only is None:
+        found.findings += _compare_with_sources(plan.splits)
     # Splits share parts and teachers.
     found.findings = sorted(
         {*found.findings}, key=lambda item: (item.place, item.what, -1 if item.shard is None else item.shard, item.file)
@@ -99,7 +113,7 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
 def check_begun(plan: CachePlan) -> None:
     """Raise `UserError` if nothing of a data set is cached."""
     for split in plan.splits:
-        if not split.dataset.count:
+        if not version_files(split.dataset.store):
             raise UserError(
                 f"{split.dataset.store.uri} holds nothing yet: run jobs/precompute.py with this recipe first"
             )
@@ -110,14 +124,11 @@ def _computed(plan: CachePlan, found: Verification) -> list[CachedTeacher]:
     labels = teacher_labels(plan.teachers)
     able = []
     for cached in plan.teachers:
-        home, before = teacher_home(plan.store, cached.id), len(found.findings)
-        recorded = ""
-        for check in (check_description, check_projections) if home.files() else ():
-            try:
-                recorded = str(check(plan.store, cached)) if check is check_description else recorded
-                check(plan.store, cached)
-            except BrokenError as broken:
-                found.findings.append(finding(plan.store, cached.id, cached.id, home, None, broken))
+        home, before, recorded = teacher_home(plan.store, cached.id), len(found.findings), None
+        with found.report(plan.store, cached.id, cached.id, home):
+            recorded = check_description(plan.store, cached)
+        with found.report(plan.store, cached.id, cached.id, home):
+            check_projections(plan.store, cached)
         teacher = cached.create()
         try:
             teacher.load()
@@ -126,45 +137,60 @@ def _computed(plan: CachePlan, found: Verification) -> list[CachedTeacher]:
             found.unable.add(cached.id)
             continue
         present = teacher.weights_sha256
-        if recorded not in ("", present):
+        if recorded not in (None, present):
             problem = (
                 f"names other weights (SHA-256 {recorded[:12]}) than the present ones ({present[:12]}): set weights to their "
                 f"file, or --delete {cached.id}"
             )
-            other = BrokenError("teacher.json", problem)
-            found.findings.append(finding(plan.store, cached.id, cached.id, home, None, other))
+            with found.report(plan.store, cached.id, cached.id, home):
+                raise BrokenError("teacher.json", problem)
             found.unable.add(cached.id)
         elif len(found.findings) == before:
             able.append(replace(cached, weights_sha256=present))
     return able
 
 
-def _indices(plan: CachePlan, parts: Mapping[str, Part], found: Verification) -> Iterator[tuple[str, list[bytes]]]:
-    """The keys of every part whose index is intact, by id; checks the indices, and the samples that refer to them."""
-    intact: dict[str, pa.Table] = {}
+def _check_parts(plan: CachePlan, parts: Mapping[str, Part], found: Verification) -> Iterator[tuple[str, list[bytes]]]:
+    """The keys of every part whose index is intact, by id; checks descriptions, indices, and records written together."""
     for part in parts.values():
-        try:
-            intact[part.id] = check_index(part)
-            yield part.id, intact[part.id]["key"].to_pylist()
-        except BrokenError as broken:
-            found.findings.append(finding(plan.store, part.id, "index", part.store, None, broken))
-    for split in plan.splits:
-        for number, part in enumerate(split.dataset.parts):
+        with found.report(plan.store, part.id, "index", part.store):
+            check_part(part)
+        folders = {"images": part.images, **{teacher.id: part.teacher(teacher.id) for teacher in plan.teachers}}
+        for what, folder in {**folders, **({"rows": part.rows} if part.policy.crops else {})}.items():
+            with found.report(plan.store, part.id, what, folder.store):
+                check_records(folder)
+        with found.report(plan.store, part.id, "index", part.store):
+            yield part.id, check_index(part)["key"].to_pylist()
+
+
+def _check_versions(split: SplitPlan, found: Verification) -> list[Version]:
+    """The intact versions of a data set; checks all of them, and their files of samples."""
+    cache, store, versions = split.dataset.cache, split.dataset.store, list[Version]()
+    name = folder_name(split.dataset.name)
+    for file in version_files(store):
+        with found.report(cache, name, "version", store):
             try:
-                if part.id in intact and split.dataset.selections[number].file not in split.dataset.draft:
-                    check_samples(split.dataset, number, intact[part.id])
+                versions.append(read_version(cache, name, file))
+            except DamagedError as error:
+                raise BrokenError(file, "cannot be read, --repair deletes it and reads its images again") from error
+    named_by = {file: version.dataset for version in reversed(versions) for file in version.dataset.sample_files}
+    for file, dataset in named_by.items():
+        with found.report(cache, name, "samples", store):
+            try:
+                check_samples(store, file)
             except BrokenError as broken:
-                found.findings.append(
-                    finding(plan.store, split.dataset.id, "samples", split.dataset.store, None, broken)
-                )
+                remedy = f"if --repair cannot restore it, --delete {name}/{dataset.fingerprint[:8]}"
+                raise BrokenError(file, f"{broken.problem}; {remedy}") from broken
+    return versions
 
 
 def _sampled(plan: CachePlan) -> dict[tuple[str, int], list[int]]:
     """Row groups of images that every teacher recomputes, by part and shard."""
     sampled: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
     for split in plan.splits:
-        parts = split.dataset.parts
-        for item in evenly_spaced(image_groups(parts), SAMPLE_GROUPS):
+        parts, needed = split.dataset.parts, {(part.key, shard) for part, shard in split.dataset.shards}
+        held = [item for item in image_groups(parts) if (parts[item.part].key, item.shard) in needed]
+        for item in evenly_spaced(held, SAMPLE_GROUPS):
             groups = sampled[parts[item.part].key, item.shard]
             groups += [item.group] if item.group not in groups else []
     return dict(sampled)
@@ -183,19 +209,19 @@ def _frozen(plan: CachePlan) -> dict[tuple[str, str], Mapping[str, Moments]]:
     return found
 
 
-def _check_statistics(plan: CachePlan, found: Verification) -> Iterator[Finding]:
-    """Check the statistics of the data sets over teachers whose shards are all intact."""
-    broken_shards = {(item.place, item.what) for item in found.findings}
-    for split in plan.splits:
-        parts = {part.id for part in split.dataset.parts}
+def _check_statistics(plan: CachePlan, found: Verification, versions: Collection[str]) -> Iterator[Finding]:
+    """Check the statistics of the data sets that the cache holds, by fingerprint, as far as their shards can be read."""
+    undecodable = {item.place for item in found.findings}
+    for split in (split for split in plan.splits if split.dataset.fingerprint in versions):
         for teacher in plan.teachers:
             store = split.dataset.statistics(teacher.id)
-            if split.missing(teacher) or any((name, teacher.id) in broken_shards for name in {*parts, teacher.id}):
+            if split.missing(teacher) or teacher.id in undecodable:
                 continue
             try:
-                check_statistics(split.dataset, teacher)
+                with suppress(DamagedError):  # of a shard, which is found with it
+                    check_statistics(split.dataset, teacher)
             except BrokenError as broken:
-                yield finding(plan.store, split.dataset.id, teacher.id, store, None, broken)
+                yield finding(plan.store, folder_name(split.dataset.name), teacher.id, store, None, broken)
 
 
 def _compare_with_sources(splits: Iterable[SplitPlan]) -> Iterator[Finding]:
@@ -206,4 +232,5 @@ def _compare_with_sources(splits: Iterable[SplitPlan]) -> Iterator[Finding]:
             first = differing["sample_id"][0].as_py()
             problem = f"names images that {split.source.location} gives otherwise: {differing.num_rows}, first {first}"
             store = split.dataset.store
-            yield finding(split.dataset.cache, split.dataset.id, "source", store, None, BrokenError("", problem))
+            broken = BrokenError("", problem)
+            yield finding(split.dataset.cache, folder_name(split.dataset.name), "source", store, None, broken)

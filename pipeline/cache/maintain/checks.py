@@ -7,7 +7,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -16,11 +16,10 @@ import torch
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection
-from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.keys import fingerprint
+from pipeline.cache.layout.keys import FORMAT_VERSION, fingerprint, unsealed
 from pipeline.cache.layout.part import PART_SCHEMA, Part, image_key, part_id, teacher_home
 from pipeline.cache.layout.projection import load_projections
-from pipeline.cache.layout.shards import ShardFolder, ShardRecord, keys_of, projection_in, record_name
+from pipeline.cache.layout.shards import RECORDS, ShardFolder, ShardRecord, keys_of, projection_in, record_name
 from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, views_of
 from pipeline.errors import one_line
 from pipeline.storage.store import Store
@@ -41,8 +40,8 @@ class Finding:
     """A problem found in the cache.
 
     Attributes:
-        place: id of a part, of a data set, or of a teacher.
-        what: ``index``, ``images``, ``rows``, ``samples``, or a teacher's id.
+        place: id of a part or of a teacher, or the name of a data set.
+        what: ``index``, ``images``, ``rows``, ``samples``, ``version``, ``source``, or a teacher's id.
         shard: its number, or None for a file that belongs to all shards.
         file: path below the cache.
     """
@@ -207,7 +206,8 @@ def check_index(part: Part) -> pa.Table:
     """Check and return the index of a part, whose keys give the part its name."""
     name = "index.parquet"
     try:
-        index = pq.read_table(pa.BufferReader(_get(part.store, name)), schema=PART_SCHEMA)
+        data = pa.BufferReader(_get(part.store, name))
+        index = pq.read_table(data, schema=PART_SCHEMA, page_checksum_verification=True)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise BrokenError(name, f"is no Parquet file of keys and sizes: {one_line(error)}") from error
     if part_id(index) != part.id:
@@ -217,31 +217,50 @@ def check_index(part: Part) -> pa.Table:
     return index
 
 
-def check_samples(dataset: Dataset, number: int, index: pa.Table) -> None:
-    """Check that the samples of a data set in part `number` are as its version names them, and that part's images."""
-    name = dataset.selections[number].file
+def check_part(part: Part) -> None:
+    """Check the description of a part."""
+    due = {"format": FORMAT_VERSION, "count": part.count, "shard_size": part.shard_size}
+    if _description(part.store, "part.json") != due:
+        raise BrokenError("part.json", f"does not say {due}")
+
+
+def check_records(folder: ShardFolder) -> None:
+    """Check that the records that were written together, if they were, are those of the shards."""
+    if not folder.store.exists(RECORDS):
+        return
+    listed = folder.listed()
+    for item in _description(folder.store, RECORDS).get("records", []):
+        if item["shard"] in listed and asdict(listed[item["shard"]]) != item:
+            raise BrokenError(RECORDS, f"has another record of shard {item['shard']} than the shard itself")
+
+
+def check_samples(store: Store, name: str) -> None:
+    """Check that a file of samples has the content that its name says."""
     try:
-        samples = pq.read_table(pa.BufferReader(_get(dataset.store, name)))
-    except (pa.ArrowException, OSError) as error:
+        samples = pq.read_table(pa.BufferReader(_get(store, name)))
+        found = fingerprint(samples)[:16]
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise BrokenError(name, f"is no Parquet file: {one_line(error)}") from error
-    if f"rows-{fingerprint(samples)[:16]}.parquet" != name:
+    if not name.endswith(f"-{found}.parquet"):
         raise BrokenError(name, "does not have the content that its name says")
-    if samples["key"].to_pylist() != index["key"].take(samples["row"]).to_pylist():
-        raise BrokenError(name, f"names other images than those of the part {dataset.selections[number].part}")
 
 
 def check_description(cache: Store, teacher: CachedTeacher) -> str:
     """Check teacher.json; returns the SHA-256 of the weights that the features were made with."""
     name = "teacher.json"
-    data = _get(teacher_home(cache, teacher.id), name)
-    try:
-        described = json.loads(data)
-        described_id, weights = described["id"], described["weights_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BrokenError(name, f"cannot be read: {error}") from error
+    described = _description(teacher_home(cache, teacher.id), name)
+    described_id, weights = described.get("id"), described.get("weights_sha256")
     if described_id != teacher.id:
         raise BrokenError(name, f"describes {described_id}")
     return str(weights)
+
+
+def _description(store: Store, name: str) -> dict[str, Any]:
+    data = _get(store, name)
+    try:
+        return unsealed(data)
+    except ValueError as error:
+        raise BrokenError(name, f"cannot be read: {error}") from error
 
 
 def check_projections(cache: Store, teacher: CachedTeacher) -> dict[str, Projection] | None:

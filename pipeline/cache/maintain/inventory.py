@@ -13,7 +13,7 @@ from pipeline.cache.layout.part import Part, read_part, teacher_home
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, merge_figures
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE
-from pipeline.storage.store import Store
+from pipeline.storage.store import DamagedError, Store
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def _versions(cache: Store, parts: Sequence[Part]) -> Iterator[Entry]:
                 yield Entry(
                     f"{folder}/{name}", "another version of the cache, or damaged", 0, 0, files[name], (store,), name
                 )
-        changes = ["", *(_change(before.dataset, after.dataset) for before, after in pairwise(versions))]
+        changed = (_change(before.dataset, after.dataset) for before, after in pairwise(versions))
+        changes = ["", *changed] if versions else []
         for version, change in zip(versions, changes, strict=True):
             dataset, bytes_ = version.dataset, files[version.file]
             shards = sum(done.get(chosen.part, 0) for chosen in dataset.selections)
@@ -107,7 +108,10 @@ def _change(before: Dataset, after: Dataset) -> str:
     keys = []
     for dataset in (before, after):
         numbers = [number for number, chosen in enumerate(dataset.selections) if chosen.file not in shared]
-        keys.append({key for number in numbers for key in dataset.samples(number, ["key"])["key"].to_pylist()})
+        try:
+            keys.append({key for number in numbers for key in dataset.samples(number, ["key"])["key"].to_pylist()})
+        except DamagedError:
+            return ", with damaged files: see --verify"
     return f", {len(keys[1] - keys[0])} added, {len(keys[0] - keys[1])} removed"
 
 
