@@ -10,9 +10,9 @@ from pipeline.cache.fill.build import build_cache, plan_cache
 from pipeline.cache.fill.extract import Extract
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.layout.view_rows import read_view_rows, views_of
+from pipeline.errors import UserError
 from pipeline.imaging.crop import crop_and_pad, crop_and_resize
 from pipeline.imaging.decode import decode_pixels
-from pipeline.errors import UserError
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, images_seen, out_of_memory, without_ray
 
