@@ -1,8 +1,7 @@
 """Interface of an image source: an index of samples, and the encoded bytes of any of its rows."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -24,10 +23,10 @@ INDEX_SCHEMA = pa.schema(
 )
 """One row per sample.
 
-`sample_id` is stable across machines and runs; `label` is null for a sample without one; `uri` is the absolute path of
-the file that holds the image ("" for generated scenes); `offset` is the byte offset in a tar, the row in a Parquet file,
+`sample_id` is stable across machines and runs; `label` is null for a sample without one; `uri` is the absolute path or URI
+of the file that holds the image ("" for generated scenes); `offset` is the byte offset in a tar, the row in a Parquet file,
 the number of a generated scene, else 0; `size` is in bytes: of the encoded image or of a raw array, 0 if unknown; `version`
-is that of the file (:func:`file_version`), 0 for generated scenes.
+is that of the file (:class:`~pipeline.storage.files.Entry`), 0 for generated scenes.
 """
 
 MAX_BYTES = 256 << 20
@@ -61,7 +60,7 @@ class Source(Protocol):
 
     @property
     def location(self) -> str:
-        """Absolute path or pattern, or `samples`."""
+        """Absolute path or pattern, URI, or `samples`."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -79,7 +78,11 @@ class Source(Protocol):
         """
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """Encoded image bytes of these index rows, in order; an exception instead for each sample that cannot be read."""
+        """Encoded image bytes of these index rows, in order; an exception instead for each sample that cannot be read.
+
+        Raises:
+            StoreError: if the store of the images fails, which says nothing about a sample.
+        """
 
 
 def foreign_name(name: str) -> bytes | None:
@@ -89,12 +92,6 @@ def foreign_name(name: str) -> bytes | None:
     except UnicodeEncodeError:
         return os.fsencode(name)
     return None
-
-
-def file_version(info: os.stat_result) -> int:
-    """A digest of a file's modification time and size; where it differs, the content may differ."""
-    text = f"{info.st_mtime_ns} {info.st_size}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def oversize(size: int) -> ValueError | None:
@@ -157,3 +154,15 @@ def by_file(rows: pa.Table) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     columns = (rows[name].to_pylist() for name in ("uri", "offset", "size"))
     for uri, run in groupby(zip(*columns, strict=True), key=lambda row: row[0]):
         yield uri, [(offset, size) for _, offset, size in run]
+
+
+def in_stored_order(
+    rows: pa.Table, read: Callable[[pa.Table], Iterator[bytes | Exception]]
+) -> Iterator[bytes | Exception]:
+    """What `read` gives for index rows sorted by file and offset, in the order of `rows`; kept in memory if that is another."""
+    stored = pc.sort_indices(rows, [("uri", "ascending"), ("offset", "ascending")])
+    if stored.equals(pa.array(range(len(rows)), stored.type)):
+        yield from read(rows)
+        return
+    images = list(read(rows.take(stored)))
+    yield from (images[place] for place in pc.sort_indices(stored).to_pylist())
