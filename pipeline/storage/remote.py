@@ -89,9 +89,9 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     scheme, _, root = uri.partition("://")
     if scheme == "s3":
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        return _s3(root.split("/")[0], endpoint), root
+        return _s3(root.split("/")[0], endpoint, os.getpid()), root
     if scheme == "gs":
-        return _gcs(), root
+        return _gcs(os.getpid()), root
     try:
         filesystem, path = fsspec.url_to_fs(uri, **_options(scheme))
     except ImportError as error:
@@ -113,8 +113,9 @@ def _options(scheme: str) -> dict[str, Any]:
     return options
 
 
+# A forked process must not write to the connections of its parent; fsspec sees to that for its drivers.
 @lru_cache
-def _s3(bucket: str, endpoint: str | None) -> fs.S3FileSystem:
+def _s3(bucket: str, endpoint: str | None, process: int) -> fs.S3FileSystem:
     options: dict[str, Any] = {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "request_timeout": STALL_TIMEOUT_S,
@@ -132,7 +133,7 @@ def _s3(bucket: str, endpoint: str | None) -> fs.S3FileSystem:
 
 
 @lru_cache
-def _gcs() -> fs.GcsFileSystem:
+def _gcs(process: int) -> fs.GcsFileSystem:
     return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=STALL_TIMEOUT_S))
 
 

@@ -250,7 +250,7 @@ def test_a_store_that_fails_says_nothing_about_an_image(endpoint: S3Endpoint, lo
     index = source.index()
     endpoint.fail("SlowDown", 10_000)
     with pytest.raises(
-        StoreError, match=r"^cannot read s3://photos/data/.*SLOW_DOWN.*; tried 6 times; check the network"
+        StoreError, match=r"^cannot read s3://photos/data/.*(503|SLOW_DOWN).*; tried 6 times; check the network"
     ):
         list(source.read(index))
 
