@@ -4,11 +4,13 @@ Failures of a store are retried (`pipeline.storage.remote.attempt`) and end as `
 Local files raise OSError as Python's own functions do.
 """
 
+import errno
 import hashlib
 import io
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -19,6 +21,8 @@ from pipeline.storage.remote import StoreError, attempt, is_uri, is_web, resolve
 
 BLOCK = 4 << 20
 """Bytes of one request where a file by URI is read from front to back."""
+HEADER = 1 << 16
+"""The same for a file of which only the first bytes are needed."""
 THREADS = 16
 """Requests at the same time, since each waits for the network."""
 
@@ -49,7 +53,8 @@ def describe(path: str) -> Entry:
         StoreError: if the store fails; OSError if a local file cannot be looked at.
     """
     if is_uri(path):
-        return attempt("read", path, lambda: _describe(path))
+        with _missing(path):
+            return attempt("read", path, lambda: _describe(path))
     info = os.stat(path)
     return Entry(path, stat.S_ISDIR(info.st_mode), info.st_size, _version(info.st_mtime_ns, info.st_size))
 
@@ -87,8 +92,8 @@ def list_folder(uri: str, *, recursive: bool = False) -> list[Entry]:
 
 
 NO_LISTING = (
-    "a web server has no folders that can be listed; name .tar or .parquet files, several with braces "
-    "(https://host/train-{000..127}.tar), or copy the folder to s3://, gs://, az:// or hf://"
+    "a web server has no folders that can be listed; copy the folder to s3://, gs://, az:// or hf://, or name .tar or .parquet "
+    "files, several with braces (https://host/train-{000..127}.tar)"
 )
 
 
@@ -98,16 +103,28 @@ def open_binary(path: str, block: int = BLOCK) -> BinaryIO:
     Raises:
         FileNotFoundError: if it does not exist.
         StoreError: if the store fails; also when reading.
+        OSError: for a local path that is no regular file: reading a pipe may block, reading a device may never end.
     """
     if not is_uri(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(f"{path}: not a regular file")
         return open(path, "rb")
     return io.BufferedReader(RemoteFile(path), block)
 
 
 def read_bytes(path: str) -> bytes:
-    """The bytes of a file; raises as :func:`open_binary`."""
+    """The bytes of a file, by local path or URI; raises as :func:`open_binary`."""
     with open_binary(path) as file:
         return file.read()
+
+
+@contextmanager
+def _missing(uri: str) -> Iterator[None]:
+    """Drivers' errors of a missing file as that of a local one."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
 
 
 class RemoteFile(io.RawIOBase):
@@ -127,7 +144,8 @@ class RemoteFile(io.RawIOBase):
         self._file: Any = None
         self._streamed: int | None = None
         """Position of a file that can only be read forward; None: any range can be asked for."""
-        self.size: int = attempt("read", uri, self._open)
+        with _missing(uri):
+            self.size: int = attempt("read", uri, self._open)
 
     @property
     def ranges(self) -> bool:
@@ -289,7 +307,7 @@ def _describe(uri: str) -> Entry:
         return _entry(uri, driver.info(path))
     info = system.get_file_info(path)
     if info.type == fs.FileType.NotFound:
-        raise FileNotFoundError(f"{uri}: no such file or folder")
+        raise FileNotFoundError(uri)
     return _arrow_entry(uri, info)
 
 
