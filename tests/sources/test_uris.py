@@ -95,25 +95,19 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[S3Endpoint]:
+def server(tree: Path) -> Iterator[S3Endpoint]:
     server = S3Endpoint()
+    server.upload("photos/data", contents(tree))
     yield server
     server.close()
 
 
 @pytest.fixture
-def endpoint(server: S3Endpoint, tree: Path, monkeypatch: pytest.MonkeyPatch) -> S3Endpoint:
+def endpoint(server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> S3Endpoint:
     """An S3 endpoint that holds the tree in s3://photos/data."""
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     remote._s3.cache_clear()
-    server.clear()
-    system = fs.S3FileSystem(endpoint_override=server.url[7:], scheme="http", allow_bucket_creation=True)
-    if system.get_file_info("photos").type == fs.FileType.NotFound:
-        system.create_dir("photos")
-        for name, data in contents(tree).items():
-            with system.open_output_stream(f"photos/data/{name}") as file:
-                file.write(data)
     server.clear()
     return server
 
