@@ -325,8 +325,8 @@ def _list(uri: str, recursive: bool) -> Iterator[Entry]:
         raise FileNotFoundError(root)
     for item in found:
         name = item["name"].rstrip("/")
-        if name != root:
-            yield _entry(uri + name[len(root) :], item)
+        if name != root.rstrip("/"):
+            yield _entry(uri + name.removeprefix(root.rstrip("/")), item)
 
 
 def _fsspec(system: fs.FileSystem) -> Any:

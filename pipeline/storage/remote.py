@@ -97,7 +97,9 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     except ImportError as error:
         raise UserError(f"{uri} needs a driver that is not installed: {error}") from error
     except ValueError as error:
-        raise UserError(f"{uri}: {error}; use a local folder, s3://, gs:// or a scheme that fsspec knows") from error
+        known = scheme in fsspec.available_protocols()  # then its credentials are missing
+        remedy = _remedy(scheme) if known else "use a local folder, s3://, gs:// or a scheme that fsspec knows"
+        raise UserError(f"{uri}: {error}; {remedy}") from error
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
@@ -212,9 +214,8 @@ def _permanent(error: Exception, scheme: str) -> str:
 
 
 def _remedy(scheme: str) -> str:
-    return _REMEDIES.get(
-        "https" if scheme == "http" else scheme, f"check the environment variables that the {scheme}:// driver reads"
-    )
+    scheme = {"http": "https", "abfs": "az", "abfss": "az"}.get(scheme, scheme)
+    return _REMEDIES.get(scheme, f"check the environment variables that the {scheme}:// driver reads")
 
 
 class RetriedFile:
