@@ -285,7 +285,7 @@ def read_extents(path: str, extents: Iterable[tuple[int, int]], *, gap: int = 1 
         for run in _runs(extents, gap):
             start, end = run[0][0], max(map(sum, run))
             file.seek(start)
-            data = file.read(end - start) or b""
+            data = file.read(max(0, min(end, file.size) - start)) or b""
             yield from (data[offset - start : offset - start + size] for offset, size in run)
 
 

@@ -99,6 +99,12 @@ def test_giving_up_names_address_status_and_remedy(server: WebServer, fault: str
         assert sum(method == "GET" for method, *_ in server.requests) == 1
 
 
+def test_a_file_of_unknown_size_is_refused_since_its_end_could_be_lost(server: WebServer) -> None:
+    server.sizes = False
+    with pytest.raises(StoreError, match=r"does not tell the size of the file; copy it to another store"):
+        read_bytes(f"{server.url}/large.bin")
+
+
 def test_what_is_missing_is_asked_for_once(server: WebServer) -> None:
     with pytest.raises(FileNotFoundError):
         read_bytes(f"{server.url}/none")
