@@ -3,6 +3,7 @@
 Credentials come from the environment or the machine's role, never from a URI, because URIs are logged.
 """
 
+import errno
 import logging
 import os
 import random
@@ -103,6 +104,11 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
+def fsspec_driver(system: fs.FileSystem) -> Any:
+    """The driver of fsspec below what :func:`resolve` gives, or None for those of pyarrow."""
+    return system.handler.fs if isinstance(system, fs.PyFileSystem) else None
+
+
 def _options(scheme: str) -> dict[str, Any]:
     """Arguments of a driver of fsspec."""
     if scheme == "hf":
@@ -153,9 +159,9 @@ def attempt(doing: str, uri: str, call: Callable[[], Result]) -> Result:
             return call()
         except Exception as error:
             cause = _cause(error)
-            if cause is not error and isinstance(cause, FileNotFoundError):
-                raise cause from error
-            if isinstance(cause, FileNotFoundError) or not _is_failure(cause):
+            if isinstance(cause, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+            if not (isinstance(cause, (OSError, pa.ArrowInvalid, NotImplementedError)) or _of_driver(cause)):
                 raise
             remedy = _permanent(cause, uri.partition("://")[0])
             if remedy or failures == ATTEMPTS:
@@ -174,10 +180,6 @@ def _cause(error: Exception) -> Exception:
         failed = isinstance(cause, (aiohttp.ClientError, OSError)) and _status(cause) not in _NOT_FOUND
         return cause if isinstance(cause, Exception) and failed else error
     return FileNotFoundError(str(error)) if _status(error) in _NOT_FOUND else error
-
-
-def _is_failure(error: Exception) -> bool:
-    return isinstance(error, (OSError, pa.ArrowInvalid, NotImplementedError)) or _of_driver(error)
 
 
 def _of_driver(error: Exception) -> bool:
@@ -208,7 +210,10 @@ def _permanent(error: Exception, scheme: str) -> str:
         return _remedy(scheme)
     if "NO_SUCH_BUCKET" in str(error):
         return "create the bucket, or correct its name"
-    if (400 <= status < 500 and status not in _PASSING) or not (isinstance(error, OSError) or _of_driver(error)):
+    if "HF_HUB_OFFLINE" in str(error):
+        return "or read a local copy"
+    senseless = isinstance(error, ValueError) or not (isinstance(error, OSError) or _of_driver(error))
+    if senseless or (400 <= status < 500 and status not in _PASSING):
         return "correct the address"
     return ""
 

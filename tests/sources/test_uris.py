@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfFileSystem
 from pyarrow import fs
 
 from pipeline.errors import UserError
@@ -317,9 +318,21 @@ def test_gs_asks_googles_driver_for_credentials() -> None:
         remote.attempt("read", "gs://bucket/x", call)
 
 
+def test_a_hub_address_keeps_its_revision_and_a_malformed_one_is_refused_at_once() -> None:
+    system, path = remote.resolve("hf://datasets/me/photos@refs/convert/parquet/train/0.parquet")
+    assert isinstance(system.handler.fs, HfFileSystem)
+    assert path == "datasets/me/photos@refs/convert/parquet/train/0.parquet"
+    with pytest.raises(StoreError, match=r"^cannot read hf://datasets/photos: Invalid HF URI .*; correct the address$"):
+        open_source("hf://datasets/photos", split="train")
+
+
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
+        (
+            "offline",
+            r"cannot read hf://datasets/me/photos/train-0.tar: .*unset the `HF_HUB_OFFLINE`.*; or read a local copy",
+        ),
         ("unauthorized", r"cannot read hf://datasets/me/photos/train-0.tar: .*401.*; check the name and HF_TOKEN"),
         ("unavailable", r"cannot read hf://datasets/me/photos/train-0.tar: .*503.*; tried 6 times"),
     ],
@@ -339,7 +352,7 @@ except UserError as error:
 """
     web = WebServer({})
     web.faults = [fault] * 1000
-    environment = {**os.environ, "HF_ENDPOINT": web.url, "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, "HF_ENDPOINT": web.url, "HF_HUB_OFFLINE": str(int(fault == "offline"))}
     command = [sys.executable, "-c", code, "hf://datasets/me/photos/train-0.tar"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
     web.close()

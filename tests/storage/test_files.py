@@ -9,17 +9,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.storage import remote
-from pipeline.storage.files import (
-    RemoteFile,
-    describe,
-    exists,
-    is_folder,
-    list_folder,
-    open_binary,
-    read_bytes,
-    read_extents,
-)
+from pipeline.storage.files import describe, exists, is_folder, list_folder, open_binary, read_bytes
 from pipeline.storage.remote import StoreError, check_address
+from pipeline.storage.remote_file import RemoteFile, read_extents
 from tests.storage.web_server import WebServer
 
 LARGE = b"".join(hashlib.blake2b(bytes([n % 256, n // 256])).digest() for n in range(1 << 14)) * 10  # 10 MiB
