@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
 import fsspec
 import pyarrow as pa
 from pyarrow import fs
@@ -41,6 +40,7 @@ _REFUSED = re.compile(
     "|PERMISSION_DENIED|UNAUTHENTICATED|OAuth2 access token"
 )
 
+_NO_BUCKET = re.compile("NO_SUCH_BUCKET|Bucket '.*' not found")
 _DRIVERS = ("aiohttp", "azure", "fsspec", "httpx2", "huggingface_hub")
 """Packages whose exceptions are failures of a store, whatever their classes."""
 _NOT_FOUND = (404, 410)
@@ -116,6 +116,8 @@ def _options(scheme: str) -> dict[str, Any]:
     # Without the listings cache, the driver sees what other processes have written since.
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in ("http", "https"):
+        import aiohttp  # half a second, which few processes need
+
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
         options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
     return options
@@ -177,13 +179,17 @@ def _cause(error: Exception) -> Exception:
     """The failure itself: fsspec's HTTP driver reports each failure as a missing file, others a missing file by its status."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError):
-        failed = isinstance(cause, (aiohttp.ClientError, OSError)) and _status(cause) not in _NOT_FOUND
-        return cause if isinstance(cause, Exception) and failed else error
+        failed = isinstance(cause, OSError) or (isinstance(cause, Exception) and _package(cause) == "aiohttp")
+        return cause if isinstance(cause, Exception) and failed and _status(cause) not in _NOT_FOUND else error
     return FileNotFoundError(str(error)) if _status(error) in _NOT_FOUND else error
 
 
 def _of_driver(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0] in _DRIVERS
+    return _package(error) in _DRIVERS
+
+
+def _package(error: Exception) -> str:
+    return type(error).__module__.partition(".")[0]
 
 
 def _status(error: Exception) -> int | None:
@@ -208,7 +214,7 @@ def _permanent(error: Exception, scheme: str) -> str:
     status = _status(error) or 0
     if isinstance(error, PermissionError) or status in (401, 403) or _REFUSED.search(str(error)):
         return _remedy(scheme)
-    if "NO_SUCH_BUCKET" in str(error):
+    if _NO_BUCKET.search(str(error)):
         return "create the bucket, or correct its name"
     if "HF_HUB_OFFLINE" in str(error):
         return "or read a local copy"

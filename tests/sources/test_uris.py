@@ -305,6 +305,14 @@ def test_a_missing_driver_is_named(scheme: str) -> None:
         open_source(f"{scheme}://box/x.tar", split="train")
 
 
+def test_a_bucket_without_a_region_is_a_missing_one() -> None:
+    def call() -> None:
+        raise OSError("Bucket 'photos' not found")
+
+    with pytest.raises(StoreError, match=r"^cannot list s3://photos: .*; create the bucket, or correct its name$"):
+        remote.attempt("list", "s3://photos", call)
+
+
 def test_gs_asks_googles_driver_for_credentials() -> None:
     assert isinstance(remote.resolve("gs://bucket/x")[0], fs.GcsFileSystem)
     refused = OSError("google::cloud::Status(PERMISSION_DENIED: no access) error_info={reason=...}")
