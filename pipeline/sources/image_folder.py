@@ -1,11 +1,9 @@
 """Images in a folder: one folder per class, or all in one folder without labels."""
 
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
@@ -113,10 +111,7 @@ class ImageFolder:
 
 def _read_local(path: str) -> bytes | Exception:
     try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe may block, reading a device may never end
-            raise OSError(f"{path}: not a regular file")
-        return oversize(info.st_size) or Path(path).read_bytes()
+        return oversize(os.path.getsize(path)) or read_bytes(path)
     except OSError as error:
         return error
 

@@ -14,8 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import UserError, one_line
 from pipeline.imaging.decode import FORMATS
-from pipeline.storage.files import parquet_file
 from pipeline.storage.remote import is_uri
+from pipeline.storage.remote_file import parquet_file
 
 Layout = Literal["struct", "encoded", "planes", "nested"]
 """`struct` {bytes, path} (Hugging Face), `encoded` bytes, `planes` flat (3, n, n) uint8, `nested` n x n x 3 lists."""

@@ -27,8 +27,9 @@ from pipeline.sources.base import (
 from pipeline.sources.left_out import LeftOut, is_system, some
 from pipeline.sources.locations import readable_name
 from pipeline.sources.tar_labels import JSON_EXTENSIONS, TEXT_EXTENSIONS, parse_label
-from pipeline.storage.files import describe, open_binary, read_extents
+from pipeline.storage.files import describe, open_binary
 from pipeline.storage.remote import is_uri
+from pipeline.storage.remote_file import read_extents
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")
 _MAX_TEXT = 1 << 20

@@ -3,6 +3,7 @@
 Credentials come from the environment or the machine's role, never from a URI, because URIs are logged.
 """
 
+import errno
 import logging
 import os
 import random
@@ -14,7 +15,6 @@ from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
 import fsspec
 import pyarrow as pa
 from pyarrow import fs
@@ -40,6 +40,7 @@ _REFUSED = re.compile(
     "|PERMISSION_DENIED|UNAUTHENTICATED|OAuth2 access token"
 )
 
+_NO_BUCKET = re.compile("NO_SUCH_BUCKET|Bucket '.*' not found")
 _DRIVERS = ("aiohttp", "azure", "fsspec", "httpx2", "huggingface_hub")
 """Packages whose exceptions are failures of a store, whatever their classes."""
 _NOT_FOUND = (404, 410)
@@ -97,8 +98,15 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     except ImportError as error:
         raise UserError(f"{uri} needs a driver that is not installed: {error}") from error
     except ValueError as error:
-        raise UserError(f"{uri}: {error}; use a local folder, s3://, gs:// or a scheme that fsspec knows") from error
+        known = scheme in fsspec.available_protocols()  # then its credentials are missing
+        remedy = _remedy(scheme) if known else "use a local folder, s3://, gs:// or a scheme that fsspec knows"
+        raise UserError(f"{uri}: {error}; {remedy}") from error
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+def fsspec_driver(system: fs.FileSystem) -> Any:
+    """The driver of fsspec below what :func:`resolve` gives, or None for those of pyarrow."""
+    return system.handler.fs if isinstance(system, fs.PyFileSystem) else None
 
 
 def _options(scheme: str) -> dict[str, Any]:
@@ -108,6 +116,8 @@ def _options(scheme: str) -> dict[str, Any]:
     # Without the listings cache, the driver sees what other processes have written since.
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in ("http", "https"):
+        import aiohttp  # half a second, which few processes need
+
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
         options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
     return options
@@ -151,9 +161,9 @@ def attempt(doing: str, uri: str, call: Callable[[], Result]) -> Result:
             return call()
         except Exception as error:
             cause = _cause(error)
-            if cause is not error and isinstance(cause, FileNotFoundError):
-                raise cause from error
-            if isinstance(cause, FileNotFoundError) or not _is_failure(cause):
+            if isinstance(cause, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+            if not (isinstance(cause, (OSError, pa.ArrowInvalid, NotImplementedError)) or _of_driver(cause)):
                 raise
             remedy = _permanent(cause, uri.partition("://")[0])
             if remedy or failures == ATTEMPTS:
@@ -169,17 +179,17 @@ def _cause(error: Exception) -> Exception:
     """The failure itself: fsspec's HTTP driver reports each failure as a missing file, others a missing file by its status."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError):
-        failed = isinstance(cause, (aiohttp.ClientError, OSError)) and _status(cause) not in _NOT_FOUND
-        return cause if isinstance(cause, Exception) and failed else error
+        failed = isinstance(cause, OSError) or (isinstance(cause, Exception) and _package(cause) == "aiohttp")
+        return cause if isinstance(cause, Exception) and failed and _status(cause) not in _NOT_FOUND else error
     return FileNotFoundError(str(error)) if _status(error) in _NOT_FOUND else error
 
 
-def _is_failure(error: Exception) -> bool:
-    return isinstance(error, (OSError, pa.ArrowInvalid, NotImplementedError)) or _of_driver(error)
-
-
 def _of_driver(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0] in _DRIVERS
+    return _package(error) in _DRIVERS
+
+
+def _package(error: Exception) -> str:
+    return type(error).__module__.partition(".")[0]
 
 
 def _status(error: Exception) -> int | None:
@@ -204,17 +214,19 @@ def _permanent(error: Exception, scheme: str) -> str:
     status = _status(error) or 0
     if isinstance(error, PermissionError) or status in (401, 403) or _REFUSED.search(str(error)):
         return _remedy(scheme)
-    if "NO_SUCH_BUCKET" in str(error):
+    if _NO_BUCKET.search(str(error)):
         return "create the bucket, or correct its name"
-    if (400 <= status < 500 and status not in _PASSING) or not (isinstance(error, OSError) or _of_driver(error)):
+    if "HF_HUB_OFFLINE" in str(error):
+        return "or read a local copy"
+    senseless = isinstance(error, ValueError) or not (isinstance(error, OSError) or _of_driver(error))
+    if senseless or (400 <= status < 500 and status not in _PASSING):
         return "correct the address"
     return ""
 
 
 def _remedy(scheme: str) -> str:
-    return _REMEDIES.get(
-        "https" if scheme == "http" else scheme, f"check the environment variables that the {scheme}:// driver reads"
-    )
+    scheme = {"http": "https", "abfs": "az", "abfss": "az"}.get(scheme, scheme)
+    return _REMEDIES.get(scheme, f"check the environment variables that the {scheme}:// driver reads")
 
 
 class RetriedFile:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfFileSystem
 from pyarrow import fs
 
 from pipeline.errors import UserError
@@ -95,25 +96,19 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[S3Endpoint]:
+def server(tree: Path) -> Iterator[S3Endpoint]:
     server = S3Endpoint()
+    server.upload("photos/data", contents(tree))
     yield server
     server.close()
 
 
 @pytest.fixture
-def endpoint(server: S3Endpoint, tree: Path, monkeypatch: pytest.MonkeyPatch) -> S3Endpoint:
+def endpoint(server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> S3Endpoint:
     """An S3 endpoint that holds the tree in s3://photos/data."""
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     remote._s3.cache_clear()
-    server.clear()
-    system = fs.S3FileSystem(endpoint_override=server.url[7:], scheme="http", allow_bucket_creation=True)
-    if system.get_file_info("photos").type == fs.FileType.NotFound:
-        system.create_dir("photos")
-        for name, data in contents(tree).items():
-            with system.open_output_stream(f"photos/data/{name}") as file:
-                file.write(data)
     server.clear()
     return server
 
@@ -310,6 +305,14 @@ def test_a_missing_driver_is_named(scheme: str) -> None:
         open_source(f"{scheme}://box/x.tar", split="train")
 
 
+def test_a_bucket_without_a_region_is_a_missing_one() -> None:
+    def call() -> None:
+        raise OSError("Bucket 'photos' not found")
+
+    with pytest.raises(StoreError, match=r"^cannot list s3://photos: .*; create the bucket, or correct its name$"):
+        remote.attempt("list", "s3://photos", call)
+
+
 def test_gs_asks_googles_driver_for_credentials() -> None:
     assert isinstance(remote.resolve("gs://bucket/x")[0], fs.GcsFileSystem)
     refused = OSError("google::cloud::Status(PERMISSION_DENIED: no access) error_info={reason=...}")
@@ -323,9 +326,21 @@ def test_gs_asks_googles_driver_for_credentials() -> None:
         remote.attempt("read", "gs://bucket/x", call)
 
 
+def test_a_hub_address_keeps_its_revision_and_a_malformed_one_is_refused_at_once() -> None:
+    system, path = remote.resolve("hf://datasets/me/photos@refs/convert/parquet/train/0.parquet")
+    assert isinstance(system.handler.fs, HfFileSystem)
+    assert path == "datasets/me/photos@refs/convert/parquet/train/0.parquet"
+    with pytest.raises(StoreError, match=r"^cannot read hf://datasets/photos: Invalid HF URI .*; correct the address$"):
+        open_source("hf://datasets/photos", split="train")
+
+
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
+        (
+            "offline",
+            r"cannot read hf://datasets/me/photos/train-0.tar: .*unset the `HF_HUB_OFFLINE`.*; or read a local copy",
+        ),
         ("unauthorized", r"cannot read hf://datasets/me/photos/train-0.tar: .*401.*; check the name and HF_TOKEN"),
         ("unavailable", r"cannot read hf://datasets/me/photos/train-0.tar: .*503.*; tried 6 times"),
     ],
@@ -345,7 +360,7 @@ except UserError as error:
 """
     web = WebServer({})
     web.faults = [fault] * 1000
-    environment = {**os.environ, "HF_ENDPOINT": web.url, "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, "HF_ENDPOINT": web.url, "HF_HUB_OFFLINE": str(int(fault == "offline"))}
     command = [sys.executable, "-c", code, "hf://datasets/me/photos/train-0.tar"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
     web.close()

@@ -9,17 +9,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.storage import remote
-from pipeline.storage.files import (
-    RemoteFile,
-    describe,
-    exists,
-    is_folder,
-    list_folder,
-    open_binary,
-    read_bytes,
-    read_extents,
-)
+from pipeline.storage.files import describe, exists, is_folder, list_folder, open_binary, read_bytes
 from pipeline.storage.remote import StoreError, check_address
+from pipeline.storage.remote_file import RemoteFile, read_extents
 from tests.storage.web_server import WebServer
 
 LARGE = b"".join(hashlib.blake2b(bytes([n % 256, n // 256])).digest() for n in range(1 << 14)) * 10  # 10 MiB
@@ -97,6 +89,12 @@ def test_giving_up_names_address_status_and_remedy(server: WebServer, fault: str
     assert "\n" not in str(raised.value)
     if fault != "unavailable":
         assert sum(method == "GET" for method, *_ in server.requests) == 1
+
+
+def test_a_file_of_unknown_size_is_refused_since_its_end_could_be_lost(server: WebServer) -> None:
+    server.sizes = False
+    with pytest.raises(StoreError, match=r"does not tell the size of the file; copy it to another store"):
+        read_bytes(f"{server.url}/large.bin")
 
 
 def test_what_is_missing_is_asked_for_once(server: WebServer) -> None:

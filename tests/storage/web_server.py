@@ -16,6 +16,7 @@ class WebServer:
     Attributes:
         ranges: whether range requests are answered; else the whole file is sent.
         says_so: whether its answers tell that (`Accept-Ranges`).
+        sizes: whether they tell the size of a file (`Content-Length`); else the end of the connection is the end of the file.
         tags: ETags by path.
         requests: method, path and asked range ("" for none) of each request so far.
         sent: bytes of bodies sent so far.
@@ -25,6 +26,7 @@ class WebServer:
 
     def __init__(self, files: dict[str, bytes], *, ranges: bool = True, says_so: bool = True) -> None:
         self.files, self.ranges, self.says_so = files, ranges, says_so
+        self.sizes = True
         self.tags: dict[str, str] = {}
         self.requests: list[tuple[str, str, str]] = []
         self.sent = 0
@@ -80,7 +82,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: int, size: int, path: str = "", where: str = "") -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(size))
+        if self.web.sizes:
+            self.send_header("Content-Length", str(size))
+        else:
+            self.close_connection = True
         if self.web.says_so:
             self.send_header("Accept-Ranges", "bytes" if self.web.ranges else "none")
         if where:
