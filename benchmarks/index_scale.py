@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part:
         print(json.dumps(_measured(options.part, options.folder)))
         return
-    found = {}
+    found: dict[str, float] = {}
     for name, images in (("", options.images), ("_tenth", options.images // 10)):
         with TemporaryDirectory() as folder:
             started = time.perf_counter()

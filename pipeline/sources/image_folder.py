@@ -82,22 +82,17 @@ class ImageFolder:
     def index(self) -> pa.Table:
         """One row per image file, with its size; the index's notes name what was left out."""
         left_out = LeftOut()
+        start = len(os.path.join(self.root, ""))
         if self.classes:
             below = images_in([os.path.join(self.root, name) for name in self.classes], left_out, self.root)
-            table = make_table(self._row(file, label) for label, files in enumerate(below) for file in files)
+            table = make_table(_row(file, label, start) for label, files in enumerate(below) for file in files)
         else:
-            table = make_table(self._row(file, None) for file in images_directly_in(self.root, left_out))
+            table = make_table(_row(file, None, start) for file in images_directly_in(self.root, left_out))
         found = {self.classes[label] for label in pc.unique(table["label"]).drop_null().to_pylist()}
         if empty := sorted({*self.classes} - found):
             left_out.notes.append(f"{len(empty)} classes without an image: {some(empty)}")
         looked_for = f"class folders or images ({', '.join(IMAGE_EXTENSIONS)}), .tar or .parquet files"
         return finish_index(table, location=self.location, looked_for=looked_for, left_out=left_out.all_notes())
-
-    def _row(self, file: Entry, label: int | None) -> IndexRow:
-        if name := foreign_name(file.path):
-            raise UserError(f"{name!r}: the file name is not valid UTF-8; rename the file")
-        sample_id = file.path.removeprefix(os.path.join(self.root, "")).replace(os.sep, "/")
-        return IndexRow(sample_id, label, file.path, 0, file.size, file.version)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """File contents of these index rows; an exception instead of a file that cannot be read or is too large."""
@@ -107,6 +102,13 @@ class ImageFolder:
             return
         with ThreadPoolExecutor(THREADS) as pool:
             yield from map_ahead(pool, _read_remote, files, THREADS)
+
+
+def _row(file: Entry, label: int | None, start: int) -> IndexRow:
+    """The row of a file whose name begins at this character of its path."""
+    if name := foreign_name(file.path):
+        raise UserError(f"{name!r}: the file name is not valid UTF-8; rename the file")
+    return IndexRow(file.path[start:].replace(os.sep, "/"), label, file.path, 0, file.size, file.version)
 
 
 def _read_local(path: str) -> bytes | Exception:

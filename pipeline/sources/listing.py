@@ -84,7 +84,8 @@ def _walk(folder: str, left_out: LeftOut, root: str) -> Iterator[str]:
     while folders:
         parent, outside = folders.pop()
         below, images = _list(parent, left_out)
-        yield from (os.path.join(parent, name) for name in images)
+        start = os.path.join(parent, "")
+        yield from (start + name for name in images)
         for entry in below:
             path, is_outside = os.path.join(parent, entry.name), outside or entry.is_link
             if is_outside:
