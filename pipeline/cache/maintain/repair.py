@@ -13,7 +13,6 @@ from pipeline.cache.layout.part import PART_SCHEMA, Part, describe_part, part_id
 from pipeline.cache.maintain.audit import Verification, verify_cache
 from pipeline.cache.maintain.checks import Finding
 from pipeline.errors import UserError
-from pipeline.sources.base import INDEX_SCHEMA
 from pipeline.storage.names import folder_name
 from pipeline.storage.store import Store
 
@@ -103,7 +102,7 @@ def _without_differing(split: SplitPlan, found: Iterable[Finding]) -> SplitPlan:
     for part in split.dataset.parts:
         rows = split.listing.samples(part.id)
         wrong = pc.is_in(rows["sample_id"], differing)
-        new.append(rows.filter(wrong).select(INDEX_SCHEMA.names))
+        new.append(rows.filter(wrong).select(split.new.column_names))
         if (some := rows.filter(pc.invert(wrong))).num_rows:
             known[part.id] = some
     return replace(split, listing=replace(split.listing, known=known, kept={}, new=pa.concat_tables(new)))
