@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.cache.layout.cached_teacher import teacher_stats
+from pipeline.cache.layout.dataset import Dataset
 from pipeline.distill import task as module
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, compare_with_teachers, make_distill_task
