@@ -165,7 +165,7 @@ def test_held_out_images_without_labels_are_compared_with_the_teachers_alone(job
 
 def test_there_is_no_knn_where_labels_are_missing(job, monkeypatch, caplog):
     assert job().val is not None
-    monkeypatch.setattr(Dataset, "labelled", 0)
+    monkeypatch.setattr(Dataset, "labelled", property(lambda _: 0))
     assert (job().val, job().held_out is None) == (None, False)
     assert "no kNN" in caplog.text
 
