@@ -3,14 +3,12 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pipeline.cache.layout.cached_teacher import teacher_stats
-from pipeline.cache.read import scan
-from pipeline.cache.read.shard_reader import NO_LABEL
+from pipeline.cache.layout.dataset import Dataset
 from pipeline.distill import task as module
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, compare_with_teachers, make_distill_task
@@ -167,7 +165,7 @@ def test_held_out_images_without_labels_are_compared_with_the_teachers_alone(job
 
 def test_there_is_no_knn_where_labels_are_missing(job, monkeypatch, caplog):
     assert job().val is not None
-    monkeypatch.setattr(scan, "labels_of", lambda images: np.full(len(images), NO_LABEL))
+    monkeypatch.setattr(Dataset, "labelled", property(lambda _: 0))
     assert (job().val, job().held_out is None) == (None, False)
     assert "no kNN" in caplog.text
 
