@@ -72,7 +72,14 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
     teacher = _load(config, options)
     (part,) = dataset.parts
-    extract = Extract({part.key: part}, [part.key], [teacher], options.device, options.threads, options.batch_size)
+    extract = Extract(
+        {part.key: part},
+        [(part.key, n) for n in range(part.shards)],
+        [teacher],
+        options.device,
+        options.threads,
+        options.batch_size,
+    )
     stages = Stages(part, teacher, extract)
     alone = {"teacher": stages.forward, "render": stages.render, "encode": stages.encode}
     ways = {**alone, "extract": stages.extract}

@@ -29,8 +29,8 @@ from tempfile import TemporaryDirectory
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cache.fill.build import CachePlan, plan_cache
 from pipeline.cache.fill.estimate import missing_bytes
+from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.cached_teacher import teacher_fidelity
 from pipeline.cache.layout.dataset import Dataset, Selection, write_dataset
 from pipeline.cache.layout.part import Part

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from benchmarks.results import mean_and_deviation, measure_once, study_parser
-from pipeline.cache.fill.build import CachePlan, build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
+from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from jobs._cli import grid, size, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
-from pipeline.cache.fill.build import BuildReport, CachePlan
+from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.estimate import TeacherEstimate, all_bytes, missing_bytes
+from pipeline.cache.fill.plan import CachePlan
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_fidelity, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1

@@ -60,8 +60,8 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import cost_plan, fill, print_plan, read_rate
-from pipeline.cache.fill.build import CachePlan, check_weights, plan_cache
 from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
+from pipeline.cache.fill.plan import CachePlan, check_weights, plan_cache
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.maintain.audit import Verification, check_begun, verify_cache
 from pipeline.cache.maintain.garbage import find_garbage, remove_garbage

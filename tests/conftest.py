@@ -97,7 +97,7 @@ def photo_config(tmp_path):
 @pytest.fixture
 def filled(tmp_path, photo_config):
     """A complete cache: `plan`, `config`, and the `train` and `val` datasets."""
-    from pipeline.cache.fill.build import plan_cache
+    from pipeline.cache.fill.plan import plan_cache
     from pipeline.storage.store import Store
     from tests.fakes import fill_in_process
 

@@ -145,7 +145,7 @@ def test_the_sample_of_a_projection_joins_the_rest_of_its_shard(tmp_path):
     count = 8 * ROW_GROUP_SIZE  # of which the sample is six row groups
     (part,) = write_dataset(str(tmp_path), count, jpegs(72), count).parts
     teacher = _teacher("dinov2/vits14", "pca8-int8", input_size=56)
-    extract = Extract({part.key: part}, [part.key], [teacher], "cuda", 4, 64)
+    extract = Extract({part.key: part}, [(part.key, n) for n in range(part.shards)], [teacher], "cuda", 4, 64)
     answer = extract({"part": part.key, "shard": 0})
     assert (answer["computed"], answer["error"]) == (1, "")
     folder = part.teacher(teacher.id)
@@ -159,7 +159,7 @@ def test_shards_worked_on_at_once_hold_the_features_of_each_alone(tmp_path, prec
     teacher = _teacher("dinov2/vits14", input_size=56, precision=precision)
 
     def features(device, at_once):
-        extract = Extract({part.key: part}, [part.key], [teacher], device, 4, 8)
+        extract = Extract({part.key: part}, [(part.key, n) for n in range(part.shards)], [teacher], device, 4, 8)
         rows = [{"part": part.key, "shard": shard} for shard in range(part.shards)]
         with ThreadPoolExecutor(at_once) as pool:
             assert all(row["computed"] == 1 for row in pool.map(extract, rows))

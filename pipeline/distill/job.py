@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cache.fill.build import CachePlan
+from pipeline.cache.fill.plan import CachePlan
 from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.codec import Codec

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cache.fill.build import CachePlan, plan_cache
+from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import Distiller
@@ -55,7 +55,7 @@ def plan_phases(config: DistillJobConfig, store: Store) -> tuple[Phase, ...]:
     """The phases of a recipe, or one phase if it lists none.
 
     Raises:
-        UserError, TeacherError: as :func:`~pipeline.cache.fill.build.plan_cache`; if the splits have different classes; if
+        UserError, TeacherError: as :func:`~pipeline.cache.fill.plan.plan_cache`; if the splits have different classes; if
             `student.weights` cannot be loaded.
     """
     student, start = config.student, None

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cache.fill.build import CachePlan, build_cache, plan_splits
+from pipeline.cache.fill.build import build_cache
+from pipeline.cache.fill.plan import CachePlan, plan_splits
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_stats
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.scan import PatchReader, read_summaries

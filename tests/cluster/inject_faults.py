@@ -37,7 +37,7 @@ from typing import Any
 from pyarrow import fs
 
 from jobs._cli import DEFAULT_RECIPE, grid
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.storage.store import Store

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.distill.figures import FigureWriter, colours
 from pipeline.distill.job import make_job

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.statistics import freeze_stats
 from pipeline.cache.layout.cached_teacher import projections_of, teacher_stats
 from pipeline.cache.layout.dataset import read_version, version_files

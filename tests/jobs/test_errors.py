@@ -10,7 +10,7 @@ import yaml
 
 from jobs import distill, evaluate, export, precompute
 from jobs._cli import DEFAULT_RECIPE
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.config.tree import iter_fields
 from pipeline.distill.config import DistillJobConfig

@@ -11,7 +11,7 @@ import pytest
 
 from jobs import precompute
 from jobs._cli import DEFAULT_RECIPE
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.storage.store import Store

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobs import distill, precompute
-from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.runs.folder import cache_store

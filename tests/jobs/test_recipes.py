@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jobs import distill, precompute
-from pipeline.cache.fill import build
+from pipeline.cache.fill import plan
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
@@ -51,7 +51,7 @@ def quick_teachers():
             return self.text == other.text
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "make_teacher", lambda config: remembered(Key(config)))
+        patch.setattr(plan, "make_teacher", lambda config: remembered(Key(config)))
         patch.setattr(HubFile, "is_cached", lambda file: True)
         yield
 

@@ -12,7 +12,7 @@ import torch
 from moto.core import set_initial_no_auth_action_count
 from pyarrow import fs
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.read.reader import CacheReader
 from pipeline.errors import UserError
 from pipeline.storage import remote

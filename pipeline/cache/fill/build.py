@@ -1,4 +1,4 @@
-"""Plan and fill the cache: find out what is missing, and compute just that in three passes.
+"""Fill the cache of a plan: compute just what is missing, in three passes.
 
 read       new rows of the sources' listings -> keys of their images, which say what the cache holds of them
 images     sources -> Ingest -> committed `images` shards (and row shards of crops) of new parts
@@ -16,105 +16,32 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
+from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.compose import place_images, take_lost
 from pipeline.cache.fill.digest import KEYED_SCHEMA, Digest, keyed, slices
 from pipeline.cache.fill.ingest import Ingest, check_quarantine, ingest_row
-from pipeline.cache.fill.listing import Listing, compare_again, list_source
+from pipeline.cache.fill.listing import Listing, compare_again
 from pipeline.cache.fill.placement import starved
+from pipeline.cache.fill.plan import CachePlan, SplitPlan, all_parts
 from pipeline.cache.fill.ray_pipeline import extract_shards, finished_shards, gpus, run_tasks
 from pipeline.cache.fill.statistics import freeze_stats
-from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
-from pipeline.cache.layout.codec import Codec
-from pipeline.cache.layout.dataset import BAD_SCHEMA, SAMPLE_SCHEMA, Dataset, make_dataset, write_dataset
-from pipeline.cache.layout.keys import sealed, teacher_id, teacher_identity, unsealed
+from pipeline.cache.layout.cached_teacher import CachedTeacher
+from pipeline.cache.layout.dataset import BAD_SCHEMA, SAMPLE_SCHEMA, make_dataset, write_dataset
+from pipeline.cache.layout.keys import sealed, teacher_identity, unsealed
 from pipeline.cache.layout.part import Part, teacher_home
-from pipeline.cache.layout.snapshot import RecordSnapshot
-from pipeline.errors import UserError, blame_field
-from pipeline.imaging.geometry import WHOLE, ViewPolicy
+from pipeline.errors import UserError
 from pipeline.runtime.metrics import export
 from pipeline.runtime.progress import Progress
-from pipeline.sources.base import INDEX_SCHEMA, Source
-from pipeline.sources.open import open_source
-from pipeline.sources.sample_scenes import SceneSettings
+from pipeline.sources.base import INDEX_SCHEMA
 from pipeline.storage.store import Store
 
 PASSES = 2
 """Passes over what is missing: if two actors fit a projection at the same moment, only the shards of one of them count."""
 
+SCATTER_BYTES = 1 << 30
+"""Up to this size, a source that reads fast only in its own order is read in random order all the same."""
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """One split of the data (``train`` or ``val``): its source, its index, and its data set as far as the cache knows it.
-
-    Attributes:
-        listing: what the source lists beside what the cache knows; `dataset` lacks the rows that are new.
-    """
-
-    split: str
-    source: Source
-    listing: Listing
-    dataset: Dataset
-
-    @property
-    def left_out(self) -> Sequence[str]:
-        """What the source has passed over, in phrases."""
-        return self.listing.notes
-
-    @property
-    def new(self) -> pa.Table:
-        """Rows of the index whose images are still to be read."""
-        return self.listing.new
-
-    @property
-    def images(self) -> int:
-        """Samples that can be used, as far as known."""
-        return self.dataset.count + self.new.num_rows
-
-    @property
-    def labelled(self) -> bool:
-        """Whether an image has a label."""
-        return bool(self.dataset.labelled) or self.new["label"].null_count < self.new.num_rows
-
-    @property
-    def image_bytes(self) -> float:
-        """Mean bytes of an image in the source; 0 for generated scenes."""
-        known = sum(chosen.bytes for chosen in self.dataset.selections)
-        return float((known + (pc.sum(self.new["size"]).as_py() or 0)) / max(1, self.images))
-
-    def sample_ids(self) -> list[str]:
-        """Names of all samples that can be used, as far as known."""
-        known = [self.listing.samples(part.id)["sample_id"] for part in self.dataset.parts]
-        return [name for column in (*known, self.new["sample_id"]) for name in column.to_pylist()]
-
-    def missing(self, teacher: CachedTeacher) -> list[tuple[Part, int]]:
-        """Shards of a teacher that are missing, of the images that the cache knows."""
-        return self.dataset.missing(teacher.id)
-
-    def missing_views(self, teacher: CachedTeacher) -> int:
-        """Views that a teacher has still to encode, at most: some of the new images may be in the cache under another name."""
-        known = sum(part.shard_rows(shard) for part, shard in self.missing(teacher))
-        return (known + self.new.num_rows) * self.dataset.policy.rows_per_image
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """What a job needs from the cache; made without writing anything, before anything expensive starts.
-
-    Attributes:
-        shard_size: images per shard of new parts.
-    """
-
-    store: Store
-    splits: tuple[SplitPlan, ...]
-    teachers: tuple[CachedTeacher, ...]
-    shard_size: int = 512
-
-    def split(self, name: str) -> SplitPlan | None:
-        """The plan of ``train`` or ``val``."""
-        return next((split for split in self.splits if split.split == name), None)
 
 
 @dataclass
@@ -135,69 +62,6 @@ class BuildReport:
     images_extracted: int = 0
     seconds: float = 0.0
     quarantined: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-
-
-def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapshot | None = None) -> CachePlan:
-    """Index the sources and find out what the cache has of them; plans may share a snapshot.
-
-    Raises:
-        UserError, TeacherError: if a source, a teacher or the cache does not match the configuration.
-    """
-    cached = tuple(_cached_teacher(config, index) for index in range(len(config.teachers)))
-    ids = [teacher.id for teacher in cached]
-    for twin in {name for name in ids if ids.count(name) > 1}:
-        raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; list each teacher once")
-    policy = ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed)
-    return CachePlan(store, plan_splits(config, store, policy, snapshot), cached, config.cache.shard_size)
-
-
-def plan_splits(
-    config: CacheJobConfig, store: Store, policy: ViewPolicy = WHOLE, snapshot: RecordSnapshot | None = None
-) -> tuple[SplitPlan, ...]:
-    """As `plan_cache`, without teachers; `policy` is for the training images, held-out images are always whole."""
-    snapshot = snapshot or RecordSnapshot()
-    splits = {"train": (config.data.train, policy), "val": (config.data.held_out, WHOLE)}
-    return tuple(_plan_split(config, store, split, at, views, snapshot) for split, (at, views) in splits.items() if at)
-
-
-def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
-    teacher, cache = config.teachers[index], config.cache
-    field, name = (f"teachers.{index}.codec", teacher.codec) if teacher.codec else ("cache.codec", cache.codec)
-    with blame_field(field):
-        codec = Codec.parse(name)
-    spec = make_teacher(teacher).spec
-    if codec.components and codec.components > spec.patch_dim:
-        raise UserError(f"{field}: {name} keeps more components than the {spec.patch_dim} channels of {spec.name}")
-    return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision), name, cache.precision)
-
-
-def _plan_split(
-    config: CacheJobConfig, store: Store, split: str, location: str, policy: ViewPolicy, snapshot: RecordSnapshot
-) -> SplitPlan:
-    data = config.data
-    with blame_field(f"data.{split}"):
-        source = open_source(
-            location,
-            split=split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
-        )
-    name = f"{data.name}-{split}" if data.name else source.name
-    empty = Dataset(store, name, source.location, tuple(source.classes), policy=policy, snapshot=snapshot)
-    return SplitPlan(split, source, *list_source(source, empty))
-
-
-def check_weights(*plans: CachePlan) -> None:
-    """Find out whether the weights that are still needed can be loaded, as far as a plan can know.
-
-    Raises:
-        TeacherError: if they cannot be had, or are those of another network.
-    """
-    pairs = ((split, teacher) for plan in plans for split in plan.splits for teacher in plan.teachers)
-    needed = {teacher.id: teacher for split, teacher in pairs if split.missing(teacher)}
-    for teacher in needed.values():
-        teacher.create().check()
 
 
 def build_cache(plan: CachePlan, config: CacheJobConfig) -> tuple[CachePlan, BuildReport]:
@@ -311,13 +175,18 @@ def _digest(splits: Sequence[SplitPlan]) -> dict[str, tuple[pa.Table, pa.Table]]
     return {name: (pa.concat_tables(images), pa.concat_tables(bad)) for name, (images, bad) in found.items()}
 
 
+def _scattered(split: SplitPlan) -> bool:
+    """Whether new images are stored in another order than the source's, which may be fast to read only in its own."""
+    return split.source.random_access or (pc.sum(split.new["size"]).as_py() or 0) <= SCATTER_BYTES
+
+
 def _placed(split: SplitPlan, images: pa.Table, bad: pa.Table, shard_size: int, made: dict[str, Part]) -> SplitPlan:
     """The plan of a split all of whose images have a place; `made` collects the parts that this job makes."""
     dataset, (listing, lost) = split.dataset, take_lost(split.listing)
     known, kept = dict(listing.known), dict(listing.kept)
     parts = {part.id: part for part in (*listing.parts, *dataset.parts)}
     images = pa.concat_tables([images, lost])
-    for part, rows in place_images(dataset, [*parts.values()], images, shard_size, made):
+    for part, rows in place_images(dataset, [*parts.values()], images, shard_size, made, _scattered(split)):
         parts[part.id] = part
         known[part.id] = pa.concat_tables([known.get(part.id, listing.samples(part.id)), rows])
         kept.pop(part.id, None)
@@ -350,11 +219,6 @@ def ingest_missing(splits: Sequence[SplitPlan]) -> int:
     return missing
 
 
-def all_parts(splits: Sequence[SplitPlan]) -> dict[str, Part]:
-    """The parts of all splits, in order, by part and view."""
-    return {part.key: part for split in splits for part in split.dataset.parts}
-
-
 def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:
     for _ in range(PASSES):
         if missing := _missing(plan):
@@ -377,7 +241,7 @@ def _extract_missing(
 ) -> None:
     needed = [teacher for teacher in plan.teachers if teacher.id in missing]
     shards = [*dict.fromkeys(shard for lacking in missing.values() for shard in lacking)]
-    parts, basis = all_parts(plan.splits), [part.key for part in plan.splits[0].dataset.parts]
+    parts, basis = all_parts(plan.splits), [(part.key, shard) for part, shard in plan.splits[0].dataset.shards]
     rows = [{"part": part, "shard": shard} for part, shard in shards]
     label = f"extract {' '.join(teacher.spec.name for teacher in needed)}"
     started = time.perf_counter()

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def place_images(
-    dataset: Dataset, parts: Sequence[Part], images: pa.Table, shard_size: int, made: dict[str, Part]
+    dataset: Dataset, parts: Sequence[Part], images: pa.Table, shard_size: int, made: dict[str, Part], scatter: bool
 ) -> Iterator[tuple[Part, pa.Table]]:
     """Parts with the images that are or will be in them (`SAMPLE_SCHEMA`), for images with keys (`KEYED_SCHEMA`).
 
@@ -31,6 +31,7 @@ def place_images(
         dataset: names cache and view.
         parts: where images are looked for first, in those of their shards that exist.
         made: the parts that this job has made, to which those made here are added.
+        scatter: whether the images of a new part are ordered by key, not as the source stores them.
 
     Raises:
         UserError: if a part of the cache is damaged.
@@ -47,7 +48,7 @@ def place_images(
         if found.num_rows:
             yield part, found.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
             images = images.filter(pc.invert(pc.is_in(images["key"], found["key"].combine_chunks())))
-    for index in _new_parts(dataset, images, shard_size):
+    for index in _new_parts(dataset, images, shard_size, scatter):
         part = Part(dataset.cache, part_id(index), index.num_rows, shard_size, dataset.policy, dataset.snapshot)
         write_part(part, index)
         part = made[part.id] = replace(part, shard_size=_written(part).shard_size)
@@ -111,15 +112,15 @@ def _numbered(index: pa.Table) -> pa.Table:
     return index.select(["key"]).append_column("row", pa.array(range(index.num_rows), pa.int64()))
 
 
-def _new_parts(dataset: Dataset, images: pa.Table, shard_size: int) -> Iterator[pa.Table]:
-    """The indices of new parts, in the order of the keys: every row group is then a random sample of the images.
+def _new_parts(dataset: Dataset, images: pa.Table, shard_size: int, scatter: bool) -> Iterator[pa.Table]:
+    """The indices of new parts. In the order of the keys every row group is a random sample of the images.
 
     A tar or Parquet file makes parts of its own, which stay as they are when others come or go.
     """
     numbered = images.append_column("at", pa.array(range(images.num_rows), pa.int64()))
     first = numbered.group_by("key").aggregate([("at", "min")])["at_min"]
-    by_file = "uri" if dataset.files else "key"
-    unique = images.take(first.combine_chunks()).sort_by([(by_file, "ascending"), ("key", "ascending")])
+    by_file, order = "uri" if dataset.files else "key", "key" if scatter else "offset"
+    unique = images.take(first.combine_chunks()).sort_by([(by_file, "ascending"), (order, "ascending")])
     index, length = unique.select(PART_SCHEMA.names).cast(PART_SCHEMA), shard_size * PART_SHARDS
     ends = [index.num_rows]
     if dataset.files:

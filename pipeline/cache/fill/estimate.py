@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.cache.config import CacheJobConfig
-from pipeline.cache.fill.build import CachePlan, SplitPlan
 from pipeline.cache.fill.extract import out_of_memory
+from pipeline.cache.fill.plan import CachePlan, SplitPlan
 from pipeline.cache.fill.ray_pipeline import gpus
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_labels
 from pipeline.cache.layout.codec import Codec

@@ -176,7 +176,7 @@ class Extract:
 
     Args:
         parts: by part and view, with complete `images` shards.
-        basis: those of the parts on whose images projections are fitted that do not exist yet.
+        basis: shards (part, number) on whose images projections are fitted that do not exist yet.
         device: ``cuda`` or ``cpu``.
         threads: number of decoders; with a GPU they are processes.
     """
@@ -184,7 +184,7 @@ class Extract:
     def __init__(
         self,
         parts: Mapping[str, Part],
-        basis: Sequence[str],
+        basis: Sequence[tuple[str, int]],
         teachers: Sequence[CachedTeacher],
         device: str,
         threads: int,
@@ -192,7 +192,8 @@ class Extract:
     ) -> None:
         keep_freed_memory()
         logging.getLogger("teachers").setLevel(logging.ERROR)  # the driver has logged their warnings
-        self.parts, self.basis = parts, [parts[key] for key in basis]
+        self.parts, self.basis = parts, [*dict.fromkeys(parts[key] for key, _ in basis)]
+        self.basis_shards = {*basis}
         self.batch_size = batch_size
         self.decoders = DecoderPool(threads, processes=device == "cuda")
         self.device = TeacherDevice(device)
@@ -282,7 +283,8 @@ class Extract:
 
     def _sample(self, name: str) -> list[RowGroup]:
         """Row groups of images, evenly spaced over the parts of the basis, that the projections of a teacher are fitted on."""
-        groups = image_groups(self.basis)
+        shards, parts = self.basis_shards, self.basis
+        groups = [group for group in image_groups(parts) if (parts[group.part].key, group.shard) in shards]
         return evenly_spaced(groups, -(-_sample_size(self.cached[name]) // ROW_GROUP_SIZE))
 
     def _fitted_groups(self, part: Part, name: str, shard: int) -> set[int]:

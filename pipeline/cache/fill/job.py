@@ -4,7 +4,8 @@ import itertools
 import logging
 
 from pipeline.cache.config import CacheJobConfig
-from pipeline.cache.fill.build import BuildReport, CachePlan, build_cache
+from pipeline.cache.fill.build import BuildReport, build_cache
+from pipeline.cache.fill.plan import CachePlan
 from pipeline.cache.layout.cached_teacher import teacher_fidelity, teacher_labels
 from pipeline.cache.layout.dataset import record_use
 from pipeline.cache.layout.part import teacher_home

@@ -100,7 +100,7 @@ def place(cpus: int, gpus: int, rows: int, node_cpus: int, measured: Measured | 
 
 def measure_on_gpu(
     parts: Mapping[str, Part],
-    basis: Sequence[str],
+    basis: Sequence[tuple[str, int]],
     teachers: Sequence[CachedTeacher],
     batch_size: int,
     row: Mapping[str, Any],
@@ -118,7 +118,7 @@ def measure_on_gpu(
 
 def measure(
     parts: Mapping[str, Part],
-    basis: Sequence[str],
+    basis: Sequence[tuple[str, int]],
     teachers: Sequence[CachedTeacher],
     batch_size: int,
     row: Mapping[str, Any],

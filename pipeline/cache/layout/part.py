@@ -140,9 +140,7 @@ def teacher_home(cache: Store, teacher: str) -> Store:
 
 
 def write_part(part: Part, index: pa.Table) -> None:
-    """Write the index and the descriptions of a part and its view, unless they exist."""
-    if not part.view.exists("view.json"):
-        part.view.put("view.json", sealed(vars(part.policy)))
+    """Write the index and the description of a part, unless they exist."""
     if part.store.exists("part.json"):
         return
     write_index(part, index)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from pipeline.cache.config import CacheJobConfig
-from pipeline.cache.fill.build import CachePlan, SplitPlan, all_parts, read_again
+from pipeline.cache.fill.build import read_again
+from pipeline.cache.fill.plan import CachePlan, SplitPlan, all_parts
 from pipeline.cache.fill.ray_pipeline import finished_shards, run_in_actors
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.dataset import Version, read_version, version_files

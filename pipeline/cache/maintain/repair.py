@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cache.config import CacheJobConfig
-from pipeline.cache.fill.build import BuildReport, CachePlan, SplitPlan, all_parts, build_cache, read_again, read_images
+from pipeline.cache.fill.build import BuildReport, build_cache, read_again, read_images
 from pipeline.cache.fill.listing import list_source
+from pipeline.cache.fill.plan import CachePlan, SplitPlan, all_parts
 from pipeline.cache.layout.part import PART_SCHEMA, Part, describe_part, part_id, write_index
 from pipeline.cache.maintain.audit import Verification, verify_cache
 from pipeline.cache.maintain.checks import Finding

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from jobs._plan import cache_plan
-from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.extract import Extract
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.layout.view_rows import read_view_rows, views_of
 from pipeline.errors import UserError
@@ -65,7 +66,7 @@ def test_recomputed_shards_are_byte_identical(filled):
 
 def test_a_gpu_of_too_little_memory_is_said_in_a_line_with_the_remedy(filled, monkeypatch):
     (part,) = filled.train.parts
-    extract = Extract({part.key: part}, [part.key], [], "cpu", 1, 64)
+    extract = Extract({part.key: part}, [(part.key, n) for n in range(part.shards)], [], "cpu", 1, 64)
 
     monkeypatch.setattr(extract, "teachers", {teacher.id: None for teacher in filled.plan.teachers})
     monkeypatch.setattr(type(part.images), "record", lambda *_: None)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.fill.ingest import Ingest, ingest_row
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.read.reader import CacheReader
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.ingest import check_quarantine
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.part import image_key
 from pipeline.errors import UserError
 from pipeline.storage.store import Store

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.cache.config import TeacherConfig
-from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.fill.estimate import all_bytes, missing_bytes
 from pipeline.cache.fill.job import cache_bytes, image_bytes, precompute, warn_of_losses
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.shard_builder import ShardBuilder
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher, projections_of
 from pipeline.cache.layout.part import KEY, image_key

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.second_moments import _summed, freeze_phi_s
 from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.cache.layout.phi_s import load_phi_s

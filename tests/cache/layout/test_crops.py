@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import teacher_stats
 from pipeline.cache.read.reader import CacheReader
 from pipeline.cache.read.scan import read_summaries, scan_images

@@ -4,7 +4,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cache.fill.build import BuildReport, plan_cache, read_images
+from pipeline.cache.fill.build import BuildReport, read_images
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
 from tests.fakes import without_ray

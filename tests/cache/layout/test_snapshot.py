@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from jobs._plan import cache_plan
-from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.job import cache_bytes, precompute
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.shards import RECORD, RECORDS, ShardFolder
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.read.reader import CacheReader

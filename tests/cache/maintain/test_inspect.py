@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cache.fill.build import plan_cache
 from pipeline.cache.fill.estimate import (
     check_space,
     count_macs,
@@ -17,6 +16,7 @@ from pipeline.cache.fill.estimate import (
     probe_teacher,
     view_bytes,
 )
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.dataset import record_use, version_files
 from pipeline.cache.layout.keys import sealed, teacher_id
 from pipeline.cache.layout.part import teacher_home, write_index

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.arrays import dump_arrays, load_arrays
 from pipeline.cache.layout.cached_teacher import projections_of
