@@ -34,7 +34,7 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_teachers():
     """Specs are found once, whichever recipe asks."""
-    plain = build.make_teacher
+    plain = plan.make_teacher
     remembered = cache(lambda key: plain(key.config))
 
     class Key:
