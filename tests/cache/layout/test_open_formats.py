@@ -45,7 +45,7 @@ def cache(request, tmp_path_factory):
     return folder.store.uri, known
 
 
-@pytest.mark.parametrize("library", ["pq.ParquetFile", "pandas", "duckdb", "datasets"])
+@pytest.mark.parametrize("library", ["pq.ParquetFile", "pandas", "duckdb", "load_dataset"])
 def test_the_example_gives_the_features_of_its_keys(cache, library):
     folder, known = cache
     (example,) = [text for text in EXAMPLES if library in text]
@@ -66,7 +66,7 @@ def test_the_documented_decoder_reads_summaries_too(cache):
     table = pq.read_table(names["files"][0])
     rows = np.stack([np.frombuffer(row, np.uint8) for row in table["summary"].to_pylist()])
     found = names["decode"](rows, (8,), names["codec"], names["projection"], kind="summary")
-    expected = np.stack([known[sample_id][1] for sample_id in table["sample_id"].to_pylist()])
+    expected = np.stack([known[key][1] for key in table["key"].to_pylist()])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_shards_hold_standard_types_alone(cache):
     schema = pq.ParquetFile(next(Path(cache[0]).glob("*.parquet"))).schema
     types = {schema.column(i).name: schema.column(i).physical_type for i in range(len(schema))}
     assert types == {
-        "sample_id": "BYTE_ARRAY",
+        "key": "FIXED_LEN_BYTE_ARRAY",
         "view": "INT32",
         "summary": "FIXED_LEN_BYTE_ARRAY",
         "patches": "FIXED_LEN_BYTE_ARRAY",
