@@ -9,7 +9,7 @@ from jobs._cli import grid, size, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.estimate import TeacherEstimate, all_bytes, missing_bytes
-from pipeline.cache.fill.plan import CachePlan
+from pipeline.cache.fill.plan import CachePlan, versions_of
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_fidelity, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1
@@ -36,6 +36,8 @@ def fill(job: Job, planned: Sequence[tuple[CacheJobConfig, CachePlan]]) -> list[
     for number, (phase, plan) in enumerate(planned, 1):
         with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
             filled.append(precompute(phase, plan, tracked))
+    job.state.data = versions_of(*(plan for plan, _ in filled))
+    job.state.save()
     return filled
 
 
@@ -44,7 +46,11 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
     rows: dict[str, str | None] = {"work folder": str(work_folder(config)), "cache": plan.store.uri}
     for split in plan.splits:
         dataset = split.dataset
-        there = "all known" if not split.new.num_rows else f"{split.new.num_rows} new or changed, still to be read"
+        there = (
+            f"version {dataset.id}"
+            if not split.new.num_rows
+            else f"{split.new.num_rows} new or changed, still to be read"
+        )
         bad = f"; {split.listing.bad.num_rows} that cannot be used" if split.listing.bad.num_rows else ""
         rows[f"{split.split} images"] = (
             f"{split.images} from {dataset.location}; view {dataset.policy.id}; {there}{bad}"

@@ -42,6 +42,10 @@ def open_source(
     if location == SAMPLES:
         settings = samples or SceneSettings()
         return SampleScenes(split, settings.count, settings.size, settings.seed)
+    if location.startswith("cache://"):
+        raise UserError(
+            f"{location}: a version of the cache serves precompute, distill and evaluate; name its images here"
+        )
     path = absolute(location)
     files = _archives_in(path) if is_folder(path) else expand(path)
     if not files:

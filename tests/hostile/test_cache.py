@@ -156,7 +156,7 @@ def _arrays(harmful):
     np.save(plain, np.array([harmful], dtype=object), allow_pickle=True)
     yield plain.getvalue()
     whole = io.BytesIO()
-    np.savez(whole, patches_count=1, patches_mean=np.zeros(8), patches_scatter=np.zeros(36))
+    np.savez(whole, patches_count=1, patches_mean=np.zeros(8), patches_std=np.zeros(8))
     data = whole.getvalue()
     yield from (data[: int(len(data) * share)] for share in (0, 0.1, 0.5, 0.9))
     header = data.replace(b"'shape': (8,), ", b"'shape': (9**9,)")

@@ -52,23 +52,25 @@ def precompute(config: CacheJobConfig, plan: CachePlan, run: Run) -> tuple[Cache
 
 
 def warn_of_losses(plan: CachePlan) -> None:
-    """Log a warning for every teacher of which the stored features keep too little, or an unknown share, of the target."""
+    """Log a warning for every teacher of which the stored features keep too little of the target."""
     labels = teacher_labels(plan.teachers)
     for split, teacher in itertools.product(plan.splits, plan.teachers):
         name = f"{split.split} features of {labels[teacher.id]}"
         for kind, figures in teacher_fidelity(split.dataset, teacher).items():
-            if "cosine" in figures:
-                log.warning(
-                    "%s: an earlier version stored the %s and measured them raw, not standardised as a student is trained on "
-                    "them; to choose their codec anew, jobs/precompute.py --delete %s",
-                    *(name, kind, teacher.id),
-                )
-            elif not keeps_target(figures):
-                log.warning(
-                    "%s: %s keeps a cosine of %.3f of the standardised %s, 1st percentile %.3f (wanted: %g and %g)",
-                    *(name, teacher.codec, figures["target_cosine"], kind, figures["target_cosine_p1"]),
-                    *(TARGET_COSINE, TARGET_COSINE_P1),
-                )
+            if keeps_target(figures):
+                continue
+            summaries = split.dataset.summaries(teacher.id)
+            lost = sum(part.rows for part in summaries if not keeps_target(part.fidelity.get(kind, {})))
+            views = sum(part.rows for part in summaries)
+            added = (
+                f"; that is {lost} of {views} views, on which it was not chosen: another cache.codec is stored beside it, and "
+                f"jobs/precompute.py --delete {teacher.id} lets it be chosen anew"
+            )
+            log.warning(
+                "%s: %s keeps a cosine of %.3f of the standardised %s, 1st percentile %.3f (wanted: %g and %g)%s",
+                *(name, teacher.codec, figures["target_cosine"], kind, figures["target_cosine_p1"]),
+                *(TARGET_COSINE, TARGET_COSINE_P1, added if lost < views else ""),
+            )
 
 
 def log_images(plan: CachePlan, run: Run) -> None:

@@ -1,6 +1,6 @@
 """The plan of a cache: what the sources list, what the cache has of it, and which teachers are asked; made without writing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.listing import Listing, list_source
+from pipeline.cache.fill.pinned import SCHEME, find_version
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import Dataset
@@ -19,6 +20,7 @@ from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import Source
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
+from pipeline.storage.names import folder_name
 from pipeline.storage.store import Store
 
 
@@ -94,8 +96,16 @@ class CachePlan:
         return next((split for split in self.splits if split.split == name), None)
 
 
-def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapshot | None = None) -> CachePlan:
+def plan_cache(
+    config: PrecomputeJobConfig,
+    store: Store,
+    snapshot: RecordSnapshot | None = None,
+    pins: Mapping[str, str] | None = None,
+) -> CachePlan:
     """Index the sources and find out what the cache has of them; plans may share a snapshot.
+
+    Args:
+        pins: versions, by data set, that are used as they are; their sources are not listed.
 
     Raises:
         UserError, TeacherError: if a source, a teacher or the cache does not match the configuration.
@@ -105,16 +115,21 @@ def plan_cache(config: PrecomputeJobConfig, store: Store, snapshot: RecordSnapsh
     for twin in {name for name in ids if ids.count(name) > 1}:
         raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; list each teacher once")
     policy = ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed)
-    return CachePlan(store, plan_splits(config, store, policy, snapshot), cached, config.cache.shard_size)
+    return CachePlan(store, plan_splits(config, store, policy, snapshot, pins), cached, config.cache.shard_size)
 
 
 def plan_splits(
-    config: CacheJobConfig, store: Store, policy: ViewPolicy = WHOLE, snapshot: RecordSnapshot | None = None
+    config: CacheJobConfig,
+    store: Store,
+    policy: ViewPolicy = WHOLE,
+    snapshot: RecordSnapshot | None = None,
+    pins: Mapping[str, str] | None = None,
 ) -> tuple[SplitPlan, ...]:
     """As `plan_cache`, without teachers; `policy` is for the training images, held-out images are always whole."""
     snapshot = snapshot or RecordSnapshot()
     splits = {"train": (config.data.train, policy), "val": (config.data.held_out, WHOLE)}
-    return tuple(_plan_split(config, store, split, at, views, snapshot) for split, (at, views) in splits.items() if at)
+    given = ((split, at, views) for split, (at, views) in splits.items() if at)
+    return tuple(_plan_split(config, store, split, at, views, snapshot, pins or {}) for split, at, views in given)
 
 
 def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
@@ -129,10 +144,18 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
 
 
 def _plan_split(
-    config: CacheJobConfig, store: Store, split: str, location: str, policy: ViewPolicy, snapshot: RecordSnapshot
+    config: CacheJobConfig,
+    store: Store,
+    split: str,
+    location: str,
+    policy: ViewPolicy,
+    snapshot: RecordSnapshot,
+    pins: Mapping[str, str],
 ) -> SplitPlan:
     data = config.data
     with blame_field(f"data.{split}"):
+        if location.startswith(SCHEME):
+            return SplitPlan(split, *find_version(store, location.removeprefix(SCHEME), policy, snapshot))
         source = open_source(
             location,
             split=split,
@@ -141,6 +164,8 @@ def _plan_split(
             samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
         )
     name = f"{data.name}-{split}" if data.name else source.name
+    if pinned := pins.get(folder_name(name)):
+        return SplitPlan(split, *find_version(store, f"{folder_name(name)}/{pinned}", policy, snapshot))
     empty = Dataset(store, name, source.location, tuple(source.classes), policy=policy, snapshot=snapshot)
     return SplitPlan(split, source, *list_source(source, empty))
 
@@ -155,6 +180,12 @@ def check_weights(*plans: CachePlan) -> None:
     needed = {teacher.id: teacher for split, teacher in pairs if split.missing(teacher)}
     for teacher in needed.values():
         teacher.create().check()
+
+
+def versions_of(*plans: CachePlan) -> dict[str, str]:
+    """The versions of these plans by data set, as `plan_cache` takes them."""
+    datasets = [split.dataset for plan in plans for split in plan.splits]
+    return {folder_name(dataset.name): dataset.fingerprint[:16] for dataset in datasets}
 
 
 def all_parts(splits: Sequence[SplitPlan]) -> dict[str, Part]:

@@ -307,15 +307,13 @@ def dump_records(records: Iterable[ShardRecord]) -> bytes:
 def merge_figures(parts: Iterable[tuple[Mapping[str, Mapping[str, float]], int]]) -> Figures:
     """Figures of fidelity over parts with their rows: means by rows, but the lowest 1st percentile.
 
-    A figure that nothing was measured for is left out. If a part has the cosine of raw features alone, as earlier versions
-    measured it, that is merged, as ``cosine``.
+    A figure that nothing was measured for is left out.
     """
     known, merged = list(parts), Figures()
     for kind in dict.fromkeys(kind for figures, _ in known for kind in figures):
         found = [(figures[kind], rows) for figures, rows in known if kind in figures]
-        raw = any("cosine" in figures for figures, _ in found)
         merged[kind] = {}
-        for name in ("cosine", "relative_error") if raw else ("target_cosine", "target_cosine_p1", "relative_error"):
+        for name in ("target_cosine", "target_cosine_p1", "relative_error"):
             if measured := [(figures[name], rows) for figures, rows in found if name in figures]:
                 values, counts = zip(*measured, strict=True)
                 merged[kind][name] = min(values) if name == "target_cosine_p1" else fmean(values, counts)
