@@ -1,0 +1,168 @@
+"""The least time of a training step and of an extracted image on a card, by counting; needs no GPU.
+
+    python benchmarks/floor.py
+    python benchmarks/floor.py --compiled        # also counts the kernels of a compiled step: minutes
+
+Operators are recorded on the CPU in bfloat16 with 2 and with 4 images; operations and bytes are linear in the number of images.
+The least time is the sum over the operators of max(operations / rate, bytes / bandwidth) at the rates that the vendor states:
+`eager` of all operators, `fused` without those that a compiler fuses into products, norms and the optimiser. Each operator
+launches a kernel or more; `compiled` counts the kernels into which Inductor fuses forward and backward, and the operators of
+the rest of a step. Prints a table and one line of JSON.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.scheduler import NopKernelSchedulerNode
+
+from benchmarks import train_step
+from benchmarks.card import CARDS
+from benchmarks.roofline import Operator, floor, operators
+from benchmarks.train_step import Bench
+from pipeline.cache.config import CacheConfig, TeacherConfig
+from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
+from pipeline.cache.layout.stats import Moments
+from pipeline.training.meter import StepTimer
+
+FEW, MORE = 2, 4
+"""Images of the two records."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count and print."""
+    options = _parse(arguments)
+    records = {**steps(options), **extraction(options)}
+    counts = {name: len(found) for name, found in records.items()}
+    least: dict[str, dict[str, Any]] = {}
+    print(
+        f"{'':<18}{'operators':>10}{'TFLOP':>10}{'GB':>10}" + "".join(f"{f'{c}, ms':>14}{'fused':>10}" for c in CARDS)
+    )
+    for name, found in records.items():
+        times = {
+            card: [round(1e3 * floor(found, rates, fused), 3) for fused in (False, True)]
+            for card, rates in CARDS.items()
+        }
+        flops, moved = sum(one.flops for one in found) / 1e12, sum(one.bytes for one in found) / 1e9
+        columns = "".join(f"{eager:>14.3f}{fused:>10.3f}" for eager, fused in times.values())
+        print(f"{name:<18}{counts[name]:>10}{flops:>10.3f}{moved:>10.3f}{columns}", flush=True)
+        least[name] = {"operators": counts[name], "tflop": round(flops, 4), "gb": round(moved, 3), "ms": times}
+    figures = {"student": options.student, "image_size": options.image_size, "teacher": options.teacher, "least": least}
+    print(json.dumps(figures | ({"compiled": compiled_kernels(options)} if options.compiled else {})))
+
+
+def steps(options: argparse.Namespace) -> dict[str, list[Operator]]:
+    """Operators of a step of the student alone, and with cached teachers, for `--batch-size` images."""
+    few, more = ({name: _record(bench, name) for name in bench.steppers} for bench in _benches(options, FEW, MORE))
+    return {f"step: {name}": _extrapolate(few[name], more[name], options.batch_size) for name in few}
+
+
+def extraction(options: argparse.Namespace) -> dict[str, list[Operator]]:
+    """Operators of a batch of images: the teacher's, and those of codec and statistics."""
+    config = TeacherConfig(model=options.teacher, weights="random")
+    teacher = make_teacher(config)
+    teacher.load("cpu", torch.bfloat16)
+    codecs = CachedTeacher(config, teacher.spec, "", CacheConfig().codec, "bfloat16").codecs()
+    records: dict[str, list[list[Operator]]] = {"batch: teacher": [], "batch: codec": []}
+    for images in (FEW, MORE):
+        pixels = torch.randint(0, 256, (images, 3, *teacher.spec.input_size), dtype=torch.uint8)
+        with torch.inference_mode():
+            teacher.encode(pixels)  # some constants are computed once
+            with operators() as found:
+                output = teacher.encode(pixels)
+            records["batch: teacher"].append(found)
+            with operators() as found:
+                for kind, codec in codecs.items():
+                    codec.encode(getattr(output, kind))
+                    Moments.of(getattr(output, kind))
+            records["batch: codec"].append(found)
+    return {name: _extrapolate(few, more, options.batch_size) for name, (few, more) in records.items()}
+
+
+def compiled_kernels(options: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Kernels of forward and backward after fusion, and operators of the rest of a step, by kind of step."""
+    (bench,) = _benches(options, FEW)
+    found = {}
+    for name, stepper in bench.steppers.items():
+        with operators() as inside:
+            stepper.wrapped.train()
+            stepper._accumulate([bench.batch], 0, StepTimer(bench.device))
+        rest = len(_record(bench, name)) - len(inside)
+        stepper.module.compile()
+        with _counting() as kernels:
+            bench.step(name)
+        found[name] = {"forward and backward": sum(kernels), "rest": rest, "all": sum(kernels) + rest}
+    return found
+
+
+@contextmanager
+def _counting() -> Iterator[list[int]]:
+    """The number of kernels of each graph that is compiled in this block."""
+    kernels: list[int] = []
+
+    def count(nodes: list[Any]) -> list[Any]:
+        kernels.append(sum(not isinstance(node, NopKernelSchedulerNode) for node in nodes))
+        return nodes
+
+    with inductor_config.patch(_post_fusion_custom_pass=count, force_disable_caches=True):
+        yield kernels
+
+
+def _benches(options: argparse.Namespace, *sizes: int) -> Iterator[Bench]:
+    chosen = [
+        "--student",
+        options.student,
+        "--image-size",
+        str(options.image_size),
+        "--head-dim",
+        str(options.head_dim),
+    ]
+    for size in sizes:
+        batch = ["--batch-size", str(size), "--images", str(size), "--precision", "bfloat16"]
+        with TemporaryDirectory() as folder:
+            yield Bench(train_step._parse([*chosen, *batch]), folder)
+
+
+def _record(bench: Bench, name: str) -> list[Operator]:
+    bench.steppers[name].wrapped.train()
+    with operators() as found:
+        bench.step(name)
+    return found
+
+
+def _extrapolate(few: Sequence[Operator], more: Sequence[Operator], images: int) -> list[Operator]:
+    """The operators for a number of images, from those for `FEW` and for `MORE`."""
+    share = (images - FEW) / (MORE - FEW)
+    line: Callable[[float, float], float] = lambda low, high: low + share * (high - low)  # noqa: E731
+    return [
+        replace(low, flops=line(low.flops, high.flops), bytes=line(low.bytes, high.bytes))
+        for low, high in zip(few, more, strict=True)
+    ]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="regla_m")
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--head-dim", type=int, default=1024, help="hidden channels of the heads")
+    parser.add_argument("--teacher", default="dinov2/vitb14", help="whose extraction is counted")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="images of a step, and of a forward pass of the teacher"
+    )
+    parser.add_argument("--compiled", action="store_true", help="count the kernels of a compiled step")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
