@@ -14,8 +14,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,8 +24,16 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InductorError
+from torch._inductor.ir import MultiOutput
 from torch._inductor.scheduler import NopKernelSchedulerNode
+from torch.fx import GraphModule
 
 from benchmarks import train_step
 from benchmarks.card import CARDS
@@ -95,28 +103,46 @@ def compiled_kernels(options: argparse.Namespace) -> dict[str, dict[str, int]]:
     (bench,) = _benches(options, FEW)
     found = {}
     for name, stepper in bench.steppers.items():
+        stepper.wrapped.train()
         with operators() as inside:
-            stepper.wrapped.train()
             stepper._accumulate([bench.batch], 0, StepTimer(bench.device))
-        rest = len(_record(bench, name)) - len(inside)
-        stepper.module.compile()
-        with _counting() as kernels:
-            bench.step(name)
-        found[name] = {"forward and backward": sum(kernels), "rest": rest, "all": sum(kernels) + rest}
+        rest, kernels = len(_record(bench, name)) - len(inside), list[int]()
+        stepper.module.compile(backend=_counting(kernels))
+        bench.step(name)
+        found[name] = {"forward": kernels[0], "backward": kernels[1], "rest": rest, "all": sum(kernels) + rest}
+        print(f"compiled step: {name}: {found[name]}", flush=True)
     return found
 
 
-@contextmanager
-def _counting() -> Iterator[list[int]]:
-    """The number of kernels of each graph that is compiled in this block."""
-    kernels: list[int] = []
+class _CountedError(Exception):
+    """Ends a compilation before code is generated."""
+
+
+def _counting(kernels: list[int]) -> Any:
+    """A backend of torch.compile that fuses as Inductor does, appends the number of kernels, and runs the graph as it is."""
 
     def count(nodes: list[Any]) -> list[Any]:
-        kernels.append(sum(not isinstance(node, NopKernelSchedulerNode) for node in nodes))
-        return nodes
+        launched = [node for node in nodes if not isinstance(node, NopKernelSchedulerNode)]
+        kernels.append(
+            sum(not isinstance(node.node, MultiOutput) for node in launched)
+        )  # one of several results of a kernel
+        raise _CountedError
 
-    with inductor_config.patch(_post_fusion_custom_pass=count, force_disable_caches=True):
-        yield kernels
+    def lower(graph: GraphModule, inputs: list[Any], is_backward: bool) -> Any:
+        try:
+            with inductor_config.patch(_post_fusion_custom_pass=count):
+                compile_fx_inner(graph, inputs, is_backward=is_backward)
+        except InductorError as error:
+            if not isinstance(error.inner_exception, _CountedError):
+                raise
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(
+        fw_compiler=partial(lower, is_backward=False),
+        bw_compiler=partial(lower, is_backward=True),
+        decompositions=select_decomp_table,
+        partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+    )
 
 
 def _benches(options: argparse.Namespace, *sizes: int) -> Iterator[Bench]:
