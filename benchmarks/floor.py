@@ -1,4 +1,4 @@
-"""The least time of a training step and of an extracted image on a card, by counting; needs no GPU.
+"""The least time of a training step, of extraction and of inference on a card, by counting; needs no GPU.
 
     python benchmarks/floor.py
     python benchmarks/floor.py --compiled        # also counts the kernels of a compiled step: minutes
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,25 +38,30 @@ from torch.fx import GraphModule
 
 from benchmarks import train_step
 from benchmarks.card import CARDS
+from benchmarks.latency import MODELS
 from benchmarks.roofline import Operator, floor, operators
 from benchmarks.train_step import Bench
+from pipeline.benchmark.models import create_model
 from pipeline.cache.config import CacheConfig, TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.stats import Moments
+from pipeline.student.folding import inference_form
 from pipeline.training.meter import StepTimer
 
 FEW, MORE = 2, 4
 """Images of the two records."""
+INFERENCE_BATCH = 64
+"""Images of a forward pass of a network for inference."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Count and print."""
     options = _parse(arguments)
-    records = {**steps(options), **extraction(options)}
+    records = {**steps(options), **extraction(options), **inference(options)}
     counts = {name: len(found) for name, found in records.items()}
     least: dict[str, dict[str, Any]] = {}
     print(
-        f"{'':<18}{'operators':>10}{'TFLOP':>10}{'GB':>10}" + "".join(f"{f'{c}, ms':>14}{'fused':>10}" for c in CARDS)
+        f"{'':<36}{'operators':>10}{'TFLOP':>10}{'GB':>10}" + "".join(f"{f'{c}, ms':>14}{'fused':>10}" for c in CARDS)
     )
     for name, found in records.items():
         times = {
@@ -64,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         flops, moved = sum(one.flops for one in found) / 1e12, sum(one.bytes for one in found) / 1e9
         columns = "".join(f"{eager:>14.3f}{fused:>10.3f}" for eager, fused in times.values())
-        print(f"{name:<18}{counts[name]:>10}{flops:>10.3f}{moved:>10.3f}{columns}", flush=True)
+        print(f"{name:<36}{counts[name]:>10}{flops:>10.3f}{moved:>10.3f}{columns}", flush=True)
         least[name] = {"operators": counts[name], "tflop": round(flops, 4), "gb": round(moved, 3), "ms": times}
     figures = {"student": options.student, "image_size": options.image_size, "teacher": options.teacher, "least": least}
     print(json.dumps(figures | ({"compiled": compiled_kernels(options)} if options.compiled else {})))
@@ -96,6 +102,21 @@ def extraction(options: argparse.Namespace) -> dict[str, list[Operator]]:
                     Moments.of(getattr(output, kind))
             records["batch: codec"].append(found)
     return {name: _extrapolate(few, more, options.batch_size) for name, (few, more) in records.items()}
+
+
+def inference(options: argparse.Namespace) -> dict[str, list[Operator]]:
+    """Operators of a forward pass of networks in their inference form, for `INFERENCE_BATCH` images."""
+    found = {}
+    images = torch.randn(MORE, 3, options.inference_size, options.inference_size)
+    for name in options.models:
+        model = inference_form(create_model(name), images[:1]).bfloat16()
+        records = []
+        for count in (FEW, MORE):
+            with torch.inference_mode(), operators() as record:
+                model(images[:count].bfloat16())
+            records.append(record)
+        found[f"forward: {name}"] = _extrapolate(*records, INFERENCE_BATCH)
+    return found
 
 
 def compiled_kernels(options: argparse.Namespace) -> dict[str, dict[str, int]]:
@@ -162,7 +183,9 @@ def _benches(options: argparse.Namespace, *sizes: int) -> Iterator[Bench]:
 
 def _record(bench: Bench, name: str) -> list[Operator]:
     bench.steppers[name].wrapped.train()
-    with operators() as found:
+    bench.step(name)  # in which the optimiser's state is made
+    # On a GPU, and here only if told to, gradients are clipped together.
+    with patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True), operators() as found:
         bench.step(name)
     return found
 
@@ -186,6 +209,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=256, help="images of a step, and of a forward pass of the teacher"
     )
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="whose forward passes are counted")
+    parser.add_argument("--inference-size", type=int, default=224, help="side of their images in pixels")
     parser.add_argument("--compiled", action="store_true", help="count the kernels of a compiled step")
     return parser.parse_args(arguments)
 

@@ -51,11 +51,11 @@ class OperatorLog(TorchDispatchMode):
             given, made = (
                 [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), out)
             )
-            dtype = made[0].dtype if made else torch.float32
-            moved = float(sum(tensor.numel() * tensor.element_size() for tensor in given + made))
-            self.operators.append(
-                Operator(func._overloadpacket.__name__, dtype, _flops(func, args, kwargs, out), moved)
-            )
+            if given or made:
+                dtype = made[0].dtype if made else torch.float32
+                moved = float(sum(tensor.numel() * tensor.element_size() for tensor in given + made))
+                flops = _flops(func, args, kwargs, out)
+                self.operators.append(Operator(func._overloadpacket.__name__, dtype, flops, moved))
         return out
 
 

@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # a script imports from its own checkout
@@ -88,13 +89,12 @@ def _parts(teacher: sam.SAM, options: argparse.Namespace, batch: int) -> dict[st
         grid = options.side // sam.PATCH
         side = layer.window_size or grid
         windows = batch * (-(-grid // side)) ** 2
-        settings = {"device": teacher.device, "dtype": torch.bfloat16}
-        patches = torch.randn(windows, side, side, options.width, **settings)
-        heads = [torch.randn(windows, options.heads, side * side, options.width // options.heads, **settings)] * 3
+        patches = torch.randn(windows, side, side, options.width, device=teacher.device, dtype=torch.bfloat16)
+        heads = patches.view(windows, side * side, options.heads, -1).transpose(1, 2)
         calls = {
-            "attention": lambda layer=layer, patches=patches: layer.attn(patches),
-            "without_positions": lambda heads=heads: nn.functional.scaled_dot_product_attention(*heads),
-            "feed_forward": lambda layer=layer, patches=patches: layer.mlp(patches),
+            "attention": partial(layer.attn, patches),
+            "without_positions": partial(nn.functional.scaled_dot_product_attention, heads, heads, heads),
+            "feed_forward": partial(layer.mlp, patches),
         }
         name = f"{windows} windows of {side} x {side}"
         if name not in found:

@@ -41,6 +41,7 @@ def test_steps_and_extraction_are_counted_and_compiling_fuses_kernels(capsys):
         [
             *("--student", "timm/test_resnet", "--image-size", "64", "--head-dim", "32"),
             *("--teacher", "timm/test_vit", "--batch-size", "8", "--compiled"),
+            *("--models", "regla_t", "--inference-size", "64"),
         ]
     )
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
