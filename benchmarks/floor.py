@@ -110,12 +110,11 @@ def inference(options: argparse.Namespace) -> dict[str, list[Operator]]:
     images = torch.randn(MORE, 3, options.inference_size, options.inference_size)
     for name in options.models:
         model = inference_form(create_model(name), images[:1]).bfloat16()
-        records = []
-        for count in (FEW, MORE):
-            with torch.inference_mode(), operators() as record:
-                model(images[:count].bfloat16())
-            records.append(record)
-        found[f"forward: {name}"] = _extrapolate(*records, INFERENCE_BATCH)
+        with torch.inference_mode(), operators() as few:
+            model(images[:FEW].bfloat16())
+        with torch.inference_mode(), operators() as more:
+            model(images.bfloat16())
+        found[f"forward: {name}"] = _extrapolate(few, more, INFERENCE_BATCH)
     return found
 
 

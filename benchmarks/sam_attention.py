@@ -3,27 +3,30 @@
     python benchmarks/sam_attention.py --device cuda
     python benchmarks/sam_attention.py --device cpu --side 256 --batches 1 --width 96 --heads 2
 
-Prints a line of JSON per measurement, all in milliseconds per image: whole forward passes by batch size with their ratio to the
-matrix products; forward passes by kernel of scaled dot-product attention (null: it refuses), and with timm's own attention, which
-adds biases to weights in memory; parts of one layer with global attention and one in windows. On a GPU also a table of the most
-expensive kernels.
+Prints a line of JSON per measurement, all in milliseconds per image: whole forward passes by batch size, with their ratio to the
+matrix products; forward passes by kernel of scaled dot-product attention (null: it refuses), with timm's own attention, which
+adds biases to weights in memory, and with FlexAttention, which adds them within a kernel; parts of a layer with global attention
+and of one in windows. On a GPU also a table of the most expensive kernels.
 """
 
 import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import nn
+from timm.models.vision_transformer_sam import get_rel_pos
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.card import matmul_rate, seconds_per_call
 from benchmarks.roofline import operators
@@ -33,6 +36,8 @@ from teachers import sam
 from teachers.base import Teacher
 
 KERNELS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+
+COMPILED_FLEX = torch.compile(flex_attention, dynamic=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,14 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kernel in KERNELS:
         with sdpa_kernel(getattr(SDPBackend, kernel)):
             _show({"kernel": kernel, "batch": batch, "ms": _unless_refused(teacher, options, batch)})
-    with _timm_attention():
+    with patch.object(sam, "_use_fused", lambda x: False):
         _show({"kernel": "timm", "batch": batch, "ms": _unless_refused(teacher, options, batch)})
+    with patch.object(sam.FusedAttention, "forward", flex_forward):
+        _show({"kernel": "flex", "batch": batch, "ms": _unless_refused(teacher, options, batch)})
     for name, parts in _parts(teacher, options, batch).items():
         _show({"layer": name, "batch": batch, "ms": parts})
     if device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             _whole(teacher, options, batch)
-        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=15, max_name_column_width=90))
+        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=15, max_name_column_width=90))
 
 
 def count_products(model: nn.Module, side: int) -> float:
@@ -68,6 +75,25 @@ def count_products(model: nn.Module, side: int) -> float:
     with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), operators() as found:
         model(torch.empty(1, 3, side, side))
     return sum(one.flops for one in found)
+
+
+def flex_forward(layer: sam.FusedAttention, x: Tensor) -> Tensor:
+    """The forward of `FusedAttention`, with biases that a kernel of FlexAttention adds to its scores; compiled on a GPU."""
+    batch, height, width, _ = x.shape
+    qkv = layer.qkv(x).view(batch, height * width, 3, layer.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    grid = q.unflatten(2, (height, width))
+    rows, columns = get_rel_pos(height, height, layer.rel_pos_h), get_rel_pos(width, width, layer.rel_pos_w)
+    of_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rows).flatten(2, 3)
+    of_columns = torch.einsum("bnhwc,wkc->bnhwk", grid, columns).flatten(2, 3)
+
+    def biased(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + of_rows[image, head, query, key // width] + of_columns[image, head, query, key % width]
+
+    attend: Any = COMPILED_FLEX if x.is_cuda else flex_attention
+    out: Tensor = attend(q, k, v, score_mod=biased)
+    projected: Tensor = layer.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
+    return projected
 
 
 def _whole(teacher: Teacher, options: argparse.Namespace, batch: int) -> float:
@@ -78,7 +104,7 @@ def _whole(teacher: Teacher, options: argparse.Namespace, batch: int) -> float:
 def _unless_refused(teacher: Teacher, options: argparse.Namespace, batch: int) -> float | None:
     try:
         return _whole(teacher, options, batch)
-    except (RuntimeError, torch.OutOfMemoryError):
+    except RuntimeError:
         return None
 
 
@@ -105,15 +131,6 @@ def _parts(teacher: sam.SAM, options: argparse.Namespace, batch: int) -> dict[st
 def _milliseconds(call: Callable[[], object], teacher: Teacher, options: argparse.Namespace, batch: int) -> float:
     with torch.inference_mode():
         return round(1e3 * seconds_per_call(call, teacher.device, options.calls) / batch, 3)
-
-
-@contextmanager
-def _timm_attention() -> Iterator[None]:
-    fused, sam._use_fused = sam._use_fused, lambda x: False
-    try:
-        yield
-    finally:
-        sam._use_fused = fused
 
 
 def _show(line: Mapping[str, object]) -> None:
