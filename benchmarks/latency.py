@@ -11,7 +11,7 @@ with milliseconds per forward pass and their ratio to the first model's by model
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 
 from pipeline.benchmark.benchmark import torch_runner
 from pipeline.benchmark.models import create_model
+from pipeline.errors import one_line
 from pipeline.runtime.timing import interleave
 from pipeline.student.folding import inference_form
 
@@ -34,17 +35,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     known = [name for name in options.models if timm.is_model(name)]
     if missing := sorted(set(options.models) - set(known)):
-        print(f"timm {timm.__version__} lacks {', '.join(missing)}", flush=True)
+        print(json.dumps({"timm": timm.__version__, "lacks": missing}), flush=True)
     example = torch.randn(1, 3, min(options.sizes), min(options.sizes))
     models = {name: inference_form(create_model(name), example).to(options.device) for name in known}
     for form, batch, size in product(options.forms, options.batches, options.sizes):
         torch.compiler.reset()
         images = torch.randn(batch, 3, size, size, device=options.device)
-        calls = {
-            name: torch_runner(model, form == "compiled", images, options.precision) for name, model in models.items()
-        }
-        timings = interleave(calls, lambda _: known[0], options.rounds)
         group = {"form": form, "batch": batch, "size": size, "precision": options.precision}
+        calls: dict[str, Callable[[], object]] = {}
+        for name, model in models.items():
+            call = torch_runner(model, form == "compiled", images, options.precision)
+            try:
+                call()
+            except RuntimeError as error:  # one that cannot be compiled stops no other
+                print(json.dumps({**group, "model": name, "error": one_line(error)}), flush=True)
+                continue
+            calls[name] = call
+        first = next(iter(calls))
+        timings = interleave(calls, lambda _, first=first: first, options.rounds)
         milliseconds = {name: round(1e3 * timing.median, 3) for name, timing in timings.items()}
         ratios = {name: round(timing.ratio, 3) for name, timing in timings.items()}
         print(json.dumps({**group, "milliseconds": milliseconds, "ratio": ratios}), flush=True)

@@ -45,19 +45,19 @@ else
     export TORCH_COMPILE_DISABLE=1  # for a CPU it takes minutes
     train+=(--student regla_t --image-size 64 --batch-size 4 --images 16 --head-dim 32 --steps 1 --rounds 1)
     extraction+=(--teacher hog --weights pretrained --images 8 --batch-size 4 --rounds 1)
-    latency=(--models regla_t mobilenetv3_small_050 --sizes 64 --batches 1 --forms fused --rounds 1)
+    latency=(--models regla_t mobilenetv3_small_050 unknown --sizes 64 --batches 1 --forms fused --rounds 1)
     sam=(--side 256 --width 96 --heads 2 --batches 1 --calls 1) jpeg=(--images 16 --rounds 1) card=(--side 64)
 fi
 
-step card 20 benchmarks/card.py --device "$device" "${card[@]}"
+step card 10 benchmarks/card.py --device "$device" "${card[@]}"
 step tests 70 -m pytest -p no:cacheprovider tests/test_gpu.py
-step extraction 70 "${extraction[@]}"
-step train 70 "${train[@]}"
-step train-compiled 110 "${train[@]}" --compile
-step train-compiled-graphs 80 "${train[@]}" --compile --cuda-graphs
-step latency 90 benchmarks/latency.py --device "$device" "${latency[@]}"
-step sam 60 benchmarks/sam_attention.py --device "$device" "${sam[@]}"
-step jpeg 30 benchmarks/jpeg_decode.py --device "$device" "${jpeg[@]}"
+step extraction 60 "${extraction[@]}"
+step train 60 "${train[@]}"
+step train-compiled 100 "${train[@]}" --compile
+step train-compiled-graphs 70 "${train[@]}" --compile --cuda-graphs
+step latency 140 benchmarks/latency.py --device "$device" "${latency[@]}"
+step sam 50 benchmarks/sam_attention.py --device "$device" "${sam[@]}"
+step jpeg 20 benchmarks/jpeg_decode.py --device "$device" "${jpeg[@]}"
 
 summary=$(IFS=,; echo "{\"step\": \"summary\", \"device\": \"$device\", \"seconds\": $SECONDS, \"status\": {${statuses[*]}}}")
 echo "$summary" | tee -a "$results"

@@ -36,6 +36,7 @@ def test_every_step_runs_and_a_failing_one_stops_no_other(tmp_path):
     *results, summary = lines
     assert summary["status"] == {name: 3 if name == "card" else 0 for name in STEPS}, ended.stdout
     assert {line["step"] for line in results} == set(STEPS) - {"card", "tests"}
+    assert [line["lacks"] for line in results if "lacks" in line] == [["unknown"]]
     train = {line["step"]: line for line in results if line["step"].startswith("train")}
     assert [train[name]["compile"] for name in STEPS[3:6]] == [False, True, True]
     assert json.loads(ended.stdout.splitlines()[-1]) == summary
