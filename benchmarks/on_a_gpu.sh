@@ -49,13 +49,13 @@ else
     sam=(--side 256 --width 96 --heads 2 --batches 1 --calls 1) jpeg=(--images 16 --rounds 1) card=(--side 64)
 fi
 
-step card 10 benchmarks/card.py --device "$device" "${card[@]}"
+step card 25 benchmarks/card.py --device "$device" "${card[@]}"
 step tests 70 -m pytest -p no:cacheprovider tests/test_gpu.py
 step extraction 60 "${extraction[@]}"
 step train 60 "${train[@]}"
-step train-compiled 100 "${train[@]}" --compile
+step train-compiled 95 "${train[@]}" --compile
 step train-compiled-graphs 70 "${train[@]}" --compile --cuda-graphs
-step latency 140 benchmarks/latency.py --device "$device" "${latency[@]}"
+step latency 130 benchmarks/latency.py --device "$device" "${latency[@]}"
 step sam 50 benchmarks/sam_attention.py --device "$device" "${sam[@]}"
 step jpeg 20 benchmarks/jpeg_decode.py --device "$device" "${jpeg[@]}"
 
