@@ -161,7 +161,7 @@ class DistillTask(Task):
     """
 
     module: Distiller
-    uses_all_parameters = True
+    uses_all_parameters = compiles_by_default = True
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from pipeline.training.checkpoint import load_state
 from pipeline.training.loop import train
 from pipeline.training.ray_train import make_tasks
 from pipeline.training.worker import Worker
+from tests.training.tiny_task import compile_with
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32"]
 
@@ -234,7 +235,14 @@ def _scheduled(given):
     return dataclasses.replace(given, teachers=(dataclasses.replace(first, config=config), *others))
 
 
-@pytest.mark.parametrize("more", [[], EVERYTHING_RANDOM], ids=["plain", "everything"])
+COMPILED = ["train.compile=true", "train.micro_batch=6"]  # pieces of 5 and of 6 images
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], EVERYTHING_RANDOM, pytest.param(EVERYTHING_RANDOM + COMPILED, marks=pytest.mark.slow)],
+    ids=["plain", "everything", "compiled"],
+)
 def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path, more):
     given = job("train.epochs=2", "train.checkpoint_steps=4", "train.precision=float32", *more)
     given = _scheduled(given) if more else given
@@ -246,7 +254,10 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path, mor
             torch.save(snapshot.state, tmp_path / "state.pt")
             snapshots.append(SimpleNamespace(state=load_state(tmp_path), history=snapshot.history))
 
-        train(DistillTask(given), given.config.train, Worker(), state, commit)
+        torch.compiler.reset()
+        task = DistillTask(given)
+        compile_with(task.module, "aot_eager")
+        train(task, given.config.train, Worker(), state, commit)
         return snapshots
 
     whole = run(None)
