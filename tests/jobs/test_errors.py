@@ -111,7 +111,7 @@ def test_data_that_shrank_is_known_and_a_dry_run_says_so_and_writes_nothing(tmp_
     cached = sorted((tmp_path / "work/cache").rglob("*"))
     (tmp_path / "photos/class0/photo000.jpg").unlink()
     text, _ = job(precompute.main, *arguments, "--dry-run")
-    assert f"23 from {tmp_path}/photos; view full; all known" in text
+    assert f"23 from {tmp_path}/photos; view full; version " in text
     assert "23 of 23 views cached" in text
     (tmp_path / "photos/class1/photo001.jpg").touch()
     text, _ = job(precompute.main, *arguments, "--dry-run")

@@ -75,7 +75,7 @@ def test_a_recipe_resolves_to_a_plan(recipe, photos, tmp_path, job, quick_teache
     overrides += ["teachers.1.weights=random"] if recipe.stem == "photos" else []
     text, figures = job(distill.main, str(recipe), *overrides, "--dry-run")
     assert figures == {"dry_run": True}
-    assert text.count("shards cached; ") + text.count(" shards cached") >= len(phases) * len(config.teachers)
+    assert text.count(" views cached") >= len(phases) * len(config.teachers)
     assert "resized" not in text or recipe.stem in ("quickstart", "photos")
     for number, phase in enumerate(phases, 1):
         assert len(phases) == 1 or f"plan of phase {number} of {len(phases)}" in text

@@ -177,7 +177,7 @@ def check_weights(*plans: CachePlan) -> None:
         TeacherError: if they cannot be had, or are those of another network.
     """
     pairs = ((split, teacher) for plan in plans for split in plan.splits for teacher in plan.teachers)
-    needed = {teacher.id: teacher for split, teacher in pairs if split.missing(teacher)}
+    needed = {teacher.id: teacher for split, teacher in pairs if split.missing_views(teacher)}
     for teacher in needed.values():
         teacher.create().check()
 

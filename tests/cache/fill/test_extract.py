@@ -83,7 +83,7 @@ def test_features_that_are_not_finite_stop_the_shard_and_name_the_teacher(tmp_pa
         fill_in_process(plan_cache(config, store))
     plan = plan_cache(config, store)
     assert plan.split("train").dataset.count == 150
-    assert not plan.split("train").dataset.records(plan.teachers[0].id)
+    assert not [*plan.split("train").dataset.records(plan.teachers[0].id)]
 
 
 def test_other_weights_than_planned_are_refused(filled):

@@ -88,7 +88,7 @@ def test_busy_gpus_short_extractions_and_cpus_are_passed_over():
 
 def test_a_probe_asks_all_teachers_about_views_of_a_shard(filled):
     (part,) = filled.train.parts
-    found = measure({part.key: part}, [part.key], filled.plan.teachers, 16, {"part": part.key, "shard": 0}, "cpu")
+    found = measure({part.key: part}, [(part.key, 0)], filled.plan.teachers, 16, {"part": part.key, "shard": 0}, "cpu")
     assert found.memory == 0 < CONTEXT_BYTES
     assert found.device_s > 0
     assert found.host_s > 0

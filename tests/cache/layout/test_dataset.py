@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -6,6 +5,7 @@ import pytest
 
 from pipeline.cache.fill.build import BuildReport, read_images
 from pipeline.cache.fill.plan import plan_cache
+from pipeline.cache.layout.keys import sealed, unsealed
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
 from tests.fakes import without_ray
@@ -77,8 +77,7 @@ def test_data_name_names_the_datasets(make_plan):
 def test_a_newer_cache_format_is_refused(make_plan, monkeypatch):
     dataset = _read(make_plan(), monkeypatch)
     (name,) = [name for name in dataset.store.files() if name.startswith("version-")]
-    meta = json.loads(dataset.store.get(name))
-    dataset.store.put(name, json.dumps({**meta, "format": 99}).encode())
+    dataset.store.put(name, sealed({**unsealed(dataset.store.get(name)), "format": 99}))
     with pytest.raises(UserError, match="cache format 99"):
         make_plan()
 
