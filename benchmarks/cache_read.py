@@ -122,12 +122,13 @@ def _reader(
 
 def _bare_scan(dataset: Dataset, teachers: Sequence[CachedTeacher]) -> Iterator[int]:
     """Read every row group of images and features; yields its number of rows."""
-    columns: dict[ShardFolder, list[str] | None] = {dataset.images: None}
-    columns |= {dataset.teacher(teacher.id): ["sample_id", "view", *teacher.shapes] for teacher in teachers}
+    (part,) = dataset.parts
+    columns: dict[ShardFolder, list[str] | None] = {part.images: None}
+    columns |= {part.teacher(teacher.id): ["key", "view", *teacher.shapes] for teacher in teachers}
     listed = {folder: folder.records() for folder in columns}
-    for shard in range(dataset.shards):
+    for shard in range(part.shards):
         files = {folder: pq.ParquetFile(folder.store.open(listed[folder][shard].file)) for folder in columns}
-        for group in range(files[dataset.images].num_row_groups):
+        for group in range(files[part.images].num_row_groups):
             tables = [file.read_row_group(group, columns=columns[folder]) for folder, file in files.items()]
             yield tables[0].num_rows
 
@@ -166,8 +167,8 @@ def _views(folder: str, options: argparse.Namespace) -> dict[str, object]:
     images = read_photos(options.photos) if options.photos else jpegs(448)
     dataset = write_dataset(folder, options.images or 512, images, 256)
     dataset = replace(dataset, policy=ViewPolicy(crops=max(PER_STEP)))
-    for shard in range(dataset.shards):
-        commit_crops(dataset, shard)
+    for part, shard in dataset.shards:
+        commit_crops(part, shard)
     rates: dict[int, list[float]] = {views: [] for views in PER_STEP}
     for epoch in range(options.rounds):
         for views, measured in rates.items():

@@ -4,7 +4,7 @@
     python benchmarks/cache_size.py --simulated
 
 Projections are fitted on one part of the images and every codec is evaluated on the others, which are committed as the job
-commits them. Bytes are those of all files of the teacher's folder: features, statistics, records, projections, description.
+commits them. Bytes are those of all files of the teacher: features, statistics, records, projections, description.
 Fidelity is the cosine of the standardised patches (`pipeline/cache/layout/target.py`), computed here in float64. PHI-S is a
 rotation and one scale, which leave the cosine of the centred patches as it is.
 
@@ -38,9 +38,10 @@ from torch import Tensor
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.shard_builder import ShardBuilder
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher, projections_of
-from pipeline.cache.layout.codec import Codec
+from pipeline.cache.layout.codec import Codec, FeatureCodec
+from pipeline.cache.layout.part import KEY, image_key, teacher_home
 from pipeline.cache.layout.projection import dump_projections, fit_projections
-from pipeline.cache.layout.shards import ShardFolder, fixed_width
+from pipeline.cache.layout.shards import ShardFolder, add_projection, fixed_width
 from pipeline.cache.layout.stats import dump_moments, merge_all
 from pipeline.cache.layout.target import TARGET_COSINE
 from pipeline.cache.layout.view_rows import ViewRows
@@ -189,7 +190,7 @@ def _measure(own: str, features: Features) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys([*CODECS, own]):
         with TemporaryDirectory() as folder:
-            row = rows[name] = _stored(name, features, ShardFolder(Store.at(folder)))
+            row = rows[name] = _stored(name, features, Store.at(folder))
         ratio = f"1/{rows['float32']['bytes'] / row['bytes']:.1f}"
         cosines = (f"{row[key]:.4f}" for key in ("cosine", "cosine_p1", "phi_s", "phi_s_p1", "raw_cosine"))
         cells = (f"{row['bytes']:,.0f}", f"{row['beside']:.2%}", ratio, *cosines)
@@ -197,41 +198,42 @@ def _measure(own: str, features: Features) -> dict[str, dict[str, float]]:
     return rows
 
 
-def _stored(codec: str, features: Features, folder: ShardFolder) -> dict[str, float]:
-    """Commit shards, and measure the folder and what is read from it."""
+def _stored(codec: str, features: Features, cache: Store) -> dict[str, float]:
+    """Commit shards, and measure the folders of the teacher and what is read from them."""
     spec = features.spec
     teacher = CachedTeacher(TeacherConfig(model="hog"), spec, "measured", codec, "float32")
+    home = teacher_home(cache, teacher.id)
+    folder = ShardFolder(cache.sub("shards"), home=home)
     if Codec.parse(codec).pca:
-        folder.add_projection(dump_projections(fit_projections(Codec.parse(codec), features.fitted)))
-    folder.store.put("teacher.json", json.dumps(asdict(spec), indent=2).encode())
+        add_projection(home, dump_projections(fit_projections(Codec.parse(codec), features.fitted)))
+    home.put("teacher.json", json.dumps(asdict(spec), indent=2).encode())
     per_shard, images = SHARD // BATCH, 0
     for shard in range(-(-len(features.stored) // per_shard)):
-        builder, ids = ShardBuilder(teacher, folder.projection, projections_of(folder)), []
+        builder, keys = ShardBuilder(teacher, folder.projection, projections_of(cache, teacher)), []
         for number in range(shard * per_shard, min((shard + 1) * per_shard, len(features.stored))):
             batch = features.stored[number]()
-            ids += [f"class{row % 10:03d}/image{images + row:06d}.jpg" for row in range(_rows(batch))]
+            keys += [image_key(str(images + row).encode()) for row in range(_rows(batch))]
             images += _rows(batch)
             builder.add(TeacherOutput(batch.get("summary"), batch["patches"]), 0.0)
-        table = pa.table({"sample_id": ids, "view": pa.array([0] * len(ids), pa.int16())})
-        views = ViewRows(table, table, {"images": "shard-00000-00000000.parquet"})
+        table = pa.table({"key": pa.array(keys, KEY), "view": pa.array([0] * len(keys), pa.int16())})
+        views = ViewRows(table, table, {})
         with patch.object(ShardBuilder, "fidelity", lambda *_: {}):  # measured here, and no codec is refused
             builder.commit(folder, shard, views, "cpu")
     records = folder.records()
-    folder.store.put("stats.npz", dump_moments(merge_all(folder.moments(records.values()))))
-    files = folder.store.files()
+    cache.put("stats.npz", dump_moments(merge_all(folder.moments(records.values()))))
+    total = cache.bytes_below()
     parquet = sum(record.bytes for record in records.values())
     return {
         "width": builder.codecs["patches"].width,
-        "bytes": sum(files.values()) / images,
-        "beside": sum(files.values()) / parquet - 1,
-        **_cosines(teacher, features, folder),
+        "bytes": total / images,
+        "beside": total / parquet - 1,
+        **_cosines(teacher.codecs(projections_of(cache, teacher))["patches"], features, folder),
     }
 
 
-def _cosines(teacher: CachedTeacher, features: Features, folder: ShardFolder) -> dict[str, float]:
+def _cosines(codec: FeatureCodec, features: Features, folder: ShardFolder) -> dict[str, float]:
     """Cosines of the stored patches, standardised by the statistics of all of them, and raw, in float64."""
-    codec, moments = teacher.codecs(projections_of(folder))["patches"], [*folder.moments(folder.records().values())]
-    merged = merge_all(moments)["patches"]
+    merged = merge_all(folder.moments(folder.records().values()))["patches"]
     standardised, centred, raw, first = [], [], [], 0
     read = np.concatenate([fixed_width(folder.read(r, ["patches"])["patches"]) for r in folder.records().values()])
     for batch in (make() for make in features.stored):

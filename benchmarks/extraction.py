@@ -47,8 +47,8 @@ from benchmarks.synthetic_cache import jpegs, read_photos, write_dataset
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs, make_teacher
-from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.keys import teacher_id
+from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.stats import MomentSums
 from pipeline.cache.layout.view_rows import read_view_rows
 
@@ -71,8 +71,16 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     dataset = write_dataset(folder, count, read_photos(options.photos) if options.photos else jpegs(256), shard_size)
     config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
     teacher = _load(config, options)
-    extract = Extract({"train": dataset}, [teacher], options.device, options.threads, options.batch_size)
-    stages = Stages(dataset, teacher, extract)
+    (part,) = dataset.parts
+    extract = Extract(
+        {part.key: part},
+        [(part.key, n) for n in range(part.shards)],
+        [teacher],
+        options.device,
+        options.threads,
+        options.batch_size,
+    )
+    stages = Stages(part, teacher, extract)
     alone = {"teacher": stages.forward, "render": stages.render, "encode": stages.encode}
     ways = {**alone, "extract": stages.extract}
     rounds = [{name: _timed(run) for name, run in ways.items()} for _ in range(options.rounds)]
@@ -106,21 +114,21 @@ def _load(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher:
 
 
 class Stages:
-    """The measured stages, on the shards of one dataset; each returns its number of images."""
+    """The measured stages, on the shards of one part; each returns its number of images."""
 
-    def __init__(self, dataset: Dataset, teacher: CachedTeacher, extractor: Extract) -> None:
-        self.dataset, self.cached, self.extractor = dataset, teacher, extractor
+    def __init__(self, part: Part, teacher: CachedTeacher, extractor: Extract) -> None:
+        self.part, self.cached, self.extractor = part, teacher, extractor
         self.teacher = self.extractor.teachers[teacher.id]
         self.device = self.extractor.device.name
         self.seconds: dict[str, float] = {}
         self.extract()
-        shards = list(dataset.images.records().values())
+        shards = list(part.images.records().values())
         self.alone = shards[: max(1, ALONE // shards[0].rows)]
         self.pixels = list(self._rendered())
         if self.device == "cuda":
             self.pixels = [pixels.pin_memory() for pixels in self.pixels]
         self.features = [self.teacher.encode(pixels) for pixels in self.pixels]
-        self.codecs = {kind: codec.to(self.device) for kind, codec in load_codecs(dataset, teacher).items()}
+        self.codecs = {kind: codec.to(self.device) for kind, codec in load_codecs(part.cache, teacher).items()}
 
     def forward(self) -> int:
         """Forward passes over resized batches."""
@@ -147,9 +155,9 @@ class Stages:
 
     def extract(self) -> int:
         """All stages, several shards in parallel."""
-        rows: list[dict[str, object]] = [{"split": "train", "shard": shard} for shard in range(self.dataset.shards)]
-        for shard in range(self.dataset.shards):
-            self.dataset.teacher(self.cached.id).unlist(shard)
+        rows: list[dict[str, object]] = [{"part": self.part.key, "shard": shard} for shard in range(self.part.shards)]
+        for shard in range(self.part.shards):
+            self.part.teacher(self.cached.id).unlist(shard)
         images, stages = 0, Counter[str]()
         with ThreadPoolExecutor(CONCURRENT_SHARDS[self.device]) as pool:
             for row in pool.map(self.extractor, rows):
@@ -161,7 +169,7 @@ class Stages:
 
     def _rendered(self) -> Iterator[Tensor]:
         for record in self.alone:
-            for batch in self.extractor.rendered(read_view_rows(self.dataset, record.shard), [self.cached.id]):
+            for batch in self.extractor.rendered(read_view_rows(self.part, record.shard), [self.cached.id]):
                 yield batch[self.cached.id]
 
 
@@ -176,11 +184,12 @@ def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
     from pipeline.cache.fill.ray_pipeline import extract_shards
     from pipeline.runtime.ray_session import connect
 
-    dataset = write_dataset(folder, options.images or 50000, jpegs(48), 512)
+    (part,) = write_dataset(folder, options.images or 50000, jpegs(48), 512).parts
     teacher = _load(TeacherConfig(model="hog", input_size=options.side), options)
-    rows = [{"split": "train", "shard": shard} for shard in range(dataset.shards)]
+    rows = [{"part": part.key, "shard": shard} for shard in range(part.shards)]
+    arguments = {part.key: part}, [part.key], [teacher]
     with connect(), watch_memory("driver", {"Extract": "actor"}) as curves:
-        images = sum(row["images"] for row in extract_shards(rows, ({"train": dataset}, [teacher]), options.batch_size))
+        images = sum(row["images"] for row in extract_shards(rows, arguments, options.batch_size))
     means = report(curves, options.figure, f"Extracting HOG at {options.side} px of {images:,} images")
     return {"ratio": growth(means), "images": images, "resident_mib": means}
 

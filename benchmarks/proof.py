@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -25,7 +26,8 @@ import torch
 from torch import nn
 
 from benchmarks.results import mean_and_deviation, measure_once, study_parser
-from pipeline.cache.fill.build import CachePlan, build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
+from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
@@ -131,10 +133,9 @@ def _run(items: Sequence[str], arm: str, seed: int, results: Path) -> dict[str, 
 def _plan_of(config: DistillJobConfig) -> CachePlan:
     """Plan of a complete cache; Ray computes missing features."""
     plan = plan_cache(config, cache_store(config))
-    if any(split.missing(teacher) for split in plan.splits for teacher in plan.teachers):
-        with connect():
-            plan, _ = build_cache(plan, config)
-    return plan
+    missing = any(split.missing_views(teacher) for split in plan.splits for teacher in plan.teachers)
+    with connect() if missing else nullcontext():
+        return build_cache(plan, config)[0]
 
 
 def _train(task: Task, config: DistillJobConfig) -> Any:

@@ -13,8 +13,11 @@ from PIL import Image
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec
-from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.view_rows import IMAGES_SCHEMA
+from pipeline.cache.layout.dataset import BAD_SCHEMA, SAMPLE_SCHEMA, Dataset, make_dataset
+from pipeline.cache.layout.dataset import write_dataset as write_version
+from pipeline.cache.layout.part import PART_SCHEMA, Part, image_key, part_id, write_part
+from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, complete_record, view_row
+from pipeline.imaging.geometry import FULL
 from pipeline.storage.store import Store
 
 
@@ -38,21 +41,29 @@ def jpegs(side: int, count: int = 32) -> list[bytes]:
 
 
 def write_dataset(folder: str, count: int, images: Sequence[bytes], shard_size: int) -> Dataset:
-    """A dataset of `count` rows that repeat these images."""
-    dataset = Dataset(Store.at(folder), "made-up", "made-up", "0" * 64, count, (), shard_size)
-    for shard in range(dataset.shards):
-        rows = dataset.shard_rows(shard)
-        boxes = {"left": [0.0] * rows, "top": [0.0] * rows, "right": [1.0] * rows, "bottom": [1.0] * rows}
-        columns = {
-            "sample_id": [f"{shard:05d}/{row:05d}.jpg" for row in range(rows)],
-            "view": [0] * rows,
-            **boxes,
-            "flip": [False] * rows,
-            "label": [0] * rows,
-            "image": [images[row % len(images)] for row in range(rows)],
-        }
-        dataset.images.commit(shard, pa.table(columns, schema=IMAGES_SCHEMA))
-    return dataset
+    """A data set of one part, whose `count` rows repeat these images under keys of their own."""
+    keys = [image_key(str(number).encode()) for number in range(count)]
+    sizes = [len(images[number % len(images)]) for number in range(count)]
+    index = pa.table({"key": keys, "size": sizes}, schema=PART_SCHEMA)
+    part = Part(Store.at(folder), part_id(index), count, shard_size)
+    write_part(part, index)
+    for shard in range(part.shards):
+        numbers = range(shard * shard_size, shard * shard_size + part.shard_rows(shard))
+        rows = [{**view_row(keys[number], 0, FULL), "image": images[number % len(images)]} for number in numbers]
+        part.images.commit(shard, pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA))
+    zeros, numbers = [0] * count, range(count)
+    columns = {
+        "sample_id": [f"{number:09d}.jpg" for number in numbers],
+        "label": zeros,
+        "uri": [""] * count,
+        "offset": numbers,
+        "size": sizes,
+        "version": zeros,
+        "key": keys,
+        "row": numbers,
+    }
+    samples, empty = pa.table(columns, schema=SAMPLE_SCHEMA), Dataset(part.cache, "made-up", "made-up", ())
+    return write_version(make_dataset(empty, [part], {part.id: samples}, BAD_SCHEMA.empty_table()))
 
 
 def write_features(dataset: Dataset, model: str, codec: str, **settings: Any) -> CachedTeacher:
@@ -66,13 +77,13 @@ def write_features(dataset: Dataset, model: str, codec: str, **settings: Any) ->
         for kind, codec in teacher.codecs().items()
     }
     compression = "zstd" if Codec.parse(codec).zstd else "none"
-    for record in dataset.images.records().values():
-        table = dataset.images.read(record, ["sample_id", "view"])
+    for part, shard in dataset.shards:
+        table = part.images.read(complete_record(part.images, shard), ["key", "view"])
         for kind, encoded in drawn.items():
             width = encoded.shape[1]
-            column = binary_column(np.resize(encoded, (record.rows, width)))
+            column = binary_column(np.resize(encoded, (table.num_rows, width)))
             table = table.append_column(pa.field(kind, pa.binary(width), nullable=False), column)
-        dataset.teacher(teacher.id).commit(record.shard, table, compression=compression)
+        part.teacher(teacher.id).commit(shard, table, compression=compression)
     return teacher
 
 

@@ -18,8 +18,9 @@ memory plus the forward passes of all three teachers, with random weights, on th
 the time of `--online-images` is scaled to the batch. `--ray` runs equal epochs in this process and under Ray Train, interleaved.
 Prints a table and one line of JSON.
 
-`operators_over_student` counts computing operators of a step in memory, relative to those of the student alone. On a GPU each
-launches at least one kernel, and launches are what limits a small student.
+`operators_over_student` counts computing operators of a step in memory that is not compiled, relative to those of the student
+alone. On a GPU each launches at least one kernel, and launches are what limits a small student; `gpu_student` and `gpu_cached`
+hold what a step in memory launches there, by torch.profiler.
 
 On a CPU `cpu_time` gives the same ratios of processor time of the whole process: trust these if other programs share the cores.
 """
@@ -44,8 +45,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._inductor import config as inductor_config
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
+from benchmarks.roofline import operators
 from benchmarks.synthetic_cache import jpegs, write_dataset, write_features
 from pipeline.cache.config import CacheConfig, TeacherConfig
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
@@ -77,12 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
+    if options.cuda_graphs:
+        inductor_config.triton.cudagraphs = True
     with TemporaryDirectory() as folder:
         bench = Bench(options, folder)
         figures = bench.measure()
         if options.ray:
             figures |= ray_over_bare(bench, folder)
-    described = {name: getattr(options, name) for name in ("student", "image_size", "device")}
+    described = {name: getattr(options, name) for name in ("student", "image_size", "device", "compile", "cuda_graphs")}
     print(json.dumps({**figures, **described}))
 
 
@@ -137,17 +143,6 @@ class TimedStep(DistillStep):
         return {}
 
 
-class OperatorCounter(TorchDispatchMode):
-    """Counts operators that compute something; views do not."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Of one operator."""
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
 class Bench:
     """A cache, and a stepper for each kind of step."""
 
@@ -192,12 +187,29 @@ class Bench:
         student, distilled = map(self._count_operators, ("student", "cached"))
         print(f"operators of a step: {student} of the student alone, {distilled} with heads and losses")
         clock["operators_over_student"] = round(distilled / student, 3)
-        return {**clock, "cpu_time": processor} if self.device.type == "cpu" else clock
+        if self.device.type == "cpu":
+            return {**clock, "cpu_time": processor}
+        clock["milliseconds"] = {name: _milliseconds(found) for name, found in times.items()}
+        return {**clock, **{f"gpu_{name}": self._profile(name) for name in self.steppers}}
 
     def _count_operators(self, name: str) -> int:
-        with OperatorCounter() as operators:
-            self.steppers[name]([self.batch], WARM_UP + self.options.steps, StepTimer(self.device))
-        return operators.count
+        with operators() as found:
+            self.step(name)
+        return len(found)
+
+    def _profile(self, name: str) -> dict[str, float]:
+        """Launches, kernels and their milliseconds in a step on the GPU."""
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
+            self.step(name)
+            torch.cuda.synchronize()
+        kernels = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+        launches = sum("Launch" in event.name for event in profile.events() if event.device_type == DeviceType.CPU)
+        milliseconds = sum(kernel.self_device_time_total for kernel in kernels) / 1e3
+        return {"launches": launches, "kernels": len(kernels), "milliseconds": round(milliseconds, 2)}
+
+    def step(self, name: str) -> None:
+        """One optimiser step of a kind of `steppers` on the batch in memory."""
+        self.steppers[name]([self.batch], WARM_UP + self.options.steps, StepTimer(self.device))
 
     def _block(self, name: str, batches: Iterator[Batch]) -> np.ndarray:
         """Times of a step, as those of `_now`."""
@@ -235,6 +247,11 @@ class Bench:
         for teacher, pixels in rendered:
             teacher.encode(pixels)
         return (_now() - started) / self.options.online_images * self.options.batch_size
+
+
+def _milliseconds(times: np.ndarray) -> float:
+    """Median by the clock of times [rounds, 2] in seconds."""
+    return round(float(1e3 * np.median(times[:, 0])), 2)
 
 
 def _now() -> np.ndarray:
@@ -325,6 +342,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true", help="with --compile: replay a step's kernels as graphs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a block")
     parser.add_argument("--rounds", type=int, default=5)

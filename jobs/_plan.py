@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import pyarrow.compute as pc
-
 from jobs._cli import grid, size, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
-from pipeline.cache.fill.build import BuildReport, CachePlan
+from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.estimate import TeacherEstimate, all_bytes, missing_bytes
+from pipeline.cache.fill.plan import CachePlan, versions_of
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_fidelity, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1
@@ -37,6 +36,8 @@ def fill(job: Job, planned: Sequence[tuple[CacheJobConfig, CachePlan]]) -> list[
     for number, (phase, plan) in enumerate(planned, 1):
         with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
             filled.append(precompute(phase, plan, tracked))
+    job.state.data = versions_of(*(plan for plan, _ in filled))
+    job.state.save()
     return filled
 
 
@@ -45,9 +46,15 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
     rows: dict[str, str | None] = {"work folder": str(work_folder(config)), "cache": plan.store.uri}
     for split in plan.splits:
         dataset = split.dataset
-        missing = len(split.missing_images())
-        there = f"{dataset.id}: {dataset.shards - missing} of {dataset.shards} shards cached"
-        rows[f"{split.split} images"] = f"{dataset.count} from {dataset.location}; view {dataset.policy.id}; {there}"
+        there = (
+            f"version {dataset.id}"
+            if not split.new.num_rows
+            else f"{split.new.num_rows} new or changed, still to be read"
+        )
+        bad = f"; {split.listing.bad.num_rows} that cannot be used" if split.listing.bad.num_rows else ""
+        rows[f"{split.split} images"] = (
+            f"{split.images} from {dataset.location}; view {dataset.policy.id}; {there}{bad}"
+        )
         rows[f"{split.split} left out"] = "; ".join(split.left_out) or None
     labels = teacher_labels(plan.teachers)
     for teacher in plan.teachers:
@@ -57,23 +64,23 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
 
 def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     spec = teacher.spec
-    shards = sum(split.dataset.shards for split in plan.splits)
-    missing = sum(len(split.missing(teacher)) for split in plan.splits)
+    views = sum(split.images * split.dataset.policy.rows_per_image for split in plan.splits)
+    missing = min(views, sum(split.missing_views(teacher) for split in plan.splits))
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     computed = f", {spec.computation}" if spec.computation else ""
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
         f"{RESIZED[spec.resize_mode]}, {spec.interpolation}{computed}; "
         f"weights {spec.weights[:20]}; {teacher.precision}, stored as {teacher.codec}: {_stored(plan, teacher)}; "
-        f"{teacher.id}: {shards - missing} of {shards} shards cached"
+        f"{teacher.id}: {views - missing} of {views} views cached"
     )
 
 
 def _stored(plan: CachePlan, teacher: CachedTeacher) -> str:
     """Bytes per view, at most, and of all files in total; and the fidelity of what is stored, or what it is chosen for."""
-    rows = [teacher.row_bytes(projections_of(split.dataset.teacher(teacher.id))) for split in plan.splits]
-    total = sum(all_bytes(split, teacher, row) for split, row in zip(plan.splits, rows, strict=True))
-    return f"at most {size(rows[0])} per view, {size(total)} in total{_fidelity(plan, teacher)}"
+    row = teacher.row_bytes(projections_of(plan.store, teacher))
+    total = sum(all_bytes(split, teacher, row) for split in plan.splits)
+    return f"at most {size(row)} per view, {size(total)} in total{_fidelity(plan, teacher)}"
 
 
 def _fidelity(plan: CachePlan, teacher: CachedTeacher) -> str:
@@ -119,7 +126,7 @@ def _hours(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, s
     price = None if teacher.gpu_hours is None else teacher.gpu_hours * config.plan.gpu_hour_price
     return {
         "teacher": teacher.label,
-        "shards missing": f"{teacher.missing} of {teacher.shards}",
+        "views missing": f"{teacher.missing} of {teacher.views}",
         "measured": speed + ("" if probe is None or probe.trained else ", random weights"),
         "time here": _number(teacher.hours, " h"),
         "time on a GPU": _number(teacher.gpu_hours, " h") + gpu,
@@ -142,7 +149,6 @@ def _codecs(teacher: TeacherEstimate) -> dict[str, str]:
 
 def read_rate(plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate]) -> float:
     """Bytes per second that a training at `plan.images_per_second` reads: images and all features."""
-    index = plan.splits[0].index
-    image = (pc.sum(index["size"]).as_py() or 0) / index.num_rows
+    image = plan.splits[0].image_bytes
     features = sum(teacher.view_bytes[teacher.codec] for teacher in teachers)
     return float(config.plan.images_per_second * (image + features))

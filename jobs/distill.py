@@ -21,9 +21,9 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import fill, print_plan
-from pipeline.cache.fill.build import check_weights
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.job import cache_bytes, image_bytes
+from pipeline.cache.fill.plan import check_weights
 from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import plan_phases
 from pipeline.runs.folder import cache_store

@@ -148,7 +148,7 @@ def evaluate_results(config: CocoResultsJobConfig, dry_run: bool) -> dict[str, A
     given = config.evaluate
     if not given.annotations or not given.results:
         raise UserError("coco-results needs annotations=<COCO JSON> and results=<detections in COCO's results format>")
-    dataset, detections = read_files(Path(given.annotations), Path(given.results))
+    dataset, detections = read_files(given.annotations, given.results)
     counts = f"{len(dataset['annotations'])} annotations of {len(dataset['images'])} images"
     print(f"coco-results of {len(detections)} detections from {given.results} on {counts}", flush=True)
     if dry_run:

@@ -60,8 +60,8 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import cost_plan, fill, print_plan, read_rate
-from pipeline.cache.fill.build import CachePlan, check_weights, plan_cache
 from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
+from pipeline.cache.fill.plan import CachePlan, check_weights, plan_cache
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.maintain.audit import Verification, check_begun, verify_cache
 from pipeline.cache.maintain.garbage import find_garbage, remove_garbage
@@ -90,6 +90,7 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
         reports = [report for _, report in fill(job, planned)]
     result = {
         "shards_computed": sum(report.shards_computed for report in reports),
+        "images_read": sum(report.images_read for report in reports),
         "images_extracted": sum(report.images_extracted for report in reports),
         "quarantined": max(sum(map(len, report.quarantined.values())) for report in reports),
         "seconds": round(sum(report.seconds for report in reports), 1),
@@ -97,6 +98,7 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
     }
     plans = [plan for _, plan in planned]
     rows = {
+        "images read": result["images_read"],
         "shards computed": result["shards_computed"],
         "quarantined images": result["quarantined"],
         "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))} of features, {size(image_bytes(*plans))} of images)",
@@ -107,10 +109,10 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
     return result
 
 
-def _planned(config: PrecomputeJobConfig, compare: bool = True) -> list[tuple[PrecomputeJobConfig, CachePlan]]:
-    """Plan every phase (a recipe without phases is one), and print the plans; `compare`: see `plan_cache`."""
+def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, CachePlan]]:
+    """Plan every phase (a recipe without phases is one), and print the plans."""
     store, snapshot = cache_store(config), RecordSnapshot()
-    planned = [(phase, plan_cache(phase, store, snapshot, compare)) for phase in config.phase_configs()]
+    planned = [(phase, plan_cache(phase, store, snapshot)) for phase in config.phase_configs()]
     for number, (phase, plan) in enumerate(planned, 1):
         print_plan(phase, plan, number, len(planned))
     return planned
@@ -131,7 +133,7 @@ def show_plan(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, A
     known = [teacher.gpu_hours for teacher in teachers if teacher.gpu_hours is not None]
     hours = sum(known) if len(known) == len(teachers) else None
     return {
-        "shards_missing": sum(teacher.missing for teacher in teachers),
+        "views_missing": sum(teacher.missing for teacher in teachers),
         "missing_bytes": missing_bytes(*plans),
         "free_bytes": plans[0].store.free_bytes(),
         "bytes_per_view": {teacher.label: teacher.view_bytes for teacher in teachers},
@@ -145,7 +147,7 @@ def show_plan(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, A
 
 def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Check the cache of the recipe; with --repair, recompute what is broken."""
-    planned = _planned(config, compare=False)  # other images become findings
+    planned = _planned(config)
     for _, plan in planned:
         check_begun(plan)
     found, left = [], 0
@@ -157,7 +159,7 @@ def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str
             _show_findings("findings", found[-1])
             remaining = found[-1]
             if options.repair and remaining.findings:
-                remaining = repair_cache(plan, phase, remaining)
+                _, remaining = repair_cache(plan, phase, remaining)
                 _show_findings("after the repair", remaining)
             left += len(remaining.findings)
     findings = sum(len(part.findings) for part in found)
@@ -179,8 +181,8 @@ def _show_findings(title: str, found: Verification) -> None:
         print(f"cosine of the standardised {name}: {mean:.4f}, 1st percentile {low:.4f}", flush=True)
     rows = [
         {
-            "dataset": item.dataset,
-            "part": item.part,
+            "place": item.place,
+            "what": item.what,
             "shard": "all" if item.shard is None else str(item.shard),
             "file": item.file.rpartition("/")[2],
             "problem": item.problem,
@@ -202,7 +204,7 @@ def show_inventory(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[s
     print(f"{store.uri}\n{grid([_row(entry) for entry in entries]) if entries else '  holds nothing'}")
     return {
         "cache": store.uri,
-        "bytes": sum(entry.bytes for entry in entries if "/" not in entry.address),
+        "bytes": sum(entry.bytes for entry in entries),
         "entries": [
             {"address": e.address, "shards": e.shards, "of": e.of, "bytes": e.bytes, "fidelity": e.fidelity}
             for e in entries
@@ -222,11 +224,11 @@ def _row(entry: Entry) -> dict[str, str]:
 
 
 def delete(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """Delete a dataset, its crops, or a teacher's features, after asking."""
+    """Delete a version of a data set, crops, or a teacher's features, after asking."""
     store = cache_store(config)
     entry = find_entry(store, options.delete)
     print(grid([_row(entry)]), flush=True)
-    if not confirm(f"delete {entry.address} and everything below it from {store.uri}?", options.yes):
+    if not confirm(f"delete {entry.address} from {store.uri}?", options.yes):
         return {"deleted": None, "bytes": 0}
     delete_entry(entry)
     return {"deleted": entry.address, "bytes": entry.bytes}

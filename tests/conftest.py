@@ -97,13 +97,13 @@ def photo_config(tmp_path):
 @pytest.fixture
 def filled(tmp_path, photo_config):
     """A complete cache: `plan`, `config`, and the `train` and `val` datasets."""
-    from pipeline.cache.fill.build import plan_cache
+    from pipeline.cache.fill.plan import plan_cache
     from pipeline.storage.store import Store
     from tests.fakes import fill_in_process
 
     config = photo_config()
-    plan = plan_cache(config, Store.at(tmp_path / "cache"))
-    assert fill_in_process(plan) == 6
+    plan, computed = fill_in_process(plan_cache(config, Store.at(tmp_path / "cache")))
+    assert computed == 6
     return SimpleNamespace(plan=plan, config=config, train=plan.split("train").dataset, val=plan.split("val").dataset)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,27 +106,16 @@ def truncate(photo: Path) -> None:
     photo.write_bytes(data[: len(data) // 2])
 
 
-def fill_in_process(plan: Any, batch_size: int = 16) -> int:
-    """Fill a planned cache without Ray, shard by shard; returns the teacher shards computed."""
-    from pipeline.cache.fill.build import freeze_stats
-    from pipeline.cache.fill.extract import Extract
-    from pipeline.cache.fill.ingest import Ingest
-    from pipeline.cache.layout.dataset import create_dataset
-    from pipeline.cache.layout.snapshot import RecordSnapshot
+def fill_in_process(plan: Any, batch_size: int = 16) -> tuple[Any, int]:
+    """Fill a planned cache without Ray, shard by shard; returns the plan of the filled cache, and the teacher shards computed."""
+    from pipeline.cache.config import CacheJobConfig
+    from pipeline.cache.fill.build import build_cache
+    from pipeline.config.load import load_config
 
-    ingest = Ingest({split.split: (split.dataset, split.source) for split in plan.splits})
-    extract = Extract({split.split: split.dataset for split in plan.splits}, plan.teachers, "cpu", 2, batch_size)
-    computed = 0
-    for split in plan.splits:
-        create_dataset(split.dataset, split.index)
-        for step in (ingest, extract):
-            for shard in range(split.dataset.shards):
-                row = step({"split": split.split, "shard": shard})
-                assert not row["error"], row
-                computed += row.get("computed", 0)
-        for teacher in plan.teachers:  # the plan's own snapshot stays as it was, as if another process filled the cache
-            freeze_stats(replace(split.dataset, snapshot=RecordSnapshot()), teacher)
-    return computed
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        filled, report = build_cache(plan, load_config(CacheJobConfig, None, [f"cache.batch_size={batch_size}"]))
+    return filled, report.shards_computed
 
 
 def out_of_memory(*_: Any) -> None:
@@ -145,7 +134,7 @@ def without_ray(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(audit, "run_in_actors", run)
     monkeypatch.setattr(build, "extract_shards", lambda *arguments: run(Extract, *arguments))
-    monkeypatch.setattr(build, "ingest_shards", lambda rows, ingest: map(ingest, rows))
+    monkeypatch.setattr(build, "run_tasks", lambda rows, task: map(task, rows))
 
 
 SMALL_JOB = [

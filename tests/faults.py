@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.cache.fill.build import CachePlan
+from pipeline.cache.fill.plan import CachePlan
 from teachers.base import Teacher, TeacherOptions
 from tests.fakes import ColourGrid, fill_in_process
 

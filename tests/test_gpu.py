@@ -128,8 +128,8 @@ def _teacher(model, codec="float32", precision="float32", **config):
     )
 
 
-def _stored(dataset, teacher):
-    folder = dataset.teacher(teacher.id)
+def _stored(part, teacher):
+    folder = part.teacher(teacher.id)
     codecs = teacher.codecs()
     columns = {kind: [] for kind in codecs}
     for record in folder.records().values():
@@ -143,26 +143,27 @@ def _stored(dataset, teacher):
 
 def test_the_sample_of_a_projection_joins_the_rest_of_its_shard(tmp_path):
     count = 8 * ROW_GROUP_SIZE  # of which the sample is six row groups
-    dataset = write_dataset(str(tmp_path), count, jpegs(72), count)
+    (part,) = write_dataset(str(tmp_path), count, jpegs(72), count).parts
     teacher = _teacher("dinov2/vits14", "pca8-int8", input_size=56)
-    answer = Extract({"train": dataset}, [teacher], "cuda", 4, 64)({"split": "train", "shard": 0})
+    extract = Extract({part.key: part}, [(part.key, n) for n in range(part.shards)], [teacher], "cuda", 4, 64)
+    answer = extract({"part": part.key, "shard": 0})
     assert (answer["computed"], answer["error"]) == (1, "")
-    folder = dataset.teacher(teacher.id)
+    folder = part.teacher(teacher.id)
     (moments,) = folder.moments(folder.records().values())
-    assert {kind: part.count for kind, part in moments.items()} == {"summary": count, "patches": 16 * count}
+    assert {kind: found.count for kind, found in moments.items()} == {"summary": count, "patches": 16 * count}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_shards_worked_on_at_once_hold_the_features_of_each_alone(tmp_path, precision):
-    dataset = write_dataset(str(tmp_path), 200, jpegs(72), 20)
+    (part,) = write_dataset(str(tmp_path), 200, jpegs(72), 20).parts
     teacher = _teacher("dinov2/vits14", input_size=56, precision=precision)
 
     def features(device, at_once):
-        extract = Extract({"train": dataset}, [teacher], device, 4, 8)
-        rows = [{"split": "train", "shard": shard} for shard in range(dataset.shards)]
+        extract = Extract({part.key: part}, [(part.key, n) for n in range(part.shards)], [teacher], device, 4, 8)
+        rows = [{"part": part.key, "shard": shard} for shard in range(part.shards)]
         with ThreadPoolExecutor(at_once) as pool:
             assert all(row["computed"] == 1 for row in pool.map(extract, rows))
-        return _stored(dataset, teacher)
+        return _stored(part, teacher)
 
     alone, at_once = features("cuda", 1), features("cuda", CONCURRENT_SHARDS["cuda"])
     for kind, values in alone.items():
@@ -173,9 +174,9 @@ def test_shards_worked_on_at_once_hold_the_features_of_each_alone(tmp_path, prec
 
 
 def test_what_an_actor_takes_is_measured(tmp_path):
-    dataset = write_dataset(str(tmp_path), 40, jpegs(72), 20)
+    (part,) = write_dataset(str(tmp_path), 40, jpegs(72), 20).parts
     teacher = _teacher("dinov2/vits14", input_size=56)
-    measured = measure({"train": dataset}, [teacher], 8, {"split": "train", "shard": 0}, "cuda")
+    measured = measure({part.key: part}, [part.key], [teacher], 8, {"part": part.key, "shard": 0}, "cuda")
     assert 22e6 * 4 < measured.memory < measured.total == torch.cuda.mem_get_info()[1]
     assert measured.device_s > 0
 

@@ -17,6 +17,7 @@ ABSENT = "import sys; sys.modules |= dict.fromkeys(('ray', 'mlflow')); "
         "pipeline.cache.layout.codec, pipeline.cache.fill.extract, pipeline.cache.read.reader_process, pipeline.student.loading",
         "pipeline.distill.task, pipeline.distill.kept_heads, pipeline.distill.phases, pipeline.training",
         "benchmarks.cache_read, benchmarks.cache_size, benchmarks.extraction, benchmarks.train_step, jobs.benchmark",
+        "benchmarks.card, benchmarks.floor, benchmarks.jpeg_decode, benchmarks.latency, benchmarks.sam_attention",
     ],
 )
 def test_ray_and_mlflow_are_imported_where_they_are_used(modules):

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cache.fill.build import CachePlan
+from pipeline.cache.fill.plan import CachePlan
 from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.read.order import check_per_step
-from pipeline.cache.read.scan import has_labels
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import feature_map_size
 from pipeline.distill.figures import FigureWriter
@@ -62,7 +61,7 @@ def steps_per_epoch(phase: Phase) -> int:
     """Optimiser steps of an epoch, if no image is quarantined; raises a UserError if the images do not fill one batch."""
     train = phase.plan.split("train")
     assert train is not None
-    images, batch = train.dataset.count * train.dataset.policy.rows_per_image, phase.config.train.batch_size
+    images, batch = train.images * train.dataset.policy.rows_per_image, phase.config.train.batch_size
     if images < batch:
         raise UserError(
             f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
@@ -120,7 +119,7 @@ def _evaluated(plan: CachePlan) -> list[str]:
 
 
 def _labelled(plan: CachePlan) -> bool:
-    labelled = [split.index["label"].null_count < len(split.index) for split in plan.splits]
+    labelled = [split.labelled for split in plan.splits]
     return len(labelled) > 1 and all(labelled)
 
 
@@ -232,7 +231,7 @@ def make_job(config: DistillJobConfig, plan: CachePlan) -> DistillJob:
     if config.loss.standardise == "phi_s":
         for teacher in plan.teachers:
             freeze_phi_s(train.dataset, teacher)
-    labelled = held_out if held_out and has_labels(train.dataset) and has_labels(held_out) else None
+    labelled = held_out if held_out and train.dataset.labelled and held_out.labelled else None
     if held_out and not labelled:
         log.warning("no kNN: data.train or data.val has no labels")
     return DistillJob(config, train.dataset, labelled, plan.teachers, held_out)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cache.fill.build import CachePlan, plan_cache
+from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import Distiller
@@ -55,15 +55,15 @@ def plan_phases(config: DistillJobConfig, store: Store) -> tuple[Phase, ...]:
     """The phases of a recipe, or one phase if it lists none.
 
     Raises:
-        UserError, TeacherError: as :func:`~pipeline.cache.fill.build.plan_cache`; if the splits have different classes; if
+        UserError, TeacherError: as :func:`~pipeline.cache.fill.plan.plan_cache`; if the splits have different classes; if
             `student.weights` cannot be loaded.
     """
-    student, start = config.student, None
-    if student.weights != "random" and not start_file(open_run(config, "distill").folder).exists():
+    student, start, run = config.student, None, open_run(config, "distill")
+    if student.weights != "random" and not start_file(run.folder).exists():
         fetch = partial(fetch_student, tracking_uri=resolve_uri(config.tracking.uri, work_folder(config)))
         start = load_initial_student(student.name, student.weights, student.args, fetch)
     snapshot = RecordSnapshot()
-    plans = [(phase, plan_cache(phase, store, snapshot=snapshot)) for phase in config.phase_configs()]
+    plans = [(phase, plan_cache(phase, store, snapshot, run.data)) for phase in config.phase_configs()]
     first, *others = (Phase(phase, plan) for phase, plan in plans)
     phases = replace(first, start=start), *others
     for phase in phases:

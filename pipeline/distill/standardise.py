@@ -103,7 +103,7 @@ class Rotation(Standardiser):
 
 def make_standardisers(dataset: Dataset, teacher: CachedTeacher, method: str) -> Mapping[str, Standardiser]:
     """By kind of feature, from a teacher's frozen statistics over a dataset; `method` is ``mean_std`` or ``phi_s``."""
-    store = dataset.teacher(teacher.id).store
+    store = dataset.statistics(teacher.id)
     if method == "phi_s":
         return {kind: Rotation(part) for kind, part in load_phi_s(store.get("phi_s.npz")).items()}
     return {kind: MeanStd(moments) for kind, moments in load_moments(store.get("stats.npz")).items()}

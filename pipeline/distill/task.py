@@ -69,7 +69,7 @@ def build_distiller(job: DistillJob) -> Distiller:
     standardisers = {
         teacher.id: make_standardisers(job.train, teacher, config.loss.standardise) for teacher in teachers
     }
-    codecs = {teacher.id: load_codecs(job.train, teacher) for teacher in teachers}
+    codecs = {teacher.id: load_codecs(job.train.cache, teacher) for teacher in teachers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Distiller(student, teachers, standardisers, codecs, size, config.student.head_dim, config.loss)
@@ -101,17 +101,17 @@ class HeldOut:
         batch_size: most images per forward pass.
 
     Attributes:
-        codecs: decoders by teacher id and kind; each dataset has its own projections.
+        codecs: decoders by teacher id and kind.
 
     Raises:
         UserError: if shards of a teacher are missing.
     """
 
     def __init__(self, dataset: Dataset, teachers: Sequence[CachedTeacher], image_size: int, batch_size: int) -> None:
-        rows = sum(record.rows for record in dataset.records(dataset.images).values()) * dataset.policy.rows_per_image
+        rows = dataset.count * dataset.policy.rows_per_image
         # Equal batches that leave out as few images as possible.
         self.batch_size = max(1, rows // -(-rows // batch_size))
-        self.codecs = {teacher.id: load_codecs(dataset, teacher) for teacher in teachers}
+        self.codecs = {teacher.id: load_codecs(dataset.cache, teacher) for teacher in teachers}
         self.reader = CacheReader(
             dataset,
             teachers,
@@ -161,7 +161,7 @@ class DistillTask(Task):
     """
 
     module: Distiller
-    uses_all_parameters = True
+    uses_all_parameters = compiles_by_default = True
 
     def __init__(
         self,

@@ -3,8 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,13 +15,16 @@ from pipeline.downstream.base import Examples, Split
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS, decode_image, image_size
+from pipeline.runtime.prefetch import map_ahead
 from pipeline.runtime.progress import Progress
 from pipeline.sources.base import Source, odd_class
-from pipeline.sources.image_folder import images_below
 from pipeline.sources.left_out import LeftOut, notes_of
+from pipeline.sources.listing import images_in
 from pipeline.sources.locations import SAMPLES
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SampleScenes, SceneSettings
+from pipeline.storage.files import HEADER, THREADS, open_binary, read_bytes
+from pipeline.storage.remote import is_uri
 
 T = TypeVar("T")
 
@@ -69,15 +71,16 @@ class Scenes:
         return []
 
 
-def image_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The image files below a folder, sorted, without hidden ones such as the `._photo.jpg` that macOS writes; and notes on
-    what else was left out.
+def image_files(folder: str) -> tuple[list[str], list[str]]:
+    """The image files below a folder, by local path or URI, without hidden ones such as the `._photo.jpg` that macOS writes;
+    and notes on what else was left out.
 
     Raises:
         UserError: if there are none, or a folder cannot be listed.
     """
     left_out = LeftOut()
-    found, notes = sorted(map(Path, images_below(str(folder), left_out))), left_out.all_notes()
+    (files,) = images_in([folder], left_out, folder)
+    found, notes = [file.path for file in files], left_out.all_notes()
     if not found:
         others = f"; left out: {'; '.join(notes)}" if notes else ""
         raise UserError(f"{folder}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}{others}")
@@ -98,13 +101,22 @@ def decode(data: bytes | Exception, name: str) -> Image.Image:
         raise UserError(f"{name}: {error}; fetch it again or remove it") from error
 
 
-def read_pixels(path: Path) -> Tensor:
-    """Upright RGB pixels of a file, uint8 [3, H, W]; raises as :func:`decode`."""
+def read_pixels(path: str) -> Tensor:
+    """Upright RGB pixels of a file by local path or URI, uint8 [3, H, W]; raises as :func:`decode`."""
     try:
-        data: bytes | Exception = path.read_bytes()
+        data: bytes | Exception = read_bytes(path)
     except OSError as error:
         data = error
-    return pil_to_tensor(decode(data, str(path)))
+    return pil_to_tensor(decode(data, path))
+
+
+def read_rows(examples: Any, rows: Sequence[int]) -> Iterator[Any]:
+    """`examples.read` of each row, in order; on threads if a store holds the images, since each read waits for the network."""
+    if not is_uri(examples.location):
+        yield from map(examples.read, rows)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from map_ahead(pool, examples.read, rows, THREADS)
 
 
 class SourceImages:
@@ -200,6 +212,9 @@ def origins(data: Examples) -> Iterator[tuple[str, int]]:
         files, places = data.index["uri"].to_pylist(), data.index["offset"].to_pylist()
     else:
         files, places = [os.path.join(data.location, data.key(row)) for row in range(len(data))], [0] * len(data)
+    if is_uri(data.location):
+        yield from zip(files, places, strict=True)
+        return
     folders: dict[str, str] = {}
     for file, place in zip(files, places, strict=True):
         folder, name = os.path.split(file)
@@ -226,9 +241,17 @@ def refuse_same_images(train: Examples, val: Examples) -> None:
 
 
 def size_on_disk(path: str) -> tuple[int, int]:
-    """(width, height) of an upright image file."""
+    """(width, height) of an upright image file, by local path or URI.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        UserError: if it cannot be read.
+    """
     try:
-        return image_size(path)
+        with open_binary(path, HEADER) as file:
+            return image_size(file)
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); fetch it again or remove it") from error
 
@@ -236,7 +259,7 @@ def size_on_disk(path: str) -> tuple[int, int]:
 def check_rows(check: Callable[[int], T], count: int) -> list[T]:
     """Call `check` for every row on threads; returns its results, and raises what the first bad row raises."""
     results = []
-    with ThreadPoolExecutor(8) as pool, Progress(count, "img", "checking data") as progress:
+    with ThreadPoolExecutor(THREADS) as pool, Progress(count, "img", "checking data") as progress:
         for result in pool.map(check, range(count)):
             results.append(result)
             progress.update()

@@ -4,6 +4,8 @@ import codecs
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.storage.files import read_bytes
+from pipeline.storage.remote import check_address, is_uri
 
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -15,18 +17,20 @@ _MARKS = {
 """Encodings by their byte order mark; UTF-32's begins with UTF-16's."""
 
 
-def read_text(path: Path) -> str:
-    """The text of a file: in the encoding of its byte order mark, else UTF-8.
+def read_text(path: str | Path) -> str:
+    """The text of a file, by local path or URI: in the encoding of its byte order mark, else UTF-8.
 
     Raises:
         UserError: if it cannot be read, or is in another encoding.
     """
+    if is_uri(str(path)):
+        check_address(str(path))
     try:
-        data = path.read_bytes()
+        data = read_bytes(str(path))
         encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
         text = data.decode(encoding)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(

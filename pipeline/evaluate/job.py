@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cache.fill.build import CachePlan, build_cache, plan_splits
+from pipeline.cache.fill.build import build_cache
+from pipeline.cache.fill.plan import CachePlan, plan_splits
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_stats
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.scan import PatchReader, read_summaries
@@ -70,7 +71,7 @@ def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPla
     store = cache_store(config)
     splits = plan_splits(config, store)
     for split in splits if grid is None else ():
-        if split.index["label"].null_count == split.index.num_rows:
+        if not split.labelled:
             raise UserError(f"data.{split.split}: {split.source.location} has no labels, which this evaluation needs")
     work = work_folder(config)  # which all nodes see
     source = fetch_student(settings.student, resolve_uri(config.tracking.uri, work), work)
@@ -79,7 +80,9 @@ def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPla
     student = load_student(source, weights=settings.weights, args=config.student.args)
     size = settings.input_size or student.input_size or config.student.input_size
     encoder = cached_encoder(source, size, weights=settings.weights, args=config.student.args, grid=grid)
-    plan = FrozenPlan(CachePlan(store, splits, (encoder,)), encoder, student.provenance.get("run_id"))
+    plan = FrozenPlan(
+        CachePlan(store, splits, (encoder,), config.cache.shard_size), encoder, student.provenance.get("run_id")
+    )
     check_splits(plan.train, plan.val)
     return plan
 
@@ -122,7 +125,7 @@ class SplitMaps:
     @classmethod
     def of(cls, plan: FrozenPlan) -> SplitMaps:
         """Open and check all label maps; UserError names the first image without a matching one."""
-        maps = {s.split: open_label_maps(s.source, s.index["sample_id"].to_pylist()) for s in plan.cache.splits}
+        maps = {s.split: open_label_maps(s.source, s.sample_ids()) for s in plan.cache.splits}
         return cls(maps["train"], maps["val"], max(found.check() for found in maps.values()))
 
 

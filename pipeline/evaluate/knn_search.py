@@ -62,7 +62,7 @@ def search_knn(
         UserError: if no image of `val` has a label.
     """
     queries, labels = labelled(*read_summaries(val, teacher))
-    search = _searching(train, teacher, max(ks), placement or _placement(train.shards))
+    search = _searching(train, teacher, max(ks), placement or _placement(len(train.shards)))
     with ThreadPoolExecutor(1) as pool:  # searches the next block during the vote
         found = map_ahead(pool, search, queries.split(BLOCK), ahead=1)
         return vote(zip(found, labels.split(BLOCK), strict=True), ks, temperature)
@@ -70,14 +70,16 @@ def search_knn(
 
 def _searching(train: Dataset, teacher: CachedTeacher, k: int, placement: Placement) -> Callable[[Tensor], Neighbours]:
     if not placement.actors:
-        whole = BankPart(train, teacher, range(train.shards))
+        whole = BankPart(train, teacher, range(len(train.shards)))
         return lambda queries: whole.search(queries, k)
     import ray
 
     remote: Any = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus)(BankPart)
     device = "cuda" if placement.gpus else "cpu"
     firsts = range(placement.actors)
-    actors = [remote.remote(train, teacher, range(first, train.shards, placement.actors), device) for first in firsts]
+    actors = [
+        remote.remote(train, teacher, range(first, len(train.shards), placement.actors), device) for first in firsts
+    ]
 
     def search(queries: Tensor) -> Neighbours:
         block = ray.put(queries)

@@ -1,7 +1,7 @@
 """Decode images: encoded bytes to upright 8-bit RGB pixels, or to the class numbers of a label map."""
 
 import io
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -49,15 +49,15 @@ def decode_image(data: bytes) -> Image.Image:
         raise ValueError(f"cannot be decoded: {error}") from error
 
 
-def read_label_map(path: str | Path) -> np.ndarray:
-    """The values [H, W] of a label map's file: one channel or palette indices, of 1, 8, 16 or 32 bits.
+def decode_label_map(data: bytes) -> np.ndarray:
+    """The values [H, W] of an encoded label map: one channel or palette indices, of 1, 8, 16 or 32 bits.
 
     Raises:
         ValueError: if it is not a readable image, or has several channels or more than `MAX_PIXELS` pixels; the message is
             a short reason.
     """
     try:
-        with _open_within_limit(path) as image:
+        with _open_within_limit(io.BytesIO(data)) as image:
             numbers, mode = np.array(image), image.mode
     except Exception as error:  # as in `decode_image`
         raise ValueError(f"cannot be read: {error}") from error
@@ -66,15 +66,15 @@ def read_label_map(path: str | Path) -> np.ndarray:
     return numbers.astype(np.uint8) if mode == "1" else numbers
 
 
-def _open_within_limit(file: io.BytesIO | str | Path) -> Image.Image:
+def _open_within_limit(file: io.BytesIO) -> Image.Image:
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels is over the {MAX_PIXELS} allowed")
     return image
 
 
-def image_size(data: bytes | str) -> tuple[int, int]:
-    """Upright (width, height) in pixels of an encoded image or of an image file, read from its header."""
+def image_size(data: bytes | BinaryIO) -> tuple[int, int]:
+    """Upright (width, height) in pixels of an encoded image or of an open image file, read from its header."""
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
         # Pillow turns a TIFF while loading it, and announces the upright size before.
         stored = image.format != "TIFF"

@@ -117,8 +117,8 @@ class DecoderPool:
                 one.future.result()
             except ValueError as error:
                 raise UserError(
-                    f"an image in the cache {error}; an earlier version accepted it: convert it, and set data.name to cache "
-                    "the images anew"
+                    f"an image in the cache {error}; an earlier version accepted it: convert it in its source, and run the job "
+                    "again"
                 ) from error
 
     def decode(self, tasks: DecodeTasks) -> None:

@@ -47,8 +47,8 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     notes: list[str] = []
     for path in paths:
         if path.is_dir():
-            files, left_out = image_files(path)
-            found += files
+            files, left_out = image_files(str(path))
+            found += sorted(map(Path, files))
             notes += [f"{path}: {note}" for note in left_out]
         elif path.is_file():
             found.append(path)

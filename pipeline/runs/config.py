@@ -37,7 +37,7 @@ class JobConfig(JobRoot):
         return []
 
     def inputs(self) -> dict[str, str]:
-        """Local paths of images and weights that the job reads, by field."""
+        """Locations of images and weights that the job reads, by field; a URI is the same on every node."""
         return {}
 
     def name_held_out(self, identity: str) -> str:

@@ -53,6 +53,7 @@ class RunState(BaseModel):
         finished: whether the job is complete.
         resumed: whether this process found the run unfinished.
         hours, gpu_hours: of all its starts.
+        data: versions of the data sets that the run uses, by data set; empty until all their images are in the cache.
     """
 
     folder: Path = Field(exclude=True)
@@ -61,6 +62,7 @@ class RunState(BaseModel):
     finished: StrictBool
     hours: float = 0.0
     gpu_hours: float = 0.0
+    data: dict[str, str] = {}
 
     def save(self) -> None:
         """Write run.json atomically; UserError if it cannot be written."""

@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.runs.config import JobConfig
 from pipeline.runs.folder import work_folder
 from pipeline.sources.locations import absolute, expand
+from pipeline.storage.remote import is_uri
 from pipeline.storage.store import Store
 
 PATIENCE_S = 60.0
@@ -30,7 +31,8 @@ def check_shared(config: JobConfig) -> None:
         return
     with ExitStack() as markers:
         fields = {str(markers.enter_context(_marked(folder))): field for field, folder in _written(config).items()}
-        fields |= {expand(absolute(path))[0]: field for field, path in config.inputs().items()}
+        local = {field: path for field, path in config.inputs().items() if not is_uri(path)}
+        fields |= {expand(absolute(path))[0]: field for field, path in local.items()}
         for address, missing in _ask(nodes, list(fields)).items():
             for path in missing:
                 raise UserError(_refusal(fields[path], path, address))

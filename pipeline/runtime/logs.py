@@ -92,12 +92,12 @@ def copied_to(file: Path) -> Iterator[None]:
 
 @contextmanager
 def shard_context(row: Mapping[str, Any], stage: str) -> Iterator[None]:
-    """Add the fields of a row (``split``, ``shard``, and ``log`` from `row_context`) and the stage to the records within."""
+    """Add the fields of a row (``part`` or ``split``, ``shard``, ``log`` from `row_context`) and the stage to the records."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
         configure_worker()
     known = json.loads(row.get("log", "{}"))
-    with context(**{**known, "stage": stage, "shard": f"{row['split']}/{row['shard']}"}):
+    with context(**{**known, "stage": stage, "shard": f"{row.get('part', row.get('split'))}/{row['shard']}"}):
         yield
 
 

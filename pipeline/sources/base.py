@@ -1,16 +1,18 @@
 """Interface of an image source: an index of samples, and the encoded bytes of any of its rows."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, islice
 from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
+from pipeline.runtime.prefetch import map_ahead
 from pipeline.sources.left_out import with_notes
+from pipeline.storage.files import THREADS, describe
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -24,12 +26,15 @@ INDEX_SCHEMA = pa.schema(
 )
 """One row per sample.
 
-`sample_id` is stable across machines and runs; `label` is null for a sample without one; `uri` is the absolute path of
-the file that holds the image ("" for generated scenes); `offset` is the byte offset in a tar, the row in a Parquet file,
+`sample_id` is stable across machines and runs; `label` is null for a sample without one; `uri` is the absolute path or URI
+of the file that holds the image ("" for generated scenes); `offset` is the byte offset in a tar, the row in a Parquet file,
 the number of a generated scene, else 0; `size` is in bytes: of the encoded image or of a raw array, 0 if unknown; `version`
-is that of the file (:func:`file_version`), 0 for generated scenes.
+is that of the file (:class:`~pipeline.storage.files.Entry`), for a generated scene a digest of all that decides its pixels but
+its number.
 """
 
+ROWS_HELD = 1 << 16
+"""Rows of an index that are objects of Python at a time."""
 MAX_BYTES = 256 << 20
 """Maximum size of a file, tar member or array: the largest image that `decode_image` accepts, uncompressed."""
 
@@ -52,6 +57,10 @@ def _more(names: Sequence[str]) -> str:
     return f" and {len(names)} more" if names else ""
 
 
+class NoImagesError(UserError):
+    """A source lists no image."""
+
+
 class Source(Protocol):
     """A set of images. Small and picklable, for Ray workers: it holds no open file."""
 
@@ -61,7 +70,7 @@ class Source(Protocol):
 
     @property
     def location(self) -> str:
-        """Absolute path or pattern, or `samples`."""
+        """Absolute path or pattern, URI, or `samples`."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -71,6 +80,16 @@ class Source(Protocol):
     def random_access(self) -> bool:
         """Whether single rows are fast to read; if not, neighbours in the index share a block that is read as a whole."""
 
+    def versions(self) -> dict[str, int]:
+        """The versions of the tars or Parquet files by path or URI; empty for images that are files of their own.
+
+        Raises:
+            UserError: if a file cannot be found.
+        """
+
+    def only(self, files: Sequence[str]) -> "Source":
+        """The source of some of those files."""
+
     def index(self) -> pa.Table:
         """Table of `INDEX_SCHEMA`, sorted by sample id, ids unique, never empty.
 
@@ -79,7 +98,26 @@ class Source(Protocol):
         """
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
-        """Encoded image bytes of these index rows, in order; an exception instead for each sample that cannot be read."""
+        """Encoded image bytes of these index rows, in order; an exception instead for each sample that cannot be read.
+
+        Raises:
+            StoreError: if the store of the images fails, which says nothing about a sample.
+        """
+
+
+def file_versions(files: Sequence[str]) -> dict[str, int]:
+    """The versions of files by path or URI; UserError if one cannot be found."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(files, map_ahead(pool, _version, files, THREADS), strict=True))
+
+
+def _version(file: str) -> int:
+    try:
+        return describe(file).version
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be found ({error.strerror or error}); restore it, or name the files anew"
+        ) from error
 
 
 def foreign_name(name: str) -> bytes | None:
@@ -89,12 +127,6 @@ def foreign_name(name: str) -> bytes | None:
     except UnicodeEncodeError:
         return os.fsencode(name)
     return None
-
-
-def file_version(info: os.stat_result) -> int:
-    """A digest of a file's modification time and size; where it differs, the content may differ."""
-    text = f"{info.st_mtime_ns} {info.st_size}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def oversize(size: int) -> ValueError | None:
@@ -113,11 +145,12 @@ class IndexRow(NamedTuple):
     version: int
 
 
-def make_index(rows: Sequence[IndexRow], *, location: str, looked_for: str, left_out: Sequence[str] = ()) -> pa.Table:
-    """:func:`finish_index` of a table of these rows."""
-    columns = [*zip(*rows, strict=True)] or [()] * len(INDEX_SCHEMA)
-    table = pa.table(columns, schema=INDEX_SCHEMA)
-    return finish_index(table, location=location, looked_for=looked_for, left_out=left_out)
+def make_table(rows: Iterable[IndexRow]) -> pa.Table:
+    """A table of these rows, which are not held as objects of Python: a million takes gigabytes."""
+    left, tables = iter(rows), [INDEX_SCHEMA.empty_table()]
+    while some := list(islice(left, ROWS_HELD)):
+        tables.append(pa.table([*zip(*some, strict=True)], schema=INDEX_SCHEMA))
+    return pa.concat_tables(tables)
 
 
 def finish_index(table: pa.Table, *, location: str, looked_for: str, left_out: Sequence[str] = ()) -> pa.Table:
@@ -132,11 +165,11 @@ def finish_index(table: pa.Table, *, location: str, looked_for: str, left_out: S
     """
     if table.num_rows == 0:
         found = f"; left out: {'; '.join(left_out)}" if left_out else ""
-        raise UserError(f"{location}: no images found; looked for {looked_for}{found}")
+        raise NoImagesError(f"{location}: no images found; looked for {looked_for}{found}")
     label = table["label"].cast(pa.int64())
     label = pc.if_else(pc.less(label, 0), pa.scalar(None, pa.int64()), label)
     table = table.set_column(table.schema.get_field_index("label"), "label", label)
-    table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA).sort_by("sample_id").combine_chunks()
+    table = _sorted(table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA))
     ids = table["sample_id"]
     repeated = pc.index(pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1)), True).as_py()
     if repeated >= 0:
@@ -152,8 +185,30 @@ def finish_index(table: pa.Table, *, location: str, looked_for: str, left_out: S
     return with_notes(table, left_out)
 
 
+def _sorted(table: pa.Table) -> pa.Table:
+    """A table sorted by sample id, column by column: a large index is held once, not thrice."""
+    order = pc.sort_indices(table, sort_keys=[("sample_id", "ascending")])
+    columns = []
+    for name in table.column_names:
+        columns.append(table[name].combine_chunks().take(order))
+        table = table.drop_columns(name)
+    return pa.table(columns, schema=INDEX_SCHEMA)
+
+
 def by_file(rows: pa.Table) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Runs of neighbouring index rows in the same file: its path, and (offset, size) of each."""
     columns = (rows[name].to_pylist() for name in ("uri", "offset", "size"))
     for uri, run in groupby(zip(*columns, strict=True), key=lambda row: row[0]):
         yield uri, [(offset, size) for _, offset, size in run]
+
+
+def in_stored_order(
+    rows: pa.Table, read: Callable[[pa.Table], Iterator[bytes | Exception]]
+) -> Iterator[bytes | Exception]:
+    """What `read` gives for index rows sorted by file and offset, in the order of `rows`; kept in memory if that is another."""
+    stored = pc.sort_indices(rows, [("uri", "ascending"), ("offset", "ascending")])
+    if stored.equals(pa.array(range(len(rows)), stored.type)):
+        yield from read(rows)
+        return
+    images = list(read(rows.take(stored)))
+    yield from (images[place] for place in pc.sort_indices(stored).to_pylist())

@@ -18,7 +18,8 @@ class DataConfig(Section):
 
     train: str = Field(
         "samples",
-        description="images to distil on: class folder or pattern of them, tar shards, Parquet, or `samples` (generated)",
+        description="images to distil on: class folder or pattern of them, tar shards or Parquet, by path or URI (s3://, gs://, "
+        "az://, hf://, https://), a version of a data set in the cache (cache://<data set>/<version>), or `samples` (generated)",
     )
     val: str | None = Field(None, description="held-out images for kNN, in the same forms; none: no kNN")
     name: str | None = operational(None, description="readable name of the data in the cache; none: from the path")

@@ -4,16 +4,16 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.imaging.decode import image_size, read_label_map
+from pipeline.imaging.decode import decode_label_map, image_size
 from pipeline.sources.base import Source
 from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.sample_scenes import SEGMENTATION_CLASSES, SampleScenes
+from pipeline.storage.files import HEADER, THREADS, is_folder, open_binary, read_bytes
 
 IGNORE = -1
 """Label of a pixel without a class."""
@@ -41,7 +41,7 @@ class MaskFolder:
     """`<masks>/<path of the image>.png`: 0 and 255 are ignored, any other value v is class v - 1, as in ADE20K's SceneParse150.
 
     Attributes:
-        images, masks: folders.
+        images, masks: folders, by local path or URI.
         sample_ids: paths of the images below `images`.
     """
 
@@ -49,31 +49,32 @@ class MaskFolder:
     masks: str
     sample_ids: tuple[str, ...]
 
-    def path(self, sample_id: str) -> Path:
+    def path(self, sample_id: str) -> str:
         """File of an image's mask."""
-        return Path(self.masks, sample_id).with_suffix(".png")
+        return os.path.splitext(os.path.join(self.masks, sample_id))[0] + ".png"
 
     def read(self, sample_id: str) -> np.ndarray:
         """See :class:`LabelMaps`."""
         path = self.path(sample_id)
         try:
-            values = read_label_map(path).astype(np.int64)
-        except ValueError as error:
+            values = decode_label_map(read_bytes(path)).astype(np.int64)
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: no readable mask of {self.images}/{sample_id}: {error}") from error
         return np.where(values == UNLABELLED, IGNORE, values - 1)
 
     def check(self) -> int:
         """See :class:`LabelMaps`; a mask must be as large as its image when upright."""
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             largest = max(pool.map(self._largest, self.sample_ids))
         if largest == IGNORE:
             raise UserError(f"{self.masks}: every pixel is 0 or 255 (ignored); classes count from 1")
         return largest + 1
 
     def _largest(self, sample_id: str) -> int:
-        labels, image = self.read(sample_id), Path(self.images, sample_id)
+        labels, image = self.read(sample_id), os.path.join(self.images, sample_id)
         try:
-            width, height = image_size(image.read_bytes())
+            with open_binary(image, HEADER) as file:
+                width, height = image_size(file)
         except (OSError, SyntaxError):
             return IGNORE  # the cache quarantines it
         if labels.shape != (height, width):
@@ -128,4 +129,4 @@ def masks_folder(images: str) -> str | None:
         return None
     last = len(parts) - 1 - parts[::-1].index("images")
     candidates = [os.sep.join([*parts[:last], name, *parts[last + 1 :]]) for name in ("annotations", "masks")]
-    return next((folder for folder in candidates if os.path.isdir(folder)), None)
+    return next((folder for folder in candidates if is_folder(folder)), None)

@@ -1,12 +1,17 @@
 """Locations as users write them: folders, files, glob and brace patterns."""
 
+import fnmatch
 import glob
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.errors import UserError
 from pipeline.sources.left_out import is_system
+from pipeline.storage.files import NO_LISTING, THREADS, exists, list_folder
+from pipeline.storage.remote import is_uri, is_web
+from pipeline.storage.store import Store
 
 SAMPLES = "samples"
 """Location of the generated sample scenes; a folder of that name is `./samples`."""
@@ -19,10 +24,12 @@ _SPLIT_FOLDER = re.compile(r"(train|val|test)(?:ing|id|idation)?[-_]?\d*", re.IG
 
 
 def absolute(location: str) -> str:
-    """Absolute path of a location, valid in workers with another working folder; UserError if it is a URI."""
-    if "://" in location:
-        raise UserError(f"{location}: images are read from paths; mount the store, or copy the data to a local folder")
-    return os.path.abspath(os.path.expanduser(location))
+    """Absolute path of a location, valid in workers with another working folder; a URI as it is.
+
+    Raises:
+        UserError: if a URI contains credentials or options.
+    """
+    return Store.at(location).uri if is_uri(location) else os.path.abspath(os.path.expanduser(location))
 
 
 def below(folder: str, name: str) -> str:
@@ -37,20 +44,46 @@ def below(folder: str, name: str) -> str:
 
 
 def expand(path: str) -> tuple[str, ...]:
-    """The files that match a path, glob (`*.parquet`) or brace pattern (`x-{000..012}.tar`, `{a,b}.tar`), sorted.
+    """The files that match a path, URI, glob (`*.parquet`) or brace pattern (`x-{000..012}.tar`, `{a,b}.tar`), sorted.
 
     Raises:
         UserError: if a file is missing or a pattern matches nothing.
     """
-    if os.path.exists(path):
+    if not is_uri(path) and os.path.exists(path):
         return (path,)
-    files: list[str] = []
-    for name in _expand_braces(path):
-        found = glob.glob(name) if glob.has_magic(name) else list(filter(os.path.exists, [name]))
-        if not found:
+    names = list(_expand_braces(path))
+    with ThreadPoolExecutor(THREADS) as pool:  # a store answers each question after a while
+        found = list(pool.map(_matches, names) if is_uri(path) else map(_matches, names))
+    for name, matches in zip(names, found, strict=True):
+        if not matches:
             raise UserError(f"{name}: no such file or folder; correct the path")
-        files += found
-    return tuple(sorted(set(files)))
+    return tuple(sorted({match for matches in found for match in matches}))
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files and folders that match a path, URI or glob."""
+    if not glob.has_magic(pattern):
+        return [pattern] if exists(pattern) else []
+    if not is_uri(pattern):
+        return glob.glob(pattern)
+    if is_web(pattern):
+        raise UserError(f"{pattern}: {NO_LISTING}")
+    parts = pattern.split("/")
+    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    found = ["/".join(parts[:first])]
+    for place, part in enumerate(parts[first:], first):
+        if glob.has_magic(part):
+            entries = [entry for folder in found for entry in list_folder(folder) if _fits(entry.path, part)]
+            found = [entry.path for entry in entries if entry.is_folder or place == len(parts) - 1]
+        else:
+            found = [path for folder in found if exists(path := f"{folder}/{part}")]
+    return found
+
+
+def _fits(path: str, part: str) -> bool:
+    """Whether the name of a file matches one component of a pattern; a hidden one only where the pattern says so."""
+    name = os.path.basename(path)
+    return fnmatch.fnmatchcase(name, part) and (part.startswith(".") or not name.startswith("."))
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
@@ -111,6 +144,8 @@ def refuse_split_folders(location: str, names: Sequence[str]) -> None:
 
 
 def _has_folders(folder: str) -> bool:
+    if is_uri(folder):
+        return any(entry.is_folder and not is_system(os.path.basename(entry.path)) for entry in list_folder(folder))
     try:
         with os.scandir(folder) as entries:
             return any(entry.is_dir() and not is_system(entry.name) for entry in entries)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS
@@ -12,6 +13,8 @@ from pipeline.sources.locations import SAMPLES, absolute, expand, refuse_split_f
 from pipeline.sources.parquet_images import ParquetImages
 from pipeline.sources.sample_scenes import SampleScenes, SceneSettings
 from pipeline.sources.tar_shards import TarShards
+from pipeline.storage.files import NO_LISTING, THREADS, is_folder, list_folder
+from pipeline.storage.remote import is_uri, is_web
 
 _ARCHIVES = (".tar", ".parquet")
 
@@ -29,7 +32,7 @@ def open_source(
     Args:
         location: `samples` for generated scenes; a folder of class folders or images, or a glob or brace pattern of class
             folders, for `ImageFolder`; a folder, file, glob or brace pattern of `.tar` or `.parquet` files for `TarShards`
-            or `ParquetImages`.
+            or `ParquetImages`. Each by local path or URI; http:// and https:// name files alone, and patterns of braces.
         split: of the generated scenes.
         image_column, label_column: of Parquet files; None: found by type and name.
 
@@ -39,8 +42,12 @@ def open_source(
     if location == SAMPLES:
         settings = samples or SceneSettings()
         return SampleScenes(split, settings.count, settings.size, settings.seed)
+    if location.startswith("cache://"):
+        raise UserError(
+            f"{location}: a version of the cache serves precompute, distill and evaluate; name its images here"
+        )
     path = absolute(location)
-    files = _archives_in(path) if os.path.isdir(path) else expand(path)
+    files = _archives_in(path) if is_folder(path) else expand(path)
     if not files:
         return ImageFolder.open(path)
     if folders := _class_folders(files):
@@ -50,6 +57,8 @@ def open_source(
         return TarShards(path, files)
     if kinds == {".parquet"}:
         return ParquetImages.open(path, files, image_column, label_column)
+    if is_web(path):
+        raise UserError(f"{path}: {NO_LISTING}")
     raise UserError(
         f"{path}: matches {', '.join(sorted(kind or 'folders' for kind in kinds))}; "
         "give a folder of images, or .tar files, or .parquet files"
@@ -59,22 +68,23 @@ def open_source(
 def _class_folders(matches: Sequence[str]) -> list[str]:
     """The folders that a pattern matches; none if it matches archives or images too."""
     data = (*IMAGE_EXTENSIONS, *_ARCHIVES)
-    if any(match.lower().endswith(data) and not os.path.isdir(match) for match in matches):
+    if any(match.lower().endswith(data) and not is_folder(match) for match in matches):
         return []
-    return [match for match in matches if os.path.isdir(match) and not is_system(os.path.basename(match))]
+    with ThreadPoolExecutor(THREADS) as pool:
+        folders = [*pool.map(is_folder, matches)] if is_uri(matches[0]) else [*map(is_folder, matches)]
+    named = zip(matches, folders, strict=True)
+    return [match for match, folder in named if folder and not is_system(os.path.basename(match))]
 
 
 def _archives_in(folder: str) -> tuple[str, ...]:
     """The tar or Parquet files directly in a folder; empty if it contains only images or class folders."""
-    try:
-        names = sorted(name for name in os.listdir(folder) if not is_system(name))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
+    names = _names_in(folder)
     found = {kind: [name for name in names if name.lower().endswith(kind)] for kind in _ARCHIVES}
     archives = [kind for kind, matches in found.items() if matches]
     if not archives:
         return ()
-    others = any(name.lower().endswith(IMAGE_EXTENSIONS) or os.path.isdir(os.path.join(folder, name)) for name in names)
+    data = ("/", *IMAGE_EXTENSIONS)
+    others = any(name.lower().endswith(data) or os.path.isdir(os.path.join(folder, name)) for name in names)
     kind = archives[0]
     if others or len(archives) > 1:
         raise UserError(
@@ -82,3 +92,16 @@ def _archives_in(folder: str) -> tuple[str, ...]:
         )
     refuse_split_files(folder, found[kind], kind)
     return tuple(os.path.join(folder, name) for name in found[kind])
+
+
+def _names_in(folder: str) -> list[str]:
+    """The names of all entries of a folder but the system's, sorted; those of folders in a store end in a slash."""
+    if is_uri(folder):
+        entries = list_folder(folder)
+        names = [os.path.basename(entry.path) + "/" * entry.is_folder for entry in entries]
+    else:
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
+    return sorted(name for name in names if not is_system(name.rstrip("/")))

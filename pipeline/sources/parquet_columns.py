@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import UserError, one_line
 from pipeline.imaging.decode import FORMATS
+from pipeline.storage.remote import is_uri
+from pipeline.storage.remote_file import parquet_file
 
 Layout = Literal["struct", "encoded", "planes", "nested"]
 """`struct` {bytes, path} (Hugging Face), `encoded` bytes, `planes` flat (3, n, n) uint8, `nested` n x n x 3 lists."""
@@ -30,9 +32,15 @@ class ImageColumn:
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
-    """Open a Parquet file and read its footer; UserError if it is missing, truncated or not Parquet."""
+    """Open a Parquet file, by path or URI, and read its footer; UserError if it is missing, truncated or not Parquet."""
     with readable(path):
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(parquet_file(path) if is_uri(path) else path)
+
+
+def read_batches(file: pq.ParquetFile, columns: list[str], batch_size: int = 65536) -> Iterator[pa.RecordBatch]:
+    """All rows of some columns; reads one row group after the other, where `iter_batches` alone would fetch all ahead."""
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(batch_size, row_groups=[group], columns=columns)
 
 
 @contextmanager
@@ -111,7 +119,7 @@ def image_values(column: pa.Array | pa.ChunkedArray, layout: Layout) -> pa.Array
 
 def _sniff(file: pq.ParquetFile, name: str) -> Layout:
     """Tell encoded images from raw planes, which have no header, by the first stored value."""
-    batch = next(file.iter_batches(batch_size=16, columns=[name]), None)
+    batch = next(read_batches(file, [name], 16), None)
     values = pc.drop_null(image_values(batch.column(0), "encoded")) if batch is not None else []
     if not len(values):
         return "encoded"

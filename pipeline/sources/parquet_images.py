@@ -3,8 +3,8 @@
 import io
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.sources.base import by_file, file_version, finish_index, oversize
+from pipeline.sources.base import by_file, file_versions, finish_index, in_stored_order, oversize
 from pipeline.sources.locations import readable_name
 from pipeline.sources.parquet_columns import (
     ImageColumn,
@@ -24,9 +24,12 @@ from pipeline.sources.parquet_columns import (
     image_values,
     is_square,
     open_parquet,
+    read_batches,
     readable,
 )
 from pipeline.sources.parquet_labels import class_names, find_label_column, label_kind, label_numbers, unusable_labels
+from pipeline.storage.files import describe
+from pipeline.storage.remote import StoreError
 
 _INDEX_BATCH = 256
 _MAX_GROUP = 2 << 30
@@ -36,7 +39,7 @@ _MEASURED = pa.schema({"label": pa.int64(), "size": pa.int64(), "path": pa.strin
 
 @dataclass(frozen=True)
 class ParquetImages:
-    """Rows of Parquet files with one schema; `files` are their absolute paths.
+    """Rows of Parquet files with one schema; `files` are their absolute paths or URIs.
 
     A sample id is the image struct's `path` if paths are unique and reading in their order visits each row group once;
     otherwise `<file name>#<row>`, the row in eight digits so that ids sort in file order.
@@ -70,6 +73,14 @@ class ParquetImages:
         """The last two components of the location, without `.parquet`."""
         return readable_name(self.location)
 
+    def versions(self) -> dict[str, int]:
+        """The versions of the files."""
+        return file_versions(self.files)
+
+    def only(self, files: Sequence[str]) -> "ParquetImages":
+        """The source of some of the files."""
+        return replace(self, files=tuple(files))
+
     def index(self) -> pa.Table:
         """One row per Parquet row; reads the image column once for its byte lengths, without decoding."""
         tables = [self._index_file(path, number) for number, path in enumerate(self.files)]
@@ -81,13 +92,13 @@ class ParquetImages:
 
     def _index_file(self, path: str, number: int) -> pa.Table:
         with open_parquet(path) as file:
-            version = file_version(os.stat(path))
+            version = describe(path).version
             self._refuse_other_schema(path, file.schema_arrow)
             self._refuse_large_groups(path, file.metadata)
             columns = [self.image.name] + ([self.label_column] if self.label_column else [])
             try:
                 with readable(path):
-                    parts = [self._measure(batch) for batch in file.iter_batches(_INDEX_BATCH, columns=columns)]
+                    parts = [self._measure(batch) for batch in read_batches(file, columns, _INDEX_BATCH)]
             except ValueError as error:
                 problem = f"column '{self.label_column}' {error}"
                 raise UserError(f"{path}: {problem}; correct it, or name another column") from error
@@ -129,14 +140,14 @@ class ParquetImages:
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """Image bytes of these index rows, in any order; raw arrays as PNG. Each row group is read once."""
-        stored = pc.sort_indices(rows, [("uri", "ascending"), ("offset", "ascending")])
-        images = list(self._read_stored(rows.take(stored)))
-        yield from (images[place] for place in pc.sort_indices(stored).to_pylist())
+        yield from in_stored_order(rows, self._read_stored)
 
     def _read_stored(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         for path, extents in by_file(rows):
             try:
                 file = open_parquet(path)
+            except StoreError:
+                raise
             except UserError as error:
                 yield from [error] * len(extents)
                 continue

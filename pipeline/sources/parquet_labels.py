@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
-from pipeline.sources.parquet_columns import open_parquet, readable, short_type
+from pipeline.sources.parquet_columns import open_parquet, read_batches, readable, short_type
 
 LABEL_NAMES = ("label", "fine_label", "labels")
 """Columns that hold labels if none is named."""
@@ -75,7 +75,7 @@ def class_names(files: Sequence[str], schema: pa.Schema, label_column: str | Non
     for path in files:
         with open_parquet(path) as file, readable(path):
             if label_column in file.schema_arrow.names:  # the index refuses the file otherwise
-                for batch in file.iter_batches(columns=[label_column]):
+                for batch in read_batches(file, [label_column]):
                     found.update(_names(batch.column(0)).drop_null().unique().to_pylist())
     return () if all(map(_is_whole, found)) else tuple(sorted(found))
 

@@ -4,10 +4,11 @@ A scene has one dominant object, whose shape is the image's label, and smaller o
 class; colour, brightness, texture, size and position do not.
 """
 
+import hashlib
 import io
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.sources.base import IndexRow, make_index
+from pipeline.sources.base import IndexRow, finish_index, make_table
 from pipeline.sources.locations import SAMPLES
 from pipeline.sources.shapes import CLASSES, coverage
 
@@ -83,12 +84,23 @@ class SampleScenes:
         """All parameters of the scenes, such as `samples-train-n800-s96-seed0`."""
         return f"samples-{self.split}-n{self.count}-s{self.size}-seed{self.seed}"
 
+    def versions(self) -> dict[str, int]:
+        """None: every image is a file of its own."""
+        return {}
+
+    def only(self, files: Sequence[str]) -> "SampleScenes":
+        """This source, which has no such files."""
+        return self
+
     def index(self) -> pa.Table:
         """One row per scene; its number is `offset`, and labels cycle through the classes. Renders nothing: `size` is 0."""
-        rows = [
-            IndexRow(f"scene-{number:08d}", number % len(CLASSES), "", number, 0, 0) for number in range(self.count)
-        ]
-        return make_index(rows, location=self.location, looked_for="data.samples")
+        text = f"{self.seed} {self.split} {self.size}"
+        version = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+        rows = (
+            IndexRow(f"scene-{number:08d}", number % len(CLASSES), "", number, 0, version)
+            for number in range(self.count)
+        )
+        return finish_index(make_table(rows), location=self.location, looked_for="data.samples")
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """Scenes as PNG, which decodes to exactly `scene(i).image`."""

@@ -4,33 +4,47 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import BinaryIO, ClassVar
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO
 
 import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS
-from pipeline.sources.base import IndexRow, by_file, file_version, foreign_name, make_index, oversize
+from pipeline.runtime.prefetch import map_ahead
+from pipeline.sources.base import (
+    IndexRow,
+    by_file,
+    file_versions,
+    finish_index,
+    foreign_name,
+    in_stored_order,
+    make_table,
+    oversize,
+)
 from pipeline.sources.left_out import LeftOut, is_system, some
 from pipeline.sources.locations import readable_name
 from pipeline.sources.tar_labels import JSON_EXTENSIONS, TEXT_EXTENSIONS, parse_label
+from pipeline.storage.files import describe, open_binary
+from pipeline.storage.remote import is_uri
+from pipeline.storage.remote_file import read_extents
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")
 _MAX_TEXT = 1 << 20
 """Maximum bytes of a label member or an extended header, which are read as a whole."""
+_STREAMS = 4
+"""Tars of a store that are indexed at the same time, each from front to back."""
 
 
 @dataclass(frozen=True)
 class TarShards:
-    """Uncompressed tar files; `shards` are their absolute paths.
+    """Uncompressed tar files; `shards` are their absolute paths or URIs.
 
     A sample id is `<tar file name>/<key>`; the members of a key may be anywhere in the tar. `pipeline.sources.tar_labels` says
     which members hold a label. The layout has no class names.
     """
-
-    random_access: ClassVar[bool] = True
 
     location: str
     shards: tuple[str, ...]
@@ -41,20 +55,45 @@ class TarShards:
         """The last two components of the location, without `.tar`."""
         return readable_name(self.location)
 
+    @property
+    def random_access(self) -> bool:
+        """Whether the tars are local: a store is fast to read in the order of its files."""
+        return not is_uri(self.shards[0])
+
+    def versions(self) -> dict[str, int]:
+        """The versions of the files."""
+        return file_versions(self.shards)
+
+    def only(self, files: Sequence[str]) -> "TarShards":
+        """The source of some of the files."""
+        return replace(self, shards=tuple(files))
+
     def index(self) -> pa.Table:
         """One row per sample with an image; `offset` and `size` locate the image's bytes in the tar.
 
-        The index's notes count the members that are not used.
+        A tar of a store is read once, from front to back. The index's notes count the members that are not used.
         """
-        unused = _Unused()
-        rows = [row for shard in self.shards for row in _index_tar(shard, unused)]
-        looked_for = f"{', '.join(IMAGE_EXTENSIONS)} members"
-        return make_index(rows, location=self.location, looked_for=looked_for, left_out=unused.all_notes())
+        unused, tables = _Unused(), []
+        for found, passed_over in self._indices():
+            tables.append(make_table(found))
+            unused.add(passed_over)
+        table, looked_for = pa.concat_tables(tables), f"{', '.join(IMAGE_EXTENSIONS)} members"
+        return finish_index(table, location=self.location, looked_for=looked_for, left_out=unused.all_notes())
+
+    def _indices(self) -> Iterator[tuple[list[IndexRow], "_Unused"]]:
+        if self.random_access:
+            yield from map(_index_tar, self.shards)
+            return
+        with ThreadPoolExecutor(_STREAMS) as pool:
+            yield from map_ahead(pool, _index_tar, self.shards, _STREAMS)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """Bytes of these index rows; an OSError instead for each row that cannot be read."""
-        for shard, extents in by_file(rows):
-            yield from _read_shard(shard, extents)
+        if self.random_access:
+            for shard, extents in by_file(rows):
+                yield from _read_shard(shard, extents)
+        else:
+            yield from in_stored_order(rows, _read_remote)
 
 
 def _read_shard(shard: str, extents: list[tuple[int, int]]) -> Iterator[bytes | Exception]:
@@ -71,16 +110,40 @@ def _read_shard(shard: str, extents: list[tuple[int, int]]) -> Iterator[bytes | 
 def _read_extent(file: BinaryIO, offset: int, size: int) -> bytes | Exception:
     try:
         file.seek(offset)
-        data = file.read(size)
+        return _whole(file.read(size), file.name, offset, size)
     except OSError as error:
         return error
+
+
+def _read_remote(rows: pa.Table) -> Iterator[bytes | Exception]:
+    """Bytes of rows in ascending order."""
+    for shard, extents in by_file(rows):
+        done = 0
+        found = read_extents(shard, [(offset, size) for offset, size in extents if not oversize(size)])
+        try:
+            for offset, size in extents:
+                yield oversize(size) or _whole(next(found), shard, offset, size)
+                done += 1
+        except FileNotFoundError as error:
+            yield from [error] * (len(extents) - done)
+
+
+def _whole(data: bytes, shard: str, offset: int, size: int) -> bytes | Exception:
     if len(data) < size:
-        return OSError(f"{file.name}: ends after {len(data)} of {size} bytes at offset {offset}")
+        return OSError(f"{shard}: ends after {len(data)} of {size} bytes at offset {offset}")
     return data
 
 
-Sample = dict[str, tarfile.TarInfo]
-"""The members of one key by extension, in lower case."""
+@dataclass
+class Sample:
+    """The members of one key by extension in lower case, and what those hold that may be its label.
+
+    Attributes:
+        labels: what :func:`~pipeline.sources.tar_labels.parse_label` returns or raises.
+    """
+
+    members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    labels: dict[str, tuple[int | None, str] | ValueError] = field(default_factory=dict)
 
 
 @dataclass
@@ -99,6 +162,13 @@ class _Unused:
     further: Counter[str] = field(default_factory=Counter)
     fields: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: "_Unused") -> None:
+        """Count those of another tar too."""
+        self.other.endings.update(other.other.endings)
+        self.alone += other.alone
+        self.further.update(other.further)
+        self.fields.update(other.fields)
+
     def all_notes(self) -> list[str]:
         """One phrase for each kind."""
         kinds = [f"{extension} {count}" for extension, count in self.further.items()]
@@ -111,23 +181,25 @@ class _Unused:
         return [*(note for note, found in notes.items() if found), *self.other.all_notes()]
 
 
-def _index_tar(path: str, unused: _Unused) -> Iterator[IndexRow]:
-    """The samples with an image, in the order of their first members."""
+def _index_tar(path: str) -> tuple[list[IndexRow], _Unused]:
+    """The samples with an image, in the order of their first members, and what is not used."""
+    rows: list[IndexRow] = []
+    unused = _Unused()
     try:
-        version = file_version(os.stat(path))
-        with tarfile.open(path, "r:", tarinfo=_Member) as tar:
+        version = describe(path).version
+        with open_binary(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
             for key, sample in _samples(tar).items():
                 sample_id = f"{os.path.basename(path)}/{key.removeprefix('./')}"
-                images = [extension for extension in IMAGE_EXTENSIONS if extension in sample]
+                images = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
                 unused.further.update(images[1:])
-                unused.other.endings.update(sample.keys() - {*images, *TEXT_EXTENSIONS, *JSON_EXTENSIONS})
+                unused.other.endings.update(sample.members.keys() - {*images, *TEXT_EXTENSIONS, *JSON_EXTENSIONS})
                 if images:
-                    image = sample[images[0]]
-                    label = _label(tar, sample, unused)
-                    yield IndexRow(sample_id, label, path, image.offset_data, image.size, version)
+                    image = sample.members[images[0]]
+                    label = _label(sample, unused)
+                    rows.append(IndexRow(sample_id, label, path, image.offset_data, image.size, version))
                 else:
                     _refuse_dotted(sample)
-                    if not sample.keys().isdisjoint((*TEXT_EXTENSIONS, *JSON_EXTENSIONS)):
+                    if sample.labels:
                         unused.alone.append(sample_id)
             _refuse_missing_end(tar)
     except (tarfile.TarError, OSError, OverflowError, RecursionError) as error:
@@ -136,6 +208,7 @@ def _index_tar(path: str, unused: _Unused) -> Iterator[IndexRow]:
         ) from error
     except ValueError as error:
         raise UserError(f"{path}: {error}; correct or remove that member") from error
+    return rows, unused
 
 
 def _samples(tar: tarfile.TarFile) -> dict[str, Sample]:
@@ -143,18 +216,31 @@ def _samples(tar: tarfile.TarFile) -> dict[str, Sample]:
     samples: dict[str, Sample] = {}
     for member in _advancing(tar):
         if match := _match(member):
-            sample, extension = samples.setdefault(match[1], {}), match[2].lower()
-            if (known := sample.get(extension)) is not None:
+            sample, extension = samples.setdefault(match[1], Sample()), match[2].lower()
+            if (known := sample.members.get(extension)) is not None:
                 if known.name == member.name:
                     raise ValueError(f"member '{member.name}' occurs twice")
                 raise ValueError(f"members '{known.name}' and '{member.name}' differ only in upper and lower case")
-            sample[extension] = member
+            sample.members[extension] = member
+            if extension in (*TEXT_EXTENSIONS, *JSON_EXTENSIONS):
+                sample.labels[extension] = _parsed(tar, member, extension)
     return samples
 
 
-def _refuse_dotted(sample: dict[str, tarfile.TarInfo]) -> None:
+def _parsed(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> tuple[int | None, str] | ValueError:
+    """The label in a member, read as the tar goes by; an error counts only if that label is used."""
+    if member.size > _MAX_TEXT:
+        return ValueError(f"the label in member '{member.name}' takes {member.size} bytes")
+    file = tar.extractfile(member)
+    try:
+        return parse_label(file.read(), extension) if file else (None, "")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"the label in member '{member.name}' is not a class number ({error})")
+
+
+def _refuse_dotted(sample: Sample) -> None:
     """Refuse names such as `a.b.jpg`: WebDataset takes all after the first dot as the extension, and would lose the image."""
-    for extension, member in sample.items():
+    for extension, member in sample.members.items():
         if extension.endswith(IMAGE_EXTENSIONS):
             raise ValueError(f"member '{member.name}' is not an image, because its extension starts at the first dot")
 
@@ -204,19 +290,14 @@ def _refuse_missing_end(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
 
 
-def _label(tar: tarfile.TarFile, sample: Sample, unused: _Unused) -> int | None:
+def _label(sample: Sample, unused: _Unused) -> int | None:
     """The label in the first member of a sample that holds one."""
     for extension in (*TEXT_EXTENSIONS, *JSON_EXTENSIONS):
-        member = sample.get(extension)
-        file = member and tar.extractfile(member)
-        if member and file:
-            if member.size > _MAX_TEXT:
-                raise ValueError(f"the label in member '{member.name}' takes {member.size} bytes")
-            try:
-                label, odd = parse_label(file.read(), extension)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"the label in member '{member.name}' is not a class number ({error})") from error
-            if label is not None:
-                return label
-            unused.fields.update([odd] if odd else [])
+        found = sample.labels.get(extension, (None, ""))
+        if isinstance(found, ValueError):
+            raise found
+        label, odd = found
+        if label is not None:
+            return label
+        unused.fields.update([odd] if odd else [])
     return None

@@ -3,6 +3,7 @@
 Credentials come from the environment or the machine's role, never from a URI, because URIs are logged.
 """
 
+import errno
 import logging
 import os
 import random
@@ -30,20 +31,48 @@ STALL_TIMEOUT_S = 20.0
 _REMEDIES = {
     "s3": "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_ENDPOINT_URL, or the role of the machine",
     "gs": "check GOOGLE_APPLICATION_CREDENTIALS, or the service account of the machine",
+    "az": "check AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or the role of the machine",
+    "hf": "check the name and HF_TOKEN, or run `hf auth login`",
+    "https": "name a file that anybody may read, or copy it to a store that has credentials",
 }
 _REFUSED = re.compile(
     "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|InvalidToken|ExpiredToken|HTTP status 40[0-3]"
     "|PERMISSION_DENIED|UNAUTHENTICATED|OAuth2 access token"
 )
 
+_NO_BUCKET = re.compile("NO_SUCH_BUCKET|Bucket '.*' not found")
+_DRIVERS = ("aiohttp", "azure", "fsspec", "httpx2", "huggingface_hub")
+"""Packages whose exceptions are failures of a store, whatever their classes."""
+_NOT_FOUND = (404, 410)
+_PASSING = (408, 425, 429)
+"""HTTP statuses below 500 that may be temporary."""
+
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+
+class StoreError(UserError):
+    """A store does not answer, or refuses; nothing is known about the file that was asked for."""
+
+
+def is_uri(path: str) -> bool:
+    """Whether this is the URI of a store rather than a local path."""
+    return "://" in path
+
+
+def is_web(uri: str) -> bool:
+    """Whether this is a file on a web server, which has no folders that can be listed."""
+    return uri.startswith(("http://", "https://"))
 
 
 def check_address(uri: str) -> None:
     """Raise `UserError` if a URI contains credentials or options; the message does not repeat them."""
     scheme, _, rest = uri.partition("://")
-    if "@" in rest and (scheme in _REMEDIES or ":" in rest.split("@")[0]):
+    if is_web(uri) and ("?" in rest or "@" in rest.split("/")[0]):
+        raise UserError(
+            f"credentials and options in an {scheme}:// address are refused, since addresses are logged; {_remedy(scheme)}"
+        )
+    if "@" in rest and (scheme in ("s3", "gs") or ":" in rest.split("@")[0]):
         raise UserError(f"credentials in an address are refused, since addresses are logged; {_remedy(scheme)}")
     if "?" in rest:
         raise UserError(
@@ -61,21 +90,42 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     scheme, _, root = uri.partition("://")
     if scheme == "s3":
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        return _s3(root.split("/")[0], endpoint), root
+        return _s3(root.split("/")[0], endpoint, os.getpid()), root
     if scheme == "gs":
-        return _gcs(), root
+        return _gcs(os.getpid()), root
     try:
-        # Without the listings cache, the driver sees what other processes have written since.
-        filesystem, path = fsspec.url_to_fs(uri, use_listings_cache=False)
+        filesystem, path = fsspec.url_to_fs(uri, **_options(scheme))
     except ImportError as error:
         raise UserError(f"{uri} needs a driver that is not installed: {error}") from error
     except ValueError as error:
-        raise UserError(f"{uri}: {error}; use a local folder, s3://, gs:// or a scheme that fsspec knows") from error
+        known = scheme in fsspec.available_protocols()  # then its credentials are missing
+        remedy = _remedy(scheme) if known else "use a local folder, s3://, gs:// or a scheme that fsspec knows"
+        raise UserError(f"{uri}: {error}; {remedy}") from error
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
+def fsspec_driver(system: fs.FileSystem) -> Any:
+    """The driver of fsspec below what :func:`resolve` gives, or None for those of pyarrow."""
+    return system.handler.fs if isinstance(system, fs.PyFileSystem) else None
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    """Arguments of a driver of fsspec."""
+    if scheme == "hf":
+        return {}  # its listings save requests to the hub, which limits their rate
+    # Without the listings cache, the driver sees what other processes have written since.
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in ("http", "https"):
+        import aiohttp  # half a second, which few processes need
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
+        options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+    return options
+
+
+# A forked process must not write to the connections of its parent; fsspec sees to that for its drivers.
 @lru_cache
-def _s3(bucket: str, endpoint: str | None) -> fs.S3FileSystem:
+def _s3(bucket: str, endpoint: str | None, process: int) -> fs.S3FileSystem:
     options: dict[str, Any] = {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "request_timeout": STALL_TIMEOUT_S,
@@ -93,7 +143,7 @@ def _s3(bucket: str, endpoint: str | None) -> fs.S3FileSystem:
 
 
 @lru_cache
-def _gcs() -> fs.GcsFileSystem:
+def _gcs(process: int) -> fs.GcsFileSystem:
     return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=STALL_TIMEOUT_S))
 
 
@@ -104,38 +154,78 @@ def attempt(doing: str, uri: str, call: Callable[[], Result]) -> Result:
 
     Raises:
         FileNotFoundError: immediately.
-        UserError: immediately for permanent failures, otherwise after `ATTEMPTS` failures.
+        StoreError: immediately for permanent failures, otherwise after `ATTEMPTS` failures.
     """
     for failures in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except FileNotFoundError:
-            raise
-        except (OSError, pa.ArrowInvalid, NotImplementedError) as error:
-            remedy = _permanent(error, uri.partition("://")[0])
-            # Google's driver appends its whole state to the message.
-            reason = str(error).strip().partition("\n")[0].partition(" error_info=")[0]
+        except Exception as error:
+            cause = _cause(error)
+            if isinstance(cause, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+            if not (isinstance(cause, (OSError, pa.ArrowInvalid, NotImplementedError)) or _of_driver(cause)):
+                raise
+            remedy = _permanent(cause, uri.partition("://")[0])
             if remedy or failures == ATTEMPTS:
                 remedy = remedy or f"tried {ATTEMPTS} times; check the network, and run the same command again"
-                raise UserError(f"cannot {doing} {uri}: {reason}; {remedy}") from error
+                raise StoreError(f"cannot {doing} {uri}: {_reason(cause)}; {remedy}") from error
             pause = FIRST_DELAY_S * 2 ** (failures - 1) * random.uniform(0.5, 1)
-            log.warning("cannot %s %s: %s; trying again in %.1f s", doing, uri, reason, pause)
+            log.warning("cannot %s %s: %s; trying again in %.1f s", doing, uri, _reason(cause), pause)
             time.sleep(pause)
     raise AssertionError
 
 
+def _cause(error: Exception) -> Exception:
+    """The failure itself: fsspec's HTTP driver reports each failure as a missing file, others a missing file by its status."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError):
+        failed = isinstance(cause, OSError) or (isinstance(cause, Exception) and _package(cause) == "aiohttp")
+        return cause if isinstance(cause, Exception) and failed and _status(cause) not in _NOT_FOUND else error
+    return FileNotFoundError(str(error)) if _status(error) in _NOT_FOUND else error
+
+
+def _of_driver(error: Exception) -> bool:
+    return _package(error) in _DRIVERS
+
+
+def _package(error: Exception) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that the exception of a driver holds."""
+    response = getattr(error, "response", None)
+    found = (
+        getattr(error, "status", None),
+        getattr(error, "status_code", None),
+        getattr(response, "status_code", None),
+    )
+    return next((status for status in found if isinstance(status, int)), None)
+
+
+def _reason(error: Exception) -> str:
+    # Google's driver appends its whole state to the message.
+    text = str(error).strip().partition("\n")[0].partition(" error_info=")[0]
+    return text or type(error).__name__
+
+
 def _permanent(error: Exception, scheme: str) -> str:
     """The remedy for a permanent failure, or ""."""
-    if isinstance(error, PermissionError) or _REFUSED.search(str(error)):
+    status = _status(error) or 0
+    if isinstance(error, PermissionError) or status in (401, 403) or _REFUSED.search(str(error)):
         return _remedy(scheme)
-    if "NO_SUCH_BUCKET" in str(error):
+    if _NO_BUCKET.search(str(error)):
         return "create the bucket, or correct its name"
-    if not isinstance(error, OSError):
+    if "HF_HUB_OFFLINE" in str(error):
+        return "or read a local copy"
+    senseless = isinstance(error, ValueError) or not (isinstance(error, OSError) or _of_driver(error))
+    if senseless or (400 <= status < 500 and status not in _PASSING):
         return "correct the address"
     return ""
 
 
 def _remedy(scheme: str) -> str:
+    scheme = {"http": "https", "abfs": "az", "abfss": "az"}.get(scheme, scheme)
     return _REMEDIES.get(scheme, f"check the environment variables that the {scheme}:// driver reads")
 
 

@@ -182,13 +182,17 @@ class Store:
         return attempt(doing, self.uri + suffix, connected)
 
 
+class DamagedError(UserError):
+    """A file is missing, or its content is not what it should be."""
+
+
 @contextlib.contextmanager
 def report_damage(uri: str) -> Iterator[None]:
-    """Turn errors of reading or parsing a file of the cache into a UserError of one line that names file and remedy."""
+    """Turn errors of reading or parsing a file of the cache into a DamagedError of one line that names file and remedy."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
+        raise DamagedError(
             f"{uri} is damaged ({one_line(error)}): run jobs/precompute.py with this recipe and --verify --repair"
         ) from error
 

@@ -40,7 +40,10 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="numeric precision of the student; auto: bfloat16 or float16 on devices that are fast in it"
     )
-    compile: bool = Field(False, description="whether torch.compile compiles the student and the loss")
+    compile: bool | None = Field(
+        None,
+        description="whether torch.compile compiles the student and the loss; none: in long distillations on one GPU",
+    )
     shuffle_window: int = Field(1024, ge=1, description="images shuffled together, after row groups are shuffled")
     checkpoint_steps: int = operational(
         0, ge=0, description="steps between checkpoints within an epoch; 0: only at the end of an epoch"

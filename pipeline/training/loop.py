@@ -88,6 +88,8 @@ class _Loop:
         self.handled_notice: str | None = None
         if not worker.rank:
             print(f"learning rate {config.lr_rule}", flush=True)
+            if self.stepper.compiled:
+                print("the first step compiles student and loss, which takes minutes", flush=True)
 
     def restore(self, state: dict[str, Any]) -> None:
         try:

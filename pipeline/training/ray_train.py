@@ -36,10 +36,9 @@ from pipeline.training.checkpoint import (
 from pipeline.training.config import TrainConfig, check_shares
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
-from pipeline.training.step import synchronised
 from pipeline.training.stopping import STOP_FILE, SharedFile, call_in_thread, on_sigterm
 from pipeline.training.task import History, Task, map_tensors
-from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker
+from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker, synchronised
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint

@@ -19,18 +19,14 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.training.compiling import is_compiled
 from pipeline.training.config import TrainConfig
 from pipeline.training.meter import StepTimer
 from pipeline.training.task import Task, TrainingBatch, split_batch
-from pipeline.training.worker import Worker
+from pipeline.training.worker import Worker, synchronised
 
 _STATISTICS = ("running_mean", "running_var")
 """Buffers of BatchNorm, averaged like weights."""
-
-
-def synchronised(worker: Worker) -> bool:
-    """Whether BatchNorm's statistics are over the batches of all workers (SyncBN), which torch supports on GPUs only."""
-    return worker.world > 1 and worker.device.type == "cuda"
 
 
 class ModelEma:
@@ -76,7 +72,8 @@ class Stepper:
             module = convert_sync_batchnorm(module)  # timm's: torch's drops the activations in timm's norms
         self.module: nn.Module = module
         self.average = ModelEma(module, config.ema_decay)
-        if config.compile:
+        self.compiled = is_compiled(task, config, worker, sum(steps))
+        if self.compiled:
             module.compile()
         self.wrapped = worker.wrap(module, task.uses_all_parameters)
         groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=exempt_from_decay(module))

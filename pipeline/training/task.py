@@ -37,12 +37,15 @@ class Task(ABC):
             each forward, so that a resumed run draws the same numbers.
         uses_all_parameters: whether every loss depends on all trained parameters, so that DDP need not search each step for
             unused ones.
+        compiles_by_default: whether a forward is the same operations on the same shapes in every step, so that torch.compile
+            gains on a GPU unless `train.compile` is false.
         worker: set by the engine; there may be fewer workers than shares.
     """
 
     module: nn.Module
     seed: int = 0
     uses_all_parameters: ClassVar[bool] = False
+    compiles_by_default: ClassVar[bool] = False
     worker: Worker = ALONE
 
     @abstractmethod

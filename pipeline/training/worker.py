@@ -102,5 +102,10 @@ class Worker:
                 torch.distributed.broadcast(value, 0)
 
 
+def synchronised(worker: Worker) -> bool:
+    """Whether BatchNorm's statistics are over the batches of all workers (SyncBN), which torch supports on GPUs only."""
+    return worker.world > 1 and worker.device.type == "cuda"
+
+
 ALONE = Worker()
 """A single process on the CPU."""

@@ -37,7 +37,7 @@ from typing import Any
 from pyarrow import fs
 
 from jobs._cli import DEFAULT_RECIPE, grid
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.storage.store import Store
@@ -130,7 +130,7 @@ class Extraction:
         """Committed shards of images and teachers, or requests to the store."""
         if self.uri and self.bench.store:
             return len(self.bench.store.requests)
-        return len(list(self.cache.glob("*/views/full/**/shard-*.json")))
+        return len(list(self.cache.glob("parts/*/views/full/**/shard-*.json")))
 
     def begun(self) -> bool:
         """Whether the teacher is at work."""

@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.memory import growth, report, watch_memory
 from jobs import distill, precompute
 from jobs._cli import DEFAULT_RECIPE
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.runtime.ray_session import connect
@@ -134,7 +134,7 @@ class Soak:
         self.wrong_curves += not same
 
     def _damage_and_repair(self) -> None:
-        victim = self.draw.choice(sorted(self.cache.glob("*/views/full/**/shard-*.parquet")))
+        victim = self.draw.choice(sorted(self.cache.glob("parts/*/views/full/**/shard-*.parquet")))
         data = bytearray(victim.read_bytes())
         data[self.draw.randrange(len(data))] ^= 0xFF
         victim.write_bytes(data)

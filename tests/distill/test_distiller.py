@@ -393,3 +393,23 @@ def test_the_turns_of_a_batch_compare_every_patch_and_together_are_the_whole_los
     if places % 2 == 0:
         together = torch.stack([half["a/patches"] for half in halves]).mean()
         torch.testing.assert_close(together, whole["a/patches"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [{"drop": 0.5}, {"summary": {"cosine": 1.0, "relation": 1.0}, "max_patches": 4}])
+def test_a_step_is_captured_as_one_graph_with_the_gradients_of_eager(loss):
+    torch.compiler.reset()
+    teachers = [_teacher("a"), _teacher("b", (2, 2))]
+    eager = _distiller(*teachers, **loss).train()
+    compiled = deepcopy(eager)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    pixels, features = _batch(teachers)
+    for target in (*eager.targets_with_queue(), *compiled.targets_with_queue()):
+        target.push_summaries(features[target.teacher.id]["summary"].roll(1, 0))
+    draws = torch.rand(len(pixels), len(teachers)) if "drop" in loss else None
+    gradients = []
+    for module in (eager, compiled):
+        total, parts = module(pixels, features, None, draws, torch.tensor(3))
+        total.backward()
+        gradients.append([total.detach(), *parts.values(), *(parameter.grad for parameter in module.parameters())])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)

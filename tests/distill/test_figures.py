@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.distill.figures import FigureWriter, colours
 from pipeline.distill.job import make_job
@@ -22,10 +22,9 @@ STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.hea
 
 @pytest.fixture(params=["float16", "pca4-int8"])
 def job(tmp_path, photo_config, request):
-    """On a complete cache, also of features that each split is projected of by itself."""
+    """On a complete cache, also of projected features."""
     config = photo_config(*STUDENT, f"cache.codec={request.param}")
-    plan = plan_cache(config, Store.at(tmp_path / "cache"))
-    fill_in_process(plan)
+    plan, _ = fill_in_process(plan_cache(config, Store.at(tmp_path / "cache")))
     return make_job(config, plan)
 
 
@@ -55,7 +54,7 @@ def test_nearness_is_the_mean_over_images_of_cosine_and_loss(job):
     for target, teacher in zip(module.targets, job.teachers, strict=True):
         label = module.labels[teacher.id]
         raw = {kind: torch.cat([batch.features[teacher.id][kind] for batch in batches]) for kind in teacher.shapes}
-        predicted, decoders = target.predict(output), load_codecs(job.held_out, teacher)
+        predicted, decoders = target.predict(output), load_codecs(job.held_out.cache, teacher)
         for kind, values in predicted.items():
             wanted = target.standardisers[kind](decoders[kind].decode(raw[kind]))
             wanted = target.rule.align_teacher(wanted) if kind == "patches" else wanted

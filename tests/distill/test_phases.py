@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,10 +110,7 @@ def planned(unfilled, monkeypatch):
     monkeypatch.setattr(module, "log_student", lambda *_, **__: "models:/m-0")
 
     def plan(*overrides):
-        phases = unfilled(*overrides)
-        for phase in phases:
-            fill_in_process(phase.plan)
-        return phases
+        return [replace(phase, plan=fill_in_process(phase.plan)[0]) for phase in unfilled(*overrides)]
 
     return plan
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student
 from pipeline.imaging.crop import crop_and_resize

@@ -3,14 +3,12 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pipeline.cache.layout.cached_teacher import teacher_stats
-from pipeline.cache.read import scan
-from pipeline.cache.read.shard_reader import NO_LABEL
+from pipeline.cache.layout.dataset import Dataset
 from pipeline.distill import task as module
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, compare_with_teachers, make_distill_task
@@ -22,6 +20,7 @@ from pipeline.training.checkpoint import load_state
 from pipeline.training.loop import train
 from pipeline.training.ray_train import make_tasks
 from pipeline.training.worker import Worker
+from tests.training.tiny_task import compile_with
 
 STUDENT = ["student.name=timm/test_resnet", "student.token_dim=16", "student.head_dim=32"]
 
@@ -167,7 +166,7 @@ def test_held_out_images_without_labels_are_compared_with_the_teachers_alone(job
 
 def test_there_is_no_knn_where_labels_are_missing(job, monkeypatch, caplog):
     assert job().val is not None
-    monkeypatch.setattr(scan, "labels_of", lambda images: np.full(len(images), NO_LABEL))
+    monkeypatch.setattr(Dataset, "labelled", property(lambda _: 0))
     assert (job().val, job().held_out is None) == (None, False)
     assert "no kNN" in caplog.text
 
@@ -236,7 +235,14 @@ def _scheduled(given):
     return dataclasses.replace(given, teachers=(dataclasses.replace(first, config=config), *others))
 
 
-@pytest.mark.parametrize("more", [[], EVERYTHING_RANDOM], ids=["plain", "everything"])
+COMPILED = ["train.compile=true", "train.micro_batch=6"]  # pieces of 5 and of 6 images
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], EVERYTHING_RANDOM, pytest.param(EVERYTHING_RANDOM + COMPILED, marks=pytest.mark.slow)],
+    ids=["plain", "everything", "compiled"],
+)
 def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path, more):
     given = job("train.epochs=2", "train.checkpoint_steps=4", "train.precision=float32", *more)
     given = _scheduled(given) if more else given
@@ -248,7 +254,10 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path, mor
             torch.save(snapshot.state, tmp_path / "state.pt")
             snapshots.append(SimpleNamespace(state=load_state(tmp_path), history=snapshot.history))
 
-        train(DistillTask(given), given.config.train, Worker(), state, commit)
+        torch.compiler.reset()
+        task = DistillTask(given)
+        compile_with(task.module, "aot_eager")
+        train(task, given.config.train, Worker(), state, commit)
         return snapshots
 
     whole = run(None)

@@ -59,8 +59,8 @@ RUN: dict[str, list[str]] = {
 
 SHELL = {".", "export", "cd", "source", "eval"}
 """Words of the shell itself; nothing of ours to try."""
-OTHERS = {"kubectl": ("apply",), "pip": ("install",)}
-"""Programs of others that are not installed here, and what is asked of them; files that they are given must be there."""
+OTHERS = {"benchmarks/on_a_gpu.sh": ("cuda",), "kubectl": ("apply",), "pip": ("install",)}
+"""Programs that cannot run here, and what is asked of them; files that they are given must be there."""
 
 
 def told(command: Command) -> str:

@@ -20,6 +20,7 @@ from pipeline.sources import parquet_images
 from pipeline.sources.locations import below
 from pipeline.sources.open import open_source
 from tests.sources.noise_images import encode
+from tests.storage.web_server import WebServer
 
 
 def _tar(members, kind=tarfile.GNU_FORMAT):
@@ -111,14 +112,27 @@ def _tars(rng, harmful):
         yield f"kind-{kind.decode()}", _header(kind=kind) + end
 
 
-def test_every_bad_tar_is_refused_by_name(tmp_path, harmful):
+@pytest.fixture(params=["path", "web"])
+def place(request, tmp_path):
+    """A function that puts a file into a folder or on a web server, and gives its location."""
+    server = WebServer({})
+
+    def put(name, data):
+        server.files[name] = data
+        (tmp_path / name).write_bytes(data)
+        return f"{server.url}/{name}" if request.param == "web" else str(tmp_path / name)
+
+    yield put
+    server.close()
+
+
+def test_every_bad_tar_is_refused_by_name(place, harmful):
     files = dict(_tars(np.random.default_rng(3), harmful))
     assert len(files) > 80
     for name, data in files.items():
-        path = tmp_path / f"{name}.tar"
-        path.write_bytes(data)
+        location = place(f"{name}.tar", data)
         with pytest.raises(UserError) as refused:
-            open_source(str(path), split="train").index()
+            open_source(location, split="train").index()
         assert f"{name}.tar" in str(refused.value)
         assert "\n" not in str(refused.value)
 
@@ -183,14 +197,13 @@ def _parquets(rng, harmful):
         yield f"column-{name}", _parquet(pa.table(columns))
 
 
-def test_every_bad_parquet_file_is_refused_by_name(tmp_path, harmful):
+def test_every_bad_parquet_file_is_refused_by_name(place, harmful):
     files = dict(_parquets(np.random.default_rng(5), harmful))
     assert len(files) > 50
     for name, data in files.items():
-        path = tmp_path / f"{name}.parquet"
-        path.write_bytes(data)
+        location = place(f"{name}.parquet", data)
         with pytest.raises(UserError) as refused:
-            open_source(str(path), split="train").index()
+            open_source(location, split="train").index()
         assert f"{name}.parquet" in str(refused.value)
         assert "\n" not in str(refused.value)
 

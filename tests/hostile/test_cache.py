@@ -5,14 +5,18 @@ import json
 import logging
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.cache.fill.build import freeze_stats, plan_cache
+from pipeline.cache.fill.plan import plan_cache
+from pipeline.cache.fill.statistics import freeze_stats
 from pipeline.cache.layout.cached_teacher import projections_of, teacher_stats
-from pipeline.cache.layout.dataset import read_meta
+from pipeline.cache.layout.dataset import read_version, version_files
+from pipeline.cache.layout.keys import sealed, unsealed
+from pipeline.cache.layout.part import read_part, teacher_home
 from pipeline.cache.layout.shards import ShardFolder
 from pipeline.cache.read.reader import CacheReader
 from pipeline.cache.read.scan import read_summaries, scan_images
@@ -20,12 +24,12 @@ from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from pipeline.runs.folder import open_run
-from pipeline.storage.store import Store
+from pipeline.storage.store import DamagedError, Store
 
 NOT_JSON = [b"", b"{", b"null", b"[]", b"3", b'"text"', b"\xff\xfe\x00", b"[" * 100_000, b"\x80\x04."]
 
 
-def _forged(record):
+def _forgeries(record):
     """A true record with one field changed."""
     for field, values in {
         "file": ["../../../secret.parquet", "/etc/passwd", "", "shard-00000-0.parquet/..", 3, None, ["a"]],
@@ -37,18 +41,23 @@ def _forged(record):
         "facts": [None, [], "text"],
         "unknown": [1],
     }.items():
-        for value in values:
-            yield json.dumps({**record, field: value}).encode()
-    yield from (
-        json.dumps({k: v for k, v in record.items() if k != name}).encode() for name in ("file", "shard", "rows")
-    )
+        yield from ({**record, field: value} for value in values)
+    yield from ({key: value for key, value in record.items() if key != name} for name in ("file", "shard", "rows"))
+
+
+def _forged(record):
+    """Files of such records, and of true ones that were changed without their checksum."""
+    yield from map(sealed, _forgeries(record))
+    yield json.dumps(record).encode()
+    yield sealed(record).replace(b'"rows": 1', b'"rows": 2')
 
 
 def test_every_bad_record_makes_its_shard_count_as_missing(filled, caplog):
-    folder = filled.train.images
+    folder = filled.train.parts[0].images
+    folder.store.delete("records.json")
     path = Path(folder.store.uri, "shard-00000.json")
     true = path.read_bytes()
-    contents = [*NOT_JSON, *_forged(json.loads(true))]
+    contents = [*NOT_JSON, *_forged(unsealed(true))]
     assert len(contents) > 30
     with caplog.at_level(logging.WARNING):
         for data in contents:
@@ -61,27 +70,81 @@ def test_every_bad_record_makes_its_shard_count_as_missing(filled, caplog):
     assert list(folder.records()) == [0, 1]
 
 
+def test_bad_records_that_were_written_together_are_passed_over(filled, caplog):
+    folder = filled.train.parts[0].images
+    path = Path(folder.store.uri, "records.json")
+    true = unsealed(path.read_bytes())["records"]
+    assert len(true) == 2
+    forged = [sealed({"records": [item, true[1]]}) for item in _forgeries(true[0]) if item.get("shard") != 5]
+    for data in [*NOT_JSON, *forged, sealed({}), sealed({"records": None}), sealed({"records": [1]})]:
+        path.write_bytes(data)
+        caplog.clear()
+        assert list(folder.records()) == [0, 1], data
+        assert "reading the record of every shard" in caplog.text or "its record says" in caplog.text
+
+
 def test_taking_a_forged_shard_out_deletes_nothing_elsewhere(tmp_path):
     (tmp_path / "precious.parquet").write_text("kept")
     folder = ShardFolder(Store.at(tmp_path / "shards"))
     forged = {"shard": 0, "file": "../precious.parquet", "rows": 1, "bytes": 4, "sha256": ""}
-    folder.store.put("shard-00000.json", json.dumps(forged).encode())
+    folder.store.put("shard-00000.json", sealed(forged))
     folder.unlist(0)
     assert (tmp_path / "precious.parquet").read_text() == "kept"
 
 
-def test_every_bad_description_of_a_dataset_is_refused_by_name(filled):
+def _forged_versions(true):
+    chosen = true["selections"][0]
+    for field in ("name", "location", "classes", "files", "bad", "selections", "made", "format"):
+        yield sealed({key: value for key, value in true.items() if key != field})
+    for changes in (
+        {"selections": None},
+        {"selections": [chosen[:3]]},
+        {"selections": [[*chosen[:-1], None]]},
+        {"selections": [["../../elsewhere", *chosen[1:]]]},
+        {"selections": [[*chosen[:3], "../../../secret.parquet", *chosen[4:]]]},
+        {"selections": [[chosen[0], -1, *chosen[2:]]]},
+        {"selections": [[*chosen[:2], 0, *chosen[3:]]]},
+        {"selections": [[*chosen[:-1], [7]]]},
+        {"bad": "/etc/passwd"},
+        {"bad": 3},
+        {"classes": 3},
+        {"classes": [1]},
+        {"files": [1]},
+        {"made": "today"},
+        {"made": None},
+    ):
+        yield sealed({**true, **changes})
+    yield json.dumps(true).encode()  # without a checksum
+
+
+def test_every_bad_version_of_a_data_set_is_named_and_its_images_are_read_again(filled, caplog):
     store = filled.train.store
-    true = json.loads(store.get("dataset.json"))
-    forged = [{**true, field: None} for field in true] + [{**true, "count": -1}, {**true, "shard_size": 0}]
-    forged += [{**true, "classes": [1]}, {**true, "format": 99}, {k: v for k, v in true.items() if k != "count"}]
-    for data in [*NOT_JSON, *(json.dumps(tree).encode() for tree in forged)]:
-        store.put("dataset.json", data)
-        with pytest.raises(UserError, match=store.uri) as refused:
-            read_meta(store)
+    (file,) = version_files(store)
+    true = unsealed(store.get(file))
+    for data in [*NOT_JSON, *_forged_versions(true)]:
+        store.put(file, data)
+        with pytest.raises(DamagedError, match=re.escape(f"{store.uri}/{file} cannot be read")) as refused:
+            read_version(filled.plan.store, "photos-train", file)
         assert "\n" not in str(refused.value)
-        with pytest.raises(UserError, match=store.uri):
-            plan_cache(filled.config, filled.plan.store)
+        caplog.clear()
+        assert plan_cache(filled.config, filled.plan.store).split("train").new.num_rows == 150, data
+        assert f"{file} cannot be read" in caplog.text
+    store.put(file, sealed({**true, "format": 99}))
+    with pytest.raises(UserError, match=f"{store.uri} has cache format 99"):
+        plan_cache(filled.config, filled.plan.store)
+
+
+def test_every_bad_description_of_a_part_is_refused_by_name(filled):
+    part = filled.train.parts[0]
+    true = unsealed(part.store.get("part.json"))
+    forged = [{**true, "count": -1}, {**true, "shard_size": 0}, {**true, "count": "many"}, {**true, "format": None}]
+    forged += [{key: value for key, value in true.items() if key != field} for field in true] + [{**true, "format": 99}]
+    for data in [*NOT_JSON, *map(sealed, forged), json.dumps(true).encode()]:
+        part.store.put("part.json", data)
+        with pytest.raises(UserError, match=part.store.uri) as refused:
+            read_part(filled.plan.store, part.id)
+        assert "\n" not in str(refused.value)
+        assert plan_cache(filled.config, filled.plan.store).split("train").dataset == filled.train
 
 
 def _arrays(harmful):
@@ -93,7 +156,7 @@ def _arrays(harmful):
     np.save(plain, np.array([harmful], dtype=object), allow_pickle=True)
     yield plain.getvalue()
     whole = io.BytesIO()
-    np.savez(whole, patches_count=1, patches_mean=np.zeros(8), patches_scatter=np.zeros(36))
+    np.savez(whole, patches_count=1, patches_mean=np.zeros(8), patches_std=np.zeros(8))
     data = whole.getvalue()
     yield from (data[: int(len(data) * share)] for share in (0, 0.1, 0.5, 0.9))
     header = data.replace(b"'shape': (8,), ", b"'shape': (9**9,)")
@@ -102,19 +165,20 @@ def _arrays(harmful):
 
 def test_every_bad_array_file_is_refused_by_name_and_not_unpickled(filled, harmful):
     teacher = filled.plan.teachers[0]
-    folder = filled.train.teacher(teacher.id)
+    folder, statistics = filled.train.parts[0].teacher(teacher.id), filled.train.statistics(teacher.id)
+    home = teacher_home(filled.plan.store, teacher.id)
     moments = folder.records()[0].moments
     for data in _arrays(harmful):
-        folder.store.put("stats.npz", data)
+        statistics.put("stats.npz", data)
         with pytest.raises(UserError, match=r"stats\.npz is damaged"):
             teacher_stats(filled.train, teacher)
         if data[:2] == b"PK" and len(data) < 100:
             continue  # an archive without members says that nothing is projected
-        folder.store.put("projection-00000000.npz", data)
+        home.put("projection-00000000.npz", data)
         with pytest.raises(UserError, match=r"projection-00000000\.npz is damaged"):
-            projections_of(folder)
-        folder.store.delete("projection-00000000.npz")
-        folder.store.delete("stats.npz")
+            projections_of(filled.plan.store, teacher)
+        home.delete("projection-00000000.npz")
+        statistics.delete("stats.npz")
         folder.store.put(moments, data)
         with pytest.raises(UserError, match=rf"{moments} is damaged"):
             freeze_stats(filled.train, teacher)
@@ -141,8 +205,8 @@ def test_every_bad_shard_is_refused_by_name_where_it_is_read(filled):
         return list(reader.batches(0))
 
     for folder, readers in (
-        (filled.train.images, [train, lambda: list(scan_images(filled.train, 32, 16))]),
-        (filled.train.teacher(teacher.id), [train, lambda: read_summaries(filled.train, teacher)]),
+        (filled.train.parts[0].images, [train, lambda: list(scan_images(filled.train, 32, 16))]),
+        (filled.train.parts[0].teacher(teacher.id), [train, lambda: read_summaries(filled.train, teacher)]),
     ):
         name = folder.records()[0].file
         path = Path(folder.store.uri, name)
@@ -161,11 +225,22 @@ def test_every_bad_shard_is_refused_by_name_where_it_is_read(filled):
 
 def test_a_bad_index_is_refused_by_name(filled):
     rng = np.random.default_rng(4)
-    whole = filled.train.store.get("index.parquet")
+    part = filled.train.parts[0]
+    whole = part.store.get("index.parquet")
     for data in (b"", b"PAR1", rng.bytes(500), whole[:-100], *_spoilt(whole, rng)):
-        filled.train.store.put("index.parquet", data)
-        with pytest.raises(UserError, match=r"index\.parquet is damaged"):
-            filled.train.shard_index(0)
+        part.store.put("index.parquet", data)
+        with pytest.raises(UserError, match=r"index\.parquet is damaged .*--verify --repair"):
+            part.index()
+
+
+def test_a_bad_file_of_samples_is_refused_by_name_where_it_is_read(filled):
+    rng = np.random.default_rng(5)
+    file = filled.train.selections[0].file
+    whole = filled.train.store.get(file)
+    for data in (b"", b"PAR1", rng.bytes(500), whole[:-100], *_spoilt(whole, rng)):
+        filled.train.store.put(file, data)
+        with pytest.raises(UserError, match=rf"{file} is damaged .*--verify --repair"):
+            filled.train.samples(0)
 
 
 def test_every_bad_run_state_is_refused_by_name(tmp_path):

@@ -9,16 +9,15 @@ import struct
 import zlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.cache.fill.ingest import Ingest
-from pipeline.cache.layout.dataset import create_dataset, plan_dataset
+from pipeline.cache.fill.digest import Digest, keyed, slices
+from pipeline.cache.layout.part import image_key
 from pipeline.errors import UserError
-from pipeline.imaging.geometry import WHOLE
 from pipeline.sources.base import MAX_BYTES
 from pipeline.sources.open import open_source
-from pipeline.storage.store import Store
 
 FORMATS = {
     **{"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "gif": "GIF"},
@@ -134,20 +133,21 @@ def test_every_bad_image_is_quarantined_with_its_reason(tmp_path, harmful):
     bad = {*files, "link.jpg", "pipe.jpg", "huge.jpg"}
     assert len(bad) > 80
 
-    record = _ingest(tmp_path / "cache", folder)
-    reasons = {sample["sample_id"]: sample["reason"] for sample in record.facts["bad"]}
+    images, found = _read(folder)
+    reasons = dict(zip(found["sample_id"].to_pylist(), found["reason"].to_pylist(), strict=True))
     assert reasons.keys() == bad
     assert all(reasons.values())
     assert all("\n" not in reason for reason in reasons.values())
-    assert record.rows == len(good)
+    assert {*images["sample_id"].to_pylist()} == good.keys()
+    assert {*images["key"].to_pylist()} == {image_key(data) for data in good.values()}
 
 
-def _ingest(cache, folder):
+def _read(folder):
+    """The images of a folder with their keys, and those that cannot be used."""
     source = open_source(str(folder), split="train")
-    dataset, index = plan_dataset(Store.at(cache), source, "photos", 1000, WHOLE)
-    create_dataset(dataset, index)
-    assert Ingest({"train": (dataset, source)})({"split": "train", "shard": 0})["error"] == ""
-    return dataset.images.record(0)
+    answers = [Digest({"train": source})(row) for row in slices("train", source.index())]
+    assert not any(answer["error"] for answer in answers)
+    return map(pa.concat_tables, zip(*map(keyed, answers), strict=True))
 
 
 def test_a_file_that_is_too_large_is_told_by_its_size(tmp_path):

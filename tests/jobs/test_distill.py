@@ -50,7 +50,7 @@ def phases(first, client):
 
 
 def test_a_job_computes_every_shard_once_and_prints_its_figures(first):
-    assert "0 of 3 shards cached" in first.text
+    assert "0 of 192 views cached" in first.text
     assert first.figures["shards_computed"] == 8
     assert images_seen(first.folder / "one") == 192
     assert 0 <= first.figures["knn_before"] <= 100

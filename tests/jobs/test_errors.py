@@ -10,7 +10,7 @@ import yaml
 
 from jobs import distill, evaluate, export, precompute
 from jobs._cli import DEFAULT_RECIPE
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.config.tree import iter_fields
 from pipeline.distill.config import DistillJobConfig
@@ -103,17 +103,20 @@ def test_weights_of_another_network_are_refused_in_the_plan(tmp_path, refused, m
     assert not (tmp_path / "work").exists()
 
 
-def test_a_cache_made_for_other_data_is_refused(tmp_path, refused):
+def test_data_that_shrank_is_known_and_a_dry_run_says_so_and_writes_nothing(tmp_path, job):
     write_photos(tmp_path / "photos", 24)
     arguments = [*HOG, f"work={tmp_path}/work", f"data.train={tmp_path}/photos", "data.val=none", "data.name=mine"]
     config = load_config(DistillJobConfig, DEFAULT_RECIPE, arguments)
     fill_in_process(plan_cache(config, cache_store(config)))
-    cached = sorted((tmp_path / "work/cache").rglob("*.parquet"))
+    cached = sorted((tmp_path / "work/cache").rglob("*"))
     (tmp_path / "photos/class0/photo000.jpg").unlink()
-    line = refused(precompute.main, *arguments)
-    assert "mine-train" in line
-    assert "data.name" in line
-    assert sorted((tmp_path / "work/cache").rglob("*.parquet")) == cached
+    text, _ = job(precompute.main, *arguments, "--dry-run")
+    assert f"23 from {tmp_path}/photos; view full; version " in text
+    assert "23 of 23 views cached" in text
+    (tmp_path / "photos/class1/photo001.jpg").touch()
+    text, _ = job(precompute.main, *arguments, "--dry-run")
+    assert f"23 from {tmp_path}/photos; view full; 1 new or changed, still to be read" in text
+    assert sorted((tmp_path / "work/cache").rglob("*")) == cached
 
 
 def test_help_lists_every_field_with_its_default(capsys):
@@ -165,7 +168,7 @@ def test_every_evaluation_and_task_is_known_before_it_is_imported():
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, job):
     text, figures = job(distill.main, *SMALL_JOB, *HOG, f"work={tmp_path}/work", "--dry-run")
     assert figures == {"dry_run": True}
-    for expected in ("144 from samples", "0 of 4 shards cached", "2 epochs of 6 steps", "grid hog", "total"):
+    for expected in ("144 from samples", "0 of 192 views cached", "2 epochs of 6 steps", "grid hog", "total"):
         assert expected in text
     assert not (tmp_path / "work").exists()
 

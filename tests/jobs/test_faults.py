@@ -11,7 +11,7 @@ import pytest
 
 from jobs import precompute
 from jobs._cli import DEFAULT_RECIPE
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.storage.store import Store
@@ -47,7 +47,7 @@ def arguments(calls, work):
 def undisturbed(tmp_path, arguments):
     """Content of the cache that one process makes, one shard after the other."""
     plan = plan_cache(load_config(DistillJobConfig, DEFAULT_RECIPE, arguments), Store.at(tmp_path / "undisturbed"))
-    assert fill_in_process(plan, batch_size=48) == SHARDS
+    assert fill_in_process(plan, batch_size=48)[1] == SHARDS
     (tmp_path / "calls").unlink()
     return content(tmp_path / "undisturbed")
 
@@ -70,7 +70,7 @@ def disk(tmp_path):
 
 
 def _teacher_shards(cache):
-    return list(cache.glob("*/views/full/teachers/*/shard-*.json"))
+    return list(cache.glob("parts/*/views/full/teachers/*/shard-*.json"))
 
 
 def _fill_up(disk):

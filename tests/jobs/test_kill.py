@@ -16,7 +16,7 @@ from tests.fakes import SMALL_JOB, colours_entry, images_seen
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DELAY = 0.7
-TEACHER = "cache/*/views/full/teachers/*"
+TEACHER = "cache/parts/*/views/full/teachers/*"
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pipeline.runtime.ray_session import Hardware
 
 @pytest.fixture
 def estimates(filled, monkeypatch):
-    """Of two teachers on a pretended GPU, all of whose shards are missing."""
-    monkeypatch.setattr(type(filled.plan.splits[0]), "missing", lambda split, teacher: [0])
+    """Of two teachers on a pretended GPU, the first shards of which are missing."""
+    monkeypatch.setattr(type(filled.plan.splits[0]), "missing", lambda split, teacher: split.dataset.shards[:1])
     asked = []
 
     def ask(teacher, batch_size):

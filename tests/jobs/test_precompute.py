@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobs import distill, precompute
-from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.runs.folder import cache_store
@@ -51,13 +52,14 @@ def start(capsys):
 
 @pytest.fixture
 def cached(tmp_path, arguments, monkeypatch):
-    """A complete cache; gives the Parquet files of its teacher on the training images."""
+    """A complete cache; gives the Parquet files of its teacher on the training images, which are three shards."""
     config = load_config(DistillJobConfig, None, arguments)
     plan = plan_cache(config, cache_store(config))
     with monkeypatch.context() as patch:
         without_ray(patch)
         build_cache(plan, config)
-    return sorted((tmp_path / "work/cache").glob("samples-train-*/views/full/teachers/*/shard-*.parquet"))
+    (part,) = plan_cache(config, cache_store(config)).split("train").dataset.parts
+    return sorted(Path(part.store.uri).glob("views/full/teachers/*/shard-*.parquet"))
 
 
 def _flip(path):
@@ -87,7 +89,7 @@ def test_processes_verify_and_repair_list_plan_refuse_to_delete_and_collect_garb
     old = broken.with_name("shard-00000-01234567.parquet")
     old.write_bytes(b"12345")
     os.utime(old, (time.time() - 7200,) * 2)
-    address = "/".join([broken.parts[-6], "full", broken.parts[-2]])
+    address = broken.parts[-2]
     work = f"work={tmp_path}/work"
     teachers = f"teachers=[{colours_entry(tmp_path / 'calls')}, {{model: hog, input_size: 32}}]"
     begun = [
@@ -119,14 +121,14 @@ def test_processes_verify_and_repair_list_plan_refuse_to_delete_and_collect_garb
 
 def _check_plan(code, text, figures):
     assert code == 0, text
-    assert 4 <= figures["shards_missing"] <= 5
+    assert 192 <= figures["views_missing"] <= 192 + 48
     assert figures["bytes_per_view"]["colours8"]["float32"] == 4 * 8 * 17
     assert figures["read_bytes_per_second"] >= 500 * figures["bytes_per_view"]["hog"]["pca-int8-zstd"]
     assert figures["price"] == pytest.approx(figures["gpu_hours"] * 3600)
     assert 0 < figures["missing_bytes"] < figures["free_bytes"]
     for expected in (
         "views/s on",
-        "4 of 4",
+        "192 of 192",
         "float16",
         "pca-int8-zstd (chosen)",
         "still to be written",
@@ -152,7 +154,7 @@ def test_the_exit_code_tells_what_verifying_found(arguments, cached, start, monk
 
 
 def test_what_has_an_address_is_deleted(arguments, cached, start):
-    address = "/".join([cached[0].parts[-6], "full", cached[0].parts[-2]])
+    address = cached[0].parts[-2]
     code, _, figures = start(*arguments, "--delete", address, "--yes")
     assert (code, figures["deleted"]) == (0, address)
     assert not cached[0].parent.exists()

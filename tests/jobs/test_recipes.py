@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jobs import distill, precompute
-from pipeline.cache.fill import build
+from pipeline.cache.fill import plan
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
@@ -34,7 +34,7 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_teachers():
     """Specs are found once, whichever recipe asks."""
-    plain = build.make_teacher
+    plain = plan.make_teacher
     remembered = cache(lambda key: plain(key.config))
 
     class Key:
@@ -51,7 +51,7 @@ def quick_teachers():
             return self.text == other.text
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "make_teacher", lambda config: remembered(Key(config)))
+        patch.setattr(plan, "make_teacher", lambda config: remembered(Key(config)))
         patch.setattr(HubFile, "is_cached", lambda file: True)
         yield
 
@@ -75,7 +75,7 @@ def test_a_recipe_resolves_to_a_plan(recipe, photos, tmp_path, job, quick_teache
     overrides += ["teachers.1.weights=random"] if recipe.stem == "photos" else []
     text, figures = job(distill.main, str(recipe), *overrides, "--dry-run")
     assert figures == {"dry_run": True}
-    assert text.count("shards cached; ") + text.count(" shards cached") >= len(phases) * len(config.teachers)
+    assert text.count(" views cached") >= len(phases) * len(config.teachers)
     assert "resized" not in text or recipe.stem in ("quickstart", "photos")
     for number, phase in enumerate(phases, 1):
         assert len(phases) == 1 or f"plan of phase {number} of {len(phases)}" in text

@@ -16,7 +16,7 @@ from pipeline.downstream.config import TASKS, FinetuneJobConfig
 from pipeline.downstream.pictures import palette
 from pipeline.downstream.saved import SavedModel
 from pipeline.errors import UserError
-from pipeline.imaging.decode import decode_image, read_label_map
+from pipeline.imaging.decode import decode_image, decode_label_map
 from pipeline.predict.images import find_images
 from pipeline.predict.predictor import load_predictor
 from pipeline.student.loading import load_student
@@ -88,7 +88,7 @@ def test_segmentation_gives_maps_at_the_images_own_size_and_writes_them_as_png(p
     written = json.loads((tmp_path / "predictions.json").read_text())
     assert written["classes"] == list(CLASSES)
     for row, expected in zip(written["images"], maps, strict=True):
-        assert np.array_equal(read_label_map(tmp_path / row["labels"]), expected.numpy())
+        assert np.array_equal(decode_label_map((tmp_path / row["labels"]).read_bytes()), expected.numpy())
     with Image.open(tmp_path / written["images"][0]["labels"]) as labels:
         assert labels.getpalette()[:9] == palette(3).ravel().tolist()
     assert len(pictures(tmp_path)) == 5

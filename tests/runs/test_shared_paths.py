@@ -51,6 +51,12 @@ def test_every_path_of_a_job_is_asked_for_and_the_markers_are_removed(tmp_path, 
     assert not list(tmp_path.rglob(".seen-*"))
 
 
+def test_no_node_is_asked_about_a_store(tmp_path, cluster, config):
+    data = config.data.model_copy(update={"train": "s3://bucket/train-{000..127}.tar", "val": "https://host/val.tar"})
+    check_shared(config.model_copy(update={"data": data}))
+    assert not [path for path in cluster[0] if "://" in str(path)]
+
+
 @pytest.mark.parametrize(
     ("folder", "field", "remedy"),
     [

@@ -2,6 +2,7 @@
 
 import re
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,3 +110,20 @@ def test_real_photographs_in_this_layout(shared_data):
     source = open_source(str(folder), split="val")
     maps = open_label_maps(source, source.index()["sample_id"].to_pylist())
     assert maps.check() <= 150
+
+
+def test_label_maps_of_a_store_are_those_of_a_folder(layout, tmp_path):
+    local = layout()
+    system = fsspec.filesystem("memory")
+    system.put(str(tmp_path / "ade"), "/ade", recursive=True)
+    try:
+        maps = layout.opened("memory://ade/images/training")
+        assert maps.check() == local.check()
+        assert np.array_equal(maps.read("photo1.jpg"), local.read("photo1.jpg"))
+        system.rm("/ade/annotations/training/photo1.png")
+        with pytest.raises(
+            UserError, match=r"^memory://ade/annotations/training/photo1.png: no readable mask of memory://ade"
+        ):
+            maps.read("photo1.jpg")
+    finally:
+        system.rm("/ade", recursive=True)

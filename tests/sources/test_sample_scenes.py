@@ -22,6 +22,14 @@ def test_open_source_gives_scenes_by_the_settings() -> None:
     assert index["label"].value_counts().field("counts").to_pylist() == [3] * 10
 
 
+def test_scenes_have_one_version_as_long_as_they_look_the_same() -> None:
+    first = SampleScenes("train", 5)
+    alike, others = SampleScenes("train", 50), (("val", 5, 96, 0), ("train", 5, 64, 0), ("train", 5, 96, 1))
+    (version,) = set(first.index()["version"].to_pylist())
+    assert set(alike.index()["version"].to_pylist()) == {version}
+    assert len({version, *(SampleScenes(*other).index()["version"][0].as_py() for other in others)}) == 4
+
+
 def test_a_scene_depends_on_seed_split_and_number_alone() -> None:
     short, long = SampleScenes("train", 5), SampleScenes("train", 50)
     assert np.array_equal(short.scene(3).image, long.scene(3).image)

@@ -6,11 +6,12 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from moto.moto_server.werkzeug_app import MotoRequestHandler
 from moto.server import DomainDispatcherApplication, create_backend_app
+from pyarrow import fs
 from werkzeug.serving import make_server
 
 ERRORS = {
@@ -79,6 +80,22 @@ class S3Endpoint:
         self.fault = lambda method, path: None
         self.stalled.clear()
         self.released.clear()
+
+    def upload(self, folder: str, files: Mapping[str, bytes]) -> None:
+        """Put files into `<bucket>/<path>`; a missing bucket is created."""
+        keys = {name: self.environment[f"AWS_{name.upper()}"] for name in ("access_key_id", "secret_access_key")}
+        address = {"endpoint_override": self.url.removeprefix("http://"), "scheme": "http"}
+        system = fs.S3FileSystem(
+            access_key=keys["access_key_id"],
+            secret_key=keys["secret_access_key"],
+            allow_bucket_creation=True,
+            **address,
+        )
+        system.create_dir(folder.split("/")[0])
+        for name, data in files.items():
+            with system.open_output_stream(f"{folder}/{name}") as file:
+                file.write(data)
+        self.clear()
 
     def fail(self, fault: str, times: int, method: str = "", within: str = "") -> None:
         """Let the next `times` requests of this method, with this text in path or query, fail."""

@@ -12,7 +12,7 @@ import torch
 from moto.core import set_initial_no_auth_action_count
 from pyarrow import fs
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.read.reader import CacheReader
 from pipeline.errors import UserError
 from pipeline.storage import remote
@@ -255,8 +255,8 @@ def test_a_read_that_is_given_up_names_the_object(store, endpoint):
 
 def test_a_cache_filled_through_failures_equals_a_local_one(store, endpoint, photo_config, tmp_path):
     def fill(place: Store):
-        plan = plan_cache(photo_config(), place)
-        assert fill_in_process(plan) == 6
+        plan, computed = fill_in_process(plan_cache(photo_config(), place))
+        assert computed == 6
         return list(CacheReader(plan.split("train").dataset, plan.teachers, image_size=32, batch_size=16).batches(0))
 
     expected = fill(Store.at(tmp_path / "cache"))

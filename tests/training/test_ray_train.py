@@ -19,10 +19,9 @@ from tests.training.tiny_task import BATCH, STEPS, WholeBatches, lines, make_tin
 SHARES = 3
 
 
-@pytest.fixture(scope="module")
-def ray_runs(ray_session, tmp_path_factory):
+def _two_starts(folder, **settings):
     """Two starts of a run that began with three workers: two of them, stopped by a NaN of the second, then one."""
-    folder = tmp_path_factory.mktemp("ray")
+    backend = "aot_eager" if settings else ""
     (folder / "train").mkdir()
     (folder / "train" / "shares").write_text(str(SHARES))
 
@@ -34,8 +33,8 @@ def ray_runs(ray_session, tmp_path_factory):
 
     def start(name, workers, **task):
         (folder / name).mkdir()
-        payload = {"folder": str(folder / name), **PLAIN, **task}
-        config = train_config(workers=workers, checkpoint_steps=4, best_metric="score")
+        payload = {"folder": str(folder / name), "backend": backend, **PLAIN, **task}
+        config = train_config(workers=workers, checkpoint_steps=4, best_metric="score", **settings)
         checkpoint = fit(make_tiny_task, payload, config, str(folder / "train"), commit)
         with checkpoint.as_directory() as directory:
             return load_state(directory)
@@ -43,6 +42,11 @@ def ray_runs(ray_session, tmp_path_factory):
     with pytest.raises(DivergedError) as diverged:
         start("diverged", 2, poison={1: 5})
     return SimpleNamespace(folder=folder, error=str(diverged.value), state=start("resumed", 1))
+
+
+@pytest.fixture(scope="module")
+def ray_runs(ray_session, tmp_path_factory):
+    return _two_starts(tmp_path_factory.mktemp("ray"))
 
 
 @pytest.mark.slow
@@ -106,10 +110,12 @@ def test_on_ray_workers_of_unequal_shares_hold_equal_weights(ray_runs):
 
 
 @pytest.mark.slow
-def test_on_ray_two_workers_and_then_one_train_as_one_on_all_batches(ray_runs):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_ray_two_workers_and_then_one_train_as_one_on_all_batches(compiled, ray_runs, tmp_path):
+    runs = _two_starts(tmp_path, compile=True) if compiled else ray_runs
     whole = run_training(WholeBatches(world=SHARES, **PLAIN), train_config())[-1].state
     for part in ("model", "ema"):
-        torch.testing.assert_close(ray_runs.state[part], whole[part], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(runs.state[part], whole[part], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

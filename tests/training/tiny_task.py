@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class TinyTask(Task):
         folder: where every rank writes down the batches that it takes and digests of its weights, or "".
         epochs_differ: whether epoch 1 has one step more than the others.
         delay: seconds that every batch takes longer.
+        backend: of torch.compile, if the training is compiled; "" for its default, which takes a minute.
         refused_by: rank that finds in epoch 0 that something is as it must not be.
     """
 
@@ -70,12 +72,15 @@ class TinyTask(Task):
         epochs_differ: bool = False,
         refused_by: int | None = None,
         delay: float = 0.0,
+        backend: str = "",
     ) -> None:
         self.rank, self.world, self.poison, self.folder = rank, world, poison or {}, folder
         self.epochs_differ, self.refused_by, self.delay = epochs_differ, refused_by, delay
         self._write("made", "made")
         torch.manual_seed(0)
         self.module = TinyNet(dropout, batch_norm)
+        if backend:
+            compile_with(self.module, backend)
         torch.manual_seed(1 + rank)
         self.judged: list[dict[str, Tensor]] = []
 
@@ -138,6 +143,11 @@ class WholeBatches(TinyTask):
 
     def _ranks(self) -> list[int]:
         return list(range(self.world))
+
+
+def compile_with(module: nn.Module, backend: str) -> None:
+    """Let `module.compile()` use a backend; `aot_eager` captures forward and backward and generates no code."""
+    module.compile = partial(module.compile, backend=backend)  # type: ignore[method-assign]
 
 
 def _parameter_digest(module: nn.Module) -> str:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 import pyarrow.compute as pc
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cache.config import CacheJobConfig
-from pipeline.cache.fill.build import CachePlan, SplitPlan
 from pipeline.cache.fill.extract import out_of_memory
+from pipeline.cache.fill.plan import CachePlan, SplitPlan
 from pipeline.cache.fill.ray_pipeline import gpus
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_labels
 from pipeline.cache.layout.codec import Codec
@@ -29,6 +28,8 @@ CPU_PROBE_MACS = 50e9
 """About how many multiply-accumulates a batch of the probe has on a CPU: it takes seconds with any teacher."""
 KEY_BYTES = 128
 """Upper bound for the keys of a row and its share of Parquet's own structures."""
+SAMPLE_BYTES = 512
+"""Upper bound for a sample in the files of a data set: its name, place, label and key."""
 SHARD_BYTES = 8 << 10
 """Upper bound for a shard's record, the headers of its statistics, and what its Parquet file has but once."""
 
@@ -59,9 +60,9 @@ class TeacherEstimate:
     Attributes:
         view_bytes: bytes of one view by codec, for the chosen one and `ALTERNATIVES`.
         exact: codecs whose `view_bytes` are known or measured on shards; the others are upper bounds.
-        shards, missing: in all splits.
+        views, missing: in all splits.
         probe: None if the teacher cannot be created without its weights.
-        hours: of this machine's device for the missing shards, or None.
+        hours: of this machine's device for the missing views, or None.
         gpu_hours: measured on a GPU, otherwise estimated from the multiply-accumulates (`GPU_MACS_PER_SECOND`); equals
             `hours` if there are none to count; or None.
     """
@@ -70,7 +71,7 @@ class TeacherEstimate:
     codec: str
     view_bytes: dict[str, float]
     exact: frozenset[str]
-    shards: int
+    views: int
     missing: int
     probe: Probe | None
     hours: float | None
@@ -87,8 +88,7 @@ def estimate_cache(
 
 def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe | None) -> TeacherEstimate:
     sizes = {codec: view_bytes(plan, teacher, codec) for codec in (teacher.codec, *ALTERNATIVES)}
-    missing = [split.missing(teacher) for split in plan.splits]
-    views = sum(map(_views, plan.splits, missing))
+    views = sum(split.missing_views(teacher) for split in plan.splits)
     hours = gpu_hours = None
     if probe is not None:
         hours = views / probe.views_per_second / 3600
@@ -99,25 +99,20 @@ def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe 
         codec=teacher.codec,
         view_bytes={codec: size for codec, (size, _) in sizes.items()},
         exact=frozenset(codec for codec, (_, exact) in sizes.items() if exact),
-        shards=sum(split.dataset.shards for split in plan.splits),
-        missing=sum(map(len, missing)),
+        views=sum(split.images * split.dataset.policy.rows_per_image for split in plan.splits),
+        missing=views,
         probe=probe,
         hours=hours,
         gpu_hours=gpu_hours,
     )
 
 
-def _views(split: SplitPlan, shards: list[int]) -> int:
-    return sum(map(split.dataset.shard_rows, shards)) * split.dataset.policy.rows_per_image
-
-
 def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
     """Bytes of one view in a codec, measured on shards if there are any; and whether that is exact or an upper bound."""
     other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision))
-    datasets = [split.dataset for split in plan.splits]
-    records = [record for data in datasets for record in data.records(data.teacher(other.id)).values() if record.rows]
-    if records:
-        return sum(record.bytes for record in records) / sum(record.rows for record in records), True
+    known = [summary for split in plan.splits for summary in split.dataset.summaries(other.id)]
+    if rows := sum(summary.rows for summary in known):
+        return sum(summary.bytes for summary in known) / rows, True
     return float(other.row_bytes()), codec in ("float32", "float16", "bfloat16", "int8")
 
 
@@ -167,6 +162,8 @@ def probe_on_cluster(teacher: CachedTeacher, batch_size: int) -> Probe | None:
 
 def count_macs(teacher: Teacher, pixels: torch.Tensor) -> int:
     """Multiply-accumulates of one forward."""
+    from torch.utils.flop_counter import FlopCounterMode  # 100 MB of torch's compiler, which only a probe needs
+
     # The counter does not know the fused attention kernels; the plain form consists of matrix products.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -202,27 +199,39 @@ def missing_bytes(*plans: CachePlan) -> int:
     Images count with their size in the index; generated scenes have none there, and are small.
     """
     splits = {split.dataset.store.uri: split for plan in plans for split in plan.splits}
-    pairs = [(split, teacher) for plan in plans for split in plan.splits for teacher in plan.teachers]
-    parts = {split.dataset.teacher(teacher.id).store.uri: (split, teacher) for split, teacher in pairs}
-    features = sum(_missing_teacher_bytes(*part) for part in parts.values())
+    pairs = {
+        (split.dataset.store.uri, split.dataset.policy.id, teacher.id): (split, teacher)
+        for plan in plans
+        for split in plan.splits
+        for teacher in plan.teachers
+    }
+    features = sum(_missing_teacher_bytes(*pair) for pair in pairs.values())
     return features + sum(map(_missing_image_bytes, splits.values()))
 
 
 def _missing_image_bytes(split: SplitPlan) -> int:
-    dataset, total = split.dataset, 0
-    for shard in split.missing_images():
-        part = split.index.slice(shard * dataset.shard_size, dataset.shard_rows(shard))
-        total += pc.sum(part["size"]).as_py() + part.num_rows * KEY_BYTES
-    return int(total)
+    lost = sum(
+        (pc.sum(part.index()["size"].slice(shard * part.shard_size, part.shard_rows(shard))).as_py() or 0)
+        for part, shard in split.dataset.missing_images()
+    )
+    return int(lost + (pc.sum(split.new["size"]).as_py() or 0) + split.new.num_rows * (KEY_BYTES + SAMPLE_BYTES))
 
 
 def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:
-    missing, folder = split.missing(teacher), split.dataset.teacher(teacher.id)
-    projections = projections_of(folder)
-    once = 0 if not missing else side_bytes(teacher, 1, fitted=projections is not None)
-    return (
-        _views(split, missing) * (teacher.row_bytes(projections) + KEY_BYTES) + side_bytes(teacher, len(missing)) + once
-    )
+    views = split.missing_views(teacher)
+    if not views:
+        return 0
+    projections = projections_of(split.dataset.cache, teacher)
+    beside = side_bytes(teacher, 1, fitted=projections is not None) + side_bytes(teacher, _shards(split, views))
+    return views * (teacher.row_bytes(projections) + KEY_BYTES) + beside
+
+
+def _shards(split: SplitPlan, views: int) -> int:
+    """Shards that this many views take, at most."""
+    if not views:
+        return 0
+    size = min((part.shard_size for part in split.dataset.parts), default=512)
+    return -(-views // (size * split.dataset.policy.rows_per_image)) + len(split.dataset.parts)
 
 
 def side_bytes(teacher: CachedTeacher, shards: int, fitted: bool = True) -> int:
@@ -235,13 +244,13 @@ def side_bytes(teacher: CachedTeacher, shards: int, fitted: bool = True) -> int:
 
 
 def all_bytes(split: SplitPlan, teacher: CachedTeacher, row_bytes: float) -> int:
-    """Upper bound of the bytes of all files in a teacher's folder for a split, given those of a row of features."""
-    dataset = split.dataset
-    components = [part.components for part in (projections_of(dataset.teacher(teacher.id)) or {}).values()]
+    """Upper bound of the bytes of all files of a teacher for a split, given those of a row of features."""
+    components = [part.components for part in (projections_of(split.dataset.cache, teacher) or {}).values()]
     known = 2 * sum(part.numel() for part in components if part is not None)
+    views = split.images * split.dataset.policy.rows_per_image
     # One shard more, for the merged statistics and the teacher's description.
-    beside = side_bytes(teacher, dataset.shards + 1, fitted=bool(known)) + known
-    return int(_views(split, list(range(dataset.shards))) * (row_bytes + KEY_BYTES)) + beside
+    beside = side_bytes(teacher, _shards(split, views) + 1, fitted=bool(known)) + known
+    return int(views * (row_bytes + KEY_BYTES)) + beside
 
 
 def check_space(*plans: CachePlan) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor
 from pipeline.cache.fill.shard_builder import ShardBuilder
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of
 from pipeline.cache.layout.codec import Codec, Projection
-from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.part import Part, image_groups, teacher_home
 from pipeline.cache.layout.projection import dump_projections, fit_projections
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, add_projection, evenly_spaced, projection_in
 from pipeline.cache.layout.view_rows import ViewRows, read_view_rows, views_of
 from pipeline.errors import UserError
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, PendingDecode, chunk_size
@@ -175,14 +175,16 @@ class Extract:
     """Commits one shard of every teacher that lacks it per call; a Ray Data row is a shard.
 
     Args:
-        datasets: by split (``train``, ``val``), with complete `images` shards.
+        parts: by part and view, with complete `images` shards.
+        basis: shards (part, number) on whose images projections are fitted that do not exist yet.
         device: ``cuda`` or ``cpu``.
         threads: number of decoders; with a GPU they are processes.
     """
 
     def __init__(
         self,
-        datasets: Mapping[str, Dataset],
+        parts: Mapping[str, Part],
+        basis: Sequence[tuple[str, int]],
         teachers: Sequence[CachedTeacher],
         device: str,
         threads: int,
@@ -190,7 +192,8 @@ class Extract:
     ) -> None:
         keep_freed_memory()
         logging.getLogger("teachers").setLevel(logging.ERROR)  # the driver has logged their warnings
-        self.datasets = datasets
+        self.parts, self.basis = parts, [*dict.fromkeys(parts[key] for key, _ in basis)]
+        self.basis_shards = {*basis}
         self.batch_size = batch_size
         self.decoders = DecoderPool(threads, processes=device == "cuda")
         self.device = TeacherDevice(device)
@@ -210,18 +213,18 @@ class Extract:
         return teacher
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Compute what `row["shard"]` of `row["split"]` lacks.
+        """Compute what `row["shard"]` of `row["part"]` lacks.
 
         Returns:
             The row with ``images`` (rows encoded), ``computed`` (teacher shards), ``stages`` (JSON of `Stages`) and
             ``error`` (a user-fixable failure in one line, or "").
         """
-        dataset, shard = self.datasets[row["split"]], int(row["shard"])
+        part, shard = self.parts[row["part"]], int(row["shard"])
         stages = Stages()
         try:
             with logs.shard_context(row, "extract"), self.device.side_stream():
-                missing = [name for name in self.teachers if dataset.teacher(name).record(shard) is None]
-                images = self._extract(dataset, shard, missing, stages) if missing else 0
+                missing = [name for name in self.teachers if part.teacher(name).record(shard) is None]
+                images = self._extract(part, shard, missing, stages) if missing else 0
         except USER_ERRORS as error:
             return {**row, "images": 0, "computed": 0, "stages": "{}", "error": self.error_message(error)}
         return {**row, "images": images, "computed": len(missing), "stages": json.dumps(stages), "error": ""}
@@ -232,15 +235,15 @@ class Extract:
             return f"{out_of_memory(self.cached.values(), self.batch_size)}; finished shards are kept"
         return str(error)
 
-    def _extract(self, dataset: Dataset, shard: int, names: list[str], stages: Stages) -> int:
+    def _extract(self, part: Part, shard: int, names: list[str], stages: Stages) -> int:
         with stages.measure("read"):
-            views = read_view_rows(dataset, shard)
-        writers = {name: ShardBuilder(self.cached[name], *self._projections(dataset, name)) for name in names}
-        fitted = {name: self._fitted_groups(dataset, name, shard) for name in names}
-        group_rows = ROW_GROUP_SIZE * dataset.policy.rows_per_image
+            views = read_view_rows(part, shard)
+        writers = {name: ShardBuilder(self.cached[name], *self._projections(name)) for name in names}
+        fitted = {name: self._fitted_groups(part, name, shard) for name in names}
+        group_rows = ROW_GROUP_SIZE * part.policy.rows_per_image
         for number, pixels in enumerate(stages.measure_each("render", self.rendered(views, names))):
             for name, batch in pixels.items():
-                sampled = self.sampled.pop((dataset.teacher(name).store.uri, shard, number), None)
+                sampled = self.sampled.pop((part.teacher(name).store.uri, shard, number), None)
                 output, seconds = (sampled.to(self.device.name), 0.0) if sampled else self.encode(name, batch)
                 stages["teacher"] += seconds
                 with stages.measure("encode"):
@@ -249,7 +252,7 @@ class Extract:
                     writers[name].add(output, seconds, held_out=fitted[name].isdisjoint(groups))
         for name, writer in writers.items():
             with stages.measure("write"):
-                writer.commit(dataset.teacher(name), shard, views, self.device.name)
+                writer.commit(part.teacher(name), shard, views, self.device.name)
         return views.rows.num_rows
 
     def features(self, views: ViewRows, names: list[str]) -> Iterator[dict[str, TeacherOutput]]:
@@ -278,43 +281,50 @@ class Extract:
         finally:
             assembler.wait_for_unused()
 
-    def _fitted_groups(self, dataset: Dataset, name: str, shard: int) -> set[int]:
-        """Row groups of a shard's images that the projections of a teacher are fitted on."""
-        if not Codec.parse(self.cached[name].codec).pca:
-            return set()
-        sample = dataset.sample_images(_sample_size(self.cached[name]))
-        return {group.group for group in sample if group.shard == shard}
+    def _sample(self, name: str) -> list[RowGroup]:
+        """Row groups of images, evenly spaced over the parts of the basis, that the projections of a teacher are fitted on."""
+        shards, parts = self.basis_shards, self.basis
+        groups = [group for group in image_groups(parts) if (parts[group.part].key, group.shard) in shards]
+        return evenly_spaced(groups, -(-_sample_size(self.cached[name]) // ROW_GROUP_SIZE))
 
-    def _projections(self, dataset: Dataset, name: str) -> tuple[str, dict[str, Projection] | None]:
-        """File and content of a teacher's projections over a dataset, which are fitted here if they do not exist yet."""
+    def _fitted_groups(self, part: Part, name: str, shard: int) -> set[int]:
+        """Row groups of a shard's images that the projections of a teacher are fitted on."""
+        if part not in self.basis or not Codec.parse(self.cached[name].codec).pca:
+            return set()
+        return {group.group for group in self._sample(name) if self.basis[group.part] == part and group.shard == shard}
+
+    def _projections(self, name: str) -> tuple[str, dict[str, Projection] | None]:
+        """File and content of a teacher's projections, which are fitted here if they do not exist yet."""
         if not Codec.parse(self.cached[name].codec).pca:
             return "", None
-        folder = dataset.teacher(name)
+        cache = self.basis[0].cache
+        home = teacher_home(cache, name)
         with self.projection_lock:
-            if folder.store.uri not in self.projections:
-                if not folder.projection:
-                    fitted = dump_projections(self._fit(dataset, name))
-                    if not folder.projection:  # another actor may have been faster
-                        folder.add_projection(fitted)
-                self.projections[folder.store.uri] = folder.projection, projections_of(folder)
-            return self.projections[folder.store.uri]
+            if name not in self.projections:
+                if not projection_in(home):
+                    fitted = dump_projections(self._fit(name))
+                    if not projection_in(home):  # another actor may have been faster
+                        add_projection(home, fitted)
+                self.projections[name] = projection_in(home), projections_of(cache, self.cached[name])
+            return self.projections[name]
 
-    def _fit(self, dataset: Dataset, name: str) -> dict[str, Projection]:
+    def _fit(self, name: str) -> dict[str, Projection]:
         """The projections of a sample of images.
 
         Outputs of batches that the sample shares with their shards are kept until then: no teacher runs twice on an image.
         """
-        cached, uri = self.cached[name], dataset.teacher(name).store.uri
+        cached = self.cached[name]
         parts: dict[str, list[Tensor]] = {kind: [] for kind in cached.shapes}
-        for sample in dataset.sample_images(_sample_size(cached)):
-            shard, start = read_view_rows(dataset, sample.shard), sample.group * ROW_GROUP_SIZE
+        for sample in self._sample(name):
+            part = self.basis[sample.part]
+            shard, start = read_view_rows(part, sample.shard), sample.group * ROW_GROUP_SIZE
             is_last = start + sample.rows == shard.images.num_rows
-            first, rest = divmod(start * dataset.policy.rows_per_image, self.batch_size)
+            first, rest = divmod(start * part.policy.rows_per_image, self.batch_size)
             for number, output in enumerate(self.features(shard.slice(start, sample.rows), [name]), first):
                 for kind, features in parts.items():
                     features.append(getattr(output[name], kind).cpu())
                 if not rest and (is_last or len(parts["patches"][-1]) == self.batch_size):
-                    self.sampled[uri, sample.shard, number] = output[name].to("cpu")
+                    self.sampled[part.teacher(name).store.uri, sample.shard, number] = output[name].to("cpu")
         together = {kind: torch.cat(features).float() for kind, features in parts.items()}
         for kind, values in together.items():
             if not torch.isfinite(values).all():

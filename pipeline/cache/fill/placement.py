@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
 from pipeline.cache.fill.shard_builder import ShardBuilder
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.view_rows import read_view_rows
 from pipeline.errors import UserError
 from teachers.base import TeacherError
@@ -99,21 +99,26 @@ def place(cpus: int, gpus: int, rows: int, node_cpus: int, measured: Measured | 
 
 
 def measure_on_gpu(
-    datasets: Mapping[str, Dataset], teachers: Sequence[CachedTeacher], batch_size: int, row: Mapping[str, Any]
+    parts: Mapping[str, Part],
+    basis: Sequence[tuple[str, int]],
+    teachers: Sequence[CachedTeacher],
+    batch_size: int,
+    row: Mapping[str, Any],
 ) -> Measured | None:
     """Measure an actor on one of the cluster's GPUs; None, with a warning, if that fails."""
     import ray
 
     task = ray.remote(num_gpus=1, num_cpus=1, max_retries=1)(measure)
     try:
-        return ray.get(task.remote(datasets, teachers, batch_size, dict(row), "cuda"))
+        return ray.get(task.remote(parts, basis, teachers, batch_size, dict(row), "cuda"))
     except (ray.exceptions.RayError, UserError, TeacherError) as error:
         log.warning("could not measure the teachers, so each GPU gets one actor: %s", str(error).splitlines()[-1])
         return None
 
 
 def measure(
-    datasets: Mapping[str, Dataset],
+    parts: Mapping[str, Part],
+    basis: Sequence[tuple[str, int]],
     teachers: Sequence[CachedTeacher],
     batch_size: int,
     row: Mapping[str, Any],
@@ -122,8 +127,8 @@ def measure(
     """Load the teachers and time them on the first images of the shard that a row names."""
     import torch
 
-    extract = Extract(datasets, teachers, device, 1, batch_size)
-    views = read_view_rows(datasets[row["split"]], int(row["shard"])).slice(0, batch_size)
+    extract = Extract(parts, basis, teachers, device, 1, batch_size)
+    views = read_view_rows(parts[row["part"]], int(row["shard"])).slice(0, batch_size)
     for _ in range(2):  # the first round warms up, here and below
         started = time.perf_counter()
         batches = list(extract.rendered(views, list(extract.teachers)))

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
-from pipeline.cache.fill.ingest import Ingest
 from pipeline.cache.fill.placement import Measured, measure_on_gpu, place
-from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.part import Part
 from pipeline.errors import UserError
 from pipeline.runtime import logs
 from pipeline.runtime.progress import Progress
@@ -40,34 +39,36 @@ def _node_cpus() -> int:
 
 
 def finished_shards(
-    run: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]],
-    shards: Sequence[tuple[str, int]],
-    datasets: Mapping[str, Dataset],
+    run: Callable[[Sequence[dict[str, Any]]], Iterable[dict[str, Any]]],
+    rows: Sequence[dict[str, Any]],
+    parts: Mapping[str, Part],
     label: str,
 ) -> Iterator[dict[str, Any]]:
-    """The results of `run` for these shards (split, number), with progress; UserError for the first with an ``error``."""
-    total = sum(datasets[split].shard_rows(shard) for split, shard in shards)
+    """The results of `run` for these rows (part, shard), with progress; UserError for the first with an ``error``."""
+    total = sum(parts[row["part"]].shard_rows(row["shard"]) for row in rows)
     with Progress(total, "img", label) as progress:
-        for row in run([{"split": split, "shard": shard} for split, shard in shards]):
+        for row in run(rows):
             if row["error"]:
                 raise UserError(row["error"])
-            progress.update(datasets[row["split"]].shard_rows(row["shard"]))
+            progress.update(parts[row["part"]].shard_rows(row["shard"]))
             yield row
 
 
-def ingest_shards(rows: Sequence[dict[str, Any]], ingest: Ingest) -> Iterator[dict[str, Any]]:
-    """Run `ingest` on every row as tasks of one CPU, on any node; yields results as they arrive."""
+def run_tasks(
+    rows: Sequence[dict[str, Any]], task: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Run `task` on every row as tasks of one CPU, on any node; yields results as they arrive."""
     if rows:
-        yield from _results(_dataset(rows).map(ingest, num_cpus=1))
+        yield from _results(_dataset(rows).map(task, num_cpus=1))
 
 
 def extract_shards(
     rows: Sequence[dict[str, Any]], arguments: tuple[Any, ...], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Run `Extract` with these datasets and teachers on every row; yields results as they arrive."""
-    datasets, teachers = arguments
+    """Run `Extract` with these parts, basis and teachers on every row; yields results as they arrive."""
+    parts, basis, teachers = arguments
     worth_it = len(rows) >= WORTH_MEASURING and gpus()
-    measured = measure_on_gpu(datasets, teachers, batch_size, rows[0]) if worth_it else None
+    measured = measure_on_gpu(parts, basis, teachers, batch_size, rows[0]) if worth_it else None
     yield from run_in_actors(Extract, rows, arguments, batch_size, measured)
 
 

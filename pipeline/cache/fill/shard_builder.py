@@ -87,7 +87,7 @@ class ShardBuilder:
 
     def commit(self, folder: ShardFolder, shard: int, views: ViewRows, device: str) -> ShardRecord:
         """Write the shard of features of these views."""
-        table = views.rows.select(["sample_id", "view"])
+        table = views.rows.select(["key", "view"])
         for kind, parts in self.encoded.items():
             width = self.codecs[kind].row_bytes
             rows = np.concatenate(parts) if parts else np.empty((0, width), np.uint8)

@@ -1,16 +1,16 @@
 """A teacher in the cache: what it computes, how its features are stored, and what is known about them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection
 from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.part import teacher_home
 from pipeline.cache.layout.projection import load_projections
-from pipeline.cache.layout.shards import ShardFolder, ShardRecord
+from pipeline.cache.layout.shards import Figures, merge_figures, projection_in
 from pipeline.cache.layout.stats import Moments, load_moments
-from pipeline.storage.store import report_damage
+from pipeline.storage.store import Store, report_damage
 from teachers.base import Teacher, TeacherSpec
 from teachers.registry import create_teacher
 
@@ -69,46 +69,30 @@ def make_teacher(config: TeacherConfig) -> Teacher:
     return create_teacher(OWN_TEACHERS.get(config.model, config.model), **options)
 
 
-def projections_of(folder: ShardFolder) -> dict[str, Projection] | None:
-    """The projections of the rows in a teacher's folder by token type, or None before they are fitted."""
-    name = folder.projection
+def projections_of(cache: Store, teacher: CachedTeacher) -> dict[str, Projection] | None:
+    """The projections of a teacher's rows by token type, or None before they are fitted."""
+    home = teacher_home(cache, teacher.id)
+    name = projection_in(home)
     if not name:
         return None
-    with report_damage(f"{folder.store.uri}/{name}"):
-        return load_projections(folder.store.get(name))
+    with report_damage(f"{home.uri}/{name}"):
+        return load_projections(home.get(name))
 
 
-def load_codecs(dataset: Dataset, teacher: CachedTeacher) -> dict[str, FeatureCodec]:
+def load_codecs(cache: Store, teacher: CachedTeacher) -> dict[str, FeatureCodec]:
     """Feature codecs of a teacher's shards by token type."""
-    return teacher.codecs(projections_of(dataset.teacher(teacher.id)))
+    return teacher.codecs(projections_of(cache, teacher))
 
 
 def teacher_stats(dataset: Dataset, teacher: CachedTeacher) -> dict[str, Moments]:
-    """Merged statistics of a teacher over a dataset, by token type."""
-    store = dataset.teacher(teacher.id).store
+    """Statistics of a teacher over the samples of a dataset, by token type."""
+    store = dataset.statistics(teacher.id)
     with report_damage(f"{store.uri}/stats.npz"):
         return load_moments(store.get("stats.npz"))
 
 
-def teacher_fidelity(dataset: Dataset, teacher: CachedTeacher) -> dict[str, dict[str, float]]:
-    """Fidelity of the stored features by token type, from the shards' records; see :func:`merged_fidelity`."""
-    return merged_fidelity(dataset.records(dataset.teacher(teacher.id)).values(), teacher.shapes)
-
-
-def merged_fidelity(records: Iterable[ShardRecord], kinds: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Figures of `pipeline.cache.layout.target.fidelity` by token type over shards: means by rows, but the lowest 1st percentile.
-
-    A figure that nothing was measured for is left out. If a shard has the cosine of raw features alone, as earlier versions
-    measured it, that is merged, as ``cosine``.
-    """
-    kept = [record for record in records if record.rows]
-    merged: dict[str, dict[str, float]] = {}
-    for kind in kinds:
-        parts = [(record.facts.get("fidelity", {}).get(kind, {}), record.rows) for record in kept]
-        raw = any("cosine" in part for part, _ in parts)
-        merged[kind] = {}
-        for name in ("cosine", "relative_error") if raw else ("target_cosine", "target_cosine_p1", "relative_error"):
-            if known := [(part[name], rows) for part, rows in parts if name in part]:
-                values, rows = zip(*known, strict=True)
-                merged[kind][name] = min(values) if name == "target_cosine_p1" else fmean(values, rows)
-    return merged
+def teacher_fidelity(dataset: Dataset, teacher: CachedTeacher) -> Figures:
+    """Fidelity of the stored features by token type, from the shards' records; see :func:`merge_figures`."""
+    summaries = dataset.summaries(teacher.id)
+    merged = merge_figures((summary.fidelity, summary.rows) for summary in summaries if summary.rows)
+    return {kind: merged.get(kind, {}) for kind in teacher.shapes}

@@ -1,237 +1,383 @@
-"""A dataset in the cache: the index of a source, frozen and cut into shards, and the folders below it (docs/cache.md).
+"""A data set in the cache: a version of what a source listed, as rows of parts with names and labels (docs/cache.md).
 
-`images` keeps the source's bytes unchanged, neither resized nor encoded again: teacher and student decode the same pixels,
-and a teacher can be added after the source is gone.
+A version is a small file that names one file of rows per part. Nothing of it is ever rewritten: a data set that grew, shrank,
+moved or was labelled anew is another version, which shares parts, and the files of unchanged rows, with those before.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+import logging
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cache.layout.keys import FORMAT_VERSION, dataset_id, index_fingerprint
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, ShardFolder, ShardRecord, evenly_spaced, row_groups
-from pipeline.cache.layout.snapshot import RecordSnapshot
+from pipeline.cache.layout.keys import FORMAT_VERSION, digest, fingerprint, sealed, unsealed
+from pipeline.cache.layout.part import KEY, Part
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord, selected
+from pipeline.cache.layout.snapshot import RecordSnapshot, Summary
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
-from pipeline.sources.base import Source
-from pipeline.sources.locations import SAMPLES
-from pipeline.storage.store import Store, report_damage
+from pipeline.sources.base import INDEX_SCHEMA
+from pipeline.storage.names import folder_name
+from pipeline.storage.store import DamagedError, Store, report_damage
 
-SCATTER_BYTES = 1 << 30
-"""Up to this size, a source that reads fast only in its own order is read in random order all the same."""
-DESCRIBED = ("name", "location", "fingerprint", "count", "classes", "shard_size")
-"""Fields of a dataset that dataset.json keeps."""
+SAMPLE_SCHEMA = pa.schema(
+    [*INDEX_SCHEMA, pa.field("key", KEY, nullable=False), pa.field("row", pa.int64(), nullable=False)]
+)
+"""The samples of one part: rows of the source's index, with the image's key and its row in the part, in the order of the rows."""
+BAD_SCHEMA = pa.schema([*INDEX_SCHEMA, pa.field("reason", pa.string(), nullable=False), pa.field("read", pa.bool_())])
+"""Samples that cannot be used, why, and whether their bytes could be read; if not, they are tried again."""
+
+_PART = re.compile(r"[0-9a-f]{20}")
+_SAMPLES = re.compile(r"(rows|bad)-[0-9a-f]{16}\.parquet")
+
+log = logging.getLogger(__name__)
+
+
+class Selection(NamedTuple):
+    """The samples of a data set in one part.
+
+    Attributes:
+        part, images, shard_size: id, number of images and shard size of the part.
+        file: name of the file of samples.
+        content: digest of the samples' names, labels and images, wherever their files are.
+        samples, labelled, bytes: their number, the number of those with a label, and the bytes of their images in the source.
+        whole: whether every image of the part is a sample once.
+        files: numbers of the files of the data set that hold them.
+    """
+
+    part: str
+    images: int
+    shard_size: int
+    file: str
+    content: str
+    samples: int
+    labelled: int
+    bytes: int
+    whole: bool
+    files: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset of the cache. Picklable.
+    """A version of a data set, seen through a view of its images. Picklable.
 
     Attributes:
-        name, location, fingerprint: of the source when it was indexed.
-        count: samples in the index, quarantined ones included.
+        location: of the source.
         classes: names of the classes by label; may be empty.
-        shard_size: samples per shard; fixed when the dataset was created.
+        files: files that hold many samples each (tars, Parquet files) with their versions, sorted.
+        bad: name of the file of samples that cannot be used; "" if there are none.
         policy: the view whose features teachers compute.
-        snapshot: the shard records that the job has read, shared by its datasets.
+        snapshot: the shard records that the job has read, shared by its data sets.
+        draft: the files of a version that is not written yet, by name.
     """
 
-    store: Store
+    cache: Store
     name: str
     location: str
-    fingerprint: str
-    count: int
     classes: tuple[str, ...]
-    shard_size: int
+    files: tuple[tuple[str, int], ...] = ()
+    selections: tuple[Selection, ...] = ()
+    bad: str = ""
     policy: ViewPolicy = WHOLE
     snapshot: RecordSnapshot = field(default_factory=RecordSnapshot, repr=False, compare=False)
+    draft: Mapping[str, pa.Table] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the samples' names, labels and images."""
+        return digest(sorted([chosen.part, chosen.content] for chosen in self.selections))
+
+    @cached_property
+    def count(self) -> int:
+        """Samples that can be used."""
+        return sum(chosen.samples for chosen in self.selections)
+
+    @cached_property
+    def labelled(self) -> int:
+        """Samples with a label."""
+        return sum(chosen.labelled for chosen in self.selections)
 
     @property
     def id(self) -> str:
-        """Name of its folder."""
-        return dataset_id(self.name, self.fingerprint)
+        """Readable name of this version."""
+        return f"{folder_name(self.name)}-{self.fingerprint[:8]}"
 
     @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-self.count // self.shard_size)
+    def store(self) -> Store:
+        """Folder of all versions of the data set."""
+        return dataset_store(self.cache, self.name)
 
-    def shard_rows(self, shard: int) -> int:
-        """Samples of a shard according to the index."""
-        return min(self.shard_size, self.count - shard * self.shard_size)
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that hold its images, in order."""
+        return tuple(
+            Part(self.cache, chosen.part, chosen.images, chosen.shard_size, self.policy, self.snapshot)
+            for chosen in self.selections
+        )
 
-    def shard_index(self, shard: int) -> pa.Table:
-        """The index rows of one shard (`pipeline.sources.base.INDEX_SCHEMA`)."""
-        with report_damage(f"{self.store.uri}/index.parquet"):
-            return pq.ParquetFile(self.store.open("index.parquet")).read_row_group(shard)
+    @cached_property
+    def shards(self) -> list[tuple[Part, int]]:
+        """The shards that hold samples."""
+        return [(part, shard) for number, part in enumerate(self.parts) for shard in self.shards_of(number)]
 
-    @property
-    def view(self) -> Store:
-        """Folder of the view."""
-        return self.store.sub(f"views/{self.policy.id}")
+    def shards_of(self, number: int) -> list[int]:
+        """Numbers of the shards of part `number` that hold samples."""
+        part = self.parts[number]
+        if self.selections[number].whole:
+            return [*range(part.shards)]
+        rows = self.samples(number, ["row"])["row"].to_numpy()
+        return [int(shard) for shard in np.unique(rows // part.shard_size)]
 
-    @property
-    def images(self) -> ShardFolder:
-        """Keys, labels and images, shared by all views."""
-        return ShardFolder(self.store.sub(f"views/{WHOLE.id}/images"))
-
-    @property
-    def rows(self) -> ShardFolder:
-        """Keys and geometry of crops; every teacher's shards have the same rows."""
-        return ShardFolder(self.view.sub("rows"), self._row_group_size)
-
-    def teacher(self, teacher: str) -> ShardFolder:
-        """Shards of a teacher, by its id."""
-        return ShardFolder(self.view.sub(f"teachers/{teacher}"), self._row_group_size)
-
-    def records(self, folder: ShardFolder) -> dict[int, ShardRecord]:
-        """Records of the complete shards of one of this dataset's folders, from the snapshot."""
-        return self.snapshot.records(folder)
-
-    def missing(self, folder: ShardFolder) -> list[int]:
-        """Shards that one of this dataset's folders lacks, according to the snapshot."""
-        complete = self.records(folder)
-        return [shard for shard in range(self.shards) if shard not in complete]
-
-    def refresh(self, shards: Iterable[int] | None = None) -> None:
-        """Read the records of these shards (None: of all) again, in every folder that the snapshot holds."""
-        self.snapshot.refresh(self.store.uri, shards)
-
-    def sample_images(self, count: int) -> list[RowGroup]:
-        """Row groups of about `count` images, evenly spaced over the dataset."""
-        return evenly_spaced(row_groups(self.records(self.images).values()), -(-count // ROW_GROUP_SIZE))
+    def samples(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """The samples in part `number`, or these columns of them (`SAMPLE_SCHEMA`); UserError if the file is damaged."""
+        file = self.selections[number].file
+        if (table := self.draft.get(file)) is not None:
+            return table if columns is None else table.select(columns)
+        return read_samples(self.store, file, columns)
 
     @property
-    def _row_group_size(self) -> int:
-        return ROW_GROUP_SIZE * self.policy.rows_per_image
+    def sample_files(self) -> list[str]:
+        """Names of its files of samples."""
+        return [*(chosen.file for chosen in self.selections), *([self.bad] if self.bad else [])]
+
+    def bad_samples(self) -> pa.Table:
+        """The samples that cannot be used (`BAD_SCHEMA`)."""
+        if self.bad in self.draft or not self.bad:
+            return self.draft.get(self.bad, BAD_SCHEMA.empty_table())
+        return read_samples(self.store, self.bad)
+
+    def statistics(self, teacher: str) -> Store:
+        """Folder of the statistics of a teacher, by its id, over the samples in this view."""
+        return self.store.sub(f"statistics/{self.fingerprint[:16]}/{self.policy.id}/{teacher}")
+
+    def missing(self, teacher: str) -> list[tuple[Part, int]]:
+        """Shards with samples that a teacher, by its id, lacks, according to the snapshot."""
+        return self._missing(lambda part: part.teacher(teacher))
+
+    def missing_images(self) -> list[tuple[Part, int]]:
+        """Shards of `images` that are missing, according to the snapshot."""
+        return self._missing(lambda part: part.images)
+
+    def missing_crops(self) -> list[tuple[Part, int]]:
+        """Row shards of crops that are missing; none for a view without crops."""
+        return self._missing(lambda part: part.rows) if self.policy.crops else []
+
+    def _missing(self, folder: Callable[[Part], ShardFolder]) -> list[tuple[Part, int]]:
+        found = []
+        for number, part in enumerate(self.parts):
+            if lacking := part.missing(folder(part)):
+                needed = {*self.shards_of(number)}
+                found += [(part, shard) for shard in lacking if shard in needed]
+        return found
+
+    def records(self, teacher: str) -> Iterator[tuple[Part, ShardRecord]]:
+        """Records of the complete shards of a teacher, by its id, with their parts, from the snapshot."""
+        for part in self.parts:
+            yield from ((part, record) for record in part.records(part.teacher(teacher)).values())
+
+    def summaries(self, teacher: str) -> list[Summary]:
+        """What every part has of a teacher, by its id, from the snapshot."""
+        return [part.snapshot.summary(part.teacher(teacher)) for part in self.parts]
+
+    def row_groups(self) -> np.ndarray:
+        """The row groups that hold samples, in order, [G, 4] int64: the fields of `RowGroup`, with the samples' views as rows."""
+        found = [self._groups(number) for number in range(len(self.selections))]
+        return np.concatenate(found) if found else np.empty((0, 4), np.int64)
+
+    def chosen_rows(self, number: int, shard: int) -> np.ndarray | None:
+        """Numbers of the rows of a shard of part `number` that are samples, each as often as it is one; None: all, once."""
+        chosen, part = self.selections[number], self.parts[number]
+        if chosen.whole:
+            return None
+        rows, first = self.samples(number, ["row"])["row"].to_numpy(), shard * part.shard_size
+        chosen_rows: np.ndarray = rows[slice(*np.searchsorted(rows, [first, first + part.shard_rows(shard)]))] - first
+        return chosen_rows
+
+    def _groups(self, number: int) -> np.ndarray:
+        chosen = self.selections[number]
+        starts = np.arange(0, chosen.images, chosen.shard_size)
+        sizes = np.minimum(chosen.shard_size, chosen.images - starts)
+        counts = -(-sizes // ROW_GROUP_SIZE)
+        shards = np.repeat(np.arange(len(starts)), counts)
+        groups = np.arange(len(shards)) - np.repeat(counts.cumsum() - counts, counts)
+        first = starts[shards] + groups * ROW_GROUP_SIZE
+        last = np.minimum(first + ROW_GROUP_SIZE, (starts + sizes)[shards])
+        if not chosen.whole:
+            first, last = np.searchsorted(self.samples(number, ["row"])["row"].to_numpy(), [first, last])
+        found = np.stack(
+            [np.full(len(shards), number), shards, groups, (last - first) * self.policy.rows_per_image], axis=1
+        )
+        return found[found[:, 3] > 0]
 
 
-def plan_dataset(
-    cache: Store, source: Source, name: str, shard_size: int, policy: ViewPolicy, snapshot: RecordSnapshot | None = None
-) -> tuple[Dataset, pa.Table]:
-    """The dataset of a source in this cache, existing or to be created, and the source's index; writes nothing.
+def group_rows(part: Part, shard: int, group: int) -> tuple[int, int]:
+    """First row in the part of a row group of images, and the row after its last."""
+    start = shard * part.shard_size
+    first = start + group * ROW_GROUP_SIZE
+    return first, min(first + ROW_GROUP_SIZE, start + part.shard_rows(shard))
 
-    An existing dataset keeps its own shard size.
+
+def read_samples(store: Store, file: str, columns: list[str] | None = None) -> pa.Table:
+    """A file of samples, or these columns of it; DamagedError if it is missing or damaged."""
+    with report_damage(f"{store.uri}/{file}"):
+        table = pq.read_table(store.open(file), columns=columns, page_checksum_verification=True)
+        return selected(table, columns)
+
+
+def dataset_store(cache: Store, name: str) -> Store:
+    """Folder of all versions of a data set."""
+    return cache.sub(f"datasets/{folder_name(name)}")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version that the cache holds: when it was made, in seconds since 1970, and its content."""
+
+    file: str
+    made: float
+    dataset: Dataset
+
+
+def read_versions(cache: Store, name: str, policy: ViewPolicy, snapshot: RecordSnapshot) -> Iterator[Version]:
+    """The versions of a data set, the latest first, without damaged ones; UserError for one of another format."""
+    for file in version_files(dataset_store(cache, name)):
+        try:
+            yield read_version(cache, folder_name(name), file, policy, snapshot)
+        except DamagedError as error:
+            log.warning("%s; images that it alone lists are read again", error)
+
+
+def version_files(store: Store) -> list[str]:
+    """Names of the files of versions in a folder of `datasets`, the latest first."""
+    return sorted((file for file in store.files() if file.startswith("version-")), reverse=True)
+
+
+def read_version(
+    cache: Store, folder: str, file: str, policy: ViewPolicy = WHOLE, snapshot: RecordSnapshot | None = None
+) -> Version:
+    """A version from its file in a folder of `datasets`.
 
     Raises:
-        UserError: if the source is unusable, or the cache holds other data under this name.
+        DamagedError: if it cannot be read.
+        UserError: if it is of another format.
     """
-    index = source.index()
-    if source.random_access or pc.sum(index["size"]).as_py() <= SCATTER_BYTES:
-        index = _scatter(index)
-    fingerprint = index_fingerprint(index)
-    store = cache.sub(dataset_id(name, fingerprint))
-    content = source.location, fingerprint, index.num_rows, tuple(source.classes)
-    dataset = Dataset(store, name, *content, shard_size, policy, snapshot or RecordSnapshot())
-    _refuse_other_data(cache, dataset)
-    if store.exists("dataset.json"):
-        known = {key: value for key, value in read_meta(store).items() if key in DESCRIBED and key != "fingerprint"}
-        dataset = replace(dataset, **{**known, "classes": tuple(known["classes"])})
-    return dataset, index
-
-
-def create_dataset(dataset: Dataset, index: pa.Table) -> None:
-    """Write the index and the descriptions of the dataset and its view, unless they exist.
-
-    An index whose files have moved or changed is written again, with the same images in the same order.
-    """
-    if not dataset.view.exists("view.json"):
-        dataset.view.put("view.json", json.dumps(asdict(dataset.policy), indent=2).encode())
-    if dataset.store.exists("dataset.json"):
-        if len(changed_rows(dataset, index)):
-            write_index(dataset, index)
-        return
-    write_index(dataset, index)
-    meta = {"format": FORMAT_VERSION, **{name: getattr(dataset, name) for name in DESCRIBED}}
-    dataset.store.put("dataset.json", json.dumps(meta, indent=2).encode())
-
-
-def changed_rows(dataset: Dataset, index: pa.Table) -> np.ndarray:
-    """Numbers of the rows of an index whose files have another place or version than the index in the cache says.
-
-    None if the cache has no index that can be read; all if an older version made it, without versions of files. Generated
-    scenes have no files.
-    """
-    none = np.empty(0, np.int64)
-    if dataset.location == SAMPLES or not dataset.store.exists("index.parquet"):
-        return none
+    store = cache.sub(f"datasets/{folder}")
     try:
-        file = pq.ParquetFile(dataset.store.open("index.parquet"))
-        known = file.read([name for name in ("uri", "version") if name in file.schema_arrow.names])
-    except (pa.ArrowException, OSError):
-        return none  # --verify says so, and --repair writes it again
-    if "version" not in known.column_names or known.num_rows != index.num_rows:
-        return np.arange(index.num_rows)
-    differs = pc.or_(*(pc.not_equal(known[name], index[name]) for name in ("uri", "version")))
-    return np.flatnonzero(differs.to_numpy())
+        meta = unsealed(store.get(file))
+        if meta["format"] != FORMAT_VERSION:
+            raise UserError(
+                f"{store.uri} has cache format {meta['format']}, this version reads {FORMAT_VERSION}: name another cache.uri"
+            )
+        files = tuple((str(uri), int(version)) for uri, version in meta["files"])
+        chosen = tuple(Selection(*item)._replace(files=tuple(item[-1])) for item in meta["selections"])
+        content = meta["name"], meta["location"], tuple(meta["classes"]), files, chosen, meta["bad"]
+        dataset = Dataset(cache, *content, policy, snapshot or RecordSnapshot())
+        _check_fields(dataset)
+        return Version(file, float(meta["made"]), dataset)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        remedy = f"with the recipe of its data and --verify --repair, or forget it with --delete {folder}/{file}"
+        raise DamagedError(f"{store.uri}/{file} cannot be read ({error}): run jobs/precompute.py {remedy}") from error
 
 
-def write_index(dataset: Dataset, index: pa.Table) -> None:
-    """Write the index, one row group per shard."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(index, sink, row_group_size=dataset.shard_size)
-    dataset.store.put("index.parquet", sink.getvalue())
+def _check_fields(dataset: Dataset) -> None:
+    """Raise ValueError unless the fields are valid, above all the file names, which must not lead out of the cache."""
+    texts = all(isinstance(text, str) for text in (dataset.name, dataset.location, *dataset.classes))
+    selections = all(
+        _PART.fullmatch(chosen.part)
+        and _SAMPLES.fullmatch(chosen.file)
+        and min(chosen.images, chosen.shard_size, chosen.samples) > 0
+        and all(0 <= number < len(dataset.files) for number in chosen.files)
+        for chosen in dataset.selections
+    )
+    if not (texts and selections and (not dataset.bad or _SAMPLES.fullmatch(dataset.bad))):
+        raise ValueError("a field has the wrong type, or names a file that is none of a data set")
 
 
-def discard_stats(folder: ShardFolder) -> None:
-    """Delete the merged statistics of a teacher's shards, and PHI-S; both are computed again once all shards exist."""
-    for name in ("stats.npz", "phi_s.npz"):
-        folder.store.delete(name)
+def make_dataset(
+    empty: Dataset,
+    parts: Iterable[Part],
+    samples: Mapping[str, pa.Table],
+    bad: pa.Table,
+    kept: Mapping[str, tuple[Selection, Dataset]] | None = None,
+) -> Dataset:
+    """A version with these samples, which is not written yet.
 
-
-def _scatter(index: pa.Table) -> pa.Table:
-    """Order samples by the hash of their id: every shard and row group is then a random sample of the classes.
-
-    A source lists one class after the other: in that order, a window of the training shuffle would hold a single class.
+    Args:
+        empty: with the name, location, classes, files, view and snapshot.
+        parts: those that hold the samples, and possibly others.
+        samples: by the id of their part, rows of `SAMPLE_SCHEMA`.
+        bad: rows of `BAD_SCHEMA`.
+        kept: selections of another version that stay as they are, with that version, by the id of their part.
     """
-    hashes = [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in index["sample_id"].to_pylist()]
-    return index.take(sorted(range(len(hashes)), key=hashes.__getitem__))
+    numbers = {uri: number for number, (uri, _) in enumerate(empty.files)}
+    draft: dict[str, pa.Table] = {}
+    selections = []
+    for part in parts:
+        if part.id in samples:
+            table = samples[part.id].sort_by([("row", "ascending"), ("sample_id", "ascending")])
+            chosen = _selection(part, table, numbers)
+            draft[chosen.file] = table
+            selections.append(chosen)
+        elif kept and part.id in kept:
+            chosen, before = kept[part.id]
+            uris = (before.files[number][0] for number in chosen.files)
+            selections.append(chosen._replace(files=tuple(sorted(numbers[uri] for uri in uris))))
+    bad_file = f"bad-{fingerprint(bad)[:16]}.parquet" if bad.num_rows else ""
+    if bad_file:
+        draft[bad_file] = bad
+    return replace(empty, selections=tuple(selections), bad=bad_file, draft=draft)
 
 
-def read_meta(store: Store) -> dict[str, Any]:
-    """The content of a dataset folder's dataset.json; UserError if it cannot be read or has another cache format."""
-    try:
-        meta: dict[str, Any] = json.loads(store.get("dataset.json"))
-        version = meta["format"]
-        if version == FORMAT_VERSION and not _is_description(meta):
-            raise ValueError("fields are missing or have the wrong type")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{store.uri}/dataset.json cannot be read ({error}): restore it, or delete its folder"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{store.uri} has cache format {version}, this version reads {FORMAT_VERSION}: name another cache.uri"
-        )
-    return meta
-
-
-def _is_description(meta: dict[str, Any]) -> bool:
-    texts, counts, classes = ("name", "location", "fingerprint"), ("count", "shard_size"), meta.get("classes")
-    return (
-        all(isinstance(meta.get(key), str) for key in texts)
-        and all(isinstance(meta.get(key), int) and meta[key] > 0 for key in counts)
-        and isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
+def _selection(part: Part, table: pa.Table, files: Mapping[str, int]) -> Selection:
+    labels, rows = table["label"], table["row"].to_numpy()
+    return Selection(
+        part.id,
+        part.count,
+        part.shard_size,
+        f"rows-{fingerprint(table)[:16]}.parquet",
+        fingerprint(table.select(["sample_id", "label", "key", "row"]))[:32],
+        table.num_rows,
+        table.num_rows - labels.null_count,
+        int(pc.sum(table["size"]).as_py() or 0),
+        bool(np.array_equal(rows, np.arange(part.count))),
+        tuple(sorted(files[uri] for uri in pc.unique(table["uri"]).to_pylist() if uri in files)),
     )
 
 
-def _refuse_other_data(cache: Store, dataset: Dataset) -> None:
-    for folder in cache.folders():
-        store = cache.sub(folder)
-        if not folder.startswith(dataset.id.rsplit("-", 1)[0]) or not store.exists("dataset.json"):
-            continue
-        meta = read_meta(store)
-        if meta["name"] == dataset.name and meta["fingerprint"] != dataset.fingerprint:
-            raise UserError(
-                f"cache {store.uri} was made for other data: {meta['count']} images of {meta['location']}, "
-                f"{dataset.location} now gives {dataset.count} with other names, sizes or labels; restore them, "
-                f"set data.name to cache the new version under its own name, or delete that folder"
-            )
+def write_dataset(dataset: Dataset, damaged: Collection[str] = ()) -> Dataset:
+    """Write a version, after its files, unless the latest version is the same; returns it without its draft.
+
+    Args:
+        damaged: files that are written again, if they are those of this version.
+    """
+    latest = next(read_versions(dataset.cache, dataset.name, dataset.policy, dataset.snapshot), None)
+    present = dataset.store.files().keys() - damaged
+    for name, table in dataset.draft.items():
+        if name not in present:
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+            dataset.store.put(name, sink.getvalue())
+    if latest and latest.dataset == dataset:
+        return replace(dataset, draft={})
+    made = max(time.time(), latest.made + 1e-3 if latest else 0.0)
+    fields = ("name", "location", "count", "fingerprint", "classes", "files", "bad", "selections")
+    meta = {"format": FORMAT_VERSION, **{name: getattr(dataset, name) for name in fields}, "made": made}
+    dataset.store.put(f"version-{round(1000 * made):014d}-{dataset.fingerprint[:8]}.json", sealed(meta))
+    return replace(dataset, draft={})
+
+
+def record_use(dataset: Dataset, run_id: str) -> None:
+    """Note that a run uses this version."""
+    dataset.store.sub(f"used/{dataset.fingerprint[:16]}").put(run_id, b"")
+
+
+def used_by(dataset: Dataset) -> list[str]:
+    """Ids of the runs that have used this version, sorted."""
+    return sorted(dataset.store.sub(f"used/{dataset.fingerprint[:16]}").files())

@@ -13,7 +13,10 @@ from pipeline.storage.names import folder_name
 if TYPE_CHECKING:
     from teachers.base import TeacherSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Of the folders and files of a cache."""
+FEATURES_VERSION = 2
+"""Of what a teacher's rows hold."""
 
 
 def digest(value: Any) -> str:
@@ -21,25 +24,37 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def index_fingerprint(index: pa.Table) -> str:
-    """SHA-256 over (sample id, byte size, label) of an index, in its order."""
+def sealed(meta: dict[str, Any]) -> bytes:
+    """A JSON object with its own digest, as the field ``checksum``."""
+    return json.dumps({**meta, "checksum": digest(meta)}, indent=2, sort_keys=True).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The inverse of `sealed`; ValueError if a byte has changed."""
+    try:
+        meta: dict[str, Any] = json.loads(data)
+        checksum = meta.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no JSON object with a checksum: {error}") from error
+    if checksum != digest(meta):
+        raise ValueError("its content does not have its checksum")
+    return meta
+
+
+def fingerprint(table: pa.Table) -> str:
+    """SHA-256 over the values of a table, in its order."""
     state = hashlib.sha256()
-    for batch in index.select(["sample_id", "size", "label"]).to_batches():
+    for batch in table.combine_chunks().to_batches():
         rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        state.update("".join(f"{sample}\t{size}\t{label}\n" for sample, size, label in rows).encode())
+        state.update("".join(f"{row}\n" for row in rows).encode())
     return state.hexdigest()
-
-
-def dataset_id(name: str, fingerprint: str) -> str:
-    """Folder of a dataset: its readable name and a short hash of its index."""
-    return f"{folder_name(name)}-{fingerprint[:8]}"
 
 
 def teacher_identity(spec: TeacherSpec, codec: str, precision: str) -> dict[str, Any]:
     """Everything that decides the numbers of a cached teacher, JSON-ready."""
     # Version 0.1 compressed values in token order.
     order = {"order": "by channel"} if codec.endswith("-zstd") else {}
-    return {"format": FORMAT_VERSION, "codec": codec, **order, "precision": precision, **spec.identity()}
+    return {"format": FEATURES_VERSION, "codec": codec, **order, "precision": precision, **spec.identity()}
 
 
 def teacher_id(spec: TeacherSpec, codec: str, precision: str) -> str:

@@ -61,11 +61,8 @@ def dump_projections(projections: Mapping[str, Projection]) -> bytes:
 
 
 def load_projections(data: bytes) -> dict[str, Projection]:
-    """The inverse of :func:`dump_projections`; also reads the principal components of raw patches of earlier versions."""
+    """The inverse of :func:`dump_projections`."""
     arrays = load_arrays(data)
-    if "basis" in arrays:
-        mean, components = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["basis"])
-        return {"patches": Projection(mean, torch.ones_like(mean), components)}
     return {kind: _load(arrays, kind) for kind in kinds_of(arrays)}
 
 

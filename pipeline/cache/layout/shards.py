@@ -5,18 +5,19 @@ same shard, the later record replaces the earlier one and names its own data fil
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cache.layout.keys import sealed, unsealed
 from pipeline.cache.layout.stats import Moments, dump_moments, load_moments
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.storage.store import Store, report_damage
@@ -26,6 +27,11 @@ ROW_GROUP_SIZE = 64
 RECORD = re.compile(r"shard-(\d{5,})\.json")
 """Name of a record."""
 _FILE = re.compile(r"(shard-\d{5,}-[0-9a-f]{8}\.(parquet|npz)|projection-[0-9a-f]{8}\.npz)?")
+
+RECORDS = "records.json"
+"""Name of the file with the records of all shards of a part, written when they are complete."""
+Figures = dict[str, dict[str, float]]
+"""Figures of `pipeline.cache.layout.target.fidelity` by token type."""
 
 log = logging.getLogger(__name__)
 
@@ -63,20 +69,12 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group: its shard, its number in the shard's file, and its rows."""
+    """One row group: the number of its part in a list of parts, its shard, its number in the shard's file, and its rows."""
 
+    part: int
     shard: int
     group: int
     rows: int
-
-
-def row_groups(records: Iterable[ShardRecord], rows_per_image: int = 1) -> list[RowGroup]:
-    """The row groups of these shards of images, in order, with the rows that each has in a view."""
-    return [
-        RowGroup(record.shard, group, min(ROW_GROUP_SIZE, record.rows - first) * rows_per_image)
-        for record in records
-        for group, first in enumerate(range(0, record.rows, ROW_GROUP_SIZE))
-    ]
 
 
 def evenly_spaced(groups: Sequence[RowGroup], count: int) -> list[RowGroup]:
@@ -86,10 +84,15 @@ def evenly_spaced(groups: Sequence[RowGroup], count: int) -> list[RowGroup]:
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """The shards of the images, of a view's rows, or of one teacher. Picklable."""
+    """The shards of a part: of the images, of a view's rows, or of one teacher. Picklable.
+
+    Attributes:
+        home: where a teacher's projections are, for all parts.
+    """
 
     store: Store
     row_group_size: int = ROW_GROUP_SIZE
+    home: Store | None = None
 
     def commit(
         self,
@@ -117,7 +120,7 @@ class ShardFolder:
             row_group_size=self.row_group_size,
             compression=compression,
             use_dictionary=False,
-            write_statistics=["sample_id"],
+            write_statistics=["key"],
             write_page_checksum=True,
         )
         data = sink.getvalue()
@@ -131,13 +134,34 @@ class ShardFolder:
             shard, f"{stem}.parquet", table.num_rows, data.size, sha256, statistics, projection, facts or {}
         )
         before_listing(record)
-        self.store.put(record_name(shard), json.dumps(asdict(record), sort_keys=True).encode())
+        self.store.put(record_name(shard), sealed(asdict(record)))
         return record
 
     def records(self) -> dict[int, ShardRecord]:
-        """Records of the complete shards by number, in order. Reads one file per shard: see `RecordSnapshot`."""
+        """Records of the complete shards by number, in order. Reads one file per shard, or one if all were complete before."""
         files = self.store.files()
+        if RECORDS in files:
+            together, shards = self._read_together(), {name for name in files if name.endswith(".parquet")}
+            # A record that was deleted, or a shard that was committed again since then, is not in the one file.
+            same = record_numbers(files) == together.keys() and shards == {item.file for item in together.values()}
+            if same and len(complete := self.complete(together, files)) == len(together):
+                return complete
         return self.complete(self.read_records(record_numbers(files)), files)
+
+    def write_together(self, records: Mapping[int, ShardRecord]) -> None:
+        """Write the records of all shards, which are complete, into one file."""
+        self.store.put(RECORDS, dump_records(records.values()))
+
+    def _read_together(self) -> dict[int, ShardRecord]:
+        """What `write_together` wrote; nothing if that is damaged, since each record has a file of its own."""
+        try:
+            records = [ShardRecord(**item) for item in unsealed(self.store.get(RECORDS))["records"]]
+            for record in records:
+                _check_fields(record)
+            return {record.shard: record for record in records}
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s/%s cannot be read (%s): reading the record of every shard", self.store.uri, RECORDS, error)
+            return {}
 
     def complete(self, records: Mapping[int, ShardRecord], files: Mapping[str, int]) -> dict[int, ShardRecord]:
         """The records whose shard is complete, given the folder's files and their sizes.
@@ -145,7 +169,8 @@ class ShardFolder:
         A shard is incomplete if its file is missing, differs in size from its record, or was encoded with another
         projection than the folder's; it is then computed again.
         """
-        projection, complete = _projection(files), {}
+        complete: dict[int, ShardRecord] = {}
+        projection = self.projection if any(record.projection for record in records.values()) else ""
         for record in records.values():
             if reason := _fault(record, files.get(record.file), projection):
                 log.warning("%s/%s %s: it will be computed again", self.store.uri, record.file, reason)
@@ -176,9 +201,9 @@ class ShardFolder:
         """As `listing`, but FileNotFoundError if there is no record, ValueError if it is not one of this shard."""
         data = self.store.get(record_name(shard))
         try:
-            record = ShardRecord(**json.loads(data))
+            record = ShardRecord(**unsealed(data))
             _check_fields(record)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"is not a record ({error})") from error
         if record.shard != shard:
             raise ValueError(f"is the record of shard {record.shard}")
@@ -187,6 +212,7 @@ class ShardFolder:
     def unlist(self, shard: int) -> None:
         """Delete a shard's record, then the files that it names; a file that belongs to another shard stays."""
         record = self.listing(shard)
+        self.store.delete(RECORDS)
         self.store.delete(record_name(shard))
         for name in (record.file, record.moments) if record else ():
             if name.startswith(f"shard-{shard:05d}-"):
@@ -200,12 +226,8 @@ class ShardFolder:
 
     @property
     def projection(self) -> str:
-        """Name of the folder's projection; "" while there is none."""
-        return _projection(self.store.files())
-
-    def add_projection(self, data: bytes) -> None:
-        """Write a projection, named after its content. If two processes add one each, every reader picks the same one."""
-        self.store.put(f"projection-{hashlib.sha256(data).hexdigest()[:8]}.npz", data)
+        """Name of the teacher's projection; "" while there is none."""
+        return projection_in(self.home) if self.home else ""
 
     def read(self, record: ShardRecord, columns: list[str] | None = None) -> pa.Table:
         """All rows of a shard; UserError if the file is missing or damaged."""
@@ -234,8 +256,8 @@ def _check_fields(record: ShardRecord) -> None:
 
 
 def keys_of(table: pa.Table) -> list[tuple[str, int]]:
-    """Sample id and view of every row."""
-    return list(zip(table["sample_id"].to_pylist(), table["view"].to_pylist(), strict=True))
+    """Key, in hexadecimal digits, and view of every row."""
+    return [(key.hex(), view) for key, view in zip(table["key"].to_pylist(), table["view"].to_pylist(), strict=True)]
 
 
 def in_one_piece(column: pa.ChunkedArray) -> pa.Array:
@@ -258,8 +280,14 @@ def selected(table: pa.Table, columns: list[str] | None) -> pa.Table:
     return table if columns is None else table.select(columns)
 
 
-def _projection(files: Iterable[str]) -> str:
-    return min((name for name in files if name.startswith("projection-")), default="")
+def projection_in(home: Store) -> str:
+    """Name of the projection in a teacher's folder; "" while there is none."""
+    return min((name for name in home.files() if name.startswith("projection-")), default="")
+
+
+def add_projection(home: Store, data: bytes) -> None:
+    """Write a projection, named after its content. If two processes add one each, every reader picks the same one."""
+    home.put(f"projection-{hashlib.sha256(data).hexdigest()[:8]}.npz", data)
 
 
 def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
@@ -269,3 +297,24 @@ def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
     if size != record.bytes:
         return f"has {size} bytes, its record says {record.bytes}"
     return "was encoded with another projection" if record.projection != projection else ""
+
+
+def dump_records(records: Iterable[ShardRecord]) -> bytes:
+    """Records as JSON, with a checksum."""
+    return sealed({"records": [asdict(record) for record in records]})
+
+
+def merge_figures(parts: Iterable[tuple[Mapping[str, Mapping[str, float]], int]]) -> Figures:
+    """Figures of fidelity over parts with their rows: means by rows, but the lowest 1st percentile.
+
+    A figure that nothing was measured for is left out.
+    """
+    known, merged = list(parts), Figures()
+    for kind in dict.fromkeys(kind for figures, _ in known for kind in figures):
+        found = [(figures[kind], rows) for figures, rows in known if kind in figures]
+        merged[kind] = {}
+        for name in ("target_cosine", "target_cosine_p1", "relative_error"):
+            if measured := [(figures[name], rows) for figures, rows in found if name in figures]:
+                values, counts = zip(*measured, strict=True)
+                merged[kind][name] = min(values) if name == "target_cosine_p1" else fmean(values, counts)
+    return merged

@@ -1,47 +1,69 @@
 """The shard records that one job has read."""
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
 
-from pipeline.cache.layout.shards import ShardFolder, ShardRecord, record_numbers
+from pipeline.cache.layout.shards import Figures, ShardFolder, ShardRecord, merge_figures
+
+FOLDERS_HELD = 1024
+"""Folders whose records are kept in memory; a summary is kept of all."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The complete shards of a folder: their numbers, rows, bytes and merged fidelity."""
+
+    shards: frozenset[int]
+    rows: int
+    bytes: int
+    fidelity: Figures
 
 
 class RecordSnapshot:
-    """The records of the shards in several folders; each record is read from the store once. And which datasets' images were
-    compared with their source (`compared`, by URI), as the phases of a job share them.
+    """The records of the shards in several folders, as of when they were first asked for.
 
-    A record is a small file, and a job asks for the records of a folder a dozen times: in the plan, while filling, and in
-    every reader. The datasets of a job share one snapshot, and whoever commits shards refreshes it. It is picklable, so
-    that training workers read no record again. Code that writes a shard asks the store itself (`ShardFolder.record`),
-    because a snapshot may be hours old.
+    A job asks for the records of a folder a dozen times: in the plan, while filling, and in every reader. The data sets of a
+    job share one snapshot, and whoever commits shards refreshes it. Another process starts with an empty one. Code that writes
+    a shard asks the store itself (`ShardFolder.record`), because a snapshot may be hours old.
     """
 
     def __init__(self) -> None:
-        self.compared: set[str] = set()
-        self._folders: dict[str, ShardFolder] = {}
-        self._listed: dict[str, dict[int, ShardRecord]] = {}
-        self._complete: dict[str, dict[int, ShardRecord]] = {}
+        self._summaries: dict[str, Summary] = {}
+        self._records: OrderedDict[str, dict[int, ShardRecord]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
 
     def records(self, folder: ShardFolder) -> dict[int, ShardRecord]:
-        """Records of the folder's complete shards by number, in order, as of the last refresh."""
-        if folder.store.uri not in self._folders:
-            self._read(folder, None)
-        return self._complete[folder.store.uri]
+        """Records of the folder's complete shards by number, in order."""
+        uri = folder.store.uri
+        if uri not in self._records:
+            self._read(folder)
+        self._records.move_to_end(uri)
+        return self._records[uri]
 
-    def refresh(self, below: str, shards: Iterable[int] | None = None) -> None:
-        """Read the records of these shards (None: of all) again in every known folder at or below the URI `below`.
+    def summary(self, folder: ShardFolder) -> Summary:
+        """What the folder holds."""
+        if folder.store.uri not in self._summaries:
+            self._read(folder)
+        return self._summaries[folder.store.uri]
 
-        Folders that nobody has asked for are not read. All known shards are checked against the files that exist now.
-        """
-        chosen = None if shards is None else set(shards)
-        for uri, folder in self._folders.items():
-            if f"{uri}/".startswith(f"{below}/"):
-                self._read(folder, chosen)
+    def refresh(self, below: str) -> None:
+        """Forget what was read of the folders at or below the URI `below`."""
+        for known in (self._summaries, self._records):
+            for uri in [uri for uri in known if f"{uri}/".startswith(f"{below}/")]:
+                del known[uri]
 
-    def _read(self, folder: ShardFolder, shards: set[int] | None) -> None:
-        uri, files = folder.store.uri, folder.store.files()
-        present = record_numbers(files)
-        known = {} if shards is None else {n: r for n, r in self._listed[uri].items() if n in present - shards}
-        read = folder.read_records(present if shards is None else present & shards)
-        self._folders[uri] = folder
-        self._listed[uri] = dict(sorted({**known, **read}.items()))
-        self._complete[uri] = folder.complete(self._listed[uri], files)
+    def _read(self, folder: ShardFolder) -> None:
+        uri, records = folder.store.uri, folder.records()
+        kept = [record for record in records.values() if record.rows]
+        fidelity = merge_figures((record.facts.get("fidelity", {}), record.rows) for record in kept)
+        rows, size = sum(record.rows for record in kept), sum(record.bytes for record in kept)
+        self._summaries[uri] = Summary(frozenset(records), rows, size, fidelity)
+        self._records[uri] = records
+        if len(self._records) > FOLDERS_HELD:
+            self._records.popitem(last=False)

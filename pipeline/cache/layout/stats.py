@@ -134,10 +134,7 @@ def dump_moments(moments: Mapping[str, Moments]) -> bytes:
 
 
 def load_moments(data: bytes) -> dict[str, Moments]:
-    """The inverse of :func:`dump_moments`; ValueError if there are none.
-
-    Files of earlier versions hold the upper triangle of a scatter matrix, whose diagonal is kept.
-    """
+    """The inverse of :func:`dump_moments`; ValueError if there are none."""
     arrays = load_arrays(data)
     if not arrays:
         raise ValueError("it holds no statistics")
@@ -146,11 +143,4 @@ def load_moments(data: bytes) -> dict[str, Moments]:
 
 def _load(arrays: Mapping[str, np.ndarray], kind: str) -> Moments:
     count, mean = int(arrays[f"{kind}_count"]), arrays[f"{kind}_mean"].astype(np.float64)
-    if f"{kind}_std" in arrays:
-        return Moments(count, mean, arrays[f"{kind}_std"].astype(np.float64) ** 2 * count)
-    size, triangle = len(mean), arrays[f"{kind}_scatter"]
-    if len(triangle) != size * (size + 1) // 2:
-        raise ValueError(f"the scatter matrix of {kind} does not have {size} channels")
-    # Row n of the triangle begins with its diagonal entry and has one entry fewer than the row before.
-    firsts = np.cumsum(np.arange(size, 0, -1)) - np.arange(size, 0, -1)
-    return Moments(count, mean, triangle[firsts])
+    return Moments(count, mean, arrays[f"{kind}_std"].astype(np.float64) ** 2 * count)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -16,10 +16,10 @@ import torch
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection
-from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.keys import index_fingerprint
+from pipeline.cache.layout.keys import FORMAT_VERSION, fingerprint, unsealed
+from pipeline.cache.layout.part import PART_SCHEMA, Part, image_key, part_id, teacher_home
 from pipeline.cache.layout.projection import load_projections
-from pipeline.cache.layout.shards import ShardFolder, ShardRecord, keys_of, record_name
+from pipeline.cache.layout.shards import RECORDS, ShardFolder, ShardRecord, keys_of, projection_in, record_name
 from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, views_of
 from pipeline.errors import one_line
 from pipeline.storage.store import Store
@@ -40,23 +40,23 @@ class Finding:
     """A problem found in the cache.
 
     Attributes:
-        part: ``index``, ``images``, ``rows``, or a teacher's id.
+        place: id of a part or of a teacher, or the name of a data set.
+        what: ``index``, ``images``, ``rows``, ``samples``, ``version``, ``source``, or a teacher's id.
         shard: its number, or None for a file that belongs to all shards.
         file: path below the cache.
     """
 
-    dataset: str
-    part: str
+    place: str
+    what: str
     shard: int | None
     file: str
     problem: str
 
 
-def finding(dataset: Dataset, part: str, folder: Store, shard: int | None, broken: BrokenError) -> Finding:
-    """The finding for a broken file in a folder of a dataset."""
-    cache = dataset.store.uri.rpartition("/")[0]
-    path = f"{folder.uri.removeprefix(f'{cache}/')}/{broken.file}"
-    return Finding(dataset.id, part, shard, path, broken.problem)
+def finding(cache: Store, place: str, what: str, folder: Store, shard: int | None, broken: BrokenError) -> Finding:
+    """The finding for a broken file in a folder of the cache."""
+    path = f"{folder.uri.removeprefix(f'{cache.uri}/')}/{broken.file}"
+    return Finding(place, what, shard, path, broken.problem)
 
 
 @dataclass(frozen=True)
@@ -128,26 +128,27 @@ def _get(store: Store, name: str) -> bytes:
         raise BrokenError(name, "is missing") from None
 
 
-def check_images(opened: Shard, index: pa.Table | None) -> pa.Table:
-    """Check and return a shard's images: those of its part of the index, in order, without the quarantined ones."""
+def check_images(opened: Shard, keys: list[bytes] | None) -> pa.Table:
+    """Check and return a shard's images: those with these keys, in order, and each with the bytes that its key says."""
     check_schema(opened, IMAGES_SCHEMA)
     images = opened.read()
-    if index is not None:
-        bad = {sample["sample_id"] for sample in opened.fact("bad")}
-        due = index.filter(pa.array([name not in bad for name in index["sample_id"].to_pylist()], pa.bool_()))
-        _check_keys(opened, due["sample_id"].to_pylist(), images["sample_id"].to_pylist())
-        _check_keys(opened, due["label"].to_pylist(), images["label"].to_pylist(), "label")
+    stored = images["key"].to_pylist()
+    if keys is not None:
+        _check_keys(opened, [key.hex() for key in keys], [key.hex() for key in stored])
+    for key, data in zip(stored, images["image"], strict=True):
+        if image_key(data.as_py()) != key:
+            raise opened.broken(f"holds other bytes than the key {key.hex()} says")
     _check_geometry(opened, images)
     return images
 
 
-def check_rows_shard(dataset: Dataset, opened: Shard, images: pa.Table | None) -> pa.Table:
+def check_rows_shard(part: Part, opened: Shard, images: pa.Table | None) -> pa.Table:
     """Check and return the crops of a shard: every view of every image, in order."""
     check_schema(opened, ROWS_SCHEMA)
     rows = opened.read()
     if images is not None:
-        views = range(dataset.policy.rows_per_image)
-        due = [(name, view) for name in images["sample_id"].to_pylist() for view in views]
+        views = range(part.policy.rows_per_image)
+        due = [(key.hex(), view) for key in images["key"].to_pylist() for view in views]
         _check_keys(opened, due, keys_of(rows))
     _check_geometry(opened, rows)
     return rows
@@ -182,12 +183,12 @@ def check_features(teacher: CachedTeacher, opened: Shard, rows: pa.Table | None)
         if metadata.get(f"{kind}.shape".encode()) != json.dumps(shape).encode():
             raise opened.broken(f"does not have the shape {shape} of {kind} in its metadata")
     if rows is not None:
-        _check_keys(opened, keys_of(rows), keys_of(opened.read(["sample_id", "view"])))
+        _check_keys(opened, keys_of(rows), keys_of(opened.read(["key", "view"])))
 
 
 def features_schema(codecs: Mapping[str, FeatureCodec]) -> pa.Schema:
     """Columns of a teacher's shard."""
-    keys = [ROWS_SCHEMA.field("sample_id"), ROWS_SCHEMA.field("view")]
+    keys = [ROWS_SCHEMA.field("key"), ROWS_SCHEMA.field("view")]
     columns = [pa.field(kind, pa.binary(codec.row_bytes), nullable=False) for kind, codec in codecs.items()]
     return pa.schema([*keys, *columns])
 
@@ -201,45 +202,78 @@ def load_file(store: Store, name: str, load: Callable[[bytes], T]) -> T:
         raise BrokenError(name, f"cannot be read: {error}") from error
 
 
-def check_index(dataset: Dataset) -> None:
-    """Check that the index has the fingerprint that names the dataset."""
+def check_index(part: Part) -> pa.Table:
+    """Check and return the index of a part, whose keys give the part its name."""
     name = "index.parquet"
     try:
-        index = pq.ParquetFile(pa.BufferReader(_get(dataset.store, name)))
-        fingerprint, groups = index_fingerprint(index.read()), index.num_row_groups
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise BrokenError(name, f"is no Parquet file: {one_line(error)}") from error
-    if fingerprint != dataset.fingerprint:
-        raise BrokenError(name, f"has fingerprint {fingerprint[:12]}, the dataset is {dataset.fingerprint[:12]}")
-    if groups != dataset.shards:
-        raise BrokenError(name, f"has {groups} row groups, the dataset has {dataset.shards} shards")
+        data = pa.BufferReader(_get(part.store, name))
+        index = pq.read_table(data, schema=PART_SCHEMA, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise BrokenError(name, f"is no Parquet file of keys and sizes: {one_line(error)}") from error
+    if part_id(index) != part.id:
+        raise BrokenError(name, f"has keys of the part {part_id(index)}")
+    if index.num_rows != part.count:
+        raise BrokenError(name, f"has {index.num_rows} rows, the part has {part.count} images")
+    return index
 
 
-def check_description(folder: ShardFolder, teacher: CachedTeacher) -> str:
-    """Check teacher.json; returns the SHA-256 of the weights that the folder was made with."""
-    name = "teacher.json"
-    data = _get(folder.store, name)
+def check_part(part: Part) -> None:
+    """Check the description of a part."""
+    due = {"format": FORMAT_VERSION, "count": part.count, "shard_size": part.shard_size}
+    if _description(part.store, "part.json") != due:
+        raise BrokenError("part.json", f"does not say {due}")
+
+
+def check_records(folder: ShardFolder) -> None:
+    """Check that the records that were written together, if they were, are those of the shards."""
+    if not folder.store.exists(RECORDS):
+        return
+    listed = folder.listed()
+    for item in _description(folder.store, RECORDS).get("records", []):
+        if item["shard"] in listed and asdict(listed[item["shard"]]) != item:
+            raise BrokenError(RECORDS, f"has another record of shard {item['shard']} than the shard itself")
+
+
+def check_samples(store: Store, name: str) -> None:
+    """Check that a file of samples has the content that its name says."""
     try:
-        described = json.loads(data)
-        described_id, weights = described["id"], described["weights_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BrokenError(name, f"cannot be read: {error}") from error
+        samples = pq.read_table(pa.BufferReader(_get(store, name)))
+        found = fingerprint(samples)[:16]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise BrokenError(name, f"is no Parquet file: {one_line(error)}") from error
+    if not name.endswith(f"-{found}.parquet"):
+        raise BrokenError(name, "does not have the content that its name says")
+
+
+def check_description(cache: Store, teacher: CachedTeacher) -> str:
+    """Check teacher.json; returns the SHA-256 of the weights that the features were made with."""
+    name = "teacher.json"
+    described = _description(teacher_home(cache, teacher.id), name)
+    described_id, weights = described.get("id"), described.get("weights_sha256")
     if described_id != teacher.id:
         raise BrokenError(name, f"describes {described_id}")
     return str(weights)
 
 
-def check_projections(folder: ShardFolder, teacher: CachedTeacher) -> dict[str, Projection] | None:
+def _description(store: Store, name: str) -> dict[str, Any]:
+    data = _get(store, name)
+    try:
+        return unsealed(data)
+    except ValueError as error:
+        raise BrokenError(name, f"cannot be read: {error}") from error
+
+
+def check_projections(cache: Store, teacher: CachedTeacher) -> dict[str, Projection] | None:
     """Check and return the projections of a teacher's features by token type; None if they are stored as they are."""
     if not Codec.parse(teacher.codec).pca:
         return None
-    name = folder.projection
+    home = teacher_home(cache, teacher.id)
+    name = projection_in(home)
     if not name:
-        named = {record.projection for record in folder.listed().values()}
-        raise BrokenError(min(named, default="projection"), "is missing: the shards cannot be decoded without it")
-    if hashlib.sha256(_get(folder.store, name)).hexdigest()[:8] != name.removeprefix("projection-")[:8]:
+        raise BrokenError("projection", "is missing: the shards cannot be decoded without it")
+    if hashlib.sha256(_get(home, name)).hexdigest()[:8] != name.removeprefix("projection-")[:8]:
         raise BrokenError(name, "does not have the content that its name says")
-    projections = load_file(folder.store, name, load_projections)
+    projections = load_file(home, name, load_projections)
     for kind, part in projections.items():
         channels = teacher.shapes[kind][-1] if kind in teacher.shapes else 0
         tensors = [part.mean, part.scale, *([] if part.components is None else part.components)]

@@ -2,42 +2,49 @@
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
 
-from pipeline.cache.layout.cached_teacher import merged_fidelity
-from pipeline.cache.layout.dataset import read_meta
-from pipeline.cache.layout.shards import ShardFolder
+from pipeline.cache.layout.dataset import Dataset, Version, read_version, used_by
+from pipeline.cache.layout.part import Part, read_part, teacher_home
+from pipeline.cache.layout.shards import ShardFolder, ShardRecord, merge_figures
 from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE
-from pipeline.storage.store import Store
+from pipeline.storage.store import DamagedError, Store
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A part of a cache that has an address: a dataset, its crops, or a teacher's features.
+    """Something in a cache that has an address: a version of a data set, the images, crops, or a teacher's features.
 
     Attributes:
-        address: ``<dataset>``, ``<dataset>/<view>`` or ``<dataset>/<view>/<teacher>``.
+        address: ``<data set>/<version>``, ``images``, the name of a view, or a teacher's id.
         shards, of: number of complete shards, and of all shards.
-        bytes: size of all files below the folder.
-        fidelity: mean cosine between a standardised patch and its decoded value; None for images, crops, and if not measured.
-        licence: of a teacher's weights; "" for images and crops.
+        bytes: size of all its files.
+        stores: the folders that hold them; or one folder, and the `file` in it.
+        fidelity: mean cosine between a standardised patch and its decoded value; None for anything but features, and if not
+            measured.
+        licence: of a teacher's weights; "" for anything else.
     """
 
     address: str
-    store: Store
     what: str
     shards: int
     of: int
     bytes: int
+    stores: tuple[Store, ...]
+    file: str = ""
     fidelity: float | None = None
     licence: str = ""
 
 
 def take_inventory(cache: Store) -> list[Entry]:
-    """All entries of a cache: each dataset, followed by its crops and teachers."""
-    return [entry for name in cache.folders() for entry in _dataset(cache.sub(name), name)]
+    """All entries of a cache."""
+    parts = [part for name in cache.sub("parts").folders() if (part := read_part(cache, name))]
+    return [*_versions(cache, parts), *_images(parts), *_teachers(cache, parts), *_earlier(cache)]
 
 
 def find_entry(cache: Store, address: str) -> Entry:
@@ -50,43 +57,120 @@ def find_entry(cache: Store, address: str) -> Entry:
     raise UserError(f"--delete: {cache.uri} holds no {address}; {hint}--list prints the addresses")
 
 
-def _dataset(store: Store, name: str) -> Iterator[Entry]:
-    if not store.exists("dataset.json"):
+def delete_entry(entry: Entry) -> None:
+    """Delete all files of an entry."""
+    for store in entry.stores:
+        if entry.file:
+            store.delete(entry.file)
+        else:
+            store.delete_folder()
+
+
+def _versions(cache: Store, parts: Sequence[Part]) -> Iterator[Entry]:
+    done = {part.id: len(part.images.records()) for part in parts}
+    for folder in cache.sub("datasets").folders():
+        store = cache.sub(f"datasets/{folder}")
+        files = store.files()
+        names = sorted(name for name in files if name.startswith("version-"))
+        versions = []
+        for name in names:
+            try:
+                versions.append(read_version(cache, folder, name))
+            except UserError:
+                yield Entry(
+                    f"{folder}/{name}", "another version of the cache, or damaged", 0, 0, files[name], (store,), name
+                )
+        changed = (_change(before.dataset, after.dataset) for before, after in pairwise(versions))
+        changes = ["", *changed] if versions else []
+        for version, change in zip(versions, changes, strict=True):
+            dataset, bytes_ = version.dataset, files[version.file]
+            shards = sum(done.get(chosen.part, 0) for chosen in dataset.selections)
+            what = f"{dataset.count} images of {dataset.location}{change}, {_when(version)}{_runs(dataset)}"
+            address = f"{folder}/{dataset.fingerprint[:8]}"
+            yield Entry(
+                address, what, shards, sum(part.shards for part in dataset.parts), bytes_, (store,), version.file
+            )
+
+
+def _when(version: Version) -> str:
+    return datetime.fromtimestamp(version.made, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _runs(dataset: Dataset) -> str:
+    runs = used_by(dataset)
+    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+    return f", used by {', '.join(runs[:3])}{more}" if runs else ""
+
+
+def _change(before: Dataset, after: Dataset) -> str:
+    """How many images a version has gained and lost; files of samples that both have are not read."""
+    shared = {chosen.file for chosen in before.selections} & {chosen.file for chosen in after.selections}
+    keys = []
+    for dataset in (before, after):
+        numbers = [number for number, chosen in enumerate(dataset.selections) if chosen.file not in shared]
+        try:
+            keys.append({key for number in numbers for key in dataset.samples(number, ["key"])["key"].to_pylist()})
+        except DamagedError:
+            return ", with damaged files: see --verify"
+    return f", {len(keys[1] - keys[0])} added, {len(keys[0] - keys[1])} removed"
+
+
+def _images(parts: Sequence[Part]) -> Iterator[Entry]:
+    if not parts:
         return
+    stores = tuple(part.images.store for part in parts)
+    what = f"{sum(part.count for part in parts)} images in {len(parts)} parts"
+    done, of = sum(len(part.images.records()) for part in parts), sum(part.shards for part in parts)
+    around = sum(sum(part.store.files().values()) for part in parts)
+    yield Entry("images", what, done, of, around + sum(store.bytes_below() for store in stores), stores)
+    crops: defaultdict[str, list[Part]] = defaultdict(list)
+    for part in parts:
+        for view in part.store.sub("views").folders():
+            if view != WHOLE.id:
+                crops[view].append(part)
+    for view, some in crops.items():
+        stores = tuple(part.store.sub(f"views/{view}/rows") for part in some)
+        done, of = sum(len(ShardFolder(store).records()) for store in stores), sum(part.shards for part in some)
+        yield Entry(view, "crops", done, of, sum(store.bytes_below() for store in stores), stores)
+
+
+def _teachers(cache: Store, parts: Sequence[Part]) -> Iterator[Entry]:
+    folders: defaultdict[str, list[tuple[Part, Store]]] = defaultdict(list)
+    for part in parts:
+        for view in part.store.sub("views").folders():
+            teachers = part.store.sub(f"views/{view}/teachers")
+            for teacher in teachers.folders():
+                folders[teacher].append((part, teachers.sub(teacher)))
+    for teacher in sorted({*cache.sub("teachers").folders(), *folders}):
+        yield _teacher(cache, teacher, folders[teacher])
+
+
+def _teacher(cache: Store, teacher: str, folders: Sequence[tuple[Part, Store]]) -> Entry:
+    home, records = teacher_home(cache, teacher), list[ShardRecord]()
+    for _, store in folders:
+        records += ShardFolder(store, home=home).records().values()
     try:
-        meta = read_meta(store)
-    except UserError:
-        yield Entry(name, store, "another version of the cache, or damaged", 0, 0, store.bytes_below())
-        return
-    shards = -(-meta["count"] // meta["shard_size"])
-    done = len(ShardFolder(store.sub(f"views/{WHOLE.id}/images")).records())
-    what = f"{meta['count']} images of {meta['location']}"
-    yield Entry(name, store, what, done, shards, store.bytes_below())
-    for view in store.sub("views").folders():
-        yield from _view(store.sub(f"views/{view}"), f"{name}/{view}", shards)
-
-
-def _view(store: Store, address: str, shards: int) -> Iterator[Entry]:
-    if not address.endswith(f"/{WHOLE.id}"):
-        done = len(ShardFolder(store.sub("rows")).records())
-        yield Entry(address, store, "crops", done, shards, store.bytes_below())
-    for name in store.sub("teachers").folders():
-        yield _teacher(store.sub(f"teachers/{name}"), f"{address}/{name}", shards)
-
-
-def _teacher(store: Store, address: str, shards: int) -> Entry:
-    records = ShardFolder(store).records().values()
-    try:
-        described = dict(json.loads(store.get("teacher.json")))
+        described = dict(json.loads(home.get("teacher.json")))
     except (FileNotFoundError, ValueError, TypeError):
         described = {}  # --verify reports it
-    kept = merged_fidelity(records, ["patches"])["patches"]
+    kept = merge_figures((record.facts.get("fidelity", {}), record.rows) for record in records).get("patches", {})
     what = f"{described.get('name', '?')} {described.get('weights', '?')[:20]}, {described.get('codec', '?')}"
+    stores = (home, *(store for _, store in folders))
     fidelity, licence = kept.get("target_cosine"), described.get("licence", "unknown")
-    return Entry(address, store, what, len(records), shards, store.bytes_below(), fidelity, licence)
+    of, size = sum(part.shards for part, _ in folders), sum(store.bytes_below() for store in stores)
+    return Entry(teacher, what, len(records), of, size, stores, "", fidelity, licence)
 
 
-def delete_entry(entry: Entry) -> None:
-    """Delete all files of an entry. A dataset's dataset.json goes first, so that half a dataset is never taken for a whole."""
-    entry.store.delete("dataset.json")
-    entry.store.delete_folder()
+def _earlier(cache: Store) -> Iterator[Entry]:
+    """Data sets of the format before, which kept the features of each below its own folder."""
+    for name in cache.folders():
+        store = cache.sub(name)
+        if store.exists("dataset.json"):
+            yield Entry(
+                name,
+                "a data set of cache format 2, which this version does not read",
+                0,
+                0,
+                store.bytes_below(),
+                (store,),
+            )

@@ -1,88 +1,121 @@
 """Repair a cache: unlist just what verification found broken, compute it again, and verify it."""
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipeline.cache.config import CacheJobConfig
-from pipeline.cache.fill.build import CachePlan, SplitPlan, build_cache, freeze_stats, ingest_missing
-from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.dataset import Dataset, changed_rows, discard_stats, write_index
-from pipeline.cache.layout.shards import ShardFolder
+from pipeline.cache.fill.build import BuildReport, build_cache, read_again, read_images
+from pipeline.cache.fill.listing import list_source
+from pipeline.cache.fill.plan import CachePlan, SplitPlan, all_parts
+from pipeline.cache.layout.part import PART_SCHEMA, Part, describe_part, part_id, write_index
 from pipeline.cache.maintain.audit import Verification, verify_cache
-from pipeline.cache.maintain.checks import BrokenError, Finding
-from pipeline.cache.maintain.values import check_statistics
+from pipeline.cache.maintain.checks import Finding
+from pipeline.errors import UserError
+from pipeline.storage.names import folder_name
+from pipeline.storage.store import Store
 
-log = logging.getLogger(__name__)
 
-
-def repair_cache(plan: CachePlan, config: CacheJobConfig, found: Verification) -> Verification:
-    """Compute what is broken again, and verify the affected shards; returns the findings that are left.
+def repair_cache(plan: CachePlan, config: CacheJobConfig, found: Verification) -> tuple[CachePlan, Verification]:
+    """Compute what is broken again, and verify the affected shards; returns the plan and the findings that are left.
 
     Shards of a teacher that cannot be computed here (`Verification.unable`) stay as they are, even if broken.
 
     Raises:
         UserError, TeacherError: as `build_cache`, and if the source no longer provides the images of a broken shard.
     """
-    for split in plan.splits:
-        mine = [item for item in found.findings if item.dataset == split.dataset.id and item.part not in found.unable]
-        _repair_images(split, mine)
-        for item in mine:
-            if item.part not in ("index", "images", "rows"):
-                _remove(split.dataset.teacher(item.part), item)
-        split.dataset.refresh()
+    mine = [item for item in found.findings if item.what not in found.unable]
+    for part in all_parts(plan.splits).values():
+        broken = [item for item in mine if item.place == part.id]
+        _unlist(part, broken)
+        part.refresh()
+        _restore(part, broken, plan.splits)
+    for item in mine:
+        if item.shard is None and item.what not in ("index", "source"):
+            _remove(plan.store, item)
+    splits = [_without_differing(_listed_again(split), mine) for split in plan.splits]
+    plan = replace(plan, splits=read_images(splits, plan.shard_size, BuildReport()))
     able = replace(plan, teachers=tuple(teacher for teacher in plan.teachers if teacher.id not in found.unable))
     able, _ = build_cache(able, config)
-    for split in able.splits:
-        for teacher in able.teachers:
-            _merge_again(split.dataset, teacher)
-    return verify_cache(plan, config, set(_affected(plan, found)))
+    repaired = replace(plan, splits=able.splits)
+    return repaired, verify_cache(repaired, config, _affected(repaired, found))
 
 
-def _affected(plan: CachePlan, found: Verification) -> Iterator[tuple[str, int]]:
-    """(split, shard) of every finding; a file that belongs to all shards affects them all."""
-    splits = {split.dataset.id: split for split in plan.splits}
-    for item in found.findings:
-        split = splits[item.dataset]
-        shards = range(split.dataset.shards) if item.shard is None else [item.shard]
-        yield from ((split.split, shard) for shard in shards)
+def _unlist(part: Part, found: Iterable[Finding]) -> None:
+    for item in found:
+        if item.shard is not None:
+            folder = {"images": part.images, "rows": part.rows}.get(item.what) or part.teacher(item.what)
+            folder.unlist(item.shard)
 
 
-def _repair_images(split: SplitPlan, found: Iterable[Finding]) -> None:
-    """Write the index, images and crops again, which needs no teacher."""
-    dataset = split.dataset
-    images = _shards(found, "images")
-    if any(item.part == "index" for item in found) or (images and len(changed_rows(dataset, split.index))):
-        write_index(dataset, split.index)  # which also says where the images are now
-    bad = {shard: record.facts["bad"] for shard, record in dataset.images.listed().items() if "bad" in record.facts}
-    known = {(split.split, shard): {sample["sample_id"] for sample in bad[shard]} for shard in images & bad.keys()}
-    for shard in images:
-        dataset.images.unlist(shard)
-    for shard in _shards(found, "rows"):
-        dataset.rows.unlist(shard)
-    dataset.refresh()
-    ingest_missing([split], known)
+def _restore(part: Part, found: Iterable[Finding], splits: Iterable[SplitPlan]) -> None:
+    """Write the description and the index of a part again, if they are broken."""
+    for item in found:
+        if item.file.endswith("/part.json"):
+            describe_part(part)
+        elif item.what == "index":
+            write_index(part, _index(part, splits))
 
 
-def _shards(found: Iterable[Finding], part: str) -> set[int]:
-    return {item.shard for item in found if item.part == part and item.shard is not None}
+def _index(part: Part, splits: Iterable[SplitPlan]) -> pa.Table:
+    """The index of a part, from its images and from the samples that they are; UserError if some are known from neither."""
+    rows: dict[int, tuple[bytes, int]] = {}
+    for samples in (split.listing.samples(part.id) for split in splits):
+        columns = (samples[name].to_pylist() for name in ("row", "key", "size"))
+        rows |= {row: (key, size) for row, key, size in zip(*columns, strict=True)}
+    for shard, record in part.records(part.images).items():
+        images, first = part.images.read(record, ["key", "image"]), shard * part.shard_size
+        sizes = pc.binary_length(images["image"]).to_pylist()
+        rows |= {first + n: found for n, found in enumerate(zip(images["key"].to_pylist(), sizes, strict=True))}
+    keys, sizes = ([rows[row][column] for row in sorted(rows)] for column in (0, 1))
+    index = pa.table([keys, sizes], schema=PART_SCHEMA)
+    if part_id(index) != part.id:
+        raise UserError(
+            f"{part.store.uri}/index.parquet cannot be restored, because images are missing as well: delete {part.store.uri} and "
+            "run the job again"
+        )
+    return index
 
 
-def _remove(folder: ShardFolder, item: Finding) -> None:
-    if item.shard is not None:
-        folder.unlist(item.shard)
-    elif item.file.endswith(("/stats.npz", "/phi_s.npz")):
-        discard_stats(folder)
-    else:
-        folder.store.delete(item.file.rpartition("/")[2])
+def _remove(cache: Store, item: Finding) -> None:
+    """Delete a file that belongs to all shards: it is made again, and what is derived from it."""
+    folder, _, name = item.file.rpartition("/")
+    cache.sub(folder).delete(name)
+    if name == "stats.npz":
+        cache.sub(folder).delete("phi_s.npz")
 
 
-def _merge_again(dataset: Dataset, teacher: CachedTeacher) -> None:
-    """Merge the statistics again if broken shards have gone into them."""
-    folder = dataset.teacher(teacher.id)
-    try:
-        check_statistics(folder, teacher)
-    except BrokenError as broken:
-        log.warning("%s/%s: merged from the repaired shards again", folder.store.uri, broken)
-        discard_stats(folder)
-        freeze_stats(dataset, teacher)
+def _listed_again(split: SplitPlan) -> SplitPlan:
+    """The plan of a split, some of whose files of samples are gone: the images that they list are new."""
+    empty = replace(split.dataset, files=(), selections=(), bad="", draft={})
+    listing, dataset = list_source(split.source, empty)
+    return replace(split, listing=listing, dataset=dataset)
+
+
+def _without_differing(split: SplitPlan, found: Iterable[Finding]) -> SplitPlan:
+    """The plan of a split whose images that the source gives otherwise now are new."""
+    if not any(item.what == "source" and item.place == folder_name(split.dataset.name) for item in found):
+        return split
+    differing = read_again(split)["sample_id"].combine_chunks()
+    known, new = {}, [split.new]
+    for part in split.dataset.parts:
+        rows = split.listing.samples(part.id)
+        wrong = pc.is_in(rows["sample_id"], differing)
+        new.append(rows.filter(wrong).select(split.new.column_names))
+        if (some := rows.filter(pc.invert(wrong))).num_rows:
+            known[part.id] = some
+    return replace(split, listing=replace(split.listing, known=known, kept={}, new=pa.concat_tables(new)))
+
+
+def _affected(plan: CachePlan, found: Verification) -> set[tuple[str, int]]:
+    """(part, shard) of every finding; a file that belongs to all shards affects them all."""
+    affected = set()
+    for key, part in all_parts(plan.splits).items():
+        for item in found.findings:
+            if item.shard is not None and item.place == part.id:
+                affected.add((key, item.shard))
+            elif item.shard is None:
+                affected |= {(key, shard) for shard in range(part.shards)}
+    return affected

@@ -1,19 +1,22 @@
 """Checks of stored features: they are finite, have their recorded statistics, and are what the teacher computes now."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.cache.fill.statistics import dataset_moments
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
+from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.phi_s import PhiS, load_phi_s
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, fixed_width, record_name
 from pipeline.cache.layout.stats import Moments, load_moments, merge_all
 from pipeline.cache.layout.target import target_cosines
 from pipeline.cache.maintain.checks import BrokenError, Shard, check_schema, features_schema, load_file
+from pipeline.storage.store import DamagedError
 from teachers.base import TeacherOutput
 
 TOLERANCE = {"float32": 0.05, "bfloat16": 0.15}
@@ -37,7 +40,7 @@ def check_values(
             finite = torch.isfinite(values).flatten(1).all(dim=1)
             if not finite.all():
                 row = int((~finite).nonzero()[0])
-                raise opened.broken(f"holds {kind} that are not finite, first of {table['sample_id'][row]}")
+                raise opened.broken(f"holds {kind} that are not finite, first of {table['key'][row].as_py().hex()}")
             sums[kind].add(values)
     for kind, total in sums.items():
         if total.count:
@@ -84,28 +87,42 @@ def check_moments(folder: ShardFolder, record: ShardRecord, teacher: CachedTeach
     if not record.moments:
         raise BrokenError(record_name(record.shard), "names no statistics")
     moments = load_file(folder.store, record.moments, load_moments)
-    if {kind: part.mean.shape for kind, part in moments.items()} != {k: s[-1:] for k, s in teacher.shapes.items()}:
+    if not _has_shapes(moments, teacher):
         raise BrokenError(record.moments, f"does not hold the statistics of {' and '.join(teacher.shapes)}")
     if not all(np.isfinite(part.mean).all() and np.isfinite(part.std).all() for part in moments.values()):
         raise BrokenError(record.moments, "holds statistics that are not finite")
     return moments
 
 
-def check_statistics(folder: ShardFolder, teacher: CachedTeacher) -> None:
-    """Check that the merged statistics are those of all shards, and that PHI-S, if there is one, belongs to them.
+def check_statistics(dataset: Dataset, teacher: CachedTeacher) -> None:
+    """Check that the statistics of a data set are those of its samples, and that PHI-S, if there is one, belongs to them.
 
     Shards recomputed on another device may have moved the statistics by `TOLERANCE`.
+
+    Raises:
+        DamagedError: if a shard is damaged.
     """
-    records = [record for record in folder.listed().values() if record.rows]
-    frozen = load_file(folder.store, "stats.npz", load_moments)
-    rotations = load_file(folder.store, "phi_s.npz", load_phi_s) if folder.store.exists("phi_s.npz") else None
-    due = merge_all(check_moments(folder, record, teacher) for record in records)
+    store = dataset.statistics(teacher.id)
+    frozen = load_file(store, "stats.npz", load_moments)
+    rotations = load_file(store, "phi_s.npz", load_phi_s) if store.exists("phi_s.npz") else None
+    due = merge_all(_fitting(dataset_moments(dataset, teacher), teacher))
     tolerance = TOLERANCE[teacher.precision]
     for kind in teacher.shapes:
         if kind not in frozen or not _alike(frozen[kind], due[kind], tolerance):
             raise BrokenError("stats.npz", f"does not hold the statistics of the shards' {kind}")
         if rotations is not None and not (kind in rotations and _fits(rotations[kind], frozen[kind], tolerance)):
             raise BrokenError("phi_s.npz", f"is no rotation with the mean and scale of the {kind} in stats.npz")
+
+
+def _fitting(found: Iterable[dict[str, Moments]], teacher: CachedTeacher) -> Iterator[dict[str, Moments]]:
+    for moments in found:
+        if not _has_shapes(moments, teacher):
+            raise DamagedError(f"a shard of {teacher.id} has statistics of other shapes")
+        yield moments
+
+
+def _has_shapes(moments: Mapping[str, Moments], teacher: CachedTeacher) -> bool:
+    return {kind: part.mean.shape for kind, part in moments.items()} == {k: s[-1:] for k, s in teacher.shapes.items()}
 
 
 def _alike(frozen: Moments, due: Moments, tolerance: float) -> bool:
@@ -160,7 +177,7 @@ def compare(
             row = wrong[0]
             raise opened.broken(
                 f"holds other {kind} than the teacher computes: {len(wrong)} of {len(loss)} recomputed rows differ, first "
-                f"{stored['sample_id'][row]} view {stored['view'][row]} by {loss[row]:.3f}, allowed {bound[row]:.3f}"
+                f"{stored['key'][row].as_py().hex()} view {stored['view'][row]} by {loss[row]:.3f}, allowed {bound[row]:.3f}"
             )
         if kind in frozen:
             mean, std = (torch.from_numpy(part) for part in (frozen[kind].mean, frozen[kind].std))

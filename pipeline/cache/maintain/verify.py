@@ -1,7 +1,7 @@
 """Verify a shard: check its files, recompute a sample of rows and compare them with the stored ones."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -11,9 +11,9 @@ import pyarrow as pa
 from pipeline.cache.fill.extract import USER_ERRORS, Extract
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
-from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder
-from pipeline.cache.layout.stats import Moments, load_moments
+from pipeline.cache.layout.stats import Moments
 from pipeline.cache.layout.target import cosine_figures
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA, ViewRows
 from pipeline.cache.maintain.checks import (
@@ -26,7 +26,6 @@ from pipeline.cache.maintain.checks import (
     check_projections,
     check_rows_shard,
     finding,
-    load_file,
     open_shard,
 )
 from pipeline.cache.maintain.values import check_values, compare
@@ -38,33 +37,36 @@ class Verify:
 
     Args:
         computed: the teachers that recompute rows; they are loaded once.
-        sampled: row groups of images to be recomputed, by (split, shard).
-        unindexed: ids of the datasets whose index is broken, so that keys cannot be compared with it.
+        sampled: row groups of images to be recomputed, by (part, shard).
+        indices: keys of every part whose index is intact.
+        frozen: statistics that recomputed features are standardised by, by (part, teacher).
     """
 
     def __init__(
         self,
-        datasets: Mapping[str, Dataset],
+        parts: Mapping[str, Part],
         teachers: Sequence[CachedTeacher],
         computed: Sequence[CachedTeacher],
         sampled: Mapping[tuple[str, int], Sequence[int]],
-        unindexed: Set[str],
+        indices: Mapping[str, list[bytes]],
+        frozen: Mapping[tuple[str, str], Mapping[str, Moments]],
         device: str,
         threads: int,
         batch_size: int,
     ) -> None:
-        self.datasets, self.teachers, self.sampled, self.unindexed = datasets, teachers, sampled, unindexed
-        self.extract = Extract(datasets, computed, device, threads, batch_size)
+        self.parts, self.teachers, self.sampled = parts, teachers, sampled
+        self.indices, self.frozen = indices, frozen
+        self.extract = Extract(parts, [], computed, device, threads, batch_size)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Verify `row["shard"]` of `row["split"]`.
+        """Verify `row["shard"]` of `row["part"]`.
 
         Returns:
             The row with ``findings`` (JSON list of `Finding`), ``files`` (Parquet files read), ``recomputed`` (rows times
             teachers), ``cosines`` (JSON list of teacher id, token type, number of recomputed vectors, and mean and 1st percentile
             of the cosines of their standardised values) and ``error`` (a user-fixable failure in one line, or "").
         """
-        work = _ShardCheck(self, row["split"], int(row["shard"]))
+        work = _ShardCheck(self, self.parts[row["part"]], int(row["shard"]))
         error = ""
         try:
             with logs.shard_context(row, "verify"):
@@ -79,57 +81,53 @@ class Verify:
 class _ShardCheck:
     """The checks of one shard, and their findings."""
 
-    def __init__(self, verify: Verify, split: str, shard: int) -> None:
-        self.verify, self.split, self.shard = verify, split, shard
-        self.dataset = verify.datasets[split]
+    def __init__(self, verify: Verify, part: Part, shard: int) -> None:
+        self.verify, self.part, self.shard = verify, part, shard
         self.findings: list[Finding] = []
         self.cosines: list[list[object]] = []
         self.files = self.recomputed = 0
-        self.sources: dict[str, str] = {}  # intact files of images and crops
+        self.sources: dict[str, str] = {}  # the intact file of crops
 
     @contextmanager
-    def _report(self, part: str, folder: ShardFolder) -> Iterator[None]:
-        """Add a finding of this part if the block finds a file of the folder broken."""
+    def _report(self, what: str, folder: ShardFolder) -> Iterator[None]:
+        """Add a finding if the block finds a file of the folder broken."""
         try:
             yield
         except BrokenError as broken:
-            self.findings.append(finding(self.dataset, part, folder.store, self.shard, broken))
+            self.findings.append(finding(self.part.cache, self.part.id, what, folder.store, self.shard, broken))
 
     def run(self) -> None:
         images = self._images()
         rows = self._rows(images)
         intact = {teacher.id: self._teacher(teacher, rows) for teacher in self.verify.teachers}
         asked = {name: shard for name, shard in intact.items() if shard and name in self.verify.extract.teachers}
-        for group in self.verify.sampled.get((self.split, self.shard), ()):
+        for group in self.verify.sampled.get((self.part.key, self.shard), ()):
             if images is not None and rows is not None and asked:
                 self._recompute(ViewRows(images, rows, self.sources), asked, group)
 
     def _images(self) -> pa.Table | None:
         self.files += 1
-        with self._report("images", self.dataset.images):
-            index = None if self.dataset.id in self.verify.unindexed else self.dataset.shard_index(self.shard)
-            opened = open_shard(self.dataset.images, self.shard)
-            images = check_images(opened, index)
-            self.sources["images"] = opened.record.file
-            return images
+        with self._report("images", self.part.images):
+            keys, first = self.verify.indices.get(self.part.id), self.shard * self.part.shard_size
+            opened = open_shard(self.part.images, self.shard)
+            return check_images(opened, keys and keys[first : first + self.part.shard_rows(self.shard)])
         return None
 
     def _rows(self, images: pa.Table | None) -> pa.Table | None:
         """The rows that every teacher's shard must have, or None if they are broken."""
-        if not self.dataset.policy.crops:
+        if not self.part.policy.crops:
             return None if images is None else images.select(ROWS_SCHEMA.names)
         self.files += 1
-        with self._report("rows", self.dataset.rows):
-            opened = open_shard(self.dataset.rows, self.shard)
-            rows = check_rows_shard(self.dataset, opened, images)
-            check_derived_from(opened, self.sources)
+        with self._report("rows", self.part.rows):
+            opened = open_shard(self.part.rows, self.shard)
+            rows = check_rows_shard(self.part, opened, images)
             self.sources["rows"] = opened.record.file
             return rows
         return None
 
     def _teacher(self, teacher: CachedTeacher, rows: pa.Table | None) -> Shard | None:
         """The shard, or None if its own files are broken."""
-        folder = self.dataset.teacher(teacher.id)
+        folder = self.part.teacher(teacher.id)
         self.files += 1
         with self._report(teacher.id, folder):
             opened = open_shard(folder, self.shard)
@@ -145,7 +143,7 @@ class _ShardCheck:
     def _codecs(self, teacher: CachedTeacher) -> dict[str, FeatureCodec] | None:
         """Codecs, or None if the projection is broken, which is reported once per folder and not for every shard."""
         try:
-            return teacher.codecs(check_projections(self.dataset.teacher(teacher.id), teacher))
+            return teacher.codecs(check_projections(self.part.cache, teacher))
         except BrokenError:
             return None
 
@@ -159,18 +157,10 @@ class _ShardCheck:
             assert codecs is not None
             self.recomputed += views.rows.num_rows
             del asked[name]
-            with self._report(name, self.dataset.teacher(name)):
-                found = compare(
-                    teacher, codecs, opened, group, [output[name] for output in outputs], self._frozen(teacher)
-                )
+            with self._report(name, self.part.teacher(name)):
+                frozen = self.verify.frozen.get((self.part.key, name), {})
+                found = compare(teacher, codecs, opened, group, [output[name] for output in outputs], frozen)
                 asked[name] = opened
                 for kind, cosines in found.items():
                     if figures := cosine_figures(cosines):
                         self.cosines.append([name, kind, len(cosines), *figures.values()])
-
-    def _frozen(self, teacher: CachedTeacher) -> Mapping[str, Moments]:
-        """Statistics of the dataset; none if they are missing or broken, which is found elsewhere."""
-        try:
-            return load_file(self.dataset.teacher(teacher.id).store, "stats.npz", load_moments)
-        except BrokenError:
-            return {}

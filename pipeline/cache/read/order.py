@@ -1,6 +1,6 @@
 """The order in which a training worker reads an epoch: shuffled row groups, then shuffled rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +8,9 @@ import numpy as np
 
 from pipeline.cache.layout.shards import RowGroup
 from pipeline.errors import UserError
+
+JUDGED = 2**20
+"""Rows of which the quality of a shuffle is judged."""
 
 
 def check_per_step(per_step: int, views: int, batch_size: int) -> None:
@@ -41,18 +44,18 @@ class ShuffleQuality:
         )
 
 
-class OrderedRows(NamedTuple):
-    """A rank's rows of an epoch, in training order.
+class Window(NamedTuple):
+    """Rows of a rank that are shuffled together.
 
     Attributes:
-        groups: in reading order.
-        rows: [R, 2] int64, index into `groups` and row in that group.
-        window_start: [R] int64, index of the first row group in the row's shuffle window.
+        first: number of the first row, in training order on this rank.
+        groups: the row groups, in reading order.
+        rows: [R, 2] int64 in training order, index into `groups` and row in that group.
     """
 
+    first: int
     groups: list[RowGroup]
     rows: np.ndarray
-    window_start: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,17 @@ class EpochOrder:
     """The order of every epoch on one rank, a function of these values and the epoch's number alone.
 
     Row groups are permuted over the whole dataset and dealt to the ranks. Each rank then permutes rows within windows of
-    successive row groups.
+    successive row groups, which are made one by one: no more than the row groups of the dataset is held.
 
     Attributes:
-        groups: all row groups of the dataset.
+        groups: [G, 4] int64, all row groups of the dataset: the fields of `RowGroup`.
         batch_size: rows per batch on this rank.
         window: rows that are shuffled together.
         rank, world: this training worker's number and the number of workers.
         per_step, views: views of an image in one batch (in adjacent rows), and in the cache.
     """
 
-    groups: Sequence[RowGroup]
+    groups: np.ndarray
     batch_size: int
     seed: int
     window: int
@@ -81,49 +84,50 @@ class EpochOrder:
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, equal on every rank; rows that do not fill a batch are dropped from that epoch."""
-        order = self._permuted_groups(epoch)
-        rows = [sum(self.groups[i].rows for i in order[rank :: self.world]) for rank in range(self.world)]
-        return min(rows) // self.batch_size
+        rows = self.groups[self._permutation(epoch), 3]
+        return int(min(rows[rank :: self.world].sum() for rank in range(self.world))) // self.batch_size
 
-    def rows(self, epoch: int) -> OrderedRows:
-        """This rank's rows of an epoch."""
-        groups = [self.groups[i] for i in self._permuted_groups(epoch)[self.rank :: self.world]]
-        rng = np.random.default_rng([self.seed, epoch, self.rank])
-        rows, starts = [], []
-        for window in self._windows(groups):
-            sizes = [groups[i].rows for i in window]
-            within = np.concatenate([np.arange(size) for size in sizes])
-            rows.append(self._shuffle(np.stack([np.repeat(window, sizes), within], axis=1), rng))
-            starts.append(np.full(len(within), window.start))
-        return OrderedRows(groups, np.concatenate(rows), np.concatenate(starts))
+    def windows(self, epoch: int, row: int = 0) -> Iterator[Window]:
+        """This rank's windows of an epoch, from the one that holds its row number `row` on."""
+        groups = self.groups[self._permutation(epoch)[self.rank :: self.world]]
+        ends = np.concatenate([[0], groups[:, 3].cumsum()])
+        first = number = 0
+        while first < len(groups):
+            last = max(first + 1, int(np.searchsorted(ends, ends[first] + self.window, side="right")) - 1)
+            if ends[last] > row:
+                rng = np.random.default_rng([self.seed, epoch, self.rank, number])
+                yield Window(
+                    int(ends[first]),
+                    [RowGroup(*group) for group in groups[first:last].tolist()],
+                    self._shuffled(groups[first:last, 3], rng),
+                )
+            first, number = last, number + 1
 
     def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
-        """How well this rank's rows of an epoch are shuffled, from the order alone."""
-        order = self._permuted_groups(epoch)[self.rank :: self.world]
-        rows = self.rows(epoch).rows
-        sizes = np.array([group.rows for group in self.groups])
-        stored = (sizes.cumsum() - sizes)[order][rows[:, 0]] + rows[:, 1]
-        batches = rows[: len(rows) // self.batch_size * self.batch_size, 0].reshape(-1, self.batch_size)
-        correlation = float(np.corrcoef(stored.argsort().argsort(), np.arange(len(stored)))[0, 1])
+        """How well this rank's rows of an epoch are shuffled, from the order of the first `JUDGED` alone."""
+        order = self._permutation(epoch)[self.rank :: self.world]
+        starts = self.groups[:, 3].cumsum() - self.groups[:, 3]
+        number, stored, owners = 0, [], []
+        for window in self.windows(epoch):
+            mine = order[number : number + len(window.groups)][window.rows[:, 0]]
+            number += len(window.groups)
+            stored.append(starts[mine] + window.rows[:, 1])
+            owners.append(mine)
+            if window.first > JUDGED:
+                break
+        positions, groups = np.concatenate(stored), np.concatenate(owners)
+        batches = groups[: len(groups) // self.batch_size * self.batch_size].reshape(-1, self.batch_size)
+        correlation = float(np.corrcoef(positions.argsort().argsort(), np.arange(len(positions)))[0, 1])
         within = float(np.mean([_same_group_pairs(np.unique(batch, return_counts=True)[1]) for batch in batches]))
-        return ShuffleQuality(correlation, within, _same_group_pairs(sizes[order]))
+        return ShuffleQuality(correlation, within, _same_group_pairs(self.groups[order, 3]))
 
-    def _permuted_groups(self, epoch: int) -> np.ndarray:
+    def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
 
-    def _windows(self, groups: Sequence[RowGroup]) -> Iterator[range]:
-        """Indices of the row groups in each shuffle window: as many as fit, at least one."""
-        first = 0
-        while first < len(groups):
-            last, rows = first + 1, groups[first].rows
-            while last < len(groups) and rows + groups[last].rows <= self.window:
-                rows += groups[last].rows
-                last += 1
-            yield range(first, last)
-            first = last
-
-    def _shuffle(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Permute a window's rows; an image's views are first split at random into groups of `per_step` that stay together."""
+    def _shuffled(self, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The rows of a window, permuted; groups of `per_step` of an image's views, drawn at random, stay together."""
+        within = np.concatenate([np.arange(size) for size in sizes])
+        rows = np.stack([np.repeat(np.arange(len(sizes)), sizes), within], axis=1)
         if self.per_step == 1:
             return rng.permutation(rows)
         views = rng.permuted(rows[:, 1].reshape(-1, self.views), axis=1).reshape(-1)
@@ -133,5 +137,5 @@ class EpochOrder:
 
 def _same_group_pairs(sizes: np.ndarray) -> float:
     """Share of the pairs of rows that come from one group, given the groups' sizes."""
-    total = sizes.sum()
+    total = int(sizes.sum())
     return float((sizes * (sizes - 1)).sum() / max(1, total * (total - 1)))

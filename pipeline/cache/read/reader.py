@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.shards import RowGroup, fixed_width, in_one_piece, row_groups
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, fixed_width, in_one_piece
 from pipeline.cache.layout.view_rows import BOX, ROWS_SCHEMA, check_rows
-from pipeline.cache.read.order import EpochOrder, OrderedRows, ShuffleQuality, check_per_step
-from pipeline.cache.read.shard_reader import FeatureReader, ShardReader, labels_of
+from pipeline.cache.read.order import EpochOrder, ShuffleQuality, check_per_step
+from pipeline.cache.read.shard_reader import FeatureReader, SampleReader, ShardReader, image_reader
 from pipeline.errors import UserError
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool
 from pipeline.imaging.geometry import View
@@ -120,10 +120,10 @@ class CacheReader:
         views = dataset.policy.rows_per_image
         check_per_step(per_step, views, batch_size)
         self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
-        self.images = ShardReader(dataset, dataset.images, "images")
-        self.rows = ShardReader(dataset, dataset.rows, "views") if dataset.policy.crops else None
+        self.samples, self.images = SampleReader(dataset), image_reader(dataset)
+        self.rows = ShardReader(lambda part: part.rows, dataset, "views") if dataset.policy.crops else None
         self.teachers = {teacher.id: FeatureReader(dataset, teacher) for teacher in teachers}
-        groups = row_groups(self.images.records.values(), views)
+        groups = dataset.row_groups()
         self.order = EpochOrder(groups, batch_size, seed, window, rank, world, per_step, views)
         self.io = ThreadPoolExecutor(IO_THREADS)
         self.assembler = ThreadPoolExecutor(BATCHES_AHEAD + 1)
@@ -131,7 +131,7 @@ class CacheReader:
         self.arrays = self.decoders.arrays
         if not self.steps(0):
             raise UserError(
-                f"{dataset.location} has {sum(group.rows for group in groups)} readable images in {len(groups)} row groups: "
+                f"{dataset.location} has {groups[:, 3].sum()} readable images in {len(groups)} row groups: "
                 f"too few for {world} training workers of {batch_size} images each; lower train.batch_size or train.workers"
             )
 
@@ -162,37 +162,16 @@ class CacheReader:
         """The batches of these steps, images still encoded; row groups are read ahead."""
         if not steps:
             return
-        ordered = self.order.rows(epoch)
-        group_of = ordered.rows[:, 0]
-        first = int(ordered.window_start[steps.start * self.batch_size])
-        ahead = max(2, self.order.window // max(group.rows for group in ordered.groups))
-        partial: dict[int, PartialBatch] = {}
-        read = map_ahead(self.io, self._read_group, self._row_slices(ordered, first, epoch, steps, partial), ahead)
-        latest = -1
+        work = _Work(self, epoch, steps)
+        read, latest = map_ahead(self.io, self._read_group, work.items(), work.ahead), -1
         for step in steps:
-            while latest < group_of[step * self.batch_size : (step + 1) * self.batch_size].max():
+            while step >= work.assigned or latest < work.last_item[step]:
                 latest = next(read)
-            yield partial.pop(step)
+            del work.last_item[step]
+            yield work.partial.pop(step)
 
-    def _row_slices(
-        self, ordered: OrderedRows, first: int, epoch: int, steps: range, partial: dict[int, PartialBatch]
-    ) -> Iterator[tuple[int, RowGroup, list[RowSlice]]]:
-        """Where the rows of each row group go that these steps need, from number `first` on; adds the batches to `partial`."""
-        by_group = np.argsort(ordered.rows[:, 0], kind="stable")
-        ends = np.cumsum([group.rows for group in ordered.groups])
-        for number, group in list(enumerate(ordered.groups))[first:]:
-            positions = by_group[ends[number] - group.rows : ends[number]]
-            step_numbers, starts = np.unique(positions // self.batch_size, return_index=True)
-            slices = []
-            for step, rows in zip(step_numbers.tolist(), np.split(ordered.rows[positions, 1], starts[1:]), strict=True):
-                if step in steps:
-                    if step not in partial:
-                        partial[step] = self._empty_batch(epoch, step)
-                    slices.append((partial[step], partial[step].assign(len(rows)), rows))
-            if slices:
-                yield number, group, slices
-
-    def _empty_batch(self, epoch: int, step: int) -> PartialBatch:
+    def empty_batch(self, epoch: int, step: int) -> PartialBatch:
+        """The batch of a step before anything is read."""
         count = self.batch_size
         features = {
             name: {kind: self.arrays.empty(count, width) for kind, width in reader.widths.items()}
@@ -205,24 +184,26 @@ class CacheReader:
         """Read a row group and copy its rows into their batches; returns its number."""
         number, group, slices = work
         columns = [] if self.rows else ROWS_SCHEMA.names[1:]
-        images = self.images.read(group, ["sample_id", "label", "image", *columns])
+        samples, images = self.samples.read(group), self.images.read(group, ["key", "image", *columns])
         rows = images
         if self.rows:
             rows = self.rows.read(group)
-            check_rows(self.dataset, group.shard, rows, images)
-        keys, labels, encoded = rows["sample_id"].to_pylist(), labels_of(images), in_one_piece(images["image"])
+            check_rows(self.dataset.parts[group.part], group.shard, rows, images)
+        encoded, views = in_one_piece(images["image"]), self.dataset.policy.rows_per_image
         geometry = np.stack([rows[name].to_numpy() for name in GEOMETRY], axis=1)
+        stored: list[RowSlice] = []
         for batch, target, chosen in slices:
-            owners = chosen // self.dataset.policy.rows_per_image
-            batch.keys[target] = [keys[row] for row in chosen]
-            batch.images[target] = [encoded[owner] for owner in owners]
-            batch.labels[target] = labels[owners]
-            batch.geometry[target] = geometry[chosen]
+            owners = chosen // views
+            stored.append((batch, target, samples.rows[owners] * views + chosen % views))
+            batch.keys[target] = [samples.names[owner] for owner in owners]
+            batch.images[target] = [encoded[row] for row in samples.rows[owners]]
+            batch.labels[target] = samples.labels[owners]
+            batch.geometry[target] = geometry[stored[-1][2]]
         for name, reader in self.teachers.items():
             table = reader.read_aligned(group, rows)
             for kind in reader.widths:
                 source = fixed_width(table[kind])
-                for batch, target, chosen in slices:
+                for batch, target, chosen in stored:
                     # With mode="raise" numpy copies through a buffer of its own.
                     np.take(source, chosen, axis=0, out=batch.features[name][kind][target], mode="clip")
         return number
@@ -244,6 +225,50 @@ class CacheReader:
             [(partial.images[first].as_py(), crops[first:last]) for first, last in pairwise([*starts, self.batch_size])]
         )
         return torch.from_numpy(pixels)
+
+
+class _Work:
+    """What is read for some steps of an epoch, window by window.
+
+    Attributes:
+        partial: batches whose rows are assigned to row groups, by step.
+        last_item: number of the last item that fills a batch, by step.
+        assigned: all steps before this one are assigned completely.
+        ahead: items to read ahead.
+    """
+
+    def __init__(self, reader: CacheReader, epoch: int, steps: range) -> None:
+        self.reader, self.epoch, self.steps = reader, epoch, steps
+        self.partial: dict[int, PartialBatch] = {}
+        self.last_item: dict[int, int] = {}
+        self.assigned = 0
+        self.ahead = max(2, reader.order.window // (ROW_GROUP_SIZE * reader.order.views))
+
+    def items(self) -> Iterator[tuple[int, RowGroup, list[RowSlice]]]:
+        """Numbered row groups, and where their rows go."""
+        size, number = self.reader.batch_size, 0
+        for window in self.reader.order.windows(self.epoch, self.steps.start * size):
+            if window.first >= self.steps.stop * size:
+                return
+            by_group = np.argsort(window.rows[:, 0], kind="stable")
+            ends = np.cumsum([group.rows for group in window.groups])
+            for group, end in zip(window.groups, ends, strict=True):
+                rows = by_group[end - group.rows : end]
+                slices = list(self._slices(window.first + rows, window.rows[rows, 1], number))
+                if slices:
+                    yield number, group, slices
+                    number += 1
+            self.assigned = (window.first + len(window.rows)) // size
+
+    def _slices(self, positions: np.ndarray, rows: np.ndarray, number: int) -> Iterator[RowSlice]:
+        """Where the rows of a row group go that have these ascending positions in training order."""
+        steps, starts = np.unique(positions // self.reader.batch_size, return_index=True)
+        for step, some in zip(steps.tolist(), np.split(rows, starts[1:]), strict=True):
+            if step in self.steps:
+                if step not in self.partial:
+                    self.partial[step] = self.reader.empty_batch(self.epoch, step)
+                self.last_item[step] = number
+                yield self.partial[step], self.partial[step].assign(len(some)), some
 
 
 def _crop_task(geometry: Sequence[float], target: np.ndarray | ArrayHandle) -> CropTask:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, ShardRecord, evenly_spaced, fixed_width, row_groups
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, evenly_spaced, fixed_width
 from pipeline.cache.layout.view_rows import views_of
 from pipeline.cache.read.reader import STUDENT_INTERPOLATION, Batch
-from pipeline.cache.read.shard_reader import NO_LABEL, FeatureReader, ShardReader, labels_of
+from pipeline.cache.read.shard_reader import FeatureReader, SampleReader, Samples, image_reader
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool, decoder_count
 from pipeline.runtime.prefetch import map_ahead
 
@@ -32,59 +32,53 @@ def scan_images(
         limit: approximate number of images, from evenly spaced row groups; None: all images.
         rank, world: read every `world`-th of these row groups, from number `rank` on.
     """
-    reader = ShardReader(dataset, dataset.images, "images")
-    groups = _groups(reader.records, limit)[rank::world]
+    samples, reader = SampleReader(dataset), image_reader(dataset)
+    groups = _groups(dataset, limit)[rank::world]
     with (
         closing(DecoderPool(decoder_count(), processes=torch.cuda.is_available())) as decoders,
         ThreadPoolExecutor(GROUPS_AHEAD) as pool,
     ):
 
-        def decode(group: RowGroup) -> tuple[pa.Table, Tensor]:
-            table = reader.read(group)
-            pixels = decoders.arrays.empty(group.rows, 3, image_size, image_size)
+        def decode(group: RowGroup) -> tuple[Samples, Tensor]:
+            found = samples.read(group)
+            table = reader.read(group).take(pa.array(found.rows))
+            pixels = decoders.arrays.empty(len(found.rows), 3, image_size, image_size)
             targets = decoders.arrays.row_targets(pixels)
             crops = [[CropTask(v, STUDENT_INTERPOLATION, t)] for v, t in zip(views_of(table), targets, strict=True)]
             decoders.decode(list(zip(table["image"].to_pylist(), crops, strict=True)))
-            return table, torch.from_numpy(pixels)
+            return found, torch.from_numpy(pixels)
 
-        for table, images in map_ahead(pool, decode, groups, GROUPS_AHEAD):
+        for found, images in map_ahead(pool, decode, groups, GROUPS_AHEAD):
             for first in range(0, len(images), batch_size):
-                part = table.slice(first, batch_size)
-                labels = torch.from_numpy(labels_of(part).copy())
-                yield Batch(part["sample_id"].to_pylist(), images[first : first + batch_size], labels, {})
-
-
-def has_labels(dataset: Dataset) -> bool:
-    """Whether any image in the first row group of a dataset has a label."""
-    images = ShardReader(dataset, dataset.images, "images")
-    labels = labels_of(images.read(_groups(images.records)[0], ["label"]))
-    return bool((labels != NO_LABEL).any())
+                part = slice(first, first + batch_size)
+                yield Batch(found.names[part], images[part], torch.from_numpy(found.labels[part].copy()), {})
 
 
 def read_summaries(
     dataset: Dataset, teacher: CachedTeacher, limit: int | None = None, shards: Collection[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One cached vector per image: the summary, or the mean of the patches if the teacher has no summary.
+    """One cached vector per sample: the summary, or the mean of the patches if the teacher has no summary.
 
     Returns vectors [N, D] float32 of each image's first view, and labels [N] int64, in the order of :func:`scan_images`
-    with the same `limit`. `shards` are the numbers of the shards to read, by default all.
+    with the same `limit`. `shards` are numbers in the list of the shards of all parts, by default all.
 
     Raises:
         UserError: if shards are missing, or a shard does not hold the keys of its images.
     """
-    image_reader, reader = ShardReader(dataset, dataset.images, "images"), FeatureReader(dataset, teacher)
-    chosen = {shard: record for shard, record in image_reader.records.items() if shards is None or shard in shards}
+    samples, images, reader = SampleReader(dataset), image_reader(dataset), FeatureReader(dataset, teacher)
+    places = {(part.id, shard): number for number, (part, shard) in enumerate(dataset.shards)}
     views, kind = dataset.policy.rows_per_image, "summary" if "summary" in teacher.shapes else "patches"
-    vectors, labels = [], []
-    for group in _groups(chosen, limit):
-        images = image_reader.read(group, ["sample_id", "label"])
-        table = reader.read(group, ["sample_id", kind])
-        expected, found = images["sample_id"].to_pylist(), table["sample_id"].to_pylist()[::views]
-        if found != expected:
-            raise reader.key_error(group, expected, found)
-        values = reader.codecs[kind].decode(torch.from_numpy(fixed_width(table[kind])[::views].copy()))
+    vectors, labels = [torch.empty(0, teacher.shapes[kind][-1])], [torch.empty(0, dtype=torch.int64)]
+    for group in _groups(dataset, limit):
+        if shards is not None and places[dataset.parts[group.part].id, group.shard] not in shards:
+            continue
+        expected, table = images.read(group, ["key"])["key"].to_pylist(), reader.read(group, ["key", kind])
+        if (found := table["key"].to_pylist()[::views]) != expected:
+            raise reader.key_error(group, [key.hex() for key in expected], [key.hex() for key in found])
+        chosen = samples.read(group)
+        values = reader.codecs[kind].decode(torch.from_numpy(fixed_width(table[kind])[::views][chosen.rows]))
         vectors.append(values if kind == "summary" else values.mean(dim=(1, 2)))
-        labels.append(torch.from_numpy(labels_of(images).copy()))
+        labels.append(torch.from_numpy(chosen.labels.copy()))
     return torch.cat(vectors), torch.cat(labels)
 
 
@@ -95,9 +89,9 @@ class PatchReader:
     """
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
-        self._reader = FeatureReader(dataset, teacher)
-        images = ShardReader(dataset, dataset.images, "images")
-        self._groups = row_groups(images.records.values(), dataset.policy.rows_per_image)
+        self._reader, self._samples = FeatureReader(dataset, teacher), SampleReader(dataset)
+        image_reader(dataset)
+        self._groups, self._views = _groups(dataset), dataset.policy.rows_per_image
         self.sizes = [group.rows for group in self._groups]
 
     def __len__(self) -> int:
@@ -105,12 +99,14 @@ class PatchReader:
 
     def read(self, number: int) -> tuple[list[str], Tensor]:
         """The sample ids of a row group and their patches [n, h, w, D] float32."""
-        table = self._reader.read(self._groups[number], ["sample_id", "patches"])
-        patches = self._reader.codecs["patches"].decode(torch.from_numpy(fixed_width(table["patches"]).copy()))
-        return table["sample_id"].to_pylist(), patches
+        group, views = self._groups[number], self._views
+        chosen, table = self._samples.read(group), self._reader.read(group, ["patches"])
+        rows = (chosen.rows[:, None] * views + range(views)).reshape(-1)
+        patches = self._reader.codecs["patches"].decode(torch.from_numpy(fixed_width(table["patches"])[rows]))
+        return [name for name in chosen.names for _ in range(views)], patches
 
 
-def _groups(records: dict[int, ShardRecord], limit: int | None = None) -> list[RowGroup]:
-    """The row groups of these shards of images, or about `limit` images' worth of them, evenly spaced."""
-    groups = row_groups(records.values())
+def _groups(dataset: Dataset, limit: int | None = None) -> list[RowGroup]:
+    """The row groups of a data set, or about `limit` images' worth of them, evenly spaced."""
+    groups = [RowGroup(*group) for group in dataset.row_groups().tolist()]
     return groups if limit is None else evenly_spaced(groups, max(1, limit // ROW_GROUP_SIZE))

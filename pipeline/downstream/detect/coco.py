@@ -1,6 +1,7 @@
 """Images with boxes and instance masks: COCO-format annotations, or generated scenes."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipeline.downstream.detect.shapes import encoded
 from pipeline.downstream.images import Scenes, check_rows, read_pixels, size_on_disk, split_location
 from pipeline.errors import UserError
 from pipeline.sources.locations import SAMPLES, absolute, below
+from pipeline.storage.files import exists, is_folder
+from pipeline.storage.remote import is_web
 
 
 class ObjectTargets(NamedTuple):
@@ -36,7 +39,7 @@ class CocoImages:
     are dropped. For evaluation everything stays as written: the COCO API handles it.
 
     Args:
-        images: folder that `file_name` refers to.
+        images: folder that `file_name` refers to, by local path or URI.
         masks: whether every object must have a mask.
 
     Raises:
@@ -45,7 +48,7 @@ class CocoImages:
 
     block = 1
 
-    def __init__(self, images: Path, annotations: Path, *, masks: bool, training: bool) -> None:
+    def __init__(self, images: str | Path, annotations: str | Path, *, masks: bool, training: bool) -> None:
         self.location, self.annotations, self.with_masks = str(images), annotations, masks
         remedy = "; detect.masks=false trains only boxes" if masks else None
         dataset = read_annotations(annotations, file_names=True, masks=remedy)
@@ -111,10 +114,11 @@ class CocoImages:
 
     def _check_row(self, row: int) -> None:
         image = self.images[row]
-        path = Path(below(self.location, image["file_name"]))
-        if not path.is_file():
-            raise UserError(f"{path}: no such file, but {self.annotations} lists it")
-        found, said = size_on_disk(str(path)), (image["width"], image["height"])
+        path = below(self.location, image["file_name"])
+        try:
+            found, said = size_on_disk(path), (image["width"], image["height"])
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no such file, but {self.annotations} lists it") from error
         if found != said:
             raise UserError(
                 f"{path}: is {found[0]} x {found[1]} pixels (upright, if EXIF turns it), but {self.annotations} says "
@@ -124,7 +128,7 @@ class CocoImages:
     def read(self, row: int) -> tuple[Tensor, ObjectTargets]:
         """Image uint8 [3, H, W] and its usable objects."""
         image = self.images[row]
-        pixels = read_pixels(Path(below(self.location, image["file_name"])))
+        pixels = read_pixels(below(self.location, image["file_name"]))
         height, width = pixels.shape[1:]
         objects = json.loads(self.objects[row])
         masks = np.zeros((len(objects) if self.with_masks else 0, height, width), np.uint8)
@@ -191,12 +195,12 @@ def open_objects(config: FinetuneJobConfig, settings: DetectConfig, split: Split
         return None
     if location == SAMPLES:
         return SceneObjects(config, split)
-    images = Path(absolute(location))
-    if not images.is_dir():
+    images = absolute(location)
+    if not is_web(images) and not is_folder(images):
         raise UserError(f"{images}: no such folder of images")
     given = settings.train_annotations if split == "train" else settings.val_annotations
-    usual = images.parent / "annotations" / f"instances_{images.name}.json"
-    annotations = Path(absolute(given)) if given else usual
-    if not annotations.is_file():
+    folder, name = os.path.split(images)
+    annotations = absolute(given) if given else os.path.join(folder, "annotations", f"instances_{name}.json")
+    if not exists(annotations):
         raise UserError(f"{annotations}: no such file; set detect.{split}_annotations to the COCO JSON of {images}")
     return CocoImages(images, annotations, masks=settings.masks, training=split == "train")

@@ -62,7 +62,7 @@ def average_precision(truth: COCO, results: Sequence[Mapping[str, Any]], kind: K
     return Precision(dict(zip(NUMBERS, map(float, evaluation.stats), strict=True)), per_category)
 
 
-def evaluate_files(annotations: Path, results: Path) -> dict[Kind, Precision]:
+def evaluate_files(annotations: str | Path, results: str | Path) -> dict[Kind, Precision]:
     """Score a results file: boxes where its entries hold `bbox`, masks where they hold `segmentation`.
 
     Raises:
@@ -71,7 +71,7 @@ def evaluate_files(annotations: Path, results: Path) -> dict[Kind, Precision]:
     return score(*read_files(annotations, results))
 
 
-def read_files(annotations: Path, results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_files(annotations: str | Path, results: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read annotations and the results that are compared with them; raises as :func:`evaluate_files`."""
     detections = read_results(results)
     masks = f", which {results} is compared with" if detections and "segmentation" in detections[0] else None

@@ -80,7 +80,7 @@ _DETECTIONS = TypeAdapter(Annotated[list[CocoDetection], FailFast()])
 _NOUNS = {"images": "image", "categories": "category", "annotations": "annotation"}
 
 
-def read_annotations(path: Path, *, file_names: bool = False, masks: str | None = None) -> dict[str, Any]:
+def read_annotations(path: str | Path, *, file_names: bool = False, masks: str | None = None) -> dict[str, Any]:
     """Read a file in COCO's format whose images, categories and annotations refer to each other.
 
     Every annotation has a `bbox`, that of its mask where the file gives none. Segmentations that cannot be used are dropped
@@ -141,7 +141,7 @@ def _complete(entry: dict[str, Any], image: Mapping[str, Any], where: str, masks
         entry["bbox"] = rle.toBbox(encoded(shape, image["height"], image["width"])).tolist()
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
+def read_results(path: str | Path) -> list[dict[str, Any]]:
     """Read detections in COCO's results format; all have what the first has of `bbox` and `segmentation`, and nothing else.
 
     Raises:
@@ -162,7 +162,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def match_results(
-    path: Path, detections: Sequence[dict[str, Any]], dataset: Mapping[str, Any], annotations: Path
+    path: str | Path, detections: Sequence[dict[str, Any]], dataset: Mapping[str, Any], annotations: str | Path
 ) -> None:
     """Check that detections are of the images and categories of a dataset, and make their masks compressed run lengths.
 
@@ -185,7 +185,7 @@ def match_results(
             entry["segmentation"] = encoded(shape, *sides)
 
 
-def _read(path: Path, adapter: TypeAdapter[Any]) -> Any:
+def _read(path: str | Path, adapter: TypeAdapter[Any]) -> Any:
     text = read_text(path)
     try:
         return adapter.validate_json(text)
@@ -235,7 +235,7 @@ def _entry_name(text: str, part: str, number: Any) -> str:
     return f"{_NOUNS[part]} {shown(next((name for name in names if name and isinstance(name, str | int)), number + 1))}"
 
 
-def _refuse_repeated(path: Path, noun: str, entries: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_repeated(path: str | Path, noun: str, entries: Sequence[Mapping[str, Any]]) -> None:
     found: set[int] = set()
     for entry in entries:
         if entry["id"] in found:

@@ -19,6 +19,7 @@ from pipeline.downstream.detect.coco import CocoImages, ObjectTargets, SceneObje
 from pipeline.downstream.detect.coco_eval import NOTHING, Kind, average_precision, coco_index, in_words
 from pipeline.downstream.detect.config import DetectConfig
 from pipeline.downstream.detect.mask_rcnn import build_detector
+from pipeline.downstream.images import read_rows
 from pipeline.downstream.pictures import enlarge, palette, scale_of
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.student.model import Encoder
@@ -90,8 +91,8 @@ class Detection(DownstreamTask[DetectConfig]):
         settings = self.settings
         augment = v2.Compose([_ShortestSize(settings.sizes, settings.max_size), v2.RandomHorizontalFlip()])
         images, targets = [], []
-        for draw in draws:
-            image, objects = examples.read(draw.row)
+        found = read_rows(examples, [draw.row for draw in draws])
+        for draw, (image, objects) in zip(draws, found, strict=True):
             with seeded(self.config.seed, draw.number):
                 image, target = augment(tv_tensors.Image(image), _wrapped(objects, image, settings.masks))
             images.append(image.as_subclass(Tensor))

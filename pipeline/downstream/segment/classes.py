@@ -49,7 +49,7 @@ class MaskValues:
     zero_ignored: bool = False
 
     @classmethod
-    def of(cls, path: Path, *, zero_ignored: bool, ignore: Sequence[int | str]) -> "MaskValues":
+    def of(cls, path: str | Path, *, zero_ignored: bool, ignore: Sequence[int | str]) -> "MaskValues":
         """The values that a file of names, `segment.reduce_zero_label` and `segment.ignore` describe.
 
         Raises:
@@ -165,7 +165,7 @@ def ranges(values: Iterable[int], ignored: Iterable[int] = ()) -> str:
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more ranges" if len(shown) > 12 else "")
 
 
-def read_classes(path: Path, first: int) -> ClassList:
+def read_classes(path: str | Path, first: int) -> ClassList:
     """Names of the classes with mask values from `first` on.
 
     A table (.csv, .tsv, or text whose first line has several columns, one of them `name`; separated by tabs, semicolons or
@@ -190,7 +190,7 @@ def read_classes(path: Path, first: int) -> ClassList:
     return ClassList(names, numbered)
 
 
-def _lines(path: Path, text: str) -> list[str]:
+def _lines(path: str | Path, text: str) -> list[str]:
     """One name per line, without the quotes that a spreadsheet adds."""
     lines = [line.strip() for line in text.strip("\n").split("\n")]
     while lines and not lines[-1]:
@@ -204,7 +204,7 @@ def _lines(path: Path, text: str) -> list[str]:
     return [match[1].replace('""', '"') if (match := quoted.fullmatch(line)) else line for line in lines]
 
 
-def _table(path: Path, text: str) -> list[tuple[int, list[str]]] | None:
+def _table(path: str | Path, text: str) -> list[tuple[int, list[str]]] | None:
     """The rows of a table, each with its line, header first; None if the file is a list of names."""
     lead, _, rest = text.lstrip("\n").partition("\n")
     stated = re.fullmatch(r"sep=(.)\s*", lead)  # as Excel reads and writes it
@@ -212,8 +212,10 @@ def _table(path: Path, text: str) -> list[tuple[int, list[str]]] | None:
         text, lead = rest, rest.partition("\n")[0]
     headers = {mark: [_key(cell) for cell in next(csv.reader([lead], delimiter=mark), [])] for mark in "\t;,"}
     marks = [stated[1]] if stated else [mark for mark, cells in headers.items() if "name" in cells]
-    if not marks or (len(headers.get(marks[0], ())) < 2 and path.suffix.lower() not in (".csv", ".tsv") and not stated):
-        if path.suffix.lower() in (".csv", ".tsv") or "\t" in lead:
+    if not marks or (
+        len(headers.get(marks[0], ())) < 2 and Path(path).suffix.lower() not in (".csv", ".tsv") and not stated
+    ):
+        if Path(path).suffix.lower() in (".csv", ".tsv") or "\t" in lead:
             raise UserError(f"segment.classes: {path} has no column `name` in its first line ({lead.strip()[:60]})")
         return None
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=marks[0], strict=True)
@@ -231,7 +233,7 @@ def _key(cell: str) -> str:
     return cell.strip(_BLANKS).lower()
 
 
-def _columns(path: Path, rows: list[tuple[int, list[str]]], first: int) -> tuple[dict[int, str], bool]:
+def _columns(path: str | Path, rows: list[tuple[int, list[str]]], first: int) -> tuple[dict[int, str], bool]:
     """Names by mask value, and whether the table gives the values."""
     header = [_key(cell) for cell in rows[0][1]] if rows else []
     if "name" not in header:

@@ -13,29 +13,31 @@ from pipeline.downstream.images import Scenes, check_rows, image_files, read_pix
 from pipeline.downstream.segment.classes import MaskValues
 from pipeline.downstream.segment.config import SegmentConfig
 from pipeline.errors import UserError
-from pipeline.imaging.decode import read_label_map
+from pipeline.imaging.decode import decode_label_map
 from pipeline.sources.label_maps import masks_folder
 from pipeline.sources.locations import SAMPLES, absolute
+from pipeline.storage.files import is_folder, read_bytes
+from pipeline.storage.remote import is_web
 
 
 class MaskedImages:
     """Image files and their label maps.
 
     Args:
-        images, masks: folders; a mask has the image's relative path, ending in .png.
+        images, masks: folders, by local path or URI; a mask has the image's relative path, ending in .png.
         values: what the values of the masks mean.
         training: whether there must be more than one class to learn.
     """
 
     block = 1
 
-    def __init__(self, images: Path, masks: Path, values: MaskValues, *, training: bool = True) -> None:
-        self.location, self.masks, self.values, self.training = str(images), masks, values, training
+    def __init__(self, images: str | Path, masks: str | Path, values: MaskValues, *, training: bool = True) -> None:
+        self.location, self.masks, self.values, self.training = str(images), str(masks), values, training
         self.classes = values.classes
-        if not images.is_dir():
+        if not is_web(self.location) and not is_folder(self.location):
             raise UserError(f"{images}: no such folder of images")
-        files, self.left_out = image_files(images)
-        self.names = sorted(str(path.relative_to(images)) for path in files)
+        files, self.left_out = image_files(self.location)
+        self.names = sorted(path.removeprefix(os.path.join(self.location, "")) for path in files)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,9 +46,9 @@ class MaskedImages:
         """Path below the folder of images."""
         return self.names[row]
 
-    def mask_path(self, row: int) -> Path:
+    def mask_path(self, row: int) -> str:
         """File of a row's label map."""
-        return (self.masks / self.names[row]).with_suffix(".png")
+        return os.path.splitext(os.path.join(self.masks, self.names[row]))[0] + ".png"
 
     def check(self) -> list[str]:
         """Every image must have a label map of its size, and all values must be known; notes on classes that do not occur."""
@@ -55,8 +57,8 @@ class MaskedImages:
             for value in values:
                 first.setdefault(value, row)
         if unknown := [value for value in first if value not in self.values.names and value not in self.values.ignored]:
-            self.values.refuse_unknown(unknown[0], str(self.mask_path(first[unknown[0]])), first)
-        return [*self.left_out, *self.values.check(first, str(self.masks), self.training)]
+            self.values.refuse_unknown(unknown[0], self.mask_path(first[unknown[0]]), first)
+        return [*self.left_out, *self.values.check(first, self.masks, self.training)]
 
     def _check_row(self, row: int) -> list[int]:
         """The values of a label map, which must have the size of its image."""
@@ -72,16 +74,17 @@ class MaskedImages:
 
     def _mask(self, row: int) -> np.ndarray:
         path = self.mask_path(row)
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such label map for the image {self.names[row]} in {self.location}")
         try:
-            return read_label_map(path)
-        except ValueError as error:
+            return decode_label_map(read_bytes(path))
+        except FileNotFoundError as error:
+            image = f"the image {self.names[row]} in {self.location}"
+            raise UserError(f"{path}: there is no such label map for {image}") from error
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}") from error
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """Image uint8 [3, H, W] and labels uint8 [H, W], `IGNORE` for unlabelled pixels."""
-        image, mask = read_pixels(Path(self.location, self.names[row])), self._mask(row)
+        image, mask = read_pixels(os.path.join(self.location, self.names[row])), self._mask(row)
         if mask.shape != image.shape[1:]:
             raise UserError(f"{self.mask_path(row)}: its size is not that of its image")
         try:
@@ -113,13 +116,11 @@ def open_masked(config: FinetuneJobConfig, settings: SegmentConfig, split: Split
     if settings.classes is None:
         raise UserError("segment.classes must be given: a file with the names of the classes, one a line or in a table")
     masks = settings.train_masks if split == "train" else settings.val_masks
-    images = Path(absolute(location))
-    folder = absolute(masks) if masks else masks_folder(str(images))
+    images = absolute(location)
+    folder = absolute(masks) if masks else masks_folder(images)
     if folder is None:
         raise UserError(
             f"{images}: no annotations or masks folder next to `images` in its path; set segment.{split}_masks to the folder"
         )
-    values = MaskValues.of(
-        Path(absolute(settings.classes)), zero_ignored=settings.reduce_zero_label, ignore=settings.ignore
-    )
-    return MaskedImages(images, Path(folder), values, training=split == "train")
+    values = MaskValues.of(absolute(settings.classes), zero_ignored=settings.reduce_zero_label, ignore=settings.ignore)
+    return MaskedImages(images, folder, values, training=split == "train")

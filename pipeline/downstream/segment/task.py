@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from pipeline.downstream.backbone import pyramid_levels
 from pipeline.downstream.base import Column, DownstreamTask, Report, Split, device_of, evenly
+from pipeline.downstream.images import read_rows
 from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.downstream.segment.classes import IGNORE
@@ -117,8 +118,8 @@ class Segmentation(DownstreamTask[SegmentConfig]):
     def batch(self, examples: Examples, draws: Sequence[Draw]) -> MaskedBatch:
         """Crops of images that are resized, flipped and distorted at random, each by its own seed."""
         augment, crops = self.training_transform(), []
-        for draw in draws:
-            image, labels = examples.read(draw.row)
+        found = read_rows(examples, [draw.row for draw in draws])
+        for draw, (image, labels) in zip(draws, found, strict=True):
             with seeded(self.config.seed, draw.number):
                 crops.append(augment(tv_tensors.Image(image), tv_tensors.Mask(labels)))
         images, masks = zip(*crops, strict=True)

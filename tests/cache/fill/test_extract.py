@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from jobs._plan import cache_plan
-from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.extract import Extract
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.layout.view_rows import read_view_rows, views_of
+from pipeline.errors import UserError
 from pipeline.imaging.crop import crop_and_pad, crop_and_resize
 from pipeline.imaging.decode import decode_pixels
 from pipeline.storage.store import Store
@@ -18,64 +20,70 @@ from tests.fakes import fill_in_process, images_seen, out_of_memory, without_ray
 
 def test_teacher_shards_hold_the_keys_of_the_images_in_their_order(filled):
     for split in filled.plan.splits:
-        images = split.dataset.images
+        (part,) = split.dataset.parts
         for teacher in filled.plan.teachers:
-            folder = split.dataset.teacher(teacher.id)
+            folder = part.teacher(teacher.id)
             for shard, record in folder.records().items():
-                keys = images.read(images.records()[shard], ["sample_id", "view"])
-                assert folder.read(record, ["sample_id", "view"]).equals(keys)
+                keys = part.images.read(part.images.records()[shard], ["key", "view"])
+                assert folder.read(record, ["key", "view"]).equals(keys)
 
 
 def test_files_say_what_they_hold_in_standard_types(filled):
     teacher = filled.plan.teachers[0]
-    folder = filled.train.teacher(teacher.id)
+    folder = filled.train.parts[0].teacher(teacher.id)
     table = pq.read_table(Path(folder.store.uri, folder.records()[0].file))
     assert table.schema.metadata[b"teacher"].decode() == teacher.id
     assert table.schema.metadata[b"patches.shape"] == b"[4, 4, 8]"
     assert str(table.schema.field("patches").type) == f"fixed_size_binary[{4 * 4 * 8 * 2}]"
-    assert str(table.schema.field("sample_id").type) == "string"
+    assert str(table.schema.field("key").type) == "fixed_size_binary[16]"
 
 
 def test_what_is_there_is_not_computed_again(tmp_path, photo_config):
     log = tmp_path / "calls"
     config = photo_config("teachers=[{model: 'tests.fakes:colours'}]", f"teachers.0.args={{log: {log}}}")
-    plan = plan_cache(config, Store.at(tmp_path / "cache"))
-    assert fill_in_process(plan) == 3
+    store = Store.at(tmp_path / "cache")
+    assert fill_in_process(plan_cache(config, store))[1] == 3
     assert images_seen(log) == 190
-    assert fill_in_process(plan) == 0
+    plan, computed = fill_in_process(plan_cache(config, store))
+    assert computed == 0
     assert images_seen(log) == 190
-    folder = plan.split("train").dataset.teacher(plan.teachers[0].id)
+    folder = plan.split("train").dataset.parts[0].teacher(plan.teachers[0].id)
     Path(folder.store.uri, "shard-00001.json").unlink()
-    assert fill_in_process(plan) == 1
+    assert fill_in_process(plan_cache(config, store))[1] == 1
     assert images_seen(log) == 190 + 50
 
 
 def test_recomputed_shards_are_byte_identical(filled):
-    folder = filled.train.teacher(filled.plan.teachers[0].id)
+    (part,) = filled.train.parts
+    folder = part.teacher(filled.plan.teachers[0].id)
     before = folder.records()
     for record in before.values():
         Path(folder.store.uri, record.file).unlink()
-    assert fill_in_process(filled.plan) == 2
+    part.refresh()
+    assert fill_in_process(filled.plan)[1] == 2
     assert {s: r.sha256 for s, r in folder.records().items()} == {s: r.sha256 for s, r in before.items()}
 
 
 def test_a_gpu_of_too_little_memory_is_said_in_a_line_with_the_remedy(filled, monkeypatch):
-    extract = Extract({"train": filled.train}, [], "cpu", 1, 64)
+    (part,) = filled.train.parts
+    extract = Extract({part.key: part}, [(part.key, n) for n in range(part.shards)], [], "cpu", 1, 64)
 
     monkeypatch.setattr(extract, "teachers", {teacher.id: None for teacher in filled.plan.teachers})
-    monkeypatch.setattr(type(filled.train.teacher(filled.plan.teachers[0].id)), "record", lambda *_: None)
+    monkeypatch.setattr(type(part.images), "record", lambda *_: None)
     monkeypatch.setattr(extract, "_extract", out_of_memory)
-    answer = extract({"split": "train", "shard": 0})
+    answer = extract({"part": part.key, "shard": 0})
     assert answer["error"].startswith("the GPU has too little memory for 64 images at once: lower cache.batch_size")
     assert answer["computed"] == 0
 
 
 def test_features_that_are_not_finite_stop_the_shard_and_name_the_teacher(tmp_path, photo_config):
     config = photo_config("teachers=[{model: 'tests.fakes:colours', args: {poison: 1}}]")
-    plan = plan_cache(config, Store.at(tmp_path / "cache"))
-    with pytest.raises(AssertionError, match="teacher colours8 computed summary features that are not finite"):
-        fill_in_process(plan)
-    assert not plan.split("train").dataset.teacher(plan.teachers[0].id).records()
+    store = Store.at(tmp_path / "cache")
+    with pytest.raises(UserError, match="teacher colours8 computed summary features that are not finite"):
+        fill_in_process(plan_cache(config, store))
+    plan = plan_cache(config, store)
+    assert plan.split("train").dataset.count == 150
+    assert not [*plan.split("train").dataset.records(plan.teachers[0].id)]
 
 
 def test_other_weights_than_planned_are_refused(filled):
@@ -85,7 +93,7 @@ def test_other_weights_than_planned_are_refused(filled):
 
     teacher = replace(filled.plan.teachers[0], weights_sha256="0" * 64)
     with pytest.raises(TeacherError, match="other weights than the one that planned the job"):
-        Extract({"train": filled.train}, [teacher], "cpu", 1, 8)
+        Extract({part.key: part for part in filled.train.parts}, [], [teacher], "cpu", 1, 8)
 
 
 def test_a_teacher_of_padded_images_is_cached_beside_one_of_squashed_ones(tmp_path, photo_config, monkeypatch):
@@ -95,13 +103,13 @@ def test_a_teacher_of_padded_images_is_cached_beside_one_of_squashed_ones(tmp_pa
     config = photo_config(f"teachers=[{sam}, {{model: 'tests.fakes:colours'}}]", "views.crops=2", "cache.codec=float32")
     plan = plan_cache(config, Store.at(tmp_path / "cache"))
     assert "longest side resized, padded to a square, bilinear" in cache_plan(plan, config)
-    build_cache(plan, config)
-    dataset = plan.split("train").dataset
-    images, rows, _ = read_view_rows(dataset, 0)
+    plan, _ = build_cache(plan, config)
+    (part,) = plan.split("train").dataset.parts
+    images, rows, _ = read_view_rows(part, 0)
     views, decoded = views_of(rows), [decode_pixels(data) for data in images["image"].to_pylist()]
     assert len({image.shape for image in decoded}) > 1
     for teacher, crop in zip(plan.teachers, (crop_and_pad, crop_and_resize), strict=True):
-        source, folder, spec = teacher.create(), dataset.teacher(teacher.id), teacher.spec
+        source, folder, spec = teacher.create(), part.teacher(teacher.id), teacher.spec
         source.load()
         pixels = [crop(decoded[i // 2], view, spec.input_size, spec.interpolation) for i, view in enumerate(views)]
         stored = folder.read(folder.records()[0])["patches"].to_pylist()
@@ -114,7 +122,7 @@ def test_statistics_equal_those_of_the_stored_features(filled):
     from pipeline.cache.layout.cached_teacher import teacher_stats
 
     teacher = filled.plan.teachers[0]
-    folder = filled.train.teacher(teacher.id)
+    folder = filled.train.parts[0].teacher(teacher.id)
     stored = []
     for record in folder.records().values():
         rows = folder.read(record)["patches"].to_pylist()
@@ -140,8 +148,8 @@ def test_labels_are_names_unless_two_teachers_share_one(filled):
 def projected(tmp_path, photo_config):
     """A complete cache in the default codec, of features that lie in three dimensions of 24."""
     config = photo_config("cache.codec=pca-int8-zstd", "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}]")
-    plan = plan_cache(config, Store.at(tmp_path / "cache"))
-    assert fill_in_process(plan) == 3
+    plan, computed = fill_in_process(plan_cache(config, Store.at(tmp_path / "cache")))
+    assert computed == 3
     return plan
 
 
@@ -150,10 +158,10 @@ def test_the_default_codec_finds_the_components_and_says_how_much_it_keeps(proje
 
     teacher = projected.teachers[0]
     for split in projected.splits:
-        folder = split.dataset.teacher(teacher.id)
-        projections = projections_of(folder)
+        folder = split.dataset.parts[0].teacher(teacher.id)
+        projections = projections_of(projected.store, teacher)
         assert projections["patches"].components.shape == (8, 24)
-        codecs = load_codecs(split.dataset, teacher)
+        codecs = load_codecs(projected.store, teacher)
         assert codecs["patches"].row_bytes == 16 * (8 + 2)
         schema = pq.read_schema(Path(folder.store.uri, folder.records()[0].file))
         assert str(schema.field("patches").type) == f"fixed_size_binary[{16 * 10}]"
@@ -174,15 +182,15 @@ def test_fitting_a_projection_runs_no_teacher_twice_and_changes_no_value(tmp_pat
         f"views.crops={crops}",
         f"teachers=[{{model: 'tests.fakes:colours', args: {{dim: 24, log: '{log}'}}}}]",
     )
-    plan = plan_cache(config, Store.at(tmp_path / "cache"))
-    fill_in_process(plan)
+    plan, _ = fill_in_process(plan_cache(config, Store.at(tmp_path / "cache")))
     assert images_seen(log) == 150 * max(1, crops) + 40
 
-    train, teacher = plan.split("train").dataset, plan.teachers[0]
-    folder = train.teacher(teacher.id)
+    (part,) = plan.split("train").dataset.parts
+    folder = part.teacher(plan.teachers[0].id)
     first = {shard: (folder.read(record), [*folder.moments([record])]) for shard, record in folder.records().items()}
     for shard in first:
         folder.unlist(shard)
+    part.refresh()
     fill_in_process(plan)  # the projection is there: nothing is sampled
     for shard, record in folder.records().items():
         table, (moments,) = first[shard]
@@ -193,26 +201,32 @@ def test_fitting_a_projection_runs_no_teacher_twice_and_changes_no_value(tmp_pat
 
 
 def test_shards_of_another_projection_do_not_count(projected):
-    train = projected.split("train")
+    train, val = (projected.split(name) for name in ("train", "val"))
     teacher = projected.teachers[0]
-    folder = train.dataset.teacher(teacher.id)
+    (part,), (held_out,) = train.dataset.parts, val.dataset.parts
+    folder = part.teacher(teacher.id)
     first = folder.projection
-    Path(folder.store.uri, "projection-00000000.npz").write_bytes(folder.store.get(first))
+    Path(folder.home.uri, "projection-00000000.npz").write_bytes(folder.home.get(first))
     assert folder.projection == "projection-00000000.npz"
     assert not folder.records()
     assert folder.record(0) is None
-    assert train.missing(teacher) == [0, 1]
-    assert fill_in_process(projected) == 2
+    part.refresh()
+    held_out.refresh()
+    assert train.missing(teacher) == [(part, 0), (part, 1)]
+    assert val.missing(teacher) == [(held_out, 0)]
+    assert fill_in_process(projected)[1] == 3
     assert {record.projection for record in folder.records().values()} == {folder.projection}
 
 
 def test_shards_of_another_projection_are_computed_again_by_the_same_job(projected, monkeypatch):
     from pipeline.cache.fill import build
 
-    folders = [split.dataset.teacher(projected.teachers[0].id) for split in projected.splits]
-    for folder in folders:
+    parts = [part for split in projected.splits for part in split.dataset.parts]
+    folders = [part.teacher(projected.teachers[0].id) for part in parts]
+    for part, folder in zip(parts, folders, strict=True):
         for shard in folder.records():
             folder.unlist(shard)
+        part.refresh()
     without_ray(monkeypatch)
     extract, passes = build.extract_shards, []
 
@@ -221,12 +235,12 @@ def test_shards_of_another_projection_are_computed_again_by_the_same_job(project
         yield from extract(rows, *arguments)
         passes.append(len(rows))
         if len(passes) == 1:
-            store = folders[0].store
-            Path(store.uri, "projection-00000000.npz").write_bytes(store.get(folders[0].projection))
+            home = folders[0].home
+            Path(home.uri, "projection-00000000.npz").write_bytes(home.get(folders[0].projection))
 
     monkeypatch.setattr(build, "extract_shards", two_actors)
     build._extract(projected, 16, build.BuildReport())
-    assert passes == [3, 2]
+    assert passes == [3, 3]
     assert [len(folder.records()) for folder in folders] == [2, 1]
 
 
@@ -237,11 +251,11 @@ def test_a_codec_per_teacher_gives_folders_of_their_own(tmp_path, photo_config):
         for codec in ("int8", "int8-zstd")
     )
     assert one.teachers[0].id != two.teachers[0].id
-    assert fill_in_process(one) == 3
-    assert fill_in_process(two) == 3
+    (one, first), (two, second) = fill_in_process(one), fill_in_process(two)
+    assert first == second == 3
     files = [
         pq.ParquetFile(Path(folder.store.uri, folder.records()[0].file)).metadata.row_group(0).column(3).compression
-        for folder in (plan.split("train").dataset.teacher(plan.teachers[0].id) for plan in (one, two))
+        for folder in (plan.split("train").dataset.parts[0].teacher(plan.teachers[0].id) for plan in (one, two))
     ]
     assert files == ["UNCOMPRESSED", "ZSTD"]
 
@@ -255,8 +269,6 @@ def test_a_codec_per_teacher_gives_folders_of_their_own(tmp_path, photo_config):
     ],
 )
 def test_a_codec_that_cannot_be_is_refused_by_the_plan(tmp_path, photo_config, override, message):
-    from pipeline.errors import UserError
-
     with pytest.raises(UserError, match=message):
         plan_cache(photo_config(override), Store.at(tmp_path / "cache"))
 
@@ -272,8 +284,8 @@ def test_fidelity_is_measured_on_images_that_no_projection_was_fitted_on(tmp_pat
         ShardBuilder, "add", lambda self, *a, held_out: seen.append(held_out) or add(self, *a, held_out=held_out)
     )
     fill_in_process(plan)
-    # Shards of 100, 50 and 40 images in batches of 16; the first row group of 64 images of each data set is fitted on.
-    assert seen == [False] * 4 + [True] * 3 + [True] * 4 + [False] * 3
+    # Shards of 100, 50 and 40 images in batches of 16; the first row group of 64 training images is fitted on.
+    assert seen == [False] * 4 + [True] * 3 + [True] * 4 + [True] * 3
 
 
 @pytest.mark.parametrize(("change", "codec"), [((1e-9, 0), "int8"), ((1e-9, 0), "float16"), ((1, 1e5), "int8")])
@@ -290,14 +302,12 @@ def test_a_codec_that_loses_the_target_is_refused_in_a_line(tmp_path, photo_conf
     monkeypatch.setattr(ColourGrid, "forward", changed)
     name = f"cache.codec={codec}"
     plan = plan_cache(photo_config(name, "teachers=['tests.fakes:colours']"), Store.at(tmp_path / "a"))
-    with pytest.raises(
-        (AssertionError, TeacherError), match=rf"{codec} keeps a cosine of only .* set cache.codec=pca-int8"
-    ):
+    with pytest.raises((UserError, TeacherError), match=rf"{codec} keeps a cosine of only .* set cache.codec=pca-int8"):
         fill_in_process(plan)
     plan = plan_cache(
         photo_config("cache.codec=pca-int8-zstd", "teachers=['tests.fakes:colours']"), Store.at(tmp_path / "b")
     )
-    fill_in_process(plan)
+    plan, _ = fill_in_process(plan)
     from pipeline.cache.layout.cached_teacher import teacher_fidelity
 
     assert teacher_fidelity(plan.split("train").dataset, plan.teachers[0])["patches"]["target_cosine"] > 0.99

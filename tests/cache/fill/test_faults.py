@@ -8,9 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from pipeline.cache.fill.build import plan_cache
-from pipeline.cache.fill.ingest import Ingest
-from pipeline.cache.layout.dataset import create_dataset
+from pipeline.cache.fill.ingest import Ingest, ingest_row
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.read.reader import CacheReader
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
@@ -31,8 +30,8 @@ def crops():
 
 
 @pytest.fixture
-def plan(tmp_path, crops):
-    """Two shards of ten photos and one teacher, nothing computed."""
+def make_plan(tmp_path, crops):
+    """Plans two shards of ten photos and one teacher."""
     write_photos(tmp_path / "photos", PHOTOS)
     data = [
         f"data.train={tmp_path}/photos",
@@ -41,13 +40,19 @@ def plan(tmp_path, crops):
         f"views.crops={crops}",
         f"teachers=[{COLOURS}]",
     ]
-    return plan_cache(load_config(DistillJobConfig, None, data), Store.at(tmp_path / "cache"))
+    return lambda: plan_cache(load_config(DistillJobConfig, None, data), Store.at(tmp_path / "cache"))
 
 
 @pytest.fixture
-def undisturbed(tmp_path, plan, crops):
+def plan(make_plan):
+    """Nothing is computed."""
+    return make_plan()
+
+
+@pytest.fixture
+def undisturbed(tmp_path, make_plan, crops):
     """Content of the cache that one process makes, which is then removed."""
-    fill_in_process(plan)
+    fill_in_process(make_plan())
     expected = content(tmp_path / "cache")
     assert len(expected) == (6 if crops else 4)
     shutil.rmtree(tmp_path / "cache")
@@ -67,7 +72,9 @@ def _ended(process):
 
 
 def _keys_read(plan):
-    reader = CacheReader(plan.splits[0].dataset, plan.teachers, image_size=32, batch_size=PHOTOS)
+    filled, computed = fill_in_process(plan)
+    assert computed == 0
+    reader = CacheReader(filled.splits[0].dataset, plan.teachers, image_size=32, batch_size=PHOTOS)
     return sorted(key for batch in reader.batches(0) for key in batch.keys)
 
 
@@ -86,17 +93,17 @@ def test_killed_at_every_single_write_the_next_start_does_the_rest(tmp_path, pla
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_nothing_finished_is_lost_or_done_again(tmp_path, plan, undisturbed):
+def test_killed_at_random_moments_nothing_finished_is_lost_or_done_again(tmp_path, make_plan, plan, undisturbed):
     kills = 0
     for seed in range(20):
         draw, finished = random.Random(seed), {}
-        while _ended(_start(plan, draw.randint(1, 26), draw.uniform(0, 0.005))) == KILLED:
+        while _ended(_start(plan, draw.randint(1, 36), draw.uniform(0, 0.005))) == KILLED:
             now = listed(tmp_path / "cache")
             assert finished.items() <= now.items()
             finished, kills = now, kills + 1
         assert finished.items() <= listed(tmp_path / "cache").items()
         assert content(tmp_path / "cache") == undisturbed
-        assert _keys_read(plan) == sorted(plan.splits[0].index["sample_id"].to_pylist())
+        assert _keys_read(make_plan()) == sorted(plan.splits[0].index["sample_id"].to_pylist())
         shutil.rmtree(tmp_path / "cache")
     assert kills >= 20
 
@@ -106,7 +113,7 @@ def test_two_writers_that_are_killed_at_random_moments_leave_the_same_cache(tmp_
     for seed in range(6):
         draw, finished, codes = random.Random(seed), {}, [KILLED]
         while KILLED in codes:
-            both = [_start(plan, draw.randint(1, 40), draw.uniform(0, 0.005)) for _ in range(2)]
+            both = [_start(plan, draw.randint(1, 48), draw.uniform(0, 0.005)) for _ in range(2)]
             while any(process.is_alive() for process in both):
                 content(tmp_path / "cache")  # what is listed is whole at every moment
             codes = [_ended(process) for process in both]
@@ -129,17 +136,19 @@ def _largest_file(size):
 
 
 def test_a_write_that_the_kernel_refuses_is_named_and_nothing_of_it_stays(tmp_path, plan, undisturbed):
-    split = plan.splits[0]
-    create_dataset(split.dataset, split.index)
-    ingest = Ingest({"train": (split.dataset, split.source)})
-    assert ingest({"split": "train", "shard": 0})["error"] == ""
+    split = fill_in_process(plan)[0].splits[0]
+    (part,) = split.dataset.parts
+    part.images.unlist(1)
     finished = listed(tmp_path / "cache")
     everything = sorted((tmp_path / "cache").rglob("*"))
     with _largest_file(8192):
-        refused = ingest({"split": "train", "shard": 1})
-    assert refused["error"].startswith(f"cannot write {split.dataset.images.store.uri}/shard-00001-")
+        refused = Ingest({part.key: part}, {"train": split.source})(
+            ingest_row("train", part, 1, split.dataset.samples(0))
+        )
+    assert refused["error"].startswith(f"cannot write {part.images.store.uri}/shard-00001-")
     assert refused["error"].endswith(": File too large")
     assert sorted((tmp_path / "cache").rglob("*")) == everything
+    part.refresh()
     fill_in_process(plan)
     assert finished.items() <= listed(tmp_path / "cache").items()
     assert content(tmp_path / "cache") == undisturbed

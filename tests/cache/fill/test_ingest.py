@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache.fill.build import build_cache, plan_cache
+from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.ingest import check_quarantine
+from pipeline.cache.fill.plan import plan_cache
+from pipeline.cache.layout.part import image_key
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
 from tests.fakes import corrupt, fill_in_process, truncate, without_ray
@@ -24,33 +26,50 @@ def damaged(tmp_path, photo_config):
     return plan, names
 
 
+def test_a_bad_image_is_read_once_until_its_file_changes(tmp_path, photo_config, damaged):
+    plan, names = damaged
+    photos, store = Path(plan.split("train").dataset.location), plan.store
+    fill_in_process(plan)
+    assert plan_cache(photo_config(), store).split("train").new.num_rows == 0
+    good = sorted(photos.rglob("*.jpg"))[0].read_bytes()
+    repaired = sorted(names)[0]
+    (photos / repaired).write_bytes(good)
+    again = plan_cache(photo_config(), store)
+    assert again.split("train").new["sample_id"].to_pylist() == [repaired]
+    dataset = fill_in_process(again)[0].split("train").dataset
+    assert {*dataset.bad_samples()["sample_id"].to_pylist()} == names - {repaired}
+    assert dataset.count == 148
+
+
 def test_bad_images_are_quarantined_by_name_and_the_rest_goes_on(damaged):
     plan, names = damaged
-    fill_in_process(plan)
-    dataset = plan.split("train").dataset
-    records = dataset.images.records().values()
-    bad = check_quarantine(dataset, records, 0.05)
+    filled, _ = fill_in_process(plan)
+    dataset = filled.split("train").dataset
+    bad = check_quarantine(dataset, dataset.bad_samples(), 0.05)
     assert {sample["sample_id"] for sample in bad} == names
     assert all(sample["reason"] for sample in bad)
-    assert sum(record.rows for record in records) == 147
-    assert sum(record.rows for record in dataset.teacher(plan.teachers[0].id).records().values()) == 147
+    assert dataset.count == 147
+    assert sum(record.rows for part in dataset.parts for record in part.images.records().values()) == 147
+    assert sum(record.rows for _, record in dataset.records(plan.teachers[0].id)) == 147
 
 
 def test_more_than_the_threshold_stops_with_the_list(damaged):
     plan, names = damaged
-    fill_in_process(plan)
-    dataset = plan.split("train").dataset
+    dataset = fill_in_process(plan)[0].split("train").dataset
     with pytest.raises(UserError, match=r"3 of 150 images .*data\.max_bad=0\.01") as error:
-        check_quarantine(dataset, dataset.images.records().values(), 0.01)
+        check_quarantine(dataset, dataset.bad_samples(), 0.01)
     assert all(name in str(error.value) for name in names)
 
 
 def test_the_cache_keeps_the_source_bytes_as_they_are(filled):
-    images = filled.train.images
-    rows = images.read(images.records()[0], ["sample_id", "image", "label"]).to_pylist()
-    for row in rows:
-        assert row["image"] == Path(filled.config.data.train, row["sample_id"]).read_bytes()
-        assert row["label"] == int(row["sample_id"][5])
+    (part,) = filled.train.parts
+    images = part.images.read(part.images.records()[0], ["key", "image"]).to_pylist()
+    samples = filled.train.samples(0).to_pylist()[: len(images)]
+    for image, sample in zip(images, samples, strict=True):
+        data = Path(filled.config.data.train, sample["sample_id"]).read_bytes()
+        assert image == {"key": image_key(data), "image": data}
+        assert sample["key"] == image["key"]
+        assert sample["label"] == int(sample["sample_id"][5])
 
 
 def test_indexing_loads_no_torch():

@@ -1,24 +1,28 @@
 """What filling the cache tells MLflow, on a real SQLite store."""
 
-import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
-from pipeline.cache.config import TeacherConfig
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.config import PrecomputeJobConfig, TeacherConfig
 from pipeline.cache.fill.estimate import all_bytes, missing_bytes
 from pipeline.cache.fill.job import cache_bytes, image_bytes, precompute, warn_of_losses
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.shard_builder import ShardBuilder
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher, projections_of
-from pipeline.cache.layout.shards import ShardFolder
+from pipeline.cache.layout.keys import sealed
+from pipeline.cache.layout.part import KEY, image_key
+from pipeline.cache.layout.shards import RECORDS, ShardFolder
 from pipeline.cache.layout.view_rows import ViewRows
+from pipeline.config.load import load_config
 from pipeline.storage.store import Store
 from pipeline.tracking.run import start_run
 from teachers.base import TeacherOutput
-from tests.fakes import fill_in_process, without_ray
+from tests.fakes import fill_in_process, without_ray, write_photos
 
 
 def test_a_start_that_computes_nothing_leaves_what_an_earlier_one_logged(photo_config, tmp_path, monkeypatch):
@@ -47,12 +51,12 @@ def test_every_figure_of_size_counts_all_files_below_the_folder(photo_config, tm
     plan = plan_cache(config, store)
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     disk = {path: path.stat().st_size for path in files}
-    features = sum(size for path, size in disk.items() if "teachers" in path.parts)
+    features = sum(size for path, size in disk.items() if {"teachers", "statistics"} & {*path.parts})
     assert cache_bytes(plan) == features
     assert image_bytes(plan) == sum(disk.values()) - features
     assert features <= bound
     total = sum(
-        all_bytes(split, teacher, teacher.row_bytes(projections_of(split.dataset.teacher(teacher.id))))
+        all_bytes(split, teacher, teacher.row_bytes(projections_of(store, teacher)))
         for split in plan.splits
         for teacher in plan.teachers
     )
@@ -67,26 +71,50 @@ def test_what_lies_beside_the_features_of_a_shard_is_below_two_percent(tmp_path)
     for _ in range(16):
         patches = torch.relu(torch.randn(32, 7, 7, 1280, generator=generator) - 1)
         builder.add(TeacherOutput(patches.mean(dim=(1, 2)), patches), 0.0)
-    ids = [f"class/{number:06d}.jpg" for number in range(512)]
-    rows = pa.table({"sample_id": ids, "view": pa.array([0] * 512, pa.int16())})
+    keys = [image_key(str(number).encode()) for number in range(512)]
+    rows = pa.table({"key": pa.array(keys, KEY), "view": pa.array([0] * 512, pa.int16())})
     folder = ShardFolder(Store.at(tmp_path))
     record = builder.commit(folder, 0, ViewRows(rows, rows, {"images": "shard-00000-00000000.parquet"}), "cpu")
     assert folder.store.bytes_below() - record.bytes < 0.02 * record.bytes
 
 
-@pytest.mark.parametrize("facts", [{"cosine": 0.999}, {"target_cosine": 0.97, "target_cosine_p1": 0.9}, {}])
-def test_features_that_keep_too_little_or_an_unknown_share_are_named(photo_config, tmp_path, caplog, facts):
-    plan = plan_cache(photo_config(TEACHERS), Store.at(tmp_path / "cache"))
-    fill_in_process(plan)
-    dataset = plan.split("train").dataset
-    folder = dataset.teacher(plan.teachers[0].id)
+@pytest.mark.parametrize("facts", [{"target_cosine": 0.97, "target_cosine_p1": 0.9}, {}])
+def test_features_that_keep_too_little_are_named(photo_config, tmp_path, caplog, facts):
+    plan, _ = fill_in_process(plan_cache(photo_config(TEACHERS), Store.at(tmp_path / "cache")))
+    (part,) = plan.split("train").dataset.parts
+    folder = part.teacher(plan.teachers[0].id)
     for number, record in folder.records().items():
         fidelity = {kind: {**facts, "relative_error": 0.0} for kind in ("summary", "patches")}
         changed = asdict(replace(record, facts={**record.facts, "fidelity": fidelity}))
-        folder.store.put(f"shard-{number:05d}.json", json.dumps(changed).encode())
-    dataset.refresh()
+        folder.store.put(f"shard-{number:05d}.json", sealed(changed))
+    folder.store.delete(RECORDS)
+    part.refresh()
     warn_of_losses(plan)
-    words = {"cosine": "measured them raw", "target_cosine": "a cosine of 0.970 of the standardised patches"}
-    expected = [text for name, text in words.items() if name in facts]
-    assert all(any(text in record.getMessage() for record in caplog.records) for text in expected)
-    assert bool(caplog.records) == bool(expected)
+    assert ("a cosine of 0.970 of the standardised patches" in caplog.text) == bool(facts)
+    assert "on which it was not chosen" not in caplog.text
+    assert bool(caplog.records) == bool(facts)
+
+
+def test_images_of_another_kind_that_a_codec_was_not_chosen_on_are_named(tmp_path, caplog):
+    """Grey images need one component; coloured ones that are added need three."""
+    folder = tmp_path / "photos/a"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(96):
+        cells = rng.integers(0, 256, (6, 6), dtype=np.uint8)
+        Image.fromarray(cells).convert("RGB").resize((48, 48), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    teacher = "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}]"
+    settings = [f"data.train={tmp_path}/photos", "cache.codec=pca-int8-zstd", teacher]
+    config, store = load_config(PrecomputeJobConfig, None, settings), Store.at(tmp_path / "cache")
+    plan, _ = fill_in_process(plan_cache(config, store))
+    warn_of_losses(plan)
+    assert not caplog.text
+    write_photos(tmp_path / "photos", 30)
+    plan, _ = fill_in_process(plan_cache(config, store))
+    warn_of_losses(plan)
+    (line,) = [
+        record.message
+        for record in caplog.records
+        if "keeps a cosine" in record.message and "patches" in record.message
+    ]
+    assert "that is 30 of 126 views, on which it was not chosen: another cache.codec is stored beside it" in line

@@ -87,8 +87,8 @@ def test_busy_gpus_short_extractions_and_cpus_are_passed_over():
 
 
 def test_a_probe_asks_all_teachers_about_views_of_a_shard(filled):
-    datasets = {"train": filled.train}
-    found = measure(datasets, filled.plan.teachers, 16, {"split": "train", "shard": 0}, "cpu")
+    (part,) = filled.train.parts
+    found = measure({part.key: part}, [(part.key, 0)], filled.plan.teachers, 16, {"part": part.key, "shard": 0}, "cpu")
     assert found.memory == 0 < CONTEXT_BYTES
     assert found.device_s > 0
     assert found.host_s > 0

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.second_moments import _summed, freeze_phi_s
 from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.cache.layout.phi_s import load_phi_s
@@ -14,21 +14,20 @@ from tests.fakes import fill_in_process
 
 def made(tmp_path, photo_config, codec):
     teachers = "teachers=[{model: 'tests.fakes:colours', args: {dim: 24}}]"
-    plan = plan_cache(photo_config(f"cache.codec={codec}", teachers), Store.at(tmp_path / "cache"))
-    fill_in_process(plan)
+    plan, _ = fill_in_process(plan_cache(photo_config(f"cache.codec={codec}", teachers), Store.at(tmp_path / "cache")))
     return plan.split("train").dataset, plan.teachers[0]
 
 
 @pytest.mark.parametrize("codec", ["float32", "int8", "pca-int8-zstd", "pca3-float16"])
-@pytest.mark.parametrize("part", [1, 16])
-def test_the_rotation_equalises_the_variances_of_the_stored_features(tmp_path, photo_config, monkeypatch, codec, part):
+@pytest.mark.parametrize("batch", [1, 16])
+def test_the_rotation_equalises_the_variances_of_the_stored_features(tmp_path, photo_config, monkeypatch, codec, batch):
     """Against the covariance of all decoded features at once, in float64."""
-    monkeypatch.setattr("pipeline.cache.fill.second_moments.PART", part)
+    monkeypatch.setattr("pipeline.cache.fill.second_moments.BATCH", batch)
     dataset, teacher = made(tmp_path, photo_config, codec)
-    folder = dataset.teacher(teacher.id)
-    assert not folder.store.exists("phi_s.npz")
+    folder, store = dataset.parts[0].teacher(teacher.id), dataset.statistics(teacher.id)
+    assert not store.exists("phi_s.npz")
     freeze_phi_s(dataset, teacher)
-    rotations, codecs = load_phi_s(folder.store.get("phi_s.npz")), load_codecs(dataset, teacher)
+    rotations, codecs = load_phi_s(store.get("phi_s.npz")), load_codecs(dataset.cache, teacher)
     tables = [folder.read(record) for record in folder.records().values()]
     for kind, feature_codec in codecs.items():
         parts = [decode(table[kind], feature_codec).flatten(0, -2).double().numpy() for table in tables]
@@ -43,29 +42,35 @@ def test_the_rotation_equalises_the_variances_of_the_stored_features(tmp_path, p
 
 def test_it_is_computed_once_and_from_complete_features(tmp_path, photo_config):
     dataset, teacher = made(tmp_path, photo_config, "int8")
-    folder = dataset.teacher(teacher.id)
+    folder, store = dataset.parts[0].teacher(teacher.id), dataset.statistics(teacher.id)
     freeze_phi_s(dataset, teacher)
-    first = folder.store.get("phi_s.npz")
-    folder.store.put("phi_s.npz", first + b" ")
+    first = store.get("phi_s.npz")
+    store.put("phi_s.npz", first + b" ")
     freeze_phi_s(dataset, teacher)
-    assert folder.store.get("phi_s.npz") == first + b" "
-    folder.store.delete("phi_s.npz")
+    assert store.get("phi_s.npz") == first + b" "
+    store.delete("phi_s.npz")
     folder.store.delete(folder.records()[0].file)
     with pytest.raises(UserError, match="shard-00000"):
         freeze_phi_s(dataset, teacher)
+    dataset.parts[0].refresh()
+    with pytest.raises(UserError, match="lacks shards"):
+        freeze_phi_s(dataset, teacher)
+    assert not store.exists("phi_s.npz")
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_parts_are_summed_on_ray_to_the_same_moments_and_rotation(tmp_path, photo_config, monkeypatch):
+def test_shards_are_summed_on_ray_to_the_same_moments_and_rotation(tmp_path, photo_config, monkeypatch):
     dataset, teacher = made(tmp_path, photo_config, "int8")
-    folder, rotations = dataset.teacher(teacher.id), {}
-    for part in (16, 1):  # one part is summed in this process
-        monkeypatch.setattr("pipeline.cache.fill.second_moments.PART", part)
+    store, rotations = dataset.statistics(teacher.id), {}
+    for batch in (16, 1):  # one batch is summed in this process
+        monkeypatch.setattr("pipeline.cache.fill.second_moments.BATCH", batch)
         freeze_phi_s(dataset, teacher)
-        rotations[part] = load_phi_s(folder.store.get("phi_s.npz"))
-        folder.store.delete("phi_s.npz")
-    codecs, records = load_codecs(dataset, teacher), [*folder.records().values()]
-    merged = merge_all(_summed(dataset, teacher, [[record] for record in records]))
+        rotations[batch] = load_phi_s(store.get("phi_s.npz"))
+        store.delete("phi_s.npz")
+    (part,) = dataset.parts
+    folder = part.teacher(teacher.id)
+    codecs, records = load_codecs(dataset.cache, teacher), [*folder.records().values()]
+    merged = merge_all(_summed(dataset, teacher, [[(0, record)] for record in records]))
     for kind, codec in codecs.items():
         tables = [decode(folder.read(record)[kind], codec) for record in records]
         features = np.concatenate([table.flatten(0, -2).double().numpy() for table in tables])

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import teacher_stats
 from pipeline.cache.read.reader import CacheReader
 from pipeline.cache.read.scan import read_summaries, scan_images
@@ -25,8 +25,8 @@ def cropped(tmp_path, photo_config):
     """A complete cache of two crops of each image, stored as float32, with one teacher at the student's size."""
     crops = ["views.crops=2", "views.min_area=0.3", "seed=3", "cache.codec=float32"]
     config = photo_config(*crops, "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}]")
-    plan = plan_cache(config, Store.at(tmp_path / "cache"))
-    assert fill_in_process(plan) == 3
+    plan, computed = fill_in_process(plan_cache(config, Store.at(tmp_path / "cache")))
+    assert computed == 3
     return SimpleNamespace(plan=plan, config=config, train=plan.split("train").dataset, val=plan.split("val").dataset)
 
 
@@ -118,7 +118,8 @@ def test_labels_belong_to_the_images(cropped):
 
 
 def test_geometry_is_stored_row_by_row_and_some_rows_are_mirrored(cropped):
-    rows = pa.concat_tables(cropped.train.rows.read(r) for r in cropped.train.rows.records().values())
+    (part,) = cropped.train.parts
+    rows = pa.concat_tables(part.rows.read(record) for record in part.rows.records().values())
     assert rows.num_rows == 300
     area = (rows["right"].to_numpy() - rows["left"].to_numpy()) * (rows["bottom"].to_numpy() - rows["top"].to_numpy())
     assert area.min() > 0.29
@@ -129,25 +130,30 @@ def test_geometry_is_stored_row_by_row_and_some_rows_are_mirrored(cropped):
 
 
 def test_images_are_stored_once_and_held_out_images_stay_whole(cropped):
-    assert sum(record.rows for record in cropped.train.images.records().values()) == 150
+    (part,), (held_out,) = cropped.train.parts, cropped.val.parts
+    assert sum(record.rows for record in part.images.records().values()) == 150
     assert cropped.val.policy == WHOLE
-    assert not Path(cropped.val.store.uri, "views", POLICY.id).exists()
+    assert Path(part.store.uri, "views", POLICY.id).exists()
+    assert not Path(held_out.store.uri, "views", POLICY.id).exists()
 
 
 def test_another_policy_is_another_view_of_the_same_images(cropped, photo_config, tmp_path):
     config = photo_config("views.crops=1", "seed=3", "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}]")
     plan = plan_cache(config, Store.at(tmp_path / "cache"))
     train = plan.split("train")
-    assert train.dataset.view.uri != cropped.train.view.uri
-    assert not train.missing_images()
-    assert train.missing(plan.teachers[0]) == [0, 1]
+    (part,), (known,) = train.dataset.parts, cropped.train.parts
+    assert part.view.uri != known.view.uri
+    assert not train.new.num_rows
+    assert not train.dataset.missing_images()
+    assert train.missing(plan.teachers[0]) == [(part, 0), (part, 1)]
 
 
 def test_a_row_group_of_crops_belongs_to_one_of_images(cropped):
     import pyarrow.parquet as pq
 
-    teacher = cropped.train.teacher(cropped.plan.teachers[0].id)
-    files = [(folder, folder.records()[0]) for folder in (cropped.train.images, cropped.train.rows, teacher)]
+    (part,) = cropped.train.parts
+    folders = part.images, part.rows, part.teacher(cropped.plan.teachers[0].id)
+    files = [(folder, folder.records()[0]) for folder in folders]
     counts = [
         [pq.ParquetFile(folder.store.open(record.file)).metadata.row_group(g).num_rows for g in (0, 1)]
         for folder, record in files
@@ -165,11 +171,12 @@ def test_statistics_and_summaries_are_those_of_the_views(cropped):
 
 
 def test_rows_of_other_images_are_refused(cropped):
-    rows = cropped.train.rows
-    table = rows.read(rows.records()[1])
-    names = table["sample_id"].to_pylist()
-    swapped = table.set_column(0, table.schema.field(0), pa.array([names[-1], *names[1:]]))
-    rows.commit(1, swapped)
+    (part,) = cropped.train.parts
+    table = part.rows.read(part.rows.records()[1])
+    keys = table["key"].to_pylist()
+    swapped = table.set_column(0, table.schema.field(0), pa.array([keys[-1], *keys[1:]], table.schema.field(0).type))
+    part.rows.commit(1, swapped)
+    part.refresh()
     with pytest.raises(UserError, match=r"shard 1 of .* does not hold the views of its images"):
         list(_reader(cropped).batches(0))
 

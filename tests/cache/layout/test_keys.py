@@ -3,7 +3,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from pipeline.cache.layout.keys import dataset_id, digest, index_fingerprint, teacher_id
+from pipeline.cache.layout.keys import digest, fingerprint, teacher_id
 from tests.fakes import ColourGrid
 
 SPEC = ColourGrid(8, "", 0, 0).spec
@@ -44,21 +44,19 @@ def test_digest_ignores_the_order_of_keys():
     assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
 
 
-def _index(**columns):
-    base = {"sample_id": ["a", "b"], "size": [10, 20], "label": [0, None]}
+def _samples(**columns):
+    base = {"sample_id": ["a", "b"], "key": [b"10", b"20"], "label": [0, None]}
     return pa.table({**base, **columns})
 
 
-def test_fingerprint_depends_on_ids_sizes_and_labels():
+def test_a_fingerprint_depends_on_every_value_and_their_order_not_on_their_chunks():
     prints = [
-        index_fingerprint(_index()),
-        index_fingerprint(_index(sample_id=["a", "c"])),
-        index_fingerprint(_index(size=[10, 21])),
-        index_fingerprint(_index(label=[0, 1])),
+        fingerprint(_samples()),
+        fingerprint(_samples(sample_id=["a", "c"])),
+        fingerprint(_samples(key=[b"10", b"21"])),
+        fingerprint(_samples(label=[0, 1])),
+        fingerprint(_samples().take([1, 0])),
     ]
-    assert len(set(prints)) == 4
-    assert prints[0] == index_fingerprint(_index())
-
-
-def test_a_dataset_is_named_readably():
-    assert dataset_id("a b", "0123456789abcdef") == "a-b-01234567"
+    assert len(set(prints)) == 5
+    assert prints[0] == fingerprint(_samples())
+    assert prints[0] == fingerprint(pa.concat_tables([_samples().slice(0, 1), _samples().slice(1)]))

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.cache.fill.build import plan_cache
+from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import load_codecs
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process
@@ -20,7 +20,7 @@ CODECS = ("float16", "pca2-int8-zstd")
 
 @pytest.fixture(scope="module", params=CODECS)
 def cache(request, tmp_path_factory):
-    """Folder of a teacher that gives 4 x 4 x 8 patches, and its patches by sample id as this repository decodes them."""
+    """Folder of a teacher that gives 4 x 4 x 8 patches, and its patches by key as this repository decodes them."""
     from pipeline.config.load import load_config
     from pipeline.distill.config import DistillJobConfig
     from tests.fakes import write_photos
@@ -29,11 +29,11 @@ def cache(request, tmp_path_factory):
     write_photos(root / "photos", 150)
     teacher = "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}]"
     settings = [f"data.train={root}/photos", "cache.shard_size=100", f"cache.codec={request.param}", teacher]
-    plan = plan_cache(load_config(DistillJobConfig, None, settings), Store.at(root / "cache"))
-    fill_in_process(plan)
+    plan, _ = fill_in_process(plan_cache(load_config(DistillJobConfig, None, settings), Store.at(root / "cache")))
     dataset, teacher = plan.splits[0].dataset, plan.teachers[0]
-    folder = dataset.teacher(teacher.id)
-    codecs, known = load_codecs(dataset, teacher), {}
+    (part,) = dataset.parts
+    folder = part.teacher(teacher.id)
+    codecs, known = load_codecs(dataset.cache, teacher), {}
     for record in folder.records().values():
         table = folder.read(record)
         patches, summaries = (
@@ -41,21 +41,21 @@ def cache(request, tmp_path_factory):
             for kind, codec in (("patches", codecs["patches"]), ("summary", codecs["summary"]))
         )
         pairs = zip(patches.numpy(), summaries.numpy(), strict=True)
-        known |= dict(zip(table["sample_id"].to_pylist(), pairs, strict=True))
+        known |= dict(zip(table["key"].to_pylist(), pairs, strict=True))
     return folder.store.uri, known
 
 
-@pytest.mark.parametrize("library", ["pq.ParquetFile", "pandas", "duckdb", "datasets"])
-def test_the_example_gives_the_features_of_its_sample_ids(cache, library):
+@pytest.mark.parametrize("library", ["pq.ParquetFile", "pandas", "duckdb", "load_dataset"])
+def test_the_example_gives_the_features_of_its_keys(cache, library):
     folder, known = cache
     (example,) = [text for text in EXAMPLES if library in text]
     names = {"folder": folder}
     exec(DECODE + START + example, names)
-    assert names["patches"].shape == (len(names["sample_ids"]), 4, 4, 8)
+    assert names["patches"].shape == (len(names["keys"]), 4, 4, 8)
     assert len(names["patches"]) in (10, 64, 100)
     assert (names["projection"] is not None) == names["codec"].startswith("pca")
-    assert all(f"class{label}" in sample_id for sample_id, label, _ in names.get("found", ()))
-    expected = np.stack([known[sample_id][0] for sample_id in names["sample_ids"]])
+    assert all(f"class{label}" in sample_id for sample_id, label, *_ in names.get("found", ()))
+    expected = np.stack([known[key][0] for key in names["keys"]])
     np.testing.assert_allclose(names["patches"], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -66,7 +66,7 @@ def test_the_documented_decoder_reads_summaries_too(cache):
     table = pq.read_table(names["files"][0])
     rows = np.stack([np.frombuffer(row, np.uint8) for row in table["summary"].to_pylist()])
     found = names["decode"](rows, (8,), names["codec"], names["projection"], kind="summary")
-    expected = np.stack([known[sample_id][1] for sample_id in table["sample_id"].to_pylist()])
+    expected = np.stack([known[key][1] for key in table["key"].to_pylist()])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_shards_hold_standard_types_alone(cache):
     schema = pq.ParquetFile(next(Path(cache[0]).glob("*.parquet"))).schema
     types = {schema.column(i).name: schema.column(i).physical_type for i in range(len(schema))}
     assert types == {
-        "sample_id": "BYTE_ARRAY",
+        "key": "FIXED_LEN_BYTE_ARRAY",
         "view": "INT32",
         "summary": "FIXED_LEN_BYTE_ARRAY",
         "patches": "FIXED_LEN_BYTE_ARRAY",

@@ -1,6 +1,5 @@
 """What a projection keeps of the standardised features, against the definition in float64 (`test_target.by_definition`)."""
 
-import io
 from dataclasses import replace
 
 import numpy as np
@@ -164,26 +163,3 @@ def test_projections_survive_their_file(kinds):
         assert torch.equal(loaded[kind].scale, part.scale)
         assert loaded[kind].step == part.step
     torch.testing.assert_close(loaded["patches"].components, fitted["patches"].components, rtol=2**-11, atol=1e-7)
-
-
-def test_a_projection_of_earlier_versions_decodes_as_it_did():
-    """Principal components of raw patches, and none at all."""
-    patches = low_rank(noise=0)
-    tokens = patches.double().flatten(0, -2)
-    mean = tokens.mean(dim=0)
-    basis = torch.linalg.eigh((tokens - mean).T @ (tokens - mean)).eigenvectors.flip(1)[:, :6].T
-    file = io.BytesIO()
-    np.savez(file, mean=mean.float().numpy(), basis=basis.float().numpy())
-    loaded = load_projections(file.getvalue())
-    feature_codec = Codec.parse("pca-int8-zstd").build({"summary": (48,), "patches": (4, 4, 48)}, loaded)
-    assert feature_codec["summary"].mean is None
-    rows = feature_codec["patches"].encode(patches)
-    scales = rows[:, :32].copy().view("<f2").astype(np.float64)
-    levels = rows[:, 32:].copy().view(np.int8).reshape(-1, 6, 16).transpose(0, 2, 1)
-    expected = (levels * scales[:, :, None]) @ basis.float().double().numpy() + mean.float().double().numpy()
-    np.testing.assert_allclose(
-        feature_codec["patches"].decode(torch.from_numpy(rows)).flatten(1, 2), expected, atol=1e-4
-    )
-    empty = io.BytesIO()
-    np.savez(empty)
-    assert load_projections(empty.getvalue()) == {}

@@ -3,14 +3,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder
+from pipeline.cache.layout.shards import RECORDS, ROW_GROUP_SIZE, ShardFolder
 from pipeline.cache.layout.stats import Moments
 from pipeline.storage.store import Store
 
 
 def _table(count=150, offset=0):
-    return pa.table({"sample_id": [f"s{i + offset}" for i in range(count)], "value": list(range(count))})
+    return pa.table({"key": [f"s{i + offset}" for i in range(count)], "value": list(range(count))})
 
 
 def test_a_committed_shard_is_listed_with_its_hash_and_reads_back(tmp_path):
@@ -53,7 +54,7 @@ def test_two_writers_of_one_shard_leave_one_whole_record(tmp_path):
     first.commit(0, _table())
     record = second.commit(0, _table(offset=1))
     assert first.records() == {0: record}
-    assert first.read(record)["sample_id"][0].as_py() == "s1"
+    assert first.read(record)["key"][0].as_py() == "s1"
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
@@ -70,3 +71,20 @@ def test_moments_are_committed_with_the_shard(tmp_path):
     record = folder.commit(0, _table(), moments)
     (loaded,) = folder.moments([record])
     assert loaded["patches"].count == 10
+
+
+def test_the_records_of_all_shards_are_read_from_one_file_as_long_as_it_says_the_truth(tmp_path, monkeypatch):
+    folder = ShardFolder(Store.at(tmp_path))
+    records = {number: folder.commit(number, _table(offset=number)) for number in range(3)}
+    folder.write_together(records)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardFolder, "read_record", lambda *_: pytest.fail("one record was read"))
+        assert folder.records() == records
+    again = folder.commit(1, _table(offset=9))
+    assert folder.records() == {**records, 1: again}
+    Path(tmp_path, records[1].file).unlink()
+    folder.write_together(folder.records())
+    Path(tmp_path, "shard-00002.json").unlink()  # as a message may advise
+    assert folder.records() == {0: records[0], 1: again}
+    Path(tmp_path, RECORDS).write_text("damaged")
+    assert folder.records() == {0: records[0], 1: again}

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.layout.arrays import dump_arrays
 from pipeline.cache.layout.stats import Moments, MomentSums, dump_moments, load_moments, merge_all
 
 
@@ -69,20 +68,6 @@ def test_shards_merge_from_their_files_as_exactly_as_their_features_are_known():
     expected = rows.double().flatten(0, 1).numpy()
     np.testing.assert_allclose(merged.mean, expected.mean(axis=0), atol=1e-4)
     np.testing.assert_allclose(merged.std, expected.std(axis=0), rtol=1e-6)
-
-
-def test_statistics_of_earlier_versions_are_read_and_merged_with_new_ones():
-    """They hold the upper triangle of the scatter matrix in float64, row by row."""
-    rows = torch.randn(30, 5, generator=torch.Generator().manual_seed(0)).double()
-    old, new = rows[:20].numpy(), rows[20:]
-    deviations = old - old.mean(axis=0)
-    triangle = (deviations.T @ deviations)[np.triu_indices(5)]
-    file = dump_arrays({"patches_count": 20, "patches_mean": old.mean(axis=0), "patches_scatter": triangle})
-    merged = merge_all([load_moments(file), {"patches": Moments.of(new)}])["patches"]
-    np.testing.assert_allclose(merged.std, rows.numpy().std(axis=0), rtol=1e-12)
-    short = dump_arrays({"patches_count": 20, "patches_mean": old.mean(axis=0), "patches_scatter": triangle[:-1]})
-    with pytest.raises(ValueError, match="does not have 5 channels"):
-        load_moments(short)
 
 
 def test_statistics_take_eight_bytes_a_channel():

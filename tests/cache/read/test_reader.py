@@ -95,12 +95,14 @@ def test_only_the_teachers_in_use_are_read(filled):
 
 def test_mismatched_keys_are_refused_with_shard_and_key(filled):
     teacher = filled.plan.teachers[0]
-    folder = filled.train.teacher(teacher.id)
+    (part,) = filled.train.parts
+    folder = part.teacher(teacher.id)
     record = folder.records()[1]
     table = folder.read(record)
     swapped = table.take([1, 0, *range(2, table.num_rows)]).replace_schema_metadata(table.schema.metadata)
     folder.commit(1, swapped)
-    expected, found = (table["sample_id"][i].as_py() for i in (0, 1))
+    part.refresh()
+    expected, found = (table["key"][i].as_py().hex() for i in (0, 1))
     with pytest.raises(UserError) as error:
         list(_reader(filled).batches(0))
     assert f"shard 1 of {teacher.id} does not hold the keys of its images" in str(error.value)
@@ -108,9 +110,10 @@ def test_mismatched_keys_are_refused_with_shard_and_key(filled):
     assert found in str(error.value)
 
 
-@pytest.mark.parametrize("part", ["images", "teacher"])
-def test_a_flipped_bit_on_disk_never_yields_another_row(filled, part):
-    folder = filled.train.images if part == "images" else filled.train.teacher(filled.plan.teachers[0].id)
+@pytest.mark.parametrize("which", ["images", "teacher"])
+def test_a_flipped_bit_on_disk_never_yields_another_row(filled, which):
+    (part,) = filled.train.parts
+    folder = part.images if which == "images" else part.teacher(filled.plan.teachers[0].id)
     path = Path(folder.store.uri, folder.records()[0].file)
     data, rng, refused = path.read_bytes(), np.random.default_rng(0), []
     expected = _values(filled)
@@ -139,11 +142,12 @@ def _values(filled):
     ]
 
 
-def test_missing_shards_are_named_before_training(filled):
-    folder = filled.train.teacher(filled.plan.teachers[1].id)
-    Path(folder.store.uri, "shard-00000.json").unlink()
-    with pytest.raises(UserError, match=r"has 1 of 2 shards .*: run jobs/precompute\.py"):
-        _reader(filled)
+def test_a_missing_shard_is_named(filled):
+    (part,) = filled.train.parts
+    Path(part.teacher(filled.plan.teachers[1].id).store.uri, "shard-00000.json").unlink()
+    part.refresh()
+    with pytest.raises(UserError, match=r"colours4-\w+ lacks shard 0 in .*: run jobs/precompute\.py"):
+        list(_reader(filled).batches(0))
 
 
 def test_too_few_images_for_a_batch_are_refused(filled):

@@ -77,10 +77,11 @@ def test_errors_are_raised_in_this_process(filled, readers):
     _, there = readers
     next(iter(there.batches(0)))
     teacher = filled.plan.teachers[0]
-    folder = filled.train.teacher(teacher.id)
+    (part,) = filled.train.parts
+    folder = part.teacher(teacher.id)
     table = folder.read(folder.records()[0])
     folder.commit(0, table.take(list(range(len(table)))[::-1]))
-    filled.train.refresh()
+    part.refresh()
     swapped = ReaderProcess(filled.train, filled.plan.teachers, **SETTINGS)
     with pytest.raises(UserError, match=r"shard 0 .* does not hold the keys of its images"):
         list(swapped.batches(0))

@@ -1,0 +1,193 @@
+"""The plan of a cache: what the sources list, what the cache has of it, and which teachers are asked; made without writing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
+from pipeline.cache.fill.listing import Listing, list_source
+from pipeline.cache.fill.pinned import SCHEME, find_version
+from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
+from pipeline.cache.layout.codec import Codec
+from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.keys import teacher_id
+from pipeline.cache.layout.part import Part
+from pipeline.cache.layout.snapshot import RecordSnapshot
+from pipeline.errors import UserError, blame_field
+from pipeline.imaging.geometry import WHOLE, ViewPolicy
+from pipeline.sources.base import Source
+from pipeline.sources.open import open_source
+from pipeline.sources.sample_scenes import SceneSettings
+from pipeline.storage.names import folder_name
+from pipeline.storage.store import Store
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One split of the data (``train`` or ``val``): its source, its index, and its data set as far as the cache knows it.
+
+    Attributes:
+        listing: what the source lists beside what the cache knows; `dataset` lacks the rows that are new.
+    """
+
+    split: str
+    source: Source
+    listing: Listing
+    dataset: Dataset
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """What the source has passed over, in phrases."""
+        return self.listing.notes
+
+    @property
+    def new(self) -> pa.Table:
+        """Rows of the index whose images are still to be read."""
+        return self.listing.new
+
+    @property
+    def images(self) -> int:
+        """Samples that can be used, as far as known."""
+        return self.dataset.count + self.new.num_rows
+
+    @property
+    def labelled(self) -> bool:
+        """Whether an image has a label."""
+        return bool(self.dataset.labelled) or self.new["label"].null_count < self.new.num_rows
+
+    @property
+    def image_bytes(self) -> float:
+        """Mean bytes of an image in the source; 0 for generated scenes."""
+        known = sum(chosen.bytes for chosen in self.dataset.selections)
+        return float((known + (pc.sum(self.new["size"]).as_py() or 0)) / max(1, self.images))
+
+    def sample_ids(self) -> list[str]:
+        """Names of all samples that can be used, as far as known."""
+        known = [self.listing.samples(part.id)["sample_id"] for part in self.dataset.parts]
+        return [name for column in (*known, self.new["sample_id"]) for name in column.to_pylist()]
+
+    def missing(self, teacher: CachedTeacher) -> list[tuple[Part, int]]:
+        """Shards of a teacher that are missing, of the images that the cache knows."""
+        return self.dataset.missing(teacher.id)
+
+    def missing_views(self, teacher: CachedTeacher) -> int:
+        """Views that a teacher has still to encode, at most: some of the new images may be in the cache under another name."""
+        known = sum(part.shard_rows(shard) for part, shard in self.missing(teacher))
+        return (known + self.new.num_rows) * self.dataset.policy.rows_per_image
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a job needs from the cache; made without writing anything, before anything expensive starts.
+
+    Attributes:
+        shard_size: images per shard of new parts.
+    """
+
+    store: Store
+    splits: tuple[SplitPlan, ...]
+    teachers: tuple[CachedTeacher, ...]
+    shard_size: int = 512
+
+    def split(self, name: str) -> SplitPlan | None:
+        """The plan of ``train`` or ``val``."""
+        return next((split for split in self.splits if split.split == name), None)
+
+
+def plan_cache(
+    config: PrecomputeJobConfig,
+    store: Store,
+    snapshot: RecordSnapshot | None = None,
+    pins: Mapping[str, str] | None = None,
+) -> CachePlan:
+    """Index the sources and find out what the cache has of them; plans may share a snapshot.
+
+    Args:
+        pins: versions, by data set, that are used as they are; their sources are not listed.
+
+    Raises:
+        UserError, TeacherError: if a source, a teacher or the cache does not match the configuration.
+    """
+    cached = tuple(_cached_teacher(config, index) for index in range(len(config.teachers)))
+    ids = [teacher.id for teacher in cached]
+    for twin in {name for name in ids if ids.count(name) > 1}:
+        raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; list each teacher once")
+    policy = ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed)
+    return CachePlan(store, plan_splits(config, store, policy, snapshot, pins), cached, config.cache.shard_size)
+
+
+def plan_splits(
+    config: CacheJobConfig,
+    store: Store,
+    policy: ViewPolicy = WHOLE,
+    snapshot: RecordSnapshot | None = None,
+    pins: Mapping[str, str] | None = None,
+) -> tuple[SplitPlan, ...]:
+    """As `plan_cache`, without teachers; `policy` is for the training images, held-out images are always whole."""
+    snapshot = snapshot or RecordSnapshot()
+    splits = {"train": (config.data.train, policy), "val": (config.data.held_out, WHOLE)}
+    given = ((split, at, views) for split, (at, views) in splits.items() if at)
+    return tuple(_plan_split(config, store, split, at, views, snapshot, pins or {}) for split, at, views in given)
+
+
+def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
+    teacher, cache = config.teachers[index], config.cache
+    field, name = (f"teachers.{index}.codec", teacher.codec) if teacher.codec else ("cache.codec", cache.codec)
+    with blame_field(field):
+        codec = Codec.parse(name)
+    spec = make_teacher(teacher).spec
+    if codec.components and codec.components > spec.patch_dim:
+        raise UserError(f"{field}: {name} keeps more components than the {spec.patch_dim} channels of {spec.name}")
+    return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision), name, cache.precision)
+
+
+def _plan_split(
+    config: CacheJobConfig,
+    store: Store,
+    split: str,
+    location: str,
+    policy: ViewPolicy,
+    snapshot: RecordSnapshot,
+    pins: Mapping[str, str],
+) -> SplitPlan:
+    data = config.data
+    with blame_field(f"data.{split}"):
+        if location.startswith(SCHEME):
+            return SplitPlan(split, *find_version(store, location.removeprefix(SCHEME), policy, snapshot))
+        source = open_source(
+            location,
+            split=split,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
+        )
+    name = f"{data.name}-{split}" if data.name else source.name
+    if pinned := pins.get(folder_name(name)):
+        return SplitPlan(split, *find_version(store, f"{folder_name(name)}/{pinned}", policy, snapshot))
+    empty = Dataset(store, name, source.location, tuple(source.classes), policy=policy, snapshot=snapshot)
+    return SplitPlan(split, source, *list_source(source, empty))
+
+
+def check_weights(*plans: CachePlan) -> None:
+    """Find out whether the weights that are still needed can be loaded, as far as a plan can know.
+
+    Raises:
+        TeacherError: if they cannot be had, or are those of another network.
+    """
+    pairs = ((split, teacher) for plan in plans for split in plan.splits for teacher in plan.teachers)
+    needed = {teacher.id: teacher for split, teacher in pairs if split.missing_views(teacher)}
+    for teacher in needed.values():
+        teacher.create().check()
+
+
+def versions_of(*plans: CachePlan) -> dict[str, str]:
+    """The versions of these plans by data set, as `plan_cache` takes them."""
+    datasets = [split.dataset for plan in plans for split in plan.splits]
+    return {folder_name(dataset.name): dataset.fingerprint[:16] for dataset in datasets}
+
+
+def all_parts(splits: Sequence[SplitPlan]) -> dict[str, Part]:
+    """The parts of all splits, in order, by part and view."""
+    return {part.key: part for split in splits for part in split.dataset.parts}
