@@ -85,3 +85,21 @@ def test_a_newer_cache_format_is_refused(make_plan, monkeypatch):
 def test_a_teacher_listed_twice_is_refused(make_plan):
     with pytest.raises(UserError, match="listed 2 times"):
         make_plan("teachers=['tests.fakes:colours', 'tests.fakes:colours']")
+
+
+def test_a_fingerprint_does_not_depend_on_parts_shards_and_places(tmp_path, photo_config, monkeypatch):
+    """Figures on the same images are compared by it, also between caches."""
+
+    def read(cache, *overrides):
+        return _read(plan_cache(photo_config(*overrides), Store.at(tmp_path / cache)), monkeypatch)
+
+    one = read("one")
+    moved, aside = Path(one.location, "class0/photo000.jpg"), tmp_path / "aside.jpg"
+    moved.rename(aside)
+    assert read("two", "cache.shard_size=2").fingerprint != one.fingerprint
+    aside.rename(moved)
+    grown = read("two", "cache.shard_size=2")
+    assert len(grown.parts) > len(one.parts)
+    assert grown.fingerprint == one.fingerprint
+    moved.rename(moved.with_name("other.jpg"))
+    assert read("one").fingerprint != one.fingerprint
