@@ -187,7 +187,7 @@ def _memory(folder: str, options: argparse.Namespace) -> dict[str, object]:
     (part,) = write_dataset(folder, options.images or 50000, jpegs(48), 512).parts
     teacher = _load(TeacherConfig(model="hog", input_size=options.side), options)
     rows = [{"part": part.key, "shard": shard} for shard in range(part.shards)]
-    arguments = {part.key: part}, [part.key], [teacher]
+    arguments = {part.key: part}, [(part.key, shard) for shard in range(part.shards)], [teacher]
     with connect(), watch_memory("driver", {"Extract": "actor"}) as curves:
         images = sum(row["images"] for row in extract_shards(rows, arguments, options.batch_size))
     means = report(curves, options.figure, f"Extracting HOG at {options.side} px of {images:,} images")

@@ -176,7 +176,7 @@ def test_shards_worked_on_at_once_hold_the_features_of_each_alone(tmp_path, prec
 def test_what_an_actor_takes_is_measured(tmp_path):
     (part,) = write_dataset(str(tmp_path), 40, jpegs(72), 20).parts
     teacher = _teacher("dinov2/vits14", input_size=56)
-    measured = measure({part.key: part}, [part.key], [teacher], 8, {"part": part.key, "shard": 0}, "cuda")
+    measured = measure({part.key: part}, [(part.key, 0)], [teacher], 8, {"part": part.key, "shard": 0}, "cuda")
     assert 22e6 * 4 < measured.memory < measured.total == torch.cuda.mem_get_info()[1]
     assert measured.device_s > 0
 

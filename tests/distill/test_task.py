@@ -1,6 +1,7 @@
 import dataclasses
 import pickle
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -271,4 +272,4 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path, mor
     for name in ("loss/colours8/patches",) if more else ("loss", "loss/colours8/patches"):
         losses = [metrics[name] for snapshot in whole for _, metrics in snapshot.history if name in metrics]
         assert len(losses) == 18
-        assert losses[-1] < losses[0]
+        assert fmean(losses[9:]) < fmean(losses[:9])

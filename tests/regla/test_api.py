@@ -65,7 +65,8 @@ def test_arrays_are_distilled_in_five_lines(tmp_path, arrays):
     held_out = regla.write_images(arrays[::-1], tmp_path / "val.parquet", [0, 1] * 3)
     small = {"student": {"name": "regla_t", "input_size": 32}, "cache.shard_size": 24, "work": str(tmp_path / "work")}
     small |= {"teachers": [{"model": "hog", "input_size": 32}], "images": images, "held_out": held_out}
-    assert regla.precompute(**small)["shards_computed"] == 3
+    # The six images occur eight times, and once more in the other file: a teacher sees each once.
+    assert regla.precompute(**small)["shards_computed"] == 1
     trained = regla.distill(train={"epochs": 1, "batch_size": 24}, **small)
     assert 0 <= trained.metrics["knn_after"] <= 100
     assert trained.model_uri == "models:/quickstart-student/1"

@@ -103,7 +103,7 @@ def test_killed_at_random_moments_nothing_finished_is_lost_or_done_again(tmp_pat
             finished, kills = now, kills + 1
         assert finished.items() <= listed(tmp_path / "cache").items()
         assert content(tmp_path / "cache") == undisturbed
-        assert _keys_read(make_plan()) == sorted(plan.splits[0].index["sample_id"].to_pylist())
+        assert _keys_read(make_plan()) == sorted(plan.splits[0].sample_ids())
         shutil.rmtree(tmp_path / "cache")
     assert kills >= 20
 
