@@ -99,6 +99,9 @@ def make_up(folder: Path, tars: int) -> None:
     )
     files = tuple(sorted(source.versions().items()))
     dataset = Dataset(Store.at(folder / "cache"), source.name, source.location, (), files, chosen)
+    for selection in chosen:
+        Path(dataset.store.uri).mkdir(parents=True, exist_ok=True)
+        Path(dataset.store.uri, selection.file).touch()  # it is looked for, and not read
     write_dataset(dataset)
     teachers = [teacher.id for teacher in plan_cache(_config(folder), dataset.cache).teachers]
     with ThreadPoolExecutor(4) as pool:
