@@ -87,7 +87,7 @@ def list_source(source: Source, empty: Dataset) -> tuple[Listing, Dataset]:
     else:
         index = source.index()
         listing = replace(_compare(index, before), notes=tuple(notes_of(index)))
-    return listing, known_dataset(empty, listing, before)
+    return listing, make_dataset(empty, listing.parts, listing.known, listing.bad, listing.kept)
 
 
 def compare_again(listing: Listing, dataset: Dataset) -> tuple[Listing, Dataset]:
@@ -105,11 +105,6 @@ def compare_again(listing: Listing, dataset: Dataset) -> tuple[Listing, Dataset]
     damaged = tuple({*listing.damaged, *found.damaged})
     listing = Listing(known, bad, found.new, kept, listing.notes, tuple(parts.values()), damaged)
     return listing, make_dataset(dataset, listing.parts, known, bad, kept)
-
-
-def known_dataset(empty: Dataset, listing: Listing, before: Dataset | None) -> Dataset:
-    """The version of what a listing knows."""
-    return make_dataset(empty, before.parts if before else (), listing.known, listing.bad, listing.kept)
 
 
 def _compare(index: pa.Table, before: Dataset | None) -> Listing:

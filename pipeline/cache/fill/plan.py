@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.listing import Listing, list_source
-from pipeline.cache.fill.pinned import SCHEME, find_version
+from pipeline.cache.fill.pinned import SCHEME, PinnedImages, find_version
 from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import Dataset
@@ -41,6 +41,11 @@ class SplitPlan:
     def left_out(self) -> Sequence[str]:
         """What the source has passed over, in phrases."""
         return self.listing.notes
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the data set is a version by its address, whose source is not read."""
+        return isinstance(self.source, PinnedImages)
 
     @property
     def new(self) -> pa.Table:

@@ -18,11 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cache.layout.keys import FORMAT_VERSION, digest, fingerprint, sealed, unsealed
+from pipeline.cache.layout.keys import FORMAT_VERSION, check_format, digest, fingerprint, sealed, unsealed
 from pipeline.cache.layout.part import KEY, Part
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord, selected
 from pipeline.cache.layout.snapshot import RecordSnapshot, Summary
-from pipeline.errors import UserError
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import INDEX_SCHEMA
 from pipeline.storage.names import folder_name
@@ -273,10 +272,7 @@ def read_version(
     store = cache.sub(f"datasets/{folder}")
     try:
         meta = unsealed(store.get(file))
-        if meta["format"] != FORMAT_VERSION:
-            raise UserError(
-                f"{store.uri} has cache format {meta['format']}, this version reads {FORMAT_VERSION}: name another cache.uri"
-            )
+        check_format(meta, store.uri)
         files = tuple((str(uri), int(version)) for uri, version in meta["files"])
         chosen = tuple(Selection(*item)._replace(files=tuple(item[-1])) for item in meta["selections"])
         content = meta["name"], meta["location"], tuple(meta["classes"]), files, chosen, meta["bad"]

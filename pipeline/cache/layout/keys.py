@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipeline.errors import UserError
 from pipeline.storage.names import folder_name
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ def unsealed(data: bytes) -> dict[str, Any]:
     if checksum != digest(meta):
         raise ValueError("its content does not have its checksum")
     return meta
+
+
+def check_format(meta: dict[str, Any], uri: str) -> None:
+    """Raise UserError if a description below `uri` is of another cache format; KeyError if it names none."""
+    if meta["format"] != FORMAT_VERSION:
+        raise UserError(
+            f"{uri} has cache format {meta['format']}, this version reads {FORMAT_VERSION}: name another cache.uri"
+        )
 
 
 def fingerprint(table: pa.Table) -> str:

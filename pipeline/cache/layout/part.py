@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache.layout.keys import FORMAT_VERSION, sealed, unsealed
+from pipeline.cache.layout.keys import FORMAT_VERSION, check_format, sealed, unsealed
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, ShardFolder, ShardRecord
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError
@@ -164,10 +164,7 @@ def read_part(cache: Store, name: str) -> Part | None:
     store = cache.sub(f"parts/{name}")
     try:
         meta = unsealed(store.get("part.json"))
-        if meta["format"] != FORMAT_VERSION:
-            raise UserError(
-                f"{store.uri} has cache format {meta['format']}, this version reads {FORMAT_VERSION}: name another cache.uri"
-            )
+        check_format(meta, store.uri)
         count, shard_size = meta["count"], meta["shard_size"]
         if not all(type(value) is int and value > 0 for value in (count, shard_size)):
             raise ValueError("fields are missing or have the wrong type")

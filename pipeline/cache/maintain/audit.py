@@ -103,7 +103,7 @@ def verify_cache(plan: CachePlan, config: CacheJobConfig, only: set[tuple[str, i
         found.fidelity[name] = fmean(means, counts), min(lows)
     found.findings += _check_statistics(plan, found, versions)
     if only is None:
-        found.findings += _compare_with_sources(plan.splits)
+        found.findings += _compare_with_sources(split for split in plan.splits if not split.pinned)
     # Splits share parts and teachers.
     found.findings = sorted(
         {*found.findings}, key=lambda item: (item.place, item.what, -1 if item.shard is None else item.shard, item.file)

@@ -89,6 +89,8 @@ def _remove(cache: Store, item: Finding) -> None:
 
 def _listed_again(split: SplitPlan) -> SplitPlan:
     """The plan of a split, some of whose files of samples are gone: the images that they list are new."""
+    if split.pinned:
+        return split
     empty = replace(split.dataset, files=(), selections=(), bad="", draft={})
     listing, dataset = list_source(split.source, empty)
     return replace(split, listing=listing, dataset=dataset)

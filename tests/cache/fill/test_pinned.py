@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.cache.fill.plan import plan_cache, versions_of
+from pipeline.cache.maintain.audit import verify_cache
+from pipeline.cache.maintain.repair import repair_cache
 from pipeline.cache.read.scan import read_summaries
 from pipeline.distill.phases import plan_phases
 from pipeline.errors import UserError
 from pipeline.runs.folder import open_run
 from pipeline.storage.store import Store
-from tests.fakes import fill_in_process, write_photos
+from tests.fakes import fill_in_process, without_ray, write_photos
 
 
 def _grown(config):
@@ -82,3 +84,21 @@ def test_an_interrupted_run_goes_on_with_the_version_that_it_began_with(photo_co
     (state.folder / "run.json").write_text(json.dumps({**saved, "finished": True}))
     (phase,) = plan_phases(config, store)
     assert phase.plan.split("train").dataset.fingerprint == second.split("train").dataset.fingerprint
+
+
+def test_a_pinned_version_is_verified_and_repaired_without_its_source(photo_config, monkeypatch):
+    config = photo_config()
+    first, _, store = _grown(config)
+    dataset = first.split("train").dataset
+    shutil.rmtree(config.data.train)
+    pinned = photo_config(f"data.train=cache://{dataset.id.replace('-train-', '-train/')}", "data.val=null")
+    without_ray(monkeypatch)
+    plan = plan_cache(pinned, store)
+    assert verify_cache(plan, pinned).findings == []
+    part, shard = dataset.shards[0]
+    part.teacher(plan.teachers[0].id).unlist(shard)
+    found = verify_cache(plan, pinned)
+    assert [item.what for item in found.findings if item.shard == shard] == [plan.teachers[0].id]
+    repaired, left = repair_cache(plan, pinned, found)
+    assert left.findings == []
+    assert repaired.split("train").dataset.fingerprint == dataset.fingerprint
