@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.storage import remote
 from pipeline.storage.remote import StoreError
 from tests.downstream.drawings import locations
-from tests.storage.s3_endpoint import S3Endpoint
+from tests.storage.s3_endpoint import S3Endpoint, use
 from tests.storage.web_server import WebServer
 
 TASKS = ("classify", "segment", "detect")
@@ -35,11 +35,7 @@ def server(contents):
 @pytest.fixture
 def endpoint(server, monkeypatch):
     """An S3 endpoint that holds the drawings in s3://drawn/set."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.001)
-    remote._s3.cache_clear()
-    server.clear()
+    use(server, monkeypatch)
     return server
 
 

@@ -26,7 +26,7 @@ from pipeline.storage import remote
 from pipeline.storage.remote import StoreError
 from tests.conftest import REPOSITORY
 from tests.sources.noise_images import encode
-from tests.storage.s3_endpoint import S3Endpoint
+from tests.storage.s3_endpoint import S3Endpoint, use
 from tests.storage.web_server import WebServer
 
 LOCATIONS = {
@@ -106,10 +106,7 @@ def server(tree: Path) -> Iterator[S3Endpoint]:
 @pytest.fixture
 def endpoint(server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> S3Endpoint:
     """An S3 endpoint that holds the tree in s3://photos/data."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    remote._s3.cache_clear()
-    server.clear()
+    use(server, monkeypatch)
     return server
 
 

@@ -14,6 +14,8 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from pyarrow import fs
 from werkzeug.serving import make_server
 
+from pipeline.storage import remote
+
 ERRORS = {
     "SlowDown": "503 Slow Down",
     "InternalError": "500 Internal Server Error",
@@ -125,6 +127,15 @@ class S3Endpoint:
             self.released.wait(30)
         body = self._app(environ, start_response)
         return _truncated(b"".join(body), environ["werkzeug.socket"]) if fault == "truncate" else body
+
+
+def use(server: S3Endpoint, monkeypatch: Any) -> None:
+    """Let this process take the endpoint for its store, and try again at once."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.001)
+    remote._s3.cache_clear()
+    server.clear()
 
 
 def _error(code: str, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

@@ -19,7 +19,7 @@ from pipeline.storage import remote
 from pipeline.storage.store import Store
 from tests.conftest import REPOSITORY
 from tests.fakes import fill_in_process
-from tests.storage.s3_endpoint import S3Endpoint
+from tests.storage.s3_endpoint import S3Endpoint, use
 
 LARGE = bytes(range(256)) * 4096 * 25  # 25 MiB: three parts
 
@@ -33,11 +33,7 @@ def server():
 
 @pytest.fixture
 def endpoint(server, monkeypatch):
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.001)
-    remote._s3.cache_clear()
-    server.clear()
+    use(server, monkeypatch)
     return server
 
 
