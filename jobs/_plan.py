@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobs._cli import grid, size, table
+from jobs._cli import grid, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.estimate import TeacherEstimate, all_bytes, missing_bytes
@@ -15,6 +15,7 @@ from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1
 from pipeline.runs.folder import work_folder
 from pipeline.runtime.ray_session import Hardware
+from pipeline.runtime.units import size
 
 if TYPE_CHECKING:  # it imports MLflow
     from pipeline.runs.session import Job

@@ -13,7 +13,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import later, percent, run, size, table
+from jobs._cli import later, percent, run, table
 from pipeline.distill.config import DistillJobConfig
 
 if __name__ == "__main__":
@@ -26,9 +26,11 @@ from pipeline.cache.fill.job import cache_bytes, image_bytes
 from pipeline.cache.fill.plan import check_weights
 from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import plan_phases
+from pipeline.distill.report import Filled, distill_report
 from pipeline.runs.folder import cache_store
 from pipeline.runs.session import open_job
 from pipeline.runs.usage import loading_lines
+from pipeline.runtime.units import size
 
 
 def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
             held_out=result.held_out,
             lineage=result.lineage,
         )
+        job.report(lambda: distill_report(job, config, result, Filled(plans, reports), figures))
     bad = {
         (split, sample["sample_id"])
         for report in reports

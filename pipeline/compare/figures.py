@@ -12,13 +12,12 @@ from matplotlib.ticker import MaxNLocator
 from pipeline.compare.comparison import Comparison
 from pipeline.compare.group import Group
 from pipeline.compare.measures import KNN, PARAMETERS, Measure
+from pipeline.report.chart import COLOURS
 
 matplotlib.use("Agg")
 
 T = TypeVar("T")
 
-COLOURS = ("#3b6fd4", "#d9622b", "#2a9d63", "#a55ad6", "#c2417c", "#1a97a6", "#9a7b1f", "#6b7280")
-"""Distinguishable on white and on black, with a contrast of at least 3 to both."""
 SYMBOLS = (("circle", "o"), ("square", "s"), ("diamond", "D"), ("triangle-up", "^"), ("star", "*"), ("cross", "P"))
 """Equal markers of plotly and of matplotlib."""
 RC_PARAMS: Any = {

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,19 @@ class Run:
     Logging appends to `buffer`, so that it does not fail while the server is down. Only the process that opened the run
     sends the buffer, in a thread that the first call starts and :meth:`finish` ends. Pickled copies, such as the one in Ray
     Train's controller, only append; their `uri` is "".
+
+    Attributes:
+        parent: the run of the job that this run is nested in; it shows the curves and pictures too.
     """
 
     uri: str
     experiment_id: str
     run_id: str
     buffer: WriteBuffer
+    parent: Run | None = field(default=None, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[Run], tuple[str, str, str, WriteBuffer]]:
-        return Run, ("", self.experiment_id, self.run_id, self.buffer)
+    def __reduce__(self) -> tuple[type[Run], tuple[str, str, str, WriteBuffer, Run | None]]:
+        return Run, ("", self.experiment_id, self.run_id, self.buffer, self.parent)
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -79,7 +83,10 @@ class Run:
         """A nested run: a new one, or `run_id` if it still exists; UserError if the server is silent for minutes."""
         note = f"Part of [the job]({run_link(self)}), which describes it."
         tags, buffers = {"mlflow.parentRunId": self.run_id, NOTE: note}, Store(self.buffer.store.uri.rpartition("/")[0])
-        return retry_until_reachable(self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers))
+        opened = retry_until_reachable(
+            self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers)
+        )
+        return replace(opened, parent=self)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters; long values are cut, and a parameter that is already logged keeps its value."""
@@ -99,6 +106,8 @@ class Run:
         history = list(history)
         export_training(history)
         self._post("curves", _points(history))
+        if self.parent:
+            self.parent._post("shown_curves", _points(history))
 
     def log_metric_dict(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics of one step; MLflow shows the last value logged."""
@@ -121,6 +130,11 @@ class Run:
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         self.log_dict({"file": place, "bytes": file.stat().st_size, "sha256": digest}, path)
+
+    def log_picture(self, file: Path, folder: str) -> None:
+        """Log a file as `log_file` does, here and in the job's run."""
+        for run in (self, self.parent) if self.parent else (self,):
+            run.log_file(file, folder)
 
     def log_folder(self, source: Path, folder: str) -> None:
         """Log the files of a local folder into an artifact folder, with their content at the time of sending."""
