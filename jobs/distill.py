@@ -70,7 +70,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
             held_out=result.held_out,
             lineage=result.lineage,
         )
-        job.report(lambda: distill_report(job, config, result, Filled(plans, reports), figures))
+        report = job.report(lambda: distill_report(job, config, result, Filled(plans, reports), figures))
     bad = {
         (split, sample["sample_id"])
         for report in reports
@@ -86,6 +86,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
         "quarantined images": len(bad),
         "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))} of features, {size(image_bytes(*plans))} of images)",
         "student": str(result.student),
+        "report": report,
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {registered or result.model_uri}",
         "time": f"{figures['seconds']:.0f} s",
     }

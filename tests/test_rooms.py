@@ -31,7 +31,7 @@ ARROWS = {
     "cache.layout cache.fill cache.read",
     "distill": "errors sections teachers imaging runtime storage student tracking report runs training cache.layout cache.fill "
     "cache.read evaluate",
-    "downstream": "errors config sections imaging runtime sources storage student tracking runs training distill",
+    "downstream": "errors config sections imaging report runtime sources storage student tracking runs training distill",
     "export": "errors runtime student distill downstream",
     "predict": "errors imaging runtime storage student runs downstream",
     "compare": "errors config sections student tracking report downstream",

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 from markupsafe import Markup
@@ -22,14 +23,18 @@ PAGE = Path(__file__).with_name("page")
 def render_page(comparison: Comparison) -> str:
     """The whole page; names, tags and parameters are escaped."""
     scripts = [Markup(text) for text in (get_plotlyjs(), (PAGE / "page.js").read_text(encoding="utf-8"))]
-    plots = {"cost": cost_plots(comparison), "curves": curves_plot(comparison), "size": size_plot(comparison)}
+    sets = comparison.image_sets
+    plots = [
+        {"cost": cost_plots(comparison, s), "curves": curves_plot(comparison, s), "size": size_plot(comparison, s)}
+        for s in sets
+    ]
     groups, all_measures = comparison.groups, comparison.all_measures
     pairs = {
         f"{d.measure} {d.first} {d.second}": statement(d, groups, all_measures[d.measure])
         for d in comparison.differences
     }
     images = {
-        key: [comparison.named(group.images(key)) if key in group.measures else None for group in groups]
+        key: [comparison.named(group.held_out) if key in group.measures else None for group in groups]
         for key in comparison.accuracies
     }
     template = environment(PAGE).get_template("page.html")
@@ -51,14 +56,17 @@ def render_page(comparison: Comparison) -> str:
         css=style(PAGE / "page.css"),
         scripts=scripts,
         policy=policy(scripts),
-        plots=plots,
+        sets=sets,
+        first_set=sets.index(comparison.main_images(comparison.main_accuracy or "")) if comparison.main_accuracy else 0,
+        has_curves=any(plot["curves"]["data"] for plot in plots),
+        has_sizes=any(plot["size"]["data"] for plot in plots),
         data=to_json({"plots": plots, "pairs": pairs, "images": images}),
     )
 
 
 def cheapest(comparison: Comparison) -> dict[str, Group]:
     """By parameters and latency, the cheapest group on the front, unless it is also the most accurate one."""
-    key, best = comparison.main_accuracy or "", set(comparison.best.values())
+    key, best = comparison.main_accuracy or "", set(chain.from_iterable(comparison.best.values()))
     found: dict[str, Group] = {}
     for cost in ("parameters", "latency"):
         front = comparison.fronts.get((key, cost), set())

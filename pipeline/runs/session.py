@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.errors import blame_field, one_line
 from pipeline.report.report import Report, write_report
@@ -68,12 +69,12 @@ class Job:
         describe(self.run, [*self.config.note(self.name), f"Result: {result}, {where}."])
         return registered
 
-    def report(self, make: Callable[[], Report]) -> None:
-        """Write the report of the run into its folder, and log it; a failure is a warning."""
+    def report(self, make: Callable[[], Report]) -> Path | None:
+        """Write the report of the run into its folder, and log it; returns the file, or None, with a warning, if that failed."""
         if file := write_report(self.state.folder, make):
             self.run.log_file(file, "")
             self.run.set_tags({"report": str(file)})
-            print(f"report: {file}", flush=True)
+        return file
 
 
 @contextmanager

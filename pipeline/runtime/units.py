@@ -10,6 +10,8 @@ def size(count: float) -> str:
 
 def hours(seconds: float) -> str:
     """A span of time with two or three digits: ``3.2 s``, ``5 min``, ``2.5 h``, ``12 days``."""
+    if 0 < seconds < 0.1:
+        return "under 0.1 s"
     for limit, length, unit in ((60, 1, "s"), (3600, 60, "min"), (48 * 3600, 3600, "h")):
         if seconds < limit:
             return f"{seconds / length:.2g} {unit}"

@@ -47,6 +47,15 @@ def test_rate_and_time_left_count_only_what_was_done_here(clock):
     assert progress.line() == "train  60/100 step  2.0 step/s  0:20 left"
 
 
+def test_the_start_of_processes_does_not_count_in_the_time_left(clock):
+    progress = Progress(1000, "img", "extract", clock=clock)
+    clock.now += 60
+    progress.update(100)
+    clock.now += 10
+    progress.update(100)
+    assert progress.line() == "extract  200/1000 img  2.9 img/s  1:20 left"
+
+
 def test_time_left_is_unknown_before_anything_is_done(clock):
     assert Progress(100, "step", "train", initial=40, clock=clock).line().endswith("0.0 step/s  ? left")
 

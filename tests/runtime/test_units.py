@@ -14,7 +14,8 @@ def test_bytes(value, text):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.03, "0.03 s"),
+        (0, "0 s"),
+        (0.03, "under 0.1 s"),
         (3.21, "3.2 s"),
         (45, "45 s"),
         (90, "1.5 min"),
