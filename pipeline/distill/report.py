@@ -173,7 +173,10 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
     header = ("teacher", "weights", "licence", "input", "patches", "summary", "stored as", "cosine of what is stored")
     table = [(*header, "weight in the loss", "kNN (95 % interval)", "in the cache")]
     stored = teacher_bytes(*filled.plans)
-    for name, (teacher, plan) in _unique_teachers(result.jobs, filled).items():
+    used = _used_teachers(result.jobs, filled)
+    # Of teachers of one name, at two input sizes in two phases, kNN is that of the last.
+    latest = {name: teacher.id for name, teacher, _ in used}
+    for name, teacher, plan in used:
         spec = teacher.spec
         fidelity = teacher_fidelity(plan.splits[0].dataset, teacher)["patches"].get("target_cosine")
         table.append(
@@ -187,7 +190,7 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
                 teacher.codec,
                 "" if fidelity is None else f"{fidelity:.3f}",
                 str(teacher.config.weight),
-                labels.show(result.teacher_knn.get(name)) if labels else "",
+                labels.show(result.teacher_knn.get(name)) if labels and latest[name] == teacher.id else "",
                 size(stored[teacher.id]),
             )
         )
@@ -197,12 +200,13 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
     return Section("Teachers", lead if labels else "", table=tuple(table))
 
 
-def _unique_teachers(jobs: Sequence[DistillJob], filled: Filled) -> dict[str, tuple[CachedTeacher, CachePlan]]:
-    return {
-        teacher_labels(job.teachers)[teacher.id]: (teacher, plan)
-        for job, plan in zip(jobs, filled.plans, strict=True)
-        for teacher in job.teachers
-    }
+def _used_teachers(jobs: Sequence[DistillJob], filled: Filled) -> list[tuple[str, CachedTeacher, CachePlan]]:
+    """Label, teacher and plan of every teacher, each once, as its first phase has it."""
+    found: dict[str, tuple[str, CachedTeacher, CachePlan]] = {}
+    for job, plan in zip(jobs, filled.plans, strict=True):
+        for teacher in job.teachers:
+            found.setdefault(teacher.id, (teacher_labels(job.teachers)[teacher.id], teacher, plan))
+    return [*found.values()]
 
 
 def _curves_lead(labels: HeldOutLabels | None) -> str:
