@@ -60,7 +60,8 @@ class TrainConfig(Section):
         None, description="folder or s3://, gs:// address of the checkpoints; none: in the run's folder below `work`"
     )
     best_metric: str | None = operational(
-        None, description="evaluation metric (knn, ...) whose best checkpoint is also kept; none: only the latest"
+        None,
+        description="evaluation metric (knn, ...) whose best checkpoint is also kept; none: the main metric of a fine-tuning",
     )
     best_is: Literal["highest", "lowest"] = operational(
         "highest", description="whether the highest or the lowest value of train.best_metric is best"
