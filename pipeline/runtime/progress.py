@@ -62,13 +62,14 @@ class Progress:
         """One line: label, count, rate, time left or taken, and the postfix."""
         elapsed = max(self.clock() - self.started, 1e-9)
         rate = (self.done - self.initial) / elapsed
-        left = (self.total - self.done) / (self._steady_rate() or rate) if rate else float("inf")
+        steady = self._steady_rate()
+        left = (self.total - self.done) / steady if steady else float("inf")
         when = f"{duration(elapsed)} total" if self.done >= self.total else f"{duration(left)} left"
         extra = "".join(f"  {name} {value}" for name, value in self.postfix.items())
         return f"{self.label}  {self.done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  {when}{extra}"
 
     def _steady_rate(self) -> float:
-        """The rate since the first work was done, without the start of processes and readers; 0 before there is one."""
+        """The rate since the first work was done, which came after the start of processes and readers; 0 before there is one."""
         at, done = self.first or (self.started, self.done)
         return (self.done - done) / max(self.clock() - at, 1e-9)
 
