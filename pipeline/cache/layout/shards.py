@@ -270,16 +270,17 @@ class ShardFolder:
         names = self.store.files()
         if not (single := [record for record in records.values() if record.moments in names]):
             return
-        present, files = self.part_stats(), [record.file for record in records.values()]
-        # A shard that was computed again has the same name if it has the same features.
-        if (
-            present is None
-            or [*present.shards] != files
-            or not all(present.says(record.file, self.shard_moments(record)) for record in single)
-        ):
-            moments = {record.file: self.shard_moments(record) for record in records.values()}
-            self.store.put(STATISTICS, dump_part_stats(PartStats.of(moments)))
+        present = self.part_stats()
+        kept = present.shards if present else {}
         with ThreadPoolExecutor(16) as pool:
+            read = pool.map(self.shard_moments, single)
+            own = {record.file: found for record, found in zip(single, read, strict=True)}
+            # A shard that was computed again has the same name if it has the same features.
+            same = present and all(present.says(file, found) for file, found in own.items() if file in kept)
+            if not same or [*kept] != [record.file for record in records.values()]:
+                known = {**kept, **own}
+                shards = {item.file: known.get(item.file) or self.shard_moments(item) for item in records.values()}
+                self.store.put(STATISTICS, dump_part_stats(PartStats.of(shards)))
             [*pool.map(self.store.delete, [record.moments for record in single])]
 
 
