@@ -80,8 +80,9 @@ def test_nothing_is_printed_when_nothing_was_done(clock, capsys, initial):
 
 def test_what_was_done_before_a_failure_is_shown(clock, capsys):
     progress = Progress(4, "step", "train", clock=clock)
-    clock.now += 1
-    progress.update(2)
+    for _ in range(2):
+        clock.now += 0.5
+        progress.update(1)
     progress.__exit__(RuntimeError, RuntimeError(), None)
     assert capsys.readouterr().out == "train  2/4 step  2.0 step/s  0:01 left\n"
 
