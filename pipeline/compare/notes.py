@@ -31,7 +31,7 @@ def _uncounted(comparison: Comparison) -> Iterator[str]:
 
 def _different_images(comparison: Comparison) -> Iterator[str]:
     if len(comparison.image_sets) == 1 and (only := comparison.image_sets[0]):
-        yield f"All accuracies were measured on {comparison.named(only)}."
+        yield f"All accuracies are those on {comparison.named(only)}."
     for key in comparison.accuracies:
         by_images, common = comparison.by_images(key), comparison.comparable(key)
         if len(by_images) > 1:

@@ -69,7 +69,7 @@ def test_no_row_holds_figures_on_different_images_and_every_row_names_them(mixed
         assert "held out" in text
     same = compare(entry("a", knn=1.0), entry("b", knn=2.0))
     assert "held out" not in groups_table(same)[0]
-    assert "All accuracies were measured on photos (data/photos)." in notes(same)
+    assert "All accuracies are those on photos (data/photos)." in notes(same)
     assert not [note for note in notes(mixed) if note.startswith("All accuracies")]
 
 
