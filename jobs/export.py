@@ -4,6 +4,7 @@ python jobs/export.py work/runs/<run>/student --format torch_export onnx hf
 python jobs/export.py work/runs/<run>/model --to classifier
 python jobs/export.py models:/m-... --to exported
 python jobs/export.py timm/<name> --weights <file> --size 224
+python jobs/export.py work/runs/<run>/student --classes "a cat, a dog" --to classifier
 """
 
 import argparse
@@ -16,6 +17,7 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import later, model_parser, run_parser, table, tracking_uri
+from jobs._words import add_class_flags, word_classifier
 from pipeline.export.formats import FORMATS, ROUNDS
 
 
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--rounds", type=int, default=ROUNDS, help=f"rounds of the latency measurement; default: {ROUNDS}"
     )
     parser.add_argument("--to", type=Path, default=Path("exported"), help="output folder; default: exported")
+    add_class_flags(parser)
     run_parser(parser, later("jobs.export", "export"), arguments)
 
 
@@ -64,6 +67,11 @@ def export(options: argparse.Namespace) -> Mapping[str, Any]:
 
 def load_bundle(options: argparse.Namespace) -> ExportBundle:
     """The model to export."""
+    if options.classes is not None:
+        return word_classifier(options)
+    lost = [flag for flag in ("templates", "text_weights", "teacher") if getattr(options, flag) is not None]
+    if lost:
+        raise UserError(f"--{lost[0].replace('_', '-')}: needs --classes")
     store = tracking_uri(options)
     saved = find_model(options.model, store)
     if saved is None:

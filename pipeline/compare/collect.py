@@ -38,6 +38,8 @@ JOBS_WITHOUT_STUDENT = ("compare", "precompute", "benchmark")
 PROBES = {
     "knn": (Column("knn", "knn", "kNN"),),
     "linear": (Column("top1", "linear", "linear"),),
+    "zero-shot": (Column("top1", "zero_shot", "zero-shot"),),
+    "retrieval": (Column("text_to_image_r1", "text_to_image_r1", "text to image R@1"),),
     "seg-probe": (Column("miou", "probe_miou", "mIoU of the probe"),),
 }
 """The metric of each probe job."""
