@@ -111,15 +111,18 @@ def correspondence(config: CorrespondenceJobConfig, dry_run: bool) -> dict[str, 
         )
     student = open_student(given.student, resolve_uri(config.tracking.uri, work_folder(config)), given.weights)
     predictor, whose = load_patches(student, given.teacher, input_size=given.input_size)
-    count, pairs = open_pairs(given.pairs, given.split, given.samples, given.sample_size, config.seed)
+    found = open_pairs(given.pairs, given.split, given.samples, given.sample_size, config.seed)
     side = predictor.input_size
-    print(f"correspondence of {given.student} ({whose}) at {side} px: {count} pairs of {given.pairs}", flush=True)
+    print(
+        f"correspondence of {given.student} ({whose}) at {side} px: {found.count} pairs of {found.location}", flush=True
+    )
     if dry_run:
         return {"dry_run": True}
     with open_job(config, "correspondence") as job:
         job.run.set_tags({"student": given.student, "features": whose})
         job.run.set_student_run(student.provenance.get("run_id"))
-        figures = key_point_accuracy(predictor, pairs)
+        job.run.log_dataset(found.name, found.location, found.fingerprint, "val")
+        figures = key_point_accuracy(predictor, found.pairs)
         job.run.log_metric_dict(figures)
     shown = {key: percent(value) for key, value in figures.items()}
     print(f"done\n{table({**shown, 'MLflow': f'{job.tracking_uri} run {job.run.run_id}'})}")

@@ -180,7 +180,7 @@ def _evaluate(config: WordsJobConfig, dry_run: bool, name: str, plan: Any, about
     from pipeline.cache.fill.estimate import check_space
     from pipeline.cache.fill.job import log_images
     from pipeline.runs.session import open_job
-    from pipeline.voices.measured import compute_vectors, teacher_embeddings, why_no_teacher
+    from pipeline.voices.measured import compute_vectors, why_no_teacher
 
     student, teacher = config.evaluate.student, plan.teacher.name
     print(f"{name} of {student}, taught by {teacher}, on {plan.images.location}: {about}", flush=True)
@@ -196,7 +196,7 @@ def _evaluate(config: WordsJobConfig, dry_run: bool, name: str, plan: Any, about
         job.run.set_student_run(plan.student_run)
         figures = measure(plan)
         job.run.log_metric_dict(figures)
-    if teacher_embeddings(plan) is None:
+    if not any(name.startswith("teacher_") for name in figures):
         print(f"no figure of the teacher: {why_no_teacher(plan)}", flush=True)
     counts = ("images", "captions")
     shown = {key: f"{value:g}" if key in counts else percent(value) for key, value in figures.items()}

@@ -40,6 +40,7 @@ PROBES = {
     "linear": (Column("top1", "linear", "linear"),),
     "zero-shot": (Column("top1", "zero_shot", "zero-shot"),),
     "retrieval": (Column("text_to_image_r1", "text_to_image_r1", "text to image R@1"),),
+    "correspondence": (Column("pck_0.1", "pck", "PCK@0.1"),),
     "seg-probe": (Column("miou", "probe_miou", "mIoU of the probe"),),
 }
 """The metric of each probe job."""

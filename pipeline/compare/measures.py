@@ -41,6 +41,7 @@ BEFORE_TASKS = (KNN, Measure("linear", "linear", "%", "higher", digits=1))
 AFTER_TASKS = (
     Measure("zero_shot", "zero-shot", "%", "higher", digits=1),
     Measure("text_to_image_r1", "text to image R@1", "%", "higher", digits=1),
+    Measure("pck", "PCK@0.1", "%", "higher", digits=1),
     Measure("probe_miou", "mIoU of the probe", "%", "higher", digits=1),
     PARAMETERS,
     Measure("macs", "MACs", "G", None, 1e9),

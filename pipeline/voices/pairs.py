@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from pipeline.cache.layout.keys import digest
 from pipeline.errors import UserError, one_line
 from pipeline.predict.images import opened
 from pipeline.sources.locations import SAMPLES
 from pipeline.sources.sample_scenes import SampleScenes
+from pipeline.storage.names import folder_name
 
 POINTS = 8
 """Key points of a generated pair at most."""
@@ -36,8 +40,23 @@ class Pair:
     extent: float
 
 
-def open_pairs(location: str, split: str, count: int, size: int, seed: int) -> tuple[int, Iterator[Pair]]:
-    """The number of pairs, and these, read one after the other.
+class PairSet(NamedTuple):
+    """Pairs, read one after the other.
+
+    Attributes:
+        name: readable, with the first eight characters of the fingerprint at its end.
+        fingerprint: digest of the settings of generated pairs, or of the annotations.
+    """
+
+    name: str
+    location: str
+    fingerprint: str
+    count: int
+    pairs: Iterator[Pair]
+
+
+def open_pairs(location: str, split: str, count: int, size: int, seed: int) -> PairSet:
+    """Find the pairs of a location.
 
     Args:
         location: `samples`, or a folder with `PairAnnotation/<split>/*.json` and `JPEGImages/<category>/`.
@@ -48,13 +67,21 @@ def open_pairs(location: str, split: str, count: int, size: int, seed: int) -> t
     """
     if location == SAMPLES:
         scenes = SampleScenes("val", count, size, seed)
-        return count, (_moved(scenes, number) for number in range(count))
+        generated = (_moved(scenes, number) for number in range(count))
+        return _set(SAMPLES, location, digest([count, size, seed]), count, generated)
     folder = Path(location).expanduser() / "PairAnnotation" / split
     files = sorted(folder.glob("*.json"))
     if not files:
         raise UserError(f"correspondence.pairs: there are no annotations {folder}/*.json (SPair-71k's layout)")
     _annotated(files[0])
-    return len(files), map(_annotated, files)
+    fingerprint = digest([[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files])
+    return _set(
+        f"{Path(location).name}-{split}", str(Path(location).resolve()), fingerprint, len(files), map(_annotated, files)
+    )
+
+
+def _set(name: str, location: str, fingerprint: str, count: int, pairs: Iterator[Pair]) -> PairSet:
+    return PairSet(f"pairs-{folder_name(name)}-{fingerprint[:8]}", location, fingerprint, count, pairs)
 
 
 def _annotated(file: Path) -> Pair:

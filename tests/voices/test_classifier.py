@@ -56,3 +56,16 @@ def test_what_it_cannot_be_is_refused(flags, message, taught, tmp_path, capsys):
         export.main([str(made.folder), "--classes", "a, b", *flags, "--to", str(tmp_path / "classifier")])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_card_of_a_student_with_heads_says_what_it_can_do(taught, tmp_path):
+    made = taught()
+    flags = ["--heads", "--format", "safetensors", "--rounds", "1"]
+    export.main([str(made.folder), *flags, "--to", str(tmp_path / "whole")])
+    card = (tmp_path / "whole/README.md").read_text()
+    assert "- words: `jobs/predict.py <folder> photos --classes" in card
+    assert "correspondences" not in card  # the teacher of colours is none of DINO's
+    words = load_words(str(tmp_path / "whole"), text_weights=str(made.file), device="cpu")  # heads.json came along
+    assert words.embed_classes(CLASSES).shape == (3, 24)
+    export.main([str(made.folder), *flags[1:], "--to", str(tmp_path / "bare")])
+    assert "With its heads" not in (tmp_path / "bare/README.md").read_text()

@@ -45,9 +45,9 @@ def test_points_within_their_share_of_the_object_are_correct():
 
 
 def test_generated_pairs_show_the_same_places():
-    count, pairs = open_pairs("samples", "test", 5, 96, 0)
-    pairs = [*pairs]
-    assert count == len(pairs) == 5
+    opened = open_pairs("samples", "test", 5, 96, 0)
+    pairs = [*opened.pairs]
+    assert opened.count == len(pairs) == 5
     errors = []
     for pair in pairs:
         assert pair.first.size == pair.second.size == (96, 96)
@@ -59,10 +59,12 @@ def test_generated_pairs_show_the_same_places():
         values = [[grey[int(y), int(x)] for x, y in pair.points[:, n]] for n, grey in enumerate(greys)]
         errors.append(np.corrcoef(*values)[0, 1])
     assert np.median(errors) > 0.5
-    again = [*open_pairs("samples", "test", 5, 96, 0)[1]]
+    again = [*open_pairs("samples", "test", 5, 96, 0).pairs]
     assert np.array_equal(again[3].points, pairs[3].points)
     assert again[3].second.tobytes() == pairs[3].second.tobytes()
-    assert [*open_pairs("samples", "test", 1, 96, 1)[1]][0].second.tobytes() != pairs[0].second.tobytes()
+    other = open_pairs("samples", "test", 1, 96, 1)
+    assert next(other.pairs).second.tobytes() != pairs[0].second.tobytes()
+    assert other.fingerprint != opened.fingerprint
 
 
 @pytest.fixture
@@ -85,9 +87,9 @@ def spair(tmp_path):
 
 
 def test_annotations_of_spair_are_read_and_odd_ones_are_named(spair):
-    count, pairs = open_pairs(str(spair), "test", 0, 0, 0)
-    [pair] = pairs
-    assert (count, pair.extent, pair.second.size) == (1, 60, (80, 80))
+    opened = open_pairs(str(spair), "test", 0, 0, 0)
+    [pair] = opened.pairs
+    assert (opened.count, pair.extent, pair.second.size) == (1, 60, (80, 80))
     assert pair.points.tolist() == [[[10, 40], [72, 32]], [[50, 50], [40, 40]]]
     assert key_point_accuracy(Positions(), [pair])["pck_0.1"] == 100
     with pytest.raises(UserError, match=r"there are no annotations .*PairAnnotation/trn/\*\.json"):
