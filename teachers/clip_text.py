@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Self
 
 import open_clip
 import torch
@@ -47,7 +47,14 @@ class TextTower:
     def __init__(self, name: str, tower: nn.Module, tokenizer: Any, dim: int, scale: float, bias: float | None) -> None:
         self.name, self.dim, self.logit_scale, self.logit_bias = name, dim, scale, bias or 0.0
         self.sigmoid = bias is not None
+        self._device = torch.device("cpu")
         self._tower, self._tokenizer = tower.eval().requires_grad_(False), tokenizer
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the tower to a device, where it computes from now on; returns itself."""
+        self._device = torch.device(device)
+        self._tower.to(self._device)
+        return self
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -57,8 +64,10 @@ class TextTower:
         return torch.cat(parts) if parts else torch.empty(0, self.dim)
 
     def _forward(self, texts: Sequence[str]) -> Tensor:
-        output = self._tower(self._tokenizer(list(texts)))
-        return F.normalize(output[0] if isinstance(output, tuple) else output, dim=-1)  # CoCa also returns its tokens
+        output = self._tower(self._tokenizer(list(texts)).to(self._device))
+        return F.normalize(
+            output[0] if isinstance(output, tuple) else output, dim=-1
+        ).cpu()  # CoCa also returns its tokens
 
     def _warn_of_cut(self, texts: Sequence[str]) -> None:
         if not isinstance(self._tokenizer, SimpleTokenizer):  # those of the hub do not tell

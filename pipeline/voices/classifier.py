@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def classifier_bundle(
     made = make_templates(templates)
     model, kept = find_summaries(student, teacher)
     assert isinstance(model.encoder, Encoder)
-    tower = open_tower(kept, text_weights)
+    tower = open_tower(kept, text_weights).to("cuda" if torch.cuda.is_available() else "cpu")
     network = WordClassifier(model, embed_classes(tower, classes, made), tower.logit_scale, tower.logit_bias).eval()
     turned = (
         "the sigmoid gives the probability of each class by itself" if tower.sigmoid else "softmax gives probabilities"

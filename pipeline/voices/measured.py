@@ -70,7 +70,7 @@ def plan_words(config: WordsJobConfig) -> WordsPlan:
         source = str(folder.resolve())  # workers have another working directory
     student = load_student(source)
     model, teacher = find_summaries(student, config.words.teacher)
-    tower = open_tower(teacher, config.words.text_weights)
+    tower = open_tower(teacher, config.words.text_weights).to("cuda" if torch.cuda.is_available() else "cpu")
     if tower.dim != model.dim:
         raise UserError(f"words.text_weights: {tower.name} has {tower.dim} channels, the student's head {model.dim}")
     store = cache_store(config)

@@ -17,12 +17,14 @@ KIND = "DINOv2 (dinov2/vitb14)"
 
 
 class TeacherPatches(nn.Module):
-    """A student that predicts a teacher's patches, in the teacher's own scale, on its own grid."""
+    """A student that predicts a teacher's patches, of `dim` channels, in the teacher's own scale, on its own grid."""
 
     def __init__(self, whole: StudentWithHeads, teacher: KeptTeacher) -> None:
         super().__init__()
         self.student = whole.student
         self.head, self.standardiser = teacher.heads["patches"], teacher.standardisers["patches"]
+        assert isinstance(self.head, nn.Sequential)
+        self.dim = int(self.head[-1].out_features)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] float32 RGB in [0, 1] -> [B, h, w, D], of stride 16 or the finest that exists."""
@@ -32,11 +34,12 @@ class TeacherPatches(nn.Module):
 
 
 class BackbonePatches(nn.Module):
-    """The deepest map of a backbone whose stride is at most 16."""
+    """The deepest map of a backbone whose stride is at most 16, of `dim` channels."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder, self.level = encoder, level_at_stride(encoder.strides, MAP_STRIDE)
+        self.dim = encoder.channels[self.level]
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] float32 RGB in [0, 1] -> [B, h, w, C]."""

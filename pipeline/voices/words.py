@@ -12,6 +12,7 @@ The head predicts CLIP's image embedding, after the projection, in CLIP's own sc
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ class Words:
                 f"{self.predictor.name}: its head gives {self.model.dim} channels, the text tower of {tower.name} {tower.dim}: "
                 "name the CLIP model that taught it"
             )
-        return tower
+        return tower.to(self.predictor.device)
 
     def embed(self, images: Images) -> Tensor:
         """Embeddings [N, D] of length 1 of the readable images, on the CPU; raises as :meth:`Predictor.features`."""
@@ -122,7 +123,8 @@ class Words:
     def _search(self, images: Images, query: Tensor, top: int) -> list[Found]:
         listed = list_images(images)
         embedded = self.embed(listed)
-        readable = [image for image in listed if image not in (self.predictor.unreadable or ())]
+        skipped = self.predictor.unreadable or {}
+        readable = [image for image in listed if not (isinstance(image, Path) and image in skipped)]
         cosines, order = (embedded @ query[0]).topk(min(top, len(readable)))
         return [Found(readable[n], cosine) for n, cosine in zip(order.tolist(), cosines.tolist(), strict=True)]
 
@@ -137,7 +139,7 @@ def load_words(
     batch_size: int = 32,
     tracking_uri: str = "",
 ) -> Words:
-    """A student that speaks CLIP's language.
+    """A student with the head of a CLIP teacher.
 
     Args:
         student: exported folder, address or MLflow URI, distilled with a CLIP teacher and `student.keep_heads=true`.

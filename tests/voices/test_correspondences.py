@@ -199,3 +199,11 @@ def test_earlier_files_are_not_mixed_with_new_ones(photos, tmp_path, capsys):
     (tmp_path / "made/old.png").touch()
     code, error = run(capsys, "timm/test_resnet", photos, "--weights", "random", "--pca", "--to", tmp_path / "made")
     assert (code, "made: is not empty: name another folder with --to" in error) == (2, True)
+
+
+def test_images_of_which_none_can_be_read_are_refused(tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    code, error = run(
+        capsys, "timm/test_resnet", tmp_path / "broken.jpg", "--weights", "random", "--pca", "--to", tmp_path / "made"
+    )
+    assert (code, "there are no images that can be read" in error) == (2, True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import regla
 from jobs import predict
 from pipeline.cache.read.scan import read_summaries
 from pipeline.distill.standardise import make_standardisers
@@ -125,6 +126,19 @@ def test_a_student_classifies_and_searches_at_any_size(student, taught, photos):
         query = list_images(photos)[4]
         best, *_ = words.similar(photos, query, top=100)
         assert (best.image, best.cosine) == (query, pytest.approx(1, abs=1e-5))
+
+
+def test_a_search_passes_over_what_is_broken_also_beside_arrays(taught, photos, tmp_path):
+    import numpy as np
+
+    made = taught()
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    words = regla.load_words(made.folder, text_weights=str(made.file), device="cpu")
+    words.predictor.unreadable = {}
+    array = np.full((40, 40, 3), 200, np.uint8)
+    found = words.similar([tmp_path / "broken.jpg", photos, array], array, top=1)
+    assert found[0].image is array
+    assert len(words.find([tmp_path / "broken.jpg", array], "grey")) == 1
 
 
 def test_predict_writes_classes_and_searches_and_passes_over_what_is_broken(taught, photos, tmp_path, capsys):
