@@ -45,6 +45,8 @@ def transfer(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
     The feature at a point is interpolated between patches; its cosines to the patches of the second map are interpolated to a
     grid `FINE` times as fine, whose largest value is the answer.
     """
+    if not len(points):
+        return points.clone()
     grid = (2 * points - 1).to(first)[None, None]
     wanted = F.grid_sample(first.permute(2, 0, 1)[None], grid, padding_mode="border", align_corners=False)[0, :, 0]
     cosines = F.normalize(second, dim=2) @ F.normalize(wanted, dim=0)  # [h', w', P]

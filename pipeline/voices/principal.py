@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,8 @@ def principal_colours(maps: Tensor) -> Coloured:
     if int(chosen.sum()) < 4:  # a basis needs more patches than components
         chosen = torch.ones_like(chosen)
     components = _project(tokens[chosen], tokens[chosen], 3)
-    low, high = components.quantile(CUT, dim=0), components.quantile(1 - CUT, dim=0)
+    # torch.quantile takes at most 2^24 numbers.
+    low, high = torch.from_numpy(np.quantile(components.numpy(), (CUT, 1 - CUT), axis=0))
     colours = torch.zeros(len(tokens), 3, dtype=torch.float64)
     colours[chosen] = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     return Coloured(colours.view(*maps.shape[:3], 3).float(), chosen.view(maps.shape[:3]))

@@ -41,9 +41,9 @@ def test_the_foreground_is_found_and_its_halves_have_one_colour_in_both_images()
         assert torch.all(colours[truth == 0] == 0)
         assert 0 <= colours.min() <= colours.max() <= 1
         means = {(n, part): colours[n][truth[n] == part].mean(dim=0) for n in (0, 1) for part in (1, 2)}
-        for part in (1, 2):
-            assert (means[0, part] - means[1, part]).abs().max() < 0.25
-        assert (means[0, 1] - means[0, 2]).abs().max() > 0.5
+        for part in (1, 2):  # of the first component; the others are noise
+            assert abs(means[0, part][0] - means[1, part][0]) < 0.2
+        assert abs(means[0, 1][0] - means[0, 2][0]) > 0.6
 
 
 def test_colours_of_few_channels_and_of_equal_patches_are_finite():
