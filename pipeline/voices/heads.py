@@ -96,6 +96,14 @@ def find_teacher(
     return whole, found[0]
 
 
+def out_channels(head: nn.Module) -> int:
+    """Channels that a head of :func:`~pipeline.student.model.distillation_head` gives."""
+    assert isinstance(head, nn.Sequential)
+    last = head[-1]
+    assert isinstance(last, nn.Linear)
+    return last.out_features
+
+
 def _kept(described: Mapping[str, Any], heads: nn.Module, standardisers: nn.Module) -> KeptTeacher:
     assert isinstance(heads, nn.ModuleDict)
     assert isinstance(standardisers, nn.ModuleDict)

@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 from pipeline.predict.predictor import Predictor
 from pipeline.student.loading import LoadedStudent
 from pipeline.student.model import MAP_STRIDE, Encoder, level_at_stride
-from pipeline.voices.heads import KeptTeacher, find_teacher
+from pipeline.voices.heads import KeptTeacher, find_teacher, out_channels
 
 BACKBONE = "backbone"
 """In the place of a teacher's label: the backbone's own map."""
@@ -23,8 +23,7 @@ class TeacherPatches(nn.Module):
         super().__init__()
         self.student = whole.student
         self.head, self.standardiser = teacher.heads["patches"], teacher.standardisers["patches"]
-        assert isinstance(self.head, nn.Sequential)
-        self.dim = int(self.head[-1].out_features)  # type: ignore[arg-type]
+        self.dim = out_channels(self.head)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] float32 RGB in [0, 1] -> [B, h, w, D], of stride 16 or the finest that exists."""

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.predict.images import Images, One, list_images
 from pipeline.predict.predictor import Predictor
 from pipeline.student.loading import LoadedStudent
-from pipeline.voices.heads import KeptTeacher, Summaries, find_teacher, open_student
+from pipeline.voices.heads import KeptTeacher, Summaries, find_teacher, open_student, out_channels
 from pipeline.voices.texts import AS_WRITTEN, check_classes, embed_classes, make_templates
 from teachers.clip_text import TextTower, load_text_tower
 from teachers.weights import parse_weights
@@ -166,11 +165,8 @@ def find_summaries(student: LoadedStudent, teacher: str | None = None) -> tuple[
             f"teacher {kept.label}: is not a CLIP teacher (clip/<model>): its summary is not in the space of any text tower. "
             "timm's CLIP models give tokens before the projection"
         )
-    assert kept.cached is None or kept.cached.spec.summary_dim is not None
     head = kept.heads["summary"]
-    assert isinstance(head, torch.nn.Sequential)
-    width = head[-1].out_features
-    model = Summaries(whole.student.encoder, head, kept.standardisers["summary"], int(width))
+    model = Summaries(whole.student.encoder, head, kept.standardisers["summary"], out_channels(head))
     return model.eval(), kept
 
 
