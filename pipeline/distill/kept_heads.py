@@ -92,7 +92,9 @@ def cached_form(described: Mapping[str, Any]) -> CachedTeacher | None:
     """A teacher in the cache, from its entry in heads.json; None if the entry is of a version that did not describe it."""
     if "spec" not in described:
         return None
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in described["spec"].items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in described["spec"].items()
+    }
     spec = TeacherSpec(**fields)
     config = TeacherConfig(model=spec.name)
     return CachedTeacher(config, spec, described["id"], described["codec"], described["precision"])

@@ -110,7 +110,7 @@ def write_match(
     drawn = Matches(*(part[:DRAWN] for part in found))
     if points:
         drawn = Matches(wanted / sizes[0], carried / sizes[1], torch.ones(len(wanted)))
-    _save(draw_matches(*images, drawn), folder / "pictures" / "match.png")
+    _save(draw_matches(images[0], images[1], drawn), folder / "pictures" / "match.png")
     return len(found.cosines)
 
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -40,7 +39,8 @@ class Pair:
     extent: float
 
 
-class PairSet(NamedTuple):
+@dataclass(frozen=True)
+class PairSet:
     """Pairs, read one after the other.
 
     Attributes:

@@ -65,7 +65,9 @@ def match(names: Sequence[str], captions: Mapping[str, Sequence[str]]) -> Pairs:
     Raises:
         UserError: if no image has captions, or two images have the same file name.
     """
-    rows, texts, image = [], [], []
+    rows: list[int] = []
+    texts: list[str] = []
+    image: list[int] = []
     for row, name in enumerate(names):
         own = captions.get(name) or captions.get(PurePosixPath(name).name)
         if own:
