@@ -58,11 +58,15 @@ class DistillResult:
 
 
 def steps_per_epoch(phase: Phase) -> int:
-    """Optimiser steps of an epoch, if no image is quarantined; raises a UserError if the images do not fill one batch."""
+    """Optimiser steps of an epoch, if no image is quarantined; 0 if it is not known how many images there are.
+
+    Raises:
+        UserError: if the images do not fill one batch.
+    """
     train = phase.plan.split("train")
     assert train is not None
     images, batch = train.images * train.dataset.policy.rows_per_image, phase.config.train.batch_size
-    if images < batch:
+    if images < batch and not train.unopened:
         raise UserError(
             f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
         )
@@ -75,7 +79,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
     check_losses(config.loss)
     share = config.train.batch_size // max(1, config.train.most_workers)
     check_per_step(config.views.per_step, config.views.crops or 1, share)
-    check_best_metric(config.train.best_metric, _evaluated(phase.plan))
+    _check_images(phase)
     if config.loss.standardise == "phi_s":
         _warn_of_projections(teachers)
     student = build_student(config)
@@ -84,11 +88,27 @@ def training_plan(phase: Phase) -> dict[str, str]:
     rows = {
         "student": f"{config.student.name} at {config.student.input_size} px, feature maps of strides {strides}",
         **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
-        "training": f"{config.train.epochs} epochs of {steps_per_epoch(phase)} steps of {config.train.batch_size} images",
+        "training": f"{config.train.epochs} epochs of {_steps(phase)} steps of {config.train.batch_size} images",
         "learning rate": config.train.lr_rule,
-        "kNN": f"{config.knn.k} neighbours" if _labelled(phase.plan) else f"none: {_lacking(phase.plan)}",
+        "kNN": f"{config.knn.k} neighbours{_if_labelled(phase.plan)}"
+        if _labelled(phase.plan)
+        else f"none: {_lacking(phase.plan)}",
     }
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
+
+
+def _steps(phase: Phase) -> str:
+    train = phase.plan.split("train")
+    assert train is not None
+    if not train.unopened:
+        return str(steps_per_epoch(phase))
+    return f"about {steps_per_epoch(phase)}" if train.is_estimated else "an unknown number of"
+
+
+def _check_images(phase: Phase) -> None:
+    """Raise a UserError if training needs more images, or labels."""
+    steps_per_epoch(phase)
+    check_best_metric(phase.config.train.best_metric, _evaluated(phase.plan))
 
 
 def _warn_of_projections(teachers: Sequence[CachedTeacher]) -> None:
@@ -123,6 +143,10 @@ def _labelled(plan: CachePlan) -> bool:
     return len(labelled) > 1 and all(labelled)
 
 
+def _if_labelled(plan: CachePlan) -> str:
+    return ", if the tars hold labels" if any(split.unopened for split in plan.splits) else ""
+
+
 def _lacking(plan: CachePlan) -> str:
     return "the images have no labels" if plan.split("val") else "data.val names no held-out images"
 
@@ -131,9 +155,11 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
     """Train on complete caches, phase after phase, from the last checkpoint below `folder` if there is one.
 
     Raises:
-        UserError: if the data is too small for the batch or the splits do not fit together.
+        UserError: if the data is too small for the batch, lacks labels that are needed, or the splits do not fit together.
         DivergedError: if the loss is not finite.
     """
+    for phase in phases:  # a plan with unopened archives could not
+        _check_images(phase)
     first, file = phases[0], start_file(folder)
     if first.start and not file.exists():
         PhaseState.before(build_student(first.config), first.start, first.config.student.weights).save(file)
