@@ -76,9 +76,9 @@ def _unread(split: SplitPlan) -> str:
 
 
 def uncounted(plan: CachePlan) -> str | None:
-    """The splits whose images a plan cannot count, for estimates that lack them."""
+    """The images that all estimates lack."""
     names = [f"data.{split.split}" for split in plan.splits if not split.is_estimated]
-    return f"without the images of {' and '.join(names)}, which are counted when the job reads them" if names else None
+    return f"the images of {' and '.join(names)}, whose tars are not opened before the job reads them" if names else None
 
 
 def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
@@ -120,7 +120,7 @@ def cost_plan(
     hours, codecs = grid([_hours(teacher, config) for teacher in teachers]), grid([*map(_codecs, teachers)])
     free = plan.store.free_bytes()
     rows = {
-        "counted": uncounted(plan),
+        "not counted": uncounted(plan),
         "still to be written": f"at most {size(missing_bytes(plan))}",
         "free": "unknown" if free is None else f"{size(free)} at {plan.store.uri}",
         "to read": f"{size(read_rate(plan, config, teachers))}/s for plan.images_per_second="

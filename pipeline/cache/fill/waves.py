@@ -26,12 +26,13 @@ WAVE_BYTES = 64 << 30
 
 def waves(archives: Sequence[Entry]) -> Iterator[list[Entry]]:
     """The archives in order, as many at a time as `WAVE_BYTES` allow."""
-    wave: list[Entry] = []
+    wave, size = list[Entry](), 0
     for archive in archives:
-        if wave and sum(entry.size for entry in wave) + archive.size > WAVE_BYTES:
+        if wave and size + archive.size > WAVE_BYTES:
             yield wave
-            wave = []
+            wave, size = [], 0
         wave.append(archive)
+        size += archive.size
     if wave:
         yield wave
 
@@ -47,15 +48,16 @@ def read_wave(cache: Store, wave: Sequence[Entry]) -> Iterator[list[tuple[Stagin
     Raises:
         UserError: if another process has removed it.
     """
-    group: list[tuple[Staging, Staged]] = []
+    group, count = list[tuple[Staging, Staged]](), 0
     for staging in (Staging(cache, archive) for archive in wave):
         staged = staging.read()
         if staged is None:
             raise UserError(f"{staging.store.uri} has been removed while the job needed it: run the same command again")
-        if group and sum(known.samples.num_rows for _, known in group) + staged.samples.num_rows > WAVE_IMAGES:
+        if group and count + staged.samples.num_rows > WAVE_IMAGES:
             yield group
-            group = []
+            group, count = [], 0
         group.append((staging, staged))
+        count += staged.samples.num_rows
     if group:
         yield group
 
