@@ -60,7 +60,7 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
 
 def _count(split: SplitPlan) -> str:
     """The number of images, as far as known."""
-    if not split.unopened:
+    if not split.unopened or split.listing.expected:
         return str(split.images)
     return f"about {split.images}" if split.is_estimated else "an unknown number"
 
@@ -69,16 +69,18 @@ def _unread(split: SplitPlan) -> str:
     """What is still to be read."""
     phrases = [f"{split.new.num_rows} new or changed, still to be read"] if split.new.num_rows else []
     if count := len(split.unopened):
-        expected = f": about {split.expected} images" if split.is_estimated else ""
-        archives = f"{count} new tar{'s' if count > 1 else ''}"
-        phrases.append(f"{archives}, {size(split.unopened_bytes)}, not opened before the job reads them{expected}")
+        kind = "Parquet file" if split.listing.expected else "tar"
+        about = "" if split.listing.expected else "about "
+        expected = f": {about}{split.expected} images" if split.is_estimated else ""
+        archives = f"{count} new {kind}{'s' if count > 1 else ''}"
+        phrases.append(f"{archives}, {size(split.unopened_bytes)}, not read before the job stores them{expected}")
     return ", ".join(phrases)
 
 
 def uncounted(plan: CachePlan) -> str | None:
     """The images that all estimates lack."""
     names = [f"data.{split.split}" for split in plan.splits if not split.is_estimated]
-    return f"the images of {' and '.join(names)}, whose tars are not opened before the job reads them" if names else None
+    return f"the images of {' and '.join(names)}, whose tars are not read before the job stores them" if names else None
 
 
 def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:

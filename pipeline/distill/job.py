@@ -100,7 +100,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
 def _steps(phase: Phase) -> str:
     train = phase.plan.split("train")
     assert train is not None
-    if not train.unopened:
+    if not train.unopened or train.listing.expected:
         return str(steps_per_epoch(phase))
     return f"about {steps_per_epoch(phase)}" if train.is_estimated else "an unknown number of"
 
@@ -144,7 +144,7 @@ def _labelled(plan: CachePlan) -> bool:
 
 
 def _if_labelled(plan: CachePlan) -> str:
-    return ", if the tars hold labels" if any(split.unopened for split in plan.splits) else ""
+    return ", if the files hold labels" if any(split.unopened for split in plan.splits) else ""
 
 
 def _lacking(plan: CachePlan) -> str:

@@ -86,9 +86,27 @@ class TarShards:
         looked_for = f"{', '.join(IMAGE_EXTENSIONS)} members"
         return finish_index(table, location=self.location, looked_for=looked_for, left_out=unused.all_notes())
 
+    @property
+    def identity(self) -> str:
+        """Nothing decides but the bytes of a tar."""
+        return ""
+
+    @property
+    def may_have_labels(self) -> bool:
+        """Their members tell."""
+        return True
+
     def archives(self) -> list[Entry]:
         """The files with sizes and versions."""
         return file_entries(self.shards)
+
+    def count(self, archives: Sequence[str]) -> tuple[int, int] | None:
+        """A tar has no table of contents."""
+        return None
+
+    def prepared(self, archives: Sequence[str]) -> "TarShards":
+        """This source."""
+        return self
 
     def stream(self, archive: str, take: Callable[[int, bytes | Exception], None]) -> tuple[pa.Table, str]:
         """See :class:`~pipeline.sources.streamed.StreamedSource`; of a sample with several images, all are handed over."""

@@ -136,30 +136,35 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
     report.images_read = sum(split.new.num_rows for split in splits)
     complete: list[SplitPlan] = []
     made: dict[str, Part] = {}
+    staged: list[Staging] = []
     for split in splits:
         draft = VersionDraft(split, shard_size, made)
         draft.add(*read[split.split], _scattered(split))
-        complete.append(draft.finish(_add_archives(split, draft, report)))
+        notes = _add_archives(split, draft, report, staged)
+        complete.append(draft.finish(notes))
     report.images_ingested += ingest_missing(complete)
     for split in complete:
         if not split.dataset.count:
             raise UserError(f"{split.dataset.location}: none of the images can be read")
     written = [replace(split, dataset=write_dataset(split.dataset, split.listing.damaged)) for split in complete]
-    for split in splits:
-        for archive in split.listing.unopened:
-            Staging(split.dataset.cache, archive).delete()
+    for staging in staged:
+        staging.delete()
     return tuple(written)
 
 
-def _add_archives(split: SplitPlan, draft: VersionDraft, report: BuildReport) -> tuple[str, ...]:
-    """Read the unopened archives of a split, and store their images; what they hold besides, in phrases."""
+def _add_archives(split: SplitPlan, draft: VersionDraft, report: BuildReport, done: list[Staging]) -> tuple[str, ...]:
+    """Read the unopened archives of a split, and store their images; what they hold besides, in phrases.
+
+    What is still staged of them is added to `done`.
+    """
     source, names, passed_over = streamed(split.source), Names(split.listing.unopened), list[str]()
     if source is None or not split.listing.unopened:
         return ()
+    source = source.prepared([archive.path for archive in split.listing.unopened])
     sources, samples = {split.split: split.source}, 0
     for wave in waves(split.listing.unopened):
         _stage(split, source, wave)
-        for group in read_wave(split.dataset.cache, wave):
+        for group in read_wave(split.dataset.cache, wave, source):
             for staging, staged in group:
                 names.check(staging.archive, staged.samples)
                 passed_over.append(staged.passed_over)
@@ -172,13 +177,14 @@ def _add_archives(split: SplitPlan, draft: VersionDraft, report: BuildReport) ->
             report.images_ingested += _ingest(rows, {part.key: part for part, _ in placed}, sources)
             for staging, _ in group:
                 staging.drop_images()
+                done.append(staging)
     report.images_read += samples
     notes = tuple(source.notes(passed_over))
-    if not (samples or split.images):
+    if not (samples or split.counted):
         besides = f"; left out: {'; '.join(notes)}" if notes else ""
         raise NoImagesError(f"{source.location}: no images found in {len(passed_over)} files{besides}")
-    if notes:
-        log.warning("data.%s left out: %s", split.split, "; ".join(notes))
+    if found := [note for note in notes if note not in split.left_out]:  # the plan did not know of them
+        log.warning("data.%s left out: %s", split.split, "; ".join(found))
     return notes
 
 
@@ -251,15 +257,15 @@ def ingest_missing(splits: Sequence[SplitPlan]) -> int:
     parts = all_parts(splits)
     images = {(part.key, shard) for split in splits for part, shard in split.dataset.missing_images()}
     crops = {(part.key, shard) for split in splits for part, shard in split.dataset.missing_crops()}
-    lost, rows = set(images), list[dict[str, Any]]()
+    lacking, rows = defaultdict[str, list[int]](list), list[dict[str, Any]]()
+    for key, shard in sorted(images | crops):
+        lacking[key].append(shard)
     for split in splits:
         for part in split.dataset.parts:
-            mine = sorted(shard for key, shard in images | crops if key == part.key)
-            samples = split.listing.samples(part.id) if mine else None
-            rows += [ingest_row(split.split, part, shard, samples) for shard in mine]
-            images -= {(part.key, shard) for shard in mine}
-            crops -= {(part.key, shard) for shard in mine}
-    return _ingest(rows, parts, {split.split: split.source for split in splits}, lost)
+            if mine := lacking.pop(part.key, None):
+                samples = split.listing.samples(part.id)
+                rows += [ingest_row(split.split, part, shard, samples) for shard in mine]
+    return _ingest(rows, parts, {split.split: split.source for split in splits}, images)
 
 
 def _ingest(

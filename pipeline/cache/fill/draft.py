@@ -72,7 +72,7 @@ class VersionDraft:
             bad=bad,
             new=self.split.new.slice(0, 0),
             unopened=(),
-            notes=(*self.listing.notes, *notes),
+            notes=tuple(dict.fromkeys((*self.listing.notes, *notes))),
             parts=complete.parts,
         )
         return replace(self.split, listing=found, dataset=complete)

@@ -218,7 +218,8 @@ def _missing_image_bytes(split: SplitPlan) -> int:
         for part, shard in split.dataset.missing_images()
     )
     beside = (split.new.num_rows + split.expected) * (KEY_BYTES + SAMPLE_BYTES)
-    return int(lost + (pc.sum(split.new["size"]).as_py() or 0) + split.unopened_bytes + beside)
+    unopened = split.listing.expected[1] if split.listing.expected else split.unopened_bytes
+    return int(lost + (pc.sum(split.new["size"]).as_py() or 0) + unopened + beside)
 
 
 def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:

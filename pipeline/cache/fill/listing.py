@@ -52,6 +52,7 @@ class Listing:
         parts: those of the version, in order.
         damaged: names of the version's files that cannot be read; what they list is new.
         unopened: archives of a `StreamedSource` that nobody has read.
+        expected: number and at most the bytes of their images, if that is known.
     """
 
     known: dict[str, pa.Table]
@@ -62,6 +63,7 @@ class Listing:
     parts: tuple[Part, ...] = ()
     damaged: tuple[str, ...] = ()
     unopened: tuple[Entry, ...] = ()
+    expected: tuple[int, int] | None = None
 
     @property
     def is_known(self) -> bool:
@@ -96,10 +98,13 @@ def list_source(source: Source, empty: Dataset) -> tuple[Listing, Dataset]:
     if before and files and before.classes == empty.classes:
         listing = _compare_files(source, files, before, archives)
     elif archives:
-        listing = Listing({}, BAD_SCHEMA.empty_table(), INDEX_SCHEMA.empty_table(), unopened=tuple(archives.values()))
+        listing = _compare_archives(source, archives, before)
     else:
         index = source.index()
         listing = replace(_compare(index, before), notes=tuple(notes_of(index)))
+    if stream and listing.unopened:
+        expected = stream.count([archive.path for archive in listing.unopened])
+        listing = replace(listing, expected=expected, notes=listing.notes or tuple(stream.notes(())))
     return listing, make_dataset(empty, listing.parts, listing.known, listing.bad, listing.kept)
 
 
@@ -110,7 +115,7 @@ def compare_again(listing: Listing, dataset: Dataset) -> tuple[Listing, Dataset]
         return listing, dataset
     if listing.new.num_rows:
         listing = _merged(listing, _compare(listing.new, latest.dataset), listing.unopened)
-    if listing.unopened:
+    if listing.unopened and latest.dataset.classes == dataset.classes:
         listing = _opened(listing, latest.dataset)
     parts = {part.id: part for part in (*listing.parts, *dataset.parts, *latest.dataset.parts)}
     listing = replace(listing, parts=tuple(parts.values()))
@@ -118,7 +123,7 @@ def compare_again(listing: Listing, dataset: Dataset) -> tuple[Listing, Dataset]
 
 
 def _opened(listing: Listing, latest: Dataset) -> Listing:
-    """A listing without the unopened archives that a version of the same classes knows by now."""
+    """A listing without the unopened archives that a version knows by now."""
     versions = dict(latest.files)
     known = {archive.path for archive in listing.unopened if versions.get(archive.path) == archive.version}
     found = _in_files(known, latest) if known else None
@@ -138,7 +143,8 @@ def _merged(listing: Listing, found: Listing, unopened: tuple[Entry, ...]) -> Li
         else:
             kept[part] = found.kept[part]
     bad, damaged = pa.concat_tables([listing.bad, found.bad]), tuple({*listing.damaged, *found.damaged})
-    return replace(listing, known=known, kept=kept, bad=bad, new=found.new, damaged=damaged, unopened=unopened)
+    changed = {"new": found.new, "unopened": unopened, "expected": listing.expected if unopened else None}
+    return replace(listing, known=known, kept=kept, bad=bad, damaged=damaged, **changed)
 
 
 def _compare(index: pa.Table, before: Dataset | None) -> Listing:
@@ -169,6 +175,15 @@ def _compare(index: pa.Table, before: Dataset | None) -> Listing:
     left = _without(left, bad)
     found_bad, new = bad.select(BAD_SCHEMA.names).cast(BAD_SCHEMA), left.select(INDEX_SCHEMA.names)
     return Listing(known, found_bad, new, parts=before.parts, damaged=tuple(damaged))
+
+
+def _compare_archives(source: Source, archives: Mapping[str, Entry], before: Dataset | None) -> Listing:
+    """The samples in archives that a version of other classes knows, which are indexed anew; the others are unopened."""
+    versions = dict(before.files) if before else {}
+    known = [uri for uri, entry in archives.items() if versions.get(uri) == entry.version]
+    index = source.only(known).index() if known else INDEX_SCHEMA.empty_table()
+    unopened = tuple(entry for uri, entry in archives.items() if uri not in {*known})
+    return replace(_compare(index.replace_schema_metadata(), before), unopened=unopened, notes=tuple(notes_of(index)))
 
 
 def _compare_files(source: Source, files: Mapping[str, int], before: Dataset, archives: Mapping[str, Entry]) -> Listing:

@@ -20,6 +20,7 @@ from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import Source
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
+from pipeline.sources.streamed import streamed
 from pipeline.storage.files import Entry
 from pipeline.storage.names import folder_name
 from pipeline.storage.store import Store
@@ -70,13 +71,15 @@ class SplitPlan:
 
     @property
     def expected(self) -> int:
-        """About the images of unopened archives, as large as the others are; 0 if there are no others."""
+        """The images of unopened archives: as they say, or about as many as are as large as the others; 0 without others."""
+        if self.listing.expected:
+            return self.listing.expected[0]
         return round(self.unopened_bytes / self.image_bytes) if self.image_bytes else 0
 
     @property
     def is_estimated(self) -> bool:
-        """Whether the number of images is known at all, if only about; if not, there are unopened archives alone."""
-        return bool(self.image_bytes) or not self.unopened
+        """Whether the number of images is known at all, if only about."""
+        return not self.unopened or bool(self.listing.expected or self.image_bytes)
 
     @property
     def images(self) -> int:
@@ -86,7 +89,9 @@ class SplitPlan:
     @property
     def labelled(self) -> bool:
         """Whether an image has a label, or may have one."""
-        return bool(self.dataset.labelled) or bool(self.unopened) or self.new["label"].null_count < self.new.num_rows
+        source = streamed(self.source) if self.unopened else None
+        may_have = source is not None and source.may_have_labels
+        return bool(self.dataset.labelled) or may_have or self.new["label"].null_count < self.new.num_rows
 
     @property
     def image_bytes(self) -> float:

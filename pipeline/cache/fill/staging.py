@@ -65,16 +65,17 @@ class Staged:
 
 @dataclass(frozen=True)
 class Staging:
-    """The folder of an archive of a source in a version of its own. Picklable."""
+    """The folder of an archive of a source (`identity`: of :class:`StreamedSource`). Picklable."""
 
     cache: Store
     archive: Entry
+    identity: str
 
     @property
     def store(self) -> Store:
-        """Its folder; another version of the archive has another."""
-        identity = [self.archive.path, self.archive.size, self.archive.version]
-        return staging_folder(self.cache).sub(digest(identity)[:20])
+        """Its folder; another version of the archive, or another identity of the source, has another."""
+        about = [self.archive.path, self.archive.size, self.archive.version, self.identity]
+        return staging_folder(self.cache).sub(digest(about)[:20])
 
     def read(self) -> Staged | None:
         """What is staged; None if it is incomplete, or, with a warning, damaged: then the archive has to be read again.
@@ -210,11 +211,12 @@ class Stage:
             The row with ``error`` (a user-fixable failure in one line, or "") and ``lost``, whether that is the store's and not
             the archive's.
         """
-        staging = Staging(self.cache, Entry(*json.loads(row["archive"])))
+        source = self.sources[row["split"]]
+        staging = Staging(self.cache, Entry(*json.loads(row["archive"])), source.identity)
         try:
             with logs.shard_context(row, "read"):
                 if staging.read() is None:
-                    staging.write(self.sources[row["split"]])
+                    staging.write(source)
         except UserError as error:
             return {**row, "error": str(error), "lost": isinstance(error, StoreError)}
         return {**row, "error": "", "lost": False}

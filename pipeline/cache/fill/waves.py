@@ -17,6 +17,7 @@ from pipeline.cache.fill.ingest import ingest_row
 from pipeline.cache.fill.staging import PLACES_SCHEMA, Staged, Staging
 from pipeline.cache.layout.part import Part
 from pipeline.errors import UserError
+from pipeline.sources.streamed import StreamedSource
 from pipeline.storage.files import Entry
 from pipeline.storage.store import Store
 
@@ -42,17 +43,22 @@ def staging_bytes(archives: Sequence[Entry]) -> int:
     return max((sum(entry.size for entry in wave) for wave in waves(archives)), default=0)
 
 
-def read_wave(cache: Store, wave: Sequence[Entry]) -> Iterator[list[tuple[Staging, Staged]]]:
-    """What is staged of archives, in groups of about `WAVE_IMAGES` samples; an archive is never divided.
+def read_wave(cache: Store, wave: Sequence[Entry], source: StreamedSource) -> Iterator[list[tuple[Staging, Staged]]]:
+    """What is staged of archives of a source, in groups of about `WAVE_IMAGES` samples; none is divided.
+
+    An archive that another job with the same archives has finished with, and removed, is staged again.
 
     Raises:
-        UserError: if another process has removed it.
+        UserError: if that is so again.
     """
     group, count = list[tuple[Staging, Staged]](), 0
-    for staging in (Staging(cache, archive) for archive in wave):
+    for staging in (Staging(cache, archive, source.identity) for archive in wave):
         staged = staging.read()
         if staged is None:
-            raise UserError(f"{staging.store.uri} has been removed while the job needed it: run the same command again")
+            staging.write(source)
+            staged = staging.read()
+        if staged is None:
+            raise UserError(f"{staging.store.uri} is removed while the job needs it: run the same command again")
         if group and count + staged.samples.num_rows > WAVE_IMAGES:
             yield group
             group, count = [], 0

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from jobs._plan import cache_plan
+from jobs._plan import cache_plan, uncounted
 from pipeline.cache.fill import build, draft, staging, waves
 from pipeline.cache.fill.estimate import check_space, missing_bytes
 from pipeline.cache.fill.job import cache_bytes, image_bytes
@@ -22,7 +23,10 @@ from pipeline.cache.maintain.garbage import FOLDER_AGE_S, find_garbage, remove_g
 from pipeline.cache.maintain.inventory import delete_entry, find_entry, take_inventory
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
+from pipeline.distill.job import distill, training_plan
+from pipeline.distill.phases import Phase
 from pipeline.errors import UserError
+from pipeline.evaluate.job import check_labels
 from pipeline.storage import remote
 from pipeline.storage.store import Store
 from tests.cache.fill.test_growing import assert_features_of, assert_statistics, rows_read
@@ -166,10 +170,11 @@ def test_the_cache_is_that_of_local_tars(job, ranges):
 
 
 def test_the_plan_counts_what_it_knows_and_says_what_not(job):
+    assert uncounted(job.plan()).startswith("the images of data.train, whose tars")
     text = cache_plan(job.plan(), job.config())
     assert "an unknown number from" in text
     assert "3 new tars, " in text
-    assert "not opened before the job reads them\n" in text
+    assert "not read before the job stores them\n" in text
     job.fill()
     job.put(3, job.photos[:10])
     plan = job.plan()
@@ -178,8 +183,30 @@ def test_the_plan_counts_what_it_knows_and_says_what_not(job):
     assert 10 <= split.expected <= 40
     text = cache_plan(plan, job.config())
     assert f"about {split.images} from" in text
-    assert f"not opened before the job reads them: about {split.expected} images" in text
+    assert f"not read before the job stores them: about {split.expected} images" in text
     assert missing_bytes(plan) >= job.size("003.tar")
+    assert uncounted(plan) is None
+
+
+def test_training_is_planned_without_numbers_and_checked_once_they_are_known(job, tmp_path):
+    config = job.config(f"train.batch_size={TARS * PHOTOS + 1}")
+    phase = Phase(config, job.plan())
+    assert "an unknown number of steps" in training_plan(phase)["training"]
+    filled = Phase(config, fill_in_process(phase.plan)[0])
+    for refused in (lambda: training_plan(filled), lambda: distill([filled], None, tmp_path)):
+        with pytest.raises(
+            UserError, match=rf"train.batch_size={TARS * PHOTOS + 1} is more than the {TARS * PHOTOS} views"
+        ):
+            refused()
+
+
+def test_labels_are_looked_for_once_the_tars_are_read(job):
+    members = [(f"{photo.stem}.jpg", photo.read_bytes()) for photo in job.photos]
+    job.web.files = {"000.tar": tar_of(members)}
+    plan = job.plan()
+    check_labels(plan.splits)
+    with pytest.raises(UserError, match=r"data.train: .* has no labels, which this evaluation needs"):
+        check_labels(fill_in_process(plan)[0].splits)
 
 
 def test_a_tar_that_is_added_is_read_alone_and_what_it_shares_is_not_computed(job):
@@ -452,6 +479,17 @@ def test_two_jobs_that_stage_the_same_tars_at_once_do_no_harm(job, monkeypatch):
     assert job.sent() <= 2 * job.size() + 2 * TARS * SLACK
     assert_complete(job, job.fill())
     assert job.staged() == []
+
+
+def test_what_another_job_has_removed_is_staged_again(job, monkeypatch):
+    stage = build._stage
+
+    def and_remove(*arguments):
+        stage(*arguments)
+        shutil.rmtree(job.root / "cache/staging")
+
+    monkeypatch.setattr(build, "_stage", and_remove)
+    assert_complete(job, job.fill())
 
 
 def test_what_another_job_has_read_meanwhile_is_not_read(job):
