@@ -60,7 +60,7 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
 
 def _count(split: SplitPlan) -> str:
     """The number of images, as far as known."""
-    if not split.unopened or split.listing.expected:
+    if split.is_counted:
         return str(split.images)
     return f"about {split.images}" if split.is_estimated else "an unknown number"
 

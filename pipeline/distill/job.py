@@ -57,20 +57,20 @@ class DistillResult:
     lineage: dict[str, str]
 
 
-def steps_per_epoch(phase: Phase) -> int:
-    """Optimiser steps of an epoch, if no image is quarantined; 0 if it is not known how many images there are.
+def views_per_epoch(phase: Phase) -> int:
+    """Views of an epoch, if no image is quarantined, as far as known.
 
     Raises:
-        UserError: if the images do not fill one batch.
+        UserError: if they do not fill one batch.
     """
     train = phase.plan.split("train")
     assert train is not None
     images, batch = train.images * train.dataset.policy.rows_per_image, phase.config.train.batch_size
-    if images < batch and not train.unopened:
+    if images < batch and train.is_counted:
         raise UserError(
             f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
         )
-    return images // batch
+    return images
 
 
 def training_plan(phase: Phase) -> dict[str, str]:
@@ -88,7 +88,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
     rows = {
         "student": f"{config.student.name} at {config.student.input_size} px, feature maps of strides {strides}",
         **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
-        "training": f"{config.train.epochs} epochs of {_steps(phase)} steps of {config.train.batch_size} images",
+        "training": _training(phase),
         "learning rate": config.train.lr_rule,
         "kNN": f"{config.knn.k} neighbours{_if_labelled(phase.plan)}"
         if _labelled(phase.plan)
@@ -97,17 +97,20 @@ def training_plan(phase: Phase) -> dict[str, str]:
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
 
 
-def _steps(phase: Phase) -> str:
-    train = phase.plan.split("train")
+def _training(phase: Phase) -> str:
+    """Epochs and steps, as far as known."""
+    train, settings, views = phase.plan.split("train"), phase.config.train, views_per_epoch(phase)
     assert train is not None
-    if not train.unopened or train.listing.expected:
-        return str(steps_per_epoch(phase))
-    return f"about {steps_per_epoch(phase)}" if train.is_estimated else "an unknown number of"
+    steps = views // settings.batch_size
+    if train.is_counted:
+        return settings.describe_epochs(views, steps)
+    known = f"about {steps}" if train.is_estimated else "an unknown number of"
+    return f"{settings.epochs} epochs of {known} steps of {settings.batch_size} images"
 
 
 def _check_images(phase: Phase) -> None:
     """Raise a UserError if training needs more images, or labels."""
-    steps_per_epoch(phase)
+    views_per_epoch(phase)
     check_best_metric(phase.config.train.best_metric, _evaluated(phase.plan))
 
 

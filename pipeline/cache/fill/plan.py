@@ -77,9 +77,14 @@ class SplitPlan:
         return round(self.unopened_bytes / self.image_bytes) if self.image_bytes else 0
 
     @property
+    def is_counted(self) -> bool:
+        """Whether the number of images is known, but for those that cannot be read."""
+        return not self.unopened or self.listing.expected is not None
+
+    @property
     def is_estimated(self) -> bool:
         """Whether the number of images is known at all, if only about."""
-        return not self.unopened or bool(self.listing.expected or self.image_bytes)
+        return self.is_counted or bool(self.image_bytes)
 
     @property
     def images(self) -> int:
