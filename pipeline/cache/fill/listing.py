@@ -130,7 +130,7 @@ def _opened(listing: Listing, latest: Dataset) -> Listing:
     if found is None:
         return listing
     left = tuple(archive for archive in listing.unopened if archive.path not in known)
-    return _merged(listing, replace(found, new=listing.new), left)
+    return _merged(listing, replace(found, new=pa.concat_tables([listing.new, found.new])), left)
 
 
 def _merged(listing: Listing, found: Listing, unopened: tuple[Entry, ...]) -> Listing:
@@ -180,9 +180,9 @@ def _compare(index: pa.Table, before: Dataset | None) -> Listing:
 def _compare_archives(source: Source, archives: Mapping[str, Entry], before: Dataset | None) -> Listing:
     """The samples in archives that a version of other classes knows, which are indexed anew; the others are unopened."""
     versions = dict(before.files) if before else {}
-    known = [uri for uri, entry in archives.items() if versions.get(uri) == entry.version]
+    known = [entry.path for entry in archives.values() if versions.get(entry.path) == entry.version]
+    unopened = tuple(entry for entry in archives.values() if versions.get(entry.path) != entry.version)
     index = source.only(known).index() if known else INDEX_SCHEMA.empty_table()
-    unopened = tuple(entry for uri, entry in archives.items() if uri not in {*known})
     return replace(_compare(index.replace_schema_metadata(), before), unopened=unopened, notes=tuple(notes_of(index)))
 
 

@@ -27,6 +27,7 @@ from pipeline.distill.job import distill, training_plan
 from pipeline.distill.phases import Phase
 from pipeline.errors import UserError
 from pipeline.evaluate.job import check_labels
+from pipeline.sources import base
 from pipeline.storage import remote
 from pipeline.storage.store import Store
 from tests.cache.fill.test_growing import assert_features_of, assert_statistics, rows_read
@@ -499,6 +500,19 @@ def test_what_another_job_has_read_meanwhile_is_not_read(job):
     filled, computed = fill_in_process(plan)
     assert (job.sent(), computed) == (0, 0)
     assert_complete(job, filled)
+
+
+def test_an_image_that_is_too_large_is_left_out_and_stays_so(job, monkeypatch):
+    largest = max(photo.stat().st_size for photo in job.photos)
+    monkeypatch.setattr(base, "MAX_BYTES", largest - 1)
+    plan = job.plan()
+    first = job.fill("data.max_bad=0.1").split("train").listing.bad
+    assert 0 < first.num_rows < 4
+    assert not any(first["read"].to_pylist())
+    for again in (plan, job.plan()):
+        split = fill_in_process(again, max_bad=0.1)[0].split("train")
+        assert split.listing.bad == first
+        assert split.dataset.count == TARS * PHOTOS - first.num_rows
 
 
 def _old_garbage(job):
