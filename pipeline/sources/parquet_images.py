@@ -295,7 +295,7 @@ def _paths_are_ids(table: pa.Table) -> bool:
         return False
     # Cache shards follow the order of ids: if paths were shuffled, every shard would read every row group.
     groups = table["group"].take(pc.sort_indices(path)).to_numpy()
-    return np.count_nonzero(np.diff(groups)) == len(np.unique(groups)) - 1
+    return bool(np.count_nonzero(np.diff(groups)) == len(np.unique(groups)) - 1)
 
 
 def _byte_counts(column: pa.Array, layout: Layout) -> pa.Array:

@@ -433,7 +433,7 @@ def test_killed_at_any_moment_no_tar_that_was_read_is_read_again(job):
         assert content(job.root / "cache") == expected
         assert plan.split("train").dataset.count == TARS * PHOTOS
         os.rename(job.root / "cache", job.root / f"killed{step}")
-        step += 1 if step < 3 * 8 + 4 else 5
+        step += 1 if step < 3 * 8 + 4 else 12
     assert step > 60
 
 

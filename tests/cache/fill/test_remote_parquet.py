@@ -57,7 +57,9 @@ class Job:
 
     @property
     def location(self):
-        return f"{self.web.url}/{{{','.join(name.removesuffix('.parquet') for name in self.web.files)}}}.parquet"
+        names = [name.removesuffix(".parquet") for name in self.web.files]
+        pattern = names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
+        return f"{self.web.url}/{pattern}.parquet"
 
     def local(self):
         for name, data in self.web.files.items():
@@ -153,7 +155,7 @@ def test_a_file_of_another_schema_or_a_damaged_one_is_named(job):
     with pytest.raises(UserError, match=r"b\.parquet: the types of its columns differ"):
         job.plan(job.location)
     data = bytearray(_file(100))
-    data[200:400] = bytes(200)
+    data[4:40] = b"\xff" * 36  # the header of the first page
     job.web.files["b.parquet"] = bytes(data)
     with pytest.raises(UserError, match=r"b\.parquet: not a readable Parquet file"):
         job.fill(job.location)
