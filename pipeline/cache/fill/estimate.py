@@ -109,7 +109,7 @@ def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe 
 
 def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
     """Bytes of one view in a codec, measured on shards if there are any; and whether that is exact or an upper bound."""
-    other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision))
+    other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision, teacher.decoder))
     known = [summary for split in plan.splits for summary in split.dataset.summaries(other.id)]
     if rows := sum(summary.rows for summary in known):
         return sum(summary.bytes for summary in known) / rows, True

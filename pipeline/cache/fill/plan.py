@@ -145,7 +145,8 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
     spec = make_teacher(teacher).spec
     if codec.components and codec.components > spec.patch_dim:
         raise UserError(f"{field}: {name} keeps more components than the {spec.patch_dim} channels of {spec.name}")
-    return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision), name, cache.precision)
+    identity = teacher_id(spec, name, cache.precision, cache.decoder)
+    return CachedTeacher(teacher, spec, identity, name, cache.precision, decoder=cache.decoder)
 
 
 def _plan_split(

@@ -59,17 +59,18 @@ def fingerprint(table: pa.Table) -> str:
     return state.hexdigest()
 
 
-def teacher_identity(spec: TeacherSpec, codec: str, precision: str) -> dict[str, Any]:
+def teacher_identity(spec: TeacherSpec, codec: str, precision: str, decoder: str = "cpu") -> dict[str, Any]:
     """Everything that decides the numbers of a cached teacher, JSON-ready."""
     # Version 0.1 compressed values in token order.
     order = {"order": "by channel"} if codec.endswith("-zstd") else {}
-    return {"format": FEATURES_VERSION, "codec": codec, **order, "precision": precision, **spec.identity()}
+    pixels = {} if decoder == "cpu" else {"decoder": decoder}
+    return {"format": FEATURES_VERSION, "codec": codec, **order, **pixels, "precision": precision, **spec.identity()}
 
 
-def teacher_id(spec: TeacherSpec, codec: str, precision: str) -> str:
+def teacher_id(spec: TeacherSpec, codec: str, precision: str, decoder: str = "cpu") -> str:
     """Folder of a teacher: its readable name and a short hash of its identity.
 
     The readable name is that of the architecture, so that an alias finds the shards cached under the full name.
     """
-    identity = json.loads(json.dumps(teacher_identity(spec, codec, precision)))
+    identity = json.loads(json.dumps(teacher_identity(spec, codec, precision, decoder)))
     return f"{folder_name(spec.architecture.rsplit('/', 1)[-1])}-{digest(identity)[:10]}"
