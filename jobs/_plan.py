@@ -33,9 +33,9 @@ def fill(job: Job, planned: Sequence[tuple[CacheJobConfig, CachePlan]]) -> list[
     """Compute the missing features of all phases; returns the filled plans."""
     from pipeline.cache.fill.job import precompute
 
-    for phase, plan in planned:
-        if any(split.missing_views(teacher) for split in plan.splits for teacher in plan.teachers):
-            check_decoder("cache.decoder", phase.cache.decoder)
+    lacking = (t for _, plan in planned for t in plan.teachers if any(split.missing_views(t) for split in plan.splits))
+    for decoder in {teacher.decoder for teacher in lacking}:
+        check_decoder("cache.decoder", decoder)
     filled = []
     for number, (phase, plan) in enumerate(planned, 1):
         with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:

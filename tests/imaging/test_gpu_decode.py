@@ -208,7 +208,7 @@ def test_an_image_that_no_decoder_can_read_is_reported_after_the_rest_is_done(de
     pixels = device.arrays.empty(2, 3, 8, 8)
     pixels[:] = 77
     rows = device.arrays.row_targets(pixels)
-    with pytest.raises(UserError, match="an image in the cache .*; an earlier version accepted it"):
+    with pytest.raises(UserError, match=r"an image in the cache .*; an earlier version accepted it"):
         device.decode(
             [(b"\xff\xd8 nothing", [CropTask(FULL, "bicubic", rows[0])]), (JPEG, [CropTask(FULL, "bicubic", rows[1])])]
         )
