@@ -30,13 +30,9 @@ def _on_every_node() -> list[str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    tasks = [
-        ray.remote(num_gpus=1, num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(
-            _checked
-        ).remote()
-        for node in gpu_nodes()
-    ]
-    answers = ray.get(tasks)
+    checked = ray.remote(num_gpus=1, num_cpus=0)(_checked)
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in gpu_nodes()]
+    answers = ray.get([checked.options(scheduling_strategy=place).remote() for place in places])
     for error in (error for _, error in answers if error):
         raise UserError(error)
     return [found for found, _ in answers]
