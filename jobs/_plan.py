@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jobs._cli import grid, size, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.build import BuildReport
+from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import TeacherEstimate, all_bytes, missing_bytes
 from pipeline.cache.fill.plan import CachePlan, SplitPlan, versions_of
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_fidelity, teacher_labels
@@ -32,6 +33,9 @@ def fill(job: Job, planned: Sequence[tuple[CacheJobConfig, CachePlan]]) -> list[
     """Compute the missing features of all phases; returns the filled plans."""
     from pipeline.cache.fill.job import precompute
 
+    lacking = (t for _, plan in planned for t in plan.teachers if any(split.missing_views(t) for split in plan.splits))
+    for decoder in {teacher.decoder for teacher in lacking}:
+        check_decoder("cache.decoder", decoder)
     filled = []
     for number, (phase, plan) in enumerate(planned, 1):
         with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
@@ -89,9 +93,10 @@ def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     missing = min(views, sum(split.missing_views(teacher) for split in plan.splits))
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     computed = f", {spec.computation}" if spec.computation else ""
+    decoded = "" if teacher.decoder == "cpu" else f", decoded by {teacher.decoder}"
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
-        f"{RESIZED[spec.resize_mode]}, {spec.interpolation}{computed}; "
+        f"{RESIZED[spec.resize_mode]}, {spec.interpolation}{decoded}{computed}; "
         f"weights {spec.weights[:20]}; {teacher.precision}, stored as {teacher.codec}: {_stored(plan, teacher)}; "
         f"{teacher.id}: {views - missing} of {views} views cached"
     )

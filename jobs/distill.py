@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import fill, print_plan
+from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.job import cache_bytes, image_bytes
 from pipeline.cache.fill.plan import check_weights
@@ -45,6 +46,8 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
         if not job.state.resumed:
             for phase in phases:
                 check_session(phase)
+        for phase in phases:
+            check_decoder("train.decoder", phase.config.train.decoder)
         plans, reports = zip(*fill(job, [(phase.config, phase.plan) for phase in phases]), strict=True)
         filled = [replace(phase, plan=plan) for phase, plan in zip(phases, plans, strict=True)]
         computed = sum(report.shards_computed for report in reports)

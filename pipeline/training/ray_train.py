@@ -89,7 +89,7 @@ def fit(
         train_loop_config={
             "make_task": make_task,
             "payload": payload,
-            "config": config.model_dump(),
+            "config": config.model_dump(include={*TrainConfig.model_fields}),  # a job may have more
             "shares": shares,
             "log": logs.fields(),
         },

@@ -111,7 +111,7 @@ def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
             f"(jobs/precompute.py --delete {cached.id})"
         )
     if known is None:
-        identity = teacher_identity(cached.spec, cached.codec, cached.precision, cached.config.basis)
+        identity = teacher_identity(cached.spec, cached.codec, cached.precision, cached.config.basis, cached.decoder)
         description = {**asdict(cached.spec), **identity}
         description |= {"id": cached.id, "weights_sha256": teacher.weights_sha256}
         home.put("teacher.json", sealed(description))

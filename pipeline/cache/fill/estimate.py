@@ -111,7 +111,8 @@ def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe 
 def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
     """Bytes of one view in a codec, measured on shards if there are any; and whether that is exact or an upper bound."""
     basis = teacher.config.basis if Codec.parse(codec).pca else None
-    other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision, basis))
+    identity = teacher_id(teacher.spec, codec, teacher.precision, basis, teacher.decoder)
+    other = replace(teacher, codec=codec, id=identity)
     known = [summary for split in plan.splits for summary in split.dataset.summaries(other.id)]
     if rows := sum(summary.rows for summary in known):
         return sum(summary.bytes for summary in known) / rows, True

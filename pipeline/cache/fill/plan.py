@@ -188,7 +188,8 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
         raise UserError(
             f"teachers.{index}.basis: {name} has no projection; leave it out, or choose a codec that begins with pca"
         )
-    return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision, teacher.basis), name, cache.precision)
+    identity = teacher_id(spec, name, cache.precision, teacher.basis, cache.decoder)
+    return CachedTeacher(teacher, spec, identity, name, cache.precision, decoder=cache.decoder)
 
 
 def _plan_split(
