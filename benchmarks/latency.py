@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -52,10 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             calls[name] = call
         first = next(iter(calls))
-        timings = interleave(calls, lambda _, first=first: first, options.rounds)
+        timings = interleave(calls, partial(_same, first), options.rounds)
         milliseconds = {name: round(1e3 * timing.median, 3) for name, timing in timings.items()}
         ratios = {name: round(timing.ratio, 3) for name, timing in timings.items()}
         print(json.dumps({**group, "milliseconds": milliseconds, "ratio": ratios}), flush=True)
+
+
+def _same(name: str, _: object) -> str:
+    return name
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
