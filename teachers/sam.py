@@ -8,7 +8,6 @@ Images are resized bilinearly, as by the authors, but squashed to a square, as b
 averaged to the same grid, so that no padding enters a feature. A square image is the same either way.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +35,7 @@ class SAM(TimmTeacher):
 
     def __init__(self, name: str, model_name: str, options: TeacherOptions, *, pool: int = 1) -> None:
         options = replace(options, args={"interpolation": "bilinear", **options.args})
-        super().__init__(name, model_name, options, has_summary=False, pool=pool, key_filter=_to_timm)
+        super().__init__(name, model_name, options, has_summary=False, pool=pool, key_filter=checkpoint_filter_fn)
 
     def _create(self, **changes: Any) -> nn.Module:
         model = super()._create(**changes)
@@ -126,8 +125,3 @@ def sam(options: TeacherOptions) -> Teacher:
     # The tables have the published size; timm resamples them to the input's in every forward pass.
     options = replace(options, args={"img_size": INPUT_SIZE, **options.args})
     return SAM(f"sam/{variant}", model, options, pool=pool)
-
-
-def _to_timm(tensors: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    converted: Mapping[str, Tensor] = checkpoint_filter_fn(tensors, model)
-    return converted

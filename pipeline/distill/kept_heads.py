@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.cache.config import TeacherConfig
@@ -21,7 +21,7 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import neutral_standardiser
 from pipeline.errors import UserError, one_line
-from pipeline.student.model import Student, StudentOutput, distillation_head, load_encoder
+from pipeline.student.model import Student, StudentOutput, distillation_head, load_encoder, save_described
 from teachers.base import TeacherSpec
 
 FILES = ("heads.safetensors", "heads.json")
@@ -81,11 +81,10 @@ def save_heads(distiller: Distiller, hidden: int, folder: Path) -> None:
 
 def write_heads(whole: StudentWithHeads, folder: Path) -> None:
     """Write the neck and heads of a student."""
-    state = {name: value.contiguous() for name, value in whole.state_dict().items() if not name.startswith(_ENCODER)}
-    save_file(state, folder / FILES[0])
+    state = {name: value for name, value in whole.state_dict().items() if not name.startswith(_ENCODER)}
     student = whole.student
     description = {"taps": student.tap_strides, "token_dim": student.token_dim, **whole.description}
-    (folder / FILES[1]).write_text(json.dumps(description, indent=2), encoding="utf-8")
+    save_described(state, description, folder, "heads")
 
 
 def cached_form(described: Mapping[str, Any]) -> CachedTeacher | None:

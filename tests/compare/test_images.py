@@ -5,10 +5,10 @@ import re
 import pytest
 
 from pipeline.compare.comparison import Comparison
-from pipeline.compare.figures import comparable_groups
 from pipeline.compare.html import cheapest, render_page
 from pipeline.compare.measures import measures_of
 from pipeline.compare.notes import notes
+from pipeline.compare.plots import comparable_groups
 from pipeline.compare.tables import (
     differences_frame,
     groups_frame,

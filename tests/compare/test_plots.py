@@ -3,12 +3,12 @@ import re
 import pytest
 
 from pipeline.compare.comparison import Comparison
-from pipeline.compare.figures import styles, write_figures
+from pipeline.compare.figures import write_figures
 from pipeline.compare.group import group
 from pipeline.compare.html import most_common, render_page
 from pipeline.compare.measures import measures_of
 from pipeline.compare.notes import notes
-from pipeline.compare.plots import cost_plots, curves_plot, size_plot
+from pipeline.compare.plots import cost_plots, curves_plot, size_plot, styles
 from tests.compare.experiments import entry
 
 MARKUP = "</script><b>$x_1$</b>&amp;"
