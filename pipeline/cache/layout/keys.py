@@ -18,11 +18,16 @@ FORMAT_VERSION = 3
 """Of the folders and files of a cache."""
 FEATURES_VERSION = 2
 """Of what a teacher's rows hold."""
+_SEAL = b'{"checksum":"'
 
 
 def digest(value: Any) -> str:
     """SHA-256 of a JSON-ready value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical(value)).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def sealed(meta: dict[str, Any]) -> bytes:
@@ -30,9 +35,23 @@ def sealed(meta: dict[str, Any]) -> bytes:
     return json.dumps({**meta, "checksum": digest(meta)}, indent=2, sort_keys=True).encode()
 
 
+def sealed_compactly(meta: dict[str, Any]) -> bytes:
+    """As `sealed`, for files that a job reads by ten thousands: the checksum is that of the bytes as they are."""
+    text = _canonical(meta)
+    return _sealing(text) + text[1:]
+
+
+def _sealing(text: bytes) -> bytes:
+    """What begins a compact file, in place of the brace of its canonical text."""
+    return _SEAL + hashlib.sha256(text).hexdigest().encode() + b'",'
+
+
 def unsealed(data: bytes) -> dict[str, Any]:
-    """The inverse of `sealed`; ValueError if a byte has changed."""
+    """The inverse of `sealed` and `sealed_compactly`; ValueError if a byte has changed."""
     try:
+        text = b"{" + data[len(_SEAL) + 66 :]
+        if data.startswith(_sealing(text)):
+            return dict(json.loads(text))
         meta: dict[str, Any] = json.loads(data)
         checksum = meta.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

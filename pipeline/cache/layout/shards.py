@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache.layout.keys import sealed, unsealed
+from pipeline.cache.layout.keys import sealed, sealed_compactly, unsealed
 from pipeline.cache.layout.stats import Moments, dump_moments, load_moments
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.storage.store import Store, report_damage
@@ -301,7 +301,7 @@ def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
 
 def dump_records(records: Iterable[ShardRecord]) -> bytes:
     """Records as JSON, with a checksum."""
-    return sealed({"records": [asdict(record) for record in records]})
+    return sealed_compactly({"records": [asdict(record) for record in records]})
 
 
 def merge_figures(parts: Iterable[tuple[Mapping[str, Mapping[str, float]], int]]) -> Figures:
