@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,7 @@ from pipeline.training.checkpoint import (
     open_folder,
 )
 from pipeline.training.config import TrainConfig, check_shares
+from pipeline.training.entry import enter_worker
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.stopping import STOP_FILE, SharedFile, call_in_thread, on_sigterm
@@ -76,6 +78,7 @@ def fit(
         StoppedError: after SIGTERM, once the checkpoint is registered.
         UserError: as raised by a worker, or if the workers cannot share the batch equally.
     """
+    from ray import cloudpickle
     from ray.train.torch import TorchTrainer
 
     shares = _shares(config, folder)
@@ -83,12 +86,10 @@ def fit(
     stop = SharedFile(filesystem, f"{path}/{STOP_FILE}")
     stop.remove()
     SharedFile(filesystem, f"{path}/{REFUSED_FILE}").remove()
-    worker_loop: Any = _train_worker  # Ray Train's annotations allow no return value
     trainer = TorchTrainer(
-        worker_loop,
+        enter_worker,
         train_loop_config={
-            "make_task": make_task,
-            "payload": payload,
+            "task": cloudpickle.dumps((make_task, payload)),
             "config": config.model_dump(),
             "shares": shares,
             "log": logs.fields(),
@@ -177,7 +178,8 @@ def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, 
     )
 
 
-def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
+def train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
+    """Train in a worker of Ray Train; how the training ended, if not at its end (`_ENDINGS`), and the message."""
     import ray.train
 
     logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; at INFO Ray Train prints every report in full
@@ -214,7 +216,8 @@ def _train(loop: dict[str, Any]) -> None:
     import ray.train
 
     worker = _make_worker(loop["shares"])
-    task, *others = make_tasks(loop["make_task"], loop["payload"], worker)
+    make_task, payload = pickle.loads(loop["task"])  # noqa: S301  from `fit`
+    task, *others = make_tasks(make_task, payload, worker)
     checkpoint = ray.train.get_checkpoint()
     state = None
     if checkpoint:
