@@ -1,7 +1,7 @@
 """Images in a folder: one folder per class, or all in one folder without labels."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
@@ -85,10 +85,9 @@ class ImageFolder:
         start = len(os.path.join(self.root, ""))
         if self.classes:
             below = images_in([os.path.join(self.root, name) for name in self.classes], left_out, self.root)
-            tables = (_rows(files, label, start) for label, files in enumerate(below))
+            table = _joined(_rows(files, label, start) for label, files in enumerate(below))
         else:
-            tables = iter([_rows(images_directly_in(self.root, left_out), None, start)])
-        table = pa.concat_tables(_larger(tables))
+            table = _joined([_rows(images_directly_in(self.root, left_out), None, start)])
         found = {self.classes[label] for label in pc.unique(table["label"]).drop_null().to_pylist()}
         if empty := sorted({*self.classes} - found):
             left_out.notes.append(f"{len(empty)} classes without an image: {some(empty)}")
@@ -114,15 +113,15 @@ def _rows(files: pa.Table, label: int | None, start: int) -> pa.Table:
     return pa.table([names, labels, files["uri"], offsets, files["size"], files["version"]], schema=INDEX_SCHEMA)
 
 
-def _larger(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The rows in larger tables: the buffers of one that was made of objects are up to twice as large as their content."""
-    some: list[pa.Table] = []
+def _joined(tables: Iterable[pa.Table]) -> pa.Table:
+    """Tables as one, in pieces: the buffers of a table that was made of objects are up to twice as large as their content."""
+    pieces, some = [INDEX_SCHEMA.empty_table()], list[pa.Table]()
     for table in tables:
         some.append(table)
         if sum(each.num_rows for each in some) >= ROWS_HELD:
-            yield pa.concat_tables(some).combine_chunks()
+            pieces.append(pa.concat_tables(some).combine_chunks())
             some = []
-    yield pa.concat_tables([INDEX_SCHEMA.empty_table(), *some]).combine_chunks()
+    return pa.concat_tables([*pieces, *some])
 
 
 def _read_local(path: str) -> bytes | Exception:
