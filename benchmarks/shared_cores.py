@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--nice", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.nice is not None:
-        os.nice(options.nice)
-        print(json.dumps(_train(options.seconds)))
+        print(json.dumps(_train(options.seconds, options.nice)))
         return
     found = []
     for busy in options.busy:
@@ -60,11 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps({"seconds": options.seconds, "measured": found}))
 
 
-def _train(seconds: float) -> dict[str, Any]:
+def _train(seconds: float, niceness: int) -> dict[str, Any]:
     import torch
 
     from pipeline.student.model import create_backbone
 
+    os.nice(niceness)  # of this thread, and of those that it starts
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     model, images = create_backbone("regla_t", {}), torch.randn(BATCH, 3, SIDE, SIDE)
