@@ -30,24 +30,24 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def sealed(meta: dict[str, Any]) -> bytes:
-    """A JSON object with its own digest, as the field ``checksum``."""
-    return json.dumps({**meta, "checksum": digest(meta)}, indent=2, sort_keys=True).encode()
+def sealed(meta: dict[str, Any], indent: int | None = 2) -> bytes:
+    """A JSON object with its own digest, as the field ``checksum``.
 
-
-def sealed_compactly(meta: dict[str, Any]) -> bytes:
-    """As `sealed`, for files that a job reads by ten thousands: the checksum is that of the bytes as they are."""
+    Without `indent` it is one line, whose checksum comes first and is that of the rest as it is: a plan reads ten thousands.
+    """
     text = _canonical(meta)
-    return _sealing(text) + text[1:]
+    if indent is None:
+        return _sealing(text) + text[1:]
+    return json.dumps({**meta, "checksum": hashlib.sha256(text).hexdigest()}, indent=indent, sort_keys=True).encode()
 
 
 def _sealing(text: bytes) -> bytes:
-    """What begins a compact file, in place of the brace of its canonical text."""
+    """What begins such a line, in place of the brace of its canonical text."""
     return _SEAL + hashlib.sha256(text).hexdigest().encode() + b'",'
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
-    """The inverse of `sealed` and `sealed_compactly`; ValueError if a byte has changed."""
+    """The inverse of `sealed`; ValueError if a byte has changed."""
     try:
         text = b"{" + data[len(_SEAL) + 66 :]
         if data.startswith(_sealing(text)):
@@ -78,17 +78,25 @@ def fingerprint(table: pa.Table) -> str:
     return state.hexdigest()
 
 
-def teacher_identity(spec: TeacherSpec, codec: str, precision: str) -> dict[str, Any]:
-    """Everything that decides the numbers of a cached teacher, JSON-ready."""
+def teacher_identity(spec: TeacherSpec, codec: str, precision: str, basis: str | None = None) -> dict[str, Any]:
+    """Everything that decides the numbers of a cached teacher, JSON-ready; `basis` names a projection other than the first."""
     # Version 0.1 compressed values in token order.
     order = {"order": "by channel"} if codec.endswith("-zstd") else {}
-    return {"format": FEATURES_VERSION, "codec": codec, **order, "precision": precision, **spec.identity()}
+    projection = {"basis": basis} if basis else {}
+    return {
+        "format": FEATURES_VERSION,
+        "codec": codec,
+        **order,
+        **projection,
+        "precision": precision,
+        **spec.identity(),
+    }
 
 
-def teacher_id(spec: TeacherSpec, codec: str, precision: str) -> str:
+def teacher_id(spec: TeacherSpec, codec: str, precision: str, basis: str | None = None) -> str:
     """Folder of a teacher: its readable name and a short hash of its identity.
 
     The readable name is that of the architecture, so that an alias finds the shards cached under the full name.
     """
-    identity = json.loads(json.dumps(teacher_identity(spec, codec, precision)))
+    identity = json.loads(json.dumps(teacher_identity(spec, codec, precision, basis)))
     return f"{folder_name(spec.architecture.rsplit('/', 1)[-1])}-{digest(identity)[:10]}"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from pipeline.cache.layout.keys import digest, fingerprint, sealed, sealed_compactly, teacher_id, unsealed
+from pipeline.cache.layout.keys import digest, fingerprint, sealed, teacher_id, unsealed
 from tests.fakes import ColourGrid
 
 SPEC = ColourGrid(8, "", 0, 0).spec
@@ -31,6 +31,12 @@ def test_same_inputs_give_the_same_teacher_id_and_an_alias_changes_nothing():
 )
 def test_whatever_decides_the_numbers_changes_the_teacher_id(change):
     assert teacher_id(replace(SPEC, **change), "float16", "float32") != teacher_id(SPEC, "float16", "float32")
+
+
+def test_a_basis_changes_the_teacher_id_and_none_leaves_it_as_it_was():
+    plain = teacher_id(SPEC, "pca-int8-zstd", "float32")
+    assert plain == teacher_id(SPEC, "pca-int8-zstd", "float32", None) == "colours8-3af02ceba1"
+    assert len({plain, *(teacher_id(SPEC, "pca-int8-zstd", "float32", basis) for basis in ("1", "2"))}) == 3
 
 
 def test_codec_and_precision_change_the_teacher_id():
@@ -64,10 +70,10 @@ def test_a_fingerprint_depends_on_every_value_and_their_order_not_on_their_chunk
     assert prints[0] == fingerprint(pa.concat_tables([_samples().slice(0, 1), _samples().slice(1)]))
 
 
-@pytest.mark.parametrize("seal", [sealed, sealed_compactly])
-def test_what_is_sealed_comes_back_and_a_changed_byte_is_found(seal):
+@pytest.mark.parametrize("indent", [2, None])
+def test_what_is_sealed_comes_back_and_a_changed_byte_is_found(indent):
     meta = {"rows": [1, 2], "a": {"z": 0.5, "b": "ä"}}
-    data = seal(meta)
+    data = sealed(meta, indent)
     assert unsealed(data) == meta == {name: value for name, value in json.loads(data).items() if name != "checksum"}
     for place in range(len(data)):
         for byte in (0, data[place] ^ 1):
