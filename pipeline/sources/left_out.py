@@ -47,6 +47,12 @@ class LeftOut:
         """Count a file that is no image by its name."""
         self.endings[os.path.splitext(name)[1].lower() or "no ending"] += 1
 
+    def add(self, other: "LeftOut") -> None:
+        """Count what another has counted."""
+        self.endings.update(other.endings)
+        self.loops += other.loops
+        self.notes += other.notes
+
     def all_notes(self) -> list[str]:
         """Everything in phrases, one for each kind."""
         found = list(self.notes)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +36,7 @@ from pipeline.training.checkpoint import (
     open_folder,
 )
 from pipeline.training.config import TrainConfig, check_shares
+from pipeline.training.entry import enter_worker
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
 from pipeline.training.stopping import call_in_thread, on_sigterm
@@ -77,18 +79,17 @@ def fit(
         StoppedError: after SIGTERM, once the checkpoint is registered.
         UserError: as raised by a worker, or if the workers cannot share the batch equally.
     """
+    from ray import cloudpickle
     from ray.train.torch import TorchTrainer
 
     shares, store = _shares(config, folder), Store.at(folder)
     for file in (STOP_FILE, REFUSED_FILE):
         store.delete(file)
     stop = partial(store.put, STOP_FILE, b"")
-    worker_loop: Any = _train_worker  # Ray Train's annotations allow no return value
     trainer = TorchTrainer(
-        worker_loop,
+        enter_worker,
         train_loop_config={
-            "make_task": make_task,
-            "payload": payload,
+            "task": cloudpickle.dumps((make_task, payload)),
             "config": config.model_dump(include={*TrainConfig.model_fields}),  # a job may have more
             "shares": shares,
             "store": store,
@@ -176,7 +177,8 @@ def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, 
     )
 
 
-def _train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
+def train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
+    """Train in a worker of Ray Train; how the training ended, if not at its end (`_ENDINGS`), and the message."""
     import ray.train
 
     logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; at INFO Ray Train prints every report in full
@@ -213,7 +215,8 @@ def _train(loop: dict[str, Any]) -> None:
     import ray.train
 
     worker = _make_worker(loop["shares"], loop["store"])
-    task, *others = make_tasks(loop["make_task"], loop["payload"], worker)
+    make_task, payload = pickle.loads(loop["task"])  # noqa: S301  from `fit`
+    task, *others = make_tasks(make_task, payload, worker)
     checkpoint = ray.train.get_checkpoint()
     state = None
     if checkpoint:

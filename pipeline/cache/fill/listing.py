@@ -7,11 +7,12 @@ that hold no others are not read. New tars of a store are not opened either: the
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -33,6 +34,10 @@ from pipeline.storage.store import DamagedError
 
 PLACE = ["uri", "offset", "size", "version"]
 """Columns that tell a file, and an image in it, from all others."""
+ROWS_JOINED = 1 << 17
+"""Rows that are joined at a time, if their versions differ: a join holds its rows twice."""
+MAX_JOINS = 16
+"""Pieces of an index, at most."""
 VERSIONS = 8
 """Latest versions among which one of the same location is looked for."""
 
@@ -151,30 +156,72 @@ def _compare(index: pa.Table, before: Dataset | None) -> Listing:
     """The rows of an index that a version knows, and those that are new."""
     if before is None:
         return Listing({}, BAD_SCHEMA.empty_table(), index)
-    index = index.append_column("at", pa.array(range(index.num_rows), pa.int64()))
-    schema = pa.schema([*map(SAMPLE_SCHEMA.field, (*PLACE, "key", "row")), pa.field("part", pa.int64())])
-    tables, damaged = [schema.empty_table()], []
+    tables, damaged = [_numbered(SAMPLE_SCHEMA.empty_table(), -1)], []
     for number, chosen in enumerate(before.selections):
         table = _readable(partial(before.samples, number))
         if table is None:
             damaged.append(chosen.file)
         else:
-            part = pa.repeat(pa.scalar(number, pa.int64()), table.num_rows)
-            tables.append(table.select([*PLACE, "key", "row"]).append_column("part", part).cast(schema))
-    found = _joined(index, pa.concat_tables(tables))
-    left = _without(index, found)
-    known = {}
-    for number in pc.unique(found["part"]).to_pylist():
-        rows = found.filter(pc.equal(found["part"], number))
-        known[before.selections[number].part] = rows.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
-    known_bad = _readable(before.bad_samples)
-    if known_bad is None:
+            tables.append(_numbered(table, number))
+    found = _matches(index, pa.concat_tables(tables))
+    del tables
+    known, kept, names = {}, {}, index.select(["sample_id", "label"]).combine_chunks()
+    for number, at, rows in _by_part(*found):
+        chosen = before.selections[number]
+        if len(at) == chosen.samples and _named_alike(names, at, before.samples(number, ["sample_id", "label"])):
+            kept[chosen.part] = (chosen, before)
+        else:
+            known[chosen.part] = _side_by_side(index, at, before.samples(number, ["key", "row"]), rows, SAMPLE_SCHEMA)
+    left = _without(index, found[0])
+    bad = _readable(before.bad_samples)
+    if bad is None:
         damaged.append(before.bad)
-        known_bad = BAD_SCHEMA.empty_table()
-    bad = _joined(left, known_bad.filter(known_bad["read"]).select([*PLACE, "reason", "read"]))
-    left = _without(left, bad)
-    found_bad, new = bad.select(BAD_SCHEMA.names).cast(BAD_SCHEMA), left.select(INDEX_SCHEMA.names)
-    return Listing(known, found_bad, new, parts=before.parts, damaged=tuple(damaged))
+        bad = BAD_SCHEMA.empty_table()
+    bad = bad.filter(bad["read"])
+    at, _, rows = _matches(left, _numbered(bad, 0))
+    found_bad, new = _side_by_side(left, at, bad.select(["reason", "read"]), rows, BAD_SCHEMA), _without(left, at)
+    return Listing(known, found_bad, new, kept, parts=before.parts, damaged=tuple(damaged))
+
+
+def _numbered(table: pa.Table, part: int) -> pa.Table:
+    """The places of a table, with the number of its part and those of its rows."""
+    parts, rows = np.full(table.num_rows, part), np.arange(table.num_rows)
+    return table.select(PLACE).append_column("part", pa.array(parts)).append_column("row", pa.array(rows))
+
+
+def _matches(index: pa.Table, known: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of `index` whose places `_numbered` has: their numbers, and the parts and the rows there, int64."""
+    rows = _numbered(index, 0).rename_columns([*PLACE, "none", "at"]).drop_columns("none")
+    pieces = min(MAX_JOINS, 1 + max(index.num_rows, known.num_rows) // ROWS_JOINED)
+    ours, theirs = (table["version"].to_numpy() % pieces for table in (rows, known))
+    found = []
+    for piece in range(pieces):
+        left, right = rows.filter(pa.array(ours == piece)), known.filter(pa.array(theirs == piece))
+        found.append(left.join(right, PLACE, join_type="inner").select(["at", "part", "row"]))
+    at, parts, numbers = (pa.concat_tables(found)[name].to_numpy() for name in ("at", "part", "row"))
+    order = np.argsort(at)
+    return at[order], parts[order], numbers[order]
+
+
+def _by_part(at: np.ndarray, parts: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For every part its number, and of its rows, in their order, those of the index and their own."""
+    order = np.lexsort((rows, parts))
+    ends = np.flatnonzero(np.diff(parts[order], append=-1)) + 1
+    for some in np.split(order, ends)[:-1]:
+        yield int(parts[some[0]]), at[some], rows[some]
+
+
+def _named_alike(index: pa.Table, at: np.ndarray, samples: pa.Table) -> bool:
+    """Whether samples are called and labelled as these rows of the index."""
+    return all(index[name].take(pa.array(at)).equals(samples[name]) for name in samples.column_names)
+
+
+def _side_by_side(index: pa.Table, at: np.ndarray, other: pa.Table, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
+    """Rows of the index with the columns of rows of another table."""
+    table, more = index.take(pa.array(at)), other.take(pa.array(rows))
+    for name in more.column_names:
+        table = table.append_column(name, more[name])
+    return table.replace_schema_metadata().select(schema.names).cast(schema)
 
 
 def _compare_archives(source: Source, archives: Mapping[str, Entry], before: Dataset | None) -> Listing:
@@ -234,16 +281,17 @@ def _readable(read: Callable[[], pa.Table]) -> pa.Table | None:
         return None
 
 
-def _joined(index: pa.Table, known: pa.Table) -> pa.Table:
-    return index.join(known, PLACE, join_type="inner").sort_by("at")
-
-
-def _without(index: pa.Table, found: pa.Table) -> pa.Table:
-    return index.filter(pc.invert(pc.is_in(index["at"], found["at"].combine_chunks()))) if found.num_rows else index
+def _without(index: pa.Table, at: np.ndarray) -> pa.Table:
+    left = np.ones(index.num_rows, bool)
+    left[at] = False
+    return index.filter(pa.array(left)) if len(at) else index
 
 
 def latest_version(empty: Dataset) -> Version | None:
     """The latest version of a data set, of the same location if one of the last ones has it; None if there is none."""
-    versions = list(islice(read_versions(empty.cache, empty.name, empty.policy, empty.snapshot), VERSIONS))
-    same = (version for version in versions if version.dataset.location == empty.location)
-    return next(same, versions[0] if versions else None)
+    latest = None
+    for version in islice(read_versions(empty.cache, empty.name, empty.policy, empty.snapshot), VERSIONS):
+        if version.dataset.location == empty.location:
+            return version
+        latest = latest or version
+    return latest

@@ -1,9 +1,11 @@
+import contextlib
+import json
 from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
-from pipeline.cache.layout.keys import digest, fingerprint, teacher_id, teacher_identity
+from pipeline.cache.layout.keys import digest, fingerprint, sealed, teacher_id, teacher_identity, unsealed
 from tests.fakes import ColourGrid
 
 SPEC = ColourGrid(8, "", 0, 0).spec
@@ -72,3 +74,15 @@ def test_a_fingerprint_depends_on_every_value_and_their_order_not_on_their_chunk
     assert len(set(prints)) == 5
     assert prints[0] == fingerprint(_samples())
     assert prints[0] == fingerprint(pa.concat_tables([_samples().slice(0, 1), _samples().slice(1)]))
+
+
+@pytest.mark.parametrize("indent", [2, None])
+def test_what_is_sealed_comes_back_and_a_changed_byte_is_found(indent):
+    meta = {"rows": [1, 2], "a": {"z": 0.5, "b": "ä"}}
+    data = sealed(meta, indent)
+    assert unsealed(data) == meta == {name: value for name, value in json.loads(data).items() if name != "checksum"}
+    for place in range(len(data)):
+        for byte in (0, data[place] ^ 1):
+            changed = data[:place] + bytes([byte]) + data[place + 1 :]
+            with contextlib.suppress(ValueError):
+                assert unsealed(changed) == meta, changed
