@@ -23,8 +23,9 @@ from pipeline.cache.maintain.garbage import FOLDER_AGE_S, find_garbage, remove_g
 from pipeline.cache.maintain.inventory import delete_entry, find_entry, take_inventory
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
-from pipeline.distill.job import distill, training_plan
+from pipeline.distill.job import distill
 from pipeline.distill.phases import Phase
+from pipeline.distill.plan import training_plan
 from pipeline.errors import UserError
 from pipeline.evaluate.job import check_labels
 from pipeline.sources import base
