@@ -3,6 +3,8 @@
 python jobs/predict.py work/runs/<run>/student photos/ --to features.parquet
 python jobs/predict.py work/runs/<run>/model photos/ --to predictions
 python jobs/predict.py models:/m-... a.jpg b.jpg --task detect
+python jobs/predict.py work/runs/<run>/student photo.jpg --boxes 40,30,200,180 --sam sam_vit_b_01ec64.pth
+python jobs/predict.py work/runs/<run>/student photos/ --everything --sam sam_vit_b_01ec64.pth
 """
 
 import argparse
@@ -15,6 +17,7 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import later, model_parser, run_parser, table, tracking_uri
+from jobs._prompts import add_prompt_flags, asks_for_masks, predict_masks
 from pipeline.downstream.config import TASKS
 
 
@@ -42,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
     parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if available")
+    add_prompt_flags(parser)
     run_parser(parser, later("jobs.predict", "predict"), arguments)
 
 
@@ -58,6 +62,8 @@ from pipeline.predict.predictor import load_predictor
 
 def predict(options: argparse.Namespace) -> Mapping[str, Any]:
     """Write predictions for every readable image, and name the others."""
+    if asks_for_masks(options):
+        return predict_masks(options)
     if options.batch_size < 1:
         raise UserError(f"--batch-size={options.batch_size}: at least 1")
     asked = options.task or ("features" if options.to and options.to.suffix else None)
@@ -90,7 +96,7 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         folder = options.to or Path("predictions")
         if earlier := earlier_predictions(predictor.saved.task, paths, folder):
             print(f"replacing the {len(earlier)} files of an earlier prediction in {folder}", flush=True)
-        written = write_predictions(predictor, paths, folder, earlier)
+        written = write_predictions(predictor, predictor.saved.task, paths, folder, earlier)
         count = len(list(predictor.readable(paths)))
         print(table({"images": count, task: ", ".join(map(str, written))}))
         figures = {"task": predictor.task, "images": count, "files": [str(file.resolve()) for file in written]}

@@ -169,7 +169,7 @@ class MaskDecoder(nn.Module):
             Logits [B, M, 4 h, 4 w] and predicted IoU [B, M].
         """
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts], dim=1)
+        tokens = torch.cat([own.expand(prompts.shape[0], -1, -1), prompts], dim=1)
         found, flat = self.transformer(tokens, image.flatten(2).transpose(1, 2), places)
         upscaled = self.output_upscaling(flat.transpose(1, 2).unflatten(2, image.shape[-2:]))
         vectors = torch.stack(

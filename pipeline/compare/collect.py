@@ -39,8 +39,12 @@ PROBES = {
     "knn": (Column("knn", "knn", "kNN"),),
     "linear": (Column("top1", "linear", "linear"),),
     "seg-probe": (Column("miou", "probe_miou", "mIoU of the probe"),),
+    "promptable": (
+        Column("mask_iou", "prompts_mask_iou", "mask IoU of prompts"),
+        Column("mask_ap", "prompts_mask_ap", "mask AP of prompts"),
+    ),
 }
-"""The metric of each probe job."""
+"""The metrics of each probe job."""
 
 
 def is_evaluation(run: LoggedRun) -> bool:

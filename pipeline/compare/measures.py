@@ -40,6 +40,8 @@ PARAMETERS = Measure("parameters", "parameters", "M", "lower", 1e6, 2)
 BEFORE_TASKS = (KNN, Measure("linear", "linear", "%", "higher", digits=1))
 AFTER_TASKS = (
     Measure("probe_miou", "mIoU of the probe", "%", "higher", digits=1),
+    Measure("prompts_mask_iou", "mask IoU of prompts", "%", "higher", digits=1),
+    Measure("prompts_mask_ap", "mask AP of prompts", "%", "higher", digits=1),
     PARAMETERS,
     Measure("macs", "MACs", "G", None, 1e9),
     Measure("latency", "latency", "ms", "lower"),

@@ -10,6 +10,7 @@ JOBS = {
     "distill": "pipeline.distill.config:DistillJobConfig",
     "finetune": "pipeline.downstream.config:FinetuneJobConfig",
     **dict.fromkeys(("knn", "linear", "seg-probe"), "pipeline.evaluate.config:EvaluateJobConfig"),
+    "promptable": "pipeline.voices.config:PromptsJobConfig",
     "evaluate": "pipeline.downstream.config:EvaluateModelJobConfig",  # evaluate-<task> in the tag
     "coco-results": "pipeline.downstream.config:CocoResultsJobConfig",
     "benchmark": "pipeline.benchmark.config:BenchmarkJobConfig",
