@@ -81,6 +81,13 @@ def run(
 
     def call() -> Mapping[str, Any]:
         config = _configure(root, options.items, recipe)
+        if not mode and not any(map(_is_recipe, options.items)):
+            scenes = (
+                ", on generated scenes" if getattr(getattr(config, "data", None), "train", None) == "samples" else ""
+            )
+            print(
+                f"no recipe is named: this is recipes/{recipe.name}{scenes}; --help shows how to name your own images"
+            )
         return mode(config, options) if mode else body(config, options.dry_run)
 
     finish(call)
@@ -167,11 +174,15 @@ def confirm(question: str, yes: bool) -> bool:
 
 
 def _configure(root: type[R], items: Sequence[str], default: Path) -> R:
-    recipes = [item for item in items if "=" not in item and item.endswith((".yaml", ".yml"))]
+    recipes = [*filter(_is_recipe, items)]
     if len(recipes) > 1:
         raise UserError(f"give one recipe, not {len(recipes)}: {', '.join(recipes)}")
     recipe = find_recipe(recipes[0]) if recipes else default
     return load_config(root, recipe, [item for item in items if item not in recipes])
+
+
+def _is_recipe(item: str) -> bool:
+    return "=" not in item and item.endswith((".yaml", ".yml"))
 
 
 def find_recipe(name: str) -> Path:

@@ -93,6 +93,6 @@ def plan_rows(config: FinetuneJobConfig, plan: FinetunePlan) -> dict[str, str | 
         "held-out images": held_out,
         "backbone": f"{plan.start.name} from {config.finetune.student or 'scratch'}{frozen}",
         "soft targets": plan.teacher.summary if plan.teacher else None,
-        "training": f"{config.train.epochs} epochs of {plan.steps} steps of {config.train.batch_size} images",
+        "training": config.train.describe_epochs(len(plan.train), plan.steps),
         "notes": "; ".join(plan.notes) or None,
     }

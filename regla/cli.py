@@ -17,6 +17,8 @@ COMMANDS = {
     "export": "write files for other runtimes",
     "benchmark": "measure parameters, MACs, memory and latency of networks",
     "compare": "compare the runs of an MLflow experiment on one page",
+    "weights": "list the weights that a recipe needs, and fetch them",
+    "clean": "show what a work folder takes on disk, and remove old checkpoints",
     "submit": "submit a job to a Ray cluster",
 }
 SHELLS = ("bash", "zsh", "fish")

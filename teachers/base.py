@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from teachers.errors import TeacherError as TeacherError
 from teachers.errors import WeightsNotFoundError as WeightsNotFoundError
 from teachers.padding import average_unpadded
+
+if TYPE_CHECKING:  # it imports this module
+    from teachers.hub import HubFile
 
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["squash", "pad"]
@@ -115,10 +118,12 @@ class Teacher(ABC):
     Attributes:
         spec: description of inputs, outputs and weights.
         weights_sha256: digest of the loaded parameters and buffers, "" before `load` and for weight-free teachers.
+        hub_file: where its weights are published; None if they are not, or the teacher does not tell.
     """
 
     spec: TeacherSpec
     weights_sha256: str = ""
+    hub_file: HubFile | None = None
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
 

@@ -62,16 +62,32 @@ class HubFile:
         parts = urlsplit(constants.ENDPOINT if self.repository else self.url)
         return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
 
-    def is_cached(self) -> bool:
-        """Whether the file is on this machine."""
+    def cached(self) -> Path | None:
+        """The file on this machine, or None."""
         if not self.repository:
-            return Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(self.url).path).name).is_file()
+            path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(self.url).path).name)
+            return path if path.is_file() else None
         repository, _, revision = self.repository.partition("@")
         found = (
             huggingface_hub.try_to_load_from_cache(repository, name, constants.HF_HUB_CACHE, revision or None)
             for name in self.names
         )
-        return any(isinstance(path, str) for path in found)
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+
+    def size(self) -> int | None:
+        """Bytes of the file, here or as its server tells; None if it does not."""
+        if path := self.cached():
+            return path.stat().st_size
+        if constants.HF_HUB_OFFLINE or not _answers(self.address):
+            return None
+        repository, _, revision = self.repository.partition("@")
+        for name in self.names or ("",):
+            url = huggingface_hub.hf_hub_url(repository, name, revision=revision or None) if repository else self.url
+            try:
+                return huggingface_hub.get_hf_file_metadata(url).size
+            except (errors.HfHubHTTPError, OSError):
+                continue
+        return None
 
     def fetch(self) -> str:
         """Path of the file of a repository in the local cache, after downloading it if need be; raises the client's errors."""
@@ -94,7 +110,7 @@ def check_available(teacher: str, file: HubFile) -> None:
 
     What only the download can tell is left to it.
     """
-    if file.is_cached():
+    if file.cached():
         return
     if constants.HF_HUB_OFFLINE or not _answers(file.address):
         raise _not_found(teacher, file, _no_connection(file))

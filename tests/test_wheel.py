@@ -27,7 +27,7 @@ def wheel(tmp_path_factory):
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in OURS:
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     command = [
         sys.executable,
@@ -53,6 +53,9 @@ def test_the_wheel_holds_all_code_and_data_and_nothing_else(wheel):
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "regla = regla.cli:main" in archive.read(entry_points).decode()
+        (description,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert "License-Expression: Apache-2.0" in archive.read(description).decode()
+        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
     files = [path for name in OURS for path in (REPOSITORY / name).rglob("*") if path.is_file()]
     assert packed == {path.relative_to(REPOSITORY).as_posix() for path in files if "__pycache__" not in path.parts}
     assert "regla/api.py" in packed

@@ -57,8 +57,8 @@ class DistillResult:
     lineage: dict[str, str]
 
 
-def steps_per_epoch(phase: Phase) -> int:
-    """Optimiser steps of an epoch, if no image is quarantined; raises a UserError if the images do not fill one batch."""
+def views_per_epoch(phase: Phase) -> int:
+    """Views of an epoch, if no image is quarantined; raises a UserError if they do not fill one batch."""
     train = phase.plan.split("train")
     assert train is not None
     images, batch = train.images * train.dataset.policy.rows_per_image, phase.config.train.batch_size
@@ -66,7 +66,7 @@ def steps_per_epoch(phase: Phase) -> int:
         raise UserError(
             f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
         )
-    return images // batch
+    return images
 
 
 def training_plan(phase: Phase) -> dict[str, str]:
@@ -79,12 +79,13 @@ def training_plan(phase: Phase) -> dict[str, str]:
     if config.loss.standardise == "phi_s":
         _warn_of_projections(teachers)
     student = build_student(config)
+    views = views_per_epoch(phase)
     grid, labels = feature_map_size(student, config.student.input_size), teacher_labels(teachers)
     strides = ", ".join(map(str, student.tap_strides))
     rows = {
         "student": f"{config.student.name} at {config.student.input_size} px, feature maps of strides {strides}",
         **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
-        "training": f"{config.train.epochs} epochs of {steps_per_epoch(phase)} steps of {config.train.batch_size} images",
+        "training": config.train.describe_epochs(views, views // config.train.batch_size),
         "learning rate": config.train.lr_rule,
         "kNN": f"{config.knn.k} neighbours" if _labelled(phase.plan) else f"none: {_lacking(phase.plan)}",
     }

@@ -65,6 +65,7 @@ class FinetuneTask(Task):
     ) -> None:
         self.soften = soften
         self.job, self.task, config = job, job.task, job.config
+        self.headline = self.task.headline if config.train.best_is == "highest" else None
         self.seed = config.seed
         train = self.task.open("train")
         assert train is not None

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, Strict, field_validator, model_validator
 
 from pipeline.config.tree import Section, operational
+
+FEW_STEPS = 10
+"""Steps of an epoch below which a plan warns."""
+
+log = logging.getLogger(__name__)
 
 
 class TrainConfig(Section):
@@ -53,7 +60,8 @@ class TrainConfig(Section):
         None, description="folder or s3://, gs:// address of the checkpoints; none: in the run's folder below `work`"
     )
     best_metric: str | None = operational(
-        None, description="evaluation metric (knn, ...) whose best checkpoint is also kept; none: only the latest"
+        None,
+        description="evaluation metric (knn, ...) whose best checkpoint is also kept; none: the main metric of a fine-tuning",
     )
     best_is: Literal["highest", "lowest"] = operational(
         "highest", description="whether the highest or the lowest value of train.best_metric is best"
@@ -77,6 +85,21 @@ class TrainConfig(Section):
             f"Training: {self.epochs} epochs of batches of {self.batch_size} at {input_size} px, seed {seed}. Curves, pictures "
             f"and the model are in the nested run `{child_run}`."
         )
+
+    def describe_epochs(self, images: int, steps: int) -> str:
+        """Epochs of so many steps on `images` (or crops), for a plan, and what fills no batch; warns of short epochs."""
+        if steps < FEW_STEPS and images >= 2 * FEW_STEPS:
+            log.warning(
+                "an epoch has fewer than %d steps (%d of %d images), in which a network learns little: set train.batch_size=%d, "
+                "or raise train.epochs",
+                FEW_STEPS,
+                steps,
+                self.batch_size,
+                2 ** int(math.log2(images / FEW_STEPS)),
+            )
+        left = images % self.batch_size if steps == images // self.batch_size else 0
+        rest = f"; {left} images, others in every epoch, fill no batch" if left else ""
+        return f"{self.epochs} epochs of {steps} steps of {self.batch_size} images{rest}"
 
     def shared_folders(self) -> dict[str, str]:
         """The folder or address of checkpoints outside the work folder, by field."""

@@ -135,9 +135,9 @@ class _Loop:
         self.task.draw(averaged, self.evaluations)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
-        name = self.config.best_metric
-        check_best_metric(name, metrics)
-        if name is None:
+        check_best_metric(self.config.best_metric, metrics)
+        name = self.config.best_metric or self.task.headline
+        if name not in metrics:
             return False
         sign = -1 if self.config.best_is == "lowest" else 1
         return all(sign * metrics[name] > sign * earlier[name] for _, earlier in self.evaluations if name in earlier)

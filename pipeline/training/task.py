@@ -39,6 +39,7 @@ class Task(ABC):
             unused ones.
         compiles_by_default: whether a forward is the same operations on the same shapes in every step, so that torch.compile
             gains on a GPU unless `train.compile` is false.
+        headline: the metric whose highest value is the best if `train.best_metric` names none; None: no checkpoint is the best.
         worker: set by the engine; there may be fewer workers than shares.
     """
 
@@ -46,6 +47,7 @@ class Task(ABC):
     seed: int = 0
     uses_all_parameters: ClassVar[bool] = False
     compiles_by_default: ClassVar[bool] = False
+    headline: str | None = None
     worker: Worker = ALONE
 
     @abstractmethod

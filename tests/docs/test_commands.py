@@ -50,6 +50,8 @@ RUN: dict[str, list[str]] = {
     "python jobs/predict.py models:/quickstart-student@best photos --to features.parquet": [],
     "python jobs/export.py models:/quickstart-student@best --to exported": FAST,
     "python jobs/export.py models:/classify-classify@best --to classifier --format safetensors hf": [],
+    "python jobs/clean.py": [],
+    "python jobs/clean.py --checkpoints --yes": [],
     "python jobs/precompute.py --list": [],
     "python jobs/precompute.py recipes/quickstart.yaml --verify": QUICK,
     "python jobs/precompute.py recipes/quickstart.yaml --verify --repair": QUICK,

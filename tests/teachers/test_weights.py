@@ -6,8 +6,11 @@ import logging
 import os
 import pickle
 import socket
+import threading
 import urllib.request
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -560,3 +563,22 @@ def test_paths_are_taken_as_paths(tmp_path, tensors):
     torch.save(tensors, tmp_path / "file.pth")
     assert read_checkpoint(Path(tmp_path / "file.pth"), "test").keys() == tensors.keys()
     assert read_checkpoint(str(tmp_path / "file.pth"), "test").keys() == tensors.keys()
+
+
+def test_a_file_in_the_local_cache_tells_its_place_and_size(hub):
+    assert FILE.cached() is None
+    assert FILE.size() is None  # nobody answers
+    keep(hub, "owner/model", {"a": torch.ones(3)})
+    assert FILE.cached().name == "model.safetensors"
+    assert FILE.size() == FILE.cached().stat().st_size > 12
+
+
+def test_a_server_tells_the_size_of_a_file_that_is_not_here(tmp_path):
+    (tmp_path / "weights-7c1a.pth").write_bytes(bytes(12345))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert HubFile("", url=f"{address}/weights-7c1a.pth").size() == 12345
+        assert HubFile("", url=f"{address}/missing-7c1a.pth").size() is None
+        server.shutdown()

@@ -98,6 +98,15 @@ def test_a_snapshot_knows_whether_it_is_the_best(best, expected):
     assert not any(snapshot.best for snapshot in snapshots if snapshot not in ends)
 
 
+def test_without_a_best_metric_the_highest_headline_of_the_task_is_the_best():
+    scores = iter([{"score": 2.0}, {}, {"score": 1.0}, {"score": 4.0}])
+    task = TinyTask()
+    task.headline, task.evaluate = "score", lambda averaged, raw: next(scores)
+    snapshots = run_training(task, train_config())
+    ends = [snapshot for snapshot in snapshots if snapshot.state["position"]["batch"] == 0]
+    assert [number for number, snapshot in enumerate(ends) if snapshot.best] == [0, 3]
+
+
 def test_a_metric_of_the_raw_weights_may_be_the_best_from_the_start_on():
     class Both(TinyTask):
         def evaluate(self, averaged, raw):
