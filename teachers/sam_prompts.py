@@ -5,6 +5,7 @@ its two corners. Masks as prompts are not built: `no_mask_embed` stands in their
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,9 @@ class PromptEncoder(nn.Module):
         Returns:
             [..., P, D].
         """
-        kinds = torch.cat([self.not_a_point_embed.weight, *(kind.weight for kind in self.point_embeddings)])  # type: ignore[misc]
+        kinds = torch.cat(
+            [self.not_a_point_embed.weight, *(cast(nn.Embedding, kind).weight for kind in self.point_embeddings)]
+        )
         positions = torch.where((labels == PADDING)[..., None], 0.0, self.pe_layer(points))
         return positions + kinds[labels + 1]
 
