@@ -145,7 +145,11 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
     spec = make_teacher(teacher).spec
     if codec.components and codec.components > spec.patch_dim:
         raise UserError(f"{field}: {name} keeps more components than the {spec.patch_dim} channels of {spec.name}")
-    return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision), name, cache.precision)
+    if teacher.basis and not codec.pca:
+        raise UserError(
+            f"teachers.{index}.basis: {name} has no projection; leave it out, or choose a codec that begins with pca"
+        )
+    return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision, teacher.basis), name, cache.precision)
 
 
 def _plan_split(
