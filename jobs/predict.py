@@ -10,6 +10,8 @@ python jobs/predict.py work/runs/<run>/student photos/ --like query.jpg
 python jobs/predict.py work/runs/<run>/student photos/ --pca --to colours
 python jobs/predict.py work/runs/<run>/student photos/ --parts 6 --to parts
 python jobs/predict.py work/runs/<run>/student a.jpg b.jpg --match --keypoints 120,80 --to match
+python jobs/predict.py work/runs/<run>/student photo.jpg --boxes 40,30,200,180 --sam sam_vit_b_01ec64.pth
+python jobs/predict.py work/runs/<run>/student photos/ --everything --sam sam_vit_b_01ec64.pth
 """
 
 import argparse
@@ -23,6 +25,7 @@ if not __package__:  # a script imports from its own checkout
 
 from jobs._cli import later, model_parser, run_parser, table, tracking_uri
 from jobs._correspondences import add_correspondence_flags, asks_for_correspondences, predict_correspondences
+from jobs._prompts import add_prompt_flags, asks_for_masks, predict_masks
 from jobs._words import add_word_flags, asks_for_words, predict_words
 from pipeline.downstream.config import TASKS
 
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if available")
     add_word_flags(parser)
     add_correspondence_flags(parser)
+    add_prompt_flags(parser)
     run_parser(parser, later("jobs.predict", "predict"), arguments)
 
 
@@ -74,6 +78,7 @@ def choose_voice(options: argparse.Namespace) -> Voice | None:
     voices: dict[str, tuple[bool, Voice]] = {
         "words (--classes, --find, --like)": (asks_for_words(options), predict_words),
         "correspondences (--pca, --match, --parts)": (asks_for_correspondences(options), predict_correspondences),
+        "prompts (--points, --boxes, --everything)": (asks_for_masks(options), predict_masks),
     }
     asked = {name: voice for name, (wanted, voice) in voices.items() if wanted}
     if len(asked) > 1:
@@ -119,7 +124,7 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         folder = options.to or Path("predictions")
         if earlier := earlier_predictions(predictor.saved.task, paths, folder):
             print(f"replacing the {len(earlier)} files of an earlier prediction in {folder}", flush=True)
-        written = write_predictions(predictor, paths, folder, earlier)
+        written = write_predictions(predictor, predictor.saved.task, paths, folder, earlier)
         count = len(list(predictor.readable(paths)))
         print(table({"images": count, task: ", ".join(map(str, written))}))
         figures = {"task": predictor.task, "images": count, "files": [str(file.resolve()) for file in written]}

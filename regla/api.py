@@ -12,6 +12,7 @@ from regla.images import Images, locate
 if TYPE_CHECKING:
     from pipeline.predict.predictor import Predictor
     from pipeline.runs.config import ImageJobConfig
+    from pipeline.voices.prompts import Prompts
     from pipeline.voices.words import Words
 
 Recipe = str | Path | Mapping[str, Any] | None
@@ -166,6 +167,21 @@ def load_words(student: str | Path, **options: Any) -> Words:
     from pipeline.voices.words import load_words
 
     return load_words(str(student), **options)
+
+
+def load_prompts(student: str | Path, **options: Any) -> Prompts:
+    """Load a student with the head of a SAM teacher: it cuts out what points and boxes name, or everything.
+
+    Args:
+        student: exported folder or MLflow URI, distilled with `student.keep_heads=true`.
+        options: `sam`, `input_size`, `device` and `tracking_uri`, as in :func:`pipeline.voices.prompts.load_prompts`.
+
+    Raises:
+        UserError: if the student has no such head, or SAM's weights must be named.
+    """
+    from pipeline.voices.prompts import load_prompts
+
+    return load_prompts(str(student), **options)
 
 
 def _configure(

@@ -8,6 +8,7 @@ Images are resized bilinearly, as by the authors, but squashed to a square, as b
 averaged to the same grid, so that no padding enters a feature. A square image is the same either way.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from timm.models.vision_transformer_sam import Attention, checkpoint_filter_fn, 
 from torch import Tensor, nn
 
 from teachers.base import Teacher, TeacherOptions
+from teachers.sam_layout import to_authors
 from teachers.timm_backbone import TimmTeacher
 from teachers.variants import choose_variant
 
@@ -35,7 +37,7 @@ class SAM(TimmTeacher):
 
     def __init__(self, name: str, model_name: str, options: TeacherOptions, *, pool: int = 1) -> None:
         options = replace(options, args={"interpolation": "bilinear", **options.args})
-        super().__init__(name, model_name, options, has_summary=False, pool=pool, key_filter=checkpoint_filter_fn)
+        super().__init__(name, model_name, options, has_summary=False, pool=pool, key_filter=_to_timm)
 
     def _create(self, **changes: Any) -> nn.Module:
         model = super()._create(**changes)
@@ -116,7 +118,7 @@ def with_positions(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> tuple
 def sam(options: TeacherOptions) -> Teacher:
     """Factory of SAM; the default variant is ViT-B.
 
-    `weights` may be a file with timm's keys or with the authors' own, whose prompt encoder and mask decoder are ignored.
+    `weights` may be a file with timm's keys, the authors' or those of transformers; prompt encoder and mask decoder are ignored.
     """
     variant, model = choose_variant("sam", options.variant, VARIANTS, DEFAULT)
     size = options.input_size or INPUT_SIZE
@@ -125,3 +127,8 @@ def sam(options: TeacherOptions) -> Teacher:
     # The tables have the published size; timm resamples them to the input's in every forward pass.
     options = replace(options, args={"img_size": INPUT_SIZE, **options.args})
     return SAM(f"sam/{variant}", model, options, pool=pool)
+
+
+def _to_timm(tensors: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    converted: Mapping[str, Tensor] = checkpoint_filter_fn(to_authors(tensors), model)
+    return converted

@@ -33,8 +33,8 @@ ARROWS = {
     "downstream": "errors config sections imaging runtime sources storage student tracking runs training distill",
     "export": "errors runtime student distill downstream",
     "predict": "errors imaging runtime storage student runs downstream",
-    "voices": "errors sections teachers sources storage student tracking runs cache.layout cache.fill cache.read evaluate "
-    "distill export predict",
+    "voices": "errors sections teachers imaging runtime sources storage student tracking runs cache.layout cache.fill cache.read "
+    "evaluate distill downstream export predict",
     "compare": "errors config sections student tracking downstream",
     "jobs": "errors config sections teachers runtime student tracking runs benchmark "
     "cache.layout cache.fill cache.maintain distill evaluate downstream export predict voices compare",

@@ -43,6 +43,8 @@ AFTER_TASKS = (
     Measure("text_to_image_r1", "text to image R@1", "%", "higher", digits=1),
     Measure("pck", "PCK@0.1", "%", "higher", digits=1),
     Measure("probe_miou", "mIoU of the probe", "%", "higher", digits=1),
+    Measure("prompts_mask_iou", "mask IoU of prompts", "%", "higher", digits=1),
+    Measure("prompts_mask_ap", "mask AP of prompts", "%", "higher", digits=1),
     PARAMETERS,
     Measure("macs", "MACs", "G", None, 1e9),
     Measure("latency", "latency", "ms", "lower"),

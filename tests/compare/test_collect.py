@@ -193,6 +193,7 @@ def test_an_experiment_with_nothing_to_compare_is_refused(store, read):
 
 
 JUDGED = [("linear", "top1", "linear"), ("seg-probe", "miou", "probe_miou"), ("finetune", "top1", "top1")]
+JUDGED += [("promptable", "mask_iou", "prompts_mask_iou")]
 """Job, metric and measure of evaluations."""
 
 
