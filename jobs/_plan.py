@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from jobs._cli import grid, size, table
+from jobs._cli import grid, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.decoders import check_decoder
@@ -16,6 +16,7 @@ from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1
 from pipeline.runs.folder import work_folder
 from pipeline.runtime.ray_session import Hardware
+from pipeline.runtime.units import hours, size
 
 if TYPE_CHECKING:  # it imports MLflow
     from pipeline.runs.session import Job
@@ -124,7 +125,8 @@ def cost_plan(
     plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate], cluster: Hardware | None = None
 ) -> str:
     """Device hours, price, read rate and space, also with other codecs; on a cluster, its GPUs and hours."""
-    hours, codecs = grid([_hours(teacher, config) for teacher in teachers]), grid([*map(_codecs, teachers)])
+    times = grid([*(_times(teacher, config) for teacher in teachers), _total(teachers, config)])
+    codecs = grid([*map(_codecs, teachers)])
     free = plan.store.free_bytes()
     rows = {
         "not counted": uncounted(plan),
@@ -134,36 +136,51 @@ def cost_plan(
         f"{config.plan.images_per_second:g}",
         "cluster": cluster and _on_cluster(cluster, teachers),
     }
-    return "\n".join(["time", hours, "bytes per view (<: at most)", codecs, "space", table(rows)])
+    return "\n".join(["time", times, "bytes per view (<: at most)", codecs, "space", table(rows)])
 
 
 def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:
-    hours = [teacher.gpu_hours for teacher in teachers]
     if not cluster.gpus:
         return f"{cluster}: teachers run on CPUs"
-    total = None if None in hours else sum(hour for hour in hours if hour is not None)
-    return f"{cluster}: {_number(total and total / cluster.gpus, ' h')} on all GPUs"
+    total = _sum(teacher.gpu_hours for teacher in teachers)
+    return f"{cluster}: {_span(total and total / cluster.gpus)} on all GPUs"
 
 
-def _hours(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, str]:
+def _times(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, str]:
     probe = teacher.probe
     speed = "no weights, not probed" if probe is None else f"{probe.views_per_second:.1f} views/s on {probe.device}"
     counted = probe is not None and probe.device == "cpu" and probe.macs
     gpu = f" ({probe.macs / 1e9:.2f} GMACs at 40 % of an A100)" if probe and counted else ""
-    price = None if teacher.gpu_hours is None else teacher.gpu_hours * config.plan.gpu_hour_price
     return {
         "teacher": teacher.label,
         "views missing": f"{teacher.missing} of {teacher.views}",
         "measured": speed + ("" if probe is None or probe.trained else ", random weights"),
-        "time here": _number(teacher.hours, " h"),
-        "time on a GPU": _number(teacher.gpu_hours, " h") + gpu,
-        "price": _number(price, ""),
+        "time here": _span(teacher.hours),
+        "time on a GPU": _span(teacher.gpu_hours) + gpu,
+        "price": _price(teacher.gpu_hours, config),
         "GPU memory": size(probe.memory) if probe and probe.memory else "not measured",
     }
 
 
-def _number(value: float | None, unit: str) -> str:
-    return "unknown" if value is None else f"{value:.3g}{unit}"
+def _total(teachers: Sequence[TeacherEstimate], config: PrecomputeJobConfig) -> dict[str, str]:
+    """The last row: what all teachers take, one after the other; unknown if that of one of them is."""
+    here, gpu = (_sum(getattr(teacher, name) for teacher in teachers) for name in ("hours", "gpu_hours"))
+    views = f"{sum(teacher.missing for teacher in teachers)} of {sum(teacher.views for teacher in teachers)}"
+    times = {"time here": _span(here), "time on a GPU": _span(gpu), "price": _price(gpu, config)}
+    return {"teacher": "all", "views missing": views, "measured": "", **times, "GPU memory": ""}
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [*values]
+    return None if None in known else sum(value for value in known if value is not None)
+
+
+def _span(value: float | None) -> str:
+    return "unknown" if value is None else hours(3600 * value)
+
+
+def _price(gpu_hours: float | None, config: PrecomputeJobConfig) -> str:
+    return "unknown" if gpu_hours is None else f"{gpu_hours * config.plan.gpu_hour_price:.2f}"
 
 
 def _codecs(teacher: TeacherEstimate) -> dict[str, str]:

@@ -25,7 +25,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import DEFAULT_RECIPE, RECIPES, complete, grid, later, percent, run, size, table
+from jobs._cli import DEFAULT_RECIPE, RECIPES, complete, grid, later, percent, run, table
 from pipeline.downstream.config import TASKS, CocoResultsJobConfig, EvaluateModelJobConfig
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.runs.config import JobConfig
@@ -80,6 +80,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import job as evaluation
 from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
 from pipeline.runs.session import open_job
+from pipeline.runtime.units import size
 from pipeline.tracking.run import Run
 
 Measurement = Callable[[FrozenPlan, EvaluateJobConfig, Run, Path], dict[str, float]]

@@ -20,7 +20,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import Mode, confirm, grid, later, run, size, table
+from jobs._cli import Mode, confirm, grid, later, run, table
 from pipeline.cache.config import PrecomputeJobConfig
 
 MODES = {
@@ -70,6 +70,7 @@ from pipeline.cache.maintain.repair import repair_cache
 from pipeline.runs.folder import cache_store
 from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime.ray_session import connect, hardware, hardware_line, is_cluster
+from pipeline.runtime.units import size
 
 SHOWN = 50
 """Lines shown of a table of findings or garbage; further ones are counted."""

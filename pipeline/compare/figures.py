@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from pipeline.compare.comparison import Comparison
+from pipeline.compare.measures import KNN
 from pipeline.compare.plots import Plot, Trace, cost_plot, curves_plot, size_plot
 
 matplotlib.use("Agg")
@@ -29,12 +30,16 @@ RC_PARAMS: Any = {
 
 def write_figures(comparison: Comparison, folder: Path) -> list[tuple[str, str]]:
     """Write `figure1.png` and so on for the available data; returns title and file name of each."""
-    accuracy = comparison.main_accuracy
+    accuracy, images = comparison.main_accuracy, comparison.main_images(KNN.key)
     costs = [cost for cost in comparison.costs if cost in ("parameters", "latency")] or comparison.costs[:1]
     panels = {
-        (1, "Accuracy against cost"): [cost_plot(comparison, accuracy, cost) for cost in costs] if accuracy else [],
-        (3, "kNN over the epochs"): [curves_plot(comparison)],
-        (4, "kNN against the size of the student"): [size_plot(comparison)],
+        (1, "Accuracy against cost"): (
+            [cost_plot(comparison, comparison.main_images(accuracy), accuracy, cost) for cost in costs]
+            if accuracy
+            else []
+        ),
+        (3, "kNN over the epochs"): [curves_plot(comparison, images)],
+        (4, "kNN against the size of the student"): [size_plot(comparison, images)],
     }
     drawn = []
     with matplotlib.rc_context(RC_PARAMS):
@@ -68,6 +73,7 @@ def _draw(plots: Sequence[Plot], named: bool) -> Figure:
 
 
 def _draw_trace(panel: Any, trace: Trace) -> None:
+    symbol = trace.get("marker", {}).get("symbol", "")
     line, marker, error = trace.get("line", {}), trace.get("marker", {}), trace.get("error_y", {})
     if "fill" in trace:
         panel.fill(trace["x"], trace["y"], color=trace["fillcolor"], linewidth=0)
@@ -81,7 +87,8 @@ def _draw_trace(panel: Any, trace: Trace) -> None:
         linestyle=DASHES[line.get("dash", "solid")] if "lines" in trace["mode"] else "none",
         linewidth=line.get("width", 0),
         drawstyle="steps-post" if line.get("shape") == "hv" else "default",
-        marker=MARKERS.get(marker.get("symbol"), "none"),
+        marker=MARKERS.get(symbol.removesuffix("-open"), "none"),
+        fillstyle="none" if symbol.endswith("-open") else "full",
         markersize=marker.get("size", 0) / 1.6,
         capsize=2,
         elinewidth=1,

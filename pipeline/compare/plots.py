@@ -12,13 +12,12 @@ from typing import Any, TypeVar
 from pipeline.compare.comparison import Comparison, format_summary
 from pipeline.compare.group import Group, Summary
 from pipeline.compare.measures import KNN, PARAMETERS, Measure
+from pipeline.report.chart import COLOURS
 
 T = TypeVar("T")
 Plot = dict[str, Any]
 Trace = dict[str, Any]
 
-COLOURS = ("#3b6fd4", "#d9622b", "#2a9d63", "#a55ad6", "#c2417c", "#1a97a6", "#9a7b1f", "#6b7280")
-"""Distinguishable on white and on black, with a contrast of at least 3 to both."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "cross")
 LOG_FROM = 5.0
 """The axis is logarithmic if the ratio of the largest to the smallest cost exceeds this."""
@@ -53,55 +52,66 @@ def _pick(values: Sequence[T], names: Sequence[str], name: str) -> T:
     return values[list(dict.fromkeys(names)).index(name) % len(values)]
 
 
-def comparable_groups(comparison: Comparison, accuracy: str, *costs: str) -> Iterator[tuple[int, Group, Style]]:
-    """Number, group and style of the groups that have an accuracy, on the images that most have it on, and these costs."""
+def comparable_groups(
+    comparison: Comparison, images: str | None, accuracy: str, *costs: str
+) -> Iterator[tuple[int, Group, Style]]:
+    """Number, group and style of the groups that have an accuracy on these images, and these costs."""
     every = styles(comparison.groups)
-    for number in comparison.comparable(accuracy):
+    for number in comparison.by_images(accuracy).get(images, []):
         group = comparison.groups[number]
         if {*costs} <= group.measures.keys():
             yield number, group, every[number]
 
 
-def families(comparison: Comparison) -> list[list[tuple[int, Group, Style]]]:
-    """Groups with kNN and parameters that differ only in the student, smallest first."""
+def families(comparison: Comparison, images: str | None) -> list[list[tuple[int, Group, Style]]]:
+    """Groups with kNN on these images, and parameters, that differ only in the student, smallest first."""
     found: dict[Any, list[tuple[int, Group, Style]]] = {}
-    for number, group, style in comparable_groups(comparison, KNN.key, PARAMETERS.key):
+    for number, group, style in comparable_groups(comparison, images, KNN.key, PARAMETERS.key):
         found.setdefault(group.family, []).append((number, group, style))
     return [sorted(members, key=lambda member: member[1].measures["parameters"].mean) for members in found.values()]
 
 
-def cost_plots(comparison: Comparison) -> dict[str, dict[str, Plot]]:
-    """Plots by accuracy and cost."""
+def cost_plots(comparison: Comparison, images: str | None) -> dict[str, dict[str, Plot]]:
+    """Plots by accuracy and cost, of the groups that were measured on these images."""
     return {
-        accuracy: {cost: cost_plot(comparison, accuracy, cost) for cost in comparison.costs}
+        accuracy: {cost: cost_plot(comparison, images, accuracy, cost) for cost in comparison.costs}
         for accuracy in comparison.accuracies
     }
 
 
-def cost_plot(comparison: Comparison, accuracy: str, cost: str) -> Plot:
-    """An accuracy against a cost; a line joins the groups on the Pareto front."""
+def cost_plot(comparison: Comparison, images: str | None, accuracy: str, cost: str) -> Plot:
+    """An accuracy against a cost; a line joins the groups on the Pareto front. Of groups at one place, all can be seen."""
     front = comparison.fronts.get((accuracy, cost), set())
     measures = comparison.all_measures
     x, y, others = measures[cost], measures[accuracy], [measures[key] for key in comparison.costs]
     traces, line = [], []
-    for number, group, style in comparable_groups(comparison, accuracy, cost):
+    places: list[tuple[float, float]] = []
+    for number, group, style in comparable_groups(comparison, images, accuracy, cost):
         trace = _point(number, group, style, (x, y), others)
         traces.append(trace)
+        at = trace["x"][0], trace["y"][0]
         if number in front:
             trace["marker"] |= {"size": 14, "line": {"width": 2}}
-            line.append((trace["x"][0], trace["y"][0]))
+            line.append(at)
+        if alike := places.count(at):
+            trace["marker"] |= {"size": trace["marker"]["size"] + 7 * alike, "symbol": f"{style.symbol}-open"}
+            trace["marker"]["line"] = {"width": 2}
+        places.append(at)
     costs = [trace["x"][0] for trace in traces]
     kind = "log" if costs and min(costs) > 0 and max(costs) / min(costs) > LOG_FROM else "linear"
     joined = _line("Pareto front", sorted(line), "front", shape="hv", width=1.5, dash="dash")
     return _plot([joined, *traces], x.title, y.title, kind)
 
 
-def curves_plot(comparison: Comparison) -> Plot:
-    """kNN over the epochs: lines for averaged weights, dotted for raw ones, bands of one standard deviation."""
-    drawn = [member for member in comparable_groups(comparison, KNN.key) if len(member[1].curve) > 1]
+def curves_plot(comparison: Comparison, images: str | None) -> Plot:
+    """kNN over the epochs: lines for averaged weights, dotted for raw ones, dashed for teachers, bands of one standard
+    deviation.
+    """
+    drawn = [member for member in comparable_groups(comparison, images, KNN.key) if len(member[1].curve) > 1]
     title = f"{KNN.title} (line: averaged weights, dotted: raw)"
-    plot = _plot([trace for member in drawn for trace in _curves(*member)], "epoch", title)
-    epochs = max((point.epoch for group in comparison.groups for point in group.curve), default=0)
+    epochs = max((point.epoch for _, group, _ in drawn for point in group.curve), default=0)
+    traces = [trace for member in drawn for trace in _curves(*member)]
+    plot = _plot([*traces, *_teachers([(number, group) for number, group, _ in drawn], epochs)], "epoch", title)
     plot["layout"]["xaxis"]["dtick"] = max(1, ceil(epochs / TICKS))
     return plot
 
@@ -147,10 +157,24 @@ def _curve(number: int, group: Group, role: str, weights: str, points: Sequence[
     }
 
 
-def size_plot(comparison: Comparison) -> Plot:
+def _teachers(groups: Sequence[tuple[int, Group]], epochs: float) -> Iterator[Trace]:
+    """A line for each teacher, or several where its kNN differs, with the groups that have learned from it."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for number, group in groups:
+        for name, knn in group.teacher_knn.items():
+            found.setdefault((name, KNN.show(knn)), []).append(number)
+    for order, ((name, shown), numbers) in enumerate(found.items()):
+        colour = COLOURS[-1 - order % len(COLOURS)]
+        points = [(0.0, float(shown)), (epochs, float(shown))]
+        line = _line(f"teacher {name}: {shown} %", points, "teacher", color=colour, width=1.3, dash="dash")
+        line["meta"]["groups"] = numbers
+        yield line
+
+
+def size_plot(comparison: Comparison, images: str | None) -> Plot:
     """kNN against the parameters; a line each for students that differ only in size, trained from one cache."""
     traces = []
-    for members in families(comparison):
+    for members in families(comparison, images):
         points = [_point(*member, (PARAMETERS, KNN), ()) for member in members]
         line = [(point["x"][0], point["y"][0]) for point in points]
         _, first, style = members[0]

@@ -13,6 +13,7 @@ from pipeline.cache.layout.dataset import record_use
 from pipeline.cache.layout.part import teacher_home
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1, keeps_target
 from pipeline.errors import UserError
+from pipeline.storage.store import Store
 from pipeline.tracking.run import Run
 
 log = logging.getLogger(__name__)
@@ -90,11 +91,18 @@ def log_images(plan: CachePlan, run: Run) -> None:
 
 def cache_bytes(*plans: CachePlan) -> int:
     """Bytes of all files of the teachers of these plans: features, statistics, records and projections."""
-    pairs = [*itertools.chain.from_iterable(itertools.product(plan.splits, plan.teachers) for plan in plans)]
-    stores = {part.teacher(teacher.id).store for split, teacher in pairs for part in split.dataset.parts}
-    stores |= {split.dataset.statistics(teacher.id) for split, teacher in pairs}
-    stores |= {teacher_home(split.dataset.cache, teacher.id) for split, teacher in pairs}
-    return sum(store.bytes_below() for store in stores)
+    return sum(teacher_bytes(*plans).values())
+
+
+def teacher_bytes(*plans: CachePlan) -> dict[str, int]:
+    """The bytes of :func:`cache_bytes` by the id of the teacher."""
+    found: dict[str, set[Store]] = {}
+    for plan in plans:
+        for split, teacher in itertools.product(plan.splits, plan.teachers):
+            stores = found.setdefault(teacher.id, {teacher_home(split.dataset.cache, teacher.id)})
+            stores |= {part.teacher(teacher.id).store for part in split.dataset.parts}
+            stores.add(split.dataset.statistics(teacher.id))
+    return {teacher: sum(store.bytes_below() for store in stores) for teacher, stores in found.items()}
 
 
 def image_bytes(*plans: CachePlan) -> int:
