@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from jobs._cli import grid, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.build import BuildReport
+from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import TeacherEstimate, all_bytes, missing_bytes
-from pipeline.cache.fill.plan import CachePlan, versions_of
+from pipeline.cache.fill.plan import CachePlan, SplitPlan, versions_of
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_fidelity, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1
@@ -33,6 +34,9 @@ def fill(job: Job, planned: Sequence[tuple[CacheJobConfig, CachePlan]]) -> list[
     """Compute the missing features of all phases; returns the filled plans."""
     from pipeline.cache.fill.job import precompute
 
+    lacking = (t for _, plan in planned for t in plan.teachers if any(split.missing_views(t) for split in plan.splits))
+    for decoder in {teacher.decoder for teacher in lacking}:
+        check_decoder("cache.decoder", decoder)
     filled = []
     for number, (phase, plan) in enumerate(planned, 1):
         with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
@@ -47,14 +51,10 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
     rows: dict[str, str | None] = {"work folder": str(work_folder(config)), "cache": plan.store.uri}
     for split in plan.splits:
         dataset = split.dataset
-        there = (
-            f"version {dataset.id}"
-            if not split.new.num_rows
-            else f"{split.new.num_rows} new or changed, still to be read"
-        )
+        there = f"version {dataset.id}" if split.listing.is_known else _unread(split)
         bad = f"; {split.listing.bad.num_rows} that cannot be used" if split.listing.bad.num_rows else ""
         rows[f"{split.split} images"] = (
-            f"{split.images} from {dataset.location}; view {dataset.policy.id}; {there}{bad}"
+            f"{_count(split)} from {dataset.location}; view {dataset.policy.id}; {there}{bad}"
         )
         rows[f"{split.split} left out"] = "; ".join(split.left_out) or None
     labels = teacher_labels(plan.teachers)
@@ -63,15 +63,41 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
     return table(rows)
 
 
+def _count(split: SplitPlan) -> str:
+    """The number of images, as far as known."""
+    if split.is_counted:
+        return str(split.images)
+    return f"about {split.images}" if split.is_estimated else "an unknown number"
+
+
+def _unread(split: SplitPlan) -> str:
+    """What is still to be read."""
+    phrases = [f"{split.new.num_rows} new or changed, still to be read"] if split.new.num_rows else []
+    if count := len(split.unopened):
+        kind = "Parquet file" if split.listing.expected else "tar"
+        about = "" if split.listing.expected else "about "
+        expected = f": {about}{split.expected} images" if split.is_estimated else ""
+        archives = f"{count} new {kind}{'s' if count > 1 else ''}"
+        phrases.append(f"{archives}, {size(split.unopened_bytes)}, not read before the job stores them{expected}")
+    return ", ".join(phrases)
+
+
+def uncounted(plan: CachePlan) -> str | None:
+    """The images that all estimates lack."""
+    names = [f"data.{split.split}" for split in plan.splits if not split.is_estimated]
+    return f"the images of {' and '.join(names)}, whose tars are not read before the job stores them" if names else None
+
+
 def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     spec = teacher.spec
     views = sum(split.images * split.dataset.policy.rows_per_image for split in plan.splits)
     missing = min(views, sum(split.missing_views(teacher) for split in plan.splits))
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     computed = f", {spec.computation}" if spec.computation else ""
+    decoded = "" if teacher.decoder == "cpu" else f", decoded by {teacher.decoder}"
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
-        f"{RESIZED[spec.resize_mode]}, {spec.interpolation}{computed}; "
+        f"{RESIZED[spec.resize_mode]}, {spec.interpolation}{decoded}{computed}; "
         f"weights {spec.weights[:20]}; {teacher.precision}, stored as {teacher.codec}: {_stored(plan, teacher)}; "
         f"{teacher.id}: {views - missing} of {views} views cached"
     )
@@ -103,6 +129,7 @@ def cost_plan(
     codecs = grid([*map(_codecs, teachers)])
     free = plan.store.free_bytes()
     rows = {
+        "not counted": uncounted(plan),
         "still to be written": f"at most {size(missing_bytes(plan))}",
         "free": "unknown" if free is None else f"{size(free)} at {plan.store.uri}",
         "to read": f"{size(read_rate(plan, config, teachers))}/s for plan.images_per_second="

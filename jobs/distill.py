@@ -21,14 +21,12 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import fill, print_plan
+from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import check_space
-from pipeline.cache.fill.job import cache_bytes, image_bytes
 from pipeline.cache.fill.plan import check_weights
-from pipeline.distill.job import check_session, distill, training_plan
 from pipeline.distill.phases import plan_phases
-from pipeline.distill.report import Filled, distill_report
+from pipeline.distill.plan import check_session, training_plan
 from pipeline.runs.folder import cache_store
-from pipeline.runs.session import open_job
 from pipeline.runs.usage import loading_lines
 from pipeline.runtime.units import size
 
@@ -43,10 +41,18 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     if dry_run:
         return {"dry_run": True}
     check_space(*(phase.plan for phase in phases))
+    # MLflow takes seconds to import, which a dry run need not wait for.
+    from pipeline.cache.fill.job import cache_bytes, image_bytes
+    from pipeline.distill.job import distill
+    from pipeline.distill.report import Filled, distill_report
+    from pipeline.runs.session import open_job
+
     with open_job(config, "distill") as job:
         if not job.state.resumed:
             for phase in phases:
                 check_session(phase)
+        for phase in phases:
+            check_decoder("train.decoder", phase.config.train.decoder)
         plans, reports = zip(*fill(job, [(phase.config, phase.plan) for phase in phases]), strict=True)
         filled = [replace(phase, plan=plan) for phase, plan in zip(phases, plans, strict=True)]
         computed = sum(report.shards_computed for report in reports)

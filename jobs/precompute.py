@@ -136,6 +136,7 @@ def show_plan(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, A
     return {
         "views_missing": sum(teacher.missing for teacher in teachers),
         "missing_bytes": missing_bytes(*plans),
+        "unopened_bytes": max(sum(split.unopened_bytes for split in plan.splits) for plan in plans),
         "free_bytes": plans[0].store.free_bytes(),
         "bytes_per_view": {teacher.label: teacher.view_bytes for teacher in teachers},
         "gpu_hours": hours,

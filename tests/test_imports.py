@@ -17,6 +17,7 @@ ABSENT = "import sys; sys.modules |= dict.fromkeys(('ray', 'mlflow')); "
         "pipeline.cache.layout.codec, pipeline.cache.fill.extract, pipeline.cache.read.reader_process, pipeline.student.loading",
         "pipeline.distill.task, pipeline.distill.kept_heads, pipeline.distill.phases, pipeline.training",
         "benchmarks.cache_read, benchmarks.cache_size, benchmarks.extraction, benchmarks.train_step, jobs.benchmark",
+        "benchmarks.folder_scale, benchmarks.index_scale, benchmarks.shared_cores, benchmarks.startup",
         "benchmarks.card, benchmarks.floor, benchmarks.jpeg_decode, benchmarks.latency, benchmarks.sam_attention",
     ],
 )
@@ -25,3 +26,14 @@ def test_ray_and_mlflow_are_imported_where_they_are_used(modules):
         [sys.executable, "-c", f"{ABSENT}import {modules}"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def test_the_controller_of_ray_train_imports_little():
+    """What is pickled for it names these modules."""
+    modules = (
+        "pipeline.training.entry, pipeline.training.checkpoint, pipeline.tracking.run_log, pipeline.distill.commits"
+    )
+    heavy = "{'mlflow', 'timm', 'torchvision', 'torch._dynamo'}"
+    code = f"import sys, {modules}, pipeline.downstream.commits; print(*sorted({heavy} & sys.modules.keys()))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == []

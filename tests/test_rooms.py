@@ -34,10 +34,12 @@ ARROWS = {
     "downstream": "errors config sections imaging report runtime sources storage student tracking runs training distill",
     "export": "errors runtime student distill downstream",
     "predict": "errors imaging runtime storage student runs downstream",
+    "voices": "errors sections teachers imaging runtime sources storage student tracking runs cache.layout cache.fill cache.read "
+    "evaluate distill downstream export predict",
     "compare": "errors config sections student tracking report downstream",
     "jobs": "errors config sections teachers runtime student tracking runs benchmark "
-    "cache.layout cache.fill cache.maintain distill evaluate downstream export predict compare",
-    "regla": "errors config sections storage runs predict jobs",
+    "cache.layout cache.fill cache.maintain distill evaluate downstream export predict voices compare",
+    "regla": "errors config sections storage runs predict voices jobs",
 }
 """The rooms that each room may import. `sections` are the modules `<room>/config.py`, which any room may have."""
 

@@ -38,9 +38,16 @@ JOBS_WITHOUT_STUDENT = ("compare", "precompute", "benchmark")
 PROBES = {
     "knn": (Column("knn", "knn", "kNN"),),
     "linear": (Column("top1", "linear", "linear"),),
+    "zero-shot": (Column("top1", "zero_shot", "zero-shot"),),
+    "retrieval": (Column("text_to_image_r1", "text_to_image_r1", "text to image R@1"),),
+    "correspondence": (Column("pck_0.1", "pck", "PCK@0.1"),),
     "seg-probe": (Column("miou", "probe_miou", "mIoU of the probe"),),
+    "promptable": (
+        Column("mask_iou", "prompts_mask_iou", "mask IoU of prompts"),
+        Column("mask_ap", "prompts_mask_ap", "mask AP of prompts"),
+    ),
 }
-"""The metric of each probe job."""
+"""The metrics of each probe job."""
 
 
 def is_evaluation(run: LoggedRun) -> bool:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,27 +11,24 @@ import torch
 
 from pipeline.cache.fill.plan import CachePlan
 from pipeline.cache.fill.second_moments import freeze_phi_s
-from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
-from pipeline.cache.layout.codec import Codec
-from pipeline.cache.read.order import check_per_step
+from pipeline.cache.layout.cached_teacher import teacher_labels
+from pipeline.distill.commits import log_commit
 from pipeline.distill.config import DistillJobConfig
-from pipeline.distill.distiller import Distiller, feature_map_size
+from pipeline.distill.distiller import Distiller
 from pipeline.distill.figures import FigureWriter
-from pipeline.distill.grid import GridRule
 from pipeline.distill.kept_heads import save_heads
-from pipeline.distill.loss import check_losses
 from pipeline.distill.phases import Phase, PhaseState, start_file
+from pipeline.distill.plan import check_images
 from pipeline.distill.provenance import lineage, provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
-from pipeline.errors import UserError, one_line
+from pipeline.errors import one_line
 from pipeline.evaluate.knn import teacher_knn
 from pipeline.student.cost import inference_cost
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking.models import log_student
 from pipeline.tracking.run import Run
 from pipeline.training.checkpoint import STATE_FILE, checkpoint_folder, load_state
-from pipeline.training.ray_train import count_shares, fit
-from pipeline.training.task import History, check_best_metric
+from pipeline.training.ray_train import fit
 
 log = logging.getLogger(__name__)
 
@@ -63,84 +60,15 @@ class DistillResult:
     cost: dict[str, float]
 
 
-def views_per_epoch(phase: Phase) -> int:
-    """Views of an epoch, if no image is quarantined; raises a UserError if they do not fill one batch."""
-    train = phase.plan.split("train")
-    assert train is not None
-    images, batch = train.images * train.dataset.policy.rows_per_image, phase.config.train.batch_size
-    if images < batch:
-        raise UserError(
-            f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
-        )
-    return images
-
-
-def training_plan(phase: Phase) -> dict[str, str]:
-    """Readable rows on student, training and grids; raises a UserError if training would be refused."""
-    config, teachers = phase.config, phase.plan.teachers
-    check_losses(config.loss)
-    share = config.train.batch_size // max(1, config.train.most_workers)
-    check_per_step(config.views.per_step, config.views.crops or 1, share)
-    check_best_metric(config.train.best_metric, _evaluated(phase.plan))
-    if config.loss.standardise == "phi_s":
-        _warn_of_projections(teachers)
-    student = build_student(config)
-    views = views_per_epoch(phase)
-    grid, labels = feature_map_size(student, config.student.input_size), teacher_labels(teachers)
-    strides = ", ".join(map(str, student.tap_strides))
-    rows = {
-        "student": f"{config.student.name} at {config.student.input_size} px, feature maps of strides {strides}",
-        **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
-        "training": config.train.describe_epochs(views, views // config.train.batch_size),
-        "learning rate": config.train.lr_rule,
-        "kNN": f"{config.knn.k} neighbours" if _labelled(phase.plan) else f"none: {_lacking(phase.plan)}",
-    }
-    return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
-
-
-def _warn_of_projections(teachers: Sequence[CachedTeacher]) -> None:
-    labels = teacher_labels(teachers)
-    if chosen := [labels[teacher.id] for teacher in teachers if Codec.parse(teacher.codec).pca]:
-        log.warning(
-            "loss.standardise=phi_s: what the cache keeps of %s was chosen for mean_std; with a few channels of large deviation "
-            "it keeps less of these targets than the plan says: set cache.codec=int8 or float16",
-            ", ".join(chosen),
-        )
-
-
-def check_session(phase: Phase) -> None:
-    """Raise a UserError if the GPUs of this Ray session do not divide the batch, or each would get too few images."""
-    config = phase.config
-    share = config.train.batch_size // count_shares(config.train)
-    check_per_step(config.views.per_step, config.views.crops or 1, share)
-
-
-def _evaluated(plan: CachePlan) -> list[str]:
-    """Names of the metrics that `DistillTask` will evaluate."""
-    if plan.split("val") is None:
-        return []
-    labels = teacher_labels(plan.teachers)
-    parts = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
-    names = [f"val_{measure}/{part}" for measure in ("cosine", "loss") for part in parts]
-    return ["knn", "knn_raw", *names] if _labelled(plan) else names
-
-
-def _labelled(plan: CachePlan) -> bool:
-    labelled = [split.labelled for split in plan.splits]
-    return len(labelled) > 1 and all(labelled)
-
-
-def _lacking(plan: CachePlan) -> str:
-    return "the images have no labels" if plan.split("val") else "data.val names no held-out images"
-
-
 def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
     """Train on complete caches, phase after phase, from the last checkpoint below `folder` if there is one.
 
     Raises:
-        UserError: if the data is too small for the batch or the splits do not fit together.
+        UserError: if the data is too small for the batch, lacks labels that are needed, or the splits do not fit together.
         DivergedError: if the loss is not finite.
     """
+    for phase in phases:  # a plan with unopened archives could not
+        check_images(phase)
     first, file = phases[0], start_file(folder)
     if first.start and not file.exists():
         PhaseState.before(build_student(first.config), first.start, first.config.student.weights).save(file)
@@ -172,8 +100,7 @@ def _train(
     run.log_metrics([(before.steps, {f"shuffle/{name}": value for name, value in asdict(quality).items()})])
     print(f"shuffle: {quality}", flush=True)
     payload = {"job": job, "before": file_before and str(file_before), "figures": figures}
-    # Without weights, since it is pickled for Ray Train's controller.
-    on_commit = partial(_log_commit, run, replace(before, weights=None), Path(figures.folder))
+    on_commit = partial(log_commit, run, before.start, Path(figures.folder))
     checkpoint = fit(make_distill_task, payload, job.config.train, folder, on_commit)
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
@@ -220,15 +147,6 @@ def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
         log.warning("parameters and MACs are not logged: %s", one_line(error))
         return {}
     return {"parameters": counted.parameters, "macs": counted.macs}
-
-
-def _log_commit(run: Run, before: PhaseState, figures: Path, history: History, checkpoint: str | None) -> None:
-    run.log_metrics(before.shift(history))
-    if any("loss" not in metrics for _, metrics in history):
-        for figure in sorted(figures.glob("[!.]*.png")):
-            run.log_picture(figure, "figures")
-    if checkpoint:
-        run.set_tags({"checkpoint": checkpoint})
 
 
 def make_job(config: DistillJobConfig, plan: CachePlan) -> DistillJob:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.snapshot import RecordSnapshot
+from pipeline.distill.commits import Start
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.evaluate.knn import check_splits
@@ -121,17 +122,14 @@ class PhaseState:
             (first[0], last) if first and last is not None else None,
             tuple(teachers),
             state["ema"],
-            (*self.evaluations, *self.shift(state["evaluations"])),
+            (*self.evaluations, *self.start.shift(state["evaluations"])),
             self.origin,
         )
 
-    def shift(self, history: Sequence[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
-        """A history of this phase, with steps, epochs and samples counted from the start of the run."""
-        offsets = {"epoch": self.epochs, "samples_seen": self.samples}
-        return [
-            (step + self.steps, {name: value + offsets.get(name, 0) for name, value in metrics.items()})
-            for step, metrics in history
-        ]
+    @property
+    def start(self) -> Start:
+        """What the next phase starts after."""
+        return Start(self.epochs, self.steps, self.samples)
 
     def save(self, file: Path) -> None:
         """Write it atomically."""

@@ -80,7 +80,7 @@ def image_files(folder: str) -> tuple[list[str], list[str]]:
     """
     left_out = LeftOut()
     (files,) = images_in([folder], left_out, folder)
-    found, notes = [file.path for file in files], left_out.all_notes()
+    found, notes = files["uri"].to_pylist(), left_out.all_notes()
     if not found:
         others = f"; left out: {'; '.join(notes)}" if notes else ""
         raise UserError(f"{folder}: no images found; looked for {', '.join(IMAGE_EXTENSIONS)}{others}")

@@ -12,6 +12,7 @@ import torch
 from pipeline.distill.provenance import all_licences, all_teachers
 from pipeline.downstream.backbone import check_input_size, find_start
 from pipeline.downstream.base import Examples, Report, SoftTeacher, load_task, make_task
+from pipeline.downstream.commits import log_commit
 from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.downstream.images import refuse_other_classes, refuse_same_images
 from pipeline.downstream.pictures import write_report
@@ -28,7 +29,6 @@ from pipeline.tracking.models import log_model_folder
 from pipeline.tracking.run import Run
 from pipeline.training.checkpoint import checkpoint_folder, load_state
 from pipeline.training.ray_train import fit
-from pipeline.training.task import History
 from pipeline.training.worker import ALONE
 
 TEACHER_FOLDER = "soft-teacher"
@@ -110,7 +110,7 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
         plan.teacher.saved.save(folder / TEACHER_FOLDER)
     job = FinetuneJob(with_absolute_paths(config), folder / "start", folder)
     checkpoints = checkpoint_folder(config.train, folder, "train")
-    checkpoint = fit(make_finetune_task, {"job": job}, config.train, checkpoints, partial(_log_commit, run))
+    checkpoint = fit(make_finetune_task, {"job": job}, config.train, checkpoints, partial(log_commit, run))
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
     model = build_model(job, plan.train.classes)
@@ -150,12 +150,6 @@ def provenance(
         **({"soft_targets": {"teacher": teacher.source, **teacher.saved.provenance}} if teacher else {}),
         "metrics": metrics,
     }
-
-
-def _log_commit(run: Run, history: History, checkpoint: str | None) -> None:
-    run.log_metrics(history)
-    if checkpoint:
-        run.set_tags({"checkpoint": checkpoint})
 
 
 def with_absolute_paths(config: FinetuneJobConfig) -> FinetuneJobConfig:

@@ -1,7 +1,7 @@
 """Images in a folder: one folder per class, or all in one folder without labels."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.runtime.prefetch import map_ahead
-from pipeline.sources.base import IndexRow, finish_index, foreign_name, make_table, oversize
+from pipeline.sources.base import INDEX_SCHEMA, ROWS_HELD, finish_index, oversize
 from pipeline.sources.left_out import LeftOut, some
 from pipeline.sources.listing import images_directly_in, images_in, top_level
 from pipeline.sources.locations import readable_name, refuse_split_folders
-from pipeline.storage.files import THREADS, Entry, read_bytes
+from pipeline.storage.files import THREADS, read_bytes
 from pipeline.storage.remote import is_uri
 
 
@@ -85,9 +85,9 @@ class ImageFolder:
         start = len(os.path.join(self.root, ""))
         if self.classes:
             below = images_in([os.path.join(self.root, name) for name in self.classes], left_out, self.root)
-            table = make_table(_row(file, label, start) for label, files in enumerate(below) for file in files)
+            table = _joined(_rows(files, label, start) for label, files in enumerate(below))
         else:
-            table = make_table(_row(file, None, start) for file in images_directly_in(self.root, left_out))
+            table = _joined([_rows(images_directly_in(self.root, left_out), None, start)])
         found = {self.classes[label] for label in pc.unique(table["label"]).drop_null().to_pylist()}
         if empty := sorted({*self.classes} - found):
             left_out.notes.append(f"{len(empty)} classes without an image: {some(empty)}")
@@ -104,11 +104,24 @@ class ImageFolder:
             yield from map_ahead(pool, _read_remote, files, THREADS)
 
 
-def _row(file: Entry, label: int | None, start: int) -> IndexRow:
-    """The row of a file whose name begins at this character of its path."""
-    if name := foreign_name(file.path):
-        raise UserError(f"{name!r}: the file name is not valid UTF-8; rename the file")
-    return IndexRow(file.path[start:].replace(os.sep, "/"), label, file.path, 0, file.size, file.version)
+def _rows(files: pa.Table, label: int | None, start: int) -> pa.Table:
+    """The rows of files whose names begin at this character of their paths."""
+    names = pc.utf8_slice_codeunits(files["uri"], start)
+    if os.sep != "/":
+        names = pc.replace_substring(names, os.sep, "/")
+    labels, offsets = (pa.repeat(pa.scalar(value, pa.int64()), files.num_rows) for value in (label, 0))
+    return pa.table([names, labels, files["uri"], offsets, files["size"], files["version"]], schema=INDEX_SCHEMA)
+
+
+def _joined(tables: Iterable[pa.Table]) -> pa.Table:
+    """Tables as one, in pieces: the buffers of a table that was made of objects are up to twice as large as their content."""
+    pieces, some = [INDEX_SCHEMA.empty_table()], list[pa.Table]()
+    for table in tables:
+        some.append(table)
+        if sum(each.num_rows for each in some) >= ROWS_HELD:
+            pieces.append(pa.concat_tables(some).combine_chunks())
+            some = []
+    return pa.concat_tables([*pieces, *some])
 
 
 def _read_local(path: str) -> bytes | Exception:

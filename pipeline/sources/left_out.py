@@ -47,6 +47,12 @@ class LeftOut:
         """Count a file that is no image by its name."""
         self.endings[os.path.splitext(name)[1].lower() or "no ending"] += 1
 
+    def add(self, other: "LeftOut") -> None:
+        """Count what another has counted."""
+        self.endings.update(other.endings)
+        self.loops += other.loops
+        self.notes += other.notes
+
     def all_notes(self) -> list[str]:
         """Everything in phrases, one for each kind."""
         found = list(self.notes)
@@ -61,9 +67,10 @@ class LeftOut:
         return found
 
 
-def some(names: Sequence[str]) -> str:
-    """The first of these names, and the number of the others."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+def some(names: Sequence[str], count: int | None = None) -> str:
+    """The first of these names, and the number of the others; `count`: of all, if only the first are given."""
+    count = len(names) if count is None else count
+    more = f" and {count - SHOWN} more" if count > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 

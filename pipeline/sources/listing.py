@@ -1,17 +1,32 @@
-"""The image files of folders, local or in a store."""
+"""The image files of folders, local or in a store, as tables: a million objects of Python take gigabytes."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
+
+import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.runtime.prefetch import map_ahead
+from pipeline.sources.base import ROWS_HELD, foreign_name
 from pipeline.sources.left_out import LeftOut, is_system
-from pipeline.storage.files import THREADS, Entry, describe, list_folder
+from pipeline.storage.files import THREADS, Entry, list_folder, version_of
 from pipeline.storage.remote import is_uri
+
+FILES_SCHEMA = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
+    ]
+)
+"""One row per file: its path or URI, its bytes, and its version (:class:`~pipeline.storage.files.Entry`)."""
+LOCAL_THREADS = 4
+"""Local folders listed at the same time: a network's file system answers each question after a while."""
 
 
 def top_level(folder: str, left_out: LeftOut) -> tuple[list[str], list[str]]:
@@ -29,29 +44,40 @@ def top_level(folder: str, left_out: LeftOut) -> tuple[list[str], list[str]]:
     return [name for name in names if not is_system(name)], [os.path.basename(file.path) for file in found]
 
 
-def images_directly_in(folder: str, left_out: LeftOut) -> list[Entry]:
-    """The image files in a folder itself; raises as :func:`top_level`."""
+def images_directly_in(folder: str, left_out: LeftOut) -> pa.Table:
+    """The image files in a folder itself (`FILES_SCHEMA`), sorted; raises as :func:`images_in`."""
     if is_uri(folder):
-        return _images([entry for entry in list_folder(folder) if not entry.is_folder], folder, left_out)
-    return [_described(os.path.join(folder, name)) for name in _list(folder, left_out)[1]]
+        files = [entry for entry in list_folder(folder) if not entry.is_folder]
+        return _table(_rows(_images(files, folder, left_out)))
+    return _table(_described(folder, _list(folder, left_out)[1]))
 
 
-def images_in(folders: Sequence[str], left_out: LeftOut, root: str) -> Iterator[list[Entry]]:
-    """The image files below each of these folders, in no particular order, without hidden files and those of the system.
+def images_in(folders: Sequence[str], left_out: LeftOut, root: str) -> Iterator[pa.Table]:
+    """The image files below each of these folders (`FILES_SCHEMA`), without hidden files and those of the system.
 
-    Links to local folders elsewhere are followed, each folder once. Links into `root`, which contains the folders, or to a
-    folder that contains it are not: their images are found anyway, or would be found forever. A store lists all files below a
-    folder, with sizes and versions, in one go.
+    Those of one folder are sorted; otherwise the order is none in particular. Links to local folders elsewhere are followed, each
+    folder once. Links into `root`, which contains the folders, or to a folder that contains it are not: their images are found
+    anyway, or would be found forever. A store lists all files below a folder, with sizes and versions, in one go.
 
     Raises:
-        UserError: if a folder cannot be listed.
+        UserError: if a folder cannot be listed, or the name of a file is not valid UTF-8.
     """
-    if not is_uri(root):
-        yield from ([*map(_described, _walk(folder, left_out, root))] for folder in folders)
-        return
-    with ThreadPoolExecutor(THREADS) as pool:
-        for entries in map_ahead(pool, partial(list_folder, recursive=True), folders, THREADS):
-            yield _images(entries, root, left_out)
+    local = not is_uri(root)
+    list_images: Callable[[str], tuple[pa.Table, LeftOut]] = partial(_walk if local else _listed, root=root)
+    threads = LOCAL_THREADS if local else THREADS
+    with ThreadPoolExecutor(threads) as pool:
+        for table, passed_over in map_ahead(pool, list_images, folders, threads):
+            left_out.add(passed_over)
+            yield table
+
+
+def _listed(folder: str, root: str) -> tuple[pa.Table, LeftOut]:
+    left_out = LeftOut()
+    return _table(_rows(_images(list_folder(folder, recursive=True), root, left_out))), left_out
+
+
+def _rows(files: Iterable[Entry]) -> Iterator[tuple[str, int, int]]:
+    return ((file.path, file.size, file.version) for file in files)
 
 
 def _images(files: Iterable[Entry], root: str, left_out: LeftOut) -> list[Entry]:
@@ -68,24 +94,41 @@ def _images(files: Iterable[Entry], root: str, left_out: LeftOut) -> list[Entry]
     return images
 
 
-def _described(path: str) -> Entry:
-    """A local file; a broken link has no size, and reading it fails for that sample alone."""
-    try:
-        return describe(path)
-    except OSError:
-        return Entry(path, False, 0, 0)
+def _described(folder: str, names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+    """Rows of `FILES_SCHEMA` of local files; a broken link has no size, and reading it fails for that sample alone."""
+    start = os.path.join(folder, "")
+    for name in names:
+        path = start + name
+        try:
+            info = os.stat(path)
+        except OSError:
+            yield path, 0, 0
+        else:
+            yield path, info.st_size, version_of(info)
 
 
-def _walk(folder: str, left_out: LeftOut, root: str) -> Iterator[str]:
-    """The paths of :func:`images_in` below a local folder."""
-    root = os.path.realpath(root)
+def _table(files: Iterable[tuple[str, int, int]]) -> pa.Table:
+    """Rows of `FILES_SCHEMA` as a table."""
+    left, tables = iter(files), [FILES_SCHEMA.empty_table()]
+    while some := [*islice(left, ROWS_HELD)]:
+        paths, sizes, versions = zip(*some, strict=True)
+        try:
+            tables.append(pa.table([paths, sizes, versions], schema=FILES_SCHEMA))
+        except UnicodeEncodeError:
+            name = next(filter(None, map(foreign_name, paths)))
+            raise UserError(f"{name!r}: the file name is not valid UTF-8; rename the file") from None
+    return pa.concat_tables(tables)
+
+
+def _walk(folder: str, root: str) -> tuple[pa.Table, LeftOut]:
+    """As :func:`images_in`, for one local folder, and what was passed over."""
+    root, left_out, tables = os.path.realpath(root), LeftOut(), []
     reached = {os.path.realpath(folder)}  # real paths of the folders outside the tree of `folder`
     folders = [(folder, os.path.islink(folder))]
     while folders:
         parent, outside = folders.pop()
         below, images = _list(parent, left_out)
-        start = os.path.join(parent, "")
-        yield from (start + name for name in images)
+        tables.append(_table(_described(parent, images)))
         for entry in below:
             path, is_outside = os.path.join(parent, entry.name), outside or entry.is_link
             if is_outside:
@@ -95,6 +138,7 @@ def _walk(folder: str, left_out: LeftOut, root: str) -> Iterator[str]:
                     continue
                 reached.add(real)
             folders.append((path, is_outside))
+    return pa.concat_tables(tables), left_out
 
 
 def _contains(folder: str, path: str) -> bool:
@@ -107,7 +151,7 @@ class _Folder(NamedTuple):
 
 
 def _list(folder: str, left_out: LeftOut) -> tuple[list[_Folder], list[str]]:
-    """The folders and the names of the image files directly in a folder; other files are counted.
+    """The folders and the names of the image files directly in a folder, the names sorted; other files are counted.
 
     Raises:
         UserError: if it cannot be listed.
@@ -126,4 +170,4 @@ def _list(folder: str, left_out: LeftOut) -> tuple[list[_Folder], list[str]]:
                     left_out.count(entry.name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); check the path and its permissions") from error
-    return folders, images
+    return folders, sorted(images)

@@ -56,7 +56,12 @@ def describe(path: str) -> Entry:
     if is_uri(path):
         return attempt("read", path, lambda: _describe(path))
     info = os.stat(path)
-    return Entry(path, stat.S_ISDIR(info.st_mode), info.st_size, _version(info.st_mtime_ns, info.st_size))
+    return Entry(path, stat.S_ISDIR(info.st_mode), info.st_size, version_of(info))
+
+
+def version_of(info: os.stat_result) -> int:
+    """The version of a local file (:class:`Entry`)."""
+    return _version(info.st_mtime_ns, info.st_size)
 
 
 def exists(path: str) -> bool:

@@ -141,10 +141,16 @@ class Store:
         return self._sizes(LEFTOVER_AGE_S, temporary=True)
 
     def _sizes(self, age: float, temporary: bool) -> dict[str, int]:
-        files = [info for info in self._list() if info.type == fs.FileType.File]
-        chosen = [info for info in files if bool(_TEMPORARY.fullmatch(info.base_name)) == temporary]
-        latest = time.time() - age
-        return {info.base_name: info.size for info in chosen if not age or info.mtime.timestamp() <= latest}
+        latest, sizes = time.time() - age, {}
+        for info in self._list():  # a plan lists ten thousands of folders
+            name = info.base_name
+            if (
+                name.startswith(".") and bool(_TEMPORARY.fullmatch(name))
+            ) != temporary or info.type != fs.FileType.File:
+                continue
+            if not age or info.mtime.timestamp() <= latest:
+                sizes[name] = info.size
+        return sizes
 
     def delete(self, path: str) -> None:
         """Delete a file; a missing file is no error."""

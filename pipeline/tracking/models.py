@@ -20,7 +20,7 @@ from pipeline.storage.fetch import temporary_folder
 from pipeline.tracking.address import sqlite_file
 from pipeline.tracking.nearest import nearest_models, nested_run_with
 from pipeline.tracking.run import Run
-from pipeline.tracking.write_buffer import is_permanent, retry_until_reachable
+from pipeline.tracking.sender import is_permanent, retry_until_reachable
 
 STUDENT_FOLDER = "student"
 STUDENT_FILES = ("student.safetensors", "student.json")

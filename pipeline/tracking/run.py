@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
-import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,22 +21,12 @@ from mlflow.utils.git_utils import get_git_commit
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import UserError, one_line
-from pipeline.runtime.metrics import export_training
 from pipeline.storage.store import Store
 from pipeline.tracking.address import sqlite_file
 from pipeline.tracking.messages import send_message
-from pipeline.tracking.write_buffer import (
-    PATIENCE_S,
-    Point,
-    Sender,
-    WriteBuffer,
-    is_permanent,
-    retry_until_reachable,
-    unreachable_error,
-)
-
-PARAM_LENGTH = 6000
-"""Longest value of a parameter; the artifact `config.yaml` holds values in full."""
+from pipeline.tracking.run_log import RunLog
+from pipeline.tracking.sender import PATIENCE_S, Sender, is_permanent, retry_until_reachable, unreachable_error
+from pipeline.tracking.write_buffer import WriteBuffer
 
 NOTE = "mlflow.note.content"
 """Tag that the interface shows as the description, in Markdown."""
@@ -50,25 +38,17 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Run:
-    """One MLflow run.
+class Run(RunLog):
+    """One MLflow run, in the process that opened it, which sends the buffer.
 
-    Logging appends to `buffer`, so that it does not fail while the server is down. Only the process that opened the run
-    sends the buffer, in a thread that the first call starts and :meth:`finish` ends. Pickled copies, such as the one in Ray
-    Train's controller, only append; their `uri` is "".
-
-    Attributes:
-        parent: the run of the job that this run is nested in; it shows the curves and pictures too.
+    A thread sends; the first call starts it, and :meth:`finish` ends it. Pickled copies are :class:`RunLog`, which only append.
     """
 
     uri: str
     experiment_id: str
-    run_id: str
-    buffer: WriteBuffer
-    parent: Run | None = field(default=None, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[Run], tuple[str, str, str, WriteBuffer, Run | None]]:
-        return Run, ("", self.experiment_id, self.run_id, self.buffer, self.parent)
+    def __reduce__(self) -> tuple[Callable[..., RunLog], tuple[str, WriteBuffer]]:
+        return partial(RunLog, parent=self.parent), (self.run_id, self.buffer)
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -87,62 +67,6 @@ class Run:
             self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers)
         )
         return replace(opened, parent=self)
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log parameters; long values are cut, and a parameter that is already logged keeps its value."""
-        self._post("params", {key: str(value)[:PARAM_LENGTH] for key, value in params.items()})
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
-        self._post("tags", {key: str(value)[:PARAM_LENGTH] for key, value in tags.items()})
-
-    def set_student_run(self, run_id: str | None) -> None:
-        """Tag this run with the one that trained its student, if that is known."""
-        if run_id:
-            self.set_tags({"student_run": run_id})
-
-    def log_metrics(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Log curves, (step, metrics), without steps that are already logged and values that are not finite."""
-        history = list(history)
-        export_training(history)
-        self._post("curves", _points(history))
-        if self.parent:
-            self.parent._post("shown_curves", _points(history))
-
-    def log_metric_dict(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics of one step; MLflow shows the last value logged."""
-        self._post("metrics", _points([(step, metrics)]))
-
-    def log_text(self, text: str, path: str) -> None:
-        """Log text as the artifact `path`."""
-        self._post("text", [text, path])
-
-    def log_dict(self, value: Mapping[str, Any], path: str) -> None:
-        """Log a JSON or YAML artifact, by the extension of `path`."""
-        self._post("dict", [dict(value), path])
-
-    def log_file(self, file: Path, folder: str) -> None:
-        """Log a file into an artifact folder, with its content at the time of sending."""
-        self._post("file", [str(file), folder])
-
-    def log_reference(self, file: Path, place: str, path: str) -> None:
-        """Log the location `place`, size and SHA-256 of a large file (`file` or its copy) as the JSON artifact `path`."""
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        self.log_dict({"file": place, "bytes": file.stat().st_size, "sha256": digest}, path)
-
-    def log_picture(self, file: Path, folder: str) -> None:
-        """Log a file as `log_file` does, here and in the job's run."""
-        for run in (self, self.parent) if self.parent else (self,):
-            run.log_file(file, folder)
-
-    def log_folder(self, source: Path, folder: str) -> None:
-        """Log the files of a local folder into an artifact folder, with their content at the time of sending."""
-        self._post("folder", [str(source), folder])
-
-    def log_dataset(self, name: str, source: str, digest: str, context: str) -> None:
-        """Log a dataset as an input: its content-addressed name, location and digest, and its use (`context`)."""
-        self._post("dataset", [name, digest[:36], source, context])
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED.
@@ -167,23 +91,8 @@ class Run:
             raise unreachable_error(self.uri, self._sender.problem)
 
     def _post(self, kind: str, content: Any) -> None:
-        try:
-            self.buffer.append(kind, content)
-        except UserError as error:
-            log.warning("%s is not logged: %s", kind, error)
-        if self.uri:
-            self._sender.flush()
-
-
-def _points(history: Iterable[tuple[int, Mapping[str, float]]]) -> list[Point]:
-    """The finite values; stores refuse or alter others."""
-    now = int(time.time() * 1000)
-    return [
-        (name, float(value), now, step)
-        for step, metrics in history
-        for name, value in metrics.items()
-        if math.isfinite(value)
-    ]
+        super()._post(kind, content)
+        self._sender.flush()
 
 
 def run_link(run: Run) -> str:
@@ -298,13 +207,14 @@ def _open(uri: str, experiment_id: str, name: str, tags: dict[str, str], run_id:
             client.update_run(run_id, status="RUNNING")
             buffer = WriteBuffer(buffers.sub(run_id))
             buffer.discard("status")  # of an earlier start that ended while the server was down
-            return Run(uri, experiment_id, run_id, buffer)
+            return Run(run_id, buffer, uri, experiment_id)
         except MlflowException as error:
             if not is_permanent(error):
                 raise
             # deleted, or in another store: create a new run
     created = client.create_run(experiment_id, tags=tags, run_name=name)
-    return Run(uri, experiment_id, created.info.run_id, WriteBuffer(buffers.sub(created.info.run_id)))
+    run_id = created.info.run_id
+    return Run(run_id, WriteBuffer(buffers.sub(run_id)), uri, experiment_id)
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

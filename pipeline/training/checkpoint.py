@@ -5,11 +5,13 @@ checkpoint, which are committed again on resumption if the previous process died
 state: the random numbers of a forward are a function of (seed, step, share), see `step.py`.
 """
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyarrow import fs
@@ -18,7 +20,9 @@ from pipeline.errors import UserError, blame_field, one_line
 from pipeline.storage.remote import resolve
 from pipeline.storage.store import Store
 from pipeline.training.config import TrainConfig
-from pipeline.training.task import History
+
+if TYPE_CHECKING:  # it imports timm
+    from pipeline.training.task import History
 
 STATE_FILE = "state.pt"
 

@@ -73,6 +73,19 @@ def test_evaluations_are_joined_with_the_run_whose_student_they_judged(store, re
     assert len(found["run1"].evaluated_by) == 3
 
 
+def test_what_students_do_with_the_heads_of_their_teachers_has_columns(store, read):
+    one = store.distil("regla_t", ["clip"], 0, 20.0, name="small")
+    store.judge("zero-shot", one.run_id, {"top1": 41.0, "teacher_top1": 60.0})
+    store.judge("retrieval", one.run_id, {"text_to_image_r1": 12.0})
+    store.judge("correspondence", one.run_id, {"pck_0.1": 33.0})
+    (row,) = rows(read).values()
+    assert {key: row.measures[key] for key in ("zero_shot", "text_to_image_r1", "pck")} == {
+        "zero_shot": 41.0,
+        "text_to_image_r1": 12.0,
+        "pck": 33.0,
+    }
+
+
 def test_the_filter_chooses_students_and_their_evaluations_come_along(store, read):
     one = store.distil("regla_t", ["hog"], 0, 20.0, name="small")
     store.judge("linear", one.run_id, {"top1": 30.0})
@@ -182,6 +195,7 @@ def test_an_experiment_with_nothing_to_compare_is_refused(store, read):
 
 
 JUDGED = [("linear", "top1", "linear"), ("seg-probe", "miou", "probe_miou"), ("finetune", "top1", "top1")]
+JUDGED += [("promptable", "mask_iou", "prompts_mask_iou")]
 """Job, metric and measure of evaluations."""
 
 

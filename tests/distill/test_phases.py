@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pipeline.distill import job as module
-from pipeline.distill.job import check_session, distill, training_plan
+from pipeline.distill.job import distill
 from pipeline.distill.phases import PhaseState, plan_phases, transfer_weights
+from pipeline.distill.plan import check_session, training_plan
 from pipeline.distill.provenance import all_teachers
 from pipeline.distill.task import build_distiller, build_student
 from pipeline.errors import UserError

@@ -11,6 +11,7 @@ from pipeline.sources.base import INDEX_SCHEMA
 from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.left_out import notes_of
 from pipeline.sources.open import open_source
+from pipeline.storage.files import describe
 from tests.sources.noise_images import encode
 
 
@@ -42,6 +43,19 @@ def test_class_folders_become_labels_and_relative_ids(animals: Path) -> None:
     assert index["sample_id"].to_pylist() == ["ape/a.webp", "hund/b.JPG", "hund/nah/ä 日本.png"]
     assert index["label"].to_pylist() == [0, 2, 2]
     assert index["size"].to_pylist() == [os.path.getsize(path) for path in index["uri"].to_pylist()]
+
+
+def test_the_version_of_an_image_is_that_of_its_file(animals: Path) -> None:
+    index = open_source(str(animals), split="train").index()
+    assert index["version"].to_pylist() == [describe(path).version for path in index["uri"].to_pylist()]
+
+
+def test_names_that_sort_before_a_slash_are_sorted_by_id(tmp_path: Path) -> None:
+    for name in ("ape/b.jpg", "ape/a/c.jpg", "ape 2/a.jpg"):
+        write(tmp_path / "train" / name, encode(0))
+    index = open_source(str(tmp_path / "train"), split="train").index()
+    assert index["sample_id"].to_pylist() == ["ape 2/a.jpg", "ape/a/c.jpg", "ape/b.jpg"]
+    assert index["label"].to_pylist() == [1, 0, 0]
 
 
 def test_reads_rows_in_their_order_after_a_trip_to_a_worker(animals: Path) -> None:

@@ -10,14 +10,15 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
 from pipeline.storage.store import Store
-from pipeline.tracking import write_buffer
-from pipeline.tracking.write_buffer import Sender, WriteBuffer, retry_until_reachable
+from pipeline.tracking import sender as sending
+from pipeline.tracking.sender import Sender, retry_until_reachable
+from pipeline.tracking.write_buffer import WriteBuffer
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(write_buffer, "POLL_S", 0.01)
-    monkeypatch.setattr(write_buffer, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(sending, "POLL_S", 0.01)
+    monkeypatch.setattr(sending, "LONGEST_PAUSE_S", 0.02)
 
 
 class Server:
@@ -68,7 +69,7 @@ def test_a_server_that_is_down_keeps_nobody_waiting_and_gets_everything_later(bo
     for number in range(1, 50):
         box.append("metrics", number)
         assert not sender.flush()
-    assert time.monotonic() - started < write_buffer.WAIT_S
+    assert time.monotonic() - started < sending.WAIT_S
     asked = server.asked
     while server.asked < asked + 3:
         time.sleep(0.01)
@@ -114,7 +115,7 @@ def test_what_was_not_sent_before_the_process_ended_is_sent_by_the_next(box, ser
 
 def test_a_clock_that_is_set_back_changes_no_order(box, monkeypatch):
     times = iter([1000, 400, 400, 2000])
-    monkeypatch.setattr(write_buffer.time, "time_ns", lambda: next(times))
+    monkeypatch.setattr(time, "time_ns", lambda: next(times))
     for number in range(4):
         box.append("metrics", number)
     assert [box.read(name)[1] for name in box.pending()] == [0, 1, 2, 3]
@@ -130,7 +131,7 @@ def test_a_call_that_cannot_wait_for_another_time_waits_for_the_server(monkeypat
         return answer
 
     assert retry_until_reachable("there", call) == 7
-    monkeypatch.setattr(write_buffer, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(sending, "PATIENCE_S", 0.0)
 
     def down():
         raise OSError("no route")

@@ -6,6 +6,7 @@ import logging
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import BuildReport, build_cache
 from pipeline.cache.fill.plan import CachePlan
+from pipeline.cache.fill.staging import staging_folder
 from pipeline.cache.layout.cached_teacher import teacher_fidelity, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import record_use
@@ -105,9 +106,10 @@ def teacher_bytes(*plans: CachePlan) -> dict[str, int]:
 
 
 def image_bytes(*plans: CachePlan) -> int:
-    """Bytes of all other files of the data sets and parts of these plans: images, keys, crops, names and labels."""
+    """Bytes of all other files of the data sets and parts of these plans: images, keys, crops, names, labels; and all staging."""
     datasets = [split.dataset for plan in plans for split in plan.splits]
     parts = [part for dataset in datasets for part in dataset.parts]
     whole = {store for part in parts for store in (part.images.store, part.rows.store)}
     around = {store for part in parts for store in (part.store, part.view)} | {dataset.store for dataset in datasets}
-    return sum(store.bytes_below() for store in whole) + sum(sum(store.files().values()) for store in around)
+    staged = {staging_folder(dataset.cache) for dataset in datasets}
+    return sum(store.bytes_below() for store in whole | staged) + sum(sum(store.files().values()) for store in around)

@@ -2,16 +2,17 @@
 
 A row is known if place (URI and offset), size and version of its file are those that a version was made of. What a known image
 is called and how it is labelled may change. Tars and Parquet files that are known are not even opened, and the samples of parts
-that hold no others are not read.
+that hold no others are not read. New tars of a store are not opened either: they are read once, when the cache is filled.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -27,10 +28,16 @@ from pipeline.cache.layout.dataset import (
 from pipeline.cache.layout.part import Part
 from pipeline.sources.base import INDEX_SCHEMA, NoImagesError, Source
 from pipeline.sources.left_out import notes_of
+from pipeline.sources.streamed import streamed
+from pipeline.storage.files import Entry
 from pipeline.storage.store import DamagedError
 
 PLACE = ["uri", "offset", "size", "version"]
 """Columns that tell a file, and an image in it, from all others."""
+ROWS_JOINED = 1 << 17
+"""Rows that are joined at a time, if their versions differ: a join holds its rows twice."""
+MAX_JOINS = 16
+"""Pieces of an index, at most."""
 VERSIONS = 8
 """Latest versions among which one of the same location is looked for."""
 
@@ -49,6 +56,8 @@ class Listing:
         notes: what the source has passed over, in phrases, as far as it was listed anew.
         parts: those of the version, in order.
         damaged: names of the version's files that cannot be read; what they list is new.
+        unopened: archives of a `StreamedSource` that nobody has read.
+        expected: number and at most the bytes of their images, if that is known.
     """
 
     known: dict[str, pa.Table]
@@ -58,6 +67,13 @@ class Listing:
     notes: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
     damaged: tuple[str, ...] = ()
+    unopened: tuple[Entry, ...] = ()
+    expected: tuple[int, int] | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing has to be read."""
+        return not (self.new.num_rows or self.unopened)
 
     def samples(self, part: str) -> pa.Table:
         """All known samples in a part."""
@@ -78,15 +94,22 @@ def list_source(source: Source, empty: Dataset) -> tuple[Listing, Dataset]:
     Raises:
         UserError: if the source cannot be listed, or lists nothing.
     """
-    files = source.versions()
+    stream = streamed(source)
+    archives = {entry.path: entry for entry in stream.archives()} if stream else {}
+    files = {uri: entry.version for uri, entry in archives.items()} if stream else source.versions()
     empty = replace(empty, files=tuple(sorted(files.items())))
     latest = latest_version(empty)
     before = latest.dataset if latest else None
     if before and files and before.classes == empty.classes:
-        listing = _compare_files(source, files, before)
+        listing = _compare_files(source, files, before, archives)
+    elif archives:
+        listing = _compare_archives(source, archives, before)
     else:
         index = source.index()
         listing = replace(_compare(index, before), notes=tuple(notes_of(index)))
+    if stream and listing.unopened:
+        expected = stream.count([archive.path for archive in listing.unopened])
+        listing = replace(listing, expected=expected, notes=listing.notes or tuple(stream.notes(())))
     return listing, make_dataset(empty, listing.parts, listing.known, listing.bad, listing.kept)
 
 
@@ -95,76 +118,158 @@ def compare_again(listing: Listing, dataset: Dataset) -> tuple[Listing, Dataset]
     latest = latest_version(dataset)
     if latest is None:
         return listing, dataset
-    found = _compare(listing.new, latest.dataset)
-    known = listing.known | {
-        part: pa.concat_tables([listing.samples(part), rows]) for part, rows in found.known.items()
-    }
-    kept = {part: item for part, item in listing.kept.items() if part not in found.known}
-    bad = pa.concat_tables([listing.bad, found.bad])
+    if listing.new.num_rows:
+        listing = _merged(listing, _compare(listing.new, latest.dataset), listing.unopened)
+    if listing.unopened and latest.dataset.classes == dataset.classes:
+        listing = _opened(listing, latest.dataset)
     parts = {part.id: part for part in (*listing.parts, *dataset.parts, *latest.dataset.parts)}
-    damaged = tuple({*listing.damaged, *found.damaged})
-    listing = Listing(known, bad, found.new, kept, listing.notes, tuple(parts.values()), damaged)
-    return listing, make_dataset(dataset, listing.parts, known, bad, kept)
+    listing = replace(listing, parts=tuple(parts.values()))
+    return listing, make_dataset(dataset, listing.parts, listing.known, listing.bad, listing.kept)
+
+
+def _opened(listing: Listing, latest: Dataset) -> Listing:
+    """A listing without the unopened archives that a version knows by now."""
+    versions = dict(latest.files)
+    known = {archive.path for archive in listing.unopened if versions.get(archive.path) == archive.version}
+    found = _in_files(known, latest) if known else None
+    if found is None:
+        return listing
+    left = tuple(archive for archive in listing.unopened if archive.path not in known)
+    return _merged(listing, replace(found, new=pa.concat_tables([listing.new, found.new])), left)
+
+
+def _merged(listing: Listing, found: Listing, unopened: tuple[Entry, ...]) -> Listing:
+    """What is known of a listing and what has been found of it; `found.new` and `unopened` are left to be read."""
+    known, kept = dict(listing.known), dict(listing.kept)
+    for part in (*found.known, *found.kept):
+        if part in known or part in kept or part in found.known:
+            known[part] = pa.concat_tables([listing.samples(part), found.samples(part)])
+            kept.pop(part, None)
+        else:
+            kept[part] = found.kept[part]
+    bad, damaged = pa.concat_tables([listing.bad, found.bad]), tuple({*listing.damaged, *found.damaged})
+    changed = {"new": found.new, "unopened": unopened, "expected": listing.expected if unopened else None}
+    return replace(listing, known=known, kept=kept, bad=bad, damaged=damaged, **changed)
 
 
 def _compare(index: pa.Table, before: Dataset | None) -> Listing:
     """The rows of an index that a version knows, and those that are new."""
     if before is None:
         return Listing({}, BAD_SCHEMA.empty_table(), index)
-    index = index.append_column("at", pa.array(range(index.num_rows), pa.int64()))
-    schema = pa.schema([*map(SAMPLE_SCHEMA.field, (*PLACE, "key", "row")), pa.field("part", pa.int64())])
-    tables, damaged = [schema.empty_table()], []
+    tables, damaged = [_numbered(SAMPLE_SCHEMA.empty_table(), -1)], []
     for number, chosen in enumerate(before.selections):
         table = _readable(partial(before.samples, number))
         if table is None:
             damaged.append(chosen.file)
         else:
-            part = pa.repeat(pa.scalar(number, pa.int64()), table.num_rows)
-            tables.append(table.select([*PLACE, "key", "row"]).append_column("part", part).cast(schema))
-    found = _joined(index, pa.concat_tables(tables))
-    left = _without(index, found)
-    known = {}
-    for number in pc.unique(found["part"]).to_pylist():
-        rows = found.filter(pc.equal(found["part"], number))
-        known[before.selections[number].part] = rows.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
-    known_bad = _readable(before.bad_samples)
-    if known_bad is None:
-        damaged.append(before.bad)
-        known_bad = BAD_SCHEMA.empty_table()
-    bad = _joined(left, known_bad.filter(known_bad["read"]).select([*PLACE, "reason", "read"]))
-    left = _without(left, bad)
-    found_bad, new = bad.select(BAD_SCHEMA.names).cast(BAD_SCHEMA), left.select(INDEX_SCHEMA.names)
-    return Listing(known, found_bad, new, parts=before.parts, damaged=tuple(damaged))
-
-
-def _compare_files(source: Source, files: Mapping[str, int], before: Dataset) -> Listing:
-    """The samples in files that a version knows, and the rows of the others."""
-    known_files = {uri for uri, version in before.files if files.get(uri) == version}
-    kept, known, present = {}, {}, before.store.files()
-    if not {*before.sample_files} <= present.keys():
-        return _compare(source.index(), before)
-    for number, chosen in enumerate(before.selections):
-        uris = {before.files[file][0] for file in chosen.files}
-        if uris <= known_files:
+            tables.append(_numbered(table, number))
+    found = _matches(index, pa.concat_tables(tables))
+    del tables
+    known, kept, names = {}, {}, index.select(["sample_id", "label"]).combine_chunks()
+    for number, at, rows in _by_part(*found):
+        chosen = before.selections[number]
+        if len(at) == chosen.samples and _named_alike(names, at, before.samples(number, ["sample_id", "label"])):
             kept[chosen.part] = (chosen, before)
-        elif uris & known_files:
-            table = _readable(partial(before.samples, number))
-            if table is None:
-                return _compare(source.index(), before)
-            known[chosen.part] = table.filter(pc.is_in(table["uri"], pa.array(sorted(known_files), pa.string())))
+        else:
+            known[chosen.part] = _side_by_side(index, at, before.samples(number, ["key", "row"]), rows, SAMPLE_SCHEMA)
+    left = _without(index, found[0])
     bad = _readable(before.bad_samples)
     if bad is None:
+        damaged.append(before.bad)
+        bad = BAD_SCHEMA.empty_table()
+    bad = bad.filter(bad["read"])
+    at, _, rows = _matches(left, _numbered(bad, 0))
+    found_bad, new = _side_by_side(left, at, bad.select(["reason", "read"]), rows, BAD_SCHEMA), _without(left, at)
+    return Listing(known, found_bad, new, kept, parts=before.parts, damaged=tuple(damaged))
+
+
+def _numbered(table: pa.Table, part: int) -> pa.Table:
+    """The places of a table, with the number of its part and those of its rows."""
+    parts, rows = np.full(table.num_rows, part), np.arange(table.num_rows)
+    return table.select(PLACE).append_column("part", pa.array(parts)).append_column("row", pa.array(rows))
+
+
+def _matches(index: pa.Table, known: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of `index` whose places `_numbered` has: their numbers, and the parts and the rows there, int64."""
+    rows = _numbered(index, 0).rename_columns([*PLACE, "none", "at"]).drop_columns("none")
+    pieces = min(MAX_JOINS, 1 + max(index.num_rows, known.num_rows) // ROWS_JOINED)
+    ours, theirs = (table["version"].to_numpy() % pieces for table in (rows, known))
+    found = []
+    for piece in range(pieces):
+        left, right = rows.filter(pa.array(ours == piece)), known.filter(pa.array(theirs == piece))
+        found.append(left.join(right, PLACE, join_type="inner").select(["at", "part", "row"]))
+    at, parts, numbers = (pa.concat_tables(found)[name].to_numpy() for name in ("at", "part", "row"))
+    order = np.argsort(at)
+    return at[order], parts[order], numbers[order]
+
+
+def _by_part(at: np.ndarray, parts: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For every part its number, and of its rows, in their order, those of the index and their own."""
+    order = np.lexsort((rows, parts))
+    ends = np.flatnonzero(np.diff(parts[order], append=-1)) + 1
+    for some in np.split(order, ends)[:-1]:
+        yield int(parts[some[0]]), at[some], rows[some]
+
+
+def _named_alike(index: pa.Table, at: np.ndarray, samples: pa.Table) -> bool:
+    """Whether samples are called and labelled as these rows of the index."""
+    return all(index[name].take(pa.array(at)).equals(samples[name]) for name in samples.column_names)
+
+
+def _side_by_side(index: pa.Table, at: np.ndarray, other: pa.Table, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
+    """Rows of the index with the columns of rows of another table."""
+    table, more = index.take(pa.array(at)), other.take(pa.array(rows))
+    for name in more.column_names:
+        table = table.append_column(name, more[name])
+    return table.replace_schema_metadata().select(schema.names).cast(schema)
+
+
+def _compare_archives(source: Source, archives: Mapping[str, Entry], before: Dataset | None) -> Listing:
+    """The samples in archives that a version of other classes knows, which are indexed anew; the others are unopened."""
+    versions = dict(before.files) if before else {}
+    known = [entry.path for entry in archives.values() if versions.get(entry.path) == entry.version]
+    unopened = tuple(entry for entry in archives.values() if versions.get(entry.path) != entry.version)
+    index = source.only(known).index() if known else INDEX_SCHEMA.empty_table()
+    return replace(_compare(index.replace_schema_metadata(), before), unopened=unopened, notes=tuple(notes_of(index)))
+
+
+def _compare_files(source: Source, files: Mapping[str, int], before: Dataset, archives: Mapping[str, Entry]) -> Listing:
+    """The samples in files that a version knows; the others as rows, or as unopened `archives`."""
+    known_files = {uri for uri, version in before.files if files.get(uri) == version}
+    found = _in_files(known_files, before)
+    if found is None:
         return _compare(source.index(), before)
-    bad = bad.filter(pc.is_in(bad["uri"], pa.array(sorted(known_files), pa.string())))
     others, new = [uri for uri in files if uri not in known_files], INDEX_SCHEMA.empty_table()
     notes: tuple[str, ...] = ()
-    if others:
+    if others and not archives:
         with contextlib.suppress(NoImagesError):  # the others have some
             new = source.only(others).index()
         notes = tuple(notes_of(new))
+    unopened = tuple(archives[uri] for uri in others) if archives else ()
+    new = pa.concat_tables([new.replace_schema_metadata(), found.new])
+    return replace(found, new=new, notes=notes, parts=before.parts, unopened=unopened)
+
+
+def _in_files(files: Set[str], before: Dataset) -> Listing | None:
+    """The samples of a version in some of its files, those that could not be read then as new; None if a file is damaged."""
+    kept, known, uris = {}, {}, pa.array(sorted(files), pa.string())
+    if not {*before.sample_files} <= before.store.files().keys():
+        return None
+    for number, chosen in enumerate(before.selections):
+        mine = {before.files[file][0] for file in chosen.files}
+        if mine <= files:
+            kept[chosen.part] = (chosen, before)
+        elif mine & files:
+            table = _readable(partial(before.samples, number))
+            if table is None:
+                return None
+            known[chosen.part] = table.filter(pc.is_in(table["uri"], uris))
+    bad = _readable(before.bad_samples)
+    if bad is None:
+        return None
+    bad = bad.filter(pc.is_in(bad["uri"], uris))
     again = bad.filter(pc.invert(bad["read"])).select(INDEX_SCHEMA.names)
-    new = pa.concat_tables([new.replace_schema_metadata(), again])
-    return Listing(known, bad.filter(bad["read"]), new, kept, notes, before.parts)
+    return Listing(known, bad.filter(bad["read"]), again, kept)
 
 
 def _readable(read: Callable[[], pa.Table]) -> pa.Table | None:
@@ -176,16 +281,17 @@ def _readable(read: Callable[[], pa.Table]) -> pa.Table | None:
         return None
 
 
-def _joined(index: pa.Table, known: pa.Table) -> pa.Table:
-    return index.join(known, PLACE, join_type="inner").sort_by("at")
-
-
-def _without(index: pa.Table, found: pa.Table) -> pa.Table:
-    return index.filter(pc.invert(pc.is_in(index["at"], found["at"].combine_chunks()))) if found.num_rows else index
+def _without(index: pa.Table, at: np.ndarray) -> pa.Table:
+    left = np.ones(index.num_rows, bool)
+    left[at] = False
+    return index.filter(pa.array(left)) if len(at) else index
 
 
 def latest_version(empty: Dataset) -> Version | None:
     """The latest version of a data set, of the same location if one of the last ones has it; None if there is none."""
-    versions = list(islice(read_versions(empty.cache, empty.name, empty.policy, empty.snapshot), VERSIONS))
-    same = (version for version in versions if version.dataset.location == empty.location)
-    return next(same, versions[0] if versions else None)
+    latest = None
+    for version in islice(read_versions(empty.cache, empty.name, empty.policy, empty.snapshot), VERSIONS):
+        if version.dataset.location == empty.location:
+            return version
+        latest = latest or version
+    return latest

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.cache.fill import listing
 from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import load_codecs, teacher_stats
@@ -127,6 +128,22 @@ def assert_statistics(plan, split="train"):
             np.testing.assert_allclose(rotations[kind].mean, values.mean(axis=0), atol=1e-5)
             covariance = np.cov(values.T, bias=True)
             assert rotations[kind].scale == pytest.approx(np.sqrt(np.trace(covariance) / len(covariance)), rel=1e-4)
+
+
+def test_an_unchanged_folder_keeps_its_version_as_it_is(job):
+    (split,) = job.plan().splits
+    assert (split.new.num_rows, split.listing.known, split.dataset.draft) == (0, {}, {})
+    assert split.dataset == job.fill().splits[0].dataset
+
+
+def test_samples_are_compared_in_pieces_too(job, monkeypatch):
+    monkeypatch.setattr(listing, "ROWS_JOINED", 7)
+    whole = job.fill().splits[0].dataset
+    write_photos(job.root / "more", 1, seed=9)
+    shutil.copy(job.root / "more/class0/photo000.jpg", job.photos / "class2/another.jpg")
+    (split,) = job.plan().splits
+    assert split.new["sample_id"].to_pylist() == ["class2/another.jpg"]
+    assert split.dataset.selections == whole.selections
 
 
 def test_a_photograph_more_is_one_image_for_a_teacher(job):

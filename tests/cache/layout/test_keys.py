@@ -1,9 +1,11 @@
+import contextlib
+import json
 from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
-from pipeline.cache.layout.keys import digest, fingerprint, teacher_id
+from pipeline.cache.layout.keys import digest, fingerprint, sealed, teacher_id, teacher_identity, unsealed
 from tests.fakes import ColourGrid
 
 SPEC = ColourGrid(8, "", 0, 0).spec
@@ -46,6 +48,12 @@ def test_codec_and_precision_change_the_teacher_id():
     assert len(ids) == 3
 
 
+def test_a_decoder_changes_the_teacher_id_unless_it_is_the_reference():
+    assert teacher_id(SPEC, "float16", "float32", decoder="nvjpeg") != teacher_id(SPEC, "float16", "float32")
+    assert teacher_id(SPEC, "float16", "float32", decoder="cpu") == teacher_id(SPEC, "float16", "float32")
+    assert "decoder" not in teacher_identity(SPEC, "float16", "float32")
+
+
 def test_digest_ignores_the_order_of_keys():
     assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
 
@@ -66,3 +74,15 @@ def test_a_fingerprint_depends_on_every_value_and_their_order_not_on_their_chunk
     assert len(set(prints)) == 5
     assert prints[0] == fingerprint(_samples())
     assert prints[0] == fingerprint(pa.concat_tables([_samples().slice(0, 1), _samples().slice(1)]))
+
+
+@pytest.mark.parametrize("indent", [2, None])
+def test_what_is_sealed_comes_back_and_a_changed_byte_is_found(indent):
+    meta = {"rows": [1, 2], "a": {"z": 0.5, "b": "ä"}}
+    data = sealed(meta, indent)
+    assert unsealed(data) == meta == {name: value for name, value in json.loads(data).items() if name != "checksum"}
+    for place in range(len(data)):
+        for byte in (0, data[place] ^ 1):
+            changed = data[:place] + bytes([byte]) + data[place + 1 :]
+            with contextlib.suppress(ValueError):
+                assert unsealed(changed) == meta, changed

@@ -1,0 +1,87 @@
+"""Measure a training beside other processes that want the same cores.
+
+    python benchmarks/shared_cores.py
+    python benchmarks/shared_cores.py --busy 0 4 --seconds 20
+
+Trains the student of the quickstart on random images, with the niceness that a Ray worker gets and a way to wait for OpenMP's
+threads, beside 0, 1, 2 and 4 processes that only count: all settings in turn beside each number. Prints a table and one line of
+JSON: steps per second, and processor seconds per step.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
+    "nice 15": (15, {}),  # Ray's default
+    "nice 0": (0, {}),
+    "nice 15, passive": (15, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    "nice 0, passive": (0, {"OMP_WAIT_POLICY": "PASSIVE"}),
+}
+BATCH, SIDE = 32, 96
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every setting beside every number of busy processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4], help="processes beside the training")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement, after a warm-up")
+    parser.add_argument("--nice", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.nice is not None:
+        print(json.dumps(_train(options.seconds, options.nice)))
+        return
+    found = []
+    for busy in options.busy:
+        for name, (niceness, variables) in SETTINGS.items():
+            command = [sys.executable, __file__, "--seconds", str(options.seconds), "--nice", str(niceness)]
+            with ExitStack() as stack:
+                for _ in range(busy):
+                    process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+                    stack.callback(process.kill)
+                done = subprocess.run(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, check=True)
+            figures = {"busy": busy, "setting": name, **json.loads(done.stdout)}
+            found.append(figures)
+            print(
+                f"beside {busy}  {name:<18}{figures['steps_s']:>7.2f} steps/s{figures['cpu_s']:>7.2f} s of processor per step",
+                flush=True,
+            )
+    print(json.dumps({"seconds": options.seconds, "measured": found}))
+
+
+def _train(seconds: float, niceness: int) -> dict[str, Any]:
+    import torch
+
+    from pipeline.student.model import create_backbone
+
+    os.nice(niceness)  # of this thread, and of those that it starts
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    model, images = create_backbone("regla_t", {}), torch.randn(BATCH, 3, SIDE, SIDE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+    step()
+    steps, started, spent = 0, time.perf_counter(), time.process_time()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        step()
+        steps += 1
+    return {"steps_s": round(steps / elapsed, 3), "cpu_s": round((time.process_time() - spent) / steps, 3)}
+
+
+if __name__ == "__main__":
+    main()

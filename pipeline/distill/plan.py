@@ -1,0 +1,116 @@
+"""The plan of a distillation: what will be trained and measured, and whether it can be. Does not import MLflow."""
+
+import logging
+from collections.abc import Sequence
+
+from pipeline.cache.fill.plan import CachePlan
+from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
+from pipeline.cache.layout.codec import Codec
+from pipeline.cache.read.order import check_per_step
+from pipeline.distill.distiller import feature_map_size
+from pipeline.distill.grid import GridRule
+from pipeline.distill.loss import check_losses
+from pipeline.distill.phases import Phase
+from pipeline.distill.task import build_student
+from pipeline.errors import UserError
+from pipeline.training.ray_train import count_shares
+from pipeline.training.task import check_best_metric
+
+log = logging.getLogger(__name__)
+
+
+def views_per_epoch(phase: Phase) -> int:
+    """Views of an epoch, if no image is quarantined, as far as known.
+
+    Raises:
+        UserError: if they do not fill one batch.
+    """
+    train = phase.plan.split("train")
+    assert train is not None
+    images, batch = train.images * train.dataset.policy.rows_per_image, phase.config.train.batch_size
+    if images < batch and train.is_counted:
+        raise UserError(
+            f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
+        )
+    return images
+
+
+def training_plan(phase: Phase) -> dict[str, str]:
+    """Readable rows on student, training and grids; raises a UserError if training would be refused."""
+    config, teachers = phase.config, phase.plan.teachers
+    check_losses(config.loss)
+    share = config.train.batch_size // max(1, config.train.most_workers)
+    check_per_step(config.views.per_step, config.views.crops or 1, share)
+    check_images(phase)
+    if config.loss.standardise == "phi_s":
+        _warn_of_projections(teachers)
+    student = build_student(config)
+    grid, labels = feature_map_size(student, config.student.input_size), teacher_labels(teachers)
+    strides = ", ".join(map(str, student.tap_strides))
+    rows = {
+        "student": f"{config.student.name} at {config.student.input_size} px, feature maps of strides {strides}",
+        **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
+        "training": _training(phase),
+        "learning rate": config.train.lr_rule,
+        "kNN": f"{config.knn.k} neighbours{_if_labelled(phase.plan)}"
+        if _labelled(phase.plan)
+        else f"none: {_lacking(phase.plan)}",
+    }
+    return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
+
+
+def _training(phase: Phase) -> str:
+    """Epochs and steps, as far as known."""
+    train, settings, views = phase.plan.split("train"), phase.config.train, views_per_epoch(phase)
+    assert train is not None
+    steps = views // settings.batch_size
+    if train.is_counted:
+        return settings.describe_epochs(views, steps)
+    known = f"about {steps}" if train.is_estimated else "an unknown number of"
+    return f"{settings.epochs} epochs of {known} steps of {settings.batch_size} images"
+
+
+def check_images(phase: Phase) -> None:
+    """Raise a UserError if training needs more images, or labels."""
+    views_per_epoch(phase)
+    check_best_metric(phase.config.train.best_metric, _evaluated(phase.plan))
+
+
+def _warn_of_projections(teachers: Sequence[CachedTeacher]) -> None:
+    labels = teacher_labels(teachers)
+    if chosen := [labels[teacher.id] for teacher in teachers if Codec.parse(teacher.codec).pca]:
+        log.warning(
+            "loss.standardise=phi_s: what the cache keeps of %s was chosen for mean_std; with a few channels of large deviation "
+            "it keeps less of these targets than the plan says: set cache.codec=int8 or float16",
+            ", ".join(chosen),
+        )
+
+
+def check_session(phase: Phase) -> None:
+    """Raise a UserError if the GPUs of this Ray session do not divide the batch, or each would get too few images."""
+    config = phase.config
+    share = config.train.batch_size // count_shares(config.train)
+    check_per_step(config.views.per_step, config.views.crops or 1, share)
+
+
+def _evaluated(plan: CachePlan) -> list[str]:
+    """Names of the metrics that `DistillTask` will evaluate."""
+    if plan.split("val") is None:
+        return []
+    labels = teacher_labels(plan.teachers)
+    parts = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
+    names = [f"val_{measure}/{part}" for measure in ("cosine", "loss") for part in parts]
+    return ["knn", "knn_raw", *names] if _labelled(plan) else names
+
+
+def _labelled(plan: CachePlan) -> bool:
+    labelled = [split.labelled for split in plan.splits]
+    return len(labelled) > 1 and all(labelled)
+
+
+def _if_labelled(plan: CachePlan) -> str:
+    return ", if the files hold labels" if any(split.unopened for split in plan.splits) else ""
+
+
+def _lacking(plan: CachePlan) -> str:
+    return "the images have no labels" if plan.split("val") else "data.val names no held-out images"
