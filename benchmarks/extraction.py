@@ -101,6 +101,7 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
         "cpu_ratio": ratio(slowest, 1),
         "render_own_us": round(1e6 * median(found["render"][1] for found in rounds), 1),
         "images_per_second": rates,
+        "decoder": options.decoder,
         "teacher": teacher.spec.name,
         "weights": options.weights,
     }
@@ -109,8 +110,9 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
 def _load(config: TeacherConfig, options: argparse.Namespace) -> CachedTeacher:
     teacher = make_teacher(config)
     teacher.load()  # which finds the digest of its weights
-    name = teacher_id(teacher.spec, options.codec, options.precision)
-    return CachedTeacher(config, teacher.spec, name, options.codec, options.precision, teacher.weights_sha256)
+    settings = {"codec": options.codec, "precision": options.precision, "decoder": options.decoder}
+    name = teacher_id(teacher.spec, **settings)
+    return CachedTeacher(config, teacher.spec, name, **settings, weights_sha256=teacher.weights_sha256)
 
 
 class Stages:
@@ -202,6 +204,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--codec", default="pca-int8-zstd")
+    parser.add_argument("--decoder", choices=("cpu", "nvjpeg"), default="cpu", help="of the images; nvjpeg needs a GPU")
     parser.add_argument("--photos", type=Path, help="folder of JPEGs; default: synthetic images of 256 px")
     parser.add_argument("--images", type=int, help="256, or 50,000 with --memory")
     parser.add_argument("--shard-size", type=int, help="images; default: as many shards as are processed in parallel")

@@ -143,9 +143,8 @@ def _counting(kernels: list[int]) -> Any:
 
     def count(nodes: list[Any]) -> list[Any]:
         launched = [node for node in nodes if not isinstance(node, NopKernelSchedulerNode)]
-        kernels.append(
-            sum(not isinstance(node.node, MultiOutput) for node in launched)
-        )  # one of several results of a kernel
+        # a MultiOutput is one of several results of a kernel
+        kernels.append(sum(not isinstance(node.node, MultiOutput) for node in launched))
         raise _CountedError
 
     def lower(graph: GraphModule, inputs: list[Any], is_backward: bool) -> Any:
@@ -166,18 +165,11 @@ def _counting(kernels: list[int]) -> Any:
 
 
 def _benches(options: argparse.Namespace, *sizes: int) -> Iterator[Bench]:
-    chosen = [
-        "--student",
-        options.student,
-        "--image-size",
-        str(options.image_size),
-        "--head-dim",
-        str(options.head_dim),
-    ]
+    chosen = {name: getattr(options, name) for name in ("student", "image_size", "head_dim")}
     for size in sizes:
-        batch = ["--batch-size", str(size), "--images", str(size), "--precision", "bfloat16"]
+        named = {**chosen, "batch_size": size, "images": size, "precision": "bfloat16"}
         with TemporaryDirectory() as folder:
-            yield Bench(train_step._parse([*chosen, *batch]), folder)
+            yield Bench(argparse.Namespace(**{**vars(train_step._parse([])), **named}), folder)
 
 
 def _record(bench: Bench, name: str) -> list[Operator]:

@@ -40,13 +40,13 @@ extraction=(benchmarks/extraction.py --device "$device" --precision bfloat16)
 if [[ $device == cuda ]]; then
     train+=(--batch-size 256 --images 4096 --threads 14 --steps 20 --rounds 3)
     extraction+=(--teacher dinov2/vitb14 --batch-size 256 --images 8192 --shard-size 512 --threads 14 --rounds 2)
-    latency=() sam=() jpeg=(--threads 14) card=()
+    latency=() sam=() jpeg=(--threads 14) card=() nvjpeg=(--decoder nvjpeg --images 4096)
 else
     export TORCH_COMPILE_DISABLE=1  # for a CPU it takes minutes
     train+=(--student regla_t --image-size 64 --batch-size 4 --images 16 --head-dim 32 --steps 1 --rounds 1)
     extraction+=(--teacher hog --weights pretrained --images 8 --batch-size 4 --rounds 1)
     latency=(--models regla_t mobilenetv3_small_050 unknown --sizes 64 --batches 1 --forms fused --rounds 1)
-    sam=(--side 256 --width 96 --heads 2 --batches 1 --calls 1) jpeg=(--images 16 --rounds 1) card=(--side 64)
+    sam=(--side 256 --width 96 --heads 2 --batches 1 --calls 1) jpeg=(--images 16 --rounds 1) card=(--side 64) nvjpeg=()
 fi
 
 step card 25 benchmarks/card.py --device "$device" "${card[@]}"
@@ -58,6 +58,7 @@ step train-compiled-graphs 70 "${train[@]}" --compile --cuda-graphs
 step latency 130 benchmarks/latency.py --device "$device" "${latency[@]}"
 step sam 50 benchmarks/sam_attention.py --device "$device" "${sam[@]}"
 step jpeg 20 benchmarks/jpeg_decode.py --device "$device" "${jpeg[@]}"
+step extraction-nvjpeg 45 "${extraction[@]}" "${nvjpeg[@]}"
 
 summary=$(IFS=,; echo "{\"step\": \"summary\", \"device\": \"$device\", \"seconds\": $SECONDS, \"status\": {${statuses[*]}}}")
 echo "$summary" | tee -a "$results"

@@ -81,13 +81,8 @@ def write_features(dataset: Dataset, model: str, codec: str, **settings: Any) ->
         table = part.images.read(complete_record(part.images, shard), ["key", "view"])
         for kind, encoded in drawn.items():
             width = encoded.shape[1]
-            column = binary_column(np.resize(encoded, (table.num_rows, width)))
+            rows = pa.py_buffer(np.resize(encoded, (table.num_rows, width)))
+            column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), table.num_rows, [None, rows])
             table = table.append_column(pa.field(kind, pa.binary(width), nullable=False), column)
         part.teacher(teacher.id).commit(shard, table, compression=compression)
     return teacher
-
-
-def binary_column(rows: np.ndarray) -> pa.Array:
-    """uint8 [n, bytes] as a column of fixed-size binary values, without a copy."""
-    rows = np.ascontiguousarray(rows)
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])

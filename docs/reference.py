@@ -17,11 +17,23 @@ from pipeline.config.tree import FieldLine, Section, iter_fields, section_of
 
 JOBS = sorted(file.stem for file in REPOSITORY.glob("jobs/[!_]*.py"))
 API: dict[str, tuple[str, ...]] = {
-    "regla": ("distill", "precompute", "evaluate", "finetune", "load_predictor", "write_images", "TrainedModel"),
+    "regla": (
+        "distill",
+        "precompute",
+        "evaluate",
+        "finetune",
+        "load_predictor",
+        "load_words",
+        "load_prompts",
+        "write_images",
+        "TrainedModel",
+    ),
     "pipeline.predict": ("load_predictor", "Predictor", "Objects"),
+    "pipeline.voices.prompts": ("load_prompts", "Prompts", "PromptedImage"),
     "pipeline.student.loading": ("load_student", "LoadedStudent"),
     "pipeline.student.model": ("create_backbone", "Encoder", "load_encoder"),
     "pipeline.distill.kept_heads": ("load_heads", "StudentWithHeads"),
+    "pipeline.voices.words": ("load_words", "Words", "Found"),
     "pipeline.downstream.saved": ("load_model", "SavedModel"),
     "pipeline.downstream.base": ("DownstreamTask", "Examples", "Report", "Column", "ExportForm"),
     "pipeline.cache.read.reader": ("CacheReader",),

@@ -209,10 +209,3 @@ def grid(rows: Sequence[Mapping[str, str]]) -> str:
 def percent(value: float | None) -> str | None:
     """A percentage, for people."""
     return None if value is None else f"{value:.1f} %"
-
-
-def size(count: float) -> str:
-    """Bytes, for people."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = next((power for power in range(4) if count < 1024 ** (power + 1)), 4)
-    return f"{count / 1024**power:.{min(power, 1)}f} {units[power]}"

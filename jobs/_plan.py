@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from jobs._cli import grid, size, table
+from jobs._cli import grid, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.build import BuildReport
+from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import TeacherEstimate, all_bytes, missing_bytes
-from pipeline.cache.fill.plan import CachePlan, versions_of
+from pipeline.cache.fill.plan import CachePlan, SplitPlan, versions_of
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_fidelity, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1
 from pipeline.runs.folder import work_folder
 from pipeline.runtime.ray_session import Hardware
+from pipeline.runtime.units import hours, size
 
 if TYPE_CHECKING:  # it imports MLflow
     from pipeline.runs.session import Job
@@ -32,6 +34,9 @@ def fill(job: Job, planned: Sequence[tuple[CacheJobConfig, CachePlan]]) -> list[
     """Compute the missing features of all phases; returns the filled plans."""
     from pipeline.cache.fill.job import precompute
 
+    lacking = (t for _, plan in planned for t in plan.teachers if any(split.missing_views(t) for split in plan.splits))
+    for decoder in {teacher.decoder for teacher in lacking}:
+        check_decoder("cache.decoder", decoder)
     filled = []
     for number, (phase, plan) in enumerate(planned, 1):
         with job.child_run("precompute" if number == 1 else f"precompute-{number}") as tracked:
@@ -46,14 +51,10 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
     rows: dict[str, str | None] = {"work folder": str(work_folder(config)), "cache": plan.store.uri}
     for split in plan.splits:
         dataset = split.dataset
-        there = (
-            f"version {dataset.id}"
-            if not split.new.num_rows
-            else f"{split.new.num_rows} new or changed, still to be read"
-        )
+        there = f"version {dataset.id}" if split.listing.is_known else _unread(split)
         bad = f"; {split.listing.bad.num_rows} that cannot be used" if split.listing.bad.num_rows else ""
         rows[f"{split.split} images"] = (
-            f"{split.images} from {dataset.location}; view {dataset.policy.id}; {there}{bad}"
+            f"{_count(split)} from {dataset.location}; view {dataset.policy.id}; {there}{bad}"
         )
         rows[f"{split.split} left out"] = "; ".join(split.left_out) or None
     labels = teacher_labels(plan.teachers)
@@ -62,15 +63,41 @@ def cache_plan(plan: CachePlan, config: PrecomputeJobConfig) -> str:
     return table(rows)
 
 
+def _count(split: SplitPlan) -> str:
+    """The number of images, as far as known."""
+    if split.is_counted:
+        return str(split.images)
+    return f"about {split.images}" if split.is_estimated else "an unknown number"
+
+
+def _unread(split: SplitPlan) -> str:
+    """What is still to be read."""
+    phrases = [f"{split.new.num_rows} new or changed, still to be read"] if split.new.num_rows else []
+    if count := len(split.unopened):
+        kind = "Parquet file" if split.listing.expected else "tar"
+        about = "" if split.listing.expected else "about "
+        expected = f": {about}{split.expected} images" if split.is_estimated else ""
+        archives = f"{count} new {kind}{'s' if count > 1 else ''}"
+        phrases.append(f"{archives}, {size(split.unopened_bytes)}, not read before the job stores them{expected}")
+    return ", ".join(phrases)
+
+
+def uncounted(plan: CachePlan) -> str | None:
+    """The images that all estimates lack."""
+    names = [f"data.{split.split}" for split in plan.splits if not split.is_estimated]
+    return f"the images of {' and '.join(names)}, whose tars are not read before the job stores them" if names else None
+
+
 def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     spec = teacher.spec
     views = sum(split.images * split.dataset.policy.rows_per_image for split in plan.splits)
     missing = min(views, sum(split.missing_views(teacher) for split in plan.splits))
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     computed = f", {spec.computation}" if spec.computation else ""
+    decoded = "" if teacher.decoder == "cpu" else f", decoded by {teacher.decoder}"
     return (
         f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
-        f"{RESIZED[spec.resize_mode]}, {spec.interpolation}{computed}; "
+        f"{RESIZED[spec.resize_mode]}, {spec.interpolation}{decoded}{computed}; "
         f"weights {spec.weights[:20]}; {teacher.precision}, stored as {teacher.codec}: {_stored(plan, teacher)}; "
         f"{teacher.id}: {views - missing} of {views} views cached"
     )
@@ -98,45 +125,62 @@ def cost_plan(
     plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate], cluster: Hardware | None = None
 ) -> str:
     """Device hours, price, read rate and space, also with other codecs; on a cluster, its GPUs and hours."""
-    hours, codecs = grid([_hours(teacher, config) for teacher in teachers]), grid([*map(_codecs, teachers)])
+    times = grid([*(_times(teacher, config) for teacher in teachers), _total(teachers, config)])
+    codecs = grid([*map(_codecs, teachers)])
     free = plan.store.free_bytes()
     rows = {
+        "not counted": uncounted(plan),
         "still to be written": f"at most {size(missing_bytes(plan))}",
         "free": "unknown" if free is None else f"{size(free)} at {plan.store.uri}",
         "to read": f"{size(read_rate(plan, config, teachers))}/s for plan.images_per_second="
         f"{config.plan.images_per_second:g}",
         "cluster": cluster and _on_cluster(cluster, teachers),
     }
-    return "\n".join(["time", hours, "bytes per view (<: at most)", codecs, "space", table(rows)])
+    return "\n".join(["time", times, "bytes per view (<: at most)", codecs, "space", table(rows)])
 
 
 def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:
-    hours = [teacher.gpu_hours for teacher in teachers]
     if not cluster.gpus:
         return f"{cluster}: teachers run on CPUs"
-    total = None if None in hours else sum(hour for hour in hours if hour is not None)
-    return f"{cluster}: {_number(total and total / cluster.gpus, ' h')} on all GPUs"
+    total = _sum(teacher.gpu_hours for teacher in teachers)
+    return f"{cluster}: {_span(total and total / cluster.gpus)} on all GPUs"
 
 
-def _hours(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, str]:
+def _times(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, str]:
     probe = teacher.probe
     speed = "no weights, not probed" if probe is None else f"{probe.views_per_second:.1f} views/s on {probe.device}"
     counted = probe is not None and probe.device == "cpu" and probe.macs
     gpu = f" ({probe.macs / 1e9:.2f} GMACs at 40 % of an A100)" if probe and counted else ""
-    price = None if teacher.gpu_hours is None else teacher.gpu_hours * config.plan.gpu_hour_price
     return {
         "teacher": teacher.label,
         "views missing": f"{teacher.missing} of {teacher.views}",
         "measured": speed + ("" if probe is None or probe.trained else ", random weights"),
-        "time here": _number(teacher.hours, " h"),
-        "time on a GPU": _number(teacher.gpu_hours, " h") + gpu,
-        "price": _number(price, ""),
+        "time here": _span(teacher.hours),
+        "time on a GPU": _span(teacher.gpu_hours) + gpu,
+        "price": _price(teacher.gpu_hours, config),
         "GPU memory": size(probe.memory) if probe and probe.memory else "not measured",
     }
 
 
-def _number(value: float | None, unit: str) -> str:
-    return "unknown" if value is None else f"{value:.3g}{unit}"
+def _total(teachers: Sequence[TeacherEstimate], config: PrecomputeJobConfig) -> dict[str, str]:
+    """The last row: what all teachers take, one after the other; unknown if that of one of them is."""
+    here, gpu = (_sum(getattr(teacher, name) for teacher in teachers) for name in ("hours", "gpu_hours"))
+    views = f"{sum(teacher.missing for teacher in teachers)} of {sum(teacher.views for teacher in teachers)}"
+    times = {"time here": _span(here), "time on a GPU": _span(gpu), "price": _price(gpu, config)}
+    return {"teacher": "all", "views missing": views, "measured": "", **times, "GPU memory": ""}
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [*values]
+    return None if None in known else sum(value for value in known if value is not None)
+
+
+def _span(value: float | None) -> str:
+    return "unknown" if value is None else hours(3600 * value)
+
+
+def _price(gpu_hours: float | None, config: PrecomputeJobConfig) -> str:
+    return "unknown" if gpu_hours is None else f"{gpu_hours * config.plan.gpu_hour_price:.2f}"
 
 
 def _codecs(teacher: TeacherEstimate) -> dict[str, str]:

@@ -16,11 +16,12 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import confirm, grid, run_parser, size, table
+from jobs._cli import confirm, grid, run_parser, table
 from pipeline.errors import UserError
 from pipeline.runs.config import JobConfig
 from pipeline.runs.disk import bytes_of, remove_checkpoints, runs_of
 from pipeline.runs.folder import work_folder
+from pipeline.runtime.units import size
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

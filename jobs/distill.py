@@ -13,7 +13,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import later, percent, run, size, table
+from jobs._cli import later, percent, run, table
 from pipeline.distill.config import DistillJobConfig
 
 if __name__ == "__main__":
@@ -21,12 +21,14 @@ if __name__ == "__main__":
     sys.exit()
 
 from jobs._plan import fill, print_plan
+from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.plan import check_weights
 from pipeline.distill.phases import plan_phases
 from pipeline.distill.plan import check_session, training_plan
 from pipeline.runs.folder import cache_store
 from pipeline.runs.usage import loading_lines
+from pipeline.runtime.units import size
 
 
 def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
@@ -42,12 +44,15 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     # MLflow takes seconds to import, which a dry run need not wait for.
     from pipeline.cache.fill.job import cache_bytes, image_bytes
     from pipeline.distill.job import distill
+    from pipeline.distill.report import Filled, distill_report
     from pipeline.runs.session import open_job
 
     with open_job(config, "distill") as job:
         if not job.state.resumed:
             for phase in phases:
                 check_session(phase)
+        for phase in phases:
+            check_decoder("train.decoder", phase.config.train.decoder)
         plans, reports = zip(*fill(job, [(phase.config, phase.plan) for phase in phases]), strict=True)
         filled = [replace(phase, plan=plan) for phase, plan in zip(phases, plans, strict=True)]
         computed = sum(report.shards_computed for report in reports)
@@ -71,6 +76,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
             held_out=result.held_out,
             lineage=result.lineage,
         )
+        report = job.report(lambda: distill_report(job, config, result, Filled(plans, reports), figures))
     bad = {
         (split, sample["sample_id"])
         for report in reports
@@ -86,6 +92,7 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
         "quarantined images": len(bad),
         "cache": f"{plans[0].store.uri} ({size(cache_bytes(*plans))} of features, {size(image_bytes(*plans))} of images)",
         "student": str(result.student),
+        "report": report,
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {registered or result.model_uri}",
         "time": f"{figures['seconds']:.0f} s",
     }

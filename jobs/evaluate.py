@@ -4,6 +4,12 @@ python jobs/evaluate.py knn       evaluate.student=work/runs/<run>/student data.
 python jobs/evaluate.py linear    evaluate.student=models:/m-... data.train=imagenet/train data.val=imagenet/val
 python jobs/evaluate.py seg-probe evaluate.student=timm/<name> evaluate.weights=<file> evaluate.input_size=512
                                   data.train=ade20k/images/training data.val=ade20k/images/validation
+python jobs/evaluate.py zero-shot evaluate.student=work/runs/<run>/student data.val=imagenet/val words.classes=imagenet
+python jobs/evaluate.py retrieval evaluate.student=work/runs/<run>/student data.val=coco/val2017
+                                  words.captions=coco/annotations/captions_val2017.json
+python jobs/evaluate.py correspondence correspondence.student=work/runs/<run>/student correspondence.pairs=SPair-71k
+python jobs/evaluate.py promptable evaluate.student=work/runs/<run>/student data.val=coco/val2017
+                                   prompts.annotations=coco/annotations/instances_val2017.json prompts.sam=sam_vit_b_01ec64.pth
 python jobs/evaluate.py classify|segment|detect evaluate.model=work/runs/<run>/model data.val=photos/val
 python jobs/evaluate.py package.module:Class evaluate.model=work/runs/<run>/model data.val=photos/val
 python jobs/evaluate.py coco-results annotations=instances_val2017.json results=detections.json
@@ -19,13 +25,17 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import DEFAULT_RECIPE, RECIPES, complete, grid, later, percent, run, size, table
+from jobs._cli import DEFAULT_RECIPE, RECIPES, complete, grid, later, percent, run, table
 from pipeline.downstream.config import TASKS, CocoResultsJobConfig, EvaluateModelJobConfig
 from pipeline.evaluate.config import EvaluateJobConfig
 from pipeline.runs.config import JobConfig
+from pipeline.voices.config import CorrespondenceJobConfig, PromptsJobConfig, WordsJobConfig
 
 ROOTS: dict[str, type[JobConfig]] = {
     **dict.fromkeys(("knn", "linear", "seg-probe"), EvaluateJobConfig),
+    **dict.fromkeys(("zero-shot", "retrieval"), WordsJobConfig),
+    "correspondence": CorrespondenceJobConfig,
+    "promptable": PromptsJobConfig,
     **{task: EvaluateModelJobConfig.of_task(task) for task in TASKS},
     "coco-results": CocoResultsJobConfig,
 }
@@ -50,8 +60,7 @@ def start(arguments: Sequence[str]) -> None:
     items = [f"evaluate.{argument}" if argument.startswith(short) else argument for argument in others]
     if name in TASKS or ":" in name:
         items.append(f"finetune.task={name}")
-    own = RECIPES / f"{name}.yaml"
-    recipe = own if own.exists() else DEFAULT_RECIPE
+    recipe = RECIPES / f"{name}.yaml" if name in TASKS else DEFAULT_RECIPE  # promptable.yaml is of a distillation
     run(ROOTS.get(name, EvaluateModelJobConfig), body, __doc__ or "", items, recipe=recipe, listed=listed)
 
 
@@ -59,6 +68,9 @@ if __name__ == "__main__":
     start(sys.argv[1:])
     sys.exit()
 
+from jobs._correspondences import correspondence
+from jobs._prompts import promptable
+from jobs._words import retrieval, zero_shot
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.job import log_images
 from pipeline.downstream.base import make_task
@@ -68,6 +80,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import job as evaluation
 from pipeline.evaluate.job import FrozenPlan, SplitMaps, compute_features, plan_frozen
 from pipeline.runs.session import open_job
+from pipeline.runtime.units import size
 from pipeline.tracking.run import Run
 
 Measurement = Callable[[FrozenPlan, EvaluateJobConfig, Run, Path], dict[str, float]]
@@ -166,6 +179,10 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knn": knn,
     "linear": linear,
     "seg-probe": seg_probe,
+    "zero-shot": zero_shot,
+    "retrieval": retrieval,
+    "correspondence": correspondence,
+    "promptable": promptable,
     "coco-results": evaluate_results,
 }
 """The evaluations other than those of downstream tasks."""

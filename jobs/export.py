@@ -4,6 +4,8 @@ python jobs/export.py work/runs/<run>/student --format torch_export onnx hf
 python jobs/export.py work/runs/<run>/model --to classifier
 python jobs/export.py models:/m-... --to exported
 python jobs/export.py timm/<name> --weights <file> --size 224
+python jobs/export.py work/runs/<run>/student --classes "a cat, a dog" --to classifier
+python jobs/export.py work/runs/<run>/student --sam sam_vit_b_01ec64.pth
 """
 
 import argparse
@@ -16,6 +18,8 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import later, model_parser, run_parser, table, tracking_uri
+from jobs._prompts import add_sam_flag, write_prompts
+from jobs._words import add_class_flags, word_classifier
 from pipeline.export.formats import FORMATS, ROUNDS
 
 
@@ -31,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--rounds", type=int, default=ROUNDS, help=f"rounds of the latency measurement; default: {ROUNDS}"
     )
     parser.add_argument("--to", type=Path, default=Path("exported"), help="output folder; default: exported")
+    add_class_flags(parser)
+    add_sam_flag(parser.add_argument_group("prompts", "also write a student's SAM head and SAM's decoder as ONNX"))
     run_parser(parser, later("jobs.export", "export"), arguments)
 
 
@@ -55,15 +61,21 @@ def export(options: argparse.Namespace) -> Mapping[str, Any]:
         raise UserError(f"--rounds={options.rounds}: at least 1")
     if options.to.exists() and not options.to.is_dir():
         raise UserError(f"--to: {options.to} is a file; name a folder")
+    prompts = write_prompts(options) if options.sam else {}
     bundle = load_bundle(options)
     described = export_bundle(bundle, options.format, options.to, options.rounds)
     rows = {form: f"{options.to / entry['file']}  {_shown(entry)}" for form, entry in described["formats"].items()}
     print(f"{bundle.name} at {bundle.size} px\n{table({**rows, 'model card': options.to / 'README.md'})}")
-    return {"folder": str(options.to.resolve()), "formats": described["formats"]}
+    return {"folder": str(options.to.resolve()), "formats": described["formats"], **prompts}
 
 
 def load_bundle(options: argparse.Namespace) -> ExportBundle:
     """The model to export."""
+    if options.classes is not None:
+        return word_classifier(options)
+    lost = [flag for flag in ("templates", "text_weights", "teacher") if getattr(options, flag) is not None]
+    if lost:
+        raise UserError(f"--{lost[0].replace('_', '-')}: needs --classes")
     store = tracking_uri(options)
     saved = find_model(options.model, store)
     if saved is None:

@@ -38,6 +38,7 @@ if __name__ == "__main__":
 
 from pipeline.downstream.base import DownstreamTask, make_task
 from pipeline.downstream.job import FinetunePlan, finetune, plan_finetune
+from pipeline.downstream.report import finetune_report
 from pipeline.runs.session import open_job
 
 
@@ -65,10 +66,12 @@ def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
             held_out=result.held_out,
             lineage=result.lineage,
         )
+        report = job.report(lambda: finetune_report(job, config, plan, result, float(figures["seconds"])))
     rows = {
         **{name: _before_after(task, name, result.before[name], value) for name, value in result.after.items()},
         "images seen": f"{result.samples} in {result.steps} steps",
         "model": str(result.model),
+        "report": report,
         "tables, pictures": str(job.state.folder / "evaluation") if result.after else None,
         "MLflow": f"{job.tracking_uri} run {job.run.run_id}, model {registered or result.model_uri}",
         "time": f"{figures['seconds']:.0f} s",

@@ -20,7 +20,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import Mode, confirm, grid, later, run, size, table
+from jobs._cli import Mode, confirm, grid, later, run, table
 from pipeline.cache.config import PrecomputeJobConfig
 
 MODES = {
@@ -70,6 +70,7 @@ from pipeline.cache.maintain.repair import repair_cache
 from pipeline.runs.folder import cache_store
 from pipeline.runs.shared_paths import check_shared
 from pipeline.runtime.ray_session import connect, hardware, hardware_line, is_cluster
+from pipeline.runtime.units import size
 
 SHOWN = 50
 """Lines shown of a table of findings or garbage; further ones are counted."""
@@ -135,6 +136,7 @@ def show_plan(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, A
     return {
         "views_missing": sum(teacher.missing for teacher in teachers),
         "missing_bytes": missing_bytes(*plans),
+        "unopened_bytes": max(sum(split.unopened_bytes for split in plan.splits) for plan in plans),
         "free_bytes": plans[0].store.free_bytes(),
         "bytes_per_view": {teacher.label: teacher.view_bytes for teacher in teachers},
         "gpu_hours": hours,

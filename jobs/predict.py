@@ -1,13 +1,22 @@
-"""Predict on images: features from a backbone; classes, label maps or objects from a fine-tuned model.
+"""Predict on images: features from a backbone; classes, label maps or objects from a fine-tuned model; and what a student
+can do with the heads of its teachers (docs/students.md).
 
 python jobs/predict.py work/runs/<run>/student photos/ --to features.parquet
 python jobs/predict.py work/runs/<run>/model photos/ --to predictions
 python jobs/predict.py models:/m-... a.jpg b.jpg --task detect
+python jobs/predict.py work/runs/<run>/student photos/ --classes "a cat, a dog"
+python jobs/predict.py work/runs/<run>/student photos/ --find "a red car"
+python jobs/predict.py work/runs/<run>/student photos/ --like query.jpg
+python jobs/predict.py work/runs/<run>/student photos/ --pca --to colours
+python jobs/predict.py work/runs/<run>/student photos/ --parts 6 --to parts
+python jobs/predict.py work/runs/<run>/student a.jpg b.jpg --match --keypoints 120,80 --to match
+python jobs/predict.py work/runs/<run>/student photo.jpg --boxes 40,30,200,180 --sam sam_vit_b_01ec64.pth
+python jobs/predict.py work/runs/<run>/student photos/ --everything --sam sam_vit_b_01ec64.pth
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +24,9 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs._cli import later, model_parser, run_parser, table, tracking_uri
+from jobs._correspondences import add_correspondence_flags, asks_for_correspondences, predict_correspondences
+from jobs._prompts import add_prompt_flags, asks_for_masks, predict_masks
+from jobs._words import add_word_flags, asks_for_words, predict_words
 from pipeline.downstream.config import TASKS
 
 
@@ -42,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
     parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if available")
+    add_word_flags(parser)
+    add_correspondence_flags(parser)
+    add_prompt_flags(parser)
     run_parser(parser, later("jobs.predict", "predict"), arguments)
 
 
@@ -55,9 +70,28 @@ from pipeline.predict.files import earlier_predictions, write_predictions
 from pipeline.predict.images import find_images
 from pipeline.predict.predictor import load_predictor
 
+Voice = Callable[[argparse.Namespace], Mapping[str, Any]]
+
+
+def choose_voice(options: argparse.Namespace) -> Voice | None:
+    """What is asked of the heads of a student's teachers, if anything is."""
+    voices: dict[str, tuple[bool, Voice]] = {
+        "words (--classes, --find, --like)": (asks_for_words(options), predict_words),
+        "correspondences (--pca, --match, --parts)": (asks_for_correspondences(options), predict_correspondences),
+        "prompts (--points, --boxes, --everything)": (asks_for_masks(options), predict_masks),
+    }
+    asked = {name: voice for name, (wanted, voice) in voices.items() if wanted}
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)}: ask for one of them at a time")
+    if not asked and (lost := [flag for flag in ("teacher", "text_weights") if getattr(options, flag) is not None]):
+        raise UserError(f"--{lost[0].replace('_', '-')}: needs {' or '.join(voices)}")
+    return next(iter(asked.values()), None)
+
 
 def predict(options: argparse.Namespace) -> Mapping[str, Any]:
     """Write predictions for every readable image, and name the others."""
+    if voice := choose_voice(options):
+        return voice(options)
     if options.batch_size < 1:
         raise UserError(f"--batch-size={options.batch_size}: at least 1")
     asked = options.task or ("features" if options.to and options.to.suffix else None)
@@ -90,7 +124,7 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         folder = options.to or Path("predictions")
         if earlier := earlier_predictions(predictor.saved.task, paths, folder):
             print(f"replacing the {len(earlier)} files of an earlier prediction in {folder}", flush=True)
-        written = write_predictions(predictor, paths, folder, earlier)
+        written = write_predictions(predictor, predictor.saved.task, paths, folder, earlier)
         count = len(list(predictor.readable(paths)))
         print(table({"images": count, task: ", ".join(map(str, written))}))
         figures = {"task": predictor.task, "images": count, "files": [str(file.resolve()) for file in written]}

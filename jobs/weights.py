@@ -13,7 +13,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import Mode, grid, later, run, size
+from jobs._cli import Mode, grid, later, run
 from pipeline.distill.config import DistillJobConfig
 
 
@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.cached_teacher import make_teacher
+from pipeline.runtime.units import size
 from teachers.base import Teacher
 
 KINDS = {"file": "its own file", "random": "none: untrained", "none": "none needed"}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from teachers.errors import did_you_mean as did_you_mean
 from teachers.errors import one_line as one_line
 
 

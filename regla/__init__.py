@@ -11,7 +11,16 @@ package imports neither torch, Ray nor MLflow; its functions do.
 """
 
 from pipeline.errors import UserError
-from regla.api import TrainedModel, distill, evaluate, finetune, load_predictor, precompute
+from regla.api import (
+    TrainedModel,
+    distill,
+    evaluate,
+    finetune,
+    load_predictor,
+    load_prompts,
+    load_words,
+    precompute,
+)
 from regla.images import write_images
 
 __all__ = [
@@ -21,6 +30,8 @@ __all__ = [
     "evaluate",
     "finetune",
     "load_predictor",
+    "load_prompts",
+    "load_words",
     "precompute",
     "write_images",
 ]

@@ -12,6 +12,8 @@ from regla.images import Images, locate
 if TYPE_CHECKING:
     from pipeline.predict.predictor import Predictor
     from pipeline.runs.config import ImageJobConfig
+    from pipeline.voices.prompts import Prompts
+    from pipeline.voices.words import Words
 
 Recipe = str | Path | Mapping[str, Any] | None
 """A YAML file, the name of a recipe of this package (`own_images.yaml`), its fields as a mapping, or None for the default."""
@@ -115,7 +117,7 @@ def evaluate(
     """Measure a backbone on frozen features.
 
     Args:
-        name: `knn`, `linear` or `seg-probe`.
+        name: `knn`, `linear`, `seg-probe`, `zero-shot` or `retrieval`.
         recipe, images, held_out, fields: as in :func:`distill`; ``evaluate={"student": trained.folder}`` names the backbone.
 
     Returns:
@@ -124,13 +126,14 @@ def evaluate(
     Raises:
         UserError: as :func:`distill`, or for another name.
     """
-    from jobs.evaluate import EVALUATIONS
+    from jobs.evaluate import EVALUATIONS, ROOTS
     from pipeline.errors import UserError
     from pipeline.evaluate.config import EvaluateJobConfig
 
-    if name not in ("knn", "linear", "seg-probe"):
-        raise UserError(f"evaluate: there is no {name}; choose knn, linear or seg-probe")
-    config = _configure(EvaluateJobConfig, "quickstart.yaml", recipe, images, held_out, fields)
+    roots = {known: root for known, root in ROOTS.items() if issubclass(root, EvaluateJobConfig)}
+    if name not in roots:
+        raise UserError(f"evaluate: there is no {name}; choose one of {', '.join(roots)}")
+    config = _configure(roots[name], "quickstart.yaml", recipe, images, held_out, fields)
     return _numbers(EVALUATIONS[name](config, False))
 
 
@@ -148,6 +151,37 @@ def load_predictor(model: str | Path, **options: Any) -> Predictor:
     from pipeline.predict.predictor import load_predictor
 
     return load_predictor(str(model), **options)
+
+
+def load_words(student: str | Path, **options: Any) -> Words:
+    """Load a student with the head of a CLIP teacher: it classifies by texts, and finds images by a text or an image.
+
+    Args:
+        student: exported folder or MLflow URI, distilled with `student.keep_heads=true`.
+        options: `teacher`, `text_weights`, `input_size`, `device`, `batch_size` and `tracking_uri`, as in
+            :func:`pipeline.voices.words.load_words`.
+
+    Raises:
+        UserError: if the student has no such head, or the weights of the text tower must be named.
+    """
+    from pipeline.voices.words import load_words
+
+    return load_words(str(student), **options)
+
+
+def load_prompts(student: str | Path, **options: Any) -> Prompts:
+    """Load a student with the head of a SAM teacher: it cuts out what points and boxes name, or everything.
+
+    Args:
+        student: exported folder or MLflow URI, distilled with `student.keep_heads=true`.
+        options: `sam`, `input_size`, `device` and `tracking_uri`, as in :func:`pipeline.voices.prompts.load_prompts`.
+
+    Raises:
+        UserError: if the student has no such head, or SAM's weights must be named.
+    """
+    from pipeline.voices.prompts import load_prompts
+
+    return load_prompts(str(student), **options)
 
 
 def _configure(

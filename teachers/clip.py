@@ -29,7 +29,7 @@ DEFAULT_TAG = "openai"
 
 
 class CLIP(Teacher):
-    """The image tower of an open_clip model; the text tower is never built.
+    """The image tower of an open_clip model; `teachers/clip_text.py` has the text tower.
 
     Args:
         model, tag: open_clip's names; tag "" for no published weights.
@@ -58,7 +58,7 @@ class CLIP(Teacher):
         self.pool = options.pool or 1
         self.spec = TeacherSpec(
             name=name,
-            architecture=f"open_clip/{model}{'-quickgelu' if self._quick_gelu else ''}",
+            architecture=f"open_clip/{model}{'-quickgelu' if self.quick_gelu else ''}",
             weights=self.source.identity,
             input_size=(size, size),
             mean=tuple(self.published.get("mean", open_clip.OPENAI_DATASET_MEAN)),
@@ -73,12 +73,14 @@ class CLIP(Teacher):
         )
 
     @property
-    def _quick_gelu(self) -> bool:
+    def quick_gelu(self) -> bool:
+        """Whether its towers use QuickGELU, as OpenAI's do."""
         return bool(self.config.get("quick_gelu") or self.published.get("quick_gelu"))
 
-    def _create(self) -> nn.Module:
+    def create_tower(self) -> nn.Module:
+        """The image tower before its weights, in evaluation mode; TeacherError if open_clip refuses its configuration."""
         try:
-            tower: nn.Module = _build_vision_tower(self.config["embed_dim"], self.vision, self._quick_gelu)
+            tower: nn.Module = _build_vision_tower(self.config["embed_dim"], self.vision, self.quick_gelu)
         except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
             raise TeacherError(f"teacher clip/{self.model_name}: args {self.vision}: {one_line(error)}") from error
         return tower.eval().requires_grad_(False)
@@ -87,7 +89,7 @@ class CLIP(Teacher):
         check_input_size(name, size, self.vision.get("patch_size") or 1)
         with torch.device("meta"):
             try:
-                summary, patches = self._features(self._resize(self._create()), torch.empty(1, 3, size, size))
+                summary, patches = self._features(self._resize(self.create_tower()), torch.empty(1, 3, size, size))
             except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
                 reason = one_line(error)
                 raise TeacherError(f"teacher {name}: its tower gives no patches at {size} px ({reason})") from error
@@ -111,7 +113,7 @@ class CLIP(Teacher):
             check_available(self.spec.name, self.hub_file)
         elif self.source.kind == "file":
             with torch.device("meta"):
-                tower = self._create()
+                tower = self.create_tower()
             self._read(tower, self.source.value, "meta")
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -124,13 +126,17 @@ class CLIP(Teacher):
     def _load(self) -> nn.Module:
         if self.source.kind == "random":
             with seeded_init(int(self.source.value), self.spec.name):
-                return self._create()
-        path = self.source.value
-        if self.source.kind == "hub":
-            path = load_from_hub(self.spec.name, lambda: open_clip.download_pretrained(self.published), self.hub_file)
-        tower = self._create()
+                return self.create_tower()
+        path = self.weights_file()
+        tower = self.create_tower()
         tower.load_state_dict(self._read(tower, path, "cpu"))
         return tower
+
+    def weights_file(self) -> str:
+        """The path of the file of its weights, both towers', downloaded if need be; not for random weights."""
+        if self.source.kind != "hub":
+            return self.source.value
+        return load_from_hub(self.spec.name, lambda: open_clip.download_pretrained(self.published), self.hub_file)
 
     def _read(self, tower: nn.Module, path: str, device: str) -> dict[str, Tensor]:
         return fit(read_checkpoint(path, self.spec.name, device), tower, path, self.spec.name, _to_open_clip)

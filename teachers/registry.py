@@ -1,10 +1,10 @@
 """Teachers by name; a user's own plugs in as `package.module:factory`."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from teachers.base import Teacher, TeacherError, TeacherOptions
+from teachers.errors import did_you_mean
 from teachers.plugin import import_plugin
 
 FACTORIES: dict[str, str] = {
@@ -36,8 +36,7 @@ def create_teacher(
     name, _, variant = model.partition("/")
     location = model if ":" in name else FACTORIES.get(name)
     if location is None:
-        near = difflib.get_close_matches(name, FACTORIES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, FACTORIES, "did you mean {}? ")
         raise TeacherError(
             f"teachers: there is no teacher {model}; {hint}known are {', '.join(FACTORIES)}, and package.module:factory"
         )

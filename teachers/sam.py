@@ -18,6 +18,7 @@ from timm.models.vision_transformer_sam import Attention, checkpoint_filter_fn, 
 from torch import Tensor, nn
 
 from teachers.base import Teacher, TeacherOptions
+from teachers.sam_layout import to_authors
 from teachers.timm_backbone import TimmTeacher
 from teachers.variants import choose_variant
 
@@ -117,7 +118,7 @@ def with_positions(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> tuple
 def sam(options: TeacherOptions) -> Teacher:
     """Factory of SAM; the default variant is ViT-B.
 
-    `weights` may be a file with timm's keys or with the authors' own, whose prompt encoder and mask decoder are ignored.
+    `weights` may be a file with timm's keys, the authors' or those of transformers; prompt encoder and mask decoder are ignored.
     """
     variant, model = choose_variant("sam", options.variant, VARIANTS, DEFAULT)
     size = options.input_size or INPUT_SIZE
@@ -129,5 +130,5 @@ def sam(options: TeacherOptions) -> Teacher:
 
 
 def _to_timm(tensors: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    converted: Mapping[str, Tensor] = checkpoint_filter_fn(tensors, model)
+    converted: Mapping[str, Tensor] = checkpoint_filter_fn(to_authors(tensors), model)
     return converted

@@ -9,7 +9,6 @@
 and `resize_mode`: `squash`, or, where there is no summary, `pad`.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ from teachers.base import (
     pool_grid,
 )
 from teachers.checkpoint import read_checkpoint
-from teachers.errors import one_line
+from teachers.errors import did_you_mean, one_line
 from teachers.fit import KeyFilter, fit
 from teachers.hub import HubFile, check_available, load_from_hub
 from teachers.timm_features import Read, find_features
@@ -177,10 +176,7 @@ class TimmTeacher(Teacher):
 def _known_model(name: str) -> str:
     if timm.is_model(name):
         return name
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    raise TeacherError(
-        f"teacher timm/{name}: timm has no such model{'; did you mean ' if near else ''}{', '.join(near)}"
-    )
+    raise TeacherError(f"teacher timm/{name}: timm has no such model{did_you_mean(name, timm.list_models(), most=3)}")
 
 
 def _published(model_name: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Named variants of a teacher, and its valid input sizes."""
 
-import difflib
 from collections.abc import Mapping
 
 from teachers.base import TeacherError
+from teachers.errors import did_you_mean
 
 
 def choose_variant(teacher: str, variant: str, known: Mapping[str, str], default: str) -> tuple[str, str]:
@@ -11,8 +11,7 @@ def choose_variant(teacher: str, variant: str, known: Mapping[str, str], default
     chosen = variant or default
     if chosen in known:
         return chosen, known[chosen]
-    near = difflib.get_close_matches(chosen, known, n=1)
-    hint = f"did you mean {teacher}/{near[0]}? " if near else ""
+    hint = did_you_mean(chosen, known, f"did you mean {teacher}/{{}}? ")
     raise TeacherError(f"teacher {teacher}/{chosen}: there is no such variant; {hint}known are {', '.join(known)}")
 
 

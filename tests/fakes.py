@@ -106,7 +106,7 @@ def truncate(photo: Path) -> None:
     photo.write_bytes(data[: len(data) // 2])
 
 
-def fill_in_process(plan: Any, batch_size: int = 16) -> tuple[Any, int]:
+def fill_in_process(plan: Any, batch_size: int = 16, max_bad: float = 0.05) -> tuple[Any, int]:
     """Fill a planned cache without Ray, shard by shard; returns the plan of the filled cache, and the teacher shards computed."""
     from pipeline.cache.config import CacheJobConfig
     from pipeline.cache.fill.build import build_cache
@@ -114,7 +114,8 @@ def fill_in_process(plan: Any, batch_size: int = 16) -> tuple[Any, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        filled, report = build_cache(plan, load_config(CacheJobConfig, None, [f"cache.batch_size={batch_size}"]))
+        settings = [f"cache.batch_size={batch_size}", f"data.max_bad={max_bad}"]
+        filled, report = build_cache(plan, load_config(CacheJobConfig, None, settings))
     return filled, report.shards_computed
 
 

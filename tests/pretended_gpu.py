@@ -117,6 +117,18 @@ def _forbid(mode: str) -> None:
     forbidden = mode == "error"
 
 
+def _decode_there() -> None:
+    """JPEGs are decoded by the CPU's decoder, and brought."""
+    import torchvision.io
+
+    decode = torchvision.io.decode_jpeg
+
+    def decode_jpeg(encoded: Any, mode: Any, device: Any = "cpu") -> Any:
+        return [planes.to(device) for planes in decode(encoded, mode)]
+
+    torchvision.io.decode_jpeg = decode_jpeg
+
+
 def _pretend() -> None:
     torch._C._ensureCUDADeviceGuardSet()  # as torch's own fake tensors do, where there is no driver
     answers: dict[str, Any] = {
@@ -153,6 +165,7 @@ def _pretend() -> None:
             run(thread)
 
     threading.Thread.run = run_there  # type: ignore[method-assign]
+    _decode_there()
     PretendedGpu().__enter__()
 
 

@@ -4,6 +4,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,6 +29,9 @@ from pipeline.distill.augment import augment
 from pipeline.distill.config import AugmentConfig, LossConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import MeanStd, Rotation
+from pipeline.imaging.decoder_pool import CropTask, decode_tasks
+from pipeline.imaging.geometry import FULL, View
+from pipeline.imaging.gpu_decode import check_nvjpeg, decode_on_device
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import prefetch_to_device, train
 from pipeline.training.meter import StepTimer
@@ -171,6 +175,35 @@ def test_shards_worked_on_at_once_hold_the_features_of_each_alone(tmp_path, prec
     if precision == "float32":
         for kind, values in features("cpu", 1).items():
             torch.testing.assert_close(alone[kind], values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_pixels_of_nvjpeg_on_the_gpu_are_near_those_of_a_cpu(channels):
+    files, views = jpegs(256), (FULL, View((0.1, 0.2, 0.7, 0.9), flip=True))
+    found, expected = (np.zeros((len(files), len(views), channels, 96, 112), np.uint8) for _ in range(2))
+    for pixels, decode in ((found, partial(decode_on_device, "cuda")), (expected, decode_tasks)):
+        crops = [[CropTask(view, "bicubic", row) for view, row in zip(views, rows, strict=True)] for rows in pixels]
+        decode(list(zip(files, crops, strict=True)))
+    apart = np.abs(found.astype(int) - expected)
+    assert apart.mean() < 2  # nvJPEG does not interpolate the colour planes
+    assert np.percentile(apart, 99) <= 16
+    assert np.array_equal(found[:, :, 3:], expected[:, :, 3:])
+
+
+def test_shards_of_images_decoded_by_the_gpu_are_near_those_of_a_cpu(tmp_path):
+    (part,) = write_dataset(str(tmp_path), 40, jpegs(256), 20).parts
+    by_cpu = _teacher("dinov2/vits14", input_size=56)
+    name = teacher_id(by_cpu.spec, by_cpu.codec, by_cpu.precision, decoder="nvjpeg")
+    teachers = [by_cpu, replace(by_cpu, id=name, decoder="nvjpeg")]
+    stored = []
+    for teacher in teachers:
+        extract = Extract({part.key: part}, [], [teacher], "cuda", 4, 8)
+        answers = [extract({"part": part.key, "shard": shard}) for shard in range(part.shards)]
+        assert [answer["error"] for answer in answers] == [""] * part.shards
+        stored.append(_stored(part, teacher)["patches"])
+    assert not torch.equal(*stored)
+    assert torch.nn.functional.cosine_similarity(*stored, dim=-1).mean() > 0.9
+    assert check_nvjpeg().startswith(torch.cuda.get_device_name())
 
 
 def test_what_an_actor_takes_is_measured(tmp_path):

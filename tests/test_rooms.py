@@ -25,18 +25,21 @@ ARROWS = {
     "cache.fill": "errors sections teachers imaging runtime sources storage tracking cache.layout",
     "cache.maintain": "errors sections teachers imaging runtime storage cache.layout cache.fill",
     "training": "errors sections runtime storage",
-    "runs": "errors sections runtime sources storage tracking",
+    "report": "errors storage",
+    "runs": "errors sections report runtime sources storage tracking",
     "evaluate": "errors sections teachers runtime sources storage student tracking runs training "
     "cache.layout cache.fill cache.read",
-    "distill": "errors sections teachers imaging storage student tracking runs training cache.layout cache.fill "
+    "distill": "errors sections teachers imaging runtime storage student tracking report runs training cache.layout cache.fill "
     "cache.read evaluate",
-    "downstream": "errors config sections imaging runtime sources storage student tracking runs training distill",
+    "downstream": "errors config sections imaging report runtime sources storage student tracking runs training distill",
     "export": "errors runtime student distill downstream",
     "predict": "errors imaging runtime storage student runs downstream",
-    "compare": "errors config sections student tracking downstream",
+    "voices": "errors sections teachers imaging runtime sources storage student tracking runs cache.layout cache.fill cache.read "
+    "evaluate distill downstream export predict",
+    "compare": "errors config sections student tracking report downstream",
     "jobs": "errors config sections teachers runtime student tracking runs benchmark "
-    "cache.layout cache.fill cache.maintain distill evaluate downstream export predict compare",
-    "regla": "errors config sections storage runs predict jobs",
+    "cache.layout cache.fill cache.maintain distill evaluate downstream export predict voices compare",
+    "regla": "errors config sections storage runs predict voices jobs",
 }
 """The rooms that each room may import. `sections` are the modules `<room>/config.py`, which any room may have."""
 

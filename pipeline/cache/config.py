@@ -10,6 +10,9 @@ from pipeline.config.tree import Schedule, Section, operational
 from pipeline.errors import UserError
 from pipeline.runs.config import ImageJobConfig
 
+Decoder = Literal["cpu", "nvjpeg"]
+"""What decodes images: see pipeline/imaging/gpu_decode.py."""
+
 PHASE_FIELDS = ("data", "teachers", "views", "cache", "student.input_size", "loss", "augment", "train")
 """Sections and fields that a phase may change. The others make the network and the run what they are."""
 
@@ -64,6 +67,10 @@ class CacheConfig(Section):
         "pca-int8-zstd", description="codec of the features: [pca[<k>]-]<number format>[-zstd]; see docs/cache.md"
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="numeric precision of the teachers")
+    decoder: Decoder = Field(
+        "cpu",
+        description="what decodes the teachers' images: cpu, or nvjpeg (JPEGs on the GPU; other pixels, so other features)",
+    )
     batch_size: int = Field(32, ge=1, description="images per forward pass of a teacher")
 
 

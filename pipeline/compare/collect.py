@@ -38,9 +38,16 @@ JOBS_WITHOUT_STUDENT = ("compare", "precompute", "benchmark")
 PROBES = {
     "knn": (Column("knn", "knn", "kNN"),),
     "linear": (Column("top1", "linear", "linear"),),
+    "zero-shot": (Column("top1", "zero_shot", "zero-shot"),),
+    "retrieval": (Column("text_to_image_r1", "text_to_image_r1", "text to image R@1"),),
+    "correspondence": (Column("pck_0.1", "pck", "PCK@0.1"),),
     "seg-probe": (Column("miou", "probe_miou", "mIoU of the probe"),),
+    "promptable": (
+        Column("mask_iou", "prompts_mask_iou", "mask IoU of prompts"),
+        Column("mask_ap", "prompts_mask_ap", "mask AP of prompts"),
+    ),
 }
-"""The metric of each probe job."""
+"""The metrics of each probe job."""
 
 
 def is_evaluation(run: LoggedRun) -> bool:
@@ -65,11 +72,12 @@ class Entry:
     Attributes:
         started: milliseconds since 1970.
         link: address of the run in MLflow's web interface, if the store has one.
+        report: address of the run's report, if it has one that can be opened here.
         texts: by :data:`~pipeline.compare.measures.TEXTS`.
         measures: by the keys of :attr:`CollectedRuns.all_measures`; unknown ones are missing.
         config: the fields that define its group.
-        held_out: its held-out images; None: unknown.
-        measured_on: the images of the measures that an evaluation took on others, by key.
+        held_out: the held-out images that all its measures were taken on; None: unknown.
+        teacher_knn: kNN of each teacher in percent on these images.
         evaluated_by: names of the finished runs that evaluated or fine-tuned its student.
         unfinished: names of the others.
     """
@@ -83,13 +91,10 @@ class Entry:
     curve: tuple[Point[float], ...]
     config: Mapping[str, str]
     held_out: str | None
-    measured_on: Mapping[str, str | None] = field(default_factory=dict)
+    report: str | None = None
+    teacher_knn: Mapping[str, float] = field(default_factory=dict)
     evaluated_by: tuple[str, ...] = ()
     unfinished: tuple[str, ...] = ()
-
-    def images(self, measure: str) -> str | None:
-        """The images that a measure was taken on; None: unknown, or it depends on none."""
-        return None if measure in WITHOUT_IMAGES else self.measured_on.get(measure, self.held_out)
 
     @property
     def finished(self) -> bool:
@@ -118,8 +123,8 @@ class CollectedRuns:
 def collect(experiment: Experiment) -> CollectedRuns:
     """Build one row per student: the run that trained it, joined with the runs that evaluated it.
 
-    If several runs of one job evaluated a student on the same images, the latest counts. If they used several sets of images,
-    the row has the figure on its own held-out images, or the latest one; those on other sets are rows of their own.
+    If several runs of one job evaluated a student on the same images, the latest counts. A row holds figures on one set of
+    images: those of the run, or of its evaluations if it had none. Figures on each other set are a row of their own.
     Evaluations of a student that no run of the experiment trained form a row of their own.
 
     Raises:
@@ -202,8 +207,10 @@ def _entries(
         texts=describe(run, data),
         measures={**size, **own},
         curve=_curve(experiment, nested),
-        config=configuration(run, data),
+        config={**configuration(run, data), **({"data.val": held_out} if held_out else {})},
         held_out=held_out,
+        report=experiment.report(run),
+        teacher_knn=_teacher_knn(run),
         evaluated_by=tuple(other.name for other in others if other in finished),
         unfinished=tuple(other.name for other in others if other not in finished),
     )
@@ -228,20 +235,19 @@ def _by_images(judged: Iterable[tuple[LoggedRun, str | None]], task_columns: Col
 
 
 def _with_figures(experiment: Experiment, row: Entry, figures: Figures) -> list[Entry]:
-    """The row with one figure of each measure, and a row for each further set of images."""
+    """The row with the figures on its images, and a row for each further set of images."""
     measures = dict(row.measures)
-    measured_on: dict[str, str | None] = {}
     further: dict[str | None, dict[str, tuple[LoggedRun, float]]] = {}
     for key, values in figures.items():
-        chosen = row.held_out if row.held_out in values else list(values)[-1]
-        measures[key] = values[chosen][1]
-        measured_on |= {key: chosen} if chosen != row.held_out else {}
-        for images in [images for images in values if images != chosen]:
-            further.setdefault(images, {})[key] = values[images]
+        for images, found in values.items():
+            if images == row.held_out:
+                measures[key] = found[1]
+            else:
+                further.setdefault(images, {})[key] = found
     costs = {key: value for key, value in row.measures.items() if key in WITHOUT_IMAGES}
-    rows = [replace(row, measures=measures, measured_on=measured_on)]
-    for images, found in further.items():
-        run = max((run for run, _ in found.values()), key=lambda run: run.started)
+    rows = [replace(row, measures=measures)]
+    for images, judged in further.items():
+        run = max((run for run, _ in judged.values()), key=lambda run: run.started)
         rows.append(
             Entry(
                 run_id=run.run_id,
@@ -249,10 +255,11 @@ def _with_figures(experiment: Experiment, row: Entry, figures: Figures) -> list[
                 started=run.started,
                 link=experiment.link(run.run_id),
                 texts=row.texts,
-                measures={**costs, **{key: value for key, (_, value) in found.items()}},
+                measures={**costs, **{key: value for key, (_, value) in judged.items()}},
                 curve=(),
                 config={**row.config, "data.val": images or "unknown"},
                 held_out=images,
+                report=experiment.report(run),
             )
         )
     return rows
@@ -271,6 +278,11 @@ def _own_measures(run: LoggedRun, training: LoggedRun) -> dict[str, float]:
     if found["gpu_hours"] is not None and price:
         found["cost"] = found["gpu_hours"] * float(price)
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _teacher_knn(run: LoggedRun) -> dict[str, float]:
+    prefix = "teacher_knn/"
+    return {name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)}
 
 
 @cache

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
-from pipeline.compare.collect import CollectedRuns, Entry, collect
+from pipeline.compare.collect import CollectedRuns, collect
 from pipeline.compare.group import Group, Summary, changes, group
-from pipeline.compare.measures import COSTS, TEXTS, WITHOUT_IMAGES, Measure
+from pipeline.compare.measures import COSTS, TEXTS, Measure
 from pipeline.compare.significance import Difference, differences, fronts, statement
 from pipeline.errors import UserError
 from pipeline.tracking.reading import Experiment
@@ -82,21 +83,33 @@ class Comparison(CollectedRuns):
         found: dict[str | None, list[int]] = {}
         for number, group_ in enumerate(self.groups):
             if measure in group_.measures:
-                found.setdefault(group_.images(measure), []).append(number)
+                found.setdefault(group_.held_out, []).append(number)
         return found
 
+    def main_images(self, measure: str) -> str | None:
+        """The images that most groups have a measure on."""
+        by_images = self.by_images(measure)
+        return max(by_images, key=lambda images: len(by_images[images]), default=None)
+
     def comparable(self, measure: str) -> list[int]:
-        """Numbers of the groups that have a measure on the images that most have it on."""
-        return max(self.by_images(measure).values(), key=len, default=[])
+        """Numbers of the groups that have a measure on its main images."""
+        return self.by_images(measure).get(self.main_images(measure), [])
+
+    @cached_property
+    def image_sets(self) -> list[str | None]:
+        """The held-out images of the groups, those of the most groups first."""
+        counts = Counter(group.held_out for group in self.groups)
+        return [images for images, _ in counts.most_common()]
 
     @property
-    def best(self) -> dict[str | None, int]:
-        """Number of the group with the highest main accuracy, by held-out images."""
-        key = self.main_accuracy or ""
-        return {
-            images: max(numbers, key=lambda number: self.groups[number].measures[key].mean)
-            for images, numbers in self.by_images(key).items()
-        }
+    def best(self) -> dict[str | None, list[int]]:
+        """Numbers of the groups with the highest main accuracy as it is shown, several if they tie, by held-out images."""
+        found: dict[str | None, list[int]] = {}
+        for images, numbers in self.by_images(key := self.main_accuracy or "").items():
+            means = {number: self.groups[number].measures[key].mean for number in numbers}
+            show = self.all_measures[key].show
+            found[images] = [number for number in numbers if show(means[number]) == show(max(means.values()))]
+        return found
 
     @property
     def first_pair(self) -> Difference | None:
@@ -122,21 +135,9 @@ class Comparison(CollectedRuns):
 
     def differences_to_best(self) -> list[str]:
         """A sentence on the difference of each group to the best one, in the main accuracy."""
-        best = set(self.best.values())
+        best = set(chain.from_iterable(self.best.values()))
         found = [d for d in self.differences if d.measure == self.main_accuracy and {d.first, d.second} & best]
         return [statement(d, self.groups, self.all_measures[d.measure]) for d in found]
-
-    @cached_property
-    def marks(self) -> dict[str | None, int]:
-        """Numbers of the images that figures were measured on apart from the held-out images of their runs."""
-        used = (images for entry in self.entries for images in entry.measured_on.values())
-        return {images: number for number, images in enumerate(dict.fromkeys(used), 1)}
-
-    def mark(self, row: Entry | Group, measure: str) -> str:
-        """The mark of a figure: "[1]", or "" if the row's own held-out images were used, or none."""
-        if measure in WITHOUT_IMAGES or measure not in row.measures or (images := row.images(measure)) == row.held_out:
-            return ""
-        return f"[{self.marks[images]}]"
 
     def named(self, images: str | None) -> str:
         """Images in words: their name, and where they lie."""

@@ -48,25 +48,22 @@ class Group:
 
     @cached_property
     def measures(self) -> Mapping[str, Summary]:
-        """Summaries by key, each over values on the same images."""
+        """Summaries by key."""
         keys = dict.fromkeys(key for entry in self.counted.values() for key in entry.measures)
         summaries = {key: Summary.of(self.values(key).values()) for key in keys}
         return {key: summary for key, summary in summaries.items() if summary}
 
-    def images(self, measure: str) -> str | None:
-        """The images of the summary of a measure, those of the latest run; values on different images are not comparable."""
-        known = [entry for entry in self.counted.values() if measure in entry.measures]
-        return max(known, key=lambda entry: entry.started).images(measure) if known else None
-
     def values(self, measure: str) -> dict[str, float]:
-        """What the summary of a measure combines, by seed: the values on :meth:`images`."""
-        images, counted = self.images(measure), sorted(self.counted.items())
-        known = {seed: entry for seed, entry in counted if measure in entry.measures}
-        return {seed: entry.measures[measure] for seed, entry in known.items() if entry.images(measure) == images}
+        """What the summary of a measure combines, by seed."""
+        counted = sorted(self.counted.items())
+        return {seed: entry.measures[measure] for seed, entry in counted if measure in entry.measures}
 
-    def left_out(self, measure: str) -> int:
-        """Number of seeds whose value was taken on other images."""
-        return sum(measure in entry.measures for entry in self.counted.values()) - len(self.values(measure))
+    @cached_property
+    def teacher_knn(self) -> Mapping[str, float]:
+        """kNN of each teacher in percent, the mean over the runs."""
+        names = dict.fromkeys(name for entry in self.counted.values() for name in entry.teacher_knn)
+        found = {name: [e.teacher_knn[name] for e in self.counted.values() if name in e.teacher_knn] for name in names}
+        return {name: mean(values) for name, values in found.items()}
 
     @property
     def texts(self) -> Mapping[str, str]:
@@ -75,7 +72,7 @@ class Group:
 
     @property
     def held_out(self) -> str | None:
-        """Held-out images of the runs; an evaluation may have used others (:meth:`images`)."""
+        """The held-out images that the measures of all runs were taken on; None: unknown."""
         return self.entries[-1].held_out
 
     @property
@@ -87,9 +84,9 @@ class Group:
 
 def group(entries: Iterable[Entry]) -> list[Group]:
     """Groups in the order of their first runs; runs of which no seed has finished are in none."""
-    found: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
+    found: dict[tuple[tuple[tuple[str, str], ...], str | None], list[Entry]] = {}
     for entry in entries:
-        found.setdefault(tuple(sorted(_config(entry).items())), []).append(entry)
+        found.setdefault((tuple(sorted(_config(entry).items())), entry.held_out), []).append(entry)
     members = [runs for runs in found.values() if any(entry.finished for entry in runs)]
     return [_group(label, runs) for label, runs in zip(_labels(members), members, strict=True)]
 

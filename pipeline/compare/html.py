@@ -1,15 +1,10 @@
 """The page: one self-contained HTML file with style, scripts, plotly and figures, which loads nothing."""
 
-import base64
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -20,27 +15,30 @@ from pipeline.compare.notes import notes
 from pipeline.compare.plots import cost_plots, curves_plot, seeds, size_plot
 from pipeline.compare.significance import statement
 from pipeline.compare.tables import common
+from pipeline.report.html import environment, policy, style, to_json
 
 PAGE = Path(__file__).with_name("page")
 
 
 def render_page(comparison: Comparison) -> str:
     """The whole page; names, tags and parameters are escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     scripts = [Markup(text) for text in (get_plotlyjs(), (PAGE / "page.js").read_text(encoding="utf-8"))]
-    plots = {"cost": cost_plots(comparison), "curves": curves_plot(comparison), "size": size_plot(comparison)}
+    sets = comparison.image_sets
+    plots = [
+        {"cost": cost_plots(comparison, s), "curves": curves_plot(comparison, s), "size": size_plot(comparison, s)}
+        for s in sets
+    ]
     groups, all_measures = comparison.groups, comparison.all_measures
     pairs = {
         f"{d.measure} {d.first} {d.second}": statement(d, groups, all_measures[d.measure])
         for d in comparison.differences
     }
     images = {
-        key: [comparison.named(group.images(key)) if key in group.measures else None for group in groups]
+        key: [comparison.named(group.held_out) if key in group.measures else None for group in groups]
         for key in comparison.accuracies
     }
-    return environment.get_template("page.html").render(
+    template = environment(PAGE).get_template("page.html")
+    return template.render(
         comparison=comparison,
         common=common(comparison),
         measures=comparison.measures,
@@ -55,32 +53,20 @@ def render_page(comparison: Comparison) -> str:
         day=lambda entry: datetime.fromtimestamp(entry.started / 1000, UTC).strftime("%Y-%m-%d %H:%M"),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         notes=notes(comparison),
-        css=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
+        css=style(PAGE / "page.css"),
         scripts=scripts,
-        policy=_policy(scripts),
-        plots=plots,
-        data=_json({"plots": plots, "pairs": pairs, "images": images}),
+        policy=policy(scripts),
+        sets=sets,
+        first_set=sets.index(comparison.main_images(comparison.main_accuracy or "")) if comparison.main_accuracy else 0,
+        has_curves=any(plot["curves"]["data"] for plot in plots),
+        has_sizes=any(plot["size"]["data"] for plot in plots),
+        data=to_json({"plots": plots, "pairs": pairs, "images": images}),
     )
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """Content security policy that allows only these scripts and no connections."""
-    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
-
-
-def _json(value: Any) -> Markup:
-    """JSON without characters that an HTML parser could take for markup."""
-    text = json.dumps(value, allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
 
 
 def cheapest(comparison: Comparison) -> dict[str, Group]:
     """By parameters and latency, the cheapest group on the front, unless it is also the most accurate one."""
-    key, best = comparison.main_accuracy or "", set(comparison.best.values())
+    key, best = comparison.main_accuracy or "", set(chain.from_iterable(comparison.best.values()))
     found: dict[str, Group] = {}
     for cost in ("parameters", "latency"):
         front = comparison.fronts.get((key, cost), set())

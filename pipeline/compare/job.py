@@ -51,7 +51,7 @@ def compare(experiment: str, filter_string: str, uri: str | None, folder: Path) 
         group.label: {
             "seeds": len(group.counted),
             **{
-                key: {**vars(group.measures[key]), "held_out": group.images(key)}
+                key: {**vars(group.measures[key]), "held_out": group.held_out}
                 for key in comparison.accuracies
                 if key in group.measures
             },

@@ -39,7 +39,12 @@ KNN = Measure("knn", "kNN", "%", "higher", digits=1)
 PARAMETERS = Measure("parameters", "parameters", "M", "lower", 1e6, 2)
 BEFORE_TASKS = (KNN, Measure("linear", "linear", "%", "higher", digits=1))
 AFTER_TASKS = (
+    Measure("zero_shot", "zero-shot", "%", "higher", digits=1),
+    Measure("text_to_image_r1", "text to image R@1", "%", "higher", digits=1),
+    Measure("pck", "PCK@0.1", "%", "higher", digits=1),
     Measure("probe_miou", "mIoU of the probe", "%", "higher", digits=1),
+    Measure("prompts_mask_iou", "mask IoU of prompts", "%", "higher", digits=1),
+    Measure("prompts_mask_ap", "mask AP of prompts", "%", "higher", digits=1),
     PARAMETERS,
     Measure("macs", "MACs", "G", None, 1e9),
     Measure("latency", "latency", "ms", "lower"),

@@ -15,7 +15,7 @@ def notes(comparison: Comparison) -> list[str]:
         found.append("p-values are two-sided and not corrected for the number of comparisons.")
     if comparison.latency:
         found.append(f"Latency: {comparison.latency}.")
-    return [*found, *_uncounted(comparison), *_different_images(comparison), *_marked(comparison)]
+    return [*found, *_uncounted(comparison), *_different_images(comparison)]
 
 
 def _uncounted(comparison: Comparison) -> Iterator[str]:
@@ -27,15 +27,11 @@ def _uncounted(comparison: Comparison) -> Iterator[str]:
         yield f"Among runs of equal configuration and seed only the latest counts; {earlier} earlier ones are ignored."
     if left_out := ", ".join(f"{count} {job}" for job, count in comparison.left_out.items()):
         yield f"Runs without a student, not shown: {left_out}."
-    for measure in comparison.measures:
-        for group in groups:
-            if count := group.left_out(measure.key):
-                seeds = "1 seed was" if count == 1 else f"{count} seeds were"
-                where = comparison.named(group.images(measure.key))
-                yield f"{measure.label} of {group.label} is that on {where}; {seeds} measured on other images and left out."
 
 
 def _different_images(comparison: Comparison) -> Iterator[str]:
+    if len(comparison.image_sets) == 1 and (only := comparison.image_sets[0]):
+        yield f"All accuracies were measured on {comparison.named(only)}."
     for key in comparison.accuracies:
         by_images, common = comparison.by_images(key), comparison.comparable(key)
         if len(by_images) > 1:
@@ -52,11 +48,3 @@ def _different_images(comparison: Comparison) -> Iterator[str]:
 
 def _labels(comparison: Comparison, numbers: list[int]) -> str:
     return ", ".join(comparison.groups[number].label for number in numbers)
-
-
-def _marked(comparison: Comparison) -> Iterator[str]:
-    for images, number in comparison.marks.items():
-        yield f"[{number}] Measured on {comparison.named(images)}."
-    if comparison.marks:
-        own = dict.fromkeys(entry.held_out for entry in comparison.entries)
-        yield f"Without a mark: measured on the held-out images of the run, {' or '.join(map(comparison.named, own))}."

@@ -35,7 +35,7 @@ def fronts(groups: Sequence[Group], accuracies: Sequence[str]) -> dict[tuple[str
         for number, group in enumerate(groups):
             if {accuracy, cost} <= group.measures.keys():
                 point = (group.measures[accuracy].mean, group.measures[cost].mean)
-                by_images.setdefault(group.images(accuracy), {})[number] = point
+                by_images.setdefault(group.held_out, {})[number] = point
         for points in by_images.values():
             on_front = front(list(points.values()))
             found.setdefault((accuracy, cost), set()).update(list(points)[index] for index in on_front)
@@ -73,7 +73,7 @@ def differences(groups: Sequence[Group], accuracies: Sequence[str]) -> list[Diff
         for one, other in combinations(range(len(groups)), 2)
         for measure in accuracies
         if measure in groups[one].measures.keys() & groups[other].measures.keys()
-        and groups[one].images(measure) == groups[other].images(measure)
+        and groups[one].held_out == groups[other].held_out
     ]
 
 

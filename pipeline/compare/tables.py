@@ -19,31 +19,32 @@ Rows = list[list[str]]
 def groups_table(comparison: Comparison) -> Rows:
     """One row per group: mean ± standard deviation."""
     measures = comparison.measures
-    rows = [["group", "seeds", *(measure.title for measure in measures), "on the front"]]
+    rows = [["group", *_images(comparison, None), "seeds", *(measure.title for measure in measures), "on the front"]]
     for number, group in enumerate(comparison.groups):
         marks = [comparison.all_measures[cost].label for cost in comparison.pareto_costs(number)]
         shown = [format_summary(group.measures.get(measure.key), measure) for measure in measures]
-        values = _with_marks(comparison, group, shown)
-        rows.append([group.label, str(len(group.counted)), *values, ", ".join(marks)])
+        images = _images(comparison, group)
+        rows.append([group.label, *images, str(len(group.counted)), *shown, ", ".join(marks)])
     return rows
 
 
 def runs_table(comparison: Comparison) -> Rows:
     """One row per run: the texts in which runs differ, and all measures."""
     measures, texts = comparison.measures, comparison.varying_texts
-    rows = [["run", *texts, *(measure.title for measure in measures)]]
+    rows = [["run", *_images(comparison, None), *texts, *(measure.title for measure in measures)]]
     for entry in comparison.entries:
         known = entry.measures
         values = [measure.show(known[measure.key]) if measure.key in known else "" for measure in measures]
-        marked = _with_marks(comparison, entry, values)
-        rows.append([entry.name, *(entry.texts.get(key, "") for key in texts), *marked])
+        images = _images(comparison, entry)
+        rows.append([entry.name, *images, *(entry.texts.get(key, "") for key in texts), *values])
     return rows
 
 
-def _with_marks(comparison: Comparison, row: Entry | Group, values: Iterable[str]) -> list[str]:
-    """The values of a row with the marks of the images that they were measured on."""
-    marks = (comparison.mark(row, measure.key) for measure in comparison.measures)
-    return [f"{value} {mark}".rstrip() for value, mark in zip(values, marks, strict=True)]
+def _images(comparison: Comparison, row: Entry | Group | None) -> list[str]:
+    """The cell that names the held-out images of a row, or of the header, if there are several sets."""
+    if len(comparison.image_sets) < 2:
+        return []
+    return ["held out" if row is None else row.held_out or "unknown"]
 
 
 def changes_table(comparison: Comparison) -> Rows:
@@ -90,38 +91,26 @@ def render_markdown(comparison: Comparison, figures: Iterable[tuple[str, str]]) 
 
 
 def runs_frame(comparison: Comparison) -> pd.DataFrame:
-    """All texts and unscaled measures of all runs, and the images of those that were not measured on the run's own."""
+    """All texts and unscaled measures of all runs, with the held-out images that they were measured on."""
     groups, number = comparison.groups, comparison.group_of
     labels = {run_id: groups[at].label for run_id, at in number.items()}
     rows: list[dict[str, Any]] = [
         {"run_id": entry.run_id, "name": entry.name, "group": labels.get(entry.run_id), "held_out": entry.held_out}
-        | {**entry.texts, **entry.measures, **_images(comparison, entry)}
+        | {**entry.texts, **entry.measures}
         for entry in comparison.entries
     ]
-    columns = ["run_id", "name", "group", "held_out", *TEXTS, *comparison.all_measures]
-    return _frame(rows, [*columns, *_image_columns(comparison)])
+    return _frame(rows, ["run_id", "name", "group", "held_out", *TEXTS, *comparison.all_measures])
 
 
 def groups_frame(comparison: Comparison) -> pd.DataFrame:
-    """Mean, standard deviation and number of seeds of each measure by group, and the images as in :func:`runs_frame`."""
+    """Mean, standard deviation and number of seeds of each measure by group, as in :func:`runs_frame`."""
     rows = [
         {f"{key}_{part}": value for key, summary in group.measures.items() for part, value in vars(summary).items()}
         | {"group": group.label, "held_out": group.held_out, "front": " ".join(comparison.pareto_costs(number))}
-        | _images(comparison, group)
         for number, group in enumerate(comparison.groups)
     ]
     statistics = [f"{key}_{part}" for key in comparison.all_measures for part in ("mean", "std", "n")]
-    return _frame(rows, ["group", "held_out", *statistics, "front", *_image_columns(comparison)])
-
-
-def _image_columns(comparison: Comparison) -> dict[str, str]:
-    """Measures by the column that names their images: those that some run has on images other than its own."""
-    used = {key for entry in comparison.entries for key in entry.measured_on}
-    return {f"{key}_held_out": key for key in comparison.all_measures if key in used}
-
-
-def _images(comparison: Comparison, row: Entry | Group) -> dict[str, Any]:
-    return {name: row.images(key) for name, key in _image_columns(comparison).items() if key in row.measures}
+    return _frame(rows, ["group", "held_out", *statistics, "front"])
 
 
 def differences_frame(comparison: Comparison) -> pd.DataFrame:
@@ -131,7 +120,7 @@ def differences_frame(comparison: Comparison) -> pd.DataFrame:
     rows = []
     for d in comparison.differences:
         first, second = comparison.groups[d.first], comparison.groups[d.second]
-        pair = (d.measure, first.label, second.label, first.images(d.measure))
+        pair = (d.measure, first.label, second.label, first.held_out)
         rows.append([*pair, d.delta, d.test, *d.n, d.p, *(d.interval or (None, None))])
     return _frame((dict(zip(columns, row, strict=True)) for row in rows), columns)
 

@@ -10,6 +10,9 @@ JOBS = {
     "distill": "pipeline.distill.config:DistillJobConfig",
     "finetune": "pipeline.downstream.config:FinetuneJobConfig",
     **dict.fromkeys(("knn", "linear", "seg-probe"), "pipeline.evaluate.config:EvaluateJobConfig"),
+    **dict.fromkeys(("zero-shot", "retrieval"), "pipeline.voices.config:WordsJobConfig"),
+    "correspondence": "pipeline.voices.config:CorrespondenceJobConfig",
+    "promptable": "pipeline.voices.config:PromptsJobConfig",
     "evaluate": "pipeline.downstream.config:EvaluateModelJobConfig",  # evaluate-<task> in the tag
     "coco-results": "pipeline.downstream.config:CocoResultsJobConfig",
     "benchmark": "pipeline.benchmark.config:BenchmarkJobConfig",

@@ -36,6 +36,6 @@ def log_commit(run: RunLog, start: Start, figures: Path, history: History, check
     run.log_metrics(start.shift(history))
     if any("loss" not in metrics for _, metrics in history):
         for figure in sorted(figures.glob("[!.]*.png")):
-            run.log_file(figure, "figures")
+            run.log_picture(figure, "figures")
     if checkpoint:
         run.set_tags({"checkpoint": checkpoint})

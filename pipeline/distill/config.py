@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat
 
-from pipeline.cache.config import PrecomputeJobConfig
+from pipeline.cache.config import Decoder, PrecomputeJobConfig
 from pipeline.config.tree import Section, Share
 from pipeline.evaluate.config import KnnConfig
 from pipeline.student.config import StudentConfig
@@ -51,13 +51,22 @@ class AugmentConfig(Section):
     blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")
 
 
+class DistillTrainConfig(TrainConfig):
+    """The training run of a distillation, which reads its images from the cache."""
+
+    decoder: Decoder = Field(
+        "cpu",
+        description="what decodes the student's training images: cpu, or nvjpeg (JPEGs on the GPU; other pixels)",
+    )
+
+
 class DistillJobConfig(PrecomputeJobConfig):
     """`jobs/distill.py`: a student that learns from cached features."""
 
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
-    train: TrainConfig = TrainConfig()
+    train: DistillTrainConfig = DistillTrainConfig()
     knn: KnnConfig = KnnConfig()
 
     def subject(self) -> list[str]:

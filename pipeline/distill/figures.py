@@ -89,11 +89,14 @@ def curves_figure(evaluations: History, teacher_knn: Mapping[str, float]) -> Fig
 
 
 @torch.inference_mode()
-def features_figure(module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None) -> Figure:
-    """Images, every teacher's patch features, and the student's predictions of them, in columns.
+def features_columns(
+    module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None
+) -> dict[str, Tensor]:
+    """Pictures [B, h, w, 3] in [0, 1] of up to `IMAGES` images: the images, every teacher's patch features, and the student's
+    predictions of them, by the name of the column.
 
-    Colours are the first three principal components of the teacher's features, for both, so that equal colours mean equal
-    features. The student's own feature map has components of its own.
+    Teacher and prediction share the teacher's colours, over all images, so that equal colours mean equal features. The
+    student's own feature map has colours of its own.
     """
     device = module.weights.device
     count = min(IMAGES, len(batch.keys))
@@ -107,8 +110,14 @@ def features_figure(module: Distiller, batch: Batch, codecs: Mapping[str, Mappin
         columns |= {label: shown[0], f"student of {label}": shown[1]}
     own = output.feature_map.float().permute(0, 2, 3, 1).cpu()
     (columns["student's own"],) = colours(own, own)
-    mosaic = torch.cat([_enlarge(pictures) for pictures in columns.values()], dim=1)
-    figure = Figure(figsize=(1.25 * len(columns), 1.25 * count + 0.6), layout="constrained")
+    return columns
+
+
+def features_figure(module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None) -> Figure:
+    """The pictures of :func:`features_columns`, in columns."""
+    columns = {name: enlarge(pictures) for name, pictures in features_columns(module, batch, codecs).items()}
+    mosaic = torch.cat([*columns.values()], dim=1)
+    figure = Figure(figsize=(1.25 * len(columns), 1.25 * len(mosaic) / CELL + 0.6), layout="constrained")
     panel = figure.subplots()
     panel.imshow(mosaic.numpy(), interpolation="nearest")
     panel.set_xticks([CELL * (number + 0.5) for number in range(len(columns))], list(columns), rotation=20, fontsize=8)
@@ -120,20 +129,23 @@ def features_figure(module: Distiller, batch: Batch, codecs: Mapping[str, Mappin
 def colours(fitted: Tensor, *features: Tensor) -> list[Tensor]:
     """Three principal components as red, green and blue: features [B, h', w', D] each -> [B, h', w', 3] in [0, 1] each.
 
+    The components are spherical (Locantore et al. 1999): those of the directions from the median, all of one length. A few
+    patches of very large norm, as vision transformers have, would turn ordinary components towards themselves.
+
     Args:
         fitted: [B, h, w, D], determines the components and their ranges (2nd to 98th percentile).
     """
     vectors = fitted.flatten(0, 2)
-    mean = vectors.mean(dim=0)
-    _, _, axes = torch.linalg.svd(vectors - mean, full_matrices=False)
+    centre = vectors.median(dim=0).values
+    _, _, axes = torch.linalg.svd(F.normalize(vectors - centre, dim=1), full_matrices=False)
     axes = axes[:3]
     # The sign of a component is arbitrary; this one does not change from epoch to epoch.
     axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
     axes = F.pad(axes, (0, 0, 0, 3 - len(axes)))
-    low, high = ((vectors - mean) @ axes.T).quantile(torch.tensor([0.02, 0.98]), dim=0)
-    return [(((values - mean) @ axes.T - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for values in features]
+    low, high = ((vectors - centre) @ axes.T).quantile(torch.tensor([0.02, 0.98]), dim=0)
+    return [(((values - centre) @ axes.T - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for values in features]
 
 
-def _enlarge(pictures: Tensor) -> Tensor:
+def enlarge(pictures: Tensor) -> Tensor:
     """[B, h, w, 3] -> one column [B * CELL, CELL, 3]."""
     return F.interpolate(pictures.permute(0, 3, 1, 2), (CELL, CELL), mode="nearest").permute(0, 2, 3, 1).flatten(0, 1)

@@ -14,9 +14,11 @@ from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.distill.commits import log_commit
 from pipeline.distill.config import DistillJobConfig
+from pipeline.distill.distiller import Distiller
 from pipeline.distill.figures import FigureWriter
 from pipeline.distill.kept_heads import save_heads
 from pipeline.distill.phases import Phase, PhaseState, start_file
+from pipeline.distill.plan import check_images
 from pipeline.distill.provenance import lineage, provenance
 from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
 from pipeline.errors import one_line
@@ -39,6 +41,9 @@ class DistillResult:
         samples: images seen.
         held_out: identity of the images that kNN was measured on, or "".
         lineage: tags of the registered student.
+        jobs: one for each phase.
+        distiller: of the last phase, trained, with heads.
+        cost: parameters and MACs of the student, if they can be counted.
     """
 
     knn_before: float | None
@@ -50,15 +55,20 @@ class DistillResult:
     student: Path
     held_out: str
     lineage: dict[str, str]
+    jobs: tuple[DistillJob, ...]
+    distiller: Distiller
+    cost: dict[str, float]
 
 
 def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
     """Train on complete caches, phase after phase, from the last checkpoint below `folder` if there is one.
 
     Raises:
-        UserError: if the data is too small for the batch or the splits do not fit together.
+        UserError: if the data is too small for the batch, lacks labels that are needed, or the splits do not fit together.
         DivergedError: if the loss is not finite.
     """
+    for phase in phases:  # a plan with unopened archives could not
+        check_images(phase)
     first, file = phases[0], start_file(folder)
     if first.start and not file.exists():
         PhaseState.before(build_student(first.config), first.start, first.config.student.weights).save(file)
@@ -112,7 +122,8 @@ def _finish(
     if config.keep_heads:
         save_heads(distiller, config.head_dim, student)
     before, after = state.knn or (None, None)
-    run.log_metric_dict(_size(encoder, config.input_size))
+    cost = _size(encoder, config.input_size)
+    run.log_metric_dict(cost)
     origin = provenance(jobs, run.run_id, state.samples, {"knn": after, **teachers}, state.origin)
     (student / "provenance.json").write_text(json.dumps(origin, indent=2), encoding="utf-8")
     run.log_folder(student, "student")
@@ -122,7 +133,10 @@ def _finish(
     uri = log_student(run, encoder.eval(), example, name="encoder", metrics=metrics, tags={"model": config.name})
     held_out = job.val.id if job.val else ""
     tags = lineage(jobs, origin)
-    return DistillResult(before, after, teachers, state.steps, state.samples, uri, student, held_out, tags)
+    seen = state.steps, state.samples
+    return DistillResult(
+        before, after, teachers, *seen, uri, student, held_out, tags, tuple(jobs), distiller.eval(), cost
+    )
 
 
 def _size(encoder: Encoder, input_size: int) -> dict[str, float]:

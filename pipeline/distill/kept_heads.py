@@ -8,17 +8,21 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.cache.config import TeacherConfig
+from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.standardise import neutral_standardiser
 from pipeline.errors import UserError, one_line
-from pipeline.student.model import Student, StudentOutput, distillation_head, load_encoder
+from pipeline.student.model import Student, StudentOutput, distillation_head, load_encoder, save_described
+from teachers.base import TeacherSpec
 
 FILES = ("heads.safetensors", "heads.json")
 
@@ -68,18 +72,31 @@ def save_heads(distiller: Distiller, hidden: int, folder: Path) -> None:
     description: dict[str, Any] = {"hidden": hidden, "standardise": distiller.loss.standardise, "teachers": []}
     for label, target in distiller.labelled_targets():
         parts[label] = (target.heads, target.standardisers)
-        channels = {kind: shape[-1] for kind, shape in target.teacher.shapes.items()}
-        description["teachers"].append({"label": label, "id": target.teacher.id, "channels": channels})
+        teacher = target.teacher
+        channels = {kind: shape[-1] for kind, shape in teacher.shapes.items()}
+        stored = {"spec": asdict(teacher.spec), "codec": teacher.codec, "precision": teacher.precision}
+        description["teachers"].append({"label": label, "id": teacher.id, "channels": channels, **stored})
     write_heads(StudentWithHeads(distiller.student, parts, description), folder)
 
 
 def write_heads(whole: StudentWithHeads, folder: Path) -> None:
     """Write the neck and heads of a student."""
-    state = {name: value.contiguous() for name, value in whole.state_dict().items() if not name.startswith(_ENCODER)}
-    save_file(state, folder / FILES[0])
+    state = {name: value for name, value in whole.state_dict().items() if not name.startswith(_ENCODER)}
     student = whole.student
     description = {"taps": student.tap_strides, "token_dim": student.token_dim, **whole.description}
-    (folder / FILES[1]).write_text(json.dumps(description, indent=2), encoding="utf-8")
+    save_described(state, description, folder, "heads")
+
+
+def cached_form(described: Mapping[str, Any]) -> CachedTeacher | None:
+    """A teacher in the cache, from its entry in heads.json; None if the entry is of a version that did not describe it."""
+    if "spec" not in described:
+        return None
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in described["spec"].items()
+    }
+    spec = TeacherSpec(**fields)
+    config = TeacherConfig(model=spec.name)
+    return CachedTeacher(config, spec, described["id"], described["codec"], described["precision"])
 
 
 def load_heads(folder: Path) -> StudentWithHeads:

@@ -13,7 +13,6 @@ smooth_l1: 0.1}``, is that of AM-RADIO (Ranzinger et al. 2024, section 3.3) with
 targets standardised by ``phi_s`` is that of RADIOv2.5 (Heinrich et al. 2025).
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pipeline.distill.config import LossConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from teachers.plugin import import_plugin
 
 Compares = Literal["vectors", "patches", "queue"]
@@ -203,8 +202,7 @@ def _check(field: str, weights: Mapping[str, float], allowed: tuple[Compares, ..
         try:
             loss = find_loss(name)
         except KeyError:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(name, names, "did you mean {}? ")
             raise UserError(f"{field}: there is no loss {name}; {hint}{known}, and package.module:function") from None
         except ImportError as error:
             raise UserError(f"{field}: {error}") from error

@@ -20,11 +20,15 @@ log = logging.getLogger(__name__)
 
 
 def views_per_epoch(phase: Phase) -> int:
-    """Views of an epoch, if no image is quarantined; raises a UserError if they do not fill one batch."""
+    """Views of an epoch, if no image is quarantined, as far as known.
+
+    Raises:
+        UserError: if they do not fill one batch.
+    """
     train = phase.plan.split("train")
     assert train is not None
     images, batch = train.images * train.dataset.policy.rows_per_image, phase.config.train.batch_size
-    if images < batch:
+    if images < batch and train.is_counted:
         raise UserError(
             f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
         )
@@ -37,21 +41,39 @@ def training_plan(phase: Phase) -> dict[str, str]:
     check_losses(config.loss)
     share = config.train.batch_size // max(1, config.train.most_workers)
     check_per_step(config.views.per_step, config.views.crops or 1, share)
-    check_best_metric(config.train.best_metric, _evaluated(phase.plan))
+    check_images(phase)
     if config.loss.standardise == "phi_s":
         _warn_of_projections(teachers)
     student = build_student(config)
-    views = views_per_epoch(phase)
     grid, labels = feature_map_size(student, config.student.input_size), teacher_labels(teachers)
     strides = ", ".join(map(str, student.tap_strides))
     rows = {
         "student": f"{config.student.name} at {config.student.input_size} px, feature maps of strides {strides}",
         **({"start": f"weights of {config.student.weights}"} if phase.start else {}),
-        "training": config.train.describe_epochs(views, views // config.train.batch_size),
+        "training": _training(phase),
         "learning rate": config.train.lr_rule,
-        "kNN": f"{config.knn.k} neighbours" if _labelled(phase.plan) else f"none: {_lacking(phase.plan)}",
+        "kNN": f"{config.knn.k} neighbours{_if_labelled(phase.plan)}"
+        if _labelled(phase.plan)
+        else f"none: {_lacking(phase.plan)}",
     }
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
+
+
+def _training(phase: Phase) -> str:
+    """Epochs and steps, as far as known."""
+    train, settings, views = phase.plan.split("train"), phase.config.train, views_per_epoch(phase)
+    assert train is not None
+    steps = views // settings.batch_size
+    if train.is_counted:
+        return settings.describe_epochs(views, steps)
+    known = f"about {steps}" if train.is_estimated else "an unknown number of"
+    return f"{settings.epochs} epochs of {known} steps of {settings.batch_size} images"
+
+
+def check_images(phase: Phase) -> None:
+    """Raise a UserError if training needs more images, or labels."""
+    views_per_epoch(phase)
+    check_best_metric(phase.config.train.best_metric, _evaluated(phase.plan))
 
 
 def _warn_of_projections(teachers: Sequence[CachedTeacher]) -> None:
@@ -84,6 +106,10 @@ def _evaluated(plan: CachePlan) -> list[str]:
 def _labelled(plan: CachePlan) -> bool:
     labelled = [split.labelled for split in plan.splits]
     return len(labelled) > 1 and all(labelled)
+
+
+def _if_labelled(plan: CachePlan) -> str:
+    return ", if the files hold labels" if any(split.unopened for split in plan.splits) else ""
 
 
 def _lacking(plan: CachePlan) -> str:

@@ -27,8 +27,10 @@ from pipeline.distill.distiller import Distiller
 from pipeline.distill.figures import FigureWriter
 from pipeline.distill.phases import PhaseState, transfer_weights
 from pipeline.distill.standardise import make_standardisers
+from pipeline.errors import UserError
 from pipeline.evaluate.knn import student_knn
 from pipeline.imaging.decoder_pool import decoder_count
+from pipeline.imaging.gpu_decode import NO_GPU
 from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused
 from pipeline.training.task import History, Task
 
@@ -75,8 +77,14 @@ def build_distiller(job: DistillJob) -> Distiller:
         return Distiller(student, teachers, standardisers, codecs, size, config.student.head_dim, config.loss)
 
 
-def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader | ReaderProcess:
-    """Training images and features in the order of one rank; with a GPU, a process of its own reads them."""
+def build_reader(
+    job: DistillJob, rank: int = 0, world: int = 1, nvjpeg: str | None = None
+) -> CacheReader | ReaderProcess:
+    """Training images and features in the order of one rank; with a GPU, a process of its own reads them.
+
+    Args:
+        nvjpeg: the GPU that decodes JPEGs, if one does.
+    """
     config = job.config
     make = ReaderProcess if torch.cuda.is_available() else CacheReader
     return make(
@@ -89,8 +97,18 @@ def build_reader(job: DistillJob, rank: int = 0, world: int = 1) -> CacheReader 
         rank=rank,
         world=world,
         threads=decoder_count(),
+        nvjpeg=nvjpeg,
         per_step=config.views.per_step,
     )
+
+
+def decoding_gpu(config: DistillJobConfig) -> str | None:
+    """The GPU of this process if it decodes the training images; UserError if it is to, and there is none."""
+    if config.train.decoder == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        raise UserError(f"train.decoder: {NO_GPU}")
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 class HeldOut:
@@ -177,7 +195,8 @@ class DistillTask(Task):
         self.module = build_distiller(job)
         if before:
             transfer_weights(self.module, PhaseState.load(Path(before)))
-        self.reader = build_reader(job, rank, world)
+        self.nvjpeg = decoding_gpu(config)
+        self.reader = build_reader(job, rank, world, self.nvjpeg)
         self._steps = cache(self.reader.steps)
 
     def steps(self, epoch: int) -> int:
@@ -191,7 +210,7 @@ class DistillTask(Task):
     def with_share(self, share: int) -> DistillTask:
         """This task with the batches of another share."""
         other = copy(self)
-        other.reader = build_reader(self.job, share, self.world)
+        other.reader = build_reader(self.job, share, self.world, self.nvjpeg)
         return other
 
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,6 +1,5 @@
 """Downstream tasks by name, and the configuration of the jobs that train and evaluate them."""
 
-import difflib
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
@@ -11,7 +10,7 @@ from pipeline.config.tree import Section, operational
 from pipeline.downstream.classify.config import ClassifyConfig
 from pipeline.downstream.detect.config import DetectConfig
 from pipeline.downstream.segment.config import SegmentConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.runs.config import ImageJobConfig, JobConfig
 from pipeline.student.config import NamedBackboneConfig
 from pipeline.training.config import TrainConfig
@@ -40,8 +39,7 @@ def import_task(task: str) -> Any:
         UserError: if there is no such task.
     """
     if task not in TASKS and ":" not in task:
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(task, TASKS, "did you mean {}? ")
         raise UserError(
             f"finetune.task: there is no task {task}; {hint}known are {', '.join(TASKS)}, and package.module:Class"
         )

@@ -120,7 +120,8 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
     origin = provenance(plan, config, run, position["samples"], after)
     finished_model(model, job, plan.train.classes, origin).save(folder / "model")
     if (folder / "evaluation").is_dir():
-        run.log_folder(folder / "evaluation", "evaluation")
+        for shown in filter(None, (run, run.parent)):
+            shown.log_folder(folder / "evaluation", "evaluation")
     tags = {"task": job.task.name, "student": config.finetune.student or config.student.name}
     final = {f"final/{name}": value for name, value in after.items()}
     uri = log_model_folder(run, folder / "model", name=job.task.name, metrics=final, tags=tags)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.downstream.base import DownstreamTask, make_task
@@ -18,7 +17,7 @@ from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.training import FinetuneJob
 from pipeline.errors import UserError, one_line
 from pipeline.runs.addresses import fetch_model
-from pipeline.student.model import Encoder, build_encoder, load_weights
+from pipeline.student.model import Encoder, build_encoder, load_weights, save_described
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,13 @@ class SavedModel:
 
     def save(self, folder: Path) -> None:
         """Write what :func:`load_model` reads."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
         description = {
             "task": self.task.config.finetune.task,
             "backbone": dict(self.backbone),
             "classes": list(self.classes),
             "settings": dict(self.task.saved_settings()),
         }
-        (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+        save_described(self.model.state_dict(), description, folder, "model")
         if self.provenance:
             (folder / "provenance.json").write_text(json.dumps(self.provenance, indent=2), encoding="utf-8")
 

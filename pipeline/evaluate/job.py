@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pipeline.cache.fill.build import build_cache
-from pipeline.cache.fill.plan import CachePlan, plan_splits
+from pipeline.cache.fill.plan import CachePlan, SplitPlan, plan_splits
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_stats
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.read.scan import PatchReader, read_summaries
@@ -70,9 +70,8 @@ def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPla
         raise UserError("data.val: an evaluation needs held-out images")
     store = cache_store(config)
     splits = plan_splits(config, store)
-    for split in splits if grid is None else ():
-        if not split.labelled:
-            raise UserError(f"data.{split.split}: {split.source.location} has no labels, which this evaluation needs")
+    if grid is None:
+        check_labels(splits)
     work = work_folder(config)  # which all nodes see
     source = fetch_student(settings.student, resolve_uri(config.tracking.uri, work), work)
     if (folder := Path(source).expanduser()).is_dir():
@@ -87,6 +86,13 @@ def plan_frozen(config: EvaluateJobConfig, grid: int | None = None) -> FrozenPla
     return plan
 
 
+def check_labels(splits: Sequence[SplitPlan]) -> None:
+    """Raise a UserError if a split has no labels; before its archives are read, it may have some."""
+    for split in splits:
+        if not split.labelled:
+            raise UserError(f"data.{split.split}: {split.source.location} has no labels, which this evaluation needs")
+
+
 def compute_features(plan: FrozenPlan, config: EvaluateJobConfig) -> FrozenPlan:
     """Compute the missing features on all nodes and GPUs of the Ray session."""
     cache, _ = build_cache(plan.cache, config)
@@ -95,6 +101,7 @@ def compute_features(plan: FrozenPlan, config: EvaluateJobConfig) -> FrozenPlan:
 
 def knn(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) -> dict[str, float]:
     """Accuracy in percent for every k of `evaluate.ks`, as ``knn_<k>``, and of `knn.k`, as ``knn``."""
+    check_labels(plan.cache.splits)
     ks = sorted({*config.evaluate.ks, config.knn.k})
     found = search_knn(plan.train, plan.val, plan.encoder, ks, config.knn.temperature)
     return {"knn": found[config.knn.k], **{f"knn_{k}": accuracy for k, accuracy in found.items()}}
@@ -102,6 +109,7 @@ def knn(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) -> 
 
 def linear(plan: FrozenPlan, config: EvaluateJobConfig, run: Run, folder: Path) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent of the best learning rate, and that rate; holds 4 N D bytes of both splits."""
+    check_labels(plan.cache.splits)
     settings, device = config.evaluate, _device()
     (features, labels), (held_out, expected) = (
         [part.to(device) for part in labelled(*read_summaries(split, plan.encoder))] for split in (plan.train, plan.val)

@@ -14,6 +14,24 @@ from pipeline.export.hub import MAPS
 _SPDX = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "bsd-3-clause")
 
 
+VOICES = {
+    ("clip/", ".summary"): 'words: `jobs/predict.py <folder> photos --classes "a cat, a dog"`, or `--find "a red car"`',
+    (
+        "dinov",
+        ".patches",
+    ): "correspondences: `jobs/predict.py <folder> photos --pca`, `--parts 6`, or two images and `--match`",
+}
+"""What a student can do with the heads of its teachers, by the first and last characters of an output's name."""
+
+
+def voices(described: dict[str, Any]) -> list[str]:
+    """What an exported student can do with its heads, in words."""
+    names = [output["name"] for output in described["outputs"]]
+    return [
+        text for (first, last), text in VOICES.items() if any(n.startswith(first) and n.endswith(last) for n in names)
+    ]
+
+
 def model_card(described: dict[str, Any]) -> str:
     """The model card of an exported folder, from its export.json."""
     return _render(described, front=None)
@@ -49,4 +67,5 @@ def _render(described: dict[str, Any], front: str | None) -> str:
         maps=MAPS,
         graphs=GRAPHS,
         all_teachers=all_teachers,
+        voices=voices(described),
     )

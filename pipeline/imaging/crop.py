@@ -41,12 +41,26 @@ def crop_and_pad(
         [4, height, width] uint8: RGB and a mask, 1 on the box and 0 on the padding.
     """
     planes = _cut(image, view)
-    scale = min(full / side for full, side in zip(size, planes.shape[1:], strict=True))
-    height, width = (max(1, int(side * scale + 0.5)) for side in planes.shape[1:])
+    height, width = fitted_size(planes.shape[1:], size)
     padded = np.zeros((4, *size), np.uint8)
     padded[:3, :height, :width] = _resize(planes, view, (height, width), interpolation)
     padded[3, :height, :width] = 1
     return padded
+
+
+def box_in_pixels(view: View, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of the view's box in an image of this size: whole pixels, at least one each way."""
+    (top, bottom), (left, right) = (
+        _whole_pixels(view.box[axis], view.box[axis + 2], length) for axis, length in ((1, height), (0, width))
+    )
+    return slice(top, bottom), slice(left, right)
+
+
+def fitted_size(sides: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) in pixels of a box with these sides that is resized to fit into `size`; see :func:`crop_and_pad`."""
+    scale = min(full / side for full, side in zip(size, sides, strict=True))
+    height, width = (max(1, int(side * scale + 0.5)) for side in sides)
+    return height, width
 
 
 def is_thin(image: Image.Image) -> bool:
@@ -73,10 +87,7 @@ def resized_centre(image: Image.Image, short: int, size: int) -> Image.Image:
 def _cut(image: np.ndarray | Image.Image, view: View) -> Tensor:
     """The box [3, h, w] uint8, at whole pixels."""
     pixels = image if isinstance(image, np.ndarray) else np.array(image)
-    (top, bottom), (left, right) = (
-        _whole_pixels(view.box[axis], view.box[axis + 2], pixels.shape[1 - axis]) for axis in (1, 0)
-    )
-    return torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
+    return torch.from_numpy(pixels[box_in_pixels(view, *pixels.shape[:2])]).permute(2, 0, 1)
 
 
 def _resize(planes: Tensor, view: View, size: tuple[int, ...], interpolation: Interpolation) -> np.ndarray:

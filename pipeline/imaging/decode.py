@@ -26,6 +26,9 @@ _WHITE_IS_ZERO = 0
 _ORIENTATION_MARKERS = (b"Exif\x00\x00", b"http://ns.adobe.com/xap/")
 """A JPEG with one of these may have an orientation."""
 
+UPRIGHT = 1
+"""EXIF's value for pixels that are stored as they are shown."""
+
 
 def decode_image(data: bytes) -> Image.Image:
     """Decode an encoded image to 8-bit RGB, upright by its EXIF orientation.
@@ -129,7 +132,7 @@ def decode_upright_jpeg(data: bytes) -> np.ndarray | None:
     Pillow parses JPEG headers in Python, under the interpreter lock: on 16 cores, threads decoded 2,000 images a second,
     however many there were.
     """
-    if not data.startswith(b"\xff\xd8") or any(marker in data for marker in _ORIENTATION_MARKERS):
+    if not data.startswith(b"\xff\xd8") or _may_be_turned(data):
         return None
     try:
         height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
@@ -139,3 +142,19 @@ def decode_upright_jpeg(data: bytes) -> np.ndarray | None:
     except ValueError:  # Pillow accepts more damage, and reports the rest
         return None
     return pixels
+
+
+def jpeg_orientation(data: bytes) -> int | None:
+    """EXIF orientation of a JPEG, 1 to 8, as :func:`decode_image` applies it; None if Pillow cannot tell."""
+    if not _may_be_turned(data):
+        return UPRIGHT
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    except Exception:  # noqa: BLE001  as in `decode_image`
+        return None
+    return value if value in range(UPRIGHT, 9) else UPRIGHT
+
+
+def _may_be_turned(data: bytes) -> bool:
+    return any(marker in data for marker in _ORIENTATION_MARKERS)

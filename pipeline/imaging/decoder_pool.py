@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -87,6 +87,7 @@ class DecoderPool:
 
     def __init__(self, workers: int, processes: bool = False) -> None:
         self.workers, self.lock = workers, threading.Lock()
+        self.work: Callable[[DecodeTasks], None] = decode_tasks
         self.arrays: ArrayPool = SharedArrayPool() if processes and sys.platform == "linux" else ArrayPool()
         self.pool = self._start()
 
@@ -133,10 +134,10 @@ class DecoderPool:
     def _submit(self, tasks: DecodeTasks) -> Future[None]:
         with self.lock:
             try:
-                return self.pool.submit(_decode, tasks)
+                return self.pool.submit(self.work, tasks)
             except BrokenProcessPool:
                 self.pool = self._start()
-                return self.pool.submit(_decode, tasks)
+                return self.pool.submit(self.work, tasks)
 
     def _start(self) -> Executor:
         if not isinstance(self.arrays, SharedArrayPool):
@@ -160,10 +161,21 @@ def _stage(tasks: DecodeTasks, arrays: SharedArrayPool) -> tuple[DecodeTasks, np
 _attached = AttachedArrays()
 
 
-def _decode(tasks: DecodeTasks) -> None:
+def encoded_bytes(data: bytes | ArrayHandle) -> bytes:
+    """An encoded image of `DecodeTasks`, in a worker."""
+    return _attached.array(data).tobytes() if isinstance(data, ArrayHandle) else data
+
+
+def target_array(target: np.ndarray | ArrayHandle) -> np.ndarray:
+    """The array of a `CropTask`, in a worker."""
+    return _attached.array(target) if isinstance(target, ArrayHandle) else target
+
+
+def decode_tasks(tasks: DecodeTasks) -> None:
+    """Run tasks on a core, in a worker; ValueError for the first image that cannot be decoded."""
     for data, crops in tasks:
-        image = decode_pixels(_attached.array(data).tobytes() if isinstance(data, ArrayHandle) else data)
+        image = decode_pixels(encoded_bytes(data))
         for view, interpolation, target in crops:
-            pixels = _attached.array(target) if isinstance(target, ArrayHandle) else target
+            pixels = target_array(target)
             crop = crop_and_pad if len(pixels) == 4 else crop_and_resize
             pixels[:] = crop(image, view, pixels.shape[1:], interpolation)

@@ -13,20 +13,41 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.downstream.base import DownstreamTask, built_in_tasks
+from pipeline.downstream.base import built_in_tasks
 from pipeline.errors import UserError
-from pipeline.predict.predictor import Predictor
 from pipeline.storage.names import folder_name
 
 _PICTURE = re.compile(r"[0-9]{5,}-.+\.png")
 
 
-def earlier_predictions(task: DownstreamTask[Any], images: Sequence[Path], folder: Path) -> list[Path]:
+class Writes(Protocol):
+    """How predictions become files; as the methods of the same names of :class:`~pipeline.downstream.base.DownstreamTask`."""
+
+    @property
+    def folders(self) -> tuple[str, ...]: ...  # noqa: D102
+    def draw(self, image: Tensor, result: Any, classes: Sequence[str]) -> Tensor: ...  # noqa: D102
+    def describe(  # noqa: D102
+        self, image: Tensor, result: Any, classes: Sequence[str], folder: Path, stem: str
+    ) -> dict[str, Any]: ...
+    def documents(self, rows: list[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]: ...  # noqa: D102
+
+
+class Predicts(Protocol):
+    """What predicts, such as a :class:`~pipeline.predict.predictor.Predictor`."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+    def predict_with_images(self, images: Any) -> Iterator[tuple[Tensor, Any]]: ...  # noqa: D102
+    def readable(self, paths: Sequence[Path]) -> Iterator[Path]: ...  # noqa: D102
+
+
+def earlier_predictions(task: Writes, images: Sequence[Path], folder: Path) -> list[Path]:
     """The files of an earlier prediction in a folder, by any built-in task or this one, which a new one replaces.
 
     Raises:
@@ -54,7 +75,7 @@ def _pictures(folder: Path, names: set[str]) -> Iterator[Path]:
 
 
 def write_predictions(
-    predictor: Predictor, paths: Sequence[Path], folder: Path, earlier: Sequence[Path] = ()
+    predictor: Predicts, task: Writes, paths: Sequence[Path], folder: Path, earlier: Sequence[Path] = ()
 ) -> list[Path]:
     """Predict for image files, and write the results into a folder; returns the files and folders in it.
 
@@ -64,8 +85,6 @@ def write_predictions(
     Raises:
         UserError: if the folder cannot be made, or naming an unreadable image, unless `predictor.unreadable` collects them.
     """
-    assert predictor.saved is not None
-    task = predictor.saved.task
     try:
         for name in task.folders:
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -73,7 +92,7 @@ def write_predictions(
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
-        names = _write(predictor, paths, partial)
+        names = _write(predictor, task, paths, partial)
         for path in earlier:
             path.unlink(missing_ok=True)
         for path in sorted(partial.rglob("*")):
@@ -84,10 +103,9 @@ def write_predictions(
     return [*(folder / name for name in (*names, *task.folders))]
 
 
-def _write(predictor: Predictor, paths: Sequence[Path], folder: Path) -> list[str]:
+def _write(predictor: Predicts, task: Writes, paths: Sequence[Path], folder: Path) -> list[str]:
     """Write all results below a folder; returns the names of the documents."""
-    assert predictor.saved is not None
-    task, classes, rows = predictor.saved.task, predictor.classes, []
+    classes, rows = predictor.classes, []
     for name in task.folders:
         (folder / name).mkdir(parents=True)
     # Predictions come first: each one implies that all unreadable files before its own are known.

@@ -21,8 +21,8 @@ class JobConfig(JobRoot):
     tracking: TrackingConfig = operational(TrackingConfig())
 
     def title(self, job: str) -> str:
-        """The title of a run: recipe, job, subject and seed."""
-        return " ".join([f"{self.name}-{job}", *self.subject(), f"seed{self.seed}"])
+        """The title of a run: subject, seed, recipe and job; what differs between runs comes first, as lists cut the rest."""
+        return " ".join([*self.subject(), f"seed{self.seed}", f"{self.name}-{job}"])
 
     def note(self, job: str) -> list[str]:
         """The description of a run, as paragraphs of Markdown."""

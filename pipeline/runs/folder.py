@@ -1,7 +1,7 @@
 """The work folder, and the state of a run in it, from which the same command resumes.
 
     <work>/cache/                      the feature cache, unless cache.uri names another place
-    <work>/runs/<name>-<hash>[-<n>]/   one run: run.json, log.txt, metrics.jsonl, checkpoints, the exported student
+    <work>/runs/<name>-<hash>[-<n>]/   one run: run.json, log.txt, metrics.jsonl, report.html, checkpoints, the exported student
     <work>/mlflow.db, <work>/mlartifacts/
 
 The hash is that of the non-default fields that change a run's numbers. A command resumes its unfinished run, under the same

@@ -1,11 +1,12 @@
 """Copies of a run's results in a folder or an object store.
 
-<outputs>/<run>/student/ or model/, figures/, evaluation/
+<outputs>/<run>/report.html, student/ or model/, figures/, evaluation/
 """
 
 from pathlib import Path
 
 from pipeline.errors import UserError, blame_field
+from pipeline.report.report import FILE as REPORT
 from pipeline.storage.store import Store
 
 PARTS = ("student", "model", "figures", "evaluation")
@@ -27,7 +28,8 @@ def publish(run: Path, store: Store) -> str:
         UserError: if the store fails; the results stay in the run's folder.
     """
     target = store.sub(run.name)
-    files = [file for part in PARTS for file in sorted((run / part).rglob("*")) if file.is_file()]
+    found = [run / REPORT, *(file for part in PARTS for file in sorted((run / part).rglob("*")))]
+    files = [file for file in found if file.is_file()]
     try:
         for file in files:
             target.put(file.relative_to(run).as_posix(), file.read_bytes())

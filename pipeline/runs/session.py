@@ -2,11 +2,13 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.errors import blame_field, one_line
+from pipeline.report.report import Report, write_report
 from pipeline.runs.config import JobConfig
 from pipeline.runs.folder import RunState, open_run, work_folder
 from pipeline.runs.results import outputs_store, publish
@@ -66,6 +68,13 @@ class Job:
         where = f"[{registered}]({model_link(registered)})" if registered else f"`{model_uri}`"
         describe(self.run, [*self.config.note(self.name), f"Result: {result}, {where}."])
         return registered
+
+    def report(self, make: Callable[[], Report]) -> Path | None:
+        """Write the report of the run into its folder, and log it; returns the file, or None, with a warning, if that failed."""
+        if file := write_report(self.state.folder, make):
+            self.run.log_file(file, "")
+            self.run.set_tags({"report": str(file)})
+        return file
 
 
 @contextmanager

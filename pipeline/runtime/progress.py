@@ -26,6 +26,7 @@ class Progress:
         self.initial = self.done = initial
         self.clock = clock
         self.started = self.printed = clock()
+        self.first: tuple[float, int] | None = None
         self.postfix: dict[str, Any] = {}
         shown = sys.stderr.isatty() and total > initial
         self.bar = tqdm(total=total, initial=initial, unit=unit, desc=label, leave=True) if shown else None
@@ -42,6 +43,7 @@ class Progress:
     def update(self, count: int = 1, **postfix: Any) -> None:
         """Add work done; `postfix` is shown after it."""
         self.done += count
+        self.first = self.first or (self.clock(), self.done)
         self.postfix = postfix or self.postfix
         if self.bar is not None:
             self.bar.set_postfix(self.postfix, refresh=False)
@@ -60,10 +62,16 @@ class Progress:
         """One line: label, count, rate, time left or taken, and the postfix."""
         elapsed = max(self.clock() - self.started, 1e-9)
         rate = (self.done - self.initial) / elapsed
-        left = (self.total - self.done) / rate if rate else float("inf")
+        steady = self._steady_rate()
+        left = (self.total - self.done) / steady if steady else float("inf")
         when = f"{duration(elapsed)} total" if self.done >= self.total else f"{duration(left)} left"
         extra = "".join(f"  {name} {value}" for name, value in self.postfix.items())
         return f"{self.label}  {self.done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  {when}{extra}"
+
+    def _steady_rate(self) -> float:
+        """The rate since the first work was done, which came after the start of processes and readers; 0 before there is one."""
+        at, done = self.first or (self.started, self.done)
+        return (self.done - done) / max(self.clock() - at, 1e-9)
 
 
 def duration(seconds: float) -> str:

@@ -95,6 +95,13 @@ def alive_node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def gpu_nodes() -> list[str]:
+    """Ids of the alive nodes with GPUs."""
+    import ray
+
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+
+
 def worker_slots(cpus: int) -> int:
     """Number of workers with `cpus` CPUs, and one GPU if there are GPUs, that fit on the alive nodes."""
     nodes = alive_node_resources()

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from pipeline.errors import UserError
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.sources.left_out import with_notes
-from pipeline.storage.files import THREADS, describe
+from pipeline.storage.files import THREADS, Entry, describe
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -107,13 +107,19 @@ class Source(Protocol):
 
 def file_versions(files: Sequence[str]) -> dict[str, int]:
     """The versions of files by path or URI; UserError if one cannot be found."""
+    return {entry.path: entry.version for entry in file_entries(files)}
+
+
+def file_entries(files: Sequence[str]) -> list[Entry]:
+    """Sizes and versions of files by path or URI; UserError if one cannot be found."""
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(files, map_ahead(pool, _version, files, THREADS), strict=True))
+        return [*map_ahead(pool, file_entry, files, THREADS)]
 
 
-def _version(file: str) -> int:
+def file_entry(file: str) -> Entry:
+    """Size and version of a file by path or URI; UserError if it cannot be found."""
     try:
-        return describe(file).version
+        return describe(file)
     except OSError as error:
         raise UserError(
             f"{file}: cannot be found ({error.strerror or error}); restore it, or name the files anew"

@@ -67,9 +67,10 @@ class LeftOut:
         return found
 
 
-def some(names: Sequence[str]) -> str:
-    """The first of these names, and the number of the others."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+def some(names: Sequence[str], count: int | None = None) -> str:
+    """The first of these names, and the number of the others; `count`: of all, if only the first are given."""
+    count = len(names) if count is None else count
+    more = f" and {count - SHOWN} more" if count > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 

@@ -1,10 +1,13 @@
 """Images in Parquet files: encoded bytes (Hugging Face or plain binary) or raw uint8 arrays."""
 
 import io
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +17,16 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.sources.base import by_file, file_versions, finish_index, in_stored_order, oversize
+from pipeline.runtime.prefetch import map_ahead
+from pipeline.sources.base import (
+    INDEX_SCHEMA,
+    by_file,
+    file_entries,
+    file_versions,
+    finish_index,
+    in_stored_order,
+    oversize,
+)
 from pipeline.sources.locations import readable_name
 from pipeline.sources.parquet_columns import (
     ImageColumn,
@@ -28,7 +40,7 @@ from pipeline.sources.parquet_columns import (
     readable,
 )
 from pipeline.sources.parquet_labels import class_names, find_label_column, label_kind, label_numbers, unusable_labels
-from pipeline.storage.files import describe
+from pipeline.storage.files import THREADS, Entry, describe
 from pipeline.storage.remote import StoreError
 
 _INDEX_BATCH = 256
@@ -43,6 +55,9 @@ class ParquetImages:
 
     A sample id is the image struct's `path` if paths are unique and reading in their order visits each row group once;
     otherwise `<file name>#<row>`, the row in eight digits so that ids sort in file order.
+
+    Attributes:
+        by_path: whether `stream` takes paths for sample ids.
     """
 
     random_access: ClassVar[bool] = False
@@ -54,6 +69,7 @@ class ParquetImages:
     label_kind: str
     classes: tuple[str, ...]
     left_out: tuple[str, ...]
+    by_path: bool = False
 
     @classmethod
     def open(
@@ -85,30 +101,101 @@ class ParquetImages:
         """One row per Parquet row; reads the image column once for its byte lengths, without decoding."""
         tables = [self._index_file(path, number) for number, path in enumerate(self.files)]
         table = pa.concat_tables(tables)
-        if _paths_are_ids(table):
+        return self._finished(table, _paths_are_ids(table))
+
+    def _finished(self, table: pa.Table, by_path: bool) -> pa.Table:
+        if by_path:
             table = table.set_column(table.schema.get_field_index("sample_id"), "sample_id", table["path"])
         looked_for = f"rows in {len(self.files)} Parquet file(s)"
         return finish_index(table, location=self.location, looked_for=looked_for, left_out=self.left_out)
 
-    def _index_file(self, path: str, number: int) -> pa.Table:
-        with open_parquet(path) as file:
-            version = describe(path).version
-            self._refuse_other_schema(path, file.schema_arrow)
-            self._refuse_large_groups(path, file.metadata)
+    @property
+    def identity(self) -> str:
+        """The columns, the names of classes, and the rule of sample ids."""
+        image = [self.image.name, self.image.layout]
+        return json.dumps([image, self.label_column, self.label_kind, self.classes, self.by_path])
+
+    @property
+    def may_have_labels(self) -> bool:
+        """Whether there is a column of them."""
+        return self.label_column is not None
+
+    def archives(self) -> list[Entry]:
+        """The files with sizes and versions."""
+        return file_entries(self.files)
+
+    def count(self, archives: Sequence[str]) -> tuple[int, int]:
+        """Rows and uncompressed bytes of the image column, by the footers."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            counts = [*map_ahead(pool, self._count, archives, THREADS)]
+        return sum(rows for rows, _ in counts), sum(size for _, size in counts)
+
+    def _count(self, path: str) -> tuple[int, int]:
+        with self._open(path) as file:
+            sizes = (self._group_bytes(file.metadata, group) for group in range(file.num_row_groups))
+            return file.metadata.num_rows, sum(sizes)
+
+    def prepared(self, archives: Sequence[str]) -> "ParquetImages":
+        """The source that knows from the paths in all new files whether they can be sample ids."""
+        if self.image.layout != "struct":
+            return self
+        with ThreadPoolExecutor(THREADS) as pool:
+            tables = [*map_ahead(pool, partial(self._paths, archives), range(len(archives)), THREADS)]
+        return replace(self, by_path=_paths_are_ids(pa.concat_tables(tables)))
+
+    def stream(self, archive: str, take: Callable[[int, bytes | Exception], None]) -> tuple[pa.Table, str]:
+        """See :class:`~pipeline.sources.streamed.StreamedSource`; the file is read row group by row group."""
+        table = self._index_file(archive, 0, take)
+        if table.num_rows:
+            table = self._finished(table, self.by_path)
+        return table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA).replace_schema_metadata(), ""
+
+    def notes(self, passed_over: Iterable[str]) -> list[str]:
+        """The columns that cannot be labels."""
+        return [*self.left_out]
+
+    def _open(self, path: str) -> pq.ParquetFile:
+        file = open_parquet(path)
+        self._refuse_other_schema(path, file.schema_arrow)
+        self._refuse_large_groups(path, file.metadata)
+        return file
+
+    def _index_file(
+        self, path: str, number: int, take: Callable[[int, bytes | Exception], None] | None = None
+    ) -> pa.Table:
+        with self._open(path) as file:
+            version, parts, row = describe(path).version, list[pa.RecordBatch](), 0
             columns = [self.image.name] + ([self.label_column] if self.label_column else [])
             try:
                 with readable(path):
-                    parts = [self._measure(batch) for batch in read_batches(file, columns, _INDEX_BATCH)]
+                    for batch in read_batches(file, columns, _INDEX_BATCH):
+                        parts.append(self._measure(batch))
+                        if take is not None:
+                            self._hand_over(batch, parts[-1]["size"].to_pylist(), row, take)
+                        row += len(batch)
             except ValueError as error:
                 problem = f"column '{self.label_column}' {error}"
                 raise UserError(f"{path}: {problem}; correct it, or name another column") from error
-            groups = np.repeat(np.arange(file.num_row_groups), np.diff(_group_starts(file)))
+            groups = _groups(file, number)
         table, name = pa.Table.from_batches(parts, schema=_MEASURED), os.path.basename(path)
         table = table.append_column("sample_id", [[f"{name}#{row:08d}" for row in range(table.num_rows)]])
         table = table.append_column("uri", pa.repeat(path, table.num_rows))
         table = table.append_column("version", pa.repeat(pa.scalar(version, pa.int64()), table.num_rows))
         table = table.append_column("offset", pa.array(np.arange(table.num_rows)))
-        return table.append_column("group", pa.array(groups + number * 2**32))
+        return table.append_column("group", groups)
+
+    def _paths(self, archives: Sequence[str], number: int) -> pa.Table:
+        """Path and row group of every row of one of these files; reads no image."""
+        path = archives[number]
+        with self._open(path) as file:
+            if file.schema_arrow.field(self.image.name).type.get_field_index("path") < 0:
+                paths = pa.nulls(file.metadata.num_rows, pa.string())
+            else:
+                with readable(path):
+                    batches = [*read_batches(file, [f"{self.image.name}.path"])]
+                columns = [pc.struct_field(batch.column(0), "path").cast(pa.string()) for batch in batches]
+                paths = pa.chunked_array(columns, pa.string())
+            return pa.table({"path": paths, "group": _groups(file, number)})
 
     def _refuse_other_schema(self, path: str, schema: pa.Schema) -> None:
         label = self.label_column
@@ -118,10 +205,20 @@ class ParquetImages:
         if not fits(self.image, schema) or (label and label_kind(schema.field(label).type) != self.label_kind):
             raise UserError(f"{path}: the types of its columns differ from {self.files[0]}; name files of one schema")
 
+    def _hand_over(
+        self, batch: pa.RecordBatch, sizes: list[int], first: int, take: Callable[[int, bytes | Exception], None]
+    ) -> None:
+        images = image_values(batch.column(self.image.name), self.image.layout)
+        for row, (size, image) in enumerate(zip(sizes, images, strict=True), first):
+            take(row, oversize(size) or _image_bytes(image, self.image.layout))
+
+    def _group_bytes(self, metadata: pq.FileMetaData, group: int) -> int:
+        columns = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
+        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self.image.name)
+
     def _refuse_large_groups(self, path: str, metadata: pq.FileMetaData) -> None:
         for group in range(metadata.num_row_groups):
-            columns = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
-            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self.image.name)
+            size = self._group_bytes(metadata, group)
             if not 0 <= size <= _MAX_GROUP:
                 raise UserError(
                     f"{path}: the images of row group {group} take {size / 2**30:.1f} GiB uncompressed, more than the "
@@ -170,6 +267,12 @@ class ParquetImages:
             yield from (_image_bytes(value, self.image.layout) for value in values)
 
 
+def _groups(file: pq.ParquetFile, number: int) -> pa.Array:
+    """A number for the row group of every row, which no other file has."""
+    groups = np.repeat(np.arange(file.num_row_groups), np.diff(_group_starts(file)))
+    return pa.array(groups + number * 2**32)
+
+
 def _group_starts(file: pq.ParquetFile) -> np.ndarray:
     """First row of each row group, then the number of rows: int64 [groups + 1]."""
     metadata = file.metadata
@@ -192,7 +295,7 @@ def _paths_are_ids(table: pa.Table) -> bool:
         return False
     # Cache shards follow the order of ids: if paths were shuffled, every shard would read every row group.
     groups = table["group"].take(pc.sort_indices(path)).to_numpy()
-    return np.count_nonzero(np.diff(groups)) == len(np.unique(groups)) - 1
+    return bool(np.count_nonzero(np.diff(groups)) == len(np.unique(groups)) - 1)
 
 
 def _byte_counts(column: pa.Array, layout: Layout) -> pa.Array:

@@ -1,10 +1,11 @@
 """Images in tar files in the WebDataset layout: members with the same path up to the name's first dot are one sample."""
 
+import json
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO
@@ -16,7 +17,9 @@ from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.sources.base import (
     IndexRow,
+    NoImagesError,
     by_file,
+    file_entries,
     file_versions,
     finish_index,
     foreign_name,
@@ -24,10 +27,10 @@ from pipeline.sources.base import (
     make_table,
     oversize,
 )
-from pipeline.sources.left_out import LeftOut, is_system, some
+from pipeline.sources.left_out import SHOWN, LeftOut, is_system, some
 from pipeline.sources.locations import readable_name
 from pipeline.sources.tar_labels import JSON_EXTENSIONS, TEXT_EXTENSIONS, parse_label
-from pipeline.storage.files import describe, open_binary
+from pipeline.storage.files import Entry, describe, open_binary
 from pipeline.storage.remote import is_uri
 from pipeline.storage.remote_file import read_extents
 
@@ -77,8 +80,49 @@ class TarShards:
         for found, passed_over in self._indices():
             tables.append(make_table(found))
             unused.add(passed_over)
-        table, looked_for = pa.concat_tables(tables), f"{', '.join(IMAGE_EXTENSIONS)} members"
+        return self._finished(pa.concat_tables(tables), unused)
+
+    def _finished(self, table: pa.Table, unused: "_Unused") -> pa.Table:
+        looked_for = f"{', '.join(IMAGE_EXTENSIONS)} members"
         return finish_index(table, location=self.location, looked_for=looked_for, left_out=unused.all_notes())
+
+    @property
+    def identity(self) -> str:
+        """Nothing decides but the bytes of a tar."""
+        return ""
+
+    @property
+    def may_have_labels(self) -> bool:
+        """Their members tell."""
+        return True
+
+    def archives(self) -> list[Entry]:
+        """The files with sizes and versions."""
+        return file_entries(self.shards)
+
+    def count(self, archives: Sequence[str]) -> tuple[int, int] | None:
+        """A tar has no table of contents."""
+        return None
+
+    def prepared(self, archives: Sequence[str]) -> "TarShards":
+        """This source."""
+        return self
+
+    def stream(self, archive: str, take: Callable[[int, bytes | Exception], None]) -> tuple[pa.Table, str]:
+        """See :class:`~pipeline.sources.streamed.StreamedSource`; of a sample with several images, all are handed over."""
+        rows, unused = _index_tar(archive, take)
+        try:
+            table = self._finished(make_table(rows), unused)
+        except NoImagesError:  # other tars may have some
+            table = make_table(())
+        return table.replace_schema_metadata(), unused.dump()
+
+    def notes(self, passed_over: Iterable[str]) -> list[str]:
+        """What tars hold besides samples, in phrases."""
+        unused = _Unused()
+        for found in passed_over:
+            unused.add(_Unused.load(found))
+        return unused.all_notes()
 
     def _indices(self) -> Iterator[tuple[list[IndexRow], "_Unused"]]:
         if self.random_access:
@@ -152,13 +196,15 @@ class _Unused:
 
     Attributes:
         other: neither image nor label.
-        alone: ids of samples with a label and without an image.
+        alone: number of samples with a label and without an image.
+        first_alone: ids of the first of them.
         further: extensions of images of a sample that has another.
         fields: fields of JSON members that look like a label and hold no number.
     """
 
     other: LeftOut = field(default_factory=lambda: LeftOut("members"))
-    alone: list[str] = field(default_factory=list)
+    alone: int = 0
+    first_alone: list[str] = field(default_factory=list)
     further: Counter[str] = field(default_factory=Counter)
     fields: Counter[str] = field(default_factory=Counter)
 
@@ -166,6 +212,7 @@ class _Unused:
         """Count those of another tar too."""
         self.other.endings.update(other.other.endings)
         self.alone += other.alone
+        self.first_alone = [*self.first_alone, *other.first_alone][:SHOWN]
         self.further.update(other.further)
         self.fields.update(other.fields)
 
@@ -174,21 +221,38 @@ class _Unused:
         kinds = [f"{extension} {count}" for extension, count in self.further.items()]
         odd = [f"{name} in {count} members" for name, count in self.fields.items()]
         notes = {
-            f"{len(self.alone)} labels without an image: {some(self.alone)}": self.alone,
+            f"{self.alone} labels without an image: {some(self.first_alone, self.alone)}": self.alone,
             f"{self.further.total()} images of samples that have another: {some(kinds)}": kinds,
             f"JSON fields that hold no class number: {some(odd)}": odd,
         }
         return [*(note for note, found in notes.items() if found), *self.other.all_notes()]
 
+    def dump(self) -> str:
+        """All fields as JSON."""
+        return json.dumps([self.other.endings, self.alone, self.first_alone, self.further, self.fields])
 
-def _index_tar(path: str) -> tuple[list[IndexRow], _Unused]:
-    """The samples with an image, in the order of their first members, and what is not used."""
+    @classmethod
+    def load(cls, text: str) -> "_Unused":
+        """The inverse of `dump`."""
+        endings, alone, first_alone, further, fields = json.loads(text)
+        other = LeftOut("members", Counter(endings))
+        return cls(other, alone, first_alone, Counter(further), Counter(fields))
+
+
+def _index_tar(
+    path: str, take: Callable[[int, bytes | Exception], None] | None = None
+) -> tuple[list[IndexRow], _Unused]:
+    """The samples with an image, in the order of their first members, and what is not used.
+
+    Args:
+        take: gets offset and bytes of every image, as the tar goes by.
+    """
     rows: list[IndexRow] = []
     unused = _Unused()
     try:
         version = describe(path).version
         with open_binary(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
-            for key, sample in _samples(tar).items():
+            for key, sample in _samples(tar, take).items():
                 sample_id = f"{os.path.basename(path)}/{key.removeprefix('./')}"
                 images = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
                 unused.further.update(images[1:])
@@ -200,7 +264,8 @@ def _index_tar(path: str) -> tuple[list[IndexRow], _Unused]:
                 else:
                     _refuse_dotted(sample)
                     if sample.labels:
-                        unused.alone.append(sample_id)
+                        unused.alone += 1
+                        unused.first_alone += [sample_id][: SHOWN - len(unused.first_alone)]
             _refuse_missing_end(tar)
     except (tarfile.TarError, OSError, OverflowError, RecursionError) as error:
         raise UserError(
@@ -211,7 +276,7 @@ def _index_tar(path: str) -> tuple[list[IndexRow], _Unused]:
     return rows, unused
 
 
-def _samples(tar: tarfile.TarFile) -> dict[str, Sample]:
+def _samples(tar: tarfile.TarFile, take: Callable[[int, bytes | Exception], None] | None) -> dict[str, Sample]:
     """The members of every key by extension; a member that occurs twice is refused, since one of the two would be lost."""
     samples: dict[str, Sample] = {}
     for member in _advancing(tar):
@@ -224,7 +289,19 @@ def _samples(tar: tarfile.TarFile) -> dict[str, Sample]:
             sample.members[extension] = member
             if extension in (*TEXT_EXTENSIONS, *JSON_EXTENSIONS):
                 sample.labels[extension] = _parsed(tar, member, extension)
+            elif take is not None and extension in IMAGE_EXTENSIONS:
+                take(member.offset_data, oversize(member.size) or _content(tar, member))
     return samples
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a member, which `TarShards.read` gives too; nothing before them is asked for again."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(member.offset_data)
+    data = tar.fileobj.read(member.size)
+    if len(data) < member.size:
+        raise tarfile.ReadError(f"ends within member '{member.name}'")
+    return data
 
 
 def _parsed(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> tuple[int | None, str] | ValueError:

@@ -1,6 +1,5 @@
 """Backbones by name: exported students and timm models."""
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, did_you_mean, one_line
 from pipeline.student.model import Encoder, build_encoder, create_backbone, load_encoder
 from pipeline.student.nearest import nearest_folders
 from teachers.base import TeacherError
@@ -55,10 +54,9 @@ def load_student(student: str, *, weights: str = "pretrained", args: Mapping[str
     if student.startswith("timm/") or timm.is_model(student):
         encoder, size = _from_timm(student, weights, args or {})
         return LoadedStudent(encoder, student.removeprefix("timm/"), size, args or {}, {"weights": weights})
-    near = difflib.get_close_matches(student, timm.list_models(), n=3)
     raise UserError(
         f"{student}: neither an exported student folder, nor an MLflow URI (models:/m-...), nor a name that timm knows"
-        + (nearest_folders(student) or (f"; did you mean {', '.join(near)}?" if near else ""))
+        + (nearest_folders(student) or did_you_mean(student, timm.list_models(), most=3))
     )
 
 

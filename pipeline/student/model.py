@@ -1,6 +1,5 @@
 """The student: any timm backbone, giving a summary vector and a feature map, and the heads that predict a teacher's."""
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pipeline.student.regla  # noqa: F401  registers regla_* with timm
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, did_you_mean, one_line
 from pipeline.student.nearest import nearest_folders
 from teachers.timm_backbone import LOADING
 
@@ -36,8 +35,7 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None) -> nn.Modu
     """
     model_name = name.removeprefix("timm/")
     if not timm.is_model(model_name):
-        near = difflib.get_close_matches(model_name, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = did_you_mean(model_name, timm.list_models(), most=3)
         raise UserError(f"student.name: timm has no model {model_name}{hint}")
     args = dict(args or {})
     if refused := ", ".join(sorted(LOADING & args.keys())):
@@ -190,9 +188,6 @@ def save_encoder(encoder: Encoder, model: str, args: Mapping[str, Any], input_si
         model, args: of :func:`create_backbone`.
         input_size: side in pixels at which it was trained.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
-    save_file(weights, folder / "student.safetensors")
     description = {
         "model": model.removeprefix("timm/"),
         "args": {"num_classes": 0, **args},
@@ -200,7 +195,14 @@ def save_encoder(encoder: Encoder, model: str, args: Mapping[str, Any], input_si
         "mean": encoder.mean.flatten().tolist(),
         "std": encoder.std.flatten().tolist(),
     }
-    (folder / "student.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+    save_described(encoder.backbone.state_dict(), description, folder, "student")
+
+
+def save_described(state: Mapping[str, Tensor], description: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Write `<name>.safetensors` and `<name>.json` into a folder, which is created."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
 def load_encoder(folder: Path) -> Encoder:

@@ -19,12 +19,15 @@ def send_message(client: MlflowClient, run_id: str, buffer: WriteBuffer, kind: s
         case "metrics":
             for first in range(0, len(content), BATCH):
                 client.log_batch(run_id, metrics=[Metric(*point) for point in content[first : first + BATCH]])
-        case "curves":  # only steps that are not logged yet: a resumed run repeats those since its checkpoint
+        case (
+            "curves" | "shown_curves"
+        ):  # only steps that are not logged yet: a resumed run repeats those since its checkpoint
             sent = buffer.sent_steps()
             fresh = [point for point in content if point[3] > sent.get(point[0], -1)]
             send_message(client, run_id, buffer, "metrics", fresh)
             if fresh:
-                buffer.record(fresh)
+                if kind == "curves":  # those of a nested run are in the file already
+                    buffer.record(fresh)
                 buffer.set_sent_steps(sent | {name: step for name, _, _, step in fresh})
         case "params":
             known = client.get_run(run_id).data.params

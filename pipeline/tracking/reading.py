@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,6 +71,13 @@ class Experiment:
             return None
         host = host.rpartition("@")[2]  # without a password
         return f"{scheme}://{host}{path.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
+    def report(self, run: LoggedRun) -> str | None:
+        """URL of a run's report in MLflow's interface, else of its file if that is on this machine; None: it has none."""
+        file = Path(run.tags.get("report", ""))
+        if run.tags.get("report") and (link := self.link(run.run_id)):
+            return f"{link}/artifacts/{file.name}"
+        return file.as_uri() if file.is_absolute() and file.is_file() else None
 
 
 def read_experiment(uri: str, name: str, only: str = "") -> Experiment:

@@ -135,15 +135,22 @@ def _show_best(run: Run) -> None:
 
 
 _BEST = "Best: "
+_FOR_PROGRAMS = ("cache", "manifests", "run", "distilled_in")
+"""Beginnings of the tags that hold ids and hashes, which the text leaves out."""
 _MODEL_NOTE = """Newest: `models:/{name}/latest`. Best by `{metric}`: `models:/{name}@best`, among versions measured on the
 same held-out images (tag `held_out`) as the first marked version."""
 
 
 def _version_note(run: Run, registration: Registration) -> str:
     score = "nothing was measured" if registration.score is None else f"{registration.metric} {registration.score:.4g}"
-    rows = [f"| {name} | {', '.join(value.splitlines())} |" for name, value in registration.lineage.items()]
-    table = ["| lineage | |", "|---|---|", *rows] if rows else []
-    return "\n".join([f"From [the job's run]({run_link(run)}): {score}.", "", *table])
+    rows = [
+        f"| {name} | {', '.join(value.splitlines())} |"
+        for name, value in registration.lineage.items()
+        if not name.startswith(_FOR_PROGRAMS)
+    ]
+    table = ["| | |", "|---|---|", *rows, ""] if rows else []
+    more = "The tags name what programs look up: the run, the cache's folders and the hashes of their files."
+    return "\n".join([f"From [the job's run]({run_link(run)}): {score}.", "", *table, more])
 
 
 def describe(run: Run, lines: Sequence[str]) -> None:

@@ -6,9 +6,9 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ class Run(RunLog):
     uri: str
     experiment_id: str
 
-    def __reduce__(self) -> tuple[type[RunLog], tuple[str, WriteBuffer]]:
-        return RunLog, (self.run_id, self.buffer)
+    def __reduce__(self) -> tuple[Callable[..., RunLog], tuple[str, WriteBuffer]]:
+        return partial(RunLog, parent=self.parent), (self.run_id, self.buffer)
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -63,7 +63,10 @@ class Run(RunLog):
         """A nested run: a new one, or `run_id` if it still exists; UserError if the server is silent for minutes."""
         note = f"Part of [the job]({run_link(self)}), which describes it."
         tags, buffers = {"mlflow.parentRunId": self.run_id, NOTE: note}, Store(self.buffer.store.uri.rpartition("/")[0])
-        return retry_until_reachable(self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers))
+        opened = retry_until_reachable(
+            self.uri, lambda: _open(self.uri, self.experiment_id, name, tags, run_id, buffers)
+        )
+        return replace(opened, parent=self)
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED.

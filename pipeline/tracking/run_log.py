@@ -1,11 +1,13 @@
 """What is logged of a run: messages that wait in a buffer for the process that sends them. Does not import MLflow."""
 
+from __future__ import annotations
+
 import hashlib
 import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunLog:
-    """Appends to the buffer of a run, so that logging does not fail while the server is down. Picklable."""
+    """Appends to the buffer of a run, so that logging does not fail while the server is down. Picklable.
+
+    Attributes:
+        parent: the run of the job that this run is nested in; it shows the curves and pictures too.
+    """
 
     run_id: str
     buffer: WriteBuffer
+    parent: RunLog | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters; long values are cut, and a parameter that is already logged keeps its value."""
@@ -44,6 +51,8 @@ class RunLog:
         history = list(history)
         export_training(history)
         self._post("curves", _points(history))
+        if self.parent:
+            self.parent._post("shown_curves", _points(history))
 
     def log_metric_dict(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics of one step; MLflow shows the last value logged."""
@@ -66,6 +75,11 @@ class RunLog:
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         self.log_dict({"file": place, "bytes": file.stat().st_size, "sha256": digest}, path)
+
+    def log_picture(self, file: Path, folder: str) -> None:
+        """Log a file as `log_file` does, here and in the job's run."""
+        for run in (self, self.parent) if self.parent else (self,):
+            run.log_file(file, folder)
 
     def log_folder(self, source: Path, folder: str) -> None:
         """Log the files of a local folder into an artifact folder, with their content at the time of sending."""

@@ -82,8 +82,8 @@ class TrainConfig(Section):
     def describe(self, input_size: int, seed: int, child_run: str) -> str:
         """A sentence about the training for the note of a run."""
         return (
-            f"Training: {self.epochs} epochs of batches of {self.batch_size} at {input_size} px, seed {seed}. Curves, pictures "
-            f"and the model are in the nested run `{child_run}`."
+            f"Training: {self.epochs} epochs of batches of {self.batch_size} at {input_size} px, seed {seed}. The model is in "
+            f"the nested run `{child_run}`; `report.html` shows the whole run."
         )
 
     def describe_epochs(self, images: int, steps: int) -> str:

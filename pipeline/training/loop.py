@@ -15,7 +15,7 @@ from pipeline.runtime.prefetch import map_ahead
 from pipeline.runtime.progress import Progress
 from pipeline.training.checkpoint import Snapshot, TrainingPosition
 from pipeline.training.config import TrainConfig
-from pipeline.training.meter import DivergedError, Meter, data_bound
+from pipeline.training.meter import DivergedError, Meter, Pace, data_bound
 from pipeline.training.step import Stepper
 from pipeline.training.task import History, Task, check_best_metric, list_tensors, to_device
 from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker
@@ -81,7 +81,7 @@ class _Loop:
         steps = [task.steps(epoch) for epoch in range(config.epochs)]
         self.all_steps = sum(steps)
         self.stepper = Stepper(task, config, worker, steps)
-        self.position = TrainingPosition()
+        self.position, self.pace = TrainingPosition(), Pace()
         self.evaluations: History = []
         self.history: History = []
         self.best = False
@@ -145,7 +145,7 @@ class _Loop:
     def run_epoch(self) -> None:
         position, config = self.position, self.config
         steps = self.task.steps(position.epoch)
-        meter = Meter(self.worker, steps, finite_gradient=not self.stepper.half)
+        meter = Meter(self.worker, steps, self.pace, finite_gradient=not self.stepper.half)
         self.stepper.wrapped.train()
         label = f"train epoch {position.epoch + 1}/{config.epochs}"
         device = self.worker.device

@@ -81,15 +81,36 @@ class StepTimer:
         return totals
 
 
+class Pace:
+    """Seconds per step of a run, for the time left: a mean in which later readings count more.
+
+    The first reading holds the start of readers and kernels, and gives way to the second.
+    """
+
+    LEAST_WEIGHT = 0.1
+    """Weight of a reading after many."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self.readings = 0
+
+    def add(self, seconds: float) -> None:
+        """Add a reading."""
+        weight = max(self.LEAST_WEIGHT, 1 / max(1, self.readings))
+        self.seconds = seconds if self.seconds is None else self.seconds + weight * (seconds - self.seconds)
+        self.readings += 1
+
+
 class Meter:
     """Metrics of the steps of an epoch.
 
     Args:
+        pace: of the run, which readings are added to.
         finite_gradient: whether a gradient that is not finite means divergence; in float16 it is expected.
     """
 
-    def __init__(self, worker: Worker, steps: int, finite_gradient: bool) -> None:
-        self.worker, self.finite_gradient = worker, finite_gradient
+    def __init__(self, worker: Worker, steps: int, pace: Pace, finite_gradient: bool) -> None:
+        self.worker, self.pace, self.finite_gradient = worker, pace, finite_gradient
         self.every = max(1, steps // POINTS_PER_EPOCH)
         self.clock = StepTimer(worker.device)
         self.pending: list[tuple[list[str], dict[str, Tensor]]] = []
@@ -137,6 +158,7 @@ class Meter:
         if self.worker.device.type == "cuda":
             self.latest["gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.worker.device) / 2**20
         self.seconds_per_step = seconds / len(self.pending)
+        self.pace.add(self.seconds_per_step)
         self.pending, self.images, self.started = [], 0, time.perf_counter()
         return self.latest
 
@@ -165,11 +187,11 @@ class Meter:
 
     def postfix(self, steps_left: int) -> dict[str, str]:
         """Figures for the progress line; `steps_left` counts to the end of the run."""
-        if not self.latest or self.seconds_per_step is None:
+        if not self.latest or self.pace.seconds is None:
             return {}
         return {
             "loss": f"{self.latest['loss']:.3f}",
             "img/s": f"{self.latest['images_per_second']:.0f}",
             "data": f"{self.latest['data_wait_share']:.0%}",
-            "run left": duration(steps_left * self.seconds_per_step),
+            "run left": duration(steps_left * self.pace.seconds),
         }

@@ -26,6 +26,7 @@ from pyarrow import fs
 from pipeline.errors import UserError
 from pipeline.runtime import logs
 from pipeline.runtime.ray_session import cpus_per_worker
+from pipeline.storage.store import Store
 from pipeline.training.checkpoint import (
     STATE_FILE,
     Snapshot,
@@ -38,7 +39,7 @@ from pipeline.training.config import TrainConfig, check_shares
 from pipeline.training.entry import enter_worker
 from pipeline.training.loop import train
 from pipeline.training.meter import DivergedError
-from pipeline.training.stopping import STOP_FILE, SharedFile, call_in_thread, on_sigterm
+from pipeline.training.stopping import call_in_thread, on_sigterm
 from pipeline.training.task import History, Task, map_tensors
 from pipeline.training.worker import STOP_REQUESTED, StoppedError, Worker, synchronised
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 RETRIES = 3
 """Worker failures that a run survives, not counting preempted nodes."""
 
-REFUSED_FILE = "refused"
+STOP_FILE, REFUSED_FILE = "stop", "refused"
 
 _ENDINGS: dict[str, type[BaseException]] = {"diverged": DivergedError, "stopped": StoppedError, "refused": UserError}
 """Errors that end a training, by the name that workers return: Ray Train restarts workers that raise."""
@@ -81,32 +82,32 @@ def fit(
     from ray import cloudpickle
     from ray.train.torch import TorchTrainer
 
-    shares = _shares(config, folder)
-    filesystem, path = open_folder(folder)
-    stop = SharedFile(filesystem, f"{path}/{STOP_FILE}")
-    stop.remove()
-    SharedFile(filesystem, f"{path}/{REFUSED_FILE}").remove()
+    shares, store = _shares(config, folder), Store.at(folder)
+    for file in (STOP_FILE, REFUSED_FILE):
+        store.delete(file)
+    stop = partial(store.put, STOP_FILE, b"")
     trainer = TorchTrainer(
         enter_worker,
         train_loop_config={
             "task": cloudpickle.dumps((make_task, payload)),
-            "config": config.model_dump(),
+            "config": config.model_dump(include={*TrainConfig.model_fields}),  # a job may have more
             "shares": shares,
+            "store": store,
             "log": logs.fields(),
         },
         scaling_config=_scaling(config, shares),
         run_config=_run_config(config, folder, on_commit),
     )
-    with on_sigterm(stop.write):
+    with on_sigterm(stop):
         try:
             result: Any = call_in_thread(trainer.fit)  # its annotation is the class of Ray Train v1
         except KeyboardInterrupt:
-            stop.write()  # for the workers of a session that stays
+            stop()  # for the workers of a session that stays
             raise
     if result.return_value is not None:
         kind, message = result.return_value
         raise _ENDINGS[kind](message)
-    if stop.exists():  # written after the workers' last check
+    if store.exists(STOP_FILE):  # written after the workers' last check
         raise StoppedError("training was stopped at its end; the same command resumes from there")
     checkpoint: Checkpoint = result.checkpoint
     return checkpoint
@@ -114,13 +115,11 @@ def fit(
 
 def _shares(config: TrainConfig, folder: str) -> int:
     """Shares of the global batch, as recorded in `folder` or for a run that starts now."""
-    filesystem, path = open_folder(folder)
-    file = SharedFile(filesystem, f"{path}/shares")
-    if file.exists() and (recorded := file.read()):  # empty if the disk was full, or the job was killed
+    store = Store.at(folder)
+    if store.exists("shares") and (recorded := store.get("shares")):  # empty if an earlier version was killed
         return int(recorded)
     shares = count_shares(config)
-    filesystem.create_dir(path, recursive=True)
-    file.write(str(shares))
+    store.put("shares", str(shares).encode())
     return shares
 
 
@@ -185,9 +184,9 @@ def train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
     logging.getLogger().setLevel(logging.WARNING)  # as in the jobs; at INFO Ray Train prints every report in full
     logs.configure_worker()
     logs.set_context(**{**loop["log"], "stage": "train"})
-    refused = SharedFile(*_in_folder(REFUSED_FILE))
-    if refused.exists():
-        return "refused", refused.read()
+    store: Store = loop["store"]
+    if store.exists(REFUSED_FILE):
+        return "refused", store.get(REFUSED_FILE).decode()
     try:
         _train(loop)
     except DivergedError as error:
@@ -199,7 +198,7 @@ def train_worker(loop: dict[str, Any]) -> tuple[str, str] | None:
         if ray.train.get_context().get_world_size() == 1:
             return "refused", reason
         # The other workers wait in a collective: this one fails, and after the restart all of them find the reason.
-        refused.write(reason)
+        store.put(REFUSED_FILE, reason.encode())
         raise
     return None
 
@@ -215,7 +214,7 @@ def _out_of_memory(loop: dict[str, Any]) -> str:
 def _train(loop: dict[str, Any]) -> None:
     import ray.train
 
-    worker = _make_worker(loop["shares"])
+    worker = _make_worker(loop["shares"], loop["store"])
     make_task, payload = pickle.loads(loop["task"])  # noqa: S301  from `fit`
     task, *others = make_tasks(make_task, payload, worker)
     checkpoint = ray.train.get_checkpoint()
@@ -235,7 +234,7 @@ def make_tasks(
     return [task, *(task.with_share(share) for share in rest)]
 
 
-def _make_worker(shares: int) -> Worker:
+def _make_worker(shares: int, store: Store) -> Worker:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
@@ -248,7 +247,6 @@ def _make_worker(shares: int) -> Worker:
         return wrapped
 
     alone = Worker(context.get_world_rank(), context.get_world_size(), get_device())
-    stop = SharedFile(*_in_folder(STOP_FILE))
 
     def dump(name: str, content: dict[str, Any]) -> str:
         filesystem, path = _in_folder(name)
@@ -257,7 +255,7 @@ def _make_worker(shares: int) -> Worker:
         return path
 
     def notice() -> str | None:
-        if alone.any_rank(not alone.rank and stop.exists()):
+        if alone.any_rank(not alone.rank and store.exists(STOP_FILE)):
             return STOP_REQUESTED
         preemption = ray.train.get_preemption_info()
         return str(preemption.preempted_node_ids) if preemption else None

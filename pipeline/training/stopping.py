@@ -1,4 +1,4 @@
-"""Files that tell all workers something, and SIGTERM, which writes the one that stops a run after a checkpoint."""
+"""SIGTERM and Ctrl-C during a training."""
 
 import signal
 import threading
@@ -6,42 +6,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pyarrow import fs
-
-STOP_FILE = "stop"
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class SharedFile:
-    """A small file in a folder that all workers see."""
-
-    filesystem: fs.FileSystem
-    path: str
-
-    def write(self, text: str = "") -> None:
-        """Write it, or overwrite it."""
-        with self.filesystem.open_output_stream(self.path) as stream:
-            stream.write(text.encode())
-
-    def read(self) -> str:
-        """Its text."""
-        with self.filesystem.open_input_stream(self.path) as stream:
-            return str(stream.read().decode())
-
-    def exists(self) -> bool:
-        """Whether it exists."""
-        there: bool = self.filesystem.get_file_info(self.path).type == fs.FileType.File
-        return there
-
-    def remove(self) -> None:
-        """Delete it, if it exists."""
-        if self.exists():
-            self.filesystem.delete_file(self.path)
 
 
 def call_in_thread(call: Callable[[], Result]) -> Result:

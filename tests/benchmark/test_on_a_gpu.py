@@ -19,6 +19,7 @@ STEPS = (
     "latency",
     "sam",
     "jpeg",
+    "extraction-nvjpeg",
 )
 
 

@@ -81,12 +81,10 @@ class Store:
         run.finish()
 
 
-def entry(
-    label="regla_t", seed=0, *, status="finished", held_out="photos", config=(), curve=(), measured_on=(), **measures
-):
+def entry(label="regla_t", seed=0, *, status="finished", held_out="photos", config=(), curve=(), **measures):
     """A row as `collect` gives it, of a student of this name."""
     texts = {"status": status, "job": "distill", "student": label, "teachers": "hog", "seed": str(seed)}
     fields = {"student.name": label, **dict(config)}
     name = f"{label}-{seed}"
     run_id = f"id-{name}-{status}-{held_out}-{hash(frozenset(fields.items()))}"
-    return Entry(run_id, name, seed, None, texts, measures, tuple(curve), fields, held_out, dict(measured_on))
+    return Entry(run_id, name, seed, None, texts, measures, tuple(curve), fields, held_out)

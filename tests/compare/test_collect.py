@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from mlflow import MlflowClient
 
@@ -69,6 +71,19 @@ def test_evaluations_are_joined_with_the_run_whose_student_they_judged(store, re
     assert "mask_ap" not in judged
     assert judged["knn"] == 20.0  # its own
     assert len(found["run1"].evaluated_by) == 3
+
+
+def test_what_students_do_with_the_heads_of_their_teachers_has_columns(store, read):
+    one = store.distil("regla_t", ["clip"], 0, 20.0, name="small")
+    store.judge("zero-shot", one.run_id, {"top1": 41.0, "teacher_top1": 60.0})
+    store.judge("retrieval", one.run_id, {"text_to_image_r1": 12.0})
+    store.judge("correspondence", one.run_id, {"pck_0.1": 33.0})
+    (row,) = rows(read).values()
+    assert {key: row.measures[key] for key in ("zero_shot", "text_to_image_r1", "pck")} == {
+        "zero_shot": 41.0,
+        "text_to_image_r1": 12.0,
+        "pck": 33.0,
+    }
 
 
 def test_the_filter_chooses_students_and_their_evaluations_come_along(store, read):
@@ -180,19 +195,38 @@ def test_an_experiment_with_nothing_to_compare_is_refused(store, read):
 
 
 JUDGED = [("linear", "top1", "linear"), ("seg-probe", "miou", "probe_miou"), ("finetune", "top1", "top1")]
+JUDGED += [("promptable", "mask_iou", "prompts_mask_iou")]
 """Job, metric and measure of evaluations."""
 
 
 @pytest.mark.parametrize(("job", "metric", "measure"), JUDGED)
-def test_a_figure_on_other_images_than_the_rows_says_so(store, read, job, metric, measure):
+def test_a_figure_on_other_images_than_the_rows_is_a_row_of_its_own(store, read, job, metric, measure):
     run = store.distil("regla_t", ["hog"], 0, 20.0)
     store.judge(job, run.run_id, {metric: 50.0}, val=FLOWERS)
     found = collect(read())
-    (row,) = found.entries
-    assert (row.measures["knn"], row.measures[measure]) == (20.0, 50.0)
-    assert row.measured_on == {measure: FLOWERS[1]}
-    assert (row.images("knn"), row.images(measure), row.images("parameters")) == (CIFAR["val"][1], FLOWERS[1], None)
+    own, other = found.entries
+    assert (own.measures["knn"], own.held_out) == (20.0, CIFAR["val"][1])
+    assert measure not in own.measures
+    assert (other.measures[measure], other.held_out) == (50.0, FLOWERS[1])
+    assert (other.texts["student"], other.measures["parameters"]) == ("regla_t", own.measures["parameters"])
+    assert not {"knn", "knn_raw", "knn_before"} & other.measures.keys()
     assert found.places[FLOWERS[1]] == "data/flowers/val"
+
+
+def test_a_row_knows_its_teachers_knn_and_its_report(store, read, tmp_path):
+    parent = store.distil("regla_t", ["hog"], 0, 20.0, **{"teacher_knn/hog": 31.0}).parent
+    report = tmp_path / "a report.html"
+    report.touch()
+    parent.set_tags({"report": str(report)})
+    parent.flush()
+    store.distil("regla_s", ["hog"], 0, 20.0, name="other").parent.set_tags({"report": str(tmp_path / "gone.html")})
+    one, other = collect(read()).entries
+    assert (one.teacher_knn, one.report) == ({"hog": 31.0}, report.as_uri())
+    assert (other.teacher_knn, other.report) == ({}, None)
+    served = replace(read(), uri="http://user:secret@host:5000/mlflow/")
+    link = f"http://host:5000/mlflow/#/experiments/{served.experiment_id}/runs"
+    tagged = next(run for run in served.runs if run.tags.get("report") == str(report))
+    assert served.report(tagged) == f"{link}/{tagged.run_id}/artifacts/a report.html"
 
 
 @pytest.mark.parametrize(("job", "metric", "measure"), JUDGED)
@@ -202,8 +236,8 @@ def test_the_figure_on_the_rows_own_images_stays_whatever_came_later(store, read
     for value, val in [(50.0, CIFAR["val"]), (60.0, FLOWERS)][::order]:
         store.judge(job, run.run_id, {metric: value}, val=val, name=val[1])
     own, other = collect(read()).entries
-    assert (own.measures[measure], own.measured_on, own.held_out) == (50.0, {}, CIFAR["val"][1])
-    assert (other.measures[measure], other.measured_on, other.held_out) == (60.0, {}, FLOWERS[1])
+    assert (own.measures[measure], own.held_out) == (50.0, CIFAR["val"][1])
+    assert (other.measures[measure], other.held_out) == (60.0, FLOWERS[1])
     assert other.name == f"{FLOWERS[1]}-{job}"
     assert "knn" not in other.measures
     assert other.measures["cache_bytes"] == own.measures["cache_bytes"]
@@ -229,14 +263,14 @@ def test_a_run_without_held_out_images_has_those_of_its_evaluation(store, read):
     run = store.distil("regla_t", ["hog"], 0, 20.0, "data.val=null", data={"train": CIFAR["train"]})
     store.judge("linear", run.run_id, {"top1": 50.0}, val=FLOWERS)
     (row,) = collect(read()).entries
-    assert (row.held_out, row.measured_on) == (FLOWERS[1], {})
+    assert row.held_out == FLOWERS[1]
 
 
 def test_equal_images_have_one_name_whatever_the_user_called_them(store, read):
     run = store.distil("regla_t", ["hog"], 0, 20.0)
     store.judge("linear", run.run_id, {"top1": 50.0}, val=("elsewhere", "renamed-33334444"))
     (row,) = collect(read()).entries
-    assert (row.held_out, row.measured_on) == (CIFAR["val"][1], {})
+    assert row.held_out == CIFAR["val"][1]
 
 
 def test_as_many_other_images_of_a_fine_tuning_are_others(store, read):
@@ -253,8 +287,9 @@ def test_a_probe_of_an_earlier_version_has_the_images_of_its_path(store, read):
     run = store.distil("regla_t", ["hog"], 0, 20.0)
     store.judge("linear", run.run_id, {"top1": 50.0}, "data.val=photos/test.parquet", val=None)
     store.judge("seg-probe", run.run_id, {"miou": 9.0}, "data.val=photos/other.parquet", val=None)
-    (row,) = collect(read()).entries
-    assert row.measured_on == {"probe_miou": "photos/other.parquet"}
+    own, other = collect(read()).entries
+    assert (own.held_out, own.measures["linear"]) == (CIFAR["val"][1], 50.0)
+    assert (other.held_out, other.measures["probe_miou"]) == ("photos/other.parquet", 9.0)
 
 
 def test_an_evaluation_that_has_not_finished_is_named_and_not_counted(store, read):

@@ -25,14 +25,17 @@ def test_of_runs_with_the_same_seed_the_latest_finished_one_counts():
 
 
 def test_a_summary_combines_values_on_the_same_images_alone():
-    rows = [entry("regla_t", seed, knn=20.0 + seed, linear=50.0 + seed) for seed in range(3)]
-    rows[0] = replace(rows[0], measured_on={"linear": "others"})
-    (only,) = group(rows)
-    assert only.measures["linear"] == Summary(51.5, pytest.approx(0.5**0.5), 2)  # the latest run has it on `photos`
-    assert (only.images("linear"), only.left_out("linear"), only.left_out("knn")) == ("photos", 1, 0)
-    (only,) = group([rows[1], rows[2], replace(rows[0], started=9)])
-    assert (only.images("linear"), only.values("linear"), only.left_out("linear")) == ("others", {"0": 50.0}, 2)
-    assert (only.images("knn"), only.measures["knn"].n) == ("photos", 3)
+    rows = [entry("regla_t", seed, linear=50.0 + seed) for seed in range(3)]
+    rows[0] = replace(rows[0], held_out="others")
+    one, other = group(rows)
+    assert (one.held_out, one.values("linear")) == ("others", {"0": 50.0})
+    assert (other.held_out, other.measures["linear"]) == ("photos", Summary(51.5, pytest.approx(0.5**0.5), 2))
+
+
+def test_the_knn_of_a_teacher_is_the_mean_over_the_seeds():
+    rows = [replace(entry("regla_t", seed, knn=20.0), teacher_knn={"hog": 30.0 + seed}) for seed in range(2)]
+    (only,) = group([*rows, replace(entry("regla_t", 2, status="failed"), teacher_knn={"hog": 99.0})])
+    assert only.teacher_knn == {"hog": 30.5}
 
 
 def test_runs_of_which_none_has_finished_are_no_group():

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipeline.compare.comparison import Comparison
 from pipeline.compare.html import render_page
-from tests.compare.experiments import HOSTILE
+from pipeline.compare.measures import measures_of
+from tests.compare.experiments import HOSTILE, entry
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
@@ -165,6 +167,22 @@ def test_measures_weights_and_pairs_are_chosen(show):
     assert "Significance unknown: 1 and 1 seeds" in page.locator("#statement").text_content()
     page.locator("#pair-second").select_option(page.locator("#pair-first").input_value())
     assert page.locator("#statement").text_content() == "Choose two groups."
+
+
+def test_one_set_of_held_out_images_is_shown_at_a_time(browser, tmp_path):
+    rows = [entry("one", knn=20.0, parameters=2e6), entry("two", knn=30.0, parameters=3e6)]
+    others = [entry("one", linear=50.0, parameters=2e6, held_out="others")]
+    found = Comparison((*rows, *others), None, {}, measures_of([]), {}, "a", "sqlite:///a", "")
+    (tmp_path / "page.html").write_text(render_page(found), encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_selector("#plot-cost .scatterlayer .point")
+    assert column(page, "#table-groups", "group") == drawn(page, "plot-cost") == ["one", "two"]
+    page.get_by_label("Held-out images").select_option("others")
+    assert column(page, "#table-groups", "group") == drawn(page, "plot-cost") == ["one #2"]
+    assert page.locator("#accuracy").input_value() == "linear"  # as there is no kNN on these
+    assert page.locator("#count").text_content() == "1 of 3 runs"
+    page.close()
 
 
 PAIRS = [(text, ground) for text in ("--text", "--muted", "--accent") for ground in ("--panel", "--page", "--row")]

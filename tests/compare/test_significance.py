@@ -79,10 +79,11 @@ def test_only_groups_on_the_same_images_and_with_the_figure_are_compared():
 def test_each_accuracy_is_compared_on_its_own_images():
     rows = [
         entry("a", knn=1.0, linear=9.0, parameters=1e6),
-        entry("b", knn=2.0, linear=8.0, parameters=2e6, measured_on={"linear": "others"}),
+        entry("b", knn=2.0, parameters=2e6),
+        entry("b", linear=8.0, parameters=2e6, held_out="others"),
         entry("c", knn=9.0, linear=7.0, parameters=3e6, held_out="others"),
     ]
     found = group(rows)
     pairs = [(d.measure, d.first, d.second) for d in differences(found, ["knn", "linear"])]
-    assert pairs == [("knn", 0, 1), ("linear", 1, 2)]
-    assert fronts(found, ["knn", "linear"]) == {("knn", "parameters"): {0, 1, 2}, ("linear", "parameters"): {0, 1}}
+    assert pairs == [("knn", 0, 1), ("linear", 2, 3)]
+    assert fronts(found, ["knn", "linear"]) == {("knn", "parameters"): {0, 1, 3}, ("linear", "parameters"): {0, 2}}

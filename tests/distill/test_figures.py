@@ -88,6 +88,19 @@ def test_equal_features_have_equal_colours_whatever_the_sign_of_a_component():
     assert colours(features[..., :2], features[..., :2])[0].shape == (2, 4, 4, 3)
 
 
+def test_an_outlier_does_not_decide_the_colours():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4, 8, 8, 8, generator=generator) * torch.arange(8.0, 0, -1)
+    (clean,) = colours(features, features)
+    spoilt = features.clone()
+    spoilt[0, 0, 0] = torch.tensor([0.0] * 7 + [1e4])
+    (shown,) = colours(spoilt, spoilt)
+    rest = torch.ones(4, 8, 8, dtype=torch.bool)
+    rest[0, 0, 0] = False
+    assert float((shown - clean)[rest].abs().mean()) < 0.05
+    assert float(shown[rest].std()) > 0.2
+
+
 def test_figures_are_drawn_after_every_evaluation_with_what_was_evaluated(job, tmp_path, monkeypatch):
     drawn, folder = [], tmp_path / "figures"
     draw = FigureWriter.draw

@@ -13,10 +13,13 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.distill import task as module
 from pipeline.distill.job import make_job
 from pipeline.distill.task import DistillTask, build_student, compare_with_teachers, make_distill_task
+from pipeline.errors import UserError
 from pipeline.evaluate.knn import student_knn
 from pipeline.imaging.crop import crop_and_resize
 from pipeline.imaging.decode import decode_image
+from pipeline.imaging.decoder_pool import DecoderPool
 from pipeline.imaging.geometry import FULL
+from pipeline.imaging.gpu_decode import NvjpegPool
 from pipeline.training.checkpoint import load_state
 from pipeline.training.loop import train
 from pipeline.training.ray_train import make_tasks
@@ -273,3 +276,20 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(job, tmp_path, mor
         losses = [metrics[name] for snapshot in whole for _, metrics in snapshot.history if name in metrics]
         assert len(losses) == 18
         assert fmean(losses[9:]) < fmean(losses[:9])
+
+
+def test_what_decodes_the_training_images_is_part_of_the_run_and_needs_a_gpu(job, monkeypatch):
+    decoded = job("train.decoder=nvjpeg")
+    assert decoded.config.fingerprint() != job().config.fingerprint()
+    assert job("train.decoder=cpu").config.fingerprint() == job().config.fingerprint()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"train\.decoder: nvjpeg decodes on a GPU, and there is none here"):
+            DistillTask(decoded)
+    # torchvision's CPU decoder stands for the GPU's
+    monkeypatch.setattr(module, "decoding_gpu", lambda config: "cpu" if config.train.decoder == "nvjpeg" else None)
+    here, there = DistillTask(job()), DistillTask(decoded).with_share(0)
+    for a, b in zip(here.batches(0, 0), there.batches(0, 0), strict=True):
+        assert a.keys == b.keys
+        assert (a.images.short() - b.images.short()).abs().max() <= 2
+    assert isinstance(there.reader.decoders, NvjpegPool)
+    assert type(here.reader.decoders) is DecoderPool

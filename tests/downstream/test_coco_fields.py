@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as rle
 
 from pipeline.downstream.detect.coco import CocoImages
-from pipeline.downstream.detect.coco_eval import evaluate_files, in_words
+from pipeline.downstream.detect.coco_eval import in_words, read_files, score
 from pipeline.downstream.detect.shapes import run_lengths, wrong_shape
 from pipeline.errors import UserError
 
@@ -124,7 +124,7 @@ def test_a_field_of_results_of_any_type_is_read_or_named(path, tmp_path):
     truth.write_text(json.dumps(GOOD))
     for kind, text in VALUES.items():
         file.write_text(with_text(RESULTS, path, text))
-        line = refusal(lambda: evaluate_files(truth, file))
+        line = refusal(lambda: score(*read_files(truth, file)))
         if line is not None:
             assert str(file) in line
             if len(path) > 1 and "cannot be read as JSON" not in line:
@@ -150,7 +150,7 @@ def test_null_in_an_optional_field_means_that_it_is_missing(field, tmp_path):
         entry[field] = None
     (tmp_path / "truth.json").write_text(json.dumps(copy))
     (tmp_path / "results.json").write_text(json.dumps([{**RESULTS[0], "segmentation": None}]))
-    scores = evaluate_files(tmp_path / "truth.json", tmp_path / "results.json")
+    scores = score(*read_files(tmp_path / "truth.json", tmp_path / "results.json"))
     assert [*scores] == ["bbox"]
     if field == "segmentation":
         assert len(CocoImages(tmp_path, tmp_path / "truth.json", masks=False, training=True)) == 1
@@ -206,7 +206,7 @@ def test_a_segmentation_that_cannot_be_decoded_is_named_with_its_annotation(name
     (tmp_path / "truth.json").write_text(json.dumps(GOOD))
     (tmp_path / "results.json").write_text(json.dumps([RESULTS[0] | {"segmentation": shape}]))
     with pytest.raises(UserError, match=f"detection 0 has a segmentation .*{expected}"):
-        evaluate_files(tmp_path / "truth.json", tmp_path / "results.json")
+        score(*read_files(tmp_path / "truth.json", tmp_path / "results.json"))
 
 
 def test_points_a_little_outside_are_cut_off():
@@ -240,7 +240,7 @@ def test_results_in_polygons_and_lists_score_as_compressed_ones(tmp_path):
         if isinstance(shape, dict):
             shape["counts"] = shape["counts"].decode()
         (tmp_path / "results.json").write_text(json.dumps([RESULTS[0] | {"segmentation": shape, "caption": "ignored"}]))
-        found.append(evaluate_files(tmp_path / "truth.json", tmp_path / "results.json"))
+        found.append(score(*read_files(tmp_path / "truth.json", tmp_path / "results.json")))
     assert found[0] == found[1]
     assert found[0]["segm"].numbers["AP"] > 0
 

@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from jobs import evaluate
 from pipeline.downstream.classify.task import classification_metrics
-from pipeline.downstream.detect.coco_eval import NUMBERS, average_precision, coco_index, evaluate_files
+from pipeline.downstream.detect.coco_eval import NUMBERS, average_precision, coco_index, read_files, score
 from pipeline.downstream.detect.task import Objects, coco_results
 from pipeline.downstream.segment.classes import IGNORE
 from pipeline.downstream.segment.task import segmentation_metrics
@@ -140,7 +140,7 @@ def test_annotations_that_results_cannot_be_held_against_are_named(truth, result
     (tmp_path / "truth.json").write_text(json.dumps(whole))
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match=expected):
-        evaluate_files(tmp_path / "truth.json", tmp_path / "results.json")
+        score(*read_files(tmp_path / "truth.json", tmp_path / "results.json"))
 
 
 def test_results_are_scored_against_annotations_without_crowd_flags_and_areas(tmp_path):
@@ -149,7 +149,7 @@ def test_results_are_scored_against_annotations_without_crowd_flags_and_areas(tm
     (runs,) = rle.frPyObjects(POLYGON["segmentation"], 40, 60)
     mask = {"segmentation": {**runs, "counts": runs["counts"].decode()}}
     (tmp_path / "results.json").write_text(json.dumps([SQUARE | mask | {"score": 0.9}]))
-    scores = evaluate_files(tmp_path / "truth.json", tmp_path / "results.json")
+    scores = score(*read_files(tmp_path / "truth.json", tmp_path / "results.json"))
     assert {kind: score.numbers["AP"] for kind, score in scores.items()} == pytest.approx({"bbox": 1, "segm": 1})
 
 

@@ -17,9 +17,11 @@ from jobs._cli import run
 from pipeline.distill.config import DistillJobConfig
 from pipeline.evaluate import job as evaluation
 from pipeline.runs.addresses import fetch_student
+from pipeline.runtime.units import size
 from pipeline.student.loading import load_student
 from pipeline.student.model import Encoder
 from tests.fakes import SMALL_JOB, colours_entry, images_seen
+from tests.report.pages import Page
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -64,7 +66,10 @@ def test_results_are_copied_to_the_outputs(first, client):
     copied, own = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (place / "student", own))
     assert copied == own
     assert (place / "figures/curves.png").is_file()
-    assert sorted(path.name for path in place.iterdir()) == ["figures", "student"]
+    assert (place / "report.html").read_bytes() == (
+        first.folder / "work/runs" / place.name / "report.html"
+    ).read_bytes()
+    assert sorted(path.name for path in place.iterdir()) == ["figures", "report.html", "student"]
 
 
 def test_a_job_is_a_run_with_two_phases(first, client, phases):
@@ -77,7 +82,36 @@ def test_a_job_is_a_run_with_two_phases(first, client, phases):
     assert parent.data.params["train.epochs"] == "2"
     assert parent.data.params["teachers.1.model"] == "hog"
     assert parent.data.metrics["knn_after"] == first.figures["knn_after"]
-    assert "config.yaml" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    logged = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert logged >= {"config.yaml", "figures", "report.html"}
+
+
+def test_the_report_has_the_figures_of_the_run(first, client, phases):
+    parent = client.get_run(first.figures["mlflow_run_id"])
+    file = Path(parent.data.tags["report"])
+    assert str(file) in first.text
+    assert Path(client.download_artifacts(parent.info.run_id, "report.html")).read_bytes() == file.read_bytes()
+    assert file.stat().st_size < 2e6
+    page, figures = Page(file.read_text()), first.figures
+    page.check()
+    lines = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text().splitlines()]
+    written = [(name, line["step"]) for line in lines for name in line if name != "step"]
+    assert len(written) == len(set(written))
+    for name, drawn in (
+        ("knn", "averaged weights"),
+        ("knn_raw", "raw weights"),
+        ("val_cosine/hog/patches", "hog/patches"),
+    ):
+        curve = [line[name] for line in lines if name in line]
+        assert [value for _, value in page.points(drawn)[: len(curve)]] == curve
+        for shown in (parent, phases["distill"]):
+            assert [point.value for point in client.get_metric_history(shown.info.run_id, name)] == curve
+    assert page.points("averaged weights")[-1] == (2.0, figures["knn_after"])
+    for value in (figures["knn_after"], figures["knn_before"], figures["teacher_knn/hog"]):
+        assert f"{value:.1f} %" in page.text
+    assert size(figures["cache_bytes"]) in page.text
+    assert figures["model_uri"] in page.text
+    assert str(first.figures["student"]) in page.text
 
 
 def test_the_student_is_registered_with_its_lineage_and_the_run_tells_of_it(first, client, phases):
@@ -94,9 +128,7 @@ def test_the_student_is_registered_with_its_lineage_and_the_run_tells_of_it(firs
     assert f"[{figures['registered']}](#/models/{name}/versions/1)" in note
     assert "| hog | pretrained | 1.0 |" in note
     assert f"runs/{parent.info.run_id})" in phases["distill"].data.tags["mlflow.note.content"]
-    assert parent.info.run_name.startswith(
-        f"{name.removesuffix('-student')}-distill regla_t from tests.fakes:colours+hog"
-    )
+    assert parent.info.run_name == f"regla_t from tests.fakes:colours+hog seed0 {name.removesuffix('-student')}-distill"
 
 
 def test_precompute_logs_where_the_cache_came_from(client, phases):

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 from jobs import evaluate, finetune
 from pipeline.downstream.saved import load_model
 from tests.downstream.conftest import SMALL
+from tests.report.pages import Page
 
 ARGUMENTS = [*SMALL, "name=seg", "finetune.task=segment", "train.epochs=1", "train.workers=2"]
 
@@ -26,9 +27,14 @@ def test_two_workers_fine_tune_a_model_that_keeps_its_scores(tmp_path, job, caps
     assert [point.step for point in client.get_metric_history(child.info.run_id, "miou")] == [0, 2]
     assert len(client.get_metric_history(child.info.run_id, "loss")) == 2
     assert len([*Path(figures["model"]).parent.glob("train/best/*/state.pt")]) == 1
-    logged = {file.path for file in client.list_artifacts(child.info.run_id, "evaluation")}
-    assert {"evaluation/per_class.csv", "evaluation/confusion.png", "evaluation/pictures"} <= logged
+    for shown in (child, parent):
+        logged = {file.path for file in client.list_artifacts(shown.info.run_id, "evaluation")}
+        assert {"evaluation/per_class.csv", "evaluation/confusion.png", "evaluation/pictures"} <= logged
     scenes = [override for override in SMALL if override.startswith("data.samples")]  # all else the model knows
+    page = Page(Path(parent.data.tags["report"]).read_text())
+    page.check()
+    assert page.points("miou") == [(0.0, figures["miou_before"]), (1.0, figures["miou"])]
+    assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
     for model in ("models:/seg-segment@best", figures["model"]):
         evaluate.start(["segment", f"work={tmp_path}/work", *scenes, f"evaluate.model={model}"])
         evaluated = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 
 from jobs import distill
 from tests.fakes import SMALL_JOB, colours_entry, images_seen
+from tests.report.pages import Page
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DELAY = 0.7
@@ -65,16 +66,20 @@ def test_what_a_killed_job_committed_is_not_done_again(tmp_path, arguments, job_
     assert "train epoch 1/" not in text
     assert images_seen(calls) - seen == 48 * left
     assert figures["mlflow_run_id"] == known["job"]
-    _check_curves(MlflowClient(f"sqlite:///{job_folder}/mlflow.db"), known)
+    page = Page((run / "report.html").read_text())
+    page.check()
+    _check_curves(MlflowClient(f"sqlite:///{job_folder}/mlflow.db"), known, page.points("averaged weights"))
 
 
-def _check_curves(client, known):
+def _check_curves(client, known, drawn):
     for run in known.values():
         assert client.get_run(run).info.status == "FINISHED"
-    history = {name: client.get_metric_history(known["distill"], name) for name in ("loss", "knn", "samples_seen")}
-    assert [point.step for point in history["loss"]] == list(range(1, 49))
-    assert [point.step for point in history["knn"]] == list(range(0, 49, 6))
-    assert [point.value for point in history["samples_seen"]] == list(range(24, 1153, 24))
+    for run in (known["distill"], known["job"]):
+        history = {name: client.get_metric_history(run, name) for name in ("loss", "knn", "samples_seen")}
+        assert [point.step for point in history["loss"]] == list(range(1, 49))
+        assert [point.step for point in history["knn"]] == list(range(0, 49, 6))
+        assert [point.value for point in history["samples_seen"]] == list(range(24, 1153, 24))
+        assert drawn == [(epoch, point.value) for epoch, point in enumerate(history["knn"])]
 
 
 @pytest.mark.slow

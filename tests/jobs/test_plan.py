@@ -1,11 +1,14 @@
 """What `--plan` says of a cluster."""
 
+from dataclasses import replace
+
 import pytest
 
 from jobs._plan import cost_plan
 from pipeline.cache.fill import estimate
 from pipeline.cache.fill.estimate import Probe, estimate_cache
 from pipeline.runtime.ray_session import Hardware
+from pipeline.runtime.units import hours
 
 
 @pytest.fixture
@@ -26,11 +29,24 @@ def estimates(filled, monkeypatch):
 def test_a_cluster_is_named_with_its_gpus_memory_hours_and_price(filled, estimates):
     cluster = Hardware(3, 24, 2, ("H100",))
     text = cost_plan(filled.plan, filled.config, estimates, cluster)
-    hours = sum(found.gpu_hours for found in estimates)
-    assert hours == pytest.approx(2 * (100 + 40) / 0.5 / 3600)
-    assert f"3 nodes, 24 CPUs, 2 GPUs (H100): {hours / 2:.3g} h on all GPUs" in text
+    total = sum(found.gpu_hours for found in estimates)
+    assert total == pytest.approx(2 * (100 + 40) / 0.5 / 3600)
+    assert f"3 nodes, 24 CPUs, 2 GPUs (H100): {hours(3600 * total / 2)} on all GPUs" in text
     assert "3.0 GiB" in text
-    assert f"{estimates[0].gpu_hours * filled.config.plan.gpu_hour_price:.3g}" in text
+    assert f"{estimates[0].gpu_hours * filled.config.plan.gpu_hour_price:.2f}" in text
+
+
+def test_a_plan_ends_with_totals_in_units_that_a_person_reads(filled, estimates):
+    rows = [line.split() for line in cost_plan(filled.plan, filled.config, estimates).splitlines()]
+    *_, total = (row for row in rows if row[:1] == ["all"])
+    assert total == ["all", "280", "of", "380", "9.3", "min", "9.3", "min", "0.31"]
+    brief = [replace(found, hours=2e-9, gpu_hours=8.32e-06) for found in estimates]
+    text = cost_plan(filled.plan, filled.config, brief)
+    assert "under 0.1 s" in text
+    assert "e-0" not in text
+    unknown = [estimates[0], replace(estimates[1], hours=None, gpu_hours=None)]
+    rows = [line.split() for line in cost_plan(filled.plan, filled.config, unknown).splitlines()]
+    assert next(row for row in rows if row[:1] == ["all"])[4:] == ["unknown"] * 3
 
 
 def test_a_cluster_without_gpus_says_so_and_one_machine_says_nothing(filled, estimates):

@@ -46,6 +46,11 @@ def test_what_is_no_image_is_named(tmp_path, arrays):
         regla.write_images(arrays, tmp_path / "x.parquet", [0, 1])
 
 
+def test_an_evaluation_that_does_not_exist_is_named_with_those_that_do():
+    with pytest.raises(regla.UserError, match=r"choose one of knn, linear, seg-probe, zero-shot, retrieval$"):
+        regla.evaluate("guess")
+
+
 def test_fields_are_nested_or_dotted_and_go_before_the_recipe(tmp_path):
     fields = {"work": str(tmp_path), "train": {"epochs": 3}, "student.input_size": 64}
     config = _configure(DistillJobConfig, "quickstart.yaml", "photos.yaml", tmp_path / "photos", None, fields)

@@ -81,7 +81,7 @@ def complete(line, folder, shell="bash"):
         ("regla distill data.train=pho", ["data.train=photos/"]),
         ("regla distill --dr", ["--dry-run"]),
         ("regla plan --ver", ["--verify"]),
-        ("regla evaluate co", ["coco-results"]),
+        ("regla evaluate co", ["coco-results", "correspondence"]),
         ("regla evaluate knn evaluate.stu", ["evaluate.student="]),
         ("regla predict --ta", ["--task"]),
         ("regla export student --format hf on", ["onnx"]),

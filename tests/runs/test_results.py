@@ -19,7 +19,7 @@ def run(tmp_path):
     folder = tmp_path / "runs/photos-distill-1a2b"
     encoder = Encoder(create_backbone("timm/test_resnet", {})).eval()
     save_encoder(encoder, "timm/test_resnet", {}, 64, folder / "student")
-    for name in ("figures/curves.png", "train/checkpoint-0001/state.pt", "run.json"):
+    for name in ("report.html", "figures/curves.png", "train/checkpoint-0001/state.pt", "run.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
     return folder
@@ -31,6 +31,7 @@ def test_results_are_copied_and_a_student_is_loaded_from_its_address(bucket, tmp
     address = publish(run, store)
     assert address == f"{store.uri}/photos-distill-1a2b"
     assert store.sub(run.name).folders() == ["figures", "student"]
+    assert [*store.sub(run.name).files()] == ["report.html"]
     images = torch.rand(2, 3, 64, 64)
     assert find_model(f"{address}/student", "") is None
     found, own = load_student(fetch_student(f"{address}/student", "")), load_student(str(run / "student"))

@@ -42,9 +42,20 @@ def test_the_last_line_says_how_long_it_took_and_comes_once(clock, capsys):
 
 def test_rate_and_time_left_count_only_what_was_done_here(clock):
     progress = Progress(100, "step", "train", initial=40, clock=clock)
-    clock.now += 10
-    progress.update(20)
+    for _ in range(2):
+        clock.now += 5
+        progress.update(10)
     assert progress.line() == "train  60/100 step  2.0 step/s  0:20 left"
+
+
+def test_the_start_of_processes_does_not_count_in_the_time_left(clock):
+    progress = Progress(1000, "img", "extract", clock=clock)
+    clock.now += 60
+    progress.update(100)
+    assert progress.line() == "extract  100/1000 img  1.7 img/s  ? left"
+    clock.now += 10
+    progress.update(100)
+    assert progress.line() == "extract  200/1000 img  2.9 img/s  1:20 left"
 
 
 def test_time_left_is_unknown_before_anything_is_done(clock):
@@ -69,8 +80,9 @@ def test_nothing_is_printed_when_nothing_was_done(clock, capsys, initial):
 
 def test_what_was_done_before_a_failure_is_shown(clock, capsys):
     progress = Progress(4, "step", "train", clock=clock)
-    clock.now += 1
-    progress.update(2)
+    for _ in range(2):
+        clock.now += 0.5
+        progress.update(1)
     progress.__exit__(RuntimeError, RuntimeError(), None)
     assert capsys.readouterr().out == "train  2/4 step  2.0 step/s  0:01 left\n"
 

@@ -114,6 +114,23 @@ def test_a_step_of_a_curve_is_logged_once_whoever_repeats_it(start, client):
     assert sorted(point.step for point in points["knn"]) == [2, 3, 4]
 
 
+def test_the_curves_and_pictures_of_a_phase_are_also_those_of_the_job(start, client, tmp_path):
+    run = start()
+    child = run.child("distill")
+    copy = pickle.loads(pickle.dumps(child))  # noqa: S301  as Ray Train's controller logs them
+    copy.log_metrics([(step, {"loss": float(step)}) for step in (1, 2)])
+    child.log_metrics([(2, {"loss": 9.0}), (3, {"loss": 3.0})])  # a resumed run repeats a step
+    (tmp_path / "curves.png").write_bytes(b"picture")
+    child.log_picture(tmp_path / "curves.png", "figures")
+    for flushed in (child, run):
+        flushed.flush()
+        points = client.get_metric_history(flushed.run_id, "loss")
+        assert [(point.step, point.value) for point in points] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+        assert [file.path for file in client.list_artifacts(flushed.run_id, "figures")] == ["figures/curves.png"]
+    lines = Path(run.buffer.store.uri).parents[1].joinpath("metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+
+
 def test_a_large_file_is_logged_by_reference(start, client, tmp_path):
     run = start()
     (tmp_path / "state.pt").write_bytes(b"weights")

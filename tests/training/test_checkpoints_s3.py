@@ -9,6 +9,7 @@ from pyarrow import fs
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
+from pipeline.storage.store import Store
 from pipeline.training.checkpoint import (
     STATE_FILE,
     best_copy_path,
@@ -18,7 +19,6 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.config import TrainConfig
 from pipeline.training.ray_train import _shares
-from pipeline.training.stopping import SharedFile
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
 
     filesystem, path = pickle.loads(pickle.dumps(open_folder(folder)))  # noqa: S301  as it travels to workers
     assert path == "models/here/photos-distill-1a2b/train"
-    stop = SharedFile(filesystem, f"{path}/stop")
-    assert not stop.exists()
-    stop.write("why")
-    assert stop.exists()
-    assert stop.read() == "why"
-    stop.remove()
-    assert not stop.exists()
+    store = pickle.loads(pickle.dumps(Store(folder)))  # noqa: S301
+    assert not store.exists("stop")
+    store.put("stop", b"why")
+    assert store.exists("stop")
+    assert store.get("stop") == b"why"
+    store.delete("stop")
+    assert not store.exists("stop")
 
     for number in (1, 2):
         checkpoint = f"{path}/checkpoint-000{number}-000000"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.training.meter import data_bound
+from pipeline.training.meter import Pace, data_bound
 from tests.training.engine import TIMES, history_of, run_training, train_config
 from tests.training.tiny_task import BATCH, STEPS, TinyTask
 
@@ -18,6 +18,20 @@ def test_every_step_is_logged_once_with_what_it_cost(whole):
         assert metrics["images_per_second"] > 0
         assert 0 < sum(metrics[name] for name in TIMES[1:]) <= 1
         assert metrics["grad_norm"] > 0
+
+
+def test_the_time_left_follows_the_mean_of_the_run_and_not_its_start_or_the_last_step():
+    pace = Pace()
+    shown = [pace.add(seconds) or pace.seconds for seconds in (9.0, 1.0, 1.2, 1.1)]
+    assert shown == pytest.approx([9.0, 1.0, 1.1, 1.1])
+    for _ in range(50):
+        pace.add(1.0)
+    before = pace.seconds
+    pace.add(3.0)
+    assert before < pace.seconds < 1.25
+    for _ in range(50):
+        pace.add(3.0)
+    assert pace.seconds == pytest.approx(3.0, abs=0.05)
 
 
 def test_a_long_epoch_is_logged_in_fifty_means(monkeypatch):

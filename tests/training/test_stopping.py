@@ -7,21 +7,21 @@ import threading
 from contextvars import ContextVar
 
 import pytest
-from pyarrow import fs
 
-from pipeline.training.stopping import SharedFile, call_in_thread, on_sigterm
+from pipeline.storage.store import Store
+from pipeline.training.stopping import call_in_thread, on_sigterm
 
 
 def test_the_first_sigterm_writes_the_stop_file_and_the_second_ends_the_process(tmp_path, capsys):
-    before, stop = signal.getsignal(signal.SIGTERM), SharedFile(fs.LocalFileSystem(), str(tmp_path / "stop"))
-    stop.remove()
-    with on_sigterm(stop.write):
-        assert not stop.exists()
+    before, store = signal.getsignal(signal.SIGTERM), Store.at(tmp_path)
+    store.delete("stop")
+    with on_sigterm(lambda: store.put("stop", b"")):
+        assert not store.exists("stop")
         os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == before
-    assert stop.exists()
+    assert store.exists("stop")
     assert "saving a checkpoint" in capsys.readouterr().out
-    stop.remove()
+    store.delete("stop")
     assert not (tmp_path / "stop").exists()
 
 

@@ -1,7 +1,8 @@
 """Fill the cache of a plan: compute just what is missing, in three passes.
 
-read       new rows of the sources' listings -> keys of their images, which say what the cache holds of them
-images     sources -> Ingest -> committed `images` shards (and row shards of crops) of new parts
+read       new rows of the sources' listings -> keys of their images, which say what the cache holds of them;
+           new archives of a store -> their images, staged, with keys
+images     sources or staging -> Ingest -> committed `images` shards (and row shards of crops) of new parts
 teachers   `images` shards -> Extract -> committed teacher shards
 """
 
@@ -9,7 +10,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,22 +18,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cache.config import CacheJobConfig
-from pipeline.cache.fill.compose import place_images, take_lost
 from pipeline.cache.fill.digest import KEYED_SCHEMA, Digest, keyed, slices
+from pipeline.cache.fill.draft import VersionDraft
+from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.ingest import Ingest, check_quarantine, ingest_row
 from pipeline.cache.fill.listing import Listing, compare_again
 from pipeline.cache.fill.placement import starved
 from pipeline.cache.fill.plan import CachePlan, SplitPlan, all_parts
 from pipeline.cache.fill.ray_pipeline import extract_shards, finished_shards, gpus, run_tasks
+from pipeline.cache.fill.staging import Stage, Staging, stage_row
 from pipeline.cache.fill.statistics import freeze_stats
+from pipeline.cache.fill.waves import Names, ingest_rows, read_wave, waves
 from pipeline.cache.layout.cached_teacher import CachedTeacher
-from pipeline.cache.layout.dataset import BAD_SCHEMA, SAMPLE_SCHEMA, make_dataset, write_dataset
+from pipeline.cache.layout.dataset import BAD_SCHEMA, SAMPLE_SCHEMA, write_dataset
 from pipeline.cache.layout.keys import sealed, teacher_identity, unsealed
 from pipeline.cache.layout.part import Part, teacher_home
 from pipeline.errors import UserError
 from pipeline.runtime.metrics import export
 from pipeline.runtime.progress import Progress
-from pipeline.sources.base import INDEX_SCHEMA
+from pipeline.sources.base import INDEX_SCHEMA, NoImagesError, Source
+from pipeline.sources.streamed import StreamedSource, streamed
+from pipeline.storage.files import Entry
 from pipeline.storage.store import Store
 
 PASSES = 2
@@ -75,8 +81,10 @@ def build_cache(plan: CachePlan, config: CacheJobConfig) -> tuple[CachePlan, Bui
     report = BuildReport()
     # Weights first: a missing file must not be discovered after hours of decoding.
     plan = replace(plan, teachers=tuple(_with_weights(plan, teacher) for teacher in plan.teachers))
-    splits = [_relisted(split) if split.new.num_rows else split for split in plan.splits]
+    splits = [split if split.listing.is_known else _relisted(split) for split in plan.splits]
     plan = replace(plan, splits=read_images(splits, plan.shard_size, report))
+    if any(split.listing.unopened for split in splits):
+        check_space(plan)  # their images were not counted before
     for split in plan.splits:
         report.quarantined[split.split] = check_quarantine(split.dataset, split.listing.bad, config.data.max_bad)
     export("index", {"quarantined": sum(map(len, report.quarantined.values()))})
@@ -92,7 +100,7 @@ def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
     """Fill in the digest of the weights, loading them only if needed; refuse features made with other weights."""
     home = teacher_home(plan.store, cached.id)
     known = _recorded_digest(home) if home.exists("teacher.json") else None
-    if known is not None and not any(split.new.num_rows or split.missing(cached) for split in plan.splits):
+    if known is not None and not any(not split.listing.is_known or split.missing(cached) for split in plan.splits):
         return replace(cached, weights_sha256=known)
     teacher = cached.create()
     teacher.load()
@@ -103,7 +111,7 @@ def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
             f"(jobs/precompute.py --delete {cached.id})"
         )
     if known is None:
-        identity = teacher_identity(cached.spec, cached.codec, cached.precision, cached.config.basis)
+        identity = teacher_identity(cached.spec, cached.codec, cached.precision, cached.config.basis, cached.decoder)
         description = {**asdict(cached.spec), **identity}
         description |= {"id": cached.id, "weights_sha256": teacher.weights_sha256}
         home.put("teacher.json", sealed(description))
@@ -129,14 +137,75 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
     report.images_read = sum(split.new.num_rows for split in splits)
     complete: list[SplitPlan] = []
     made: dict[str, Part] = {}
+    staged: list[Staging] = []
     for split in splits:
-        images, bad = read[split.split]
-        complete.append(_placed(split, images, bad, shard_size, made))
-    report.images_ingested = ingest_missing(complete)
+        draft = VersionDraft(split, shard_size, made)
+        draft.add(*read[split.split], _scattered(split))
+        notes = _add_archives(split, draft, report, staged)
+        complete.append(draft.finish(notes))
+    report.images_ingested += ingest_missing(complete)
     for split in complete:
         if not split.dataset.count:
             raise UserError(f"{split.dataset.location}: none of the images can be read")
-    return tuple(replace(split, dataset=write_dataset(split.dataset, split.listing.damaged)) for split in complete)
+    written = [replace(split, dataset=write_dataset(split.dataset, split.listing.damaged)) for split in complete]
+    for staging in staged:
+        staging.delete()
+    return tuple(written)
+
+
+def _add_archives(split: SplitPlan, draft: VersionDraft, report: BuildReport, done: list[Staging]) -> tuple[str, ...]:
+    """Read the unopened archives of a split, and store their images; what they hold besides, in phrases.
+
+    What is still staged of them is added to `done`.
+    """
+    source, names, passed_over = streamed(split.source), Names(split.listing.unopened), list[str]()
+    if source is None or not split.listing.unopened:
+        return ()
+    source = source.prepared([archive.path for archive in split.listing.unopened])
+    sources, samples = {split.split: split.source}, 0
+    for wave in waves(split.listing.unopened):
+        _stage(split, source, wave)
+        for group in read_wave(split.dataset.cache, wave, source):
+            for staging, staged in group:
+                names.check(staging.archive, staged.samples)
+                passed_over.append(staged.passed_over)
+            images, bad = (
+                pa.concat_tables([getattr(staged, name) for _, staged in group]) for name in ("samples", "bad")
+            )
+            placed = draft.add(images, bad, scatter=True)
+            samples += images.num_rows + bad.num_rows
+            rows = ingest_rows(split.split, placed, images)
+            report.images_ingested += _ingest(rows, {part.key: part for part, _ in placed}, sources)
+            for staging, _ in group:
+                staging.drop_images()
+                done.append(staging)
+    report.images_read += samples
+    notes = tuple(source.notes(passed_over))
+    if not (samples or split.counted):
+        besides = f"; left out: {'; '.join(notes)}" if notes else ""
+        raise NoImagesError(f"{source.location}: no images found in {len(passed_over)} files{besides}")
+    if found := [note for note in notes if note not in split.left_out]:  # the plan did not know of them
+        log.warning("data.%s left out: %s", split.split, "; ".join(found))
+    return notes
+
+
+def _stage(split: SplitPlan, source: StreamedSource, wave: Sequence[Entry]) -> None:
+    """Stage archives; those that can be read are kept for the next start if others cannot.
+
+    Raises:
+        UserError: at once if the store fails, else with the first that cannot be read.
+    """
+    rows = [stage_row(split.split, number, archive) for number, archive in enumerate(wave)]
+    errors = []
+    with Progress(len(rows), "archives", f"read {split.split}") as progress:
+        for row in run_tasks(rows, Stage(split.dataset.cache, {split.split: source})):
+            if row["lost"]:
+                raise UserError(row["error"])
+            errors += [row["error"]] if row["error"] else []
+            progress.update()
+    if errors:
+        more = f" (and {len(errors) - 1} more that cannot be read)" if len(errors) > 1 else ""
+        raise UserError(f"{min(errors)}{more}")
 
 
 def read_again(split: SplitPlan) -> pa.Table:
@@ -161,7 +230,7 @@ def _relisted(split: SplitPlan) -> SplitPlan:
 def _digest(splits: Sequence[SplitPlan]) -> dict[str, tuple[pa.Table, pa.Table]]:
     """The new images of each split with their keys, and those that cannot be used."""
     found: dict[str, tuple[list[pa.Table], list[pa.Table]]] = {
-        split.split: ([KEYED_SCHEMA.empty_table()], [split.listing.bad]) for split in splits
+        split.split: ([KEYED_SCHEMA.empty_table()], [BAD_SCHEMA.empty_table()]) for split in splits
     }
     digest = Digest({split.split: split.source for split in splits})
     rows = [row for split in splits for row in slices(split.split, split.new)]
@@ -181,21 +250,6 @@ def _scattered(split: SplitPlan) -> bool:
     return split.source.random_access or (pc.sum(split.new["size"]).as_py() or 0) <= SCATTER_BYTES
 
 
-def _placed(split: SplitPlan, images: pa.Table, bad: pa.Table, shard_size: int, made: dict[str, Part]) -> SplitPlan:
-    """The plan of a split all of whose images have a place; `made` collects the parts that this job makes."""
-    dataset, (listing, lost) = split.dataset, take_lost(split.listing)
-    known, kept = dict(listing.known), dict(listing.kept)
-    parts = {part.id: part for part in (*listing.parts, *dataset.parts)}
-    images = pa.concat_tables([images, lost])
-    for part, rows in place_images(dataset, [*parts.values()], images, shard_size, made, _scattered(split)):
-        parts[part.id] = part
-        known[part.id] = pa.concat_tables([known.get(part.id, listing.samples(part.id)), rows])
-        kept.pop(part.id, None)
-    complete = make_dataset(dataset, parts.values(), known, bad, kept)
-    found = replace(listing, known=known, kept=kept, bad=bad, new=split.new.slice(0, 0), parts=complete.parts)
-    return replace(split, listing=found, dataset=complete)
-
-
 def ingest_missing(splits: Sequence[SplitPlan]) -> int:
     """Commit the missing shards of `images` and of crops; returns the number of images that were missing.
 
@@ -204,20 +258,30 @@ def ingest_missing(splits: Sequence[SplitPlan]) -> int:
     parts = all_parts(splits)
     images = {(part.key, shard) for split in splits for part, shard in split.dataset.missing_images()}
     crops = {(part.key, shard) for split in splits for part, shard in split.dataset.missing_crops()}
-    lost, rows = set(images), list[dict[str, Any]]()
+    lacking, rows = defaultdict[str, list[int]](list), list[dict[str, Any]]()
+    for key, shard in sorted(images | crops):
+        lacking[key].append(shard)
     for split in splits:
         for part in split.dataset.parts:
-            mine = sorted(shard for key, shard in images | crops if key == part.key)
-            samples = split.listing.samples(part.id) if mine else None
-            rows += [ingest_row(split.split, part, shard, samples) for shard in mine]
-            images -= {(part.key, shard) for shard in mine}
-            crops -= {(part.key, shard) for shard in mine}
-    missing = sum(parts[row["part"]].shard_rows(row["shard"]) for row in rows if (row["part"], row["shard"]) in lost)
-    ingest = Ingest(parts, {split.split: split.source for split in splits})
+            if mine := lacking.pop(part.key, None):
+                samples = split.listing.samples(part.id)
+                rows += [ingest_row(split.split, part, shard, samples) for shard in mine]
+    return _ingest(rows, parts, {split.split: split.source for split in splits}, images)
+
+
+def _ingest(
+    rows: Sequence[dict[str, Any]],
+    parts: Mapping[str, Part],
+    sources: Mapping[str, Source],
+    lost: Collection[tuple[str, int]] | None = None,
+) -> int:
+    """Commit the shards of these rows; returns the number of images in them, or in those that are `lost`."""
+    ingest = Ingest(parts, sources)
     for _ in finished_shards(lambda rows: run_tasks(rows, ingest), rows, parts, "index"):
         pass
     refresh(parts, rows)
-    return missing
+    counted = (row for row in rows if lost is None or (row["part"], row["shard"]) in lost)
+    return sum(parts[row["part"]].shard_rows(row["shard"]) for row in counted)
 
 
 def _extract(plan: CachePlan, batch_size: int, report: BuildReport) -> None:

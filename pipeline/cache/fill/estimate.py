@@ -12,6 +12,7 @@ from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.extract import out_of_memory
 from pipeline.cache.fill.plan import CachePlan, SplitPlan
 from pipeline.cache.fill.ray_pipeline import gpus
+from pipeline.cache.fill.waves import staging_bytes
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.keys import teacher_id
@@ -110,7 +111,8 @@ def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe 
 def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
     """Bytes of one view in a codec, measured on shards if there are any; and whether that is exact or an upper bound."""
     basis = teacher.config.basis if Codec.parse(codec).pca else None
-    other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision, basis))
+    identity = teacher_id(teacher.spec, codec, teacher.precision, basis, teacher.decoder)
+    other = replace(teacher, codec=codec, id=identity)
     known = [summary for split in plan.splits for summary in split.dataset.summaries(other.id)]
     if rows := sum(summary.rows for summary in known):
         return sum(summary.bytes for summary in known) / rows, True
@@ -197,7 +199,8 @@ def _load(cached: CachedTeacher, device: str) -> tuple[Teacher, bool] | None:
 def missing_bytes(*plans: CachePlan) -> int:
     """Upper bound of the bytes that filling the cache for these plans adds; what two of them share counts once.
 
-    Images count with their size in the index; generated scenes have none there, and are small.
+    Images count with their size in the index; generated scenes have none there, and are small. Unopened archives count with
+    their size, and what is staged of them at a time; features of their images as far as their number is expected.
     """
     splits = {split.dataset.store.uri: split for plan in plans for split in plan.splits}
     pairs = {
@@ -207,7 +210,8 @@ def missing_bytes(*plans: CachePlan) -> int:
         for teacher in plan.teachers
     }
     features = sum(_missing_teacher_bytes(*pair) for pair in pairs.values())
-    return features + sum(map(_missing_image_bytes, splits.values()))
+    staged = max((staging_bytes(split.unopened) for split in splits.values()), default=0)
+    return features + staged + sum(map(_missing_image_bytes, splits.values()))
 
 
 def _missing_image_bytes(split: SplitPlan) -> int:
@@ -215,7 +219,9 @@ def _missing_image_bytes(split: SplitPlan) -> int:
         (pc.sum(part.index()["size"].slice(shard * part.shard_size, part.shard_rows(shard))).as_py() or 0)
         for part, shard in split.dataset.missing_images()
     )
-    return int(lost + (pc.sum(split.new["size"]).as_py() or 0) + split.new.num_rows * (KEY_BYTES + SAMPLE_BYTES))
+    beside = (split.new.num_rows + split.expected) * (KEY_BYTES + SAMPLE_BYTES)
+    unopened = split.listing.expected[1] if split.listing.expected else split.unopened_bytes
+    return int(lost + (pc.sum(split.new["size"]).as_py() or 0) + unopened + beside)
 
 
 def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:

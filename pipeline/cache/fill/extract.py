@@ -26,9 +26,10 @@ from pipeline.cache.layout.part import Part, image_groups, teacher_home
 from pipeline.cache.layout.projection import dump_projections, fit_projections
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, add_projection, evenly_spaced, projection_in
 from pipeline.cache.layout.view_rows import ViewRows, read_view_rows, views_of
-from pipeline.errors import UserError
+from pipeline.errors import UserError, blame_field
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, PendingDecode, chunk_size
 from pipeline.imaging.geometry import View
+from pipeline.imaging.gpu_decode import make_decoders
 from pipeline.imaging.shared_arrays import ArrayHandle
 from pipeline.runtime import logs
 from pipeline.runtime.allocator import keep_freed_memory
@@ -47,10 +48,12 @@ USER_ERRORS = (UserError, TeacherError, torch.OutOfMemoryError)
 
 def out_of_memory(teachers: Iterable[CachedTeacher], batch_size: int) -> str:
     """The error message if a GPU has too little memory for these teachers."""
+    teachers = [*teachers]
     wide = any(teacher.precision == "float32" for teacher in teachers)
+    decodes = any(teacher.decoder != "cpu" for teacher in teachers)
     return (
         f"the GPU has too little memory for {batch_size} images at once: lower cache.batch_size"
-        f"{', or set cache.precision=bfloat16' if wide else ''}"
+        f"{', or set cache.precision=bfloat16' if wide else ''}{', or set cache.decoder=cpu' if decodes else ''}"
     )
 
 
@@ -177,8 +180,12 @@ class Extract:
     Args:
         parts: by part and view, with complete `images` shards.
         basis: shards (part, number) on whose images projections are fitted that do not exist yet.
+        teachers: of one decoder.
         device: ``cuda`` or ``cpu``.
-        threads: number of decoders; with a GPU they are processes.
+        threads: number of decoders on CPU cores; with a GPU they are processes.
+
+    Raises:
+        UserError: if the teachers' images are to be decoded on a GPU, and the device is none.
     """
 
     def __init__(
@@ -195,7 +202,9 @@ class Extract:
         self.parts, self.basis = parts, [*dict.fromkeys(parts[key] for key, _ in basis)]
         self.basis_shards = {*basis}
         self.batch_size = batch_size
-        self.decoders = DecoderPool(threads, processes=device == "cuda")
+        (decoder,) = {teacher.decoder for teacher in teachers} or {"cpu"}
+        with blame_field("cache.decoder"):
+            self.decoders = make_decoders(decoder, threads, device)
         self.device = TeacherDevice(device)
         self.cached = {teacher.id: teacher for teacher in teachers}
         self.teachers = {teacher.id: self._load(teacher) for teacher in teachers}

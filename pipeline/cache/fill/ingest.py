@@ -1,4 +1,4 @@
-"""Source -> `images` shards of parts, and the row shards of crops: the keys and pixels that every teacher's shards align with.
+"""Source or staging -> `images` shards of parts, and row shards of crops: keys and pixels that all teachers' shards align with.
 
 The record of features of crops names the file of the crops, whose name contains the hash of its content. Before other crops are
 listed, features of the old ones are unlisted.
@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cache.fill.digest import packed, unpacked
+from pipeline.cache.fill.staging import PLACES_SCHEMA, read_staged
 from pipeline.cache.layout.dataset import Dataset
-from pipeline.cache.layout.part import Part, image_key
+from pipeline.cache.layout.part import KEY, Part, image_key
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord
 from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, complete_record, view_row
 from pipeline.errors import UserError
@@ -23,17 +24,25 @@ from pipeline.imaging.decode import image_size
 from pipeline.imaging.geometry import FULL
 from pipeline.runtime import logs
 from pipeline.sources.base import Source
+from pipeline.sources.left_out import some
 from pipeline.storage.store import Store
 
 log = logging.getLogger(__name__)
 
 
-def ingest_row(split: str, part: Part, shard: int, samples: pa.Table) -> dict[str, Any]:
-    """The row for `Ingest` of a shard of a part, some of whose images these samples (`SAMPLE_SCHEMA`) of a split are."""
+def ingest_row(split: str, part: Part, shard: int, samples: pa.Table, places: pa.Table | None = None) -> dict[str, Any]:
+    """The row for `Ingest` of a shard of a part, some of whose images these samples (`SAMPLE_SCHEMA`) of a split are.
+
+    Args:
+        places: where images are staged (`PLACES_SCHEMA`), these among them; None: nowhere.
+    """
     first = shard * part.shard_size
     rows = samples["row"]
     mine = samples.filter(pc.and_(pc.greater_equal(rows, first), pc.less(rows, first + part.shard_rows(shard))))
-    return {"split": split, "part": part.key, "shard": shard, "listed": packed(mine.sort_by("row"))}
+    places = PLACES_SCHEMA.empty_table() if places is None else places
+    staged = places.filter(pc.is_in(places["key"], mine["key"].combine_chunks()))
+    row = {"split": split, "part": part.key, "shard": shard}
+    return {**row, "listed": packed(mine.sort_by("row")), "staged": packed(staged)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Ingest:
         try:
             with logs.shard_context(row, "index"):
                 if part.images.record(shard) is None:
-                    _commit_images(part, source, shard, unpacked(row["listed"]))
+                    _commit_images(part, source, shard, unpacked(row["listed"]), unpacked(row["staged"]))
                 if part.policy.crops and part.rows.record(shard) is None:
                     commit_crops(part, shard)
         except UserError as error:
@@ -62,11 +71,14 @@ class Ingest:
         return {**row, "error": ""}
 
 
-def _commit_images(part: Part, source: Source, shard: int, listed: pa.Table) -> None:
-    """Commit a shard of images, read again where the source lists them."""
+def _commit_images(part: Part, source: Source, shard: int, listed: pa.Table, staged: pa.Table) -> None:
+    """Commit a shard of images, which are staged, or are read again where the source lists them."""
     keys = part.index()["key"].slice(shard * part.shard_size, part.shard_rows(shard)).to_pylist()
-    found: dict[bytes, bytes] = {}
+    found = dict(read_staged(part.cache, staged))
     reasons = {}
+    listed = listed.filter(pc.invert(pc.is_in(listed["key"], pa.array([*found], KEY))))
+    if staged.num_rows and listed.num_rows:
+        log.warning("%s are damaged or gone: %d images are read again from %s", *_about(staged, listed))
     names = zip(listed["sample_id"].to_pylist(), listed["key"].to_pylist(), strict=True)
     for (name, key), data in zip(names, source.read(listed), strict=True):
         if isinstance(data, Exception):
@@ -84,6 +96,11 @@ def _commit_images(part: Part, source: Source, shard: int, listed: pa.Table) -> 
         )
     rows = [{**view_row(key, 0, FULL), "image": found[key]} for key in keys]
     part.images.commit(shard, pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA))
+
+
+def _about(staged: pa.Table, listed: pa.Table) -> tuple[str, int, str]:
+    pieces, archives = (sorted(pc.unique(column).to_pylist()) for column in (staged["piece"], listed["uri"]))
+    return some(pieces), listed.num_rows, some(archives)
 
 
 def commit_crops(part: Part, shard: int) -> None:

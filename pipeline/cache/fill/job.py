@@ -6,12 +6,14 @@ import logging
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import BuildReport, build_cache
 from pipeline.cache.fill.plan import CachePlan
+from pipeline.cache.fill.staging import staging_folder
 from pipeline.cache.layout.cached_teacher import teacher_fidelity, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import record_use
 from pipeline.cache.layout.part import teacher_home
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1, keeps_target
 from pipeline.errors import UserError
+from pipeline.storage.store import Store
 from pipeline.tracking.run import Run
 
 log = logging.getLogger(__name__)
@@ -89,17 +91,25 @@ def log_images(plan: CachePlan, run: Run) -> None:
 
 def cache_bytes(*plans: CachePlan) -> int:
     """Bytes of all files of the teachers of these plans: features, statistics, records and projections."""
-    pairs = [*itertools.chain.from_iterable(itertools.product(plan.splits, plan.teachers) for plan in plans)]
-    stores = {part.teacher(teacher.id).store for split, teacher in pairs for part in split.dataset.parts}
-    stores |= {split.dataset.statistics(teacher.id) for split, teacher in pairs}
-    stores |= {teacher_home(split.dataset.cache, teacher.id) for split, teacher in pairs}
-    return sum(store.bytes_below() for store in stores)
+    return sum(teacher_bytes(*plans).values())
+
+
+def teacher_bytes(*plans: CachePlan) -> dict[str, int]:
+    """The bytes of :func:`cache_bytes` by the id of the teacher."""
+    found: dict[str, set[Store]] = {}
+    for plan in plans:
+        for split, teacher in itertools.product(plan.splits, plan.teachers):
+            stores = found.setdefault(teacher.id, {teacher_home(split.dataset.cache, teacher.id)})
+            stores |= {part.teacher(teacher.id).store for part in split.dataset.parts}
+            stores.add(split.dataset.statistics(teacher.id))
+    return {teacher: sum(store.bytes_below() for store in stores) for teacher, stores in found.items()}
 
 
 def image_bytes(*plans: CachePlan) -> int:
-    """Bytes of all other files of the data sets and parts of these plans: images, keys, crops, names and labels."""
+    """Bytes of all other files of the data sets and parts of these plans: images, keys, crops, names, labels; and all staging."""
     datasets = [split.dataset for plan in plans for split in plan.splits]
     parts = [part for dataset in datasets for part in dataset.parts]
     whole = {store for part in parts for store in (part.images.store, part.rows.store)}
     around = {store for part in parts for store in (part.store, part.view)} | {dataset.store for dataset in datasets}
-    return sum(store.bytes_below() for store in whole) + sum(sum(store.files().values()) for store in around)
+    staged = {staging_folder(dataset.cache) for dataset in datasets}
+    return sum(store.bytes_below() for store in whole | staged) + sum(sum(store.files().values()) for store in around)

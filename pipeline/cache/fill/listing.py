@@ -2,12 +2,12 @@
 
 A row is known if place (URI and offset), size and version of its file are those that a version was made of. What a known image
 is called and how it is labelled may change. Tars and Parquet files that are known are not even opened, and the samples of parts
-that hold no others are not read.
+that hold no others are not read. New tars of a store are not opened either: they are read once, when the cache is filled.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -28,6 +28,8 @@ from pipeline.cache.layout.dataset import (
 from pipeline.cache.layout.part import Part
 from pipeline.sources.base import INDEX_SCHEMA, NoImagesError, Source
 from pipeline.sources.left_out import notes_of
+from pipeline.sources.streamed import streamed
+from pipeline.storage.files import Entry
 from pipeline.storage.store import DamagedError
 
 PLACE = ["uri", "offset", "size", "version"]
@@ -54,6 +56,8 @@ class Listing:
         notes: what the source has passed over, in phrases, as far as it was listed anew.
         parts: those of the version, in order.
         damaged: names of the version's files that cannot be read; what they list is new.
+        unopened: archives of a `StreamedSource` that nobody has read.
+        expected: number and at most the bytes of their images, if that is known.
     """
 
     known: dict[str, pa.Table]
@@ -63,6 +67,13 @@ class Listing:
     notes: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
     damaged: tuple[str, ...] = ()
+    unopened: tuple[Entry, ...] = ()
+    expected: tuple[int, int] | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing has to be read."""
+        return not (self.new.num_rows or self.unopened)
 
     def samples(self, part: str) -> pa.Table:
         """All known samples in a part."""
@@ -83,15 +94,22 @@ def list_source(source: Source, empty: Dataset) -> tuple[Listing, Dataset]:
     Raises:
         UserError: if the source cannot be listed, or lists nothing.
     """
-    files = source.versions()
+    stream = streamed(source)
+    archives = {entry.path: entry for entry in stream.archives()} if stream else {}
+    files = {uri: entry.version for uri, entry in archives.items()} if stream else source.versions()
     empty = replace(empty, files=tuple(sorted(files.items())))
     latest = latest_version(empty)
     before = latest.dataset if latest else None
     if before and files and before.classes == empty.classes:
-        listing = _compare_files(source, files, before)
+        listing = _compare_files(source, files, before, archives)
+    elif archives:
+        listing = _compare_archives(source, archives, before)
     else:
         index = source.index()
         listing = replace(_compare(index, before), notes=tuple(notes_of(index)))
+    if stream and listing.unopened:
+        expected = stream.count([archive.path for archive in listing.unopened])
+        listing = replace(listing, expected=expected, notes=listing.notes or tuple(stream.notes(())))
     return listing, make_dataset(empty, listing.parts, listing.known, listing.bad, listing.kept)
 
 
@@ -100,16 +118,38 @@ def compare_again(listing: Listing, dataset: Dataset) -> tuple[Listing, Dataset]
     latest = latest_version(dataset)
     if latest is None:
         return listing, dataset
-    found = _compare(listing.new, latest.dataset)
-    known = listing.known | {
-        part: pa.concat_tables([listing.samples(part), found.samples(part)]) for part in (*found.known, *found.kept)
-    }
-    kept = {part: item for part, item in listing.kept.items() if part not in known}
-    bad = pa.concat_tables([listing.bad, found.bad])
+    if listing.new.num_rows:
+        listing = _merged(listing, _compare(listing.new, latest.dataset), listing.unopened)
+    if listing.unopened and latest.dataset.classes == dataset.classes:
+        listing = _opened(listing, latest.dataset)
     parts = {part.id: part for part in (*listing.parts, *dataset.parts, *latest.dataset.parts)}
-    damaged = tuple({*listing.damaged, *found.damaged})
-    listing = Listing(known, bad, found.new, kept, listing.notes, tuple(parts.values()), damaged)
-    return listing, make_dataset(dataset, listing.parts, known, bad, kept)
+    listing = replace(listing, parts=tuple(parts.values()))
+    return listing, make_dataset(dataset, listing.parts, listing.known, listing.bad, listing.kept)
+
+
+def _opened(listing: Listing, latest: Dataset) -> Listing:
+    """A listing without the unopened archives that a version knows by now."""
+    versions = dict(latest.files)
+    known = {archive.path for archive in listing.unopened if versions.get(archive.path) == archive.version}
+    found = _in_files(known, latest) if known else None
+    if found is None:
+        return listing
+    left = tuple(archive for archive in listing.unopened if archive.path not in known)
+    return _merged(listing, replace(found, new=pa.concat_tables([listing.new, found.new])), left)
+
+
+def _merged(listing: Listing, found: Listing, unopened: tuple[Entry, ...]) -> Listing:
+    """What is known of a listing and what has been found of it; `found.new` and `unopened` are left to be read."""
+    known, kept = dict(listing.known), dict(listing.kept)
+    for part in (*found.known, *found.kept):
+        if part in known or part in kept or part in found.known:
+            known[part] = pa.concat_tables([listing.samples(part), found.samples(part)])
+            kept.pop(part, None)
+        else:
+            kept[part] = found.kept[part]
+    bad, damaged = pa.concat_tables([listing.bad, found.bad]), tuple({*listing.damaged, *found.damaged})
+    changed = {"new": found.new, "unopened": unopened, "expected": listing.expected if unopened else None}
+    return replace(listing, known=known, kept=kept, bad=bad, damaged=damaged, **changed)
 
 
 def _compare(index: pa.Table, before: Dataset | None) -> Listing:
@@ -184,34 +224,52 @@ def _side_by_side(index: pa.Table, at: np.ndarray, other: pa.Table, rows: np.nda
     return table.replace_schema_metadata().select(schema.names).cast(schema)
 
 
-def _compare_files(source: Source, files: Mapping[str, int], before: Dataset) -> Listing:
-    """The samples in files that a version knows, and the rows of the others."""
+def _compare_archives(source: Source, archives: Mapping[str, Entry], before: Dataset | None) -> Listing:
+    """The samples in archives that a version of other classes knows, which are indexed anew; the others are unopened."""
+    versions = dict(before.files) if before else {}
+    known = [entry.path for entry in archives.values() if versions.get(entry.path) == entry.version]
+    unopened = tuple(entry for entry in archives.values() if versions.get(entry.path) != entry.version)
+    index = source.only(known).index() if known else INDEX_SCHEMA.empty_table()
+    return replace(_compare(index.replace_schema_metadata(), before), unopened=unopened, notes=tuple(notes_of(index)))
+
+
+def _compare_files(source: Source, files: Mapping[str, int], before: Dataset, archives: Mapping[str, Entry]) -> Listing:
+    """The samples in files that a version knows; the others as rows, or as unopened `archives`."""
     known_files = {uri for uri, version in before.files if files.get(uri) == version}
-    kept, known, present = {}, {}, before.store.files()
-    if not {*before.sample_files} <= present.keys():
+    found = _in_files(known_files, before)
+    if found is None:
         return _compare(source.index(), before)
-    for number, chosen in enumerate(before.selections):
-        uris = {before.files[file][0] for file in chosen.files}
-        if uris <= known_files:
-            kept[chosen.part] = (chosen, before)
-        elif uris & known_files:
-            table = _readable(partial(before.samples, number))
-            if table is None:
-                return _compare(source.index(), before)
-            known[chosen.part] = table.filter(pc.is_in(table["uri"], pa.array(sorted(known_files), pa.string())))
-    bad = _readable(before.bad_samples)
-    if bad is None:
-        return _compare(source.index(), before)
-    bad = bad.filter(pc.is_in(bad["uri"], pa.array(sorted(known_files), pa.string())))
     others, new = [uri for uri in files if uri not in known_files], INDEX_SCHEMA.empty_table()
     notes: tuple[str, ...] = ()
-    if others:
+    if others and not archives:
         with contextlib.suppress(NoImagesError):  # the others have some
             new = source.only(others).index()
         notes = tuple(notes_of(new))
+    unopened = tuple(archives[uri] for uri in others) if archives else ()
+    new = pa.concat_tables([new.replace_schema_metadata(), found.new])
+    return replace(found, new=new, notes=notes, parts=before.parts, unopened=unopened)
+
+
+def _in_files(files: Set[str], before: Dataset) -> Listing | None:
+    """The samples of a version in some of its files, those that could not be read then as new; None if a file is damaged."""
+    kept, known, uris = {}, {}, pa.array(sorted(files), pa.string())
+    if not {*before.sample_files} <= before.store.files().keys():
+        return None
+    for number, chosen in enumerate(before.selections):
+        mine = {before.files[file][0] for file in chosen.files}
+        if mine <= files:
+            kept[chosen.part] = (chosen, before)
+        elif mine & files:
+            table = _readable(partial(before.samples, number))
+            if table is None:
+                return None
+            known[chosen.part] = table.filter(pc.is_in(table["uri"], uris))
+    bad = _readable(before.bad_samples)
+    if bad is None:
+        return None
+    bad = bad.filter(pc.is_in(bad["uri"], uris))
     again = bad.filter(pc.invert(bad["read"])).select(INDEX_SCHEMA.names)
-    new = pa.concat_tables([new.replace_schema_metadata(), again])
-    return Listing(known, bad.filter(bad["read"]), new, kept, notes, before.parts)
+    return Listing(known, bad.filter(bad["read"]), again, kept)
 
 
 def _readable(read: Callable[[], pa.Table]) -> pa.Table | None:

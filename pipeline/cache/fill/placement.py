@@ -20,6 +20,7 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.view_rows import read_view_rows
 from pipeline.errors import UserError
+from pipeline.imaging.gpu_decode import NvjpegPool
 from teachers.base import TeacherError
 
 MOST_ACTORS = 4
@@ -45,7 +46,7 @@ class Measured:
     """Cost of one actor with all missing teachers.
 
     Attributes:
-        memory: peak GPU memory in bytes, CUDA's context included; 0: not measured.
+        memory: peak GPU memory in bytes, CUDA's context and decoders on the GPU included; 0: not measured.
         total: the GPU's memory in bytes.
         device_s: seconds of the GPU per view.
         host_s: seconds of one thread to decode and resize one view for all teachers.
@@ -129,10 +130,14 @@ def measure(
 
     extract = Extract(parts, basis, teachers, device, 1, batch_size)
     views = read_view_rows(parts[row["part"]], int(row["shard"])).slice(0, batch_size)
+    on_gpu = device == "cuda" and isinstance(extract.decoders, NvjpegPool)
+    free = torch.cuda.mem_get_info()[0] if on_gpu else 0
     for _ in range(2):  # the first round warms up, here and below
         started = time.perf_counter()
         batches = list(extract.rendered(views, list(extract.teachers)))
         host = time.perf_counter() - started
+    # Of the processes that decode on the GPU; this one allocates nothing there meanwhile.
+    decoders = max(0, free - torch.cuda.mem_get_info()[0]) if on_gpu else 0
     for _ in range(2):
         started = time.perf_counter()
         for pixels in batches:
@@ -144,7 +149,7 @@ def measure(
     memory = total = 0
     if device == "cuda":
         _fill_memory(extract, batches)
-        memory, total = torch.cuda.max_memory_reserved() + CONTEXT_BYTES, torch.cuda.mem_get_info()[1]
+        memory, total = torch.cuda.max_memory_reserved() + CONTEXT_BYTES + decoders, torch.cuda.mem_get_info()[1]
     return Measured(memory, total, seconds / views.rows.num_rows, host / views.rows.num_rows)
 
 

@@ -20,6 +20,8 @@ from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import Source
 from pipeline.sources.open import open_source
 from pipeline.sources.sample_scenes import SceneSettings
+from pipeline.sources.streamed import streamed
+from pipeline.storage.files import Entry
 from pipeline.storage.names import folder_name
 from pipeline.storage.store import Store
 
@@ -53,23 +55,57 @@ class SplitPlan:
         return self.listing.new
 
     @property
-    def images(self) -> int:
-        """Samples that can be used, as far as known."""
+    def unopened(self) -> tuple[Entry, ...]:
+        """Archives that are still to be read, whose images are not counted."""
+        return self.listing.unopened
+
+    @property
+    def unopened_bytes(self) -> int:
+        """Bytes of the archives that are still to be read."""
+        return sum(archive.size for archive in self.unopened)
+
+    @property
+    def counted(self) -> int:
+        """Samples that can be used, without those of unopened archives."""
         return self.dataset.count + self.new.num_rows
 
     @property
+    def expected(self) -> int:
+        """The images of unopened archives: as they say, or about as many as are as large as the others; 0 without others."""
+        if self.listing.expected:
+            return self.listing.expected[0]
+        return round(self.unopened_bytes / self.image_bytes) if self.image_bytes else 0
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the number of images is known, but for those that cannot be read."""
+        return not self.unopened or self.listing.expected is not None
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether the number of images is known at all, if only about."""
+        return self.is_counted or bool(self.image_bytes)
+
+    @property
+    def images(self) -> int:
+        """Samples that can be used, as far as known or expected."""
+        return self.counted + self.expected
+
+    @property
     def labelled(self) -> bool:
-        """Whether an image has a label."""
-        return bool(self.dataset.labelled) or self.new["label"].null_count < self.new.num_rows
+        """Whether an image has a label, or may have one."""
+        source = streamed(self.source) if self.unopened else None
+        may_have = source is not None and source.may_have_labels
+        return bool(self.dataset.labelled) or may_have or self.new["label"].null_count < self.new.num_rows
 
     @property
     def image_bytes(self) -> float:
-        """Mean bytes of an image in the source; 0 for generated scenes."""
+        """Mean bytes of an image in the source; 0 for generated scenes, and if none is known."""
         known = sum(chosen.bytes for chosen in self.dataset.selections)
-        return float((known + (pc.sum(self.new["size"]).as_py() or 0)) / max(1, self.images))
+        return float((known + (pc.sum(self.new["size"]).as_py() or 0)) / max(1, self.counted))
 
     def sample_ids(self) -> list[str]:
-        """Names of all samples that can be used, as far as known."""
+        """Names of all samples that can be used, as far as known; none of unopened archives."""
         known = [self.listing.samples(part.id)["sample_id"] for part in self.dataset.parts]
         return [name for column in (*known, self.new["sample_id"]) for name in column.to_pylist()]
 
@@ -78,9 +114,12 @@ class SplitPlan:
         return self.dataset.missing(teacher.id)
 
     def missing_views(self, teacher: CachedTeacher) -> int:
-        """Views that a teacher has still to encode, at most: some of the new images may be in the cache under another name."""
+        """Views that a teacher has still to encode, at most: some of the new images may be in the cache under another name.
+
+        Those of unopened archives count as `expected`.
+        """
         known = sum(part.shard_rows(shard) for part, shard in self.missing(teacher))
-        return (known + self.new.num_rows) * self.dataset.policy.rows_per_image
+        return (known + self.new.num_rows + self.expected) * self.dataset.policy.rows_per_image
 
 
 @dataclass(frozen=True)
@@ -149,7 +188,8 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
         raise UserError(
             f"teachers.{index}.basis: {name} has no projection; leave it out, or choose a codec that begins with pca"
         )
-    return CachedTeacher(teacher, spec, teacher_id(spec, name, cache.precision, teacher.basis), name, cache.precision)
+    identity = teacher_id(spec, name, cache.precision, teacher.basis, cache.decoder)
+    return CachedTeacher(teacher, spec, identity, name, cache.precision, decoder=cache.decoder)
 
 
 def _plan_split(
@@ -186,7 +226,7 @@ def check_weights(*plans: CachePlan) -> None:
         TeacherError: if they cannot be had, or are those of another network.
     """
     pairs = ((split, teacher) for plan in plans for split in plan.splits for teacher in plan.teachers)
-    needed = {teacher.id: teacher for split, teacher in pairs if split.missing_views(teacher)}
+    needed = {teacher.id: teacher for split, teacher in pairs if split.unopened or split.missing_views(teacher)}
     for teacher in needed.values():
         teacher.create().check()
 

@@ -10,6 +10,7 @@ from pipeline.cache.layout.part import teacher_home
 from pipeline.cache.layout.projection import load_projections
 from pipeline.cache.layout.shards import Figures, merge_figures, projection_in
 from pipeline.cache.layout.stats import Moments, load_moments
+from pipeline.imaging.gpu_decode import Decoder
 from pipeline.storage.store import Store, report_damage
 from teachers.base import Teacher, TeacherSpec
 from teachers.registry import create_teacher
@@ -26,6 +27,7 @@ class CachedTeacher:
         id: its folder below a view.
         codec, precision: how its features are stored and computed.
         weights_sha256: digest of its weights; "" before they are needed, and for teachers without weights.
+        decoder: what decodes its images.
     """
 
     config: TeacherConfig
@@ -34,6 +36,7 @@ class CachedTeacher:
     codec: str
     precision: str
     weights_sha256: str = ""
+    decoder: Decoder = "cpu"
 
     def create(self) -> Teacher:
         """The teacher itself, without weights."""

@@ -363,14 +363,7 @@ def write_dataset(dataset: Dataset, damaged: Collection[str] = ()) -> Dataset:
         damaged: files that are written again, if they are those of this version.
     """
     latest = next(read_versions(dataset.cache, dataset.name, dataset.policy, dataset.snapshot), None)
-    present = dataset.store.files().keys() - damaged
-    for name, table in dataset.draft.items():
-        if name not in present:
-            sink = pa.BufferOutputStream()
-            # Most columns differ in every row: a dictionary would only be added to their values. Nobody reads their statistics.
-            options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
-            pq.write_table(table, sink, **options, write_page_checksum=True)
-            dataset.store.put(name, sink.getvalue())
+    write_samples(dataset, damaged)
     if latest and latest.dataset == dataset:
         return replace(dataset, draft={})
     made = max(time.time(), latest.made + 1e-3 if latest else 0.0)
@@ -378,6 +371,18 @@ def write_dataset(dataset: Dataset, damaged: Collection[str] = ()) -> Dataset:
     meta = {"format": FORMAT_VERSION, **{name: getattr(dataset, name) for name in fields}, "made": made}
     dataset.store.put(f"version-{round(1000 * made):014d}-{dataset.fingerprint[:8]}.json", sealed(meta))
     return replace(dataset, draft={})
+
+
+def write_samples(dataset: Dataset, damaged: Collection[str] = ()) -> None:
+    """Write the files of a version that is not written yet, but those that exist and are not `damaged`."""
+    present = dataset.store.files().keys() - damaged if dataset.draft else ()
+    for name, table in dataset.draft.items():
+        if name not in present:
+            sink = pa.BufferOutputStream()
+            # Most columns differ in every row: a dictionary would only be added to their values. Nobody reads their statistics.
+            options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+            pq.write_table(table, sink, **options, write_page_checksum=True)
+            dataset.store.put(name, sink.getvalue())
 
 
 def record_use(dataset: Dataset, run_id: str) -> None:

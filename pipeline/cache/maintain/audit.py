@@ -9,6 +9,7 @@ from statistics import fmean
 
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import read_again
+from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.plan import CachePlan, SplitPlan, all_parts
 from pipeline.cache.fill.ray_pipeline import finished_shards, run_in_actors
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
@@ -50,7 +51,8 @@ class Verification:
         fidelity: by ``<teacher>/<token type>``, mean cosine of the standardised recomputed features and their stored values,
             and the lowest 1st percentile of a row group.
         skipped: why a teacher could not recompute rows, by label; its files were checked all the same.
-        unable: ids of the teachers that cannot be computed here, without weights or with other weights than the cache's.
+        unable: ids of the teachers that cannot be computed here: without weights, with other weights than the cache's, or
+            without the decoder of their images.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -134,7 +136,8 @@ def _computed(plan: CachePlan, found: Verification) -> list[CachedTeacher]:
         teacher = cached.create()
         try:
             teacher.load()
-        except WeightsNotFoundError as error:
+            check_decoder("cache.decoder", cached.decoder)
+        except (WeightsNotFoundError, UserError) as error:
             found.skipped[labels[cached.id]] = str(error)
             found.unable.add(cached.id)
             continue

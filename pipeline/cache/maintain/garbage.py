@@ -1,14 +1,16 @@
 """Files of a cache that nothing refers to: left by killed writers, or replaced when a shard was computed again.
 
 Only files with names that the cache itself gives count as garbage, and only once they are old: a running job writes a
-shard's files moments before their record (`FILE_AGE_S`), and a teacher's description possibly hours before its first shard
-(`FOLDER_AGE_S`). A training that started before a repair may still read the replaced files.
+shard's files moments before their record (`FILE_AGE_S`). What nothing refers to for hours is a teacher's description before its
+first shard, a file of samples before its version, and the staged images of an archive (`FOLDER_AGE_S`). A training that started
+before a repair may still read the replaced files.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pipeline.cache.fill.staging import staging_folder
 from pipeline.cache.layout.dataset import Dataset, read_version
 from pipeline.cache.layout.shards import ShardFolder, projection_in, record_numbers
 from pipeline.storage.store import Store
@@ -16,11 +18,12 @@ from pipeline.storage.store import Store
 FILE_AGE_S = 3600.0
 """Age in seconds at which a file that no record names counts as garbage."""
 FOLDER_AGE_S = 24 * 3600.0
-"""Age in seconds of its newest file at which a folder without any record counts as garbage."""
+"""Age in seconds at which a file of samples, or the newest file of a folder without any record, counts as garbage."""
 _SHARD_FILE = re.compile(r"shard-(\d{5,})-[0-9a-f]{8}\.(parquet|npz)")
 _SAMPLES = re.compile(r"(rows|bad)-[0-9a-f]{16}\.parquet")
 _OURS = re.compile(
     rf"(teacher|view|part|records|shard-\d{{5,}})\.json|index\.parquet|(stats|statistics|phi_s|projection-[0-9a-f]{{8}})\.npz|{_SHARD_FILE.pattern}"
+    r"|archive\.json|images-\d{5,}-[0-9a-f]{16}|(samples|bad)-[0-9a-f]{16}\.parquet"
 )
 _PART = re.compile(r"[0-9a-f]{20}")
 
@@ -55,6 +58,10 @@ def find_garbage(cache: Store) -> list[Garbage]:
     parts = cache.sub("parts")
     for name in filter(_PART.fullmatch, parts.folders()):
         found += _part(parts.sub(name), name in named)
+    staging = staging_folder(cache)
+    for archive in map(staging.sub, filter(_PART.fullmatch, staging.folders())):
+        found += _leftovers(archive)
+        found += _all_if_old([archive], "no job has come back for it")
     teachers = cache.sub("teachers")
     for home in map(teachers.sub, teachers.folders()):
         found += _leftovers(home)
@@ -83,7 +90,7 @@ def _dataset(store: Store, datasets: Sequence[Dataset]) -> Iterator[Garbage]:
     named = {chosen.file for dataset in datasets for chosen in dataset.selections} | {
         dataset.bad for dataset in datasets
     }
-    for name, size in store.files(FILE_AGE_S).items():
+    for name, size in store.files(FOLDER_AGE_S).items():
         if _SAMPLES.fullmatch(name) and name not in named:
             yield Garbage(store, name, size, "no version names it")
     statistics, known = store.sub("statistics"), {dataset.fingerprint[:16] for dataset in datasets}

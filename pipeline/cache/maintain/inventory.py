@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 
+from pipeline.cache.fill.staging import staging_folder
 from pipeline.cache.layout.dataset import Dataset, Version, read_version, used_by
 from pipeline.cache.layout.part import Part, read_part, teacher_home
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, merge_figures
@@ -18,10 +19,10 @@ from pipeline.storage.store import DamagedError, Store
 
 @dataclass(frozen=True)
 class Entry:
-    """Something in a cache that has an address: a version of a data set, the images, crops, or a teacher's features.
+    """Something in a cache that has an address: a version of a data set, images, crops, a teacher's features, what is staged.
 
     Attributes:
-        address: ``<data set>/<version>``, ``images``, the name of a view, or a teacher's id.
+        address: ``<data set>/<version>``, ``images``, the name of a view, a teacher's id, or ``staging``.
         shards, of: number of complete shards, and of all shards.
         bytes: size of all its files.
         stores: the folders that hold them; or one folder, and the `file` in it.
@@ -44,7 +45,7 @@ class Entry:
 def take_inventory(cache: Store) -> list[Entry]:
     """All entries of a cache."""
     parts = [part for name in cache.sub("parts").folders() if (part := read_part(cache, name))]
-    return [*_versions(cache, parts), *_images(parts), *_teachers(cache, parts), *_earlier(cache)]
+    return [*_versions(cache, parts), *_images(parts), *_teachers(cache, parts), *_staged(cache), *_earlier(cache)]
 
 
 def find_entry(cache: Store, address: str) -> Entry:
@@ -159,6 +160,14 @@ def _teacher(cache: Store, teacher: str, folders: Sequence[tuple[Part, Store]]) 
     fidelity, licence = kept.get("target_cosine"), described.get("licence", "unknown")
     of, size = sum(part.shards for part, _ in folders), sum(store.bytes_below() for store in stores)
     return Entry(teacher, what, len(records), of, size, stores, "", fidelity, licence)
+
+
+def _staged(cache: Store) -> Iterator[Entry]:
+    """What jobs have read of archives and not stored yet."""
+    store = staging_folder(cache)
+    if archives := store.folders():
+        what = f"images of {len(archives)} archives, kept until a version lists them"
+        yield Entry("staging", what, 0, 0, store.bytes_below(), (store,))
 
 
 def _earlier(cache: Store) -> Iterator[Entry]:

@@ -24,6 +24,7 @@ from pipeline.cache.read.shard_reader import FeatureReader, SampleReader, ShardR
 from pipeline.errors import UserError
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool
 from pipeline.imaging.geometry import View
+from pipeline.imaging.gpu_decode import NvjpegPool
 from pipeline.imaging.shared_arrays import ArrayHandle
 from pipeline.runtime.prefetch import map_ahead
 from teachers.base import Interpolation
@@ -96,6 +97,7 @@ class CacheReader:
         rank, world: this training worker's number and the number of workers.
         threads: number of image decoders.
         processes: whether the decoders are processes instead of threads, as they should be on a machine with a GPU.
+        nvjpeg: the GPU (``cuda:<index>``) that decodes JPEGs; None: only those decoders.
         per_step: views of an image in one batch, in adjacent rows; must divide its views and the batch size.
 
     Raises:
@@ -115,6 +117,7 @@ class CacheReader:
         world: int = 1,
         threads: int = 2,
         processes: bool = False,
+        nvjpeg: str | None = None,
         per_step: int = 1,
     ) -> None:
         views = dataset.policy.rows_per_image
@@ -127,7 +130,7 @@ class CacheReader:
         self.order = EpochOrder(groups, batch_size, seed, window, rank, world, per_step, views)
         self.io = ThreadPoolExecutor(IO_THREADS)
         self.assembler = ThreadPoolExecutor(BATCHES_AHEAD + 1)
-        self.decoders = DecoderPool(threads, processes)
+        self.decoders = NvjpegPool(nvjpeg) if nvjpeg else DecoderPool(threads, processes)
         self.arrays = self.decoders.arrays
         if not self.steps(0):
             raise UserError(

@@ -82,6 +82,12 @@ def read_summaries(
     return torch.cat(vectors), torch.cat(labels)
 
 
+def sample_names(dataset: Dataset) -> list[str]:
+    """The names of all samples, in the order of :func:`read_summaries`."""
+    samples = SampleReader(dataset)
+    return [name for group in _groups(dataset) for name in samples.read(group).names]
+
+
 class PatchReader:
     """Reads a teacher's patches by row group, without the images; UserError if shards of either are missing.
 

@@ -24,6 +24,10 @@
   });
   darkSystem.addEventListener("change", () => theme === "system" && drawAll());
 
+  // Every figure is of the chosen held-out images alone.
+  const chosenImages = () => find("images").value;
+  const chosenPlots = () => plots[chosenImages()];
+
   // Plots: the traces are given; colours of text and grid are the page's, and what is filtered out is left out.
   let visible = null;
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
@@ -58,17 +62,18 @@
     });
   }
   function drawCost() {
-    if (find("cost")) draw("plot-cost", plots.cost[find("accuracy").value][find("cost").value]);
+    if (find("cost")) draw("plot-cost", chosenPlots().cost[find("accuracy").value][find("cost").value]);
   }
   function drawCurves() {
     const weights = find("weights")?.value;
-    const roles = { both: ["average", "raw", "band"], average: ["average", "band"], raw: ["raw"] }[weights];
-    draw("plot-curves", plots.curves, (role) => roles.includes(role));
+    if (!weights) return;
+    const roles = { both: ["average", "raw", "band", "teacher"], average: ["average", "band", "teacher"], raw: ["raw", "teacher"] }[weights];
+    draw("plot-curves", chosenPlots().curves, (role) => roles.includes(role));
   }
   function drawAll() {
     drawCost();
     drawCurves();
-    draw("plot-size", plots.size);
+    draw("plot-size", chosenPlots().size);
   }
   for (const id of ["accuracy", "cost"]) find(id)?.addEventListener("change", drawCost);
   find("weights")?.addEventListener("change", drawCurves);
@@ -113,17 +118,29 @@
     let count = 0;
     for (const row of runs) {
       const text = `${row.textContent.toLowerCase()} ${words.get(row.dataset.group) ?? ""}`;
-      row.hidden = !wanted.every((word) => text.includes(word));
+      // A run without figures belongs to no images; it is shown with all.
+      const other = row.dataset.images !== "" && row.dataset.images !== chosenImages();
+      row.hidden = other || !wanted.every((word) => text.includes(word));
       if (row.hidden) continue;
       if (row.dataset.group) kept.add(Number(row.dataset.group));  // a run that has not finished may be in none
       count += 1;
     }
     for (const row of [...groups, ...changes]) row.hidden = !kept.has(Number(row.dataset.group));
     visible = wanted.length ? kept : null;
-    find("count").textContent = wanted.length ? `${count} of ${runs.length} runs` : "";
+    find("count").textContent = count < runs.length ? `${count} of ${runs.length} runs` : "";
     drawAll();
   }
   find("search").addEventListener("input", filter);
+  find("images").addEventListener("change", () => {
+    // An accuracy that these groups lack gives way to one that they have.
+    const measured = ({ value }) => Object.values(chosenPlots().cost[value])
+      .some((plot) => plot.data.some((trace) => trace.meta.role === "point"));
+    const options = [...(find("accuracy")?.options ?? [])];
+    const kept = options.find((option) => option.selected);
+    const next = kept && !measured(kept) && options.find(measured);
+    if (next) find("accuracy").value = next.value;
+    filter();
+  });
 
   // Two groups.
   const chosen = (id) => find(id).selectedOptions[0].textContent;
@@ -145,4 +162,5 @@
     tell();
   }
   applyTheme();
+  filter();
 })();

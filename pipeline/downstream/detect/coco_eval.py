@@ -62,17 +62,12 @@ def average_precision(truth: COCO, results: Sequence[Mapping[str, Any]], kind: K
     return Precision(dict(zip(NUMBERS, map(float, evaluation.stats), strict=True)), per_category)
 
 
-def evaluate_files(annotations: str | Path, results: str | Path) -> dict[Kind, Precision]:
-    """Score a results file: boxes where its entries hold `bbox`, masks where they hold `segmentation`.
+def read_files(annotations: str | Path, results: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read annotations and the results that are compared with them.
 
     Raises:
         UserError: if a file is not in COCO's format, or they do not belong together.
     """
-    return score(*read_files(annotations, results))
-
-
-def read_files(annotations: str | Path, results: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read annotations and the results that are compared with them; raises as :func:`evaluate_files`."""
     detections = read_results(results)
     masks = f", which {results} is compared with" if detections and "segmentation" in detections[0] else None
     dataset = read_annotations(annotations, masks=masks)
@@ -81,7 +76,7 @@ def read_files(annotations: str | Path, results: str | Path) -> tuple[dict[str, 
 
 
 def score(dataset: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[Kind, Precision]:
-    """The scores of what :func:`read_files` has read."""
+    """The scores of what :func:`read_files` has read: of boxes if detections hold `bbox`, of masks if `segmentation`."""
     shapes: tuple[tuple[str, Kind], ...] = (("bbox", "bbox"), ("segmentation", "segm"))
     truth = coco_index(dataset)
     kinds = [kind for field, kind in shapes if (field in detections[0] if detections else kind == "bbox")]

@@ -147,22 +147,12 @@ class Detection(DownstreamTask[DetectConfig]):
     def describe(
         self, image: Tensor, result: Objects, classes: Sequence[str], folder: Path, stem: str
     ) -> dict[str, Any]:
-        """The size of the image and its objects; masks are COCO's compressed run lengths."""
-        objects = coco_results(result, 0, range(1, len(classes) + 1))
-        for entry in objects:
-            if "segmentation" in entry:
-                entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
-        return {"width": image.shape[2], "height": image.shape[1], "objects": objects}
+        """As :func:`describe_objects`."""
+        return describe_objects(image, result, classes)
 
     def documents(self, rows: list[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-        """Detections in COCO's results format; their ids are those of `images.json`, in COCO's annotation format."""
-        images, results = [], []
-        for number, row in enumerate(rows, start=1):
-            images.append({"id": number, "file_name": row["path"], "width": row["width"], "height": row["height"]})
-            results += [{**entry, "image_id": number} for entry in row["objects"]]
-        categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
-        described = {"images": images, "categories": categories, "annotations": []}
-        return {"predictions.json": results, "images.json": described}
+        """As :func:`coco_documents`."""
+        return coco_documents(rows, classes)
 
     def _find(self, model: nn.Module, image: Tensor, classes: Sequence[str]) -> Objects:
         height, width = image.shape[-2:]
@@ -214,6 +204,31 @@ def coco_results(objects: Objects, image_id: int, category_ids: Sequence[int]) -
         for result, mask in zip(results, objects.masks, strict=True):
             result["segmentation"] = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
     return results
+
+
+def describe_objects(image: Tensor, result: Objects, classes: Sequence[str]) -> dict[str, Any]:
+    """The size of an image and its objects, JSON-ready; masks are COCO's compressed run lengths."""
+    objects = coco_results(result, 0, range(1, len(classes) + 1))
+    for entry in objects:
+        if "segmentation" in entry:
+            entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
+    return {"width": image.shape[2], "height": image.shape[1], "objects": objects}
+
+
+def coco_documents(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+    """Files by name, of rows of :func:`describe_objects` with their `path`.
+
+    Returns:
+        `predictions.json` in COCO's results format, whose ids are those of `images.json`, in COCO's annotation format.
+    """
+    images: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for number, row in enumerate(rows, start=1):
+        images.append({"id": number, "file_name": row["path"], "width": row["width"], "height": row["height"]})
+        results += [{**entry, "image_id": number} for entry in row["objects"]]
+    categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+    described = {"images": images, "categories": categories, "annotations": []}
+    return {"predictions.json": results, "images.json": described}
 
 
 def detection_metrics(

@@ -1,7 +1,6 @@
 """The classes of label maps: their names from a file, and which values of a map mean which class or nothing."""
 
 import csv
-import difflib
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.downstream.text import read_text
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.sources.label_maps import UNLABELLED
 
 IGNORE = UNLABELLED
@@ -60,8 +59,7 @@ class MaskValues:
         for item in ignore:
             found = [value for value, name in listed.names.items() if name == item] if isinstance(item, str) else [item]
             if not found:
-                near = difflib.get_close_matches(str(item), listed.names.values(), n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = did_you_mean(str(item), listed.names.values())
                 raise UserError(f"segment.ignore: {path} names no class {item}{hint}")
             values.update(found)
         names = {value: name for value, name in listed.names.items() if value not in values - {IGNORE}}

@@ -58,7 +58,10 @@ class SemanticFPN(nn.Module):
         super().__init__()
         self.encoder, self.levels = encoder, pyramid_levels(encoder)
         self.pyramid = FeaturePyramidNetwork([encoder.channels[level] for level in self.levels], 2 * channels)
-        self.branches = nn.ModuleList(_branch(depth, channels) for depth in (1, 1, 2, 3))
+        self.branches = nn.ModuleList(
+            nn.ModuleList(_block(width, channels) for width in [2 * channels] + [channels] * (depth - 1))
+            for depth in (1, 1, 2, 3)
+        )
         self.dropout = nn.Dropout2d(0.1)  # as in mmsegmentation's FPNHead
         self.classify = nn.Conv2d(channels, classes, 1)
 
@@ -75,10 +78,6 @@ class SemanticFPN(nn.Module):
             total = total + x
         logits = self.classify(self.dropout(total))
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def _branch(depth: int, channels: int) -> nn.ModuleList:
-    return nn.ModuleList(_block(width, channels) for width in [2 * channels] + [channels] * (depth - 1))
 
 
 def _block(inputs: int, channels: int) -> nn.Sequential:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.extract import Extract
 from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import teacher_labels, teacher_stats
+from pipeline.cache.layout.part import teacher_home
 from pipeline.cache.layout.part_stats import STATISTICS
 from pipeline.cache.layout.stats import dump_moments
 from pipeline.cache.layout.view_rows import read_view_rows, views_of
 from pipeline.errors import UserError
 from pipeline.imaging.crop import crop_and_pad, crop_and_resize
 from pipeline.imaging.decode import decode_pixels
+from pipeline.imaging.gpu_decode import NvjpegPool
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, images_seen, out_of_memory, without_ray
 
@@ -118,6 +121,39 @@ def test_a_teacher_of_padded_images_is_cached_beside_one_of_squashed_ones(tmp_pa
         patches = torch.frombuffer(bytearray(b"".join(stored)), dtype=torch.float32).view(len(stored), 4, 4, -1)
         expected = source.encode(torch.from_numpy(np.stack(pixels))).patches
         torch.testing.assert_close(patches, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_on_the_gpu_makes_a_teacher_of_its_own(tmp_path, photo_config, monkeypatch):
+    store, plans = Store.at(tmp_path / "cache"), {}
+    settings = "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}]", "views.crops=2"
+    for decoder in ("cpu", "nvjpeg"):
+        config = photo_config(*settings, f"cache.decoder={decoder}", "cache.codec=float32")
+        plan = plan_cache(config, store)
+        assert ("decoded by nvjpeg" in cache_plan(plan, config)) == (decoder == "nvjpeg")
+        if decoder == "nvjpeg":
+            with pytest.raises(UserError, match=r"cache\.decoder: nvjpeg decodes on a GPU, and there is none here"):
+                fill_in_process(plan)
+            assert not [*plan.split("train").dataset.records(plan.teachers[0].id)]
+            # torchvision's CPU decoder stands for the GPU's
+            monkeypatch.setattr("pipeline.cache.fill.extract.make_decoders", lambda *_: NvjpegPool("cpu"))
+        plans[decoder], computed = fill_in_process(plan)
+        assert computed == 3
+    ids = [plan.teachers[0].id for plan in plans.values()]
+    assert len({*ids}) == 2
+    stored = []
+    for plan in plans.values():
+        ((folder, record), *_) = [
+            (part.teacher(plan.teachers[0].id), r)
+            for part, r in plan.split("train").dataset.records(plan.teachers[0].id)
+        ]
+        table = folder.read(record)
+        stored.append((table["key"], np.frombuffer(b"".join(table["patches"].to_pylist()), np.float32)))
+    (keys, expected), (same, found) = stored
+    assert keys.equals(same)
+    assert not np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    described = [json.loads(teacher_home(store, name).get("teacher.json")) for name in ids]
+    assert [meta.get("decoder") for meta in described] == [None, "nvjpeg"]
 
 
 def test_statistics_equal_those_of_the_stored_features(filled):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from pipeline.cache.layout.keys import digest, fingerprint, sealed, teacher_id, unsealed
+from pipeline.cache.layout.keys import digest, fingerprint, sealed, teacher_id, teacher_identity, unsealed
 from tests.fakes import ColourGrid
 
 SPEC = ColourGrid(8, "", 0, 0).spec
@@ -46,6 +46,12 @@ def test_codec_and_precision_change_the_teacher_id():
         teacher_id(SPEC, "x", "float32"),
     }
     assert len(ids) == 3
+
+
+def test_a_decoder_changes_the_teacher_id_unless_it_is_the_reference():
+    assert teacher_id(SPEC, "float16", "float32", decoder="nvjpeg") != teacher_id(SPEC, "float16", "float32")
+    assert teacher_id(SPEC, "float16", "float32", decoder="cpu") == teacher_id(SPEC, "float16", "float32")
+    assert "decoder" not in teacher_identity(SPEC, "float16", "float32")
 
 
 def test_digest_ignores_the_order_of_keys():

@@ -153,3 +153,12 @@ def test_a_missing_shard_is_named(filled):
 def test_too_few_images_for_a_batch_are_refused(filled):
     with pytest.raises(UserError, match=r"150 readable images .*lower train\.batch_size"):
         _reader(filled, batch_size=151)
+
+
+def test_images_decoded_by_the_device_are_those_of_a_cpu_but_for_rounding(filled):
+    # torchvision's CPU decoder stands for the GPU's
+    for here, there in zip(_reader(filled).batches(0), _reader(filled, nvjpeg="cpu").batches(0), strict=True):
+        assert here.keys == there.keys
+        assert (here.images.short() - there.images.short()).abs().max() <= 2
+        for name, kinds in here.features.items():
+            assert all(torch.equal(rows, there.features[name][kind]) for kind, rows in kinds.items())
