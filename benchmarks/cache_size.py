@@ -2,6 +2,7 @@
 
     python benchmarks/cache_size.py recipes/photos.yaml data.train=<photos> teachers.1.weights=<file> --images 1024
     python benchmarks/cache_size.py --simulated
+    python benchmarks/cache_size.py --below <cache>
 
 Projections are fitted on one part of the images and every codec is evaluated on the others, which are committed as the job
 commits them. Bytes are those of all files of the teacher: features, statistics, records, projections, description.
@@ -13,12 +14,17 @@ deviations that spread over the channels as lognormal, a correlation of the spec
 the transformers two massive channels of a hundredfold deviation. The spectrum decides the size: it is a model, no
 measurement of those networks.
 
+`--below` measures a cache that a job has filled instead: the bytes of every file below its folder by kind, relative to the
+features, and for each teacher those of float32 over all its bytes: features, statistics, records, projections, description.
+
 Prints a table and one line of JSON: for the recipe's own codec the bytes of float32 over its bytes (`ratio`) and the mean cosine
 (`min_cosine`), each the minimum over the trained teachers.
 """
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +38,7 @@ if not __package__:  # a script imports from its own checkout
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -78,9 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("items", nargs="*", help="a recipe and overrides, as for the jobs")
     parser.add_argument("--simulated", action="store_true", help="draw features instead")
     parser.add_argument("--power", type=float, default=1.5, help="with --simulated: decay of the spectrum")
+    parser.add_argument("--below", metavar="CACHE", help="count the files of this cache instead")
     parser.add_argument("--images", type=int, default=768, help="images, of which 256 are fitted and the others stored")
     parser.add_argument("--figure", type=Path, help="PNG file of cosine against bytes")
     options = parser.parse_args(arguments)
+    if options.below:
+        print(json.dumps(_count(Path(options.below))))
+        return
     teachers = _simulated(options) if options.simulated else _computed(options)
     results = {}
     for codec, features in teachers:
@@ -94,6 +105,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.figure:
         _draw(results, options.figure)
     print(json.dumps(_summary(results)))
+
+
+KINDS = {
+    "images": r"parts/.*/images/shard-.*\.parquet",
+    "features": r"parts/.*/teachers/.*/shard-.*\.parquet",
+    "crops": r"parts/.*/rows/shard-.*\.parquet",
+    "statistics": r".*/(shard-.*|statistics|stats|phi_s)\.npz",
+    "projections": r"teachers/.*/projection-.*\.npz",
+    "records": r"parts/.*/(shard-\d+|records)\.json",
+    "samples and keys": r".*/((rows|bad)-.*|index)\.parquet",
+    "descriptions": r".*",
+}
+"""Kinds of files by the first pattern that their path below a cache matches."""
+
+
+def _count(cache: Path) -> dict[str, object]:
+    """Bytes of all files below a cache by kind, and of each teacher's beside those of float32."""
+    files = {path: path.stat().st_size for path in sorted(cache.rglob("*")) if path.is_file()}
+    sizes, numbers, own = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0), dict[str, list[float]]()
+    for path, size in files.items():
+        place = path.relative_to(cache).as_posix()
+        kind = next(kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, place))
+        sizes[kind], numbers[kind] = sizes[kind] + size, numbers[kind] + 1
+        named = re.match(r"(?:parts/.*/|)teachers/([^/]+)/|datasets/.*/statistics/[^/]+/[^/]+/([^/]+)/", place)
+        if named:
+            sums = own.setdefault(named[1] or named[2], [0, 0, 0])  # all bytes, features, float32
+            sums[0] += size
+            if kind == "features":
+                about, rows = pq.read_schema(path).metadata, pq.read_metadata(path).num_rows
+                shapes = [json.loads(value) for name, value in about.items() if name.endswith(b".shape")]
+                sums[1] += size
+                sums[2] += 4 * rows * sum(map(math.prod, shapes))
+    print(f"  {'kind':<18}{'files':>8}{'bytes':>15}{'of features':>13}")
+    for kind, size in sizes.items():
+        print(f"  {kind:<18}{numbers[kind]:>8}{size:>15,}{size / sizes['features']:>13.2%}")
+    beside = sum(size for kind, size in sizes.items() if kind not in ("images", "crops", "features"))
+    print(f"  {'beside both':<18}{'':>8}{beside:>15,}{beside / sizes['features']:>13.2%}")
+    ratios = {name: exact / total for name, (total, _, exact) in own.items()}
+    for name, (total, features, _) in own.items():
+        print(
+            f"  {name:<45}{total:>15,} bytes, {total / features - 1:.2%} beside features, 1/{ratios[name]:.1f} of float32"
+        )
+    return {"bytes": sizes, "beside": round(beside / sizes["features"], 5), "ratios": ratios}
 
 
 def _rows(batch: Mapping[str, Tensor]) -> int:
@@ -205,7 +259,8 @@ def _stored(codec: str, features: Features, cache: Store) -> dict[str, float]:
     home = teacher_home(cache, teacher.id)
     folder = ShardFolder(cache.sub("shards"), home=home)
     if Codec.parse(codec).pca:
-        add_projection(home, dump_projections(fit_projections(Codec.parse(codec), features.fitted)))
+        parsed = Codec.parse(codec)
+        add_projection(home, dump_projections(parsed, fit_projections(parsed, features.fitted)))
     home.put("teacher.json", json.dumps(asdict(spec), indent=2).encode())
     per_shard, images = SHARD // BATCH, 0
     for shard in range(-(-len(features.stored) // per_shard)):
@@ -220,6 +275,8 @@ def _stored(codec: str, features: Features, cache: Store) -> dict[str, float]:
         with patch.object(ShardBuilder, "fidelity", lambda *_: {}):  # measured here, and no codec is refused
             builder.commit(folder, shard, views, "cpu")
     records = folder.records()
+    if len(records) > 1:
+        folder.merge_statistics(records)
     cache.put("stats.npz", dump_moments(merge_all(folder.moments(records.values()))))
     total = cache.bytes_below()
     parquet = sum(record.bytes for record in records.values())

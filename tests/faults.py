@@ -41,8 +41,12 @@ def _rows_hash(path: Path) -> str:
 
 
 def listed(cache: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of the record and the files of every listed shard: another of either means it was written again."""
-    paths = [path for record in cache.rglob("shard-*.json") for path in record.parent.glob(f"{record.stem}*")]
+    """Inode and time of the record and the Parquet files of every listed shard: another of either means it was written again.
+
+    Not of its statistics, which are merged with those of other shards.
+    """
+    records = [*cache.rglob("shard-*.json")]
+    paths = [*records, *(path for record in records for path in record.parent.glob(f"{record.stem}*.parquet"))]
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 

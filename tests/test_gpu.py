@@ -193,7 +193,7 @@ def test_pixels_of_nvjpeg_on_the_gpu_are_near_those_of_a_cpu(channels):
 def test_shards_of_images_decoded_by_the_gpu_are_near_those_of_a_cpu(tmp_path):
     (part,) = write_dataset(str(tmp_path), 40, jpegs(256), 20).parts
     by_cpu = _teacher("dinov2/vits14", input_size=56)
-    name = teacher_id(by_cpu.spec, by_cpu.codec, by_cpu.precision, "nvjpeg")
+    name = teacher_id(by_cpu.spec, by_cpu.codec, by_cpu.precision, decoder="nvjpeg")
     teachers = [by_cpu, replace(by_cpu, id=name, decoder="nvjpeg")]
     stored = []
     for teacher in teachers:

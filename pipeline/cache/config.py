@@ -34,6 +34,12 @@ class TeacherConfig(Section):
     )
     args: dict[str, Any] = Field({}, description="arguments passed to the library's model constructor")
     codec: str | None = Field(None, description="codec of its features; none: cache.codec")
+    basis: str | None = Field(
+        None,
+        min_length=1,
+        description="any name: its projection is fitted on the images of the day, and its features are stored beside those of "
+        "other names; none: the first projection. Only with a codec that projects (pca)",
+    )
     weight: Schedule = Field(
         1.0,
         description="weight in the loss, or a schedule by share of training done, linear in between: {0: 1, 0.5: 0.2}",

@@ -103,7 +103,8 @@ def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
             f"(jobs/precompute.py --delete {cached.id})"
         )
     if known is None:
-        identity = teacher_identity(cached.spec, cached.codec, cached.precision, cached.decoder)
+        settings = cached.codec, cached.precision, cached.config.basis, cached.decoder
+        identity = teacher_identity(cached.spec, *settings)
         description = {**asdict(cached.spec), **identity}
         description |= {"id": cached.id, "weights_sha256": teacher.weights_sha256}
         home.put("teacher.json", sealed(description))

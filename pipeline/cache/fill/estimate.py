@@ -109,7 +109,9 @@ def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe 
 
 def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
     """Bytes of one view in a codec, measured on shards if there are any; and whether that is exact or an upper bound."""
-    other = replace(teacher, codec=codec, id=teacher_id(teacher.spec, codec, teacher.precision, teacher.decoder))
+    basis = teacher.config.basis if Codec.parse(codec).pca else None
+    name = teacher_id(teacher.spec, codec, teacher.precision, basis, teacher.decoder)
+    other = replace(teacher, codec=codec, id=name)
     known = [summary for split in plan.splits for summary in split.dataset.summaries(other.id)]
     if rows := sum(summary.rows for summary in known):
         return sum(summary.bytes for summary in known) / rows, True
@@ -237,8 +239,8 @@ def _shards(split: SplitPlan, views: int) -> int:
 def side_bytes(teacher: CachedTeacher, shards: int, fitted: bool = True) -> int:
     """Upper bound of the bytes beside the features of some shards: records, statistics, and projections unless `fitted`."""
     channels = [shape[-1] for shape in teacher.shapes.values()]
-    # Mean and deviation of every channel in float32.
-    statistics = shards * (SHARD_BYTES + sum(8 * size for size in channels))
+    # Mean and deviation of every channel: in float32, and in 8 bits in the file of all shards that replaces those of each.
+    statistics = shards * (SHARD_BYTES + sum(10 * size for size in channels))
     projections = 0 if fitted or not Codec.parse(teacher.codec).pca else sum(8 * size for size in channels)
     return statistics + projections + (2 * teacher.spec.patch_dim**2 if projections else 0)
 

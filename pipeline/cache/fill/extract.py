@@ -311,7 +311,7 @@ class Extract:
         with self.projection_lock:
             if name not in self.projections:
                 if not projection_in(home):
-                    fitted = dump_projections(self._fit(name))
+                    fitted = dump_projections(Codec.parse(self.cached[name].codec), self._fit(name))
                     if not projection_in(home):  # another actor may have been faster
                         add_projection(home, fitted)
                 self.projections[name] = projection_in(home), projections_of(cache, self.cached[name])

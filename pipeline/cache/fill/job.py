@@ -7,6 +7,7 @@ from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import BuildReport, build_cache
 from pipeline.cache.fill.plan import CachePlan
 from pipeline.cache.layout.cached_teacher import teacher_fidelity, teacher_labels
+from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.dataset import record_use
 from pipeline.cache.layout.part import teacher_home
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1, keeps_target
@@ -54,7 +55,7 @@ def precompute(config: CacheJobConfig, plan: CachePlan, run: Run) -> tuple[Cache
 def warn_of_losses(plan: CachePlan) -> None:
     """Log a warning for every teacher of which the stored features keep too little of the target."""
     labels = teacher_labels(plan.teachers)
-    for split, teacher in itertools.product(plan.splits, plan.teachers):
+    for split, (number, teacher) in itertools.product(plan.splits, enumerate(plan.teachers)):
         name = f"{split.split} features of {labels[teacher.id]}"
         for kind, figures in teacher_fidelity(split.dataset, teacher).items():
             if keeps_target(figures):
@@ -62,10 +63,12 @@ def warn_of_losses(plan: CachePlan) -> None:
             summaries = split.dataset.summaries(teacher.id)
             lost = sum(part.rows for part in summaries if not keeps_target(part.fidelity.get(kind, {})))
             views = sum(part.rows for part in summaries)
-            added = (
-                f"; that is {lost} of {views} views, on which it was not chosen: another cache.codec is stored beside it, and "
-                f"jobs/precompute.py --delete {teacher.id} lets it be chosen anew"
+            remedy = (
+                f"a new name in teachers.{number}.basis fits it on today's images and stores all features anew, beside these"
+                if Codec.parse(teacher.codec).pca
+                else "another cache.codec is stored beside it"
             )
+            added = f"; that is {lost} of {views} views, on which it was not chosen: {remedy}"
             log.warning(
                 "%s: %s keeps a cosine of %.3f of the standardised %s, 1st percentile %.3f (wanted: %g and %g)%s",
                 *(name, teacher.codec, figures["target_cosine"], kind, figures["target_cosine_p1"]),

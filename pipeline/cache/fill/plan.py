@@ -145,7 +145,11 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
     spec = make_teacher(teacher).spec
     if codec.components and codec.components > spec.patch_dim:
         raise UserError(f"{field}: {name} keeps more components than the {spec.patch_dim} channels of {spec.name}")
-    identity = teacher_id(spec, name, cache.precision, cache.decoder)
+    if teacher.basis and not codec.pca:
+        raise UserError(
+            f"teachers.{index}.basis: {name} has no projection; leave it out, or choose a codec that begins with pca"
+        )
+    identity = teacher_id(spec, name, cache.precision, teacher.basis, cache.decoder)
     return CachedTeacher(teacher, spec, identity, name, cache.precision, decoder=cache.decoder)
 
 

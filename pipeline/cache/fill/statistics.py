@@ -1,12 +1,14 @@
 """Statistics of a teacher's features over a data set: merged exactly from those of its shards, by which training standardises."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.part import Part
+from pipeline.cache.layout.part_stats import STATISTICS, PartStats, dump_part_stats
 from pipeline.cache.layout.shards import ShardRecord, fixed_width
 from pipeline.cache.layout.stats import Moments, MomentSums, dump_moments, merge_all
 from pipeline.errors import UserError
@@ -19,11 +21,13 @@ def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
     """
     store = dataset.statistics(teacher.id)
     if not store.exists("stats.npz"):
+        for part in dataset.parts:  # an earlier job may have been killed before it did that
+            part.merge_statistics(part.teacher(teacher.id))
         store.put("stats.npz", dump_moments(merge_all(dataset_moments(dataset, teacher))))
 
 
-def dataset_moments(dataset: Dataset, teacher: CachedTeacher) -> Iterator[dict[str, Moments]]:
-    """Statistics of the samples, shard by shard, in order; UserError if a shard is missing or damaged."""
+def dataset_moments(dataset: Dataset, teacher: CachedTeacher) -> Iterator[Mapping[str, Moments]]:
+    """Statistics of the samples, of whole parts or shard by shard, in order; UserError if one is missing or damaged."""
     codecs: dict[str, FeatureCodec] = {}
     for number, chosen in enumerate(dataset.selections):
         records = needed_records(dataset, number, teacher)
@@ -37,6 +41,19 @@ def dataset_moments(dataset: Dataset, teacher: CachedTeacher) -> Iterator[dict[s
                 sums[kind].add(codecs[kind].decode(rows))
             if all(part.count for part in sums.values()):
                 yield {kind: part.moments() for kind, part in sums.items()}
+
+
+def restore_statistics(part: Part, teacher: CachedTeacher) -> None:
+    """Take the statistics of the complete shards of a part from their features, as they are stored."""
+    folder, codecs, found = part.teacher(teacher.id), load_codecs(part.cache, teacher), {}
+    for record in part.records(folder).values():
+        table = folder.read(record, [*codecs])
+        found[record.file] = {
+            kind: Moments.of(codec.decode(torch.from_numpy(fixed_width(table[kind]).copy())))
+            for kind, codec in codecs.items()
+        }
+    if found:
+        folder.store.put(STATISTICS, dump_part_stats(PartStats.of(found)))
 
 
 def needed_records(dataset: Dataset, number: int, teacher: CachedTeacher) -> list[ShardRecord]:

@@ -367,7 +367,9 @@ def write_dataset(dataset: Dataset, damaged: Collection[str] = ()) -> Dataset:
     for name, table in dataset.draft.items():
         if name not in present:
             sink = pa.BufferOutputStream()
-            pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+            # Most columns differ in every row: a dictionary would only be added to their values. Nobody reads their statistics.
+            options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+            pq.write_table(table, sink, **options, write_page_checksum=True)
             dataset.store.put(name, sink.getvalue())
     if latest and latest.dataset == dataset:
         return replace(dataset, draft={})

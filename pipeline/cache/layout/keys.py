@@ -25,9 +25,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def sealed(meta: dict[str, Any]) -> bytes:
-    """A JSON object with its own digest, as the field ``checksum``."""
-    return json.dumps({**meta, "checksum": digest(meta)}, indent=2, sort_keys=True).encode()
+def sealed(meta: dict[str, Any], indent: int | None = 2) -> bytes:
+    """A JSON object with its own digest, as the field ``checksum``; without `indent` on one line."""
+    return json.dumps({**meta, "checksum": digest(meta)}, indent=indent, sort_keys=True).encode()
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
@@ -59,18 +59,29 @@ def fingerprint(table: pa.Table) -> str:
     return state.hexdigest()
 
 
-def teacher_identity(spec: TeacherSpec, codec: str, precision: str, decoder: str = "cpu") -> dict[str, Any]:
-    """Everything that decides the numbers of a cached teacher, JSON-ready."""
+def teacher_identity(
+    spec: TeacherSpec, codec: str, precision: str, basis: str | None = None, decoder: str = "cpu"
+) -> dict[str, Any]:
+    """Everything that decides the numbers of a cached teacher, JSON-ready; `basis` names a projection other than the first."""
     # Version 0.1 compressed values in token order.
     order = {"order": "by channel"} if codec.endswith("-zstd") else {}
+    projection = {"basis": basis} if basis else {}
     pixels = {} if decoder == "cpu" else {"decoder": decoder}
-    return {"format": FEATURES_VERSION, "codec": codec, **order, **pixels, "precision": precision, **spec.identity()}
+    return {
+        "format": FEATURES_VERSION,
+        "codec": codec,
+        **order,
+        **projection,
+        **pixels,
+        "precision": precision,
+        **spec.identity(),
+    }
 
 
-def teacher_id(spec: TeacherSpec, codec: str, precision: str, decoder: str = "cpu") -> str:
+def teacher_id(spec: TeacherSpec, codec: str, precision: str, basis: str | None = None, decoder: str = "cpu") -> str:
     """Folder of a teacher: its readable name and a short hash of its identity.
 
     The readable name is that of the architecture, so that an alias finds the shards cached under the full name.
     """
-    identity = json.loads(json.dumps(teacher_identity(spec, codec, precision, decoder)))
+    identity = json.loads(json.dumps(teacher_identity(spec, codec, precision, basis, decoder)))
     return f"{folder_name(spec.architecture.rsplit('/', 1)[-1])}-{digest(identity)[:10]}"

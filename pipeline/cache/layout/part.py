@@ -114,10 +114,16 @@ class Part:
         self.snapshot.refresh(self.store.uri)
 
     def write_records(self, folders: Iterable[ShardFolder]) -> None:
-        """Write the records of those of this part's folders together that have all shards."""
+        """Write the records of those of this part's folders together that have all shards, and the statistics likewise."""
         for folder in folders:
             if self.shards > 1 and not self.missing(folder):
                 folder.write_together(self.records(folder))
+                self.merge_statistics(folder)
+
+    def merge_statistics(self, folder: ShardFolder) -> None:
+        """Merge the statistics of the shards of a teacher's folder, if it has several and lacks none."""
+        if self.shards > 1 and not self.missing(folder):
+            folder.merge_statistics(self.records(folder))
 
     @property
     def _row_group_size(self) -> int:

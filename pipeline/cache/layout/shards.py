@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache.layout.keys import sealed, unsealed
+from pipeline.cache.layout.part_stats import STATISTICS, PartStats, dump_part_stats, load_part_stats
 from pipeline.cache.layout.stats import Moments, dump_moments, load_moments
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.storage.store import Store, report_damage
@@ -134,7 +135,7 @@ class ShardFolder:
             shard, f"{stem}.parquet", table.num_rows, data.size, sha256, statistics, projection, facts or {}
         )
         before_listing(record)
-        self.store.put(record_name(shard), sealed(asdict(record)))
+        self.store.put(record_name(shard), sealed(asdict(record), indent=None))
         return record
 
     def records(self) -> dict[int, ShardRecord]:
@@ -235,15 +236,52 @@ class ShardFolder:
             file = self.store.open(record.file)
             return selected(pq.read_table(file, columns=columns, page_checksum_verification=True), columns)
 
-    def moments(self, records: Iterable[ShardRecord]) -> Iterator[dict[str, Moments]]:
-        """Statistics of these shards, in order, with read-ahead."""
+    def part_stats(self) -> PartStats | None:
+        """The statistics that the shards of a teacher have together; None before they are merged, UserError if damaged."""
+        with report_damage(f"{self.store.uri}/{STATISTICS}"):
+            try:
+                return load_part_stats(self.store.get(STATISTICS))
+            except FileNotFoundError:
+                return None
 
-        def load(record: ShardRecord) -> dict[str, Moments]:
-            with report_damage(f"{self.store.uri}/{record.moments}"):
-                return load_moments(self.store.get(record.moments))
-
+    def moments(self, records: Iterable[ShardRecord]) -> Iterator[Mapping[str, Moments]]:
+        """Statistics of these shards: merged if they are all, otherwise of each, in order, with read-ahead."""
+        records = [*records]
+        together = self.part_stats()
+        if together and [*together.shards] == [record.file for record in records]:
+            yield together.together
+            return
         with ThreadPoolExecutor(4) as pool:
-            yield from map_ahead(pool, load, records, ahead=4)
+            yield from map_ahead(pool, self.shard_moments, records, ahead=4)
+
+    def shard_moments(self, record: ShardRecord) -> Mapping[str, Moments]:
+        """Statistics of a shard: from a file of its own or, once that is gone, rounded; UserError if they are lost or damaged."""
+        with report_damage(f"{self.store.uri}/{record.moments}"):
+            try:
+                return load_moments(self.store.get(record.moments))
+            except FileNotFoundError:
+                together = self.part_stats()
+                if together is None or record.file not in together.shards:
+                    raise
+                return together.shards[record.file]
+
+    def merge_statistics(self, records: Mapping[int, ShardRecord]) -> None:
+        """Write the statistics of all shards, which are complete, into one file, and delete those of each."""
+        names = self.store.files()
+        if not (single := [record for record in records.values() if record.moments in names]):
+            return
+        present = self.part_stats()
+        kept = present.shards if present else {}
+        with ThreadPoolExecutor(16) as pool:
+            read = pool.map(self.shard_moments, single)
+            own = {record.file: found for record, found in zip(single, read, strict=True)}
+            # A shard that was computed again has the same name if it has the same features.
+            same = present and all(present.says(file, found) for file, found in own.items() if file in kept)
+            if not same or [*kept] != [record.file for record in records.values()]:
+                known = {**kept, **own}
+                shards = {item.file: known.get(item.file) or self.shard_moments(item) for item in records.values()}
+                self.store.put(STATISTICS, dump_part_stats(PartStats.of(shards)))
+            [*pool.map(self.store.delete, [record.moments for record in single])]
 
 
 def _check_fields(record: ShardRecord) -> None:
@@ -301,7 +339,7 @@ def _fault(record: ShardRecord, size: int | None, projection: str) -> str:
 
 def dump_records(records: Iterable[ShardRecord]) -> bytes:
     """Records as JSON, with a checksum."""
-    return sealed({"records": [asdict(record) for record in records]})
+    return sealed({"records": [asdict(record) for record in records]}, indent=None)
 
 
 def merge_figures(parts: Iterable[tuple[Mapping[str, Mapping[str, float]], int]]) -> Figures:

@@ -23,6 +23,7 @@ from pipeline.cache.maintain.checks import (
     check_description,
     check_index,
     check_part,
+    check_part_stats,
     check_projections,
     check_records,
     check_samples,
@@ -163,6 +164,8 @@ def _check_parts(plan: CachePlan, parts: Mapping[str, Part], found: Verification
         for what, folder in {**folders, **({"rows": part.rows} if part.policy.crops else {})}.items():
             with found.report(plan.store, part.id, what, folder.store):
                 check_records(folder)
+            with found.report(plan.store, part.id, what, folder.store):
+                check_part_stats(folder, part.records(folder))
         with found.report(plan.store, part.id, "index", part.store):
             yield part.id, check_index(part)["key"].to_pylist()
 

@@ -18,6 +18,7 @@ from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection
 from pipeline.cache.layout.keys import FORMAT_VERSION, fingerprint, unsealed
 from pipeline.cache.layout.part import PART_SCHEMA, Part, image_key, part_id, teacher_home
+from pipeline.cache.layout.part_stats import STATISTICS, load_part_stats
 from pipeline.cache.layout.projection import load_projections
 from pipeline.cache.layout.shards import RECORDS, ShardFolder, ShardRecord, keys_of, projection_in, record_name
 from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, views_of
@@ -232,6 +233,16 @@ def check_records(folder: ShardFolder) -> None:
     for item in _description(folder.store, RECORDS).get("records", []):
         if item["shard"] in listed and asdict(listed[item["shard"]]) != item:
             raise BrokenError(RECORDS, f"has another record of shard {item['shard']} than the shard itself")
+
+
+def check_part_stats(folder: ShardFolder, records: Mapping[int, ShardRecord]) -> None:
+    """Check that the statistics of every complete shard of a teacher are there: its own, or those of all together."""
+    names = folder.store.files()
+    kept = load_file(folder.store, STATISTICS, load_part_stats).shards if STATISTICS in names else {}
+    lacks = "lacks" if STATISTICS in names else "is missing, and with it"
+    for record in records.values():
+        if record.moments and record.moments not in names and record.file not in kept:
+            raise BrokenError(STATISTICS, f"{lacks} the statistics of {record.file}")
 
 
 def check_samples(store: Store, name: str) -> None:

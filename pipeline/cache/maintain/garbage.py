@@ -20,7 +20,7 @@ FOLDER_AGE_S = 24 * 3600.0
 _SHARD_FILE = re.compile(r"shard-(\d{5,})-[0-9a-f]{8}\.(parquet|npz)")
 _SAMPLES = re.compile(r"(rows|bad)-[0-9a-f]{16}\.parquet")
 _OURS = re.compile(
-    rf"(teacher|view|part|records|shard-\d{{5,}})\.json|index\.parquet|(stats|phi_s|projection-[0-9a-f]{{8}})\.npz|{_SHARD_FILE.pattern}"
+    rf"(teacher|view|part|records|shard-\d{{5,}})\.json|index\.parquet|(stats|statistics|phi_s|projection-[0-9a-f]{{8}})\.npz|{_SHARD_FILE.pattern}"
 )
 _PART = re.compile(r"[0-9a-f]{20}")
 

@@ -10,7 +10,9 @@ from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.build import BuildReport, build_cache, read_again, read_images
 from pipeline.cache.fill.listing import list_source
 from pipeline.cache.fill.plan import CachePlan, SplitPlan, all_parts
+from pipeline.cache.fill.statistics import restore_statistics
 from pipeline.cache.layout.part import PART_SCHEMA, Part, describe_part, part_id, write_index
+from pipeline.cache.layout.part_stats import STATISTICS
 from pipeline.cache.maintain.audit import Verification, verify_cache
 from pipeline.cache.maintain.checks import Finding
 from pipeline.errors import UserError
@@ -31,9 +33,9 @@ def repair_cache(plan: CachePlan, config: CacheJobConfig, found: Verification) -
         broken = [item for item in mine if item.place == part.id]
         _unlist(part, broken)
         part.refresh()
-        _restore(part, broken, plan.splits)
+        _restore(part, broken, plan)
     for item in mine:
-        if item.shard is None and item.what not in ("index", "source"):
+        if item.shard is None and item.what not in ("index", "source") and not item.file.endswith(f"/{STATISTICS}"):
             _remove(plan.store, item)
     splits = [_without_differing(_listed_again(split), mine) for split in plan.splits]
     plan = replace(plan, splits=read_images(splits, plan.shard_size, BuildReport()))
@@ -50,13 +52,16 @@ def _unlist(part: Part, found: Iterable[Finding]) -> None:
             folder.unlist(item.shard)
 
 
-def _restore(part: Part, found: Iterable[Finding], splits: Iterable[SplitPlan]) -> None:
-    """Write the description and the index of a part again, if they are broken."""
+def _restore(part: Part, found: Iterable[Finding], plan: CachePlan) -> None:
+    """Write the description, the index and the statistics of a part again, if they are broken."""
+    teachers = {teacher.id: teacher for teacher in plan.teachers}
     for item in found:
         if item.file.endswith("/part.json"):
             describe_part(part)
         elif item.what == "index":
-            write_index(part, _index(part, splits))
+            write_index(part, _index(part, plan.splits))
+        elif f"{part.cache.uri}/{item.file}" == f"{part.teacher(item.what).store.uri}/{STATISTICS}":
+            restore_statistics(part, teachers[item.what])
 
 
 def _index(part: Part, splits: Iterable[SplitPlan]) -> pa.Table:

@@ -11,6 +11,7 @@ from pipeline.cache.fill.statistics import dataset_moments
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.part_stats import STATISTICS
 from pipeline.cache.layout.phi_s import PhiS, load_phi_s
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord, fixed_width, record_name
 from pipeline.cache.layout.stats import Moments, load_moments, merge_all
@@ -43,7 +44,7 @@ def check_values(
                 raise opened.broken(f"holds {kind} that are not finite, first of {table['key'][row].as_py().hex()}")
             sums[kind].add(values)
     for kind, total in sums.items():
-        if total.count:
+        if total.count and kind in moments:
             loss = opened.fact("fidelity", kind, "relative_error")
             total.check(opened, kind, moments[kind], 2 * loss + TOLERANCE[teacher.precision])
 
@@ -80,17 +81,23 @@ class _Sums:
             raise opened.broken(f"holds {kind} unlike their statistics ({share})")
 
 
-def check_moments(folder: ShardFolder, record: ShardRecord, teacher: CachedTeacher) -> dict[str, Moments]:
-    """Check and return the statistics of a teacher's shard."""
+def check_moments(folder: ShardFolder, record: ShardRecord, teacher: CachedTeacher) -> Mapping[str, Moments]:
+    """Check and return the statistics of a teacher's shard; nothing if `check_part_stats` finds them lost."""
     if not record.rows:
         return {}
     if not record.moments:
         raise BrokenError(record_name(record.shard), "names no statistics")
-    moments = load_file(folder.store, record.moments, load_moments)
+    if folder.store.exists(record.moments):
+        file, moments = record.moments, load_file(folder.store, record.moments, load_moments)
+    else:
+        try:
+            file, moments = STATISTICS, {**folder.shard_moments(record)}
+        except DamagedError:
+            return {}
     if not _has_shapes(moments, teacher):
-        raise BrokenError(record.moments, f"does not hold the statistics of {' and '.join(teacher.shapes)}")
+        raise BrokenError(file, f"does not hold the statistics of {' and '.join(teacher.shapes)}")
     if not all(np.isfinite(part.mean).all() and np.isfinite(part.std).all() for part in moments.values()):
-        raise BrokenError(record.moments, "holds statistics that are not finite")
+        raise BrokenError(file, "holds statistics that are not finite")
     return moments
 
 
@@ -114,7 +121,7 @@ def check_statistics(dataset: Dataset, teacher: CachedTeacher) -> None:
             raise BrokenError("phi_s.npz", f"is no rotation with the mean and scale of the {kind} in stats.npz")
 
 
-def _fitting(found: Iterable[dict[str, Moments]], teacher: CachedTeacher) -> Iterator[dict[str, Moments]]:
+def _fitting(found: Iterable[Mapping[str, Moments]], teacher: CachedTeacher) -> Iterator[Mapping[str, Moments]]:
     for moments in found:
         if not _has_shapes(moments, teacher):
             raise DamagedError(f"a shard of {teacher.id} has statistics of other shapes")

@@ -10,8 +10,10 @@ from jobs._plan import cache_plan
 from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.extract import Extract
 from pipeline.cache.fill.plan import plan_cache
-from pipeline.cache.layout.cached_teacher import teacher_labels
+from pipeline.cache.layout.cached_teacher import teacher_labels, teacher_stats
 from pipeline.cache.layout.part import teacher_home
+from pipeline.cache.layout.part_stats import STATISTICS
+from pipeline.cache.layout.stats import dump_moments
 from pipeline.cache.layout.view_rows import read_view_rows, views_of
 from pipeline.errors import UserError
 from pipeline.imaging.crop import crop_and_pad, crop_and_resize
@@ -155,8 +157,6 @@ def test_a_decoder_on_the_gpu_makes_a_teacher_of_its_own(tmp_path, photo_config,
 
 
 def test_statistics_equal_those_of_the_stored_features(filled):
-    from pipeline.cache.layout.cached_teacher import teacher_stats
-
     teacher = filled.plan.teachers[0]
     folder = filled.train.parts[0].teacher(teacher.id)
     stored = []
@@ -169,6 +169,21 @@ def test_statistics_equal_those_of_the_stored_features(filled):
     assert moments.count == len(flat)
     torch.testing.assert_close(torch.from_numpy(moments.mean), flat.mean(0), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(torch.from_numpy(moments.std), flat.std(0, correction=0), atol=1e-3, rtol=1e-3)
+
+
+def test_statistics_that_a_killed_job_left_by_shard_are_merged_by_the_next(filled):
+    dataset, teacher = filled.train, filled.plan.teachers[0]
+    folder, exact = dataset.parts[0].teacher(teacher.id), teacher_stats(filled.train, teacher)
+    assert [name for name in folder.store.files() if name.endswith(".npz")] == [STATISTICS]
+    for record in folder.records().values():
+        folder.store.put(record.moments, dump_moments(folder.shard_moments(record)))
+    folder.store.delete(STATISTICS)
+    dataset.statistics(teacher.id).delete("stats.npz")
+    fill_in_process(plan_cache(filled.config, filled.plan.store))
+    assert [name for name in folder.store.files() if name.endswith(".npz")] == [STATISTICS]
+    for kind, again in teacher_stats(dataset, teacher).items():
+        assert again.count == exact[kind].count
+        np.testing.assert_allclose(again.mean, exact[kind].mean, atol=1e-2)
 
 
 def test_labels_are_names_unless_two_teachers_share_one(filled):

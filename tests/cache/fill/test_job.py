@@ -8,17 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cache.config import PrecomputeJobConfig, TeacherConfig
+from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig, TeacherConfig
 from pipeline.cache.fill.estimate import all_bytes, missing_bytes
 from pipeline.cache.fill.job import cache_bytes, image_bytes, precompute, warn_of_losses
 from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.shard_builder import ShardBuilder
-from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher, projections_of
-from pipeline.cache.layout.keys import sealed
-from pipeline.cache.layout.part import KEY, image_key
+from pipeline.cache.layout.cached_teacher import CachedTeacher, make_teacher, projections_of, teacher_fidelity
+from pipeline.cache.layout.keys import sealed, unsealed
+from pipeline.cache.layout.part import KEY, image_key, teacher_home
 from pipeline.cache.layout.shards import RECORDS, ShardFolder
 from pipeline.cache.layout.view_rows import ViewRows
+from pipeline.cache.maintain.audit import verify_cache
 from pipeline.config.load import load_config
+from pipeline.errors import UserError
 from pipeline.storage.store import Store
 from pipeline.tracking.run import start_run
 from teachers.base import TeacherOutput
@@ -95,7 +97,7 @@ def test_features_that_keep_too_little_are_named(photo_config, tmp_path, caplog,
     assert bool(caplog.records) == bool(facts)
 
 
-def test_images_of_another_kind_that_a_codec_was_not_chosen_on_are_named(tmp_path, caplog):
+def test_images_of_another_kind_that_a_codec_was_not_chosen_on_are_named(tmp_path, caplog, monkeypatch):
     """Grey images need one component; coloured ones that are added need three."""
     folder = tmp_path / "photos/a"
     folder.mkdir(parents=True)
@@ -117,4 +119,31 @@ def test_images_of_another_kind_that_a_codec_was_not_chosen_on_are_named(tmp_pat
         for record in caplog.records
         if "keeps a cosine" in record.message and "patches" in record.message
     ]
-    assert "that is 30 of 126 views, on which it was not chosen: another cache.codec is stored beside it" in line
+    assert line.endswith(
+        "that is 30 of 126 views, on which it was not chosen: a new name in teachers.0.basis fits it on today's images and "
+        "stores all features anew, beside these"
+    )
+
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("teachers/**/*") if path.is_file()}
+    settings = [*settings, "teachers.0.basis=with colours"]
+    again, computed = fill_in_process(plan_cache(load_config(PrecomputeJobConfig, None, settings), store))
+    (old,), (new,) = plan.teachers, again.teachers
+    kept = [
+        teacher_fidelity(given.splits[0].dataset, teacher)["patches"]["target_cosine"]
+        for given, teacher in ((plan, old), (again, new))
+    ]
+    assert kept[0] < 0.95 < kept[1]
+    assert new.id != old.id
+    assert computed == sum(part.shards for part in again.splits[0].dataset.parts)
+    assert all(path.read_bytes() == data for path, data in before.items())
+    fitted = [projections_of(store, teacher)["patches"].components for teacher in (old, new)]
+    assert not torch.equal(*fitted)
+    assert unsealed(teacher_home(store, new.id).get("teacher.json"))["basis"] == "with colours"
+    without_ray(monkeypatch)
+    assert verify_cache(again, load_config(CacheJobConfig)).findings == []
+
+
+def test_a_basis_without_a_projection_is_refused_by_the_plan(tmp_path, photo_config):
+    config = photo_config("teachers.0.basis=mine", "teachers.0.codec=int8")
+    with pytest.raises(UserError, match=r"teachers\.0\.basis: int8 has no projection; .*a codec that begins with pca"):
+        plan_cache(config, Store.at(tmp_path / "cache"))

@@ -31,6 +31,12 @@ def test_whatever_decides_the_numbers_changes_the_teacher_id(change):
     assert teacher_id(replace(SPEC, **change), "float16", "float32") != teacher_id(SPEC, "float16", "float32")
 
 
+def test_a_basis_changes_the_teacher_id_and_none_leaves_it_as_it_was():
+    plain = teacher_id(SPEC, "pca-int8-zstd", "float32")
+    assert plain == teacher_id(SPEC, "pca-int8-zstd", "float32", None) == "colours8-3af02ceba1"
+    assert len({plain, *(teacher_id(SPEC, "pca-int8-zstd", "float32", basis) for basis in ("1", "2"))}) == 3
+
+
 def test_codec_and_precision_change_the_teacher_id():
     ids = {
         teacher_id(SPEC, "float16", "float32"),
@@ -41,8 +47,8 @@ def test_codec_and_precision_change_the_teacher_id():
 
 
 def test_a_decoder_changes_the_teacher_id_unless_it_is_the_reference():
-    assert teacher_id(SPEC, "float16", "float32", "nvjpeg") != teacher_id(SPEC, "float16", "float32")
-    assert teacher_id(SPEC, "float16", "float32", "cpu") == teacher_id(SPEC, "float16", "float32")
+    assert teacher_id(SPEC, "float16", "float32", decoder="nvjpeg") != teacher_id(SPEC, "float16", "float32")
+    assert teacher_id(SPEC, "float16", "float32", decoder="cpu") == teacher_id(SPEC, "float16", "float32")
     assert "decoder" not in teacher_identity(SPEC, "float16", "float32")
 
 

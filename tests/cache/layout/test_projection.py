@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection
-from pipeline.cache.layout.projection import dump_projections, fit_projections, load_projections
+from pipeline.cache.layout.projection import MARGIN, dump_projections, fit_projections, load_projections
 from pipeline.errors import UserError
 from tests.cache.layout.drawn import decaying, low_rank
 from tests.cache.layout.test_target import by_definition
@@ -153,13 +153,38 @@ def test_what_no_form_keeps_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("kinds", [("patches",), ("patches", "summary")])
-def test_projections_survive_their_file(kinds):
-    drawn = {"patches": low_rank(), "summary": torch.randn(40, 48)}
-    fitted = fit_projections(Codec.parse("pca6-int8"), {kind: drawn[kind] for kind in kinds})
-    loaded = load_projections(dump_projections(fitted))
+@pytest.mark.parametrize(("name", "loss"), [("pca6-int8", 1 / 254), ("pca6-float16", 2**-11), ("pca6-float32", 2**-11)])
+def test_projections_survive_their_file(kinds, name, loss):
+    drawn, codec = {"patches": low_rank(), "summary": torch.randn(40, 48)}, Codec.parse(name)
+    fitted = fit_projections(codec, {kind: drawn[kind] for kind in kinds})
+    loaded = load_projections(dump_projections(codec, fitted))
     assert loaded.keys() == set(kinds)
     for kind, part in fitted.items():
         assert torch.equal(loaded[kind].mean, part.mean)
         assert torch.equal(loaded[kind].scale, part.scale)
         assert loaded[kind].step == part.step
-    torch.testing.assert_close(loaded["patches"].components, fitted["patches"].components, rtol=2**-11, atol=1e-7)
+    kept, components = loaded["patches"].components, fitted["patches"].components
+    assert torch.all((kept - components).abs() <= loss * components.abs().amax(dim=1, keepdim=True) * 1.001 + 1e-7)
+
+
+def test_components_take_a_byte_a_value_where_features_do():
+    patches = torch.randn(64, 8, 8, 128)
+    size = {
+        name: len(dump_projections(Codec.parse(name), fit_projections(Codec.parse(name), {"patches": patches})))
+        for name in ("pca128-int8", "pca128-float16")
+    }
+    assert size["pca128-int8"] <= 128 * (128 + 4 + 8) + 2000
+    assert size["pca128-int8"] < 0.6 * size["pca128-float16"]
+
+
+def test_components_of_eight_bits_cost_the_standardised_features_less_than_a_tenth_of_the_margin():
+    codec, patches = Codec.parse("pca-int8"), decaying(seed=0)
+    fitted = fit_projections(codec, {"patches": patches})
+    loaded = load_projections(dump_projections(codec, fitted))
+    fresh = decaying(seed=1)
+    cosines = [
+        by_definition(fresh, stored("pca-int8", projection["patches"], fresh)[0])[0].mean()
+        for projection in (fitted, loaded)
+    ]
+    assert fitted["patches"].components is not None
+    assert cosines[0] - cosines[1] < MARGIN / 10

@@ -4,9 +4,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from pipeline.cache.layout.part_stats import STATISTICS
 from pipeline.cache.layout.shards import RECORDS, ROW_GROUP_SIZE, ShardFolder
-from pipeline.cache.layout.stats import Moments
+from pipeline.cache.layout.stats import Moments, merge_all
+from pipeline.errors import UserError
 from pipeline.storage.store import Store
 
 
@@ -64,13 +67,85 @@ def test_the_same_rows_give_the_same_bytes(tmp_path):
 
 
 def test_moments_are_committed_with_the_shard(tmp_path):
-    import torch
-
     folder = ShardFolder(Store.at(tmp_path))
     moments = {"patches": Moments.of(torch.randn(10, 4))}
     record = folder.commit(0, _table(), moments)
     (loaded,) = folder.moments([record])
     assert loaded["patches"].count == 10
+
+
+def _statistics(folder):
+    merged = merge_all(folder.moments(folder.records().values()))["patches"]
+    return [merged.count, *merged.mean, *merged.std]
+
+
+def test_the_statistics_of_all_shards_are_in_one_file_and_those_of_each_go(tmp_path):
+    folder = ShardFolder(Store.at(tmp_path))
+    drawn = [{"patches": Moments.of(torch.randn(50, 4) + 7)} for _ in range(4)]
+    records = {n: folder.commit(n, _table(offset=n), drawn[n]) for n in range(3)}
+    before = _statistics(folder)
+    own = {record.moments: Path(tmp_path, record.moments).read_bytes() for record in records.values()}
+
+    folder.merge_statistics(records)
+    together = Path(tmp_path, STATISTICS).read_bytes()
+    assert not [*tmp_path.glob("shard-*.npz")]
+    assert folder.records() == records
+    assert _statistics(folder) == pytest.approx(before)
+
+    for name, data in own.items():  # a job was killed before it deleted them, or computed the shards again
+        Path(tmp_path, name).write_bytes(data)
+    assert _statistics(folder) == pytest.approx(before)
+    folder.merge_statistics(records)
+    assert not [*tmp_path.glob("shard-*.npz")]
+    assert Path(tmp_path, STATISTICS).read_bytes() == together
+
+
+@pytest.mark.parametrize("merged_again", [False, True])
+def test_a_shard_that_is_computed_again_otherwise_brings_its_own_statistics(tmp_path, merged_again):
+    folder = ShardFolder(Store.at(tmp_path))
+    features = [torch.randn(50, 4) + n for n in range(3)]
+    folder.merge_statistics(
+        {n: folder.commit(n, _table(offset=n), {"patches": Moments.of(features[n])}) for n in range(3)}
+    )
+    features[1] = torch.randn(50, 4) + 20
+    folder.unlist(1)
+    folder.commit(1, _table(offset=20), {"patches": Moments.of(features[1])})
+    if merged_again:
+        folder.merge_statistics(folder.records())
+        assert not [*tmp_path.glob("shard-*.npz")]
+    (found,) = [merge_all(folder.moments(folder.records().values()))["patches"]]
+    due = Moments.of(torch.cat(features))
+    assert found.count == 150
+    assert abs(found.mean - due.mean).max() < 0.01
+    assert abs(found.std - due.std).max() < 0.05
+
+
+def test_wrong_statistics_of_a_shard_give_way_to_those_that_are_taken_again(tmp_path):
+    folder = ShardFolder(Store.at(tmp_path))
+    features = [torch.randn(50, 4) + n for n in range(3)]
+    wrong = {n: folder.commit(n, _table(offset=n), {"patches": Moments.of(features[n] + 9)}) for n in range(3)}
+    folder.merge_statistics(wrong)
+    records = {n: folder.commit(n, _table(offset=n), {"patches": Moments.of(features[n])}) for n in range(3)}
+    assert records == wrong
+    folder.merge_statistics(records)
+    (found,) = folder.moments(records.values())
+    assert abs(found["patches"].mean - Moments.of(torch.cat(features)).mean).max() < 1e-6
+
+
+def test_lost_and_damaged_statistics_are_named_with_the_remedy(tmp_path):
+    folder = ShardFolder(Store.at(tmp_path))
+    records = {n: folder.commit(n, _table(offset=n), {"patches": Moments.of(torch.randn(50, 4))}) for n in range(2)}
+    folder.merge_statistics(records)
+    data = Path(tmp_path, STATISTICS).read_bytes()
+    for position in range(0, len(data), 7):
+        Path(tmp_path, STATISTICS).write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
+        try:
+            [*folder.moments(records.values())]
+        except UserError as error:
+            assert "--verify --repair" in str(error)  # noqa: PT017
+    Path(tmp_path, STATISTICS).unlink()
+    with pytest.raises(UserError, match=rf"{records[0].moments} is damaged .*--verify --repair"):
+        [*folder.moments(records.values())]
 
 
 def test_the_records_of_all_shards_are_read_from_one_file_as_long_as_it_says_the_truth(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 from dataclasses import asdict, replace
 from itertools import repeat
 from pathlib import Path
@@ -23,8 +24,10 @@ from pipeline.cache.layout.cached_teacher import projections_of
 from pipeline.cache.layout.dataset import version_files
 from pipeline.cache.layout.keys import sealed
 from pipeline.cache.layout.part import teacher_home
+from pipeline.cache.layout.part_stats import STATISTICS, PartStats, dump_part_stats
 from pipeline.cache.layout.phi_s import dump_phi_s, load_phi_s
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, fixed_width
+from pipeline.cache.layout.stats import dump_moments, merge_all
 from pipeline.cache.layout.view_rows import read_view_rows, views_of
 from pipeline.cache.maintain.audit import check_begun, verify_cache
 from pipeline.cache.maintain.inventory import delete_entry, find_entry
@@ -132,6 +135,12 @@ def _flip_byte(path, position=0.5):
     path.write_bytes(data)
 
 
+def _flip_array(path):
+    """Change a byte of the first array of an .npz file; some others are only dates."""
+    name, extra = struct.unpack("<HH", path.read_bytes()[26:30])
+    _flip_byte(path, (30 + name + extra + 20) / path.stat().st_size)
+
+
 def _part(cache, split="train"):
     return getattr(cache, split).parts[0]
 
@@ -210,8 +219,8 @@ def _swapped_teachers(cache):
     one, two = _teacher(cache, 0), _teacher(cache, 1)
     kept = one.read_record(0), two.read_record(0)
     for source, record, target in ((one, kept[0], two), (two, kept[1], one)):
-        for name in (record.file, record.moments):
-            shutil.copyfile(_path(source, name), _path(target, name))
+        shutil.copyfile(_path(source, record.file), _path(target, record.file))
+        target.store.put(record.moments, dump_moments(source.shard_moments(record)))
         _write_record(target, record)
     return kept[1].file, "columns"
 
@@ -305,8 +314,11 @@ def _large_row_groups(cache):
 
 
 def _damaged_statistics_of_a_shard(cache):
+    """Those of a shard that was computed again; the others are in one file."""
     folder = _teacher(cache)
-    _flip_byte(_path(folder, folder.read_record(1).moments))
+    record = folder.read_record(1)
+    folder.store.put(record.moments, dump_moments(folder.shard_moments(record)))
+    _flip_array(_path(folder, folder.read_record(1).moments))
     return folder.read_record(1).moments, "cannot be read"
 
 
@@ -327,7 +339,7 @@ def _damaged_rotation(cache):
 
 
 def _flipped_statistics(cache):
-    _flip_byte(_path(SimpleNamespace(store=_statistics(cache)), "stats.npz"))
+    _flip_array(_path(SimpleNamespace(store=_statistics(cache)), "stats.npz"))
     return "stats.npz", "cannot be read"
 
 
@@ -338,7 +350,7 @@ def _missing_statistics(cache):
 
 def _flipped_rotation(cache):
     freeze_phi_s(cache.train, cache.plan.teachers[0])
-    _flip_byte(_path(SimpleNamespace(store=_statistics(cache)), "phi_s.npz"))
+    _flip_array(_path(SimpleNamespace(store=_statistics(cache)), "phi_s.npz"))
     return "phi_s.npz", "cannot be read"
 
 
@@ -476,7 +488,7 @@ def _concerned(name, item):
         return (folder == item.file.rpartition("/")[0] and file == item.file.rpartition("/")[2]) or file.startswith(
             "version-"
         )
-    with_all = ("stats.npz", "phi_s.npz", "records.json", item.file.rpartition("/")[2])
+    with_all = ("stats.npz", "statistics.npz", "phi_s.npz", "records.json", item.file.rpartition("/")[2])
     own = file.startswith(f"shard-{item.shard:05d}") if item.shard is not None else file in with_all
     return (own or file == "records.json") and item.file.startswith(f"{folder}/")
 
@@ -498,6 +510,46 @@ def _features(dataset, teacher, kind):
         stored = codec.decode(torch.from_numpy(fixed_width(folder.read(record, [kind])[kind]).copy()))
         for parts in zip(exact.split(size), stored.split(size), strict=True):
             yield tuple(part.flatten(0, -2).double().numpy() for part in parts)
+
+
+def _bits_of_merged_statistics(cache):
+    _flip_array(_path(_teacher(cache), STATISTICS))
+    return "cannot be read"
+
+
+def _no_merged_statistics(cache):
+    _path(_teacher(cache), STATISTICS).unlink()
+    return "is missing, and with it the statistics of shard-00000-"
+
+
+def _statistics_without_a_shard(cache):
+    folder = _teacher(cache)
+    whole = folder.part_stats()
+    file = folder.read_record(1).file
+    some = {name: moments for name, moments in whole.shards.items() if name != file}
+    folder.store.put(STATISTICS, dump_part_stats(PartStats.of(some)))
+    return f"lacks the statistics of {file}"
+
+
+@pytest.mark.parametrize("damage", [_bits_of_merged_statistics, _no_merged_statistics, _statistics_without_a_shard])
+def test_merged_statistics_are_taken_from_the_stored_features_without_the_teacher(filled, monkeypatch, damage):
+    folder, before = _teacher(filled), _state(filled)
+    whole = merge_all(folder.moments(folder.records().values()))
+    problem = damage(filled)
+    filled = _planned_again(filled)
+    found = verify_cache(filled.plan, filled.config)
+    assert [(item.what, item.shard, item.file.rpartition("/")[2]) for item in found.findings] == [
+        (filled.plan.teachers[0].id, None, STATISTICS)
+    ]
+    assert problem in found.findings[0].problem
+    assert repair_cache(filled.plan, filled.config, found)[1].findings == []
+    after, name = _state(filled), _path(folder, STATISTICS).relative_to(filled.plan.store.uri).as_posix()
+    assert {path for path in before if after[path] != before[path]} == {name}
+    assert after.keys() == before.keys()
+    for kind, again in merge_all(folder.moments(folder.records().values())).items():
+        assert again.count == whole[kind].count
+        np.testing.assert_allclose(again.mean, whole[kind].mean, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(again.std, whole[kind].std, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["summary", "patches"])
