@@ -36,8 +36,6 @@ _EMBEDDED = {
     "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Ray would start a worker per CPU at once, and use none of them: a worker of this job has the environment of the job.
-    "RAY_prestart_worker_first_driver": "0",
     # When memory runs low, the monitor kills Ray's newest process, whichever program uses the memory.
     "RAY_memory_monitor_refresh_ms": "0",
 }
