@@ -117,7 +117,7 @@ def evaluate(
     """Measure a backbone on frozen features.
 
     Args:
-        name: `knn`, `linear`, `seg-probe`, `zero-shot` or `retrieval`.
+        name: `knn`, `linear`, `seg-probe`, `zero-shot`, `retrieval` or `promptable`.
         recipe, images, held_out, fields: as in :func:`distill`; ``evaluate={"student": trained.folder}`` names the backbone.
 
     Returns:

@@ -47,7 +47,9 @@ def test_what_is_no_image_is_named(tmp_path, arrays):
 
 
 def test_an_evaluation_that_does_not_exist_is_named_with_those_that_do():
-    with pytest.raises(regla.UserError, match=r"choose one of knn, linear, seg-probe, zero-shot, retrieval$"):
+    with pytest.raises(
+        regla.UserError, match=r"choose one of knn, linear, seg-probe, zero-shot, retrieval, promptable$"
+    ):
         regla.evaluate("guess")
 
 

@@ -1,5 +1,7 @@
 """The text towers of CLIP teachers against open_clip's own models, from files of every layout."""
 
+import logging
+
 import pytest
 import safetensors.torch
 import torch
@@ -75,7 +77,8 @@ def test_a_text_that_is_cut_is_told(caplog):
     tiny_clip.register()
     tower = load_text_tower(f"clip/{tiny_clip.PLAIN}", "random")
     caplog.clear()
-    tower.embed(["dog " * 75])
-    assert not caplog.records
-    tower.embed(["dog " * 76, "a dog"])
+    with caplog.at_level(logging.WARNING):
+        tower.embed(["dog " * 75])
+        assert not caplog.records
+        tower.embed(["dog " * 76, "a dog"])
     assert "1 of 2 texts have more than the 75 tokens" in caplog.text
