@@ -163,6 +163,29 @@ def complete_item(roots: Sequence[type[JobRoot]], prefix: str, **_: Any) -> Iter
     yield from (f"{key}={option}" for option in options or FilesCompleter()(value))
 
 
+def asked_flag(options: argparse.Namespace, flags: Sequence[str]) -> str | None:
+    """The one of these flags that is given, if any; UserError for two of them, and for one beside `--task`."""
+    asked = [flag for flag in flags if getattr(options, flag) not in (None, False)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]}: give one of them")
+    if asked and options.task:
+        raise UserError(f"--task={options.task}: cannot be asked for with --{asked[0]}")
+    return asked[0] if asked else None
+
+
+def name_left_out(notes: Sequence[str], unreadable: Mapping[Path, str] | None) -> dict[str, Any]:
+    """Name on stderr what a search has passed over and the images that cannot be read; returns the figures that tell it."""
+    figures: dict[str, Any] = {}
+    if notes:
+        print(f"left out: {'; '.join(notes)}", file=sys.stderr)
+        figures["left_out"] = notes
+    if unreadable:
+        for reason in unreadable.values():
+            print(f"left out: {reason}", file=sys.stderr)
+        figures |= {"ok": False, "unreadable": [*map(str, unreadable)]}
+    return figures
+
+
 def confirm(question: str, yes: bool) -> bool:
     """Ask on the terminal unless `yes` answers; without a terminal, that is a UserError."""
     if yes:

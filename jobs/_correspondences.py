@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._cli import percent, table, tracking_uri
+from jobs._cli import asked_flag, name_left_out, percent, table, tracking_uri
 
 if TYPE_CHECKING:
     from pipeline.voices.config import CorrespondenceJobConfig
@@ -44,14 +43,9 @@ def asks_for_correspondences(options: argparse.Namespace) -> bool:
     """Whether `predict` is asked for correspondences."""
     from pipeline.errors import UserError
 
-    asked = [flag for flag in FLAGS if getattr(options, flag) not in (None, False)]
-    if len(asked) > 1:
-        raise UserError(f"--{asked[0]} and --{asked[1]}: give one of them")
     if options.keypoints and not options.match:
         raise UserError("--keypoints: needs --match, whose first image has them")
-    if asked and options.task:
-        raise UserError(f"--task={options.task}: cannot be asked for with --{asked[0]}")
-    return bool(asked)
+    return asked_flag(options, FLAGS) is not None
 
 
 def predict_correspondences(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -83,14 +77,7 @@ def predict_correspondences(options: argparse.Namespace) -> Mapping[str, Any]:
         count = write_colours(predictor, paths, folder) if pca else write_parts(predictor, paths, options.parts, folder)
         figures |= {"images": count}
     print(table(figures))
-    if left_out:
-        print(f"left out: {'; '.join(left_out)}", file=sys.stderr)
-        figures |= {"left_out": left_out}
-    if unreadable := predictor.unreadable:
-        for reason in unreadable.values():
-            print(f"left out: {reason}", file=sys.stderr)
-        figures |= {"ok": False, "unreadable": [*map(str, unreadable)]}
-    return figures
+    return figures | name_left_out(left_out, predictor.unreadable)
 
 
 def correspondence(config: CorrespondenceJobConfig, dry_run: bool) -> dict[str, Any]:

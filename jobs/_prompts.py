@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._cli import percent, table, tracking_uri
+from jobs._cli import asked_flag, name_left_out, percent, table, tracking_uri
 
 if TYPE_CHECKING:
     from pipeline.voices.config import PromptsJobConfig
@@ -76,14 +75,10 @@ def asks_for_masks(options: argparse.Namespace) -> bool:
     """Whether `predict` is given prompts; UserError for flags that do not go together."""
     from pipeline.errors import UserError
 
-    asked = [flag for flag in ("points", "boxes", "everything") if getattr(options, flag)]
-    if len(asked) > 1:
-        raise UserError(f"--{asked[0]} and --{asked[1]}: give one of them")
+    asked = asked_flag(options, ("points", "boxes", "everything"))
     if options.sam and not asked:
         raise UserError("--sam: needs --points, --boxes or --everything")
-    if asked and options.task:
-        raise UserError(f"--task={options.task}: cannot be asked for with --{asked[0]}")
-    return bool(asked)
+    return asked is not None
 
 
 def predict_masks(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -115,14 +110,7 @@ def predict_masks(options: argparse.Namespace) -> Mapping[str, Any]:
     print(table({"images": count, "objects": predictor.count, "masks": ", ".join(map(str, written))}))
     figures: dict[str, Any] = {"task": "prompts", "images": count, "objects": predictor.count}
     figures |= {"files": [str(file.resolve()) for file in written]}
-    if left_out:
-        print(f"left out: {'; '.join(left_out)}", file=sys.stderr)
-        figures |= {"left_out": left_out}
-    if unreadable := prompts.unreadable:
-        for reason in unreadable.values():
-            print(f"left out: {reason}", file=sys.stderr)
-        figures |= {"ok": False, "unreadable": [*map(str, unreadable)]}
-    return figures
+    return figures | name_left_out(left_out, prompts.unreadable)
 
 
 def write_prompts(options: argparse.Namespace) -> dict[str, Any]:

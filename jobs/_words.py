@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._cli import percent, table, tracking_uri
+from jobs._cli import asked_flag, name_left_out, percent, table, tracking_uri
 
 if TYPE_CHECKING:
     from pipeline.export.bundle import ExportBundle
@@ -54,18 +53,14 @@ def asks_for_words(options: argparse.Namespace) -> bool:
     """Whether `predict` is asked to classify by texts, or to search."""
     from pipeline.errors import UserError
 
-    asked = [flag for flag in ("classes", "find", "like") if getattr(options, flag) is not None]
-    if len(asked) > 1:
-        raise UserError(f"--{asked[0]} and --{asked[1]}: give one of them")
+    asked = asked_flag(options, ("classes", "find", "like"))
     if options.templates and options.classes is None:
         raise UserError("--templates: needs --classes, whose names are put into them")
     if options.top is not None and not asked:
         raise UserError("--top: needs --classes, --find or --like")
     if options.top is not None and options.top < 1:
         raise UserError(f"--top={options.top}: at least 1")
-    if asked and options.task:
-        raise UserError(f"--task={options.task}: cannot be asked for with --{asked[0]}")
-    return bool(asked)
+    return asked is not None
 
 
 def predict_words(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -96,14 +91,7 @@ def predict_words(options: argparse.Namespace) -> Mapping[str, Any]:
     file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     figures: dict[str, Any] = {"file": str(file.resolve()), "images": len([*words.predictor.readable(paths)])}
     print(table({"images": figures["images"], "file": file}))
-    if left_out:
-        print(f"left out: {'; '.join(left_out)}", file=sys.stderr)
-        figures |= {"left_out": left_out}
-    if unreadable := words.predictor.unreadable:
-        for reason in unreadable.values():
-            print(f"left out: {reason}", file=sys.stderr)
-        figures |= {"ok": False, "unreadable": [*map(str, unreadable)]}
-    return figures
+    return figures | name_left_out(left_out, words.predictor.unreadable)
 
 
 def _classified(words: Words, paths: list[Path], options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import later, model_parser, run_parser, table, tracking_uri
+from jobs._cli import later, model_parser, name_left_out, run_parser, table, tracking_uri
 from jobs._correspondences import add_correspondence_flags, asks_for_correspondences, predict_correspondences
 from jobs._prompts import add_prompt_flags, asks_for_masks, predict_masks
 from jobs._words import add_word_flags, asks_for_words, predict_words
@@ -128,11 +128,4 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         count = len(list(predictor.readable(paths)))
         print(table({"images": count, task: ", ".join(map(str, written))}))
         figures = {"task": predictor.task, "images": count, "files": [str(file.resolve()) for file in written]}
-    if left_out:
-        print(f"left out: {'; '.join(left_out)}", file=sys.stderr)
-        figures |= {"left_out": left_out}
-    if unreadable := predictor.unreadable:
-        for reason in unreadable.values():
-            print(f"left out: {reason}", file=sys.stderr)
-        figures |= {"ok": False, "unreadable": [*map(str, unreadable)]}
-    return figures
+    return figures | name_left_out(left_out, predictor.unreadable)
