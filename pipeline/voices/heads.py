@@ -60,6 +60,17 @@ def open_student(student: str, tracking_uri: str = "", weights: str = "pretraine
     return load_student(fetch_student(student, tracking_uri), weights=weights)
 
 
+def kept_teachers(student: LoadedStudent, kind: str, remedy: str) -> tuple[StudentWithHeads, list[KeptTeacher]]:
+    """The student with its heads, and all teachers that they are of; UserError, with the remedy, if it keeps none."""
+    if student.folder is None:
+        raise UserError(f"{student.name} is not a distilled student, so it has no head of {kind}: {remedy}")
+    if not (student.folder / "heads.json").is_file():
+        raise UserError(f"{student.folder} keeps no heads of its teachers: {remedy}")
+    whole = load_heads(student.folder)
+    entries = whole.description["teachers"]
+    return whole, [_kept(*parts) for parts in zip(entries, whole.heads, whole.standardisers, strict=True)]
+
+
 def find_teacher(
     student: LoadedStudent, wanted: Callable[[str], bool], kind: str, label: str | None = None
 ) -> tuple[StudentWithHeads, KeptTeacher]:
@@ -74,13 +85,7 @@ def find_teacher(
         UserError: if the student keeps no heads, none of the kind, or several, and none is named; with the remedy.
     """
     remedy = f"distil it with a {kind} teacher and student.keep_heads=true"
-    if student.folder is None:
-        raise UserError(f"{student.name} is not a distilled student, so it has no head of {kind}: {remedy}")
-    if not (student.folder / "heads.json").is_file():
-        raise UserError(f"{student.folder} keeps no heads of its teachers: {remedy}")
-    whole = load_heads(student.folder)
-    entries = whole.description["teachers"]
-    kept = [_kept(*parts) for parts in zip(entries, whole.heads, whole.standardisers, strict=True)]
+    whole, kept = kept_teachers(student, kind, remedy)
     known = ", ".join(teacher.label for teacher in kept)
     if label is not None:
         found = [teacher for teacher in kept if teacher.label == label]

@@ -1,13 +1,11 @@
 """The head of a student that predicts SAM's embedding of an image."""
 
-from pathlib import Path
-
 from torch import Tensor, nn
 
-from pipeline.distill.kept_heads import load_heads
 from pipeline.errors import UserError
 from pipeline.student.loading import LoadedStudent
 from pipeline.student.model import Student
+from pipeline.voices.heads import kept_teachers, out_channels
 
 REMEDY = "distil it with a SAM teacher (sam/vit_b) and student.keep_heads=true, as recipes/promptable.yaml does"
 
@@ -38,22 +36,10 @@ def sam_embeddings(loaded: LoadedStudent) -> Embeddings:
     Raises:
         UserError: if it keeps no heads, or none of a SAM; with the remedy.
     """
-    if loaded.folder is None:
-        raise UserError(f"{loaded.name} is not a distilled student, so it has no head of SAM: {REMEDY}")
-    if not Path(loaded.folder, "heads.json").is_file():
-        raise UserError(f"{loaded.folder} keeps no heads of its teachers: {REMEDY}")
-    whole = load_heads(loaded.folder)
-    entries = whole.description["teachers"]
-    found = [place for place, label in enumerate(whole.labels) if label.startswith("sam") and _is_map(entries[place])]
+    whole, kept = kept_teachers(loaded, "SAM", REMEDY)
+    found = [teacher for teacher in kept if teacher.label.startswith("sam") and "patches" in teacher.heads]
     if not found:
         raise UserError(f"{loaded.folder} keeps no head of SAM, only of {', '.join(whole.labels)}: {REMEDY}")
-    place = found[-1]  # of several, that of the last in the recipe
-    heads, standardisers = whole.heads[place], whole.standardisers[place]
-    assert isinstance(heads, nn.ModuleDict)
-    assert isinstance(standardisers, nn.ModuleDict)
-    dim = entries[place]["channels"]["patches"]
-    return Embeddings(whole.student, heads["patches"], standardisers["patches"], whole.labels[place], dim).eval()
-
-
-def _is_map(entry: dict[str, dict[str, int]]) -> bool:
-    return "patches" in entry["channels"]
+    teacher = found[-1]  # of several, that of the last in the recipe
+    head, standardiser = teacher.heads["patches"], teacher.standardisers["patches"]
+    return Embeddings(whole.student, head, standardiser, teacher.label, out_channels(head)).eval()
