@@ -43,11 +43,12 @@ def clean(options: argparse.Namespace) -> Mapping[str, Any]:
         print(
             grid([_row(run.folder.name, run.state, bytes_of(*run.checkpoints), bytes_of(run.folder)) for run in runs])
         )
+    sizes = {path.name: bytes_of(path) for path in work.iterdir()}
     figures = {
-        "runs": bytes_of(work / "runs"),
-        "cache": bytes_of(work / "cache"),
-        "mlflow": bytes_of(*work.glob("mlflow.db*"), work / "mlartifacts"),
-        "total": bytes_of(work),
+        "runs": sizes.get("runs", 0),
+        "cache": sizes.get("cache", 0),
+        "mlflow": sum(count for name, count in sizes.items() if name.startswith("mlflow.db") or name == "mlartifacts"),
+        "total": sum(sizes.values()),
     }
     removable = sum(bytes_of(*run.removable) for run in runs)
     names = {"cache": "cache", "mlflow": "MLflow", "total": "in all"}
