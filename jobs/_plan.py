@@ -16,7 +16,7 @@ from pipeline.cache.layout.codec import Codec
 from pipeline.cache.layout.target import TARGET_COSINE, TARGET_COSINE_P1
 from pipeline.runs.folder import work_folder
 from pipeline.runtime.ray_session import Hardware
-from pipeline.runtime.units import hours, size
+from pipeline.runtime.units import size, time_span
 
 if TYPE_CHECKING:  # it imports MLflow
     from pipeline.runs.session import Job
@@ -176,7 +176,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def _span(value: float | None) -> str:
-    return "unknown" if value is None else hours(3600 * value)
+    return "unknown" if value is None else time_span(3600 * value)
 
 
 def _price(gpu_hours: float | None, config: PrecomputeJobConfig) -> str:

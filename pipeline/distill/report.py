@@ -26,7 +26,7 @@ from pipeline.report.report import Card, Report, Section
 from pipeline.runs.session import Job
 from pipeline.runs.usage import loading_lines
 from pipeline.runtime.ray_session import devices
-from pipeline.runtime.units import counted, hours, size
+from pipeline.runtime.units import counted, size, time_span
 
 EXAMPLES, EXAMPLE_SIDE = 12, 128
 """Images of the data that are shown, and their longest side in pixels."""
@@ -100,7 +100,7 @@ def _cards(result: DistillResult, figures: Mapping[str, Any], labels: HeldOutLab
     yield Card(
         "cached features", size(figures["cache_bytes"]), f"{figures['shards_computed']} shards were computed now"
     )
-    yield Card("time", hours(figures["seconds"]), "of the last start")
+    yield Card("time", time_span(figures["seconds"]), "of the last start")
 
 
 def _recipe(config: DistillJobConfig) -> Section:
@@ -290,9 +290,9 @@ def _cost(job: Job, config: DistillJobConfig, filled: Filled, figures: Mapping[s
     filling = sum(report.seconds for report in filled.reports)
     facts = {
         "device": kind,
-        "time of this start": hours(seconds),
-        **({"time of earlier starts": hours(earlier)} if earlier else {}),
-        "of which filling the cache": f"{hours(filling)} for {figures['shards_computed']} shards",
+        "time of this start": time_span(seconds),
+        **({"time of earlier starts": time_span(earlier)} if earlier else {}),
+        "of which filling the cache": f"{time_span(filling)} for {figures['shards_computed']} shards",
     }
     if gpus or job.state.gpu_hours:
         spent = job.state.gpu_hours + gpus * seconds / 3600

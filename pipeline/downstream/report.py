@@ -18,7 +18,7 @@ from pipeline.report.pictures import Picture, picture
 from pipeline.report.report import Card, Report, Section
 from pipeline.runs.session import Job
 from pipeline.runtime.ray_session import IS_INSTALLED, devices
-from pipeline.runtime.units import counted, hours
+from pipeline.runtime.units import counted, time_span
 
 PICTURES, SIDE = 12, 320
 """Held-out images that are shown with their predictions, and their longest side in pixels."""
@@ -54,7 +54,7 @@ def _cards(task: DownstreamTask[Any], plan: FinetunePlan, result: FinetuneResult
         held_out = f" on {len(plan.val)} held-out images" if plan.val else ""
         yield Card(name, after, f"{before} before{held_out}")
     yield Card("images seen", counted(result.samples), f"in {result.steps} steps")
-    yield Card("time", hours(seconds), "of the last start")
+    yield Card("time", time_span(seconds), "of the last start")
 
 
 def _recipe(config: FinetuneJobConfig, plan: FinetunePlan) -> dict[str, str]:
@@ -118,8 +118,8 @@ def _cost(job: Job, seconds: float) -> dict[str, str]:
     spent = job.state.gpu_hours + gpus * seconds / 3600
     return {
         "device": kind,
-        "time of this start": hours(seconds),
-        **({"time of earlier starts": hours(earlier)} if earlier else {}),
+        "time of this start": time_span(seconds),
+        **({"time of earlier starts": time_span(earlier)} if earlier else {}),
         **({"GPU hours": f"{spent:.3g}"} if spent else {}),
     }
 

@@ -8,7 +8,7 @@ def size(count: float) -> str:
     return f"{count / 1024**power:.{min(power, 1)}f} {units[power]}"
 
 
-def hours(seconds: float) -> str:
+def time_span(seconds: float) -> str:
     """A span of time with two or three digits: ``3.2 s``, ``5 min``, ``2.5 h``, ``12 days``."""
     if 0 < seconds < 0.1:
         return "under 0.1 s"

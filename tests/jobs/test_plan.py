@@ -8,7 +8,7 @@ from jobs._plan import cost_plan
 from pipeline.cache.fill import estimate
 from pipeline.cache.fill.estimate import Probe, estimate_cache
 from pipeline.runtime.ray_session import Hardware
-from pipeline.runtime.units import hours
+from pipeline.runtime.units import time_span
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_cluster_is_named_with_its_gpus_memory_hours_and_price(filled, estimat
     text = cost_plan(filled.plan, filled.config, estimates, cluster)
     total = sum(found.gpu_hours for found in estimates)
     assert total == pytest.approx(2 * (100 + 40) / 0.5 / 3600)
-    assert f"3 nodes, 24 CPUs, 2 GPUs (H100): {hours(3600 * total / 2)} on all GPUs" in text
+    assert f"3 nodes, 24 CPUs, 2 GPUs (H100): {time_span(3600 * total / 2)} on all GPUs" in text
     assert "3.0 GiB" in text
     assert f"{estimates[0].gpu_hours * filled.config.plan.gpu_hour_price:.2f}" in text
 

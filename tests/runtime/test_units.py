@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.runtime.units import counted, hours, size
+from pipeline.runtime.units import counted, size, time_span
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_bytes(value, text):
     ],
 )
 def test_a_span_of_time_has_the_unit_that_a_person_would_choose(seconds, text):
-    assert hours(seconds) == text
+    assert time_span(seconds) == text
 
 
 @pytest.mark.parametrize(

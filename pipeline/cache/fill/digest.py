@@ -4,7 +4,7 @@ Only then is it known which of them the cache holds already, under whatever name
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +65,15 @@ def keyed(row: Mapping[str, Any]) -> tuple[pa.Table, pa.Table]:
         KEYED_SCHEMA.field("key"), pa.array([keys[n] for n in good], KEY)
     )
     bad = listed.take(pa.array([*reasons], pa.int64()))
+    return images.cast(KEYED_SCHEMA), with_reasons(bad, [*reasons.values()])
+
+
+def with_reasons(rows: pa.Table, reasons: Sequence[tuple[str, bool]]) -> pa.Table:
+    """Rows of an index as samples that cannot be used (`BAD_SCHEMA`): why, and whether their bytes could be read."""
     for at, name in enumerate(("reason", "read")):
         field = BAD_SCHEMA.field(name)
-        bad = bad.append_column(field, pa.array([found[at] for found in reasons.values()], field.type))
-    return images.cast(KEYED_SCHEMA), bad.cast(BAD_SCHEMA)
+        rows = rows.append_column(field, pa.array([reason[at] for reason in reasons], field.type))
+    return rows.cast(BAD_SCHEMA)
 
 
 def packed(table: pa.Table) -> bytes:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cache.fill.digest import KEYED_SCHEMA, unreadable
+from pipeline.cache.fill.digest import KEYED_SCHEMA, unreadable, with_reasons
 from pipeline.cache.layout.dataset import BAD_SCHEMA
 from pipeline.cache.layout.keys import FORMAT_VERSION, check_format, digest, sealed, unsealed
 from pipeline.cache.layout.part import image_key
@@ -187,10 +187,7 @@ class _Pieces:
         reasons = [item for item in found if len(item) == 2]
         for name, values in columns.items():
             images = images.append_column(STAGED_SCHEMA.field(name), pa.array(values, STAGED_SCHEMA.field(name).type))
-        for at, name in enumerate(("reason", "read")):
-            kind = BAD_SCHEMA.field(name)
-            bad = bad.append_column(kind, pa.array([item[at] for item in reasons], kind.type))
-        return images.cast(STAGED_SCHEMA), bad.cast(BAD_SCHEMA)
+        return images.cast(STAGED_SCHEMA), with_reasons(bad, reasons)
 
 
 @dataclass(frozen=True)
