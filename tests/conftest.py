@@ -1,5 +1,6 @@
 """One embedded Ray session for all tests, its environment set before Ray is imported; a small cache of real JPEGs."""
 
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,15 @@ def ray_session():
 
     with connect():
         yield
+
+
+@pytest.fixture(autouse=True)
+def our_loggers_as_imported():
+    """Workers and jobs configure their process's loggers; whoever ran here before must not decide what caplog sees."""
+    for logger in map(logging.getLogger, ("pipeline", "teachers")):
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

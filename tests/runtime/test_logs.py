@@ -13,17 +13,13 @@ from pipeline.runtime.progress import Progress
 @pytest.fixture
 def written(monkeypatch, capsys):
     """Configure our loggers as a worker does; gives the lines on stderr."""
-    logger = logging.getLogger("pipeline")
 
     def configured(form):
         monkeypatch.setenv("REGLA_LOG", form)
         logs.configure_worker()
         return lambda: capsys.readouterr().err.splitlines()
 
-    yield configured
-    logger.handlers.clear()
-    logger.propagate = True
-    logger.setLevel(logging.NOTSET)
+    return configured
 
 
 ROW = {"split": "train", "shard": 12}
