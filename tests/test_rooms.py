@@ -16,7 +16,7 @@ ARROWS = {
     "runtime": "errors",
     "storage": "errors",
     "imaging": "errors runtime teachers",
-    "sources": "errors imaging runtime storage",
+    "sources": "errors sections imaging runtime storage",
     "student": "errors teachers",
     "tracking": "errors runtime storage",
     "benchmark": "errors config sections runtime student export",

@@ -21,8 +21,8 @@ from pipeline.sources.base import Source, odd_class
 from pipeline.sources.left_out import LeftOut, notes_of
 from pipeline.sources.listing import images_in
 from pipeline.sources.locations import SAMPLES
-from pipeline.sources.open import open_source
-from pipeline.sources.sample_scenes import SampleScenes, SceneSettings
+from pipeline.sources.open import open_images
+from pipeline.sources.sample_scenes import SampleScenes
 from pipeline.storage.files import HEADER, THREADS, open_binary, read_bytes
 from pipeline.storage.remote import is_uri
 
@@ -33,20 +33,23 @@ PARQUET_BLOCK = 128
 
 
 def split_location(config: FinetuneJobConfig, split: Split) -> str | None:
-    """Where the images of a split are; None if there are no held-out images."""
+    """Where the images of a split are; None if there are no held-out images.
+
+    Raises:
+        UserError: if a share of the training images is to be held out.
+    """
+    if config.data.share:
+        raise UserError(
+            f"data.val={config.data.val}: a share is held out of labelled images only; name held-out images"
+        )
     return config.data.train if split == "train" else config.data.held_out
 
 
 def open_split(config: FinetuneJobConfig, split: Split) -> Source | None:
     """The source of `data.train` or `data.val`; None if there are no held-out images."""
-    data, location = config.data, split_location(config, split)
-    if location is None:
+    if split == "val" and config.data.held_out is None:
         return None
-    count = data.samples.train if split == "train" else data.samples.val
-    settings = SceneSettings(count, data.samples.size, config.seed)
-    return open_source(
-        location, split=split, image_column=data.image_column, label_column=data.label_column, samples=settings
-    )
+    return open_images(config.data, split, config.seed)
 
 
 class Scenes:

@@ -56,7 +56,8 @@ class ImageJobConfig(JobConfig):
 
     def details(self) -> list[str]:
         """The images."""
-        return [f"Images: `{self.data.train}`, held out: `{self.data.held_out or 'none'}`."]
+        held_out = f"{self.data.share:g} of them" if self.data.share else f"`{self.data.held_out or 'none'}`"
+        return [f"Images: `{self.data.train}`, held out: {held_out}."]
 
     def inputs(self) -> dict[str, str]:
         """Images that are not generated."""

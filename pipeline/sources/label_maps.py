@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.imaging.decode import decode_label_map, image_size
 from pipeline.sources.base import Source
+from pipeline.sources.hold_out import HoldOut
 from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.sample_scenes import SEGMENTATION_CLASSES, SampleScenes
 from pipeline.storage.files import HEADER, THREADS, is_folder, open_binary, read_bytes
@@ -109,6 +110,8 @@ def open_label_maps(source: Source, sample_ids: Sequence[str]) -> LabelMaps:
     Raises:
         UserError: if the source cannot have label maps, or they do not exist.
     """
+    if isinstance(source, HoldOut):
+        source = source.whole
     if isinstance(source, SampleScenes):
         return SceneLabels(source)
     if not isinstance(source, ImageFolder):

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.sources.base import Source
+from pipeline.sources.config import DataConfig
+from pipeline.sources.hold_out import HoldOut, Side
 from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.left_out import is_system
 from pipeline.sources.locations import SAMPLES, absolute, expand, refuse_split_files
@@ -17,6 +19,24 @@ from pipeline.storage.files import NO_LISTING, THREADS, is_folder, list_folder
 from pipeline.storage.remote import is_uri, is_web
 
 _ARCHIVES = (".tar", ".parquet")
+
+
+def open_images(data: DataConfig, split: Side, seed: int) -> Source:
+    """Open the training images, or the held-out ones, if there are any; `seed` is that of generated scenes.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    location = data.train if split == "train" else data.held_out
+    assert location is not None
+    source = open_source(
+        location,
+        split=split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        samples=SceneSettings(getattr(data.samples, split), data.samples.size, seed),
+    )
+    return HoldOut(source, data.share, split) if data.share else source
 
 
 def open_source(

@@ -6,6 +6,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from pipeline.sources.base import Source
+from pipeline.sources.hold_out import HoldOut
 from pipeline.sources.parquet_images import ParquetImages
 from pipeline.sources.tar_shards import TarShards
 from pipeline.storage.files import Entry
@@ -64,6 +65,8 @@ class StreamedSource(Source, Protocol):
 
 def streamed(source: Source) -> StreamedSource | None:
     """The source as one of archives that are read once, front to back; None: its index is had without reading its images."""
+    if isinstance(source, HoldOut):
+        return source if streamed(source.whole) else None
     if isinstance(source, TarShards):
         return source if is_uri(source.shards[0]) else None
     if isinstance(source, ParquetImages):

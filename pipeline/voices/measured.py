@@ -59,10 +59,10 @@ def plan_words(config: WordsJobConfig) -> WordsPlan:
     Raises:
         UserError, TeacherError: if the student has no CLIP head, or images or text tower cannot be had.
     """
-    settings, held_out = config.evaluate, config.data.held_out
+    settings = config.evaluate
     if not settings.student:
         raise UserError("evaluate.student must be given: the exported folder of a student, or its MLflow URI")
-    if held_out is None:
+    if config.data.held_out is None:
         raise UserError("data.val: an evaluation needs held-out images")
     work = work_folder(config)  # which all nodes see
     source = fetch_student(settings.student, resolve_uri(config.tracking.uri, work), work)
@@ -74,10 +74,9 @@ def plan_words(config: WordsJobConfig) -> WordsPlan:
     if tower.dim != model.dim:
         raise UserError(f"words.text_weights: {tower.name} has {tower.dim} channels, the student's head {model.dim}")
     store = cache_store(config)
-    alone = config.model_copy(update={"data": config.data.model_copy(update={"train": "", "val": held_out})})
     size = settings.input_size or student.input_size or config.student.input_size
     encoder = cached_encoder(source, size, weights="pretrained", args={}, grid=None)
-    cache = CachePlan(store, plan_splits(alone, store), (encoder,), config.cache.shard_size)
+    cache = CachePlan(store, plan_splits(config, store, sides=("val",)), (encoder,), config.cache.shard_size)
     return WordsPlan(cache, encoder, model, teacher, tower, student.provenance.get("run_id"))
 
 

@@ -13,6 +13,7 @@ from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.detect.coco import CocoImages, SceneObjects
 from pipeline.downstream.detect.coco_eval import average_precision, coco_index
 from pipeline.downstream.detect.task import coco_results
+from pipeline.downstream.images import split_location
 from pipeline.errors import UserError
 from pipeline.runs.addresses import fetch_student
 from pipeline.runs.folder import work_folder
@@ -71,7 +72,8 @@ def plan_promptable(config: PromptsJobConfig) -> PromptsPlan:
 
 def open_examples(config: PromptsJobConfig) -> Examples:
     """Held-out images with instance masks; UserError if there are none."""
-    location, annotations = config.data.held_out, config.prompts.annotations
+    location = split_location(cast(FinetuneJobConfig, config), "val")
+    annotations = config.prompts.annotations
     if location is None:
         raise UserError("data.val: an evaluation needs held-out images")
     if location == SAMPLES:

@@ -18,8 +18,8 @@ from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError, blame_field
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import Source
-from pipeline.sources.open import open_source
-from pipeline.sources.sample_scenes import SceneSettings
+from pipeline.sources.hold_out import HoldOut, Side
+from pipeline.sources.open import open_images
 from pipeline.sources.streamed import streamed
 from pipeline.storage.files import Entry
 from pipeline.storage.names import folder_name
@@ -74,7 +74,8 @@ class SplitPlan:
         """The images of unopened archives: as they say, or about as many as are as large as the others; 0 without others."""
         if self.listing.expected:
             return self.listing.expected[0]
-        return round(self.unopened_bytes / self.image_bytes) if self.image_bytes else 0
+        part = self.source.part if isinstance(self.source, HoldOut) else 1
+        return round(part * self.unopened_bytes / self.image_bytes) if self.image_bytes else 0
 
     @property
     def is_counted(self) -> bool:
@@ -168,11 +169,16 @@ def plan_splits(
     policy: ViewPolicy = WHOLE,
     snapshot: RecordSnapshot | None = None,
     pins: Mapping[str, str] | None = None,
+    sides: Sequence[Side] = ("train", "val"),
 ) -> tuple[SplitPlan, ...]:
-    """As `plan_cache`, without teachers; `policy` is for the training images, held-out images are always whole."""
+    """As `plan_cache`, without teachers; `policy` is for the training images, held-out images are always whole.
+
+    Args:
+        sides: those that are planned, if there are any such images.
+    """
     snapshot = snapshot or RecordSnapshot()
     splits = {"train": (config.data.train, policy), "val": (config.data.held_out, WHOLE)}
-    given = ((split, at, views) for split, (at, views) in splits.items() if at)
+    given = [(side, at, views) for side in sides for at, views in (splits[side],) if at]
     return tuple(_plan_split(config, store, split, at, views, snapshot, pins or {}) for split, at, views in given)
 
 
@@ -195,7 +201,7 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
 def _plan_split(
     config: CacheJobConfig,
     store: Store,
-    split: str,
+    split: Side,
     location: str,
     policy: ViewPolicy,
     snapshot: RecordSnapshot,
@@ -205,14 +211,10 @@ def _plan_split(
     with blame_field(f"data.{split}"):
         if location.startswith(SCHEME):
             return SplitPlan(split, *find_version(store, location.removeprefix(SCHEME), policy, snapshot))
-        source = open_source(
-            location,
-            split=split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            samples=SceneSettings(getattr(data.samples, split), data.samples.size, config.seed),
-        )
+        source = open_images(data, split, config.seed)
     name = f"{data.name}-{split}" if data.name else source.name
+    if data.name and isinstance(source, HoldOut):
+        name = source.called(name)
     if pinned := pins.get(folder_name(name)):
         return SplitPlan(split, *find_version(store, f"{folder_name(name)}/{pinned}", policy, snapshot))
     empty = Dataset(store, name, source.location, tuple(source.classes), policy=policy, snapshot=snapshot)
