@@ -45,7 +45,9 @@ from pipeline.runs.session import open_job
 def main(config: FinetuneJobConfig, dry_run: bool) -> dict[str, Any]:
     """Train and evaluate; an interrupted run of the same configuration resumes."""
     started = time.perf_counter()
-    plan, task = plan_finetune(config), make_task(config)
+    plan = plan_finetune(config)
+    config = plan.settled(config)
+    task = make_task(config)
     print(f"plan\n{table(plan_rows(config, plan))}", flush=True)
     if dry_run:
         return {"dry_run": True}

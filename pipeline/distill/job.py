@@ -78,7 +78,7 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
     for number, phase in enumerate(phases, 1):
         name = "train" if len(phases) == 1 else f"train/phase-{number}"
         file = folder / f"{name}.pt"
-        job = make_job(phase.config, phase.plan)
+        job = make_job(phase.settled, phase.plan)
         jobs.append(job)
         teachers |= evaluate_teachers(job, run, state.steps)
         if not file.exists():

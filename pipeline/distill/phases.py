@@ -51,6 +51,18 @@ class Phase:
     plan: CachePlan
     start: LoadedStudent | None = None
 
+    @property
+    def views(self) -> int:
+        """Views of an epoch, if no image is quarantined, as far as known."""
+        train = self.plan.split("train")
+        assert train is not None
+        return train.images * train.dataset.policy.rows_per_image
+
+    @property
+    def settled(self) -> DistillJobConfig:
+        """The configuration with the batch size that suits the data, as far as known, if none is given."""
+        return self.config.model_copy(update={"train": self.config.train.for_images(self.views)})
+
 
 def plan_phases(config: DistillJobConfig, store: Store) -> tuple[Phase, ...]:
     """The phases of a recipe, or one phase if it lists none.

@@ -27,7 +27,7 @@ def views_per_epoch(phase: Phase) -> int:
     """
     train = phase.plan.split("train")
     assert train is not None
-    images, batch = train.images * train.dataset.policy.rows_per_image, phase.config.train.batch_size
+    images, batch = phase.views, phase.settled.train.batch_size
     if images < batch and train.is_counted:
         raise UserError(
             f"train.batch_size={batch} is more than the {images} views of {train.dataset.location}; lower it"
@@ -37,7 +37,7 @@ def views_per_epoch(phase: Phase) -> int:
 
 def training_plan(phase: Phase) -> dict[str, str]:
     """Readable rows on student, training and grids; raises a UserError if training would be refused."""
-    config, teachers = phase.config, phase.plan.teachers
+    config, teachers = phase.settled, phase.plan.teachers
     check_losses(config.loss)
     share = config.train.batch_size // max(1, config.train.most_workers)
     check_per_step(config.views.per_step, config.views.crops or 1, share)
@@ -61,7 +61,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
 
 def _training(phase: Phase) -> str:
     """Epochs and steps, as far as known."""
-    train, settings, views = phase.plan.split("train"), phase.config.train, views_per_epoch(phase)
+    train, settings, views = phase.plan.split("train"), phase.settled.train, views_per_epoch(phase)
     assert train is not None
     steps = views // settings.batch_size
     if train.is_counted:
@@ -88,7 +88,7 @@ def _warn_of_projections(teachers: Sequence[CachedTeacher]) -> None:
 
 def check_session(phase: Phase) -> None:
     """Raise a UserError if the GPUs of this Ray session do not divide the batch, or each would get too few images."""
-    config = phase.config
+    config = phase.settled
     share = config.train.batch_size // count_shares(config.train)
     check_per_step(config.views.per_step, config.views.crops or 1, share)
 

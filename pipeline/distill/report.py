@@ -27,6 +27,7 @@ from pipeline.runs.session import Job
 from pipeline.runs.usage import loading_lines
 from pipeline.runtime.ray_session import devices
 from pipeline.runtime.units import counted, size, time_span
+from pipeline.training.config import TrainConfig
 
 EXAMPLES, EXAMPLE_SIDE = 12, 128
 """Images of the data that are shown, and their longest side in pixels."""
@@ -72,7 +73,7 @@ def distill_report(
     curves = read_curves(job.state.folder / "metrics.jsonl")
     labels = HeldOutLabels.of(result.jobs[-1])
     sections = (
-        _recipe(config),
+        _recipe(config, result.jobs[-1].config.train),
         _data(result.jobs, filled),
         _teachers(result, filled, labels),
         Section("Curves", _curves_lead(labels), charts=tuple(_charts(curves, result, labels))),
@@ -103,12 +104,13 @@ def _cards(result: DistillResult, figures: Mapping[str, Any], labels: HeldOutLab
     yield Card("time", time_span(figures["seconds"]), "of the last start")
 
 
-def _recipe(config: DistillJobConfig) -> Section:
+def _recipe(config: DistillJobConfig, train: TrainConfig) -> Section:
+    """What the run was asked for; `train`: of the last phase, with the batch size that it had."""
     loss, views = config.loss, config.views
     facts = {
         "student": f"{config.student.name} at {config.student.input_size} px, from {config.student.weights} weights",
-        "training": f"{config.train.epochs} epochs, {config.train.batch_size} images per step, seed {config.seed}",
-        "learning rate": config.train.lr_rule,
+        "training": f"{train.epochs} epochs, {train.batch_size} images per step, seed {config.seed}",
+        "learning rate": train.lr_rule,
         "loss of patches": _weights(loss.patches),
         "loss of summaries": _weights(loss.summary),
         "targets": f"standardised by {loss.standardise}",

@@ -46,6 +46,10 @@ class FinetunePlan:
     steps: int
     notes: list[str]
 
+    def settled(self, config: FinetuneJobConfig) -> FinetuneJobConfig:
+        """The configuration with the batch size that suits the training images, if none is given."""
+        return settled(config, len(self.train))
+
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -90,9 +94,14 @@ def plan_finetune(config: FinetuneJobConfig) -> FinetunePlan:
     task.build(start.encoder, train.classes)
     check_input_size(start.encoder, task.image_size(), f"finetune.student: {start.name}")
     teacher = task.find_teacher(train.classes, tracking_uri)
-    steps = epoch_steps(config, len(train))
+    steps = epoch_steps(settled(config, len(train)), len(train))
     notes = [f"{split}: {note}" for split, data in (("train", train), ("val", val)) if data for note in data.check()]
     return FinetunePlan(train, val, start, teacher, steps, notes)
+
+
+def settled(config: FinetuneJobConfig, images: int) -> FinetuneJobConfig:
+    """The configuration with a batch size that suits so many training images, if none is given."""
+    return config.model_copy(update={"train": config.train.for_images(images)})
 
 
 def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Path) -> FinetuneResult:
@@ -158,7 +167,8 @@ def with_absolute_paths(config: FinetuneJobConfig) -> FinetuneJobConfig:
     task = make_task(config)
     for section, fields in {"data": ("train", "val"), task.name: task.locations}.items():
         given = getattr(config, section)
-        paths = {name: absolute(path) for name in fields if (path := getattr(given, name)) not in (None, SAMPLES)}
+        own = [name for name in fields if (section, name) != ("data", "val") or not config.data.share]
+        paths = {name: absolute(path) for name in own if (path := getattr(given, name)) not in (None, SAMPLES)}
         changed[section] = given.model_copy(update=paths)
     return config.model_copy(update=changed)
 

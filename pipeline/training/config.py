@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, Strict, field_validator, model_validator
 
@@ -12,6 +12,8 @@ from pipeline.config.tree import Section, operational
 
 FEW_STEPS = 10
 """Steps of an epoch below which a plan warns."""
+LARGEST_BATCH, SMALLEST_BATCH, ENOUGH_STEPS = 256, 16, 20
+"""Sizes between which a batch size is chosen, and the steps of an epoch that it leaves if it can."""
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +22,11 @@ class TrainConfig(Section):
     """The training run."""
 
     epochs: int = Field(30, ge=1, description="passes over the training images")
-    batch_size: int = Field(256, ge=2, description="images per step, over all workers")
+    batch_size: int = Field(
+        0,
+        ge=0,
+        description="images per step, over all workers; 0: 256, halved down to 16 while an epoch has fewer than 20 steps",
+    )
     micro_batch: int | None = Field(
         None, ge=1, description="maximum images per forward pass of a worker; gradients are accumulated; none: no limit"
     )
@@ -74,15 +80,33 @@ class TrainConfig(Section):
             raise ValueError(f"[least, most] must not be {list(value)}")
         return value
 
+    @field_validator("batch_size")
+    @classmethod
+    def _more_than_one(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("input should be 2 or more, or 0 for a size that suits the data, not 1")
+        return value
+
     @model_validator(mode="after")
     def _equal_shares(self) -> TrainConfig:
-        check_shares(self.batch_size, self.most_workers or 1)
+        if self.batch_size:
+            check_shares(self.batch_size, self.most_workers or 1)
         return self
+
+    def for_images(self, images: int) -> Self:
+        """These settings with a batch size that suits epochs of so many images (or crops), if none is given."""
+        if self.batch_size:
+            return self
+        size, shares = LARGEST_BATCH, self.most_workers or 1
+        while size > SMALLEST_BATCH and images < ENOUGH_STEPS * size:
+            size //= 2
+        return self.model_copy(update={"batch_size": math.ceil(size / shares) * shares})
 
     def describe(self, input_size: int, seed: int, child_run: str) -> str:
         """A sentence about the training for the note of a run."""
+        batch = self.batch_size or "a size that suits the data"
         return (
-            f"Training: {self.epochs} epochs of batches of {self.batch_size} at {input_size} px, seed {seed}. The model is in "
+            f"Training: {self.epochs} epochs of batches of {batch} at {input_size} px, seed {seed}. The model is in "
             f"the nested run `{child_run}`; `report.html` shows the whole run."
         )
 
@@ -113,7 +137,7 @@ class TrainConfig(Section):
     @property
     def peak_lr(self) -> float:
         """Peak learning rate at `batch_size`: scaled linearly from `lr_batch_size` (Goyal et al. 2017, section 2.1)."""
-        return self.lr * self.batch_size / (self.lr_batch_size or self.batch_size)
+        return self.lr * self.batch_size / self.lr_batch_size if self.lr_batch_size else self.lr
 
     @property
     def lr_rule(self) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.distill import job as module
-from pipeline.distill.job import distill
+from pipeline.distill.job import distill, make_job
 from pipeline.distill.phases import PhaseState, plan_phases, transfer_weights
 from pipeline.distill.plan import check_session, training_plan
 from pipeline.distill.provenance import all_teachers
@@ -318,3 +318,11 @@ def test_held_out_images_that_are_those_of_the_training_are_refused(photo_config
 def test_what_training_would_refuse_is_refused_with_the_plan(unfilled, override, message):
     with pytest.raises(UserError, match=message):
         [training_plan(phase) for phase in unfilled(override)]
+
+
+def test_the_batch_size_that_suits_the_data_is_planned_and_trained_with(tmp_path, photo_config):
+    config = photo_config("train.batch_size=0", "train.epochs=1")
+    (phase,) = plan_phases(config, Store.at(tmp_path / "cache"))
+    assert training_plan(phase)["training"].startswith("1 epochs of 9 steps of 16 images")
+    filled = replace(phase, plan=fill_in_process(phase.plan)[0])
+    assert make_job(filled.settled, filled.plan).config.train.batch_size == 16

@@ -11,6 +11,7 @@ from pipeline.cache.fill.plan import plan_cache
 from pipeline.config.load import load_config
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.images import open_labelled, refuse_same_images, split_location
+from pipeline.downstream.job import with_absolute_paths
 from pipeline.errors import UserError
 from pipeline.sources.config import DataConfig
 from pipeline.sources.open import open_images
@@ -107,18 +108,21 @@ def test_archives_of_a_store_are_divided_too(tmp_path, photos, photo_config):
 
 def test_a_classifier_is_tuned_on_one_side_and_measured_on_the_other(photos):
     config = load_config(FinetuneJobConfig, None, [f"data.train={photos}", "data.val=0.25"])
-    train, val = (open_labelled(config, split) for split in ("train", "val"))
+    train, val = (open_labelled(with_absolute_paths(config), split) for split in ("train", "val"))
     assert len(train) + len(val) == COUNT
     assert train.classes == val.classes
     refuse_same_images(train, val)
-    with pytest.raises(UserError, match="data.val=0.25: a share is held out of labelled images only; name held-out"):
+    with pytest.raises(UserError, match=r"data\.val=0\.25: a share is held out of labelled images only; name held-out"):
         split_location(config, "train")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["data.train=photos", "data.val=1.5"], r"data.val: a share .* between 0 and 1.*; a folder of this name is ./1.5"),
+        (
+            ["data.train=photos", "data.val=1.5"],
+            r"data.val: a share .* between 0 and 1.*; a folder of this name is ./1.5",
+        ),
         (["data.train=photos", "data.val=0.0"], "data.val: a share of data.train lies between 0 and 1"),
         (["data.val=0.1"], "data: generated scenes have held-out ones of their own; leave data.val out"),
         (["data.train=cache://photos/1234", "data.val=0.1"], "cache://photos/1234 is not divided; name its images"),

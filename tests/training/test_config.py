@@ -27,3 +27,17 @@ def test_a_plan_says_what_fills_no_batch_and_warns_of_short_epochs(images, batch
 
 def test_steps_that_do_not_follow_from_the_images_leave_none_out():
     assert TrainConfig(epochs=2, batch_size=8).describe_epochs(100, 500) == "2 epochs of 500 steps of 8 images"
+
+
+@pytest.mark.parametrize(
+    ("images", "workers", "expected"),
+    [(100_000, 0, 256), (5120, 0, 256), (5119, 0, 128), (1000, 0, 32), (300, 0, 16), (40, 0, 16), (300, 3, 18)],
+)
+def test_few_images_have_small_batches_unless_a_size_is_given(images, workers, expected):
+    assert TrainConfig(workers=workers).for_images(images).batch_size == expected
+    assert TrainConfig(batch_size=64).for_images(images).batch_size == 64
+
+
+def test_a_batch_of_one_image_is_refused():
+    with pytest.raises(ValueError, match="2 or more, or 0 for a size that suits the data, not 1"):
+        TrainConfig(batch_size=1)

@@ -27,6 +27,7 @@ from pipeline.imaging.crop import is_thin, resized_centre
 from pipeline.sources.base import odd_class
 from pipeline.student.model import Encoder
 from pipeline.student.nearest import nearest_folders
+from pipeline.training.config import LARGEST_BATCH
 from pipeline.training.worker import Worker
 
 PICTURE_SIDE = 512
@@ -229,7 +230,7 @@ class Classification(DownstreamTask[ClassifyConfig]):
         return transform
 
     def _held_out(self, examples: LabelledImages, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-        steps, size = self.held_out_transform(), self.config.train.batch_size
+        steps, size = self.held_out_transform(), self.config.train.batch_size or LARGEST_BATCH
         chunks = [list(rows[first : first + size]) for first in range(0, len(rows), size)]
 
         def make(chunk: list[int]) -> tuple[list[int], Tensor]:
