@@ -53,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--to", type=Path, help="*.parquet or *.json for features (features.parquet), else a folder (predictions)"
     )
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        help="objects: smallest score in [0, 1] that is written and drawn; default: all are written, and drawn from 0.5 on",
+    )
     parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if available")
     add_word_flags(parser)
     add_correspondence_flags(parser)
@@ -94,6 +99,8 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
         return voice(options)
     if options.batch_size < 1:
         raise UserError(f"--batch-size={options.batch_size}: at least 1")
+    if options.min_score is not None and not 0 <= options.min_score <= 1:
+        raise UserError(f"--min-score={options.min_score:g}: between 0 and 1")
     asked = options.task or ("features" if options.to and options.to.suffix else None)
     if asked == "features" and options.to:
         check_features_file(options.to)
@@ -108,6 +115,9 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
     )
     predictor.unreadable = {}
     task = asked or predictor.task or "features"
+    if options.min_score is not None and (predictor.task != "detect" or task == "features"):
+        raise UserError("--min-score: only the objects of a detector have scores; leave it out")
+    predictor.min_score = options.min_score
     if task == "features":
         file = options.to or Path("features.parquet")
         check_features_file(file)

@@ -36,6 +36,7 @@ class Predictor:
 
     Attributes:
         saved: the fine-tuned model; None for a backbone.
+        min_score: smallest score of the objects that a detector gives; None: its own, of which pictures show those from 0.5 on.
         unreadable: reason by file for images that were skipped as unreadable; None, the default: the first one raises.
 
     Raises:
@@ -58,6 +59,7 @@ class Predictor:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device}: {str(error).splitlines()[0]}") from error
         self.encoder = self.saved.encoder if self.saved else self.model
+        self.min_score: float | None = None
         self.unreadable: dict[Path, str] | None = None
 
     @property
@@ -118,6 +120,8 @@ class Predictor:
         while batch := list(islice(pixels, size)):
             with torch.inference_mode():
                 results = saved.task.predict(self.model, batch, saved.classes)
+            if self.min_score is not None:
+                results = [result.at_least(self.min_score) for result in results]
             yield from zip(batch, results, strict=True)
 
     def _decoded(self, images: Images, ahead: int) -> Iterator[Image.Image]:

@@ -116,6 +116,32 @@ def test_detections_are_written_in_cocos_results_format_beside_their_images(phot
     assert len(pictures(tmp_path)) == 5
 
 
+def test_objects_below_the_smallest_score_are_neither_written_nor_drawn(photos, models, tmp_path, capsys):
+    found = list(load_predictor(str(models / "detect"), device="cpu").detect(photos))
+    scores = torch.cat([objects.scores for objects in found])
+    least = float(scores.median())
+    run(capsys, models / "detect", photos, "--to", tmp_path, "--min-score", least)
+    written = json.loads((tmp_path / "predictions.json").read_text())
+    assert len(written) == int((scores >= least).sum()) < len(scores)
+    objects = found[0].at_least(least)
+    image = torch.zeros(3, *objects.masks.shape[1:], dtype=torch.uint8)
+    task = load_predictor(str(models / "detect"), device="cpu").saved.task
+    assert len(objects.names) == len(objects.masks) == len(objects.boxes) > 0
+    assert task.draw(image, objects, CLASSES).any()  # all of them, though a detection is drawn from 0.5 on otherwise
+    assert task.draw(image, found[0].at_least(1.1), CLASSES).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "score", "message"),
+    [("classify", "0.5", "only the objects of a detector have scores"), ("detect", "1.5", "between 0 and 1")],
+)
+def test_a_smallest_score_suits_objects_and_is_a_score(model, score, message, photos, models, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        predict.main([str(models / model), str(photos), "--to", str(tmp_path / "out"), "--min-score", score])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_earlier_prediction_is_named_and_replaced_and_other_files_stay(photos, models, tmp_path, capsys):
     paths, out = find_images([photos])[0], tmp_path / "out"
     predict.main([str(models / "detect"), str(photos), "--to", str(out)])

@@ -26,7 +26,7 @@ from pipeline.student.model import Encoder
 from pipeline.training.worker import Worker
 
 SHOWN = 0.5
-"""Smallest score of a detection that is drawn."""
+"""Smallest score of a detection that is drawn, unless another is asked for."""
 
 Examples = CocoImages | SceneObjects
 
@@ -48,6 +48,7 @@ class Objects:
         labels: int64 [n], class numbers from 0; `names` are those of the classes.
         scores: float32 [n] in [0, 1].
         masks: bool [n, H, W]; None from a detector without masks.
+        drawn: smallest score that is drawn.
     """
 
     boxes: Tensor
@@ -55,6 +56,14 @@ class Objects:
     names: list[str]
     scores: Tensor
     masks: Tensor | None
+    drawn: float = SHOWN
+
+    def at_least(self, score: float) -> "Objects":
+        """Those of at least this score, which are all drawn."""
+        kept = self.scores >= score
+        names = [name for name, is_kept in zip(self.names, kept.tolist(), strict=True) if is_kept]
+        masks = None if self.masks is None else self.masks[kept]
+        return Objects(self.boxes[kept], self.labels[kept], names, self.scores[kept], masks, score)
 
 
 class Detection(DownstreamTask[DetectConfig]):
@@ -137,8 +146,8 @@ class Detection(DownstreamTask[DetectConfig]):
         return [self._find(model, image, classes) for image in images]
 
     def draw(self, image: Tensor, result: Objects, classes: Sequence[str]) -> Tensor:
-        """The image under masks and boxes of the objects that score at least `SHOWN`."""
-        shown = result.scores >= SHOWN
+        """The image under masks and boxes of the objects that score at least `result.drawn`."""
+        shown = result.scores >= result.drawn
         masks = torch.zeros(0, *image.shape[1:]) if result.masks is None else result.masks[shown]
         scored = zip(result.names, result.scores, shown, strict=True)
         names = [f"{name} {score:.2f}" for name, score, kept in scored if kept]
