@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -53,6 +54,16 @@ def load_start(folder: Path, frozen: bool) -> Encoder:
     """The exported backbone in a folder, in training mode."""
     encoder = load_encoder(folder).train()
     return FrozenEncoder(encoder) if frozen else encoder
+
+
+def find_encoder(model: nn.Module) -> Encoder:
+    """The backbone inside a model."""
+    return cast(Encoder, model.get_submodule(encoder_name(model)))
+
+
+def encoder_name(model: nn.Module) -> str:
+    """The name of the backbone inside a model."""
+    return next(name for name, module in model.named_modules() if isinstance(module, Encoder))
 
 
 def check_input_size(model: nn.Module, size: tuple[int, int], whose: str) -> None:

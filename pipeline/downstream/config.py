@@ -66,6 +66,11 @@ class FinetuneConfig(Section):
         "none: student.name from scratch",
     )
     frozen: bool = Field(False, description="whether the backbone is frozen and only the head trains")
+    backbone_lr: float = Field(
+        1.0,
+        gt=0,
+        description="factor of the learning rate of the backbone; below 1, training keeps more of what it has learned",
+    )
     schedule: Literal["cosine", "poly", "multistep"] = Field(
         "cosine", description="learning rate after warm-up: cosine, poly (power 0.9), or multistep at the milestones"
     )

@@ -48,7 +48,7 @@ class FinetunePlan:
 
     def settled(self, config: FinetuneJobConfig) -> FinetuneJobConfig:
         """The configuration with the batch size that suits the training images, if none is given."""
-        return settled(config, len(self.train))
+        return config.model_copy(update={"train": config.train.for_images(len(self.train))})
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,9 @@ def plan_finetune(config: FinetuneJobConfig) -> FinetunePlan:
     task.build(start.encoder, train.classes)
     check_input_size(start.encoder, task.image_size(), f"finetune.student: {start.name}")
     teacher = task.find_teacher(train.classes, tracking_uri)
-    steps = epoch_steps(settled(config, len(train)), len(train))
+    steps = epoch_steps(config, len(train))
     notes = [f"{split}: {note}" for split, data in (("train", train), ("val", val)) if data for note in data.check()]
     return FinetunePlan(train, val, start, teacher, steps, notes)
-
-
-def settled(config: FinetuneJobConfig, images: int) -> FinetuneJobConfig:
-    """The configuration with a batch size that suits so many training images, if none is given."""
-    return config.model_copy(update={"train": config.train.for_images(images)})
 
 
 def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Path) -> FinetuneResult:
@@ -111,6 +106,7 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
         UserError: if an image cannot be read.
         DivergedError: if the loss is not finite.
     """
+    config = plan.settled(config)
     held_out = log_lineage(plan.train, plan.val, run)
     run.set_student_run(plan.start.provenance.get("run_id"))
     # Exported, so that workers neither download nor draw weights.

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from pipeline.downstream.backbone import find_encoder
 from pipeline.downstream.base import DownstreamTask, make_task
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.training import FinetuneJob
@@ -58,11 +59,6 @@ class SavedModel:
         save_described(self.model.state_dict(), description, folder, "model")
         if self.provenance:
             (folder / "provenance.json").write_text(json.dumps(self.provenance, indent=2), encoding="utf-8")
-
-
-def find_encoder(model: nn.Module) -> Encoder:
-    """The backbone inside a model."""
-    return next(module for module in model.modules() if isinstance(module, Encoder))
 
 
 def finished_model(

@@ -14,7 +14,7 @@ from timm.scheduler import MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from pipeline.downstream.backbone import load_start
+from pipeline.downstream.backbone import encoder_name, load_start
 from pipeline.downstream.base import DownstreamTask, Examples, make_task
 from pipeline.downstream.config import FinetuneConfig, FinetuneJobConfig
 from pipeline.downstream.pictures import write_report
@@ -72,6 +72,8 @@ class FinetuneTask(Task):
         self.train: Examples = train
         self.val = self.task.open("val", train.classes)
         self.module = build_model(job, train.classes)
+        if config.finetune.backbone_lr != 1:
+            self.lr_factors = {encoder_name(self.module): config.finetune.backbone_lr}
         self.sampler = Sampler(
             len(train),
             config.train.batch_size // world * world,
@@ -128,7 +130,7 @@ def epoch_steps(config: FinetuneJobConfig, images: int) -> int:
     Raises:
         UserError: if the images do not fill one batch.
     """
-    batch = config.train.batch_size
+    batch = config.train.for_images(images).batch_size
     if not config.finetune.epoch_steps and images < batch:
         raise UserError(f"train.batch_size={batch} is more than the {images} training images; lower it")
     return config.finetune.epoch_steps or images // batch

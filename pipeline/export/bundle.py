@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distill.kept_heads import StudentWithHeads, load_heads
-from pipeline.downstream.saved import SavedModel, find_encoder
+from pipeline.downstream.backbone import find_encoder
+from pipeline.downstream.saved import SavedModel
 from pipeline.errors import UserError
 from pipeline.export.graphs import OUTPUT
 from pipeline.student.folding import inference_form

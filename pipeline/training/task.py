@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -39,6 +40,7 @@ class Task(ABC):
             unused ones.
         compiles_by_default: whether a forward is the same operations on the same shapes in every step, so that torch.compile
             gains on a GPU unless `train.compile` is false.
+        lr_factors: factors of the learning rate by the name of a submodule of `module`; 1 for all others.
         headline: the metric whose highest value is the best if `train.best_metric` names none; None: no checkpoint is the best.
         worker: set by the engine; there may be fewer workers than shares.
     """
@@ -47,6 +49,7 @@ class Task(ABC):
     seed: int = 0
     uses_all_parameters: ClassVar[bool] = False
     compiles_by_default: ClassVar[bool] = False
+    lr_factors: Mapping[str, float] = MappingProxyType({})
     headline: str | None = None
     worker: Worker = ALONE
 

@@ -12,9 +12,9 @@ from torch import nn
 from torchvision import tv_tensors
 
 from pipeline.config.load import load_config
-from pipeline.downstream.backbone import FrozenEncoder, find_start, load_start
+from pipeline.downstream.backbone import FrozenEncoder, encoder_name, find_start, load_start
 from pipeline.downstream.classify.task import Classification
-from pipeline.downstream.config import FinetuneJobConfig
+from pipeline.downstream.config import TASKS, FinetuneJobConfig
 from pipeline.downstream.sampling import Sampler, prepare, seeded
 from pipeline.downstream.saved import load_model
 from pipeline.downstream.segment.task import Segmentation, slide
@@ -152,7 +152,7 @@ def test_poly_falls_with_power_point_nine():
 
 
 def test_a_batch_larger_than_the_data_is_refused_unless_steps_are_counted():
-    with pytest.raises(UserError, match=r"train.batch_size=256 is more than the 8"):
+    with pytest.raises(UserError, match=r"train.batch_size=16 is more than the 8"):
         epoch_steps(load_config(FinetuneJobConfig, None), 8)
     assert epoch_steps(load_config(FinetuneJobConfig, None, ["finetune.epoch_steps=7"]), 8) == 7
 
@@ -188,6 +188,21 @@ def test_a_frozen_backbone_stays_as_it_was(make_job):
     train(task, job.config.train, Worker(), None, lambda snapshot: None)
     assert not torch.equal(task.module.head.weight, head)
     assert all(torch.equal(value, before[key]) for key, value in task.module.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_backbone_may_learn_more_slowly_than_its_head(make_job, name):
+    def moved(factor):
+        task = FinetuneTask(make_job(name, f"finetune.backbone_lr={factor}", "train.epochs=1", folder=f"at-{factor}"))
+        before = {key: weight.detach().clone() for key, weight in task.module.named_parameters()}
+        train(task, task.job.config.train, Worker(), None, lambda snapshot: None)
+        changes = {key: (weight - before[key]).abs().max() for key, weight in task.module.named_parameters()}
+        own = f"{encoder_name(task.module)}."
+        return (max(change for key, change in changes.items() if key.startswith(own) is mine) for mine in (True, False))
+
+    (backbone, head), (slow, other) = moved(1), moved(0.001)
+    assert slow < 0.01 * backbone
+    assert other > 0.3 * head
 
 
 def test_training_starts_from_the_exported_student(make_job, tmp_path):

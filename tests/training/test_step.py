@@ -9,7 +9,7 @@ from timm.scheduler import StepLRScheduler
 from torch import nn
 
 from pipeline.training.loop import train
-from pipeline.training.step import Stepper, exempt_from_decay
+from pipeline.training.step import Stepper, exempt_from_decay, with_lr_factors
 from pipeline.training.worker import Worker
 from tests.training.engine import PLAIN, history_of, losses_of, run_training, train_config
 from tests.training.tiny_task import STEPS, TinyTask
@@ -184,3 +184,29 @@ def test_the_learning_rate_is_scaled_linearly_from_the_batch_that_it_is_for(caps
     assert config.peak_lr == pytest.approx(0.02)
     assert losses_of(run_training(task, config))[0][1]["learning_rate"] == pytest.approx(0.02)
     assert "learning rate 0.02 at 4 images per step, scaled linearly from 0.08 at 16" in capsys.readouterr().out
+
+
+def test_a_part_of_the_module_may_learn_at_a_rate_of_its_own():
+    task = TinyTask()
+    task.module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4))
+    task.lr_factors = {"0": 0.1, "1": 0.5}
+    config = train_config(lr=0.1, min_lr=0.001, warmup_epochs=0)
+    stepper = Stepper(task, config, Worker(), [10])
+    rates = {id(weight): group["lr"] for group in stepper.optimizer.param_groups for weight in group["params"]}
+    assert len(rates) == len([*task.module.parameters()])
+    for number, factor in enumerate((0.1, 0.5, 1.0)):
+        assert [rates[id(weight)] for weight in task.module[number].parameters()] == [pytest.approx(0.1 * factor)] * 2
+    decay = {
+        id(weight): group["weight_decay"] for group in stepper.optimizer.param_groups for weight in group["params"]
+    }
+    assert [decay[id(weight)] > 0 for weight in task.module.parameters()] == [True, False, False, False, True, False]
+    stepper.schedule.step_update(5)
+    halfway = 0.001 + 0.5 * 0.099
+    assert sorted({group["lr"] for group in stepper.optimizer.param_groups}) == pytest.approx(
+        [halfway * factor for factor in (0.1, 0.5, 1.0)]
+    )
+
+
+def test_without_factors_the_groups_stay_as_they_are():
+    groups = [{"params": [1], "weight_decay": 0.0}]
+    assert with_lr_factors(groups, nn.Identity(), {}) == groups
