@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from jobs._cli import grid, table
 from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
 from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.decoders import check_decoder
-from pipeline.cache.fill.estimate import TeacherEstimate, all_bytes, missing_bytes
+from pipeline.cache.fill.estimate import (
+    TeacherEstimate,
+    all_bytes,
+    check_space,
+    estimate_cache,
+    missing_bytes,
+    probe_on_cluster,
+)
 from pipeline.cache.fill.plan import CachePlan, SplitPlan, versions_of
 from pipeline.cache.layout.cached_teacher import CachedTeacher, projections_of, teacher_fidelity, teacher_labels
 from pipeline.cache.layout.codec import Codec
@@ -119,6 +127,37 @@ def _fidelity(plan: CachePlan, teacher: CachedTeacher) -> str:
     if codec.pca and codec.components is None and not any(figures):
         return f", chosen for a cosine of the standardised patches of {TARGET_COSINE:g}, 1st percentile {TARGET_COSINE_P1:g}"
     return ", cosine of the standardised patches not measured"
+
+
+def print_costs(
+    planned: Sequence[tuple[PrecomputeJobConfig, CachePlan]], cluster: Hardware | None = None
+) -> dict[str, Any]:
+    """Probe the teachers of all phases, print what filling the cache costs, and return the figures.
+
+    Raises:
+        UserError: if the cache cannot fit.
+    """
+    teachers, rates = [], []
+    for phase, plan in planned:
+        estimates = estimate_cache(plan, phase, probe_on_cluster if cluster else None)
+        print(cost_plan(plan, phase, estimates, cluster), flush=True)
+        teachers += estimates
+        rates.append(read_rate(plan, phase, estimates))
+    plans = [plan for _, plan in planned]
+    check_space(*plans)
+    hours = _sum(teacher.gpu_hours for teacher in teachers)
+    return {
+        "views_missing": sum(teacher.missing for teacher in teachers),
+        "missing_bytes": missing_bytes(*plans),
+        "unopened_bytes": max(sum(split.unopened_bytes for split in plan.splits) for plan in plans),
+        "free_bytes": plans[0].store.free_bytes(),
+        "bytes_per_view": {teacher.label: teacher.view_bytes for teacher in teachers},
+        "gpu_hours": hours,
+        "gpu_memory_bytes": {teacher.label: teacher.probe.memory for teacher in teachers if teacher.probe},
+        "cluster": cluster and asdict(cluster),
+        "price": None if hours is None else hours * planned[0][0].plan.gpu_hour_price,
+        "read_bytes_per_second": max(rates),
+    }
 
 
 def cost_plan(

@@ -2,10 +2,14 @@
 
 python jobs/distill.py                                             generated scenes, on this machine
 python jobs/distill.py recipes/quickstart.yaml train.epochs=5 student.name=regla_s
+python jobs/distill.py recipes/quickstart.yaml --plan              bytes and hours of cache and training
 """
 
+import argparse
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,30 +17,39 @@ from typing import Any
 if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs._cli import later, percent, run, table
+from jobs._cli import Mode, grid, later, percent, run, table
 from pipeline.distill.config import DistillJobConfig
 
+
+def add_modes(_: argparse.ArgumentParser, modes: Any) -> Callable[[argparse.Namespace], Mode | None]:
+    """Add the flag for a plan with costs; see :data:`jobs._cli.AddModes`."""
+    modes.add_argument(
+        "--plan", action="store_true", help="probe teachers and student; print bytes and hours, and stop"
+    )
+    return lambda options: later("jobs.distill", "show_plan") if options.plan else None
+
+
 if __name__ == "__main__":
-    run(DistillJobConfig, later("jobs.distill"), __doc__)
+    run(DistillJobConfig, later("jobs.distill"), __doc__, add_modes=add_modes)
     sys.exit()
 
-from jobs._plan import fill, print_plan
+from jobs._plan import fill, print_costs, print_plan
 from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.plan import check_weights
-from pipeline.distill.phases import plan_phases
+from pipeline.distill.estimate import TrainingEstimate, estimate_training, time_on_cluster, time_student
+from pipeline.distill.phases import Phase, plan_phases
 from pipeline.distill.plan import check_session, training_plan
 from pipeline.runs.folder import cache_store
 from pipeline.runs.usage import loading_lines
-from pipeline.runtime.units import size
+from pipeline.runtime.ray_session import connect, hardware, is_cluster
+from pipeline.runtime.units import size, time_span
 
 
 def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     """Run the whole pipeline; an interrupted run of the same configuration resumes where it stopped."""
     started = time.perf_counter()
-    phases = plan_phases(config, cache_store(config))
-    for number, phase in enumerate(phases, 1):
-        print_plan(phase.config, phase.plan, number, len(phases), table(training_plan(phase)))
+    phases = planned_phases(config)
     check_weights(*(phase.plan for phase in phases))
     if dry_run:
         return {"dry_run": True}
@@ -99,3 +112,37 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     print(f"done\n{table(rows)}\nload it\n{table(loading_lines(result.student))}")
     uris = {"model_uri": result.model_uri, "registered": registered}
     return {**figures, "student": str(result.student), **uris, "mlflow_run_id": job.run.run_id}
+
+
+def planned_phases(config: DistillJobConfig) -> tuple[Phase, ...]:
+    """Plan every phase, and print the plans."""
+    phases = plan_phases(config, cache_store(config))
+    for number, phase in enumerate(phases, 1):
+        print_plan(phase.config, phase.plan, number, len(phases), table(training_plan(phase)))
+    return phases
+
+
+def show_plan(config: DistillJobConfig, _: argparse.Namespace) -> dict[str, Any]:
+    """Probe teachers and student, and print what cache and training cost; raise an error if the cache cannot fit."""
+    with connect() if is_cluster() else nullcontext():
+        cluster, phases = hardware() if is_cluster() else None, planned_phases(config)
+        figures = print_costs([(phase.config, phase.plan) for phase in phases], cluster)
+        timer = time_on_cluster if cluster and cluster.gpus else time_student
+        workers = [phase.config.train.most_workers or (cluster.gpus if cluster else 0) or 1 for phase in phases]
+        trained = [estimate_training(phase, timer) for phase in phases]
+    hours = [found.hours(count) for found, count in zip(trained, workers, strict=True)]
+    rows = [_training_row(*row) for row in zip(range(1, len(phases) + 1), trained, workers, hours, strict=True)]
+    known = [value for value in hours if value is not None]
+    total = sum(known) if len(known) == len(hours) else None
+    print(f"training (forward and backward of the student alone)\n{grid(rows)}", flush=True)
+    return {**figures, "training_hours": total}
+
+
+def _training_row(number: int, found: TrainingEstimate, workers: int, hours: float | None) -> dict[str, str]:
+    return {
+        "phase": str(number),
+        "images": "unknown" if found.images is None else str(found.images),
+        "measured": f"{found.images_per_second:.1f} images/s on {found.device}",
+        "workers": str(workers),
+        "time": "unknown" if hours is None else time_span(3600 * hours),
+    }

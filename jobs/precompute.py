@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,8 @@ if __name__ == "__main__":
     run(PrecomputeJobConfig, later("jobs.precompute"), __doc__, add_modes=add_modes)
     sys.exit()
 
-from jobs._plan import cost_plan, fill, print_plan, read_rate
-from pipeline.cache.fill.estimate import check_space, estimate_cache, missing_bytes, probe_on_cluster
+from jobs._plan import fill, print_costs, print_plan
+from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.plan import CachePlan, check_weights, plan_cache
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.cache.maintain.audit import Verification, check_begun, verify_cache
@@ -121,30 +120,9 @@ def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, Cac
 
 def show_plan(config: PrecomputeJobConfig, _: argparse.Namespace) -> dict[str, Any]:
     """Probe the teachers and print the cost of filling the cache; raise an error if it cannot fit."""
-    teachers, rates = [], []
     with connect() if is_cluster() else nullcontext():
         cluster, planned = hardware() if is_cluster() else None, _planned(config)
-        for phase, plan in planned:
-            estimates = estimate_cache(plan, phase, probe_on_cluster if cluster else None)
-            print(cost_plan(plan, phase, estimates, cluster), flush=True)
-            teachers += estimates
-            rates.append(read_rate(plan, phase, estimates))
-    plans = [plan for _, plan in planned]
-    check_space(*plans)
-    known = [teacher.gpu_hours for teacher in teachers if teacher.gpu_hours is not None]
-    hours = sum(known) if len(known) == len(teachers) else None
-    return {
-        "views_missing": sum(teacher.missing for teacher in teachers),
-        "missing_bytes": missing_bytes(*plans),
-        "unopened_bytes": max(sum(split.unopened_bytes for split in plan.splits) for plan in plans),
-        "free_bytes": plans[0].store.free_bytes(),
-        "bytes_per_view": {teacher.label: teacher.view_bytes for teacher in teachers},
-        "gpu_hours": hours,
-        "gpu_memory_bytes": {teacher.label: teacher.probe.memory for teacher in teachers if teacher.probe},
-        "cluster": cluster and asdict(cluster),
-        "price": None if hours is None else hours * config.plan.gpu_hour_price,
-        "read_bytes_per_second": max(rates),
-    }
+        return print_costs(planned, cluster)
 
 
 def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str, Any]:

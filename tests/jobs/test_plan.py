@@ -1,12 +1,16 @@
 """What `--plan` says of a cluster."""
 
+import argparse
 from dataclasses import replace
 
 import pytest
+import torch
 
+from jobs import distill
 from jobs._plan import cost_plan
 from pipeline.cache.fill import estimate
 from pipeline.cache.fill.estimate import Probe, estimate_cache
+from pipeline.distill.estimate import time_student
 from pipeline.runtime.ray_session import Hardware
 from pipeline.runtime.units import time_span
 
@@ -55,3 +59,21 @@ def test_a_cluster_without_gpus_says_so_and_one_machine_says_nothing(filled, est
     )
     assert "nodes" not in cost_plan(filled.plan, filled.config, estimates)
     assert estimate.Probe("cpu", 1.0, 1, True).memory == 0
+
+
+def test_the_plan_of_a_distillation_ends_with_the_time_of_its_training(photo_config, capsys, monkeypatch):
+    monkeypatch.setattr(distill, "time_student", lambda config: (20.0, "cpu"))
+    config = photo_config("phases=[{train.epochs: 2}, {train.epochs: 3, train.batch_size: 32}]", "data.val=none")
+    figures = distill.show_plan(config, argparse.Namespace())
+    first, second = 2 * (150 // 16) * 16 / 20, 3 * (150 // 32) * 32 / 20
+    assert figures["training_hours"] == pytest.approx((first + second) / 3600)
+    assert figures["views_missing"] == 2 * 2 * 150
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split()[:4] == ["1", "288", "20.0", "images/s"]
+    assert lines[-1].endswith(time_span(second))
+
+
+def test_a_student_is_timed_at_its_size(photo_config):
+    rate, device = time_student(photo_config("student.name=timm/test_resnet", "student.token_dim=16"))
+    assert rate > 0
+    assert device == ("cuda" if torch.cuda.is_available() else "cpu") or "NVIDIA" in device
