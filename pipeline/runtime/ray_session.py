@@ -45,6 +45,7 @@ _NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 _STARTUP_FAILED = re.compile(r"during startup|raylet|GCS")
 _GPU_TYPE = "accelerator_type:"
 _MULTI_NODE_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_in_process = False
 
 
 def is_submitted_job() -> bool:
@@ -57,8 +58,22 @@ def is_cluster() -> bool:
     return _address() != "local"
 
 
+def is_in_process() -> bool:
+    """Whether the job computes in this process, without Ray (`connect`)."""
+    return _in_process
+
+
 def _address() -> str:
     return os.environ.get("RAY_ADDRESS") or "local"
+
+
+def is_connected() -> bool:
+    """Whether a Ray session is open, and the job uses it."""
+    if is_in_process():
+        return False
+    import ray
+
+    return bool(ray.is_initialized())
 
 
 @dataclass(frozen=True)
@@ -116,15 +131,22 @@ def cpus_per_worker(workers: int, most: int) -> int:
 
 
 @contextmanager
-def connect() -> Iterator[None]:
+def connect(in_process: bool = False) -> Iterator[None]:
     """Connect to Ray and disconnect at the end; a session that is already open is used unchanged.
 
     Without RAY_ADDRESS an embedded session starts on this machine and ends with the job. Workers import this checkout and
     modules of the current directory; workers of a submitted job import what it uploaded.
 
+    Args:
+        in_process: use no Ray session: tasks, actors and the training worker run in this process, one after the other.
+
     Raises:
         UserError: if the cluster cannot be reached, or if a process of the job was killed, for example for lack of memory.
     """
+    if in_process:
+        with _without_ray():
+            yield
+        return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # A later connection of this process may be to a cluster.
@@ -133,6 +155,17 @@ def connect() -> Iterator[None]:
         import_ray()
         with _session(_address()):
             yield
+
+
+@contextmanager
+def _without_ray() -> Iterator[None]:
+    """See `connect`; `is_in_process` is true in this block."""
+    global _in_process
+    before, _in_process = _in_process, True
+    try:
+        yield
+    finally:
+        _in_process = before
 
 
 @contextmanager
@@ -193,6 +226,10 @@ def _session(address: str) -> Iterator[None]:
 
 def devices() -> tuple[float, str]:
     """Number of GPUs of the session, and its devices in words."""
+    if is_in_process():
+        import torch
+
+        return (1.0, torch.cuda.get_device_name()) if torch.cuda.is_available() else (0.0, "CPU")
     import ray
 
     resources = ray.cluster_resources()
@@ -204,6 +241,8 @@ def devices() -> tuple[float, str]:
 
 def hardware_line() -> str:
     """The session's hardware, as a line to print; raises like `check_devices`."""
+    if is_in_process():
+        return f"computing on {check_devices()}, in this process"
     return f"cluster: {hardware()}" if is_cluster() else f"computing on {check_devices()}"
 
 
