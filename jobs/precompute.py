@@ -131,7 +131,7 @@ def verify(config: PrecomputeJobConfig, options: argparse.Namespace) -> dict[str
     for _, plan in planned:
         check_begun(plan)
     found, left = [], 0
-    with connect():
+    with connect(config.debug):
         print(hardware_line(), flush=True)
         check_shared(config)
         for phase, plan in planned:

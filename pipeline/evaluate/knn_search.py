@@ -16,7 +16,7 @@ from pipeline.cache.read.scan import read_summaries
 from pipeline.cache.read.shard_reader import NO_LABEL
 from pipeline.evaluate.knn import Neighbours, labelled, merge, nearest, vote
 from pipeline.runtime.prefetch import map_ahead
-from pipeline.runtime.ray_session import worker_slots
+from pipeline.runtime.ray_session import is_connected, worker_slots
 
 BLOCK = 8192
 """Queries per call of an actor."""
@@ -89,10 +89,10 @@ def _searching(train: Dataset, teacher: CachedTeacher, k: int, placement: Placem
 
 
 def _placement(shards: int) -> Placement:
+    if not is_connected():
+        return Placement(0)
     import ray
 
-    if not ray.is_initialized():
-        return Placement(0)
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if gpus:

@@ -19,6 +19,10 @@ class JobConfig(JobRoot):
     )
     seed: int = Field(0, ge=0, description="seed of initial weights, data order and generated scenes")
     tracking: TrackingConfig = operational(TrackingConfig())
+    debug: bool = operational(
+        False,
+        description="whether to compute in the job's own process, without Ray, for breakpoints and plain tracebacks",
+    )
 
     def title(self, job: str) -> str:
         """The title of a run: subject, seed, recipe and job; what differs between runs comes first, as lists cut the rest."""

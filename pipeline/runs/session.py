@@ -91,7 +91,7 @@ def open_job(config: JobConfig, name: str) -> Iterator[Job]:
                 Store.at(location).check_writable()
     uri = resolve_uri(config.tracking.uri, work_folder(config))  # before Ray's processes inherit a password
     state = open_run(config, name)
-    with logs.copied_to(state.folder / "log.txt"), connect():
+    with logs.copied_to(state.folder / "log.txt"), connect(config.debug):
         _announce(config, state, uri, outputs)
         print(hardware_line(), flush=True)
         check_shared(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.runs.config import JobConfig
 from pipeline.runs.folder import work_folder
+from pipeline.runtime.ray_session import is_in_process
 from pipeline.sources.locations import absolute, expand
 from pipeline.storage.remote import is_uri
 from pipeline.storage.store import Store
@@ -70,6 +71,8 @@ def _marked(folder: Path) -> Iterator[Path]:
 
 def _other_nodes() -> dict[str, str]:
     """Address by id of the alive nodes except this process's own."""
+    if is_in_process():
+        return {}
     import ray
 
     own = ray.get_runtime_context().get_node_id()

@@ -7,7 +7,7 @@ import re
 import socket
 import sysconfig
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.allocator import ENVIRONMENT
+from pipeline.runtime.openmp import short_waits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Folder of the packages: a checkout, or site-packages."""
@@ -38,13 +39,13 @@ _EMBEDDED = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # When memory runs low, the monitor kills Ray's newest process, whichever program uses the memory.
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_prestart_worker_first_driver": "0",  # training uses none of them, and tasks start what they need
+    "RAY_worker_niceness": "0",  # at Ray's 15, one busy process of another program stops a training (docs/results.md)
 }
-# Without a dashboard, an actor of Ray Train searches this machine for another Ray's, and dies if it finds several. The
-# address of a closed port prevents the search.
-_NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 _STARTUP_FAILED = re.compile(r"during startup|raylet|GCS")
 _GPU_TYPE = "accelerator_type:"
 _MULTI_NODE_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_in_process = False
 
 
 def is_submitted_job() -> bool:
@@ -57,8 +58,22 @@ def is_cluster() -> bool:
     return _address() != "local"
 
 
+def is_in_process() -> bool:
+    """Whether the job computes in this process, without Ray (`connect`)."""
+    return _in_process
+
+
 def _address() -> str:
     return os.environ.get("RAY_ADDRESS") or "local"
+
+
+def is_connected() -> bool:
+    """Whether a Ray session is open, and the job uses it."""
+    if is_in_process():
+        return False
+    import ray
+
+    return bool(ray.is_initialized())
 
 
 @dataclass(frozen=True)
@@ -116,23 +131,41 @@ def cpus_per_worker(workers: int, most: int) -> int:
 
 
 @contextmanager
-def connect() -> Iterator[None]:
+def connect(in_process: bool = False) -> Iterator[None]:
     """Connect to Ray and disconnect at the end; a session that is already open is used unchanged.
 
     Without RAY_ADDRESS an embedded session starts on this machine and ends with the job. Workers import this checkout and
     modules of the current directory; workers of a submitted job import what it uploaded.
 
+    Args:
+        in_process: use no Ray session: tasks, actors and the training worker run in this process, one after the other.
+
     Raises:
         UserError: if the cluster cannot be reached, or if a process of the job was killed, for example for lack of memory.
     """
+    if in_process:
+        with _without_ray():
+            yield
+        return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # A later connection of this process may be to a cluster.
-    embedded = {} if is_cluster() else {name: value for name, value in _EMBEDDED.items() if name not in os.environ}
-    with _environment(embedded):
+    embedded = {} if is_cluster() else {**_EMBEDDED, **short_waits()}
+    with _environment({name: value for name, value in embedded.items() if name not in os.environ}):
         import_ray()
         with _session(_address()):
             yield
+
+
+@contextmanager
+def _without_ray() -> Iterator[None]:
+    """See `connect`; `is_in_process` is true in this block."""
+    global _in_process
+    before, _in_process = _in_process, True
+    try:
+        yield
+    finally:
+        _in_process = before
 
 
 @contextmanager
@@ -160,13 +193,15 @@ def _session(address: str) -> Iterator[None]:
             yield
         return
     embedded = address == "local"
-    arguments = _embedded_arguments() if embedded else {}
-    arguments["runtime_env"] = {"env_vars": _workers_environment(embedded)}
+    variables = _workers_environment()
+    # Processes of a runtime environment need an agent and start anew; those of an embedded session inherit from this one.
+    arguments = _embedded_arguments() if embedded else {"runtime_env": {"env_vars": variables}}
     if embedded:
         _check_loopback()
     try:
         _probe(address)
-        with _keep_root_logger():
+        servers = _without_servers if embedded else nullcontext
+        with _keep_root_logger(), _environment(variables if embedded else {}), servers():
             ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
         reason = one_line(f"{error}: {error.__cause__}" if error.__cause__ else error)
@@ -193,6 +228,10 @@ def _session(address: str) -> Iterator[None]:
 
 def devices() -> tuple[float, str]:
     """Number of GPUs of the session, and its devices in words."""
+    if is_in_process():
+        import torch
+
+        return (1.0, torch.cuda.get_device_name()) if torch.cuda.is_available() else (0.0, "CPU")
     import ray
 
     resources = ray.cluster_resources()
@@ -204,6 +243,8 @@ def devices() -> tuple[float, str]:
 
 def hardware_line() -> str:
     """The session's hardware, as a line to print; raises like `check_devices`."""
+    if is_in_process():
+        return f"computing on {check_devices()}, in this process"
     return f"cluster: {hardware()}" if is_cluster() else f"computing on {check_devices()}"
 
 
@@ -286,6 +327,25 @@ def _keep_root_logger() -> Iterator[None]:
         root.setLevel(level)
 
 
+@contextmanager
+def _without_servers() -> Iterator[None]:
+    """Start neither the autoscaler's monitor nor the process that stays of the dashboard when it is off.
+
+    No argument or variable of Ray 2.60 prevents them, so the methods that start them are replaced; where another version has
+    none of this name, they start.
+    """
+    from ray._private.node import Node
+
+    before = {name: vars(Node)[name] for name in ("start_monitor", "start_api_server") if name in vars(Node)}
+    for name in before:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
+
+
 def _probe(address: str) -> None:
     """Fail at once if nothing listens there: Ray would retry for many minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -298,12 +358,12 @@ def _import_path() -> str:
     return os.pathsep.join(filter(None, [checkout, os.getcwd(), os.environ.get("PYTHONPATH")]))
 
 
-def _workers_environment(embedded: bool) -> dict[str, str]:
+def _workers_environment() -> dict[str, str]:
     """Environment variables of the workers; a user's own value wins."""
     if is_submitted_job():  # Ray refuses variables that the submission has set already
         return {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     ours = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-    return {"PYTHONPATH": _import_path(), **ours, **(_NO_DASHBOARD if embedded else {})}
+    return {"PYTHONPATH": _import_path(), **ours}
 
 
 def _embedded_arguments() -> dict[str, Any]:

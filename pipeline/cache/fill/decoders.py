@@ -3,7 +3,7 @@
 from pipeline.cache.config import Decoder
 from pipeline.errors import UserError, blame_field
 from pipeline.imaging.gpu_decode import NO_GPU, check_nvjpeg
-from pipeline.runtime.ray_session import gpu_nodes
+from pipeline.runtime.ray_session import gpu_nodes, is_in_process
 
 
 def check_decoder(field: str, decoder: Decoder) -> None:
@@ -27,6 +27,8 @@ def check_decoder(field: str, decoder: Decoder) -> None:
 
 def _on_every_node() -> list[str]:
     """What `check_nvjpeg` tells on each node with a GPU."""
+    if is_in_process():
+        return [check_nvjpeg()]
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -14,7 +14,7 @@ from pipeline.cache.layout.part import Part
 from pipeline.errors import UserError
 from pipeline.runtime import logs
 from pipeline.runtime.progress import Progress
-from pipeline.runtime.ray_session import alive_node_resources, is_cluster
+from pipeline.runtime.ray_session import alive_node_resources, devices, is_cluster, is_connected, is_in_process
 
 WORTH_MEASURING = 16
 """Least number of shards for which loading the teachers once more to measure them pays off."""
@@ -23,10 +23,8 @@ log = logging.getLogger(__name__)
 
 
 def gpus() -> int:
-    """GPUs of the cluster."""
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
+    """GPUs of the session."""
+    return int(devices()[0]) if is_in_process() or is_connected() else 0
 
 
 def _node_cpus() -> int:
@@ -58,7 +56,9 @@ def run_tasks(
     rows: Sequence[dict[str, Any]], task: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Run `task` on every row as tasks of one CPU, on any node; yields results as they arrive."""
-    if rows:
+    if is_in_process():
+        yield from map(task, _carried(rows))
+    elif rows:
         yield from _results(_dataset(rows).map(task, num_cpus=1))
 
 
@@ -67,7 +67,7 @@ def extract_shards(
 ) -> Iterator[dict[str, Any]]:
     """Run `Extract` with these parts, basis and teachers on every row; yields results as they arrive."""
     parts, basis, teachers = arguments
-    worth_it = len(rows) >= WORTH_MEASURING and gpus()
+    worth_it = len(rows) >= WORTH_MEASURING and gpus() and not is_in_process()
     measured = measure_on_gpu(parts, basis, teachers, batch_size, rows[0]) if worth_it else None
     yield from run_in_actors(Extract, rows, arguments, batch_size, measured)
 
@@ -85,6 +85,10 @@ def run_in_actors(
         arguments: the first arguments of `actor`; device, threads and batch size follow.
     """
     if not rows:
+        return
+    if is_in_process():
+        device = "cuda" if gpus() else "cpu"
+        yield from map(actor(*arguments, device, os.cpu_count() or 1, batch_size), _carried(rows))
         return
     import ray
     from ray.data import ActorPoolStrategy
@@ -126,5 +130,10 @@ def _results(dataset: Any) -> Iterator[dict[str, Any]]:
 def _dataset(rows: Sequence[dict[str, Any]]) -> Any:
     import ray.data
 
+    return ray.data.from_items(_carried(rows), override_num_blocks=len(rows))
+
+
+def _carried(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with this thread's fields of log records."""
     carried = logs.row_context()
-    return ray.data.from_items([{**row, **carried} for row in rows], override_num_blocks=len(rows))
+    return [{**row, **carried} for row in rows]

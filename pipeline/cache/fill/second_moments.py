@@ -18,6 +18,7 @@ from pipeline.cache.layout.phi_s import PhiS, dump_phi_s
 from pipeline.cache.layout.shards import ShardRecord
 from pipeline.cache.layout.stats import Moments, MomentSums, merge_all
 from pipeline.runtime.prefetch import map_ahead
+from pipeline.runtime.ray_session import is_connected
 
 BATCH = 16
 """Shards whose second moments are summed by one task, in float64, before they are sent."""
@@ -49,11 +50,11 @@ def freeze_phi_s(dataset: Dataset, teacher: CachedTeacher) -> None:
 
 def _summed(dataset: Dataset, teacher: CachedTeacher, batches: list[Shards]) -> Iterator[dict[str, Moments]]:
     """The second moments of each batch, in order; as tasks of one CPU if there are several and a Ray session is connected."""
-    import ray
-
-    if len(batches) == 1 or not ray.is_initialized():
+    if len(batches) == 1 or not is_connected():
         yield from (sum_shards(dataset, teacher, batch) for batch in batches)
         return
+    import ray
+
     task, ahead = ray.remote(num_cpus=1)(sum_shards), max(1, int(ray.cluster_resources().get("CPU", 1)))
     place: Callable[[Shards], dict[str, Moments]] = lambda batch: ray.get(task.remote(dataset, teacher, batch))  # noqa: E731
     with ThreadPoolExecutor(ahead) as pool:
