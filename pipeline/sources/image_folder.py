@@ -19,6 +19,9 @@ from pipeline.sources.locations import readable_name, refuse_split_folders
 from pipeline.storage.files import THREADS, read_bytes
 from pipeline.storage.remote import is_uri
 
+_LONGEST = 1 << 30
+"""More bytes than a path has."""
+
 
 @dataclass(frozen=True)
 class ImageFolder:
@@ -82,7 +85,7 @@ class ImageFolder:
     def index(self) -> pa.Table:
         """One row per image file, with its size; the index's notes name what was left out."""
         left_out = LeftOut()
-        start = len(os.path.join(self.root, ""))
+        start = len(os.fsencode(os.path.join(self.root, "")))
         if self.classes:
             below = images_in([os.path.join(self.root, name) for name in self.classes], left_out, self.root)
             table = _joined(_rows(files, label, start) for label, files in enumerate(below))
@@ -105,8 +108,8 @@ class ImageFolder:
 
 
 def _rows(files: pa.Table, label: int | None, start: int) -> pa.Table:
-    """The rows of files whose names begin at this character of their paths."""
-    names = pc.utf8_slice_codeunits(files["uri"], start)
+    """The rows of files whose names begin at this byte of their paths."""
+    names = pc.binary_slice(files["uri"].cast(pa.binary()), start, _LONGEST).cast(pa.string())
     if os.sep != "/":
         names = pc.replace_substring(names, os.sep, "/")
     labels, offsets = (pa.repeat(pa.scalar(value, pa.int64()), files.num_rows) for value in (label, 0))
@@ -115,12 +118,13 @@ def _rows(files: pa.Table, label: int | None, start: int) -> pa.Table:
 
 def _joined(tables: Iterable[pa.Table]) -> pa.Table:
     """Tables as one, in pieces: the buffers of a table that was made of objects are up to twice as large as their content."""
-    pieces, some = [INDEX_SCHEMA.empty_table()], list[pa.Table]()
+    pieces, some, rows = [INDEX_SCHEMA.empty_table()], list[pa.Table](), 0
     for table in tables:
         some.append(table)
-        if sum(each.num_rows for each in some) >= ROWS_HELD:
+        rows += table.num_rows
+        if rows >= ROWS_HELD:
             pieces.append(pa.concat_tables(some).combine_chunks())
-            some = []
+            some, rows = [], 0
     return pa.concat_tables([*pieces, *some])
 
 

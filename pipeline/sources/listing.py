@@ -14,7 +14,7 @@ from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.sources.base import ROWS_HELD, foreign_name
 from pipeline.sources.left_out import LeftOut, is_system
-from pipeline.storage.files import THREADS, Entry, list_folder, version_of
+from pipeline.storage.files import THREADS, Entry, describe_local, list_folder
 from pipeline.storage.remote import is_uri
 
 FILES_SCHEMA = pa.schema(
@@ -49,7 +49,7 @@ def images_directly_in(folder: str, left_out: LeftOut) -> pa.Table:
     if is_uri(folder):
         files = [entry for entry in list_folder(folder) if not entry.is_folder]
         return _table(_rows(_images(files, folder, left_out)))
-    return _table(_described(folder, _list(folder, left_out)[1]))
+    return _described(folder, _list(folder, left_out)[1])
 
 
 def images_in(folders: Sequence[str], left_out: LeftOut, root: str) -> Iterator[pa.Table]:
@@ -94,17 +94,20 @@ def _images(files: Iterable[Entry], root: str, left_out: LeftOut) -> list[Entry]
     return images
 
 
-def _described(folder: str, names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+def _described(folder: str, names: Sequence[str]) -> pa.Table:
     """Rows of `FILES_SCHEMA` of local files; a broken link has no size, and reading it fails for that sample alone."""
     start = os.path.join(folder, "")
-    for name in names:
-        path = start + name
-        try:
-            info = os.stat(path)
-        except OSError:
-            yield path, 0, 0
-        else:
-            yield path, info.st_size, version_of(info)
+    paths = [start + name for name in names]
+    try:
+        sizes, versions = describe_local(paths)
+        return pa.table([paths, sizes, versions], schema=FILES_SCHEMA)
+    except UnicodeEncodeError:
+        raise _foreign(paths) from None
+
+
+def _foreign(paths: Iterable[str]) -> UserError:
+    name = next(filter(None, map(foreign_name, paths)))
+    return UserError(f"{name!r}: the file name is not valid UTF-8; rename the file")
 
 
 def _table(files: Iterable[tuple[str, int, int]]) -> pa.Table:
@@ -115,8 +118,7 @@ def _table(files: Iterable[tuple[str, int, int]]) -> pa.Table:
         try:
             tables.append(pa.table([paths, sizes, versions], schema=FILES_SCHEMA))
         except UnicodeEncodeError:
-            name = next(filter(None, map(foreign_name, paths)))
-            raise UserError(f"{name!r}: the file name is not valid UTF-8; rename the file") from None
+            raise _foreign(paths) from None
     return pa.concat_tables(tables)
 
 
@@ -128,7 +130,7 @@ def _walk(folder: str, root: str) -> tuple[pa.Table, LeftOut]:
     while folders:
         parent, outside = folders.pop()
         below, images = _list(parent, left_out)
-        tables.append(_table(_described(parent, images)))
+        tables.append(_described(parent, images))
         for entry in below:
             path, is_outside = os.path.join(parent, entry.name), outside or entry.is_link
             if is_outside:
@@ -160,14 +162,15 @@ def _list(folder: str, left_out: LeftOut) -> tuple[list[_Folder], list[str]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if is_system(entry.name):
+                name = entry.name
+                if is_system(name):
                     continue
                 if entry.is_dir():
-                    folders.append(_Folder(entry.name, entry.is_symlink()))
-                elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
-                    images.append(entry.name)
+                    folders.append(_Folder(name, entry.is_symlink()))
+                elif name.lower().endswith(IMAGE_EXTENSIONS):
+                    images.append(name)
                 else:
-                    left_out.count(entry.name)
+                    left_out.count(name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); check the path and its permissions") from error
     return folders, sorted(images)

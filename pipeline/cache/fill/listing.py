@@ -7,7 +7,7 @@ that hold no others are not read. New tars of a store are not opened either: the
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.cache.fill.places import PLACE, Places
 from pipeline.cache.layout.dataset import (
     BAD_SCHEMA,
     SAMPLE_SCHEMA,
@@ -32,12 +33,6 @@ from pipeline.sources.streamed import streamed
 from pipeline.storage.files import Entry
 from pipeline.storage.store import DamagedError
 
-PLACE = ["uri", "offset", "size", "version"]
-"""Columns that tell a file, and an image in it, from all others."""
-ROWS_JOINED = 1 << 17
-"""Rows that are joined at a time, if their versions differ: a join holds its rows twice."""
-MAX_JOINS = 16
-"""Pieces of an index, at most."""
 VERSIONS = 8
 """Latest versions among which one of the same location is looked for."""
 
@@ -156,72 +151,40 @@ def _compare(index: pa.Table, before: Dataset | None) -> Listing:
     """The rows of an index that a version knows, and those that are new."""
     if before is None:
         return Listing({}, BAD_SCHEMA.empty_table(), index)
-    tables, damaged = [_numbered(SAMPLE_SCHEMA.empty_table(), -1)], []
+    places, is_new = Places(index), np.ones(index.num_rows, bool)
+    names = ["sample_id", "label"]
+    known, kept, damaged = {}, {}, []
     for number, chosen in enumerate(before.selections):
-        table = _readable(partial(before.samples, number))
+        table = _readable(partial(before.samples, number, [*PLACE, *names]))
         if table is None:
             damaged.append(chosen.file)
-        else:
-            tables.append(_numbered(table, number))
-    found = _matches(index, pa.concat_tables(tables))
-    del tables
-    known, kept, names = {}, {}, index.select(["sample_id", "label"]).combine_chunks()
-    for number, at, rows in _by_part(*found):
-        chosen = before.selections[number]
-        if len(at) == chosen.samples and _named_alike(names, at, before.samples(number, ["sample_id", "label"])):
+            continue
+        at, rows = places.find(table)
+        is_new[at] = False
+        if len(at) == chosen.samples and places.equal(at, table.select(names)).all():
             kept[chosen.part] = (chosen, before)
-        else:
-            known[chosen.part] = _side_by_side(index, at, before.samples(number, ["key", "row"]), rows, SAMPLE_SCHEMA)
-    left = _without(index, found[0])
+        elif len(at):
+            images = before.samples(number, ["key", "row"]).take(pa.array(rows))
+            known[chosen.part] = _side_by_side(places.rows(at), images, SAMPLE_SCHEMA)
     bad = _readable(before.bad_samples)
     if bad is None:
         damaged.append(before.bad)
         bad = BAD_SCHEMA.empty_table()
     bad = bad.filter(bad["read"])
-    at, _, rows = _matches(left, _numbered(bad, 0))
-    found_bad, new = _side_by_side(left, at, bad.select(["reason", "read"]), rows, BAD_SCHEMA), _without(left, at)
+    at, rows = places.find(bad)
+    at, rows = at[is_new[at]], rows[is_new[at]]
+    is_new[at] = False
+    reasons = bad.select(["reason", "read"]).take(pa.array(rows))
+    found_bad = _side_by_side(places.rows(at), reasons, BAD_SCHEMA)
+    new = index if is_new.all() else index.filter(pa.array(is_new))
     return Listing(known, found_bad, new, kept, parts=before.parts, damaged=tuple(damaged))
 
 
-def _numbered(table: pa.Table, part: int) -> pa.Table:
-    """The places of a table, with the number of its part and those of its rows."""
-    parts, rows = np.full(table.num_rows, part), np.arange(table.num_rows)
-    return table.select(PLACE).append_column("part", pa.array(parts)).append_column("row", pa.array(rows))
-
-
-def _matches(index: pa.Table, known: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows of `index` whose places `_numbered` has: their numbers, and the parts and the rows there, int64."""
-    rows = _numbered(index, 0).rename_columns([*PLACE, "none", "at"]).drop_columns("none")
-    pieces = min(MAX_JOINS, 1 + max(index.num_rows, known.num_rows) // ROWS_JOINED)
-    ours, theirs = (table["version"].to_numpy() % pieces for table in (rows, known))
-    found = []
-    for piece in range(pieces):
-        left, right = rows.filter(pa.array(ours == piece)), known.filter(pa.array(theirs == piece))
-        found.append(left.join(right, PLACE, join_type="inner").select(["at", "part", "row"]))
-    at, parts, numbers = (pa.concat_tables(found)[name].to_numpy() for name in ("at", "part", "row"))
-    order = np.argsort(at)
-    return at[order], parts[order], numbers[order]
-
-
-def _by_part(at: np.ndarray, parts: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For every part its number, and of its rows, in their order, those of the index and their own."""
-    order = np.lexsort((rows, parts))
-    ends = np.flatnonzero(np.diff(parts[order], append=-1)) + 1
-    for some in np.split(order, ends)[:-1]:
-        yield int(parts[some[0]]), at[some], rows[some]
-
-
-def _named_alike(index: pa.Table, at: np.ndarray, samples: pa.Table) -> bool:
-    """Whether samples are called and labelled as these rows of the index."""
-    return all(index[name].take(pa.array(at)).equals(samples[name]) for name in samples.column_names)
-
-
-def _side_by_side(index: pa.Table, at: np.ndarray, other: pa.Table, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
-    """Rows of the index with the columns of rows of another table."""
-    table, more = index.take(pa.array(at)), other.take(pa.array(rows))
-    for name in more.column_names:
-        table = table.append_column(name, more[name])
-    return table.replace_schema_metadata().select(schema.names).cast(schema)
+def _side_by_side(rows: pa.Table, other: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows of an index with the columns of another table."""
+    for name in other.column_names:
+        rows = rows.append_column(name, other[name])
+    return rows.replace_schema_metadata().select(schema.names).cast(schema)
 
 
 def _compare_archives(source: Source, archives: Mapping[str, Entry], before: Dataset | None) -> Listing:
@@ -279,12 +242,6 @@ def _readable(read: Callable[[], pa.Table]) -> pa.Table | None:
     except DamagedError as error:
         log.warning("%s; the images that it lists are read again", str(error).rpartition(": ")[0])
         return None
-
-
-def _without(index: pa.Table, at: np.ndarray) -> pa.Table:
-    left = np.ones(index.num_rows, bool)
-    left[at] = False
-    return index.filter(pa.array(left)) if len(at) else index
 
 
 def latest_version(empty: Dataset) -> Version | None:

@@ -172,6 +172,7 @@ class Dataset:
 
     def _missing(self, folder: Callable[[Part], ShardFolder]) -> list[tuple[Part, int]]:
         found = []
+        self.snapshot.read_ahead(map(folder, self.parts))
         for number, part in enumerate(self.parts):
             if lacking := part.missing(folder(part)):
                 needed = {*self.shards_of(number)}
@@ -185,7 +186,9 @@ class Dataset:
 
     def summaries(self, teacher: str) -> list[Summary]:
         """What every part has of a teacher, by its id, from the snapshot."""
-        return [part.snapshot.summary(part.teacher(teacher)) for part in self.parts]
+        folders = [part.teacher(teacher) for part in self.parts]
+        self.snapshot.read_ahead(folders)
+        return [*map(self.snapshot.summary, folders)]
 
     def row_groups(self) -> np.ndarray:
         """The row groups that hold samples, in order, [G, 4] int64: the fields of `RowGroup`, with the samples' views as rows."""

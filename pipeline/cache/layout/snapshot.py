@@ -1,10 +1,14 @@
 """The shard records that one job has read."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cache.layout.shards import Figures, ShardFolder, ShardRecord, merge_figures
+from pipeline.runtime.prefetch import map_ahead
+from pipeline.storage.files import THREADS
 
 FOLDERS_HELD = 1024
 """Folders whose records are kept in memory; a summary is kept of all."""
@@ -51,6 +55,14 @@ class RecordSnapshot:
         if folder.store.uri not in self._summaries:
             self._read(folder)
         return self._summaries[folder.store.uri]
+
+    def read_ahead(self, folders: Iterable[ShardFolder]) -> None:
+        """Read what these folders hold at the same time, since each waits for the store or the disk."""
+        unread = [folder for folder in folders if folder.store.uri not in self._summaries]
+        if len(unread) > 1:
+            with ThreadPoolExecutor(THREADS) as pool:
+                for _ in map_ahead(pool, self._read, unread, THREADS):
+                    pass
 
     def refresh(self, below: str) -> None:
         """Forget what was read of the folders at or below the URI `below`."""

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.cache.fill import listing
+from pipeline.cache.fill import places
 from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import load_codecs, teacher_stats
@@ -137,7 +137,7 @@ def test_an_unchanged_folder_keeps_its_version_as_it_is(job):
 
 
 def test_samples_are_compared_in_pieces_too(job, monkeypatch):
-    monkeypatch.setattr(listing, "ROWS_JOINED", 7)
+    monkeypatch.setattr(places, "ROWS_HASHED", 7)
     whole = job.fill().splits[0].dataset
     write_photos(job.root / "more", 1, seed=9)
     shutil.copy(job.root / "more/class0/photo000.jpg", job.photos / "class2/another.jpg")
