@@ -12,6 +12,7 @@ The next start removes `stop` and `refused`. Only functions import Ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -159,17 +160,18 @@ def _scaling(config: TrainConfig, shares: int) -> Any:
 
 def _trainer(scaling: Any) -> Callable[..., Any]:
     """What makes a trainer of Ray Train for these workers."""
-    if is_cluster():
-        from ray.train.torch import TorchTrainer
+    if not is_cluster():
+        with contextlib.suppress(ImportError):  # of Ray Train's inner parts, which may be elsewhere in another version
+            from pipeline.training.light_trainer import LightTrainer
 
-        return TorchTrainer
-    from pipeline.training.light_trainer import LightTrainer
+            if scaling.num_workers == 1 and not scaling.use_gpu:
+                return LightTrainer  # a process group of one, for which the controller would load torch
+            from ray.train.torch import TorchConfig
 
-    if scaling.num_workers == 1 and not scaling.use_gpu:
-        return LightTrainer  # a process group of one, for which the controller would load torch
-    from ray.train.torch import TorchConfig
+            return partial(LightTrainer, backend_config=TorchConfig())
+    from ray.train.torch import TorchTrainer
 
-    return partial(LightTrainer, backend_config=TorchConfig())
+    return TorchTrainer
 
 
 def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, str | None], None]) -> Any:

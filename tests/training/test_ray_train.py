@@ -1,6 +1,7 @@
 """The loop on Ray Train workers."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
 from pipeline.training.checkpoint import load_state
 from pipeline.training.meter import DivergedError
-from pipeline.training.ray_train import _out_of_memory, _shares, fit
+from pipeline.training.ray_train import _out_of_memory, _shares, _trainer, fit
 from tests.training.engine import CHECKPOINTS, PLAIN, run_training, train_config
 from tests.training.tiny_task import BATCH, STEPS, WholeBatches, lines, make_tiny_task
 
@@ -125,6 +126,15 @@ def test_on_ray_what_one_worker_refuses_ends_the_training_after_one_more_start(t
     with pytest.raises(UserError, match=r"^shard 7 is not as it should be$"):
         fit(make_tiny_task, payload, train_config(workers=2), str(tmp_path / "train"), lambda history, checkpoint: None)
     assert [lines(tmp_path, "made", rank) for rank in (0, 1)] == [["made"], ["made"]]
+
+
+def test_a_ray_train_of_other_inner_parts_has_its_own_trainer(monkeypatch):
+    from ray.train.torch import TorchTrainer
+
+    scaling = SimpleNamespace(num_workers=1, use_gpu=False)
+    assert _trainer(scaling).__name__ == "LightTrainer"
+    monkeypatch.setitem(sys.modules, "pipeline.training.light_trainer", None)  # importing it fails
+    assert _trainer(scaling) is TorchTrainer
 
 
 @pytest.mark.parametrize(("micro", "images"), [(None, 64), (16, 16)])
