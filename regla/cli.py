@@ -9,7 +9,7 @@ from importlib import metadata
 
 COMMANDS = {
     "distill": "distil teachers into a student: fill the cache, train, measure, register",
-    "plan": "print bytes, hours and price of filling the cache (precompute --plan)",
+    "plan": "print bytes and hours of cache and training, and the price (distill --plan)",
     "precompute": "fill the feature cache; verify, repair, list and clean it",
     "evaluate": "kNN, linear and segmentation probes; zero-shot and retrieval; metrics of fine-tuned models",
     "finetune": "fine-tune for classification, segmentation or detection",
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(argcomplete.shellcode(["regla"], shell=options.shell))
     else:
-        job, flags = ("precompute", ["--plan"]) if options.command == "plan" else (options.command, [])
+        job, flags = ("distill", ["--plan"]) if options.command == "plan" else (options.command, [])
         sys.argv = [f"regla {options.command}", *flags, *words[1:]]
         # As a script, a job reads its command line before it imports torch.
         runpy.run_module(f"jobs.{job}", run_name="__main__")

@@ -51,12 +51,12 @@ def test_an_unknown_command_and_a_mistyped_field_end_with_code_2():
     assert ended.stderr == "error: unknown key train.epoch; did you mean train.epochs?\n"
 
 
-def test_plan_is_precompute_with_its_flag(monkeypatch):
+def test_plan_is_distill_with_its_flag(monkeypatch):
     asked = []
     monkeypatch.setattr(cli.runpy, "run_module", lambda module, run_name: asked.append((module, run_name, *sys.argv)))
     monkeypatch.setattr(sys, "argv", ["regla"])
     cli.main(["plan", "photos.yaml", "seed=1"])
-    assert asked == [("jobs.precompute", "__main__", "regla plan", "--plan", "photos.yaml", "seed=1")]
+    assert asked == [("jobs.distill", "__main__", "regla plan", "--plan", "photos.yaml", "seed=1")]
 
 
 def complete(line, folder, shell="bash"):
