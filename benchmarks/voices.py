@@ -1,0 +1,135 @@
+"""What a student keeps of its CLIP and SAM teachers, end to end: no published weights are needed.
+
+    python benchmarks/voices.py --seeds 0 1 2 --to work/voices
+
+A tiny open_clip model learns captions of generated scenes, a tiny SAM their instance masks. Both are cached, and distilled with
+HOG into one ReGLA-T that keeps its heads. On unseen scenes, teachers and student name the dominant object by words (`top1`; chance
+is 10 %), and cut out objects from ground-truth boxes (`mask_iou`). `blank_mask_iou` is that of the decoder on SAM's mean embedding:
+what a box alone gives. kNN is compared with that of students that learned equally long from one of the two alone. The last line is
+JSON: `words_ratio` and `prompts_ratio` are student over teacher, means over the seeds. Trained teachers are kept.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+if not __package__:  # a script imports from its own checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import regla
+from benchmarks.results import mean_and_deviation, measure_once, study_parser
+from benchmarks.scene_clip import TEMPLATE, train_clip
+from benchmarks.scene_sam import ENCODER, SIDE, train_sam
+from pipeline.config.load import load_config
+from pipeline.runtime.ray_session import connect
+from pipeline.sources.sample_scenes import SampleScenes
+from pipeline.voices.config import PromptsJobConfig
+from pipeline.voices.promptable import PromptsPlan, measure, plan_promptable
+from pipeline.voices.prompts import Prompts
+
+SCENES, HELD_OUT = 2000, 400
+CLIP_EPOCHS, SAM_EPOCHS, EPOCHS = 20, 12, 12
+BUDGET = {"scenes": SCENES, "clip_epochs": CLIP_EPOCHS, "sam_epochs": SAM_EPOCHS, "epochs": EPOCHS}
+ARMS = {"both": ("hog", "clip", "sam"), "CLIP alone": ("clip",), "SAM alone": ("sam",)}
+"""Teachers by arm."""
+COLUMNS = ("top1", "teacher_top1", "mask_iou", "teacher_mask_iou", "blank_mask_iou", "knn")
+
+Figures = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the results file lacks, then print the table."""
+    parser = study_parser(__doc__, "voices")
+    parser.add_argument("--to", type=Path, default=Path("work/voices"), help="folder of the teachers, caches and runs")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=", ".join(ARMS))
+    options = parser.parse_args(arguments)
+    rows: dict[str, list[Figures]] = {arm: [] for arm in options.arms}
+    with connect():
+        for seed in options.seeds:
+            folder = options.to.resolve() / f"seed{seed}"
+            for arm in options.arms:
+                run = {"arm": arm, "seed": seed, **BUDGET}
+                rows[arm].append(measure_once(options.results, run, partial(measure_arm, folder, arm, seed)))
+    print(json.dumps(report(rows)))
+
+
+def measure_arm(folder: Path, arm: str, seed: int) -> Figures:
+    """Train the teachers unless their files are there, distil, and measure what the student has heads for; all in percent."""
+    started = time.perf_counter()
+    clip, sam = train_teachers(folder, seed)
+    common: Figures = {
+        "work": str(folder),
+        "seed": seed,
+        "data": {"samples": {"train": SCENES, "val": HELD_OUT, "size": SIDE}},
+    }
+    teachers = {
+        "hog": {"model": "hog", "input_size": SIDE, "weight": 0.5},
+        "clip": {"model": "benchmarks.scene_clip:scene_clip", "weights": clip},
+        "sam": {"model": "sam/vit_b", "weights": sam, "input_size": SIDE, "pool": 1, "args": ENCODER},
+    }
+    trained = regla.distill(
+        name=f"voices-{arm.replace(' ', '-')}",
+        **common,
+        teachers=[teachers[name] for name in ARMS[arm]],
+        student={"name": "regla_t", "input_size": SIDE, "head_dim": 512, "keep_heads": True},
+        train={"epochs": EPOCHS, "batch_size": 32, "lr": 2e-3},
+    )
+    figures: Figures = {"knn": trained.metrics["knn_after"]}
+    evaluated = {**common, "evaluate": {"student": str(trained.folder)}}
+    if "clip" in ARMS[arm]:
+        words = {"text_weights": clip, "templates": [TEMPLATE]}
+        found = regla.evaluate("zero-shot", **evaluated, words=words)
+        figures |= {name: found[name] for name in ("top1", "teacher_top1")}
+    if "sam" in ARMS[arm]:
+        prompts = {"sam": sam, "sam_size": SIDE, "sam_args": ENCODER}
+        found = regla.evaluate("promptable", **evaluated, prompts=prompts)
+        figures |= {name: found[name] for name in ("mask_iou", "teacher_mask_iou", "mask_ap", "teacher_mask_ap")}
+        config = load_config(PromptsJobConfig, {**evaluated, "prompts": prompts})
+        figures["blank_mask_iou"] = measure(with_blank_student(plan_promptable(config)))["mask_iou"]
+    return {**figures, "seconds": round(time.perf_counter() - started)}
+
+
+def train_teachers(folder: Path, seed: int) -> tuple[str, str]:
+    """The files of CLIP and SAM of a seed, which are trained if they are not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clip, sam = folder / f"clip-n{SCENES}-e{CLIP_EPOCHS}.pt", folder / f"sam-n{SCENES}-e{SAM_EPOCHS}.pth"
+    source = SampleScenes("train", SCENES, SIDE, seed)
+    if not clip.exists():
+        train_clip(source, CLIP_EPOCHS, clip)
+    if not sam.exists():
+        train_sam(source, SAM_EPOCHS, sam)
+    return str(clip), str(sam)
+
+
+def with_blank_student(plan: PromptsPlan) -> PromptsPlan:
+    """The plan with the mean of SAM's embeddings, over images and places, in the student's place."""
+    images = [plan.examples.read(row)[0].permute(1, 2, 0).numpy() for row in plan.rows[:32]]
+    found = torch.cat([plan.teacher.embed(image).embedding for image in images])
+    mean = found.mean(dim=(0, 2, 3), keepdim=True).expand_as(found[:1])
+    blank = Prompts(lambda pixels: mean, plan.teacher.masks, "blank", SIDE, plan.teacher.device)
+    return PromptsPlan(blank, plan.teacher, plan.label, plan.examples, plan.rows)
+
+
+def report(rows: dict[str, list[Figures]]) -> Figures:
+    """Print the table; returns the ratios of the student of both, and how far its kNN is behind the better of the others."""
+    print("| student taught by | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (1 + len(COLUMNS)))
+    for arm, found in rows.items():
+        cells = [mean_and_deviation([row[name] for row in found if name in row]) for name in COLUMNS]
+        print(f"| {arm} | " + " | ".join(cells) + " |")
+    figures: Figures = {"seeds": [row["seed"] for row in rows["both"]]}
+    for name, part in {"words_ratio": "top1", "prompts_ratio": "mask_iou"}.items():
+        figures[name] = mean(row[part] / row[f"teacher_{part}"] for row in rows["both"])
+    alone = [[row["knn"] for row in found] for arm, found in rows.items() if arm != "both"]
+    gaps = [row["knn"] - max(others) for row, *others in zip(rows["both"], *alone, strict=True)]
+    return figures | {"knn_minus_alone": mean(gaps)}
+
+
+if __name__ == "__main__":
+    main()
