@@ -5,6 +5,8 @@ and loads by the path of published weights: `benchmarks.scene_clip:scene_clip` i
 """
 
 import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,23 @@ from pipeline.sources.shapes import CLASSES
 from teachers.base import Teacher, TeacherOptions
 from teachers.clip import clip
 
-SIDE = 96
+SIDE = 64
 NAME = "scene-clip"
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None, "head_width": 32},
+    "init_logit_scale": math.log(30),
+    "vision_cfg": {
+        "image_size": SIDE,
+        "timm_model_name": "test_resnet",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+    },
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 96, "heads": 4, "layers": 2},
 }
 TEMPLATE = "a {}"
-BATCH = 64
-SHIFT = 8
+BATCH = 32
+SHIFT = 4
 """Largest shift of an image in training, in pixels."""
 
 
@@ -41,9 +50,9 @@ def scene_clip(options: TeacherOptions) -> Teacher:
 
 def register(folder: Path) -> None:
     """Make open_clip know the model in this process, by a file in the folder of its weights."""
-    file = folder / f"{NAME}.json"
-    if not file.exists():
-        file.write_text(json.dumps(CONFIG))
+    file, described = folder / f"{NAME}.json", json.dumps(CONFIG)
+    if not file.exists() or file.read_text() != described:
+        file.write_text(described)
     if NAME not in open_clip.list_models():
         open_clip.add_model_config(file)
 
@@ -59,43 +68,80 @@ def captions(scene: Scene) -> list[str]:
     return told
 
 
-def train_clip(source: SampleScenes, epochs: int, file: Path, rate: float = 2e-3) -> None:
-    """Train both towers by the contrastive loss, in which equal captions are all positives (Yang et al. 2022, UniCL)."""
+def train_clip(source: SampleScenes, tower_epochs: int, epochs: int, file: Path) -> None:
+    """Train the image tower on the labels of the scenes for `tower_epochs`, then both towers on their captions for `epochs`.
+
+    Both towers from scratch would need far more scenes, because their embeddings are nearly alike at first. So the image tower
+    starts trained, as in LiT (Zhai et al. 2022).
+    """
     register(file.parent)
     torch.manual_seed(source.seed)
-    random = np.random.default_rng(source.seed)
     scenes = [source.scene(number) for number in range(source.count)]
     images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
-    told = [captions(scene) for scene in scenes]
-    known = {text: number for number, text in enumerate(sorted({text for texts in told for text in texts}))}
-    tokens = open_clip.get_tokenizer(NAME)([*known])
     model = open_clip.create_model(NAME).to(memory_format=torch.channels_last).train()
-    steps = source.count // BATCH
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps * epochs, pct_start=0.1)
-    with Progress(steps * epochs, "step", "train CLIP") as progress:
-        for _ in range(epochs):
-            for rows in torch.randperm(source.count)[: steps * BATCH].view(steps, BATCH):
-                chosen = torch.tensor([known[told[row][random.integers(len(told[row]))]] for row in rows.tolist()])
-                loss = contrastive_loss(model, augmented(images[rows]), tokens[chosen], chosen)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    model.logit_scale.clamp_(0, np.log(100))
-                progress.update()
+    labels = torch.tensor([scene.label for scene in scenes])
+    classifier = nn.Linear(CONFIG["embed_dim"], len(CLASSES))
+    tower = [{"params": [*model.visual.parameters(), *classifier.parameters()], "lr": 3e-3}]
+    classify = lambda rows: F.cross_entropy(classifier(model.visual(augmented(images[rows]))), labels[rows])  # noqa: E731
+    _train(tower, classify, source.count, tower_epochs, "train CLIP's image tower")
+    described = Captions(scenes, source.seed)
+    rest = [parameter for name, parameter in model.named_parameters() if not name.startswith("visual.")]
+    towers = [{"params": [*model.visual.parameters()], "lr": 5e-4}, {"params": rest, "lr": 1e-3}]
+    contrast = lambda rows: contrastive_loss(model, augmented(images[rows]), *described.draw(rows))  # noqa: E731
+    _train(towers, contrast, source.count, epochs, "train CLIP")
     torch.save(model.eval().state_dict(), file)
 
 
-def contrastive_loss(model: Any, images: Tensor, texts: Tensor, numbers: Tensor) -> Tensor:
-    """The loss of images [B, 3, H, W] and texts [B, L], equal where their `numbers` [B] are."""
+class Captions:
+    """The captions of scenes, and which of them are true of which scene."""
+
+    def __init__(self, scenes: Sequence[Scene], seed: int) -> None:
+        self.told, self.random = [captions(scene) for scene in scenes], np.random.default_rng(seed)
+        self.known = {text: number for number, text in enumerate(sorted({text for own in self.told for text in own}))}
+        self.tokens = open_clip.get_tokenizer(NAME)([*self.known])
+        self.true = torch.zeros(len(scenes), len(self.known), dtype=torch.bool)
+        for row, texts in enumerate(self.told):
+            self.true[row, [self.known[text] for text in texts]] = True
+
+    def draw(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """One caption for each of B scenes, as tokens [B, L], and whether it is true of each, [B, B]; half are the shortest."""
+        own = [self.told[row] for row in rows.tolist()]
+        picked = torch.tensor(
+            [self.known[texts[self.random.integers(len(texts)) * self.random.integers(2)]] for texts in own]
+        )
+        return self.tokens[picked], self.true[rows][:, picked]
+
+
+def _train(
+    groups: list[dict[str, Any]], loss_of: Callable[[Tensor], Tensor], count: int, epochs: int, title: str
+) -> None:
+    """Minimise the loss of rows of `count` scenes."""
+    steps = count // BATCH
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps * epochs, pct_start=0.1)
+    with Progress(steps * epochs, "step", title) as progress:
+        for _ in range(epochs):
+            for rows in torch.randperm(count)[: steps * BATCH].view(steps, BATCH):
+                loss = loss_of(rows)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_([each for group in groups for each in group["params"]], 1.0)
+                optimizer.step()
+                schedule.step()
+                progress.update()
+
+
+def contrastive_loss(model: Any, images: Tensor, texts: Tensor, true: Tensor) -> Tensor:
+    """CLIP's loss of images [B, 3, H, W] and texts [B, L], with every text that is `true` [B, B] of an image as its positive.
+
+    As in UniCL (Yang et al. 2022): "a ring" is true of many scenes of a batch.
+    """
     embedded, described = model.encode_image(images, normalize=True), model.encode_text(texts, normalize=True)
     logits = model.logit_scale.exp() * embedded @ described.T
-    right = (numbers[:, None] == numbers).float()
-    right = right / right.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    pairs = (logits, true.float()), (logits.T, true.T.float())
+    losses = [F.cross_entropy(scores, right / right.sum(dim=1, keepdim=True)) for scores, right in pairs]
+    return sum(losses, torch.zeros(())) / 2
 
 
 def augmented(images: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from teachers.sam_decoder import MaskDecoder
 from teachers.sam_masks import SamMasks, box_prompts, to_shares
 from teachers.sam_prompts import PromptEncoder
 
-SIDE = 96
-"""Of scenes and inputs in pixels: a grid of 6 x 6, and masks of 24 x 24."""
+SIDE = 64
+"""Of scenes and inputs in pixels: a grid of 4 x 4, and masks of 16 x 16."""
 DIM = 64
 ENCODER: dict[str, Any] = {
     "img_size": SIDE,
