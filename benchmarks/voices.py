@@ -50,71 +50,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the results file lacks, then print the table."""
     parser = study_parser(__doc__, "voices")
     parser.add_argument("--to", type=Path, default=Path("work/voices"), help="folder of the teachers, caches and runs")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=", ".join(ARMS))
     options = parser.parse_args(arguments)
-    rows: dict[str, list[Figures]] = {arm: [] for arm in options.arms}
+    studies = [Study(options.to.resolve() / f"seed{seed}", seed) for seed in options.seeds]
+    rows: dict[str, list[Figures]] = {arm: [] for arm in ARMS}
     with connect():
-        for seed in options.seeds:
-            folder = options.to.resolve() / f"seed{seed}"
-            for arm in options.arms:
-                run = {"arm": arm, "seed": seed, "scenes": SCENES, "epochs": EPOCHS}
-                rows[arm].append(measure_once(options.results, run, partial(measure_arm, folder, arm, seed)))
+        for arm in ARMS:
+            for study in studies:
+                run = {"arm": arm, "seed": study.seed, "scenes": SCENES, "epochs": EPOCHS}
+                row = measure_once(options.results, {**run, "part": "student"}, partial(study.distil, arm))
+                if arm == "both":
+                    heads = partial(study.measure_heads, row["student"])
+                    row |= measure_once(options.results, {**run, "part": "heads"}, heads)
+                rows[arm].append(row)
     print(json.dumps(report(rows)))
 
 
-def measure_arm(folder: Path, arm: str, seed: int) -> Figures:
-    """Train the teachers unless their files are there, distil, and measure; all in percent."""
-    started = time.perf_counter()
-    clip, sam = train_teachers(folder, seed)
-    common: Figures = {
-        "work": str(folder),
-        "seed": seed,
-        "data": {"samples": {"train": SCENES, "val": HELD_OUT, "size": SIDE}},
-    }
-    teachers = {
-        "hog": {"model": "hog", "input_size": SIDE, "weight": 0.5},
-        "clip": {"model": "benchmarks.scene_clip:scene_clip", "weights": clip},
-        "sam": {"model": "sam/vit_b", "weights": sam, "input_size": SIDE, "pool": 1, "args": ENCODER},
-    }
-    trained = regla.distill(
-        name=f"voices-{arm.replace(' ', '-')}",
-        **common,
-        teachers=[teachers[name] for name in ARMS[arm]],
-        student={"name": "regla_t", "input_size": SIDE, "head_dim": 512, "keep_heads": True},
-        loss={"patches": {"cosine": 0.5, "smooth_l1": 0.5}},
-        train={"epochs": EPOCHS, "warmup_epochs": 0.5, "batch_size": 32, "lr": 2e-3},
-        knn={"bank": 1000},
-    )
-    figures: Figures = {"knn": trained.metrics["knn_after"]}
-    if arm == "both":
-        figures |= measure_heads({**common, "evaluate": {"student": str(trained.folder)}}, clip, sam)
-    return {**figures, "seconds": round(time.perf_counter() - started)}
+class Study:
+    """Teachers and students of one seed, in a folder."""
 
+    def __init__(self, folder: Path, seed: int) -> None:
+        data = {"samples": {"train": SCENES, "val": HELD_OUT, "size": SIDE}}
+        self.fields: Figures = {"work": str(folder), "seed": seed, "data": data}
+        self.clip = folder / f"clip-n{LABELLED}-e{TOWER_EPOCHS}-{CLIP_EPOCHS}.pt"
+        self.sam = folder / f"sam-n{LABELLED}-e{SAM_EPOCHS}.pth"
+        self.folder, self.seed, self.source = folder, seed, SampleScenes("train", LABELLED, SIDE, seed)
 
-def measure_heads(fields: Figures, clip: str, sam: str) -> Figures:
-    """Words and prompts of a student, beside its teachers."""
-    found = regla.evaluate("zero-shot", **fields, words={"text_weights": clip, "templates": [TEMPLATE]})
-    figures = {name: found[name] for name in ("top1", "teacher_top1")}
-    prompts = {"sam": sam, "sam_size": SIDE, "sam_args": ENCODER}
-    found = regla.evaluate("promptable", **fields, prompts=prompts)
-    figures |= {name: found[name] for name in ("mask_iou", "teacher_mask_iou", "mask_ap", "teacher_mask_ap")}
-    blank = with_blank_student(plan_promptable(load_config(PromptsJobConfig, {**fields, "prompts": prompts})))
-    return figures | {"blank_mask_iou": measure(blank)["mask_iou"]}
+    def train_teachers(self) -> None:
+        """Train CLIP and SAM unless their files are there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.clip.exists():
+            train_clip(self.source, TOWER_EPOCHS, CLIP_EPOCHS, self.clip)
+        if not self.sam.exists():
+            train_sam(self.source, SAM_EPOCHS, self.sam)
 
+    def distil(self, arm: str) -> Figures:
+        """The folder of a student, and its kNN in percent."""
+        started = time.perf_counter()
+        self.train_teachers()
+        teachers = {
+            "hog": {"model": "hog", "input_size": SIDE, "weight": 0.5},
+            "clip": {"model": "benchmarks.scene_clip:scene_clip", "weights": self.clip},
+            "sam": {"model": "sam/vit_b", "weights": self.sam, "input_size": SIDE, "pool": 1, "args": ENCODER},
+        }
+        trained = regla.distill(
+            name=f"voices-{arm.replace(' ', '-')}",
+            **self.fields,
+            teachers=[teachers[name] for name in ARMS[arm]],
+            student={"name": "regla_t", "input_size": SIDE, "head_dim": 512, "keep_heads": True},
+            loss={"patches": {"cosine": 0.5, "smooth_l1": 0.5}},
+            train={"epochs": EPOCHS, "warmup_epochs": 0.5, "batch_size": 32, "lr": 2e-3},
+            knn={"bank": 1000},
+        )
+        seconds = round(time.perf_counter() - started)
+        return {"student": str(trained.folder), "knn": trained.metrics["knn_after"], "seconds": seconds}
 
-def train_teachers(folder: Path, seed: int) -> tuple[str, str]:
-    """The files of CLIP and SAM of a seed, which are trained if they are not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clip, sam = (
-        folder / f"clip-n{LABELLED}-e{TOWER_EPOCHS}-{CLIP_EPOCHS}.pt",
-        folder / f"sam-n{LABELLED}-e{SAM_EPOCHS}.pth",
-    )
-    source = SampleScenes("train", LABELLED, SIDE, seed)
-    if not clip.exists():
-        train_clip(source, TOWER_EPOCHS, CLIP_EPOCHS, clip)
-    if not sam.exists():
-        train_sam(source, SAM_EPOCHS, sam)
-    return str(clip), str(sam)
+    def measure_heads(self, student: str) -> Figures:
+        """Words and prompts of a student beside its teachers, in percent."""
+        fields = {**self.fields, "evaluate": {"student": student}}
+        words = {"text_weights": str(self.clip), "templates": [TEMPLATE]}
+        found = regla.evaluate("zero-shot", **fields, words=words)
+        figures = {name: found[name] for name in ("top1", "teacher_top1")}
+        prompts = {"sam": str(self.sam), "sam_size": SIDE, "sam_args": ENCODER}
+        found = regla.evaluate("promptable", **fields, prompts=prompts)
+        figures |= {name: found[name] for name in ("mask_iou", "teacher_mask_iou", "mask_ap", "teacher_mask_ap")}
+        blank = with_blank_student(plan_promptable(load_config(PromptsJobConfig, {**fields, "prompts": prompts})))
+        return figures | {"blank_mask_iou": measure(blank)["mask_iou"]}
 
 
 def with_blank_student(plan: PromptsPlan) -> PromptsPlan:
