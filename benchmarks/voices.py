@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     studies = [Study(options.to.resolve() / f"seed{seed}", seed) for seed in options.seeds]
     rows: dict[str, list[Figures]] = {arm: [] for arm in ARMS}
     with connect():
-        for arm in ARMS:
-            for study in studies:
+        for study in studies:
+            for arm in ARMS:
                 run = {"arm": arm, "seed": study.seed, "scenes": SCENES, "epochs": EPOCHS}
                 row = measure_once(options.results, {**run, "part": "student"}, partial(study.distil, arm))
                 if arm == "both":
