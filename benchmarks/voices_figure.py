@@ -2,8 +2,7 @@
 
     python benchmarks/voices_figure.py work/voices/seed0/runs/<run>/student --clip <clip>.pt --sam <sam>.pth --to voices.png
 
-Eight unseen scenes: the student's two likeliest classes, its masks from ground-truth boxes, and its patches in the colours of their
-principal components.
+Eight unseen scenes: the student's two likeliest classes, and its masks from ground-truth boxes.
 """
 
 import argparse
@@ -24,13 +23,8 @@ from benchmarks.scene_sam import SIDE
 from pipeline.sources.sample_scenes import SampleScenes, Scene
 from pipeline.sources.shapes import CLASSES
 from pipeline.voices.drawing import palette
-from pipeline.voices.heads import open_student
-from pipeline.voices.patches import load_patches
-from pipeline.voices.principal import principal_colours
 
 COUNT = 8
-MAP_SIZE = 2 * SIDE
-"""Input side for the patches: twice that of the training, for a grid of 8 x 8."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,10 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     named = words.classify(images, CLASSES, [TEMPLATE], top=2)
     prompts = regla.load_prompts(options.student, sam=str(options.sam))
     masks = [prompts.embed(scene.image).boxes(scene.boxes.tolist()).masks for scene in scenes]
-    predictor, _ = load_patches(open_student(str(options.student)), "backbone", input_size=MAP_SIZE)
-    colours = principal_colours(predictor.features(images)).colours
-    figure = Figure(figsize=(2 * COUNT, 6.4), layout="constrained")
-    rows = figure.subplots(3, COUNT)
+    figure = Figure(figsize=(2 * COUNT, 4.4), layout="constrained")
+    rows = figure.subplots(2, COUNT)
     for number, scene in enumerate(scenes):
         (first, share), (second, rest) = named[number]
         rows[0, number].set_title(f"{first} {share:.0%}, {second} {rest:.0%}", fontsize=10)
@@ -60,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         assert found is not None
         _show(rows[0, number], scene.image)
         _show(rows[1, number], _painted(scene, found.numpy()))
-        _show(rows[2, number], colours[number].numpy())
-    for axes, label in zip(rows[:, 0], ("words", "masks from boxes", "patches"), strict=True):
+    for axes, label in zip(rows[:, 0], ("words", "masks from boxes"), strict=True):
         axes.set_ylabel(label)
     figure.savefig(options.to, dpi=60)
 
