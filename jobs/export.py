@@ -49,7 +49,7 @@ from pipeline.errors import UserError
 from pipeline.export.bundle import ExportBundle, make_bundle, make_task_bundle
 from pipeline.export.folder import export_bundle
 from pipeline.runs.addresses import fetch_student
-from pipeline.student.loading import load_student
+from pipeline.student.loading import LoadedStudent, load_student
 
 
 def export(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -79,11 +79,28 @@ def load_bundle(options: argparse.Namespace) -> ExportBundle:
     store = tracking_uri(options)
     saved = find_model(options.model, store)
     if saved is None:
-        loaded = load_student(fetch_student(options.model, store), weights=options.weights)
+        loaded = with_evaluations(load_student(fetch_student(options.model, store), weights=options.weights), store)
         return make_bundle(loaded, options.size or loaded.input_size or 224, heads=options.heads)
     if options.heads:
         raise UserError(f"--heads: {options.model} is fine-tuned and no longer has the heads of its teachers")
     return make_task_bundle(saved, options.size)
+
+
+def with_evaluations(student: LoadedStudent, store: str) -> LoadedStudent:
+    """The student, with its evaluations that the store holds in its provenance, for the model card."""
+    known, trained_by = student.provenance, student.provenance.get("run_id")
+    if not trained_by:
+        return student
+    from pipeline.tracking.evaluations import evaluations, latest  # imports MLflow
+
+    try:
+        found = evaluations(store, trained_by)
+    except UserError as error:
+        print(f"the model card has no new evaluations: {error}", flush=True)
+        return student
+    if not found:
+        return student
+    return student._replace(provenance={**known, "evaluations": latest([*known.get("evaluations", []), *found])})
 
 
 def _shown(entry: Mapping[str, Any]) -> str:

@@ -77,6 +77,29 @@ from pipeline.predict.predictor import load_predictor
 
 Voice = Callable[[argparse.Namespace], Mapping[str, Any]]
 
+PLAIN = {"weights": "pretrained", "text_weights": None, "teacher": None, "batch_size": 32}
+"""Flags that not every voice uses, and their defaults."""
+IN_WORDS = {"weights": "a student with heads has its own"}
+WITHOUT_TEXTS = {"text_weights": "no text is embedded"}
+IN_PROMPTS = {
+    **IN_WORDS,
+    **WITHOUT_TEXTS,
+    "teacher": "the head is that of SAM, of several the last",
+    "batch_size": "images are prompted one by one",
+}
+UNUSED: dict[str, dict[str, str]] = {
+    "classes": IN_WORDS,
+    "find": IN_WORDS,
+    "like": IN_WORDS | WITHOUT_TEXTS,
+    "pca": WITHOUT_TEXTS,
+    "match": WITHOUT_TEXTS,
+    "parts": WITHOUT_TEXTS,
+    "points": IN_PROMPTS,
+    "boxes": IN_PROMPTS,
+    "everything": IN_PROMPTS,
+}
+"""By what is asked for, the flags that it does not use, and why."""
+
 
 def choose_voice(options: argparse.Namespace) -> Voice | None:
     """What is asked of the heads of a student's teachers, if anything is."""
@@ -88,9 +111,20 @@ def choose_voice(options: argparse.Namespace) -> Voice | None:
     asked = {name: voice for name, (wanted, voice) in voices.items() if wanted}
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)}: ask for one of them at a time")
-    if not asked and (lost := [flag for flag in ("teacher", "text_weights") if getattr(options, flag) is not None]):
-        raise UserError(f"--{lost[0].replace('_', '-')}: needs {' or '.join(voices)}")
+    for name in ("teacher", "text_weights") if not asked else ():
+        if getattr(options, name) is not None:
+            takers = ", ".join(f"--{flag}" for flag, unused in UNUSED.items() if name not in unused)
+            raise UserError(f"--{name.replace('_', '-')}: needs one of {takers}")
+    refuse_unused(options)
     return next(iter(asked.values()), None)
+
+
+def refuse_unused(options: argparse.Namespace) -> None:
+    """Raise a UserError for a flag that would be ignored by what is asked for."""
+    for flag in (flag for flag in UNUSED if getattr(options, flag) not in (None, False)):
+        for unused, why in UNUSED[flag].items():
+            if getattr(options, unused) != PLAIN[unused]:
+                raise UserError(f"--{unused.replace('_', '-')}: --{flag} does not use it ({why}); leave it out")
 
 
 def predict(options: argparse.Namespace) -> Mapping[str, Any]:

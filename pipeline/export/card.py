@@ -16,12 +16,13 @@ _SPDX = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "bsd-3-cla
 
 VOICES = {
     ("clip/", ".summary"): 'words: `jobs/predict.py <folder> photos --classes "a cat, a dog"`, or `--find "a red car"`',
-    (
-        "dinov",
-        ".patches",
-    ): "correspondences: `jobs/predict.py <folder> photos --pca`, `--parts 6`, or two images and `--match`",
-}
+    ("dinov", ".patches"): "correspondences: `jobs/predict.py <folder> photos --pca`, `--parts 6`, or two images and `--match`",
+    ("sam/", ".patches"): "prompts: `jobs/predict.py <folder> photo.jpg --boxes 40,30,200,180`, `--points` or `--everything`",
+}  # fmt: skip
 """What a student can do with the heads of its teachers, by the first and last characters of an output's name."""
+
+COUNTS = ("images", "objects", "captions", "lr")
+"""Figures of evaluations that are no percentages."""
 
 
 def voices(described: dict[str, Any]) -> list[str]:
@@ -30,6 +31,11 @@ def voices(described: dict[str, Any]) -> list[str]:
     return [
         text for (first, last), text in VOICES.items() if any(n.startswith(first) and n.endswith(last) for n in names)
     ]
+
+
+def shown(name: str, value: float) -> str:
+    """A figure of an evaluation in words."""
+    return f"{name} {value:g}" if name in COUNTS else f"{name} {value:.1f} %"
 
 
 def model_card(described: dict[str, Any]) -> str:
@@ -68,4 +74,8 @@ def _render(described: dict[str, Any], front: str | None) -> str:
         graphs=GRAPHS,
         all_teachers=all_teachers,
         voices=voices(described),
+        evaluations=[
+            {**entry, "figures": [shown(*figure) for figure in entry["figures"].items()]}
+            for entry in described["provenance"].get("evaluations", [])
+        ],
     )

@@ -1,7 +1,7 @@
 """Reads the runs of an experiment and their curves."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,16 +96,16 @@ def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
         if found is None or found.lifecycle_stage != "active":
             known = ", ".join(experiment.name for experiment in client.search_experiments()) or "none"
             raise UserError(f"--experiment: there is no {name} at {uri}; there are: {known}")
-        runs = _search(client, found.experiment_id, "")
+        runs = search_runs(client, [found.experiment_id])
     try:
-        chosen = _search(client, found.experiment_id, only) if only else runs
+        chosen = search_runs(client, [found.experiment_id], only) if only else runs
     except MlflowException as error:
         raise UserError(
             f"--filter: MLflow cannot parse {only!r} ({one_line(error)}); write, for "
             "instance, \"params.student.name = 'regla_s' and metrics.knn_after > 20\""
         ) from error
-    ordered = sorted((_logged(run) for run in runs), key=lambda run: run.started)
-    return Experiment(uri, found.experiment_id, name, tuple(ordered), frozenset(run.info.run_id for run in chosen))
+    ordered = sorted(runs, key=lambda run: run.started)
+    return Experiment(uri, found.experiment_id, name, tuple(ordered), frozenset(run.run_id for run in chosen))
 
 
 def _refuse_missing_file(uri: str) -> None:
@@ -115,12 +115,13 @@ def _refuse_missing_file(uri: str) -> None:
         raise UserError(f"--tracking-uri: there is no MLflow store at {uri}; name the one that the runs are in")
 
 
-def _search(client: MlflowClient, experiment_id: str, only: str) -> list[Logged]:
+def search_runs(client: MlflowClient, experiments: Sequence[str], only: str = "") -> list[LoggedRun]:
+    """The runs of these experiments that are not deleted and match a filter in MLflow's syntax."""
     runs: list[Logged] = get_results_from_paginated_fn(
-        lambda most, token: client.search_runs([experiment_id], only, ViewType.ACTIVE_ONLY, most, page_token=token),
+        lambda most, token: client.search_runs([*experiments], only, ViewType.ACTIVE_ONLY, most, page_token=token),
         PAGE,
     )
-    return runs
+    return [_logged(run) for run in runs]
 
 
 def _logged(run: Logged) -> LoggedRun:

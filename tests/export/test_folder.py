@@ -152,6 +152,27 @@ def test_the_card_says_what_a_student_started_from_with_its_teachers_and_licence
     assert ("| dinov3 | x | y | dinov3-licence |" in card) == ("teachers" in start)
 
 
+def test_the_card_has_the_evaluations_of_the_student_beside_its_teachers(exported):
+    place = {"images": "coco/val2017", "set": "val-7", "features": "the head of sam/vit_b", "run_id": "45"}
+    entry = {"evaluation": "promptable", "figures": {"mask_iou": 51.26, "objects": 1234.0}, **place}
+    described = exported.described | {"provenance": ORIGIN | {"evaluations": [entry]}}
+    row = "| promptable | the head of sam/vit_b | `coco/val2017` (val-7) | mask_iou 51.3 %, objects 1234 |"
+    for card in (model_card(described), hub_card(described)):
+        assert row in card.splitlines()
+        assert "it was not measured on others" not in card
+    assert "| evaluation |" not in model_card(exported.described)
+
+
+@pytest.mark.parametrize(
+    ("output", "flag"),
+    [("clip/x.summary", "--classes"), ("dinov2/x.patches", "--pca"), ("sam/vit_b.patches", "--boxes")],
+)
+def test_the_card_names_what_each_head_can_do(exported, output, flag):
+    outputs = [*exported.described["outputs"], {"name": output, "shape": ["batch", 4], "meaning": "x"}]
+    assert flag in model_card(exported.described | {"outputs": outputs})
+    assert flag not in model_card(exported.described)
+
+
 def test_graphs_are_timed_beside_eager(exported):
     formats = exported.described["formats"]
     assert exported.described["latency"]["of_eager"] == 1

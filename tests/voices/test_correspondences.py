@@ -183,7 +183,8 @@ def test_predict_writes_colours_parts_and_matches(photos, tmp_path, capsys):
         (["--parts", "1"], "--parts=1: from 2 to 64"),
         (["--keypoints", "1,1"], "--keypoints: needs --match"),
         (["--pca", "--task", "features"], "--task=features: cannot be asked for with --pca"),
-        (["--teacher", "backbone"], "--teacher: needs words"),
+        (["--teacher", "backbone"], "--teacher: needs one of --classes, --find, --like, --pca, --match, --parts"),
+        (["--text-weights", "clip.pt"], "--text-weights: needs one of --classes, --find"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_one_line(flags, message, photos, tmp_path, capsys):

@@ -145,7 +145,8 @@ def test_predict_writes_classes_and_searches_and_passes_over_what_is_broken(taug
     made = taught()
     broken = photos / "class0/broken.jpg"
     broken.write_bytes(b"no image")
-    common = [str(made.folder), str(photos), "--text-weights", str(made.file), "--to", str(tmp_path / "words.json")]
+    common = [str(made.folder), str(photos), "--to", str(tmp_path / "words.json")]
+    text = ["--text-weights", str(made.file)]
 
     def run(*flags):
         with pytest.raises(SystemExit) as ended:
@@ -155,13 +156,13 @@ def test_predict_writes_classes_and_searches_and_passes_over_what_is_broken(taug
         assert (figures["images"], figures["unreadable"]) == (7, [str(broken)])
         return json.loads((tmp_path / "words.json").read_text())
 
-    rows = run("--classes", ", ".join(CLASSES), "--templates", "a photo of {}.", "--top", "2")
+    rows = run("--classes", ", ".join(CLASSES), "--templates", "a photo of {}.", "--top", "2", *text)
     words = load_words(str(made.folder), text_weights=str(made.file), device="cpu")
     paths = [path for path in list_images(photos) if path != broken]
     expected = words.classify(paths, CLASSES, ["a photo of {}."], top=2)
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert [[best["class"] for best in row["top"]] for row in rows] == [[name for name, _ in row] for row in expected]
-    assert len(run("--find", "the sea")) == 7
+    assert len(run("--find", "the sea", *text)) == 7
     assert run("--like", str(paths[2]), "--top", "1")[0]["path"] == str(paths[2])
 
 

@@ -1,16 +1,28 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from jobs import evaluate
+from jobs import evaluate, export
 from pipeline.cache.read.scan import read_summaries
 from pipeline.config.load import load_config
 from pipeline.errors import UserError
+from pipeline.student.loading import load_student
 from pipeline.voices.config import WordsJobConfig
 from pipeline.voices.measured import compute_vectors, plan_words, teacher_embeddings
 from pipeline.voices.words import load_words
 from pipeline.voices.zero_shot import accuracy, class_names, zero_shot
 from tests.fakes import without_ray, write_photos
+from tests.teachers import tiny_clip
+
+ORIGIN = {
+    "run_id": "0123",
+    "teachers": [{"name": "clip", "architecture": "a", "weights": "w", "licence": "mit"}],
+    "data": [{"location": "photos", "view": "full", "images": 7, "classes": 3}],
+    "training": {"epochs": 2, "samples_seen": 14},
+    "knn": {"knn": None},
+}
 
 
 @pytest.fixture
@@ -66,13 +78,26 @@ def test_accuracy_counts_the_best_and_the_five_best():
     assert accuracy(scores, torch.tensor([0, 1, 0, 1])) == {"top1": 50.0, "top5": 75.0}
 
 
-def test_the_job_says_what_the_teacher_reaches(taught, ray_session, tmp_path, capsys, monkeypatch):
-    import json
-
+def test_the_job_says_what_the_teacher_reaches_and_so_does_the_model_card(
+    taught, ray_session, tmp_path, capsys, monkeypatch
+):
     made = taught()
+    (made.folder / "provenance.json").write_text(json.dumps(ORIGIN))
     monkeypatch.chdir(tmp_path)
     given = [f"data.val={tmp_path}/photos/val", f"work={tmp_path}/work", f"evaluate.student={made.folder}"]
     arguments = ["zero-shot", *given, f"words.text_weights={made.file}", "words.templates=[simple]"]
     evaluate.start(arguments)
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"top1", "top5", "teacher_top1", "teacher_top5", "mlflow_run_id"} == figures.keys()
+    store = f"sqlite:///{tmp_path}/work/mlflow.db"
+    export.main([str(made.folder), "--heads", "--format", "safetensors", "--to", "out", "--tracking-uri", store])
+    (row,) = [line for line in (tmp_path / "out/README.md").read_text().splitlines() if "| zero-shot |" in line]
+    assert f"the head of clip/{tiny_clip.PLAIN}" in row
+    assert f"teacher_top1 {figures['teacher_top1']:.1f} %" in row
+    again = load_student(str(tmp_path / "out"))
+    assert [entry["evaluation"] for entry in again.provenance["evaluations"]] == ["zero-shot"]
+    export.main(
+        [str(tmp_path / "out"), "--format", "safetensors", "--to", "twice", "--tracking-uri", "sqlite:///no.db"]
+    )
+    assert "the model card has no new evaluations: there is no MLflow store" in capsys.readouterr().out
+    assert row in (tmp_path / "twice/README.md").read_text().splitlines()
