@@ -80,7 +80,7 @@ def complete(line, folder, shell="bash"):
         ("regla distill cache.precision=", ["cache.precision=bfloat16", "cache.precision=float32"]),
         ("regla distill data.train=pho", ["data.train=photos/"]),
         ("regla distill --dr", ["--dry-run"]),
-        ("regla plan --ver", ["--verify"]),
+        ("regla plan --dr", ["--dry-run"]),
         ("regla evaluate co", ["coco-results", "correspondence"]),
         ("regla evaluate knn evaluate.stu", ["evaluate.student="]),
         ("regla predict --ta", ["--task"]),
