@@ -16,6 +16,7 @@ from pipeline.config.tree import JobRoot, describe_fields, iter_fields
 from pipeline.errors import UserError
 from pipeline.runs.config import JobConfig
 from pipeline.runtime import logs
+from pipeline.runtime.openmp import wait_shortly
 from teachers.errors import TeacherError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -59,6 +60,7 @@ def run(
     Exits with code 2 and one line for an error that the user can mend, and with 1 if the figures say ``"ok": false``; other
     errors keep their traceback.
     """
+    wait_shortly()
     listed = listed or root.variants()
     parser = argparse.ArgumentParser(
         description=description,
@@ -99,6 +101,7 @@ def run_parser(
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Run a job that takes no recipe: `body` gets the options. Prints and exits as :func:`run` does."""
+    wait_shortly()
     complete(parser)
     options = parser.parse_args(arguments)
     finish(lambda: body(options))

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.allocator import ENVIRONMENT
+from pipeline.runtime.openmp import short_waits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Folder of the packages: a checkout, or site-packages."""
@@ -38,6 +39,8 @@ _EMBEDDED = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # When memory runs low, the monitor kills Ray's newest process, whichever program uses the memory.
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_prestart_worker_first_driver": "0",  # training uses none of them, and tasks start what they need
+    "RAY_worker_niceness": "0",  # at Ray's 15, one busy process of another program stops a training (docs/results.md)
 }
 # Without a dashboard, an actor of Ray Train searches this machine for another Ray's, and dies if it finds several. The
 # address of a closed port prevents the search.
@@ -150,8 +153,8 @@ def connect(in_process: bool = False) -> Iterator[None]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # A later connection of this process may be to a cluster.
-    embedded = {} if is_cluster() else {name: value for name, value in _EMBEDDED.items() if name not in os.environ}
-    with _environment(embedded):
+    embedded = {} if is_cluster() else {**_EMBEDDED, **short_waits()}
+    with _environment({name: value for name, value in embedded.items() if name not in os.environ}):
         import_ray()
         with _session(_address()):
             yield
@@ -193,13 +196,14 @@ def _session(address: str) -> Iterator[None]:
             yield
         return
     embedded = address == "local"
-    arguments = _embedded_arguments() if embedded else {}
-    arguments["runtime_env"] = {"env_vars": _workers_environment(embedded)}
+    variables = _workers_environment(embedded)
+    # Processes of a runtime environment need an agent and start anew; those of an embedded session inherit from this one.
+    arguments = _embedded_arguments() if embedded else {"runtime_env": {"env_vars": variables}}
     if embedded:
         _check_loopback()
     try:
         _probe(address)
-        with _keep_root_logger():
+        with _keep_root_logger(), _environment(variables if embedded else {}):
             ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
         reason = one_line(f"{error}: {error.__cause__}" if error.__cause__ else error)
