@@ -12,7 +12,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ |= {
     "PYTHONPATH": str(REPOSITORY),  # Ray's workers import tests.fakes
     "OMP_NUM_THREADS": "1",
-    "RAY_worker_niceness": "0",  # or they starve beside whatever else runs
     "RAY_AUTH_MODE": "disabled",
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "120",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",

@@ -7,7 +7,7 @@ import re
 import socket
 import sysconfig
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -42,9 +42,6 @@ _EMBEDDED = {
     "RAY_prestart_worker_first_driver": "0",  # training uses none of them, and tasks start what they need
     "RAY_worker_niceness": "0",  # at Ray's 15, one busy process of another program stops a training (docs/results.md)
 }
-# Without a dashboard, an actor of Ray Train searches this machine for another Ray's, and dies if it finds several. The
-# address of a closed port prevents the search.
-_NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 _STARTUP_FAILED = re.compile(r"during startup|raylet|GCS")
 _GPU_TYPE = "accelerator_type:"
 _MULTI_NODE_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -196,14 +193,15 @@ def _session(address: str) -> Iterator[None]:
             yield
         return
     embedded = address == "local"
-    variables = _workers_environment(embedded)
+    variables = _workers_environment()
     # Processes of a runtime environment need an agent and start anew; those of an embedded session inherit from this one.
     arguments = _embedded_arguments() if embedded else {"runtime_env": {"env_vars": variables}}
     if embedded:
         _check_loopback()
     try:
         _probe(address)
-        with _keep_root_logger(), _environment(variables if embedded else {}):
+        servers = _without_servers if embedded else nullcontext
+        with _keep_root_logger(), _environment(variables if embedded else {}), servers():
             ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
         reason = one_line(f"{error}: {error.__cause__}" if error.__cause__ else error)
@@ -329,6 +327,25 @@ def _keep_root_logger() -> Iterator[None]:
         root.setLevel(level)
 
 
+@contextmanager
+def _without_servers() -> Iterator[None]:
+    """Start neither the autoscaler's monitor nor the process that stays of the dashboard when it is off.
+
+    No argument or variable of Ray 2.60 prevents them, so the methods that start them are replaced; where another version has
+    none of this name, they start.
+    """
+    from ray._private.node import Node
+
+    before = {name: vars(Node)[name] for name in ("start_monitor", "start_api_server") if name in vars(Node)}
+    for name in before:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
+
+
 def _probe(address: str) -> None:
     """Fail at once if nothing listens there: Ray would retry for many minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -341,12 +358,12 @@ def _import_path() -> str:
     return os.pathsep.join(filter(None, [checkout, os.getcwd(), os.environ.get("PYTHONPATH")]))
 
 
-def _workers_environment(embedded: bool) -> dict[str, str]:
+def _workers_environment() -> dict[str, str]:
     """Environment variables of the workers; a user's own value wins."""
     if is_submitted_job():  # Ray refuses variables that the submission has set already
         return {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     ours = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-    return {"PYTHONPATH": _import_path(), **ours, **(_NO_DASHBOARD if embedded else {})}
+    return {"PYTHONPATH": _import_path(), **ours}
 
 
 def _embedded_arguments() -> dict[str, Any]:

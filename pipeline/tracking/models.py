@@ -70,6 +70,7 @@ def log_student(
             signature=signature,
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
             serialization_format="pt2",
+            validate_serving_input=False,  # it loads the graph again, which takes longer than to log it, and only warns
         )
         return str(created.model_id)
 

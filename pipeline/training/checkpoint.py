@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pyarrow import fs
 
 from pipeline.errors import UserError, blame_field, one_line
@@ -83,6 +82,8 @@ def load_state(directory: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is missing, damaged, or not a state.
     """
+    import torch  # takes seconds, and Ray Train's controller, which imports this module, can do without
+
     file = Path(directory) / STATE_FILE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

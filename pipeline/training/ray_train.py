@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from pipeline.errors import UserError
 from pipeline.runtime import logs
-from pipeline.runtime.ray_session import cpus_per_worker, devices, is_in_process
+from pipeline.runtime.ray_session import cpus_per_worker, devices, is_cluster, is_in_process
 from pipeline.storage.store import Store
 from pipeline.training.checkpoint import (
     STATE_FILE,
@@ -89,9 +89,9 @@ def fit(
             worker = local_worker(shares, folder, lambda: store.exists(STOP_FILE))
             return train_in_process(make_tasks(make_task, payload, worker), config, worker, folder, on_commit)
     from ray import cloudpickle
-    from ray.train.torch import TorchTrainer
 
-    trainer = TorchTrainer(
+    scaling = _scaling(config, shares)
+    trainer = _trainer(scaling)(
         enter_worker,
         train_loop_config={
             "task": cloudpickle.dumps((make_task, payload)),
@@ -100,7 +100,7 @@ def fit(
             "store": store,
             "log": logs.fields(),
         },
-        scaling_config=_scaling(config, shares),
+        scaling_config=scaling,
         run_config=_run_config(config, folder, on_commit),
     )
     with on_sigterm(stop):
@@ -155,6 +155,21 @@ def _scaling(config: TrainConfig, shares: int) -> Any:
         workers = most = min(wanted, shares)
     each = cpus_per_worker(most, 16 if gpus else os.cpu_count() or 1)
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": each})
+
+
+def _trainer(scaling: Any) -> Callable[..., Any]:
+    """What makes a trainer of Ray Train for these workers."""
+    if is_cluster():
+        from ray.train.torch import TorchTrainer
+
+        return TorchTrainer
+    from pipeline.training.light_trainer import LightTrainer
+
+    if scaling.num_workers == 1 and not scaling.use_gpu:
+        return LightTrainer  # a process group of one, for which the controller would load torch
+    from ray.train.torch import TorchConfig
+
+    return partial(LightTrainer, backend_config=TorchConfig())
 
 
 def _run_config(config: TrainConfig, folder: str, on_commit: Callable[[History, str | None], None]) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.runtime.openmp import short_waits
 from pipeline.runtime.ray_session import (
     _EMBEDDED,
     _workers_environment,
@@ -125,6 +126,27 @@ def test_workers_import_this_checkout_and_see_what_the_session_set():
     assert ray.get(look.remote()) == (pipeline.__path__[0], "0")
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_workers_share_the_cores_with_other_programs():
+    import ray
+
+    @ray.remote
+    def look():
+        return os.nice(0), os.environ.get("GOMP_SPINCOUNT")
+
+    niceness, spins = ray.get(look.remote())
+    assert niceness == os.nice(0)
+    assert spins == {**os.environ, **short_waits()}.get("GOMP_SPINCOUNT")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_embedded_session_starts_no_server_that_only_a_cluster_needs():
+    commands = " ".join(descendants(os.getpid()).values())
+    assert "/raylet/raylet " in commands
+    assert "/dashboard/dashboard.py " not in commands
+    assert "/autoscaler/" not in commands
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 @pytest.mark.usefixtures("ray_session")
 def test_memory_that_a_workers_thread_freed_is_still_there():
@@ -176,9 +198,9 @@ def test_workers_ask_for_no_more_cpus_than_nodes_have(monkeypatch, nodes, worker
 def test_variables_of_a_submitted_job_are_not_set_twice(monkeypatch):
     monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "x")
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
-    assert _workers_environment(embedded=False) == {"MALLOC_ARENA_MAX": "1"}
+    assert _workers_environment() == {"MALLOC_ARENA_MAX": "1"}
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
-    assert _workers_environment(embedded=False) == {}
+    assert _workers_environment() == {}
 
 
 @pytest.mark.parametrize(("address", "expected"), [(None, False), ("", False), ("local", False), ("auto", True)])
