@@ -5,7 +5,7 @@
 
 Trains the student of the quickstart on random images, with the niceness that a Ray worker gets and a way to wait for OpenMP's
 threads, beside 0, 1, 2 and 4 processes that only count: all settings in turn beside each number. Prints a table and one line of
-JSON: steps per second, and processor seconds per step.
+JSON: steps per second, and processor seconds per step; null where no result came within the limit.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
     "nice 0": (0, {}),
     "nice 15, passive": (15, {"OMP_WAIT_POLICY": "PASSIVE"}),
     "nice 0, passive": (0, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    "nice 0, short waits": (
+        0,
+        {"GOMP_SPINCOUNT": "1000"},
+    ),  # what an embedded session sets (pipeline/runtime/openmp.py)
 }
 BATCH, SIDE = 32, 96
 
@@ -36,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4], help="processes beside the training")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement, after a warm-up")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a measurement is given up")
     parser.add_argument("--nice", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.nice is not None:
@@ -49,14 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for _ in range(busy):
                     process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
                     stack.callback(process.kill)
-                done = subprocess.run(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, check=True)
-            figures = {"busy": busy, "setting": name, **json.loads(done.stdout)}
-            found.append(figures)
-            print(
-                f"beside {busy}  {name:<18}{figures['steps_s']:>7.2f} steps/s{figures['cpu_s']:>7.2f} s of processor per step",
-                flush=True,
-            )
+                figures = _measured(command, variables, options.limit)
+            found.append({"busy": busy, "setting": name, **figures})
+            shown = f"no result in {options.limit:g} s"
+            if figures["steps_s"] is not None:
+                shown = f"{figures['steps_s']:7.2f} steps/s{figures['cpu_s']:7.2f} s of processor per step"
+            print(f"beside {busy}  {name:<20}{shown}", flush=True)
     print(json.dumps({"seconds": options.seconds, "measured": found}))
+
+
+def _measured(command: Sequence[str], variables: Mapping[str, str], limit: float) -> dict[str, Any]:
+    environment = {**os.environ, **variables}
+    try:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"steps_s": None, "cpu_s": None}
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
 
 
 def _train(seconds: float, niceness: int) -> dict[str, Any]:

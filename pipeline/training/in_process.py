@@ -83,6 +83,7 @@ class _Checkpoints:
     def __init__(self, folder: str, keep: int, on_commit: Callable[[History, str | None], None]) -> None:
         self.filesystem, self.path = open_folder(folder)
         self.keep, self.on_commit = keep, on_commit
+        self.own: list[str] = []
 
     def paths(self) -> list[str]:
         """Paths of the checkpoints, by position."""
@@ -92,7 +93,7 @@ class _Checkpoints:
         return sorted(folder for folder in folders if folder.rpartition("/")[0] == self.path)
 
     def commit(self, snapshot: Snapshot) -> None:
-        """Write a snapshot, delete the checkpoints that are not kept, and pass on its metrics."""
+        """Write a snapshot, delete own checkpoints that are not kept, and pass on its metrics."""
         if snapshot.state is None:
             self.on_commit(snapshot.history, None)
             return
@@ -101,8 +102,9 @@ class _Checkpoints:
             self._write(best_copy_path(path), snapshot.state)
             delete_previous_best(self.filesystem, path)
         self._write(path, snapshot.state)
-        for old in self.paths()[: -self.keep]:
-            self.filesystem.delete_dir(old)
+        self.own.append(path)
+        if len(self.own) > self.keep:  # others may be registered with Ray Train, which resumes from them
+            self.filesystem.delete_dir(self.own.pop(0))
         self.on_commit(snapshot.history, path)
 
     def _write(self, path: str, state: dict[str, Any]) -> None:

@@ -63,7 +63,9 @@ def test_in_process_a_second_start_resumes_from_the_newest_checkpoint(start, tmp
         start(commit=fail)
     (tmp_path / "train" / CHECKPOINTS[5]).mkdir()  # a process that ended while it wrote this one
     (tmp_path / "train" / CHECKPOINTS[5] / "state.pt.part").write_bytes(b"half")
+    there = {path.parent.name for path in (tmp_path / "train").glob("checkpoint-*/state.pt")}
     resumed = start("second")
+    assert {path.parent.name for path in (tmp_path / "train").glob("checkpoint-*/state.pt")} >= there
     assert lines(tmp_path / "second", "batches")[0] == "1/2"
     assert_equal_states(resumed.state, run_training(TinyTask(), train_config(batch_size=2))[-1].state)
     assert start("third").committed == [([], None)]  # the metrics of the last checkpoint are logged again
