@@ -69,7 +69,8 @@ def _speed(folder: str, options: argparse.Namespace) -> dict[str, object]:
     count = options.images or 256
     shard_size = options.shard_size or -(-count // CONCURRENT_SHARDS[options.device])
     dataset = write_dataset(folder, count, read_photos(options.photos) if options.photos else jpegs(256), shard_size)
-    config = TeacherConfig(model=options.teacher, weights=options.weights, args=json.loads(options.args))
+    given = {"model": options.teacher, "weights": options.weights, "input_size": options.input_size}
+    config = TeacherConfig(**given, args=json.loads(options.args))
     teacher = _load(config, options)
     (part,) = dataset.parts
     extract = Extract(
@@ -200,6 +201,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="dinov2/vits14")
     parser.add_argument("--weights", default="random", help="random, or a file")
+    parser.add_argument("--input-size", type=int, help="pixels; default: the teacher's own")
     parser.add_argument("--args", default="{}", help="of the teacher's constructor, as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
