@@ -57,7 +57,7 @@ class VersionDraft:
         """Write the files of the samples so far, which the version will name unless images are added to their parts."""
         empty = BAD_SCHEMA.empty_table()
         written = make_dataset(self.split.dataset, self.parts.values(), self.known, empty)
-        write_samples(written)
+        write_samples(written, self.listing.damaged)
         written = replace(written, draft={})
         self.kept |= {chosen.part: (chosen, written) for chosen in written.selections}
         self.known, self.added = {}, 0
