@@ -19,16 +19,16 @@ import pyarrow.compute as pc
 
 from pipeline.cache.config import CacheJobConfig
 from pipeline.cache.fill.digest import KEYED_SCHEMA, Digest, keyed, slices
-from pipeline.cache.fill.draft import VersionDraft
+from pipeline.cache.fill.draft import WAVE_IMAGES, VersionDraft
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.ingest import Ingest, check_quarantine, ingest_row
-from pipeline.cache.fill.listing import Listing, compare_again
+from pipeline.cache.fill.listing import compare_again
 from pipeline.cache.fill.placement import starved
 from pipeline.cache.fill.plan import CachePlan, SplitPlan, all_parts
 from pipeline.cache.fill.ray_pipeline import extract_shards, finished_shards, gpus, run_tasks
 from pipeline.cache.fill.staging import Stage, Staging, stage_row
 from pipeline.cache.fill.statistics import freeze_stats
-from pipeline.cache.fill.waves import Names, ingest_rows, read_wave, waves
+from pipeline.cache.fill.waves import Names, ingest_rows, new_waves, read_wave, waves
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import BAD_SCHEMA, SAMPLE_SCHEMA, write_dataset
 from pipeline.cache.layout.keys import sealed, teacher_identity, unsealed
@@ -81,9 +81,10 @@ def build_cache(plan: CachePlan, config: CacheJobConfig) -> tuple[CachePlan, Bui
     report = BuildReport()
     # Weights first: a missing file must not be discovered after hours of decoding.
     plan = replace(plan, teachers=tuple(_with_weights(plan, teacher) for teacher in plan.teachers))
-    splits = [split if split.listing.is_known else _relisted(split) for split in plan.splits]
-    plan = replace(plan, splits=read_images(splits, plan.shard_size, report))
-    if any(split.listing.unopened for split in splits):
+    plan = replace(plan, splits=tuple(s if s.listing.is_known else _relisted(s) for s in plan.splits))
+    unopened = any(split.listing.unopened for split in plan.splits)
+    plan = replace(plan, splits=read_images(plan.splits, plan.shard_size, report))
+    if unopened:
         check_space(plan)  # their images were not counted before
     for split in plan.splits:
         report.quarantined[split.split] = check_quarantine(split.dataset, split.listing.bad, config.data.max_bad)
@@ -133,14 +134,13 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
     Raises:
         UserError: if a source or the cache cannot be used, or none of the images can be read.
     """
-    read = _digest(splits)
-    report.images_read = sum(split.new.num_rows for split in splits)
-    complete: list[SplitPlan] = []
     made: dict[str, Part] = {}
+    drafts = {split.split: VersionDraft(split, shard_size, made) for split in splits}
+    _add_new(splits, drafts, report)
     staged: list[Staging] = []
+    complete = []
     for split in splits:
-        draft = VersionDraft(split, shard_size, made)
-        draft.add(*read[split.split], _scattered(split))
+        draft = drafts.pop(split.split)
         notes = _add_archives(split, draft, report, staged)
         complete.append(draft.finish(notes))
     report.images_ingested += ingest_missing(complete)
@@ -153,6 +153,28 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
     return tuple(written)
 
 
+def _add_new(splits: Sequence[SplitPlan], drafts: Mapping[str, VersionDraft], report: BuildReport) -> None:
+    """Read the new rows of the splits; of several waves, each is stored before the next is read."""
+    several = sum(split.new.num_rows for split in splits) > WAVE_IMAGES
+    for wave in new_waves(splits):
+        report.images_read += sum(listed.num_rows for _, listed in wave)
+        read = _digest(wave)
+        for split, _ in wave:
+            draft, images, bad = drafts[split.split], *read.pop(split.split)
+            placed = draft.add(images, bad, _scattered(split))
+            del images
+            if several:
+                draft.write()
+                report.images_ingested += _ingest_placed(split, placed)
+        del wave, placed  # a wave's rows are freed before the next is made
+
+
+def _ingest_placed(split: SplitPlan, placed: Sequence[tuple[Part, pa.Table]], staged: pa.Table | None = None) -> int:
+    """Commit the missing shards that these samples make up; returns the number of their images."""
+    rows = ingest_rows(split.split, placed, staged)
+    return _ingest(rows, {part.key: part for part, _ in placed}, {split.split: split.source})
+
+
 def _add_archives(split: SplitPlan, draft: VersionDraft, report: BuildReport, done: list[Staging]) -> tuple[str, ...]:
     """Read the unopened archives of a split, and store their images; what they hold besides, in phrases.
 
@@ -162,7 +184,7 @@ def _add_archives(split: SplitPlan, draft: VersionDraft, report: BuildReport, do
     if source is None or not split.listing.unopened:
         return ()
     source = source.prepared([archive.path for archive in split.listing.unopened])
-    sources, samples = {split.split: split.source}, 0
+    samples = 0
     for wave in waves(split.listing.unopened):
         _stage(split, source, wave)
         for group in read_wave(split.dataset.cache, wave, source):
@@ -174,8 +196,7 @@ def _add_archives(split: SplitPlan, draft: VersionDraft, report: BuildReport, do
             )
             placed = draft.add(images, bad, scatter=True)
             samples += images.num_rows + bad.num_rows
-            rows = ingest_rows(split.split, placed, images)
-            report.images_ingested += _ingest(rows, {part.key: part for part, _ in placed}, sources)
+            report.images_ingested += _ingest_placed(split, placed, images)
             for staging, _ in group:
                 staging.drop_images()
                 done.append(staging)
@@ -212,9 +233,7 @@ def read_again(split: SplitPlan) -> pa.Table:
     """The known samples whose images the source gives otherwise now (`SAMPLE_SCHEMA`), all of which are read."""
     tables = (split.listing.samples(part.id) for part in split.dataset.parts)
     known = pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *tables]).sort_by("sample_id")
-    current, _ = _digest(
-        [replace(split, listing=Listing({}, BAD_SCHEMA.empty_table(), known.select(INDEX_SCHEMA.names)))]
-    )[split.split]
+    current, _ = _digest([(split, known.select(INDEX_SCHEMA.names))])[split.split]
     same = known.select(["sample_id", "key"]).join(
         current.select(["sample_id", "key"]), ["sample_id", "key"], join_type="inner"
     )
@@ -227,14 +246,14 @@ def _relisted(split: SplitPlan) -> SplitPlan:
     return replace(split, listing=listing, dataset=dataset)
 
 
-def _digest(splits: Sequence[SplitPlan]) -> dict[str, tuple[pa.Table, pa.Table]]:
-    """The new images of each split with their keys, and those that cannot be used."""
+def _digest(wave: Sequence[tuple[SplitPlan, pa.Table]]) -> dict[str, tuple[pa.Table, pa.Table]]:
+    """These rows of splits as images with their keys, and those that cannot be used."""
     found: dict[str, tuple[list[pa.Table], list[pa.Table]]] = {
-        split.split: ([KEYED_SCHEMA.empty_table()], [BAD_SCHEMA.empty_table()]) for split in splits
+        split.split: ([KEYED_SCHEMA.empty_table()], [BAD_SCHEMA.empty_table()]) for split, _ in wave
     }
-    digest = Digest({split.split: split.source for split in splits})
-    rows = [row for split in splits for row in slices(split.split, split.new)]
-    with Progress(sum(split.new.num_rows for split in splits), "img", "read") as progress:
+    digest = Digest({split.split: split.source for split, _ in wave})
+    rows = [row for split, listed in wave for row in slices(split.split, listed)]
+    with Progress(sum(listed.num_rows for _, listed in wave), "img", "read") as progress:
         for row in run_tasks(rows, digest):
             if row["error"]:
                 raise UserError(row["error"])

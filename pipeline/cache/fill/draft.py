@@ -9,6 +9,7 @@ from pipeline.cache.fill.digest import KEYED_SCHEMA
 from pipeline.cache.fill.plan import SplitPlan
 from pipeline.cache.layout.dataset import BAD_SCHEMA, make_dataset, write_samples
 from pipeline.cache.layout.part import Part
+from pipeline.sources.base import INDEX_SCHEMA
 
 WAVE_IMAGES = 1 << 20
 """Images of a wave, and of samples that wait for their files: some 200 bytes each, names, places and keys."""
@@ -41,7 +42,7 @@ class VersionDraft:
         images = pa.concat_tables([images.select(KEYED_SCHEMA.names), self.lost])
         self.lost = KEYED_SCHEMA.empty_table()
         if self.added and self.added + images.num_rows > WAVE_IMAGES:
-            self._write()
+            self.write()
         placed = []
         for part, rows in self.placer.place(images, scatter):
             listed = replace(self.listing, known=self.known, kept=self.kept).samples(part.id)
@@ -52,11 +53,11 @@ class VersionDraft:
         self.added += images.num_rows
         return placed
 
-    def _write(self) -> None:
+    def write(self) -> None:
         """Write the files of the samples so far, which the version will name unless images are added to their parts."""
         empty = BAD_SCHEMA.empty_table()
         written = make_dataset(self.split.dataset, self.parts.values(), self.known, empty)
-        write_samples(written)
+        write_samples(written, self.listing.damaged)
         written = replace(written, draft={})
         self.kept |= {chosen.part: (chosen, written) for chosen in written.selections}
         self.known, self.added = {}, 0
@@ -70,7 +71,7 @@ class VersionDraft:
             known=self.known,
             kept=self.kept,
             bad=bad,
-            new=self.split.new.slice(0, 0),
+            new=INDEX_SCHEMA.empty_table(),
             unopened=(),
             notes=tuple(dict.fromkeys((*self.listing.notes, *notes))),
             parts=complete.parts,

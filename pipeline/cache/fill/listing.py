@@ -102,6 +102,7 @@ def list_source(source: Source, empty: Dataset) -> tuple[Listing, Dataset]:
     else:
         index = source.index()
         listing = replace(_compare(index, before), notes=tuple(notes_of(index)))
+    pa.default_memory_pool().release_unused()  # a pool keeps what the pieces of an index took
     if stream and listing.unopened:
         expected = stream.count([archive.path for archive in listing.unopened])
         listing = replace(listing, expected=expected, notes=listing.notes or tuple(stream.notes(())))

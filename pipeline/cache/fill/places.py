@@ -42,7 +42,8 @@ class Places:
     def rows(self, at: np.ndarray, columns: Sequence[str] = INDEX_SCHEMA.names) -> pa.Table:
         """These rows of the index. Those of a table in many pieces would be taken from a copy of it."""
         order = np.argsort(at)
-        taken = pa.table({name: _taken(self.index[name], at[order]) for name in columns})
+        schema = pa.schema([self.index.schema.field(name) for name in columns])
+        taken = pa.table([_taken(self.index[name], at[order]) for name in columns], schema=schema)
         return taken.take(pa.array(np.argsort(order)))
 
     def equal(self, at: np.ndarray, others: pa.Table) -> np.ndarray:

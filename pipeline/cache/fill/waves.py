@@ -1,4 +1,4 @@
-"""Archives of a store in waves: staged, given their places, and stored, before those of the next are read.
+"""New images in waves, each given its places, and stored, before the next is read; archives of a store are staged between.
 
 So the cache needs room for the images of one wave beside those that it keeps, and the driver memory for their names.
 """
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.cache.fill.draft import WAVE_IMAGES
 from pipeline.cache.fill.ingest import ingest_row
+from pipeline.cache.fill.plan import SplitPlan
 from pipeline.cache.fill.staging import PLACES_SCHEMA, Staged, Staging
 from pipeline.cache.layout.part import Part
 from pipeline.errors import UserError
@@ -23,6 +24,35 @@ from pipeline.storage.store import Store
 
 WAVE_BYTES = 64 << 30
 """Bytes of the archives of a wave: enough of them for the CPUs of a cluster, and little beside what a cache holds of as many."""
+
+
+def new_waves(splits: Sequence[SplitPlan]) -> Iterator[list[tuple[SplitPlan, pa.Table]]]:
+    """The new rows of the splits, all at once or, if they are more than `WAVE_IMAGES`, about as many at a time of one split.
+
+    Files of many images are not divided, for they make parts of their own. Images that are files of their own are taken from all
+    over the listing, so that a part mixes their classes.
+    """
+    if sum(split.new.num_rows for split in splits) <= WAVE_IMAGES:
+        yield [(split, split.new) for split in splits]
+        return
+    for split in splits:
+        numbers = _wave_numbers(split.new, bool(split.dataset.files))
+        for number in range(int(numbers.max(initial=0)) + 1):
+            yield [(split, split.new.filter(pa.array(numbers == number)))]
+
+
+def _wave_numbers(new: pa.Table, by_file: bool) -> np.ndarray:
+    """The wave of each row of an index."""
+    if not by_file:
+        return np.arange(new.num_rows, dtype=np.int32) % max(1, -(-new.num_rows // WAVE_IMAGES))
+    files = new["uri"].dictionary_encode().combine_chunks().indices.to_numpy()
+    wave, size, numbers = 0, 0, list[int]()
+    for count in np.bincount(files).tolist():
+        if size and size + count > WAVE_IMAGES:
+            wave, size = wave + 1, 0
+        numbers.append(wave)
+        size += count
+    return np.array(numbers, np.int32)[files]
 
 
 def waves(archives: Sequence[Entry]) -> Iterator[list[Entry]]:
@@ -68,8 +98,10 @@ def read_wave(cache: Store, wave: Sequence[Entry], source: StreamedSource) -> It
         yield group
 
 
-def ingest_rows(split: str, placed: Sequence[tuple[Part, pa.Table]], staged: pa.Table) -> list[dict[str, Any]]:
-    """The rows for `Ingest` of the missing shards that these samples make up, whose images are staged (`STAGED_SCHEMA`)."""
+def ingest_rows(
+    split: str, placed: Sequence[tuple[Part, pa.Table]], staged: pa.Table | None = None
+) -> list[dict[str, Any]]:
+    """The rows for `Ingest` of the missing shards that these samples make up, whose images may be staged (`STAGED_SCHEMA`)."""
     rows = []
     for part, samples in placed:
         lacking = part.missing(part.images)
@@ -77,9 +109,13 @@ def ingest_rows(split: str, placed: Sequence[tuple[Part, pa.Table]], staged: pa.
         held = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
         mine = [shard for shard in lacking if held.get(shard) == part.shard_rows(shard)]
         if mine:
-            places = staged.select(PLACES_SCHEMA.names).filter(pc.is_in(staged["key"], samples["key"].combine_chunks()))
+            places = None if staged is None else _places(staged, samples)
             rows += [ingest_row(split, part, shard, samples, places) for shard in mine]
     return rows
+
+
+def _places(staged: pa.Table, samples: pa.Table) -> pa.Table:
+    return staged.select(PLACES_SCHEMA.names).filter(pc.is_in(staged["key"], samples["key"].combine_chunks()))
 
 
 class Names:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.cache.fill import places
+from pipeline.cache.fill import build, draft, places, waves
 from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import load_codecs, teacher_stats
@@ -144,6 +144,26 @@ def test_samples_are_compared_in_pieces_too(job, monkeypatch):
     (split,) = job.plan().splits
     assert split.new["sample_id"].to_pylist() == ["class2/another.jpg"]
     assert split.dataset.selections == whole.selections
+
+
+def test_waves_bound_what_is_read_at_a_time_and_every_part_mixes_all_classes(tmp_path, monkeypatch):
+    for module in (build, draft, waves):
+        monkeypatch.setattr(module, "WAVE_IMAGES", 32)
+    job, digest, read = Job(tmp_path), build._digest, []
+
+    def watch(wave):
+        read.append(sum(listed.num_rows for _, listed in wave))
+        return digest(wave)
+
+    monkeypatch.setattr(build, "_digest", watch)
+    plan = job.fill()
+    assert (job.seen, read) == (PHOTOS, [27, 27, 26, 0])  # then nothing is new
+    dataset = plan.split("train").dataset
+    assert [selection.samples for selection in dataset.selections] == [27, 27, 26]
+    for number in range(3):
+        assert {*dataset.samples(number)["label"].to_pylist()} == {0, 1, 2}
+    assert_reads(plan, job.photos)
+    assert_statistics(plan)
 
 
 def test_a_photograph_more_is_one_image_for_a_teacher(job):

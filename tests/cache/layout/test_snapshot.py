@@ -86,3 +86,15 @@ def test_another_process_starts_with_an_empty_snapshot(tmp_path):
     _commit(folder, 1)
     copy = pickle.loads(pickle.dumps(snapshot))  # noqa: S301  as it travels to a worker
     assert len(copy.records(folder)) == 2
+
+
+def test_folders_that_are_read_ahead_are_read_once(tmp_path, reads):
+    folders = [ShardFolder(Store.at(tmp_path / str(number))) for number in range(20)]
+    for number, folder in enumerate(folders[1:], 1):
+        _commit(folder, 0, first=number)
+    reads.clear()
+    snapshot = RecordSnapshot()
+    snapshot.read_ahead(folders)
+    snapshot.read_ahead(folders)
+    assert [len(snapshot.summary(folder).shards) for folder in folders] == [0] + [1] * 19
+    assert {*reads.values()} == {1}
