@@ -1,6 +1,6 @@
 """Where new images go: those that a part holds already stay there, the others make new parts.
 
-What a part holds follows from its images alone, so that two jobs that read the same images make the same parts.
+What a part holds follows from the images of a wave alone, so that two jobs that read the same images make the same parts.
 """
 
 import logging
