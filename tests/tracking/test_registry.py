@@ -192,7 +192,7 @@ def test_the_note_of_a_run_says_what_it_is_made_from():
     note = "\n\n".join(config.note("distill"))
     assert "Images: `photos/train`, held out: `none`." in note
     assert "| hog | pretrained | 1.0 |" in note
-    assert "Training: 30 epochs of batches of 256 at 256 px, seed 0." in note
+    assert "Training: 30 epochs of batches of a size that suits the data at 256 px, seed 0." in note
 
 
 def test_a_version_is_found_in_its_own_store_whatever_the_global_tracking_uri(job, tmp_path, monkeypatch):

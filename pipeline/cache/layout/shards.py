@@ -7,7 +7,7 @@ same shard, the later record replaces the earlier one and names its own data fil
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from pipeline.cache.layout.keys import sealed, unsealed
 from pipeline.cache.layout.part_stats import STATISTICS, PartStats, dump_part_stats, load_part_stats
 from pipeline.cache.layout.stats import Moments, dump_moments, load_moments
-from pipeline.runtime.prefetch import map_ahead
 from pipeline.storage.store import Store, report_damage
 
 ROW_GROUP_SIZE = 64
@@ -244,26 +243,39 @@ class ShardFolder:
             except FileNotFoundError:
                 return None
 
-    def moments(self, records: Iterable[ShardRecord]) -> Iterator[Mapping[str, Moments]]:
-        """Statistics of these shards: merged if they are all, otherwise of each, in order, with read-ahead."""
+    def moments(self, records: Iterable[ShardRecord]) -> list[Mapping[str, Moments]]:
+        """Statistics of these shards: merged if they are all, otherwise of each, in order."""
         records = [*records]
-        together = self.part_stats()
-        if together and [*together.shards] == [record.file for record in records]:
-            yield together.together
-            return
+        if whole := self._together(records):
+            return [whole]
         with ThreadPoolExecutor(4) as pool:
-            yield from map_ahead(pool, self.shard_moments, records, ahead=4)
+            own = [*pool.map(self._own_moments, records)]
+        if None in own and (whole := self._together(records)):  # another job has merged them meanwhile
+            return [whole]
+        return [found or self.shard_moments(record) for found, record in zip(own, records, strict=True)]
+
+    def _together(self, records: Sequence[ShardRecord]) -> Mapping[str, Moments] | None:
+        """The merged statistics, if they are of these shards and no others."""
+        stats = self.part_stats()
+        return stats.together if stats and [*stats.shards] == [record.file for record in records] else None
 
     def shard_moments(self, record: ShardRecord) -> Mapping[str, Moments]:
         """Statistics of a shard: from a file of its own or, once that is gone, rounded; UserError if they are lost or damaged."""
+        if found := self._own_moments(record):
+            return found
+        with report_damage(f"{self.store.uri}/{record.moments}"):
+            together = self.part_stats()
+            if together is None or record.file not in together.shards:
+                raise FileNotFoundError("it is missing")
+            return together.shards[record.file]
+
+    def _own_moments(self, record: ShardRecord) -> Mapping[str, Moments] | None:
+        """Statistics of a shard from a file of its own; None if there is none, UserError if it is damaged."""
         with report_damage(f"{self.store.uri}/{record.moments}"):
             try:
                 return load_moments(self.store.get(record.moments))
             except FileNotFoundError:
-                together = self.part_stats()
-                if together is None or record.file not in together.shards:
-                    raise
-                return together.shards[record.file]
+                return None
 
     def merge_statistics(self, records: Mapping[int, ShardRecord]) -> None:
         """Write the statistics of all shards, which are complete, into one file, and delete those of each."""
@@ -273,8 +285,11 @@ class ShardFolder:
         present = self.part_stats()
         kept = present.shards if present else {}
         with ThreadPoolExecutor(16) as pool:
-            read = pool.map(self.shard_moments, single)
-            own = {record.file: found for record, found in zip(single, read, strict=True)}
+            own = {}
+            for record, found in zip(single, pool.map(self._own_moments, single), strict=True):
+                if found is None:  # another job has merged them, and deletes them now
+                    return
+                own[record.file] = found
             # A shard that was computed again has the same name if it has the same features.
             same = present and all(present.says(file, found) for file, found in own.items() if file in kept)
             if not same or [*kept] != [record.file for record in records.values()]:

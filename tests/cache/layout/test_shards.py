@@ -132,6 +132,28 @@ def test_wrong_statistics_of_a_shard_give_way_to_those_that_are_taken_again(tmp_
     assert abs(found["patches"].mean - Moments.of(torch.cat(features)).mean).max() < 1e-6
 
 
+@pytest.mark.parametrize(
+    "read", [ShardFolder.merge_statistics, lambda folder, records: folder.moments(records.values())]
+)
+def test_what_another_job_merges_meanwhile_is_not_taken_from_what_it_has_rounded(tmp_path, monkeypatch, read):
+    features = [torch.randn(50, 4) + 7 * n for n in range(3)]
+    folder = ShardFolder(Store.at(tmp_path))
+    records = {n: folder.commit(n, _table(offset=n), {"patches": Moments.of(features[n])}) for n in range(3)}
+    other, part_stats = ShardFolder(Store.at(tmp_path)), ShardFolder.part_stats
+
+    def then_merged(self):
+        found = part_stats(self)
+        if found is None and self is folder:
+            other.merge_statistics(records)
+        return found
+
+    monkeypatch.setattr(ShardFolder, "part_stats", then_merged)
+    (merged,) = read(folder, records) or folder.moments(records.values())
+    due = Moments.of(torch.cat(features))
+    assert abs(merged["patches"].mean - due.mean).max() < 1e-6
+    assert abs(merged["patches"].std - due.std).max() < 1e-6
+
+
 def test_lost_and_damaged_statistics_are_named_with_the_remedy(tmp_path):
     folder = ShardFolder(Store.at(tmp_path))
     records = {n: folder.commit(n, _table(offset=n), {"patches": Moments.of(torch.randn(50, 4))}) for n in range(2)}
