@@ -162,6 +162,10 @@ def _without_ray() -> Iterator[None]:
     """See `connect`; `is_in_process` is true in this block."""
     global _in_process
     before, _in_process = _in_process, True
+    if os.environ.get("PYTHONBREAKPOINT", "").startswith(
+        "ray."
+    ):  # of an earlier session: it waits for Ray's own debugger
+        del os.environ["PYTHONBREAKPOINT"]
     try:
         yield
     finally:

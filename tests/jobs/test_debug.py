@@ -34,6 +34,7 @@ def debug(folder: Path, statement: str, keys: str = "") -> subprocess.CompletedP
     """Distil from a teacher whose forward begins with a statement, with these keys typed into its terminal."""
     (folder / "own_teacher.py").write_text(OWN_TEACHER.format(statement=statement))
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
+    environment["PYTHONBREAKPOINT"] = "ray.util.rpdb._driver_set_trace"  # which Ray leaves where it was started before
     command = [*COMMAND, f"work={folder}/work"]
     return subprocess.run(
         command, cwd=REPOSITORY, env=environment, input=keys, capture_output=True, text=True, check=False

@@ -89,7 +89,7 @@ def _wait_for(work, pattern, job, output):
 def _check_runs(client):
     (experiment,) = [e for e in client.search_experiments() if e.name == "regla-distill"]
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert [name.split()[0] for name in sorted(runs)] == ["distill", "precompute", "quickstart-distill"]
+    assert [name.split()[0] for name in sorted(runs)] == ["distill", "precompute", "regla_t"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     distill = runs["distill"].info.run_id
     history = {name: client.get_metric_history(distill, name) for name in ("loss", "knn", "samples_seen")}

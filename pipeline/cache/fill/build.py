@@ -135,12 +135,17 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
         UserError: if a source or the cache cannot be used, or none of the images can be read.
     """
     made: dict[str, Part] = {}
-    drafts = {split.split: VersionDraft(split, shard_size, made) for split in splits}
-    _add_new(splits, drafts, report)
     staged: list[Staging] = []
     complete = []
+    several = sum(split.new.num_rows for split in splits) > WAVE_IMAGES
+    read = {} if several else _digest([(split, split.new) for split in splits])
     for split in splits:
-        draft = drafts.pop(split.split)
+        draft = VersionDraft(split, shard_size, made)
+        if several:
+            _add_waves(split, draft, report)
+        else:
+            report.images_read += split.new.num_rows
+            draft.add(*read.pop(split.split), _scattered(split))
         notes = _add_archives(split, draft, report, staged)
         complete.append(draft.finish(notes))
     report.images_ingested += ingest_missing(complete)
@@ -153,20 +158,16 @@ def read_images(splits: Sequence[SplitPlan], shard_size: int, report: BuildRepor
     return tuple(written)
 
 
-def _add_new(splits: Sequence[SplitPlan], drafts: Mapping[str, VersionDraft], report: BuildReport) -> None:
-    """Read the new rows of the splits; of several waves, each is stored before the next is read."""
-    several = sum(split.new.num_rows for split in splits) > WAVE_IMAGES
-    for wave in new_waves(splits):
-        report.images_read += sum(listed.num_rows for _, listed in wave)
-        read = _digest(wave)
-        for split, _ in wave:
-            draft, images, bad = drafts[split.split], *read.pop(split.split)
-            placed = draft.add(images, bad, _scattered(split))
-            del images
-            if several:
-                draft.write()
-                report.images_ingested += _ingest_placed(split, placed)
-        del wave, placed  # a wave's rows are freed before the next is made
+def _add_waves(split: SplitPlan, draft: VersionDraft, report: BuildReport) -> None:
+    """Read the new rows of a split in waves, each of which is stored before the next is read."""
+    for wave in new_waves(split):
+        report.images_read += wave.num_rows
+        images, bad = _digest([(split, wave)])[split.split]
+        del wave  # its rows are freed before the next is made
+        placed = draft.add(images, bad, _scattered(split))
+        del images
+        draft.write()
+        report.images_ingested += _ingest_placed(split, placed)
 
 
 def _ingest_placed(split: SplitPlan, placed: Sequence[tuple[Part, pa.Table]], staged: pa.Table | None = None) -> int:

@@ -26,19 +26,15 @@ WAVE_BYTES = 64 << 30
 """Bytes of the archives of a wave: enough of them for the CPUs of a cluster, and little beside what a cache holds of as many."""
 
 
-def new_waves(splits: Sequence[SplitPlan]) -> Iterator[list[tuple[SplitPlan, pa.Table]]]:
-    """The new rows of the splits, all at once or, if they are more than `WAVE_IMAGES`, about as many at a time of one split.
+def new_waves(split: SplitPlan) -> Iterator[pa.Table]:
+    """The new rows of a split, about `WAVE_IMAGES` at a time.
 
     Files of many images are not divided, for they make parts of their own. Images that are files of their own are taken from all
     over the listing, so that a part mixes their classes.
     """
-    if sum(split.new.num_rows for split in splits) <= WAVE_IMAGES:
-        yield [(split, split.new) for split in splits]
-        return
-    for split in splits:
-        numbers = _wave_numbers(split.new, bool(split.dataset.files))
-        for number in range(int(numbers.max(initial=0)) + 1):
-            yield [(split, split.new.filter(pa.array(numbers == number)))]
+    numbers = _wave_numbers(split.new, bool(split.dataset.files))
+    for number in range(int(numbers.max(initial=0)) + 1):
+        yield split.new.filter(pa.array(numbers == number))
 
 
 def _wave_numbers(new: pa.Table, by_file: bool) -> np.ndarray:

@@ -112,7 +112,7 @@ def _rewrite(folder, shard, change):
     """Replace a shard's rows and make its record agree, as a writer with a mistake would."""
     record = folder.read_record(shard)
     table = change(folder.read(record))
-    moments = next(folder.moments([record])) if record.moments else None
+    moments = folder.moments([record])[0] if record.moments else None
     codec = json.loads(json.dumps(record.facts))
     folder.unlist(shard)
     folder.commit(shard, table, moments, codec, projection=record.projection)
