@@ -455,6 +455,17 @@ def test_two_jobs_at_once_that_are_killed_and_started_again_make_the_same_cache(
         os.rename(job.root / "cache", job.root / f"both{first}")
 
 
+def test_held_out_images_some_of_which_the_tars_hold_are_stored_once(job):
+    write_photos(job.root / "val", 20, seed=1)
+    for photo in job.photos[::4]:
+        shutil.copy(photo, job.root / f"val/class0/again-{photo.name}")
+    plan, _ = fill_in_process(job.plan(f"data.val={job.root}/val"))
+    train, val = (split.dataset for split in plan.splits)
+    assert (train.count, val.count) == (TARS * PHOTOS, 20 + len(job.photos[::4]))
+    assert images_seen(job.log) == TARS * PHOTOS + 20
+    assert_complete(job, plan)
+
+
 def test_two_jobs_that_stage_the_same_tars_at_once_do_no_harm(job, monkeypatch):
     without_ray(monkeypatch)
     plans, both = [job.plan(), job.plan()], threading.Barrier(2)
