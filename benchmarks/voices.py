@@ -127,7 +127,7 @@ def with_blank_student(plan: PromptsPlan) -> PromptsPlan:
 
 
 def report(rows: dict[str, list[Figures]]) -> Figures:
-    """Print the table; returns the ratios of the student of both, and how far its kNN is behind the better of the others."""
+    """Print the table; returns the ratios of the student of both, and how far its kNN is ahead of the better of the others."""
     print("| student taught by | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (1 + len(COLUMNS)))
     for arm, found in rows.items():
         cells = [mean_and_deviation([row[name] for row in found if name in row]) for name in COLUMNS]

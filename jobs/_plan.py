@@ -145,7 +145,7 @@ def print_costs(
         rates.append(read_rate(plan, phase, estimates))
     plans = [plan for _, plan in planned]
     check_space(*plans)
-    hours = _sum(teacher.gpu_hours for teacher in teachers)
+    hours = sum_known(teacher.gpu_hours for teacher in teachers)
     return {
         "views_missing": sum(teacher.missing for teacher in teachers),
         "missing_bytes": missing_bytes(*plans),
@@ -181,8 +181,8 @@ def cost_plan(
 def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:
     if not cluster.gpus:
         return f"{cluster}: teachers run on CPUs"
-    total = _sum(teacher.gpu_hours for teacher in teachers)
-    return f"{cluster}: {_span(total and total / cluster.gpus)} on all GPUs"
+    total = sum_known(teacher.gpu_hours for teacher in teachers)
+    return f"{cluster}: {span(total and total / cluster.gpus)} on all GPUs"
 
 
 def _times(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, str]:
@@ -194,8 +194,8 @@ def _times(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, s
         "teacher": teacher.label,
         "views missing": f"{teacher.missing} of {teacher.views}",
         "measured": speed + ("" if probe is None or probe.trained else ", random weights"),
-        "time here": _span(teacher.hours),
-        "time on a GPU": _span(teacher.gpu_hours) + gpu,
+        "time here": span(teacher.hours),
+        "time on a GPU": span(teacher.gpu_hours) + gpu,
         "price": _price(teacher.gpu_hours, config),
         "GPU memory": size(probe.memory) if probe and probe.memory else "not measured",
     }
@@ -203,18 +203,20 @@ def _times(teacher: TeacherEstimate, config: PrecomputeJobConfig) -> dict[str, s
 
 def _total(teachers: Sequence[TeacherEstimate], config: PrecomputeJobConfig) -> dict[str, str]:
     """The last row: what all teachers take, one after the other; unknown if that of one of them is."""
-    here, gpu = (_sum(getattr(teacher, name) for teacher in teachers) for name in ("hours", "gpu_hours"))
+    here, gpu = (sum_known(getattr(teacher, name) for teacher in teachers) for name in ("hours", "gpu_hours"))
     views = f"{sum(teacher.missing for teacher in teachers)} of {sum(teacher.views for teacher in teachers)}"
-    times = {"time here": _span(here), "time on a GPU": _span(gpu), "price": _price(gpu, config)}
+    times = {"time here": span(here), "time on a GPU": span(gpu), "price": _price(gpu, config)}
     return {"teacher": "all", "views missing": views, "measured": "", **times, "GPU memory": ""}
 
 
-def _sum(values: Iterable[float | None]) -> float | None:
+def sum_known(values: Iterable[float | None]) -> float | None:
+    """The sum; None if one of the values is not known."""
     known = [*values]
     return None if None in known else sum(value for value in known if value is not None)
 
 
-def _span(value: float | None) -> str:
+def span(value: float | None) -> str:
+    """Hours in words."""
     return "unknown" if value is None else time_span(3600 * value)
 
 

@@ -33,7 +33,7 @@ if __name__ == "__main__":
     run(DistillJobConfig, later("jobs.distill"), __doc__, add_modes=add_modes)
     sys.exit()
 
-from jobs._plan import fill, print_costs, print_plan
+from jobs._plan import fill, print_costs, print_plan, span, sum_known
 from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import check_space
 from pipeline.cache.fill.plan import check_weights
@@ -43,7 +43,7 @@ from pipeline.distill.plan import check_session, training_plan
 from pipeline.runs.folder import cache_store
 from pipeline.runs.usage import loading_lines
 from pipeline.runtime.ray_session import connect, hardware, is_cluster
-from pipeline.runtime.units import size, time_span
+from pipeline.runtime.units import size
 
 
 def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
@@ -132,10 +132,8 @@ def show_plan(config: DistillJobConfig, _: argparse.Namespace) -> dict[str, Any]
         trained = [estimate_training(phase, timer) for phase in phases]
     hours = [found.hours(count) for found, count in zip(trained, workers, strict=True)]
     rows = [_training_row(*row) for row in zip(range(1, len(phases) + 1), trained, workers, hours, strict=True)]
-    known = [value for value in hours if value is not None]
-    total = sum(known) if len(known) == len(hours) else None
     print(f"training (forward and backward of the student alone)\n{grid(rows)}", flush=True)
-    return {**figures, "training_hours": total}
+    return {**figures, "training_hours": sum_known(hours)}
 
 
 def _training_row(number: int, found: TrainingEstimate, workers: int, hours: float | None) -> dict[str, str]:
@@ -144,5 +142,5 @@ def _training_row(number: int, found: TrainingEstimate, workers: int, hours: flo
         "images": "unknown" if found.images is None else str(found.images),
         "measured": f"{found.images_per_second:.1f} images/s on {found.device}",
         "workers": str(workers),
-        "time": "unknown" if hours is None else time_span(3600 * hours),
+        "time": span(hours),
     }

@@ -77,10 +77,11 @@ from pipeline.predict.predictor import load_predictor
 
 Voice = Callable[[argparse.Namespace], Mapping[str, Any]]
 
-PLAIN = {"weights": "pretrained", "text_weights": None, "teacher": None, "batch_size": 32}
+PLAIN = {"weights": "pretrained", "text_weights": None, "teacher": None, "batch_size": 32, "min_score": None}
 """Flags that not every voice uses, and their defaults."""
-IN_WORDS = {"weights": "a student with heads has its own"}
-WITHOUT_TEXTS = {"text_weights": "no text is embedded"}
+WITHOUT_SCORES = {"min_score": "only the objects of a detector have scores"}
+IN_WORDS = {"weights": "a student with heads has its own", **WITHOUT_SCORES}
+WITHOUT_TEXTS = {"text_weights": "no text is embedded", **WITHOUT_SCORES}
 IN_PROMPTS = {
     **IN_WORDS,
     **WITHOUT_TEXTS,
@@ -150,7 +151,7 @@ def predict(options: argparse.Namespace) -> Mapping[str, Any]:
     predictor.unreadable = {}
     task = asked or predictor.task or "features"
     if options.min_score is not None and (predictor.task != "detect" or task == "features"):
-        raise UserError("--min-score: only the objects of a detector have scores; leave it out")
+        raise UserError(f"--min-score: {WITHOUT_SCORES['min_score']}; leave it out")
     predictor.min_score = options.min_score
     if task == "features":
         file = options.to or Path("features.parquet")

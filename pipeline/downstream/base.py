@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.config.tree import Section
 from pipeline.downstream.config import TASKS, FinetuneConfig, FinetuneJobConfig, import_task
 from pipeline.downstream.sampling import Draw
+from pipeline.sources.hold_out import Split
 from pipeline.student.model import Encoder
 from pipeline.training.task import TrainingBatch
 from pipeline.training.worker import Worker
@@ -25,7 +26,6 @@ from pipeline.training.worker import Worker
 if TYPE_CHECKING:
     from pipeline.downstream.saved import SavedModel
 
-Split = Literal["train", "val"]
 Settings = TypeVar("Settings", bound=Section)
 
 

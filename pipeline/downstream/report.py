@@ -63,7 +63,11 @@ def _recipe(config: FinetuneJobConfig, plan: FinetunePlan) -> dict[str, str]:
         "task": config.finetune.task,
         "backbone": f"{plan.start.name} from {config.finetune.student or 'scratch'}",
         **({"frozen": "the backbone is not trained"} if config.finetune.frozen else {}),
-        **({"backbone": f"{factor:g} of the learning rate"} if (factor := config.finetune.backbone_lr) != 1 else {}),
+        **(
+            {"rate of the backbone": f"{factor:g} of the learning rate"}
+            if (factor := config.finetune.backbone_lr) != 1
+            else {}
+        ),
         **teacher,
         "training": f"{config.train.epochs} epochs, {config.train.batch_size} images per step, seed {config.seed}",
         "learning rate": config.train.lr_rule,

@@ -17,7 +17,7 @@ from pipeline.storage.files import Entry
 if TYPE_CHECKING:
     from pipeline.sources.streamed import StreamedSource, Take
 
-Side = Literal["train", "val"]
+Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class HoldOut:
 
     Args:
         share: of the images that are held out, between 0 and 1.
-        side: ``val`` for these, ``train`` for the others.
+        split: ``val`` for these, ``train`` for the others.
     """
 
     whole: Source
     share: float
-    side: Side
+    split: Split
 
     @property
     def name(self) -> str:
@@ -50,11 +50,11 @@ class HoldOut:
     @property
     def part(self) -> float:
         """About which part of the whole these are, between 0 and 1."""
-        return self.share if self.side == "val" else 1 - self.share
+        return self.share if self.split == "val" else 1 - self.share
 
     @property
     def _words(self) -> str:
-        return f"{self.share:g} held out" if self.side == "val" else f"without {self.share:g}"
+        return f"{self.share:g} held out" if self.split == "val" else f"without {self.share:g}"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ class HoldOut:
         limit, mine = int(self.share * 2**64), np.empty(rows.num_rows, bool)
         for start in range(0, rows.num_rows, ROWS_HELD):
             ids = rows["sample_id"].slice(start, ROWS_HELD).to_pylist()
-            mine[start : start + len(ids)] = [(_place(sample_id) < limit) == (self.side == "val") for sample_id in ids]
+            mine[start : start + len(ids)] = [(_place(sample_id) < limit) == (self.split == "val") for sample_id in ids]
         return rows.filter(pa.array(mine))
 
     @property

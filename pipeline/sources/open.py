@@ -8,7 +8,7 @@ from pipeline.errors import UserError
 from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.sources.base import Source
 from pipeline.sources.config import DataConfig
-from pipeline.sources.hold_out import HoldOut, Side
+from pipeline.sources.hold_out import HoldOut, Split
 from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.left_out import is_system
 from pipeline.sources.locations import SAMPLES, absolute, expand, refuse_split_files
@@ -21,7 +21,7 @@ from pipeline.storage.remote import is_uri, is_web
 _ARCHIVES = (".tar", ".parquet")
 
 
-def open_images(data: DataConfig, split: Side, seed: int) -> Source:
+def open_images(data: DataConfig, split: Split, seed: int) -> Source:
     """Open the training images, or the held-out ones, if there are any; `seed` is that of generated scenes.
 
     Raises:

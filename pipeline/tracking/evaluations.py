@@ -5,9 +5,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from pipeline.errors import UserError
-from pipeline.tracking.address import sqlite_file
-from pipeline.tracking.reading import LoggedRun, search_runs
+from pipeline.tracking.reading import LoggedRun, refuse_missing_file, search_runs
 from pipeline.tracking.run import connecting
 
 OF_THE_JOB = ("hours", "gpu_hours")
@@ -23,9 +21,7 @@ def evaluations(uri: str, student_run: str) -> list[dict[str, Any]]:
     Raises:
         UserError: if there is no such store, or it cannot be reached.
     """
-    file = sqlite_file(uri)
-    if file and not file.is_file():  # MLflow would create an empty one
-        raise UserError(f"there is no MLflow store at {uri}")
+    refuse_missing_file(uri)
     with connecting(uri, "--tracking-uri"):
         experiments = [found.experiment_id for found in MlflowClient(uri).search_experiments()]
         query = f"tags.student_run = '{student_run}' and attributes.status = 'FINISHED'"

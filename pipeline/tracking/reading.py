@@ -89,7 +89,7 @@ def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
     Raises:
         UserError: if the store cannot be reached, has no such experiment, or cannot parse the filter.
     """
-    _refuse_missing_file(uri)
+    refuse_missing_file(uri)
     with connecting(uri, "--tracking-uri"):
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(name)
@@ -108,7 +108,7 @@ def read_experiment(uri: str, name: str, only: str = "") -> Experiment:
     return Experiment(uri, found.experiment_id, name, tuple(ordered), frozenset(run.run_id for run in chosen))
 
 
-def _refuse_missing_file(uri: str) -> None:
+def refuse_missing_file(uri: str) -> None:
     """Refuse a SQLite file that does not exist: MLflow would create an empty store."""
     file = sqlite_file(uri)
     if file and not file.is_file():

@@ -76,7 +76,7 @@ def plan_words(config: WordsJobConfig) -> WordsPlan:
     store = cache_store(config)
     size = settings.input_size or student.input_size or config.student.input_size
     encoder = cached_encoder(source, size, weights="pretrained", args={}, grid=None)
-    cache = CachePlan(store, plan_splits(config, store, sides=("val",)), (encoder,), config.cache.shard_size)
+    cache = CachePlan(store, plan_splits(config, store, only=("val",)), (encoder,), config.cache.shard_size)
     return WordsPlan(cache, encoder, model, teacher, tower, student.provenance.get("run_id"))
 
 

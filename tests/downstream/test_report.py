@@ -27,7 +27,9 @@ class Images(SimpleNamespace):
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    config = load_config(FinetuneJobConfig, None, ["finetune.task=classify", f"name={HOSTILE}"])
+    config = load_config(
+        FinetuneJobConfig, None, ["finetune.task=classify", f"name={HOSTILE}", "finetune.backbone_lr=0.1"]
+    )
     monkeypatch.setattr(module, "devices", lambda: (0.0, "CPU"))
     started = SimpleNamespace(
         name="finetune",
@@ -62,6 +64,8 @@ def test_it_shows_curves_predictions_and_classes(page, tmp_path):
     assert f"{HOSTILE} 40 61.23" in shown.text
     assert "40 held-out images" in shown.text
     assert "time of this start 1.2 min" in shown.text
+    assert "backbone regla_t from scratch" in shown.text
+    assert "rate of the backbone 0.1 of the learning rate" in shown.text
     assert "load_predictor(" in shown.text
 
 

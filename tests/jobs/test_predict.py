@@ -16,7 +16,7 @@ ASKED = {
     "boxes": ["--boxes", "1,1,5,5"],
     "everything": ["--everything"],
 }
-GIVEN = {"weights": "random", "text_weights": "clip.pt", "teacher": "sam/vit_b", "batch_size": "4"}
+GIVEN = {"weights": "random", "text_weights": "clip.pt", "teacher": "sam/vit_b", "batch_size": "4", "min_score": "0.5"}
 
 
 @pytest.mark.parametrize(("flag", "unused"), [(flag, name) for flag, unused in UNUSED.items() for name in unused])

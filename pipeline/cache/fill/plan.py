@@ -18,7 +18,7 @@ from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError, blame_field
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
 from pipeline.sources.base import Source
-from pipeline.sources.hold_out import HoldOut, Side
+from pipeline.sources.hold_out import HoldOut, Split
 from pipeline.sources.open import open_images
 from pipeline.sources.streamed import streamed
 from pipeline.storage.files import Entry
@@ -169,16 +169,16 @@ def plan_splits(
     policy: ViewPolicy = WHOLE,
     snapshot: RecordSnapshot | None = None,
     pins: Mapping[str, str] | None = None,
-    sides: Sequence[Side] = ("train", "val"),
+    only: Sequence[Split] = ("train", "val"),
 ) -> tuple[SplitPlan, ...]:
     """As `plan_cache`, without teachers; `policy` is for the training images, held-out images are always whole.
 
     Args:
-        sides: those that are planned, if there are any such images.
+        only: those that are planned, if there are any such images.
     """
     snapshot = snapshot or RecordSnapshot()
     splits = {"train": (config.data.train, policy), "val": (config.data.held_out, WHOLE)}
-    given = [(side, at, views) for side in sides for at, views in (splits[side],) if at]
+    given = [(split, at, views) for split in only for at, views in (splits[split],) if at]
     return tuple(_plan_split(config, store, split, at, views, snapshot, pins or {}) for split, at, views in given)
 
 
@@ -201,7 +201,7 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
 def _plan_split(
     config: CacheJobConfig,
     store: Store,
-    split: Side,
+    split: Split,
     location: str,
     policy: ViewPolicy,
     snapshot: RecordSnapshot,
