@@ -187,7 +187,7 @@ def compare(
                 f"{stored['key'][row].as_py().hex()} view {stored['view'][row]} by {loss[row]:.3f}, allowed {bound[row]:.3f}"
             )
         if kind in frozen:
-            mean, std = (torch.from_numpy(part) for part in (frozen[kind].mean, frozen[kind].std))
+            mean, std = (torch.from_numpy(part.copy()) for part in (frozen[kind].mean, frozen[kind].std))
             cosines[kind] = target_cosines(features.flatten(0, -2), found.flatten(0, -2), mean, std)
     return cosines
 
