@@ -99,5 +99,5 @@ def test_the_job_says_what_the_teacher_reaches_and_so_does_the_model_card(
     export.main(
         [str(tmp_path / "out"), "--format", "safetensors", "--to", "twice", "--tracking-uri", "sqlite:///no.db"]
     )
-    assert "the model card has no new evaluations: there is no MLflow store" in capsys.readouterr().out
+    assert "the model card has no new evaluations: --tracking-uri: there is no MLflow store" in capsys.readouterr().out
     assert row in (tmp_path / "twice/README.md").read_text().splitlines()
