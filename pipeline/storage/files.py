@@ -15,7 +15,7 @@ import numpy as np
 from pyarrow import fs
 
 from pipeline.errors import UserError
-from pipeline.storage.remote import attempt, fsspec_driver, is_uri, is_web, resolve
+from pipeline.storage.remote import attempt, fsspec_driver, is_uri, is_web, list_infos, resolve
 from pipeline.storage.remote_file import BLOCK, RemoteFile
 
 HEADER = 1 << 16
@@ -156,7 +156,8 @@ def _list(uri: str, recursive: bool) -> Iterator[Entry]:
     system, root = resolve(uri)
     driver = fsspec_driver(system)
     if driver is None:
-        for info in system.get_file_info(fs.FileSelector(root, recursive=recursive)):
+        selector = fs.FileSelector(root, recursive=True)
+        for info in system.get_file_info(selector) if recursive else list_infos(system, root):
             entry = _arrow_entry(uri + info.path[len(root) :], info)
             if not (recursive and entry.is_folder):
                 yield entry
