@@ -21,6 +21,9 @@ from pipeline.training.segmentation_scores import segmentation_scores
 BATCH = 16
 """Images per forward pass and per step of the probe."""
 
+LRS = (0.02, 0.1, 0.5)
+"""Learning rates of the classifiers: a third of those of the job, since most of the time goes into full-size logits."""
+
 
 @dataclass(frozen=True)
 class MapsInMemory:
@@ -50,15 +53,14 @@ def segmentation_probe(encoder: Encoder, folder: Path, size: int, seed: int) -> 
         folder: with `images` and `masks`, each with `train` and `val`, in ADE20K's layout.
         size: side of the encoder's square input in pixels.
     """
-    settings = EvaluateConfig()
     (train, truth), (val, expected) = (_maps(encoder, folder, split, size) for split in ("train", "val"))
     classes = max(truth.check(), expected.check())
     channels = train.maps.flatten(0, 2)
-    heads = LinearHeads(channels.mean(0), channels.std(0), classes, settings.lrs, seed)
+    heads = LinearHeads(channels.mean(0), channels.std(0), classes, LRS, seed)
     batches = pixel_batches(train, truth, BATCH, seed, "cpu")  # type: ignore[arg-type]
     with TemporaryDirectory() as kept, torch.enable_grad():
         steps = count_batches(train, BATCH)  # type: ignore[arg-type]
-        train_heads(heads, batches, steps, settings.epochs, Path(kept, "probe.pt"), lambda epoch, losses: None)
+        train_heads(heads, batches, steps, EvaluateConfig().epochs, Path(kept, "probe.pt"), lambda epoch, losses: None)
     matrices = confusions(heads, val, expected, classes, "cpu")  # type: ignore[arg-type]
     scores = max((segmentation_scores(matrix)[0] for matrix in matrices), key=lambda found: next(iter(found.values())))
     return dict(scores)
