@@ -16,6 +16,7 @@ from pipeline.cache.read.examples import read_examples
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.figures import enlarge, features_columns
 from pipeline.distill.job import DistillResult
+from pipeline.distill.mixed import first_batch
 from pipeline.distill.task import DistillJob, HeldOut, build_reader
 from pipeline.evaluate.chance import chance, class_counts, interval
 from pipeline.imaging.decode import decode_image
@@ -116,6 +117,8 @@ def _recipe(config: DistillJobConfig, train: TrainConfig) -> Section:
         "targets": f"standardised by {loss.standardise}",
         "views": f"{views.crops} crops, area from {views.min_area:g}" if views.crops else "the whole image",
     }
+    if config.resolutions:
+        facts["in each step"] = "; ".join(f"{r.share:.0%} at {r.input_size} px" for r in config.resolutions)
     if len(phases := config.phase_configs()) > 1:
         facts["phases"] = "; ".join(
             f"{number}: {phase.train.epochs} epochs at {phase.student.input_size} px"
@@ -258,7 +261,7 @@ def _pictures(result: DistillResult) -> Section:
         held_out = HeldOut(job.held_out, job.teachers, side, job.config.knn.batch_size)
         batch, codecs = next(held_out.batches()), held_out.codecs
     else:
-        batch, codecs = next(build_reader(job).batches(0)), None
+        batch, codecs = first_batch(build_reader(job)), None
     columns = []
     for name, pictures in features_columns(result.distiller, batch, codecs).items():
         pixels = (enlarge(pictures) * 255).round().byte().numpy()
