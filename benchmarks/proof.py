@@ -26,19 +26,21 @@ import torch
 
 from benchmarks.results import mean_and_deviation, measure_once, study_parser
 from benchmarks.segmentation_probe import segmentation_probe
+from pipeline.cache.config import ResolutionConfig, TeacherConfig
 from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
-from pipeline.distill.task import DistillJob, DistillTask
+from pipeline.distill.job import make_job
+from pipeline.distill.task import DistillTask
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.job import plan_finetune, with_absolute_paths
 from pipeline.downstream.training import FinetuneJob, FinetuneTask
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.knn import embed, knn_accuracy
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
-from pipeline.runs.folder import cache_store
+from pipeline.runs.folder import cache_store, work_folder
 from pipeline.runtime.ray_session import connect
 from pipeline.student.config import NamedBackboneConfig
 from pipeline.student.model import Encoder, save_encoder
@@ -88,6 +90,34 @@ def patch_relation(weight: float) -> Arm:
     return changed(loss={"patches": {"cosine": 0.9, "smooth_l1": 0.1, "patch_relation": weight}})
 
 
+def mixed(share: float) -> Arm:
+    """A share of the samples at one and a half times the input size; the first teacher (HOG) sees images of that size too."""
+
+    def change(config: DistillJobConfig) -> DistillJobConfig:
+        side = config.student.input_size * 3 // 2
+        sizes = [ResolutionConfig(input_size=side, share=share, teachers={0: side})]
+        return config.model_copy(update={"resolutions": sizes})
+
+    return change
+
+
+def proxy(name: str) -> Arm:
+    """A larger student, distilled by the same recipe, as the only teacher (EUPE's proxy)."""
+
+    def change(config: DistillJobConfig) -> DistillJobConfig:
+        larger = changed(student={"name": name})(config)
+        folder = Path(work_folder(config), "proxies", f"{larger.fingerprint()[:12]}-{config.seed}")
+        if not folder.exists():
+            encoder = _distilled(larger, _plan_of(larger))
+            save_encoder(encoder, name, {}, config.student.input_size, folder)
+        teacher = TeacherConfig(
+            model="student", weights=str(folder.resolve()), input_size=2 * config.student.input_size
+        )
+        return config.model_copy(update={"teachers": [teacher]})
+
+    return change
+
+
 ARMS: dict[str, Arm] = {
     "labels": changed(),
     "teacher-0": only(0),
@@ -103,6 +133,11 @@ ARMS: dict[str, Arm] = {
     "augment": changed(augment={"jitter": 0.8, "grey": 0.2}),
     "no-relation": changed(loss={"summary": {"cosine": 1.0}}),
     "relation-0.5": changed(loss={"summary": {"cosine": 1.0, "relation": 0.5}}),
+    "angle": changed(loss={"summary": {"benchmarks.losses:angle": 1.0, "relation": 0.1}}),
+    "queue-8192": changed(loss={"queue": 8192}),
+    "mixed-0.25": mixed(0.25),
+    "proxy-s": proxy("regla_s"),
+    "proxy-m": proxy("regla_m"),
     "crops-1": crops(1),
     "crops-2": crops(2),
     **{codec: changed(cache={"codec": codec}) for codec in ("int8", "float16", "float32", "pca-int8-zstd")},
@@ -173,8 +208,8 @@ def _distilled(config: DistillJobConfig, plan: CachePlan) -> Encoder:
     """The backbone of a student that was distilled from random weights."""
     if config.student.weights != "random":
         raise SystemExit("student.weights: this benchmark compares students from random weights")
-    datasets = {split.split: split.dataset for split in plan.splits}
-    task = DistillTask(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
+    further = [_plan_of(config.at_resolution(found)) for found in config.resolutions]
+    task = DistillTask(make_job(config, plan, further))
     encoder: Encoder = _train(task, config).student.encoder
     return encoder
 
