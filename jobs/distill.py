@@ -119,9 +119,8 @@ def planned_phases(config: DistillJobConfig) -> tuple[Phase, ...]:
     phases = plan_phases(config, cache_store(config))
     for number, phase in enumerate(phases, 1):
         first, *others = phase.caches
-        print_plan(
-            *first, number, len(phases), *(cache_plan(plan, part) for part, plan in others), table(training_plan(phase))
-        )
+        further = [f"cache for {part.student.input_size} px\n{cache_plan(plan, part)}" for part, plan in others]
+        print_plan(*first, number, len(phases), *further, table(training_plan(phase)))
     return phases
 
 
