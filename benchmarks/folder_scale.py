@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 os.utime(photos.parent / "jpegs" / "0.jpg")
             beside = _report(found, f"find_{name}", find)
             spent = _report(found, name, [*job, f"data.train={photos}", f"cache.uri={cache}"])
-            found[f"{name}_ratio"] = round((spent - imports) / beside, 2)
+            found[f"{name}_ratio"] = round((spent - imports) / max(beside, 0.01), 2)  # a few files take no time
     print(json.dumps({"files": options.files // FILES_OF_A_CLASS * FILES_OF_A_CLASS, **found}))
 
 
