@@ -18,7 +18,7 @@ from pipeline.cache.fill.staging import PLACES_SCHEMA, read_staged
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.part import KEY, Part, image_key
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord
-from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, complete_record, view_row
+from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, complete_record, rows_schema, view_row
 from pipeline.errors import UserError
 from pipeline.imaging.decode import image_size
 from pipeline.imaging.geometry import FULL
@@ -109,7 +109,7 @@ def commit_crops(part: Part, shard: int) -> None:
     for key, data in zip(images["key"].to_pylist(), images["image"], strict=True):
         views = part.policy.views(key.hex(), *image_size(data.as_py()))
         rows += [view_row(key, number, view) for number, view in enumerate(views)]
-    table = pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
+    table = pa.Table.from_pylist(rows, schema=rows_schema(part.policy))
     part.rows.commit(shard, table, before_listing=partial(_unlist_features, part.view.sub("teachers")))
 
 

@@ -17,6 +17,7 @@ from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError, blame_field
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
+from pipeline.imaging.photometric import PhotometricPolicy
 from pipeline.sources.base import Source
 from pipeline.sources.hold_out import HoldOut, Split
 from pipeline.sources.open import open_images
@@ -159,8 +160,21 @@ def plan_cache(
     ids = [teacher.id for teacher in cached]
     for twin in {name for name in ids if ids.count(name) > 1}:
         raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; list each teacher once")
-    policy = ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed)
-    return CachePlan(store, plan_splits(config, store, policy, snapshot, pins), cached, config.cache.shard_size)
+    splits = plan_splits(config, store, view_policy(config), snapshot, pins)
+    return CachePlan(store, splits, cached, config.cache.shard_size)
+
+
+def view_policy(config: PrecomputeJobConfig) -> ViewPolicy:
+    """The views of the training images; UserError for changes of whole images, whose features all recipes share."""
+    views = config.views
+    photometric = PhotometricPolicy(**views.photometric.model_dump())
+    if photometric and not views.crops:
+        raise UserError(
+            "views.photometric changes crops, and views.crops is 0: set views.crops (with views.min_area=1 a crop is the whole "
+            "image)"
+        )
+    drawn = views.model_dump(exclude={"per_step", "photometric"})
+    return ViewPolicy(**drawn, seed=config.seed, photometric=photometric or None)
 
 
 def plan_splits(

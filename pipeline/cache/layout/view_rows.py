@@ -14,7 +14,8 @@ import pyarrow as pa
 from pipeline.cache.layout.part import KEY, Part
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord
 from pipeline.errors import UserError
-from pipeline.imaging.geometry import View
+from pipeline.imaging.geometry import View, ViewPolicy
+from pipeline.imaging.photometric import Photometric
 
 BOX = ("left", "top", "right", "bottom")
 """Columns of a view's box."""
@@ -27,12 +28,14 @@ ROWS_SCHEMA = pa.schema(
     ]
 )
 """Key of the image and number of the view, the view's box as fractions of the image, and whether the view is mirrored."""
+PHOTOMETRIC_SCHEMA = pa.schema([pa.field(name, pa.float32(), nullable=False) for name in Photometric._fields])
+"""What a row of crops has besides if their colours are changed: the fields of `Photometric`."""
 IMAGES_SCHEMA = pa.schema([*ROWS_SCHEMA, pa.field("image", pa.binary(), nullable=False)])
 """The rows of the view ``full``, and the encoded image."""
 
 
 class ViewRows(NamedTuple):
-    """A shard's images (`IMAGES_SCHEMA`), and the views of them that teachers encode (`ROWS_SCHEMA`), image by image.
+    """A shard's images (`IMAGES_SCHEMA`), and the views of them that teachers encode (`rows_schema`), image by image.
 
     `files` names the shard file that crops were read from, as ``rows``.
     """
@@ -47,15 +50,31 @@ class ViewRows(NamedTuple):
         return ViewRows(self.images.slice(first, count), self.rows.slice(first * views, count * views), self.files)
 
 
+def rows_schema(policy: ViewPolicy) -> pa.Schema:
+    """Columns of the rows of a view."""
+    return pa.schema([*ROWS_SCHEMA, *PHOTOMETRIC_SCHEMA]) if policy.photometric else ROWS_SCHEMA
+
+
+def geometry_columns(policy: ViewPolicy) -> list[str]:
+    """Names of the columns that say how a view is made of its image, as `view_of` takes their values."""
+    return rows_schema(policy).names[2:]
+
+
 def view_row(key: bytes, number: int, view: View) -> dict[str, object]:
-    """One row of `ROWS_SCHEMA`."""
-    return {"key": key, "view": number, **dict(zip(BOX, view.box, strict=True)), "flip": view.flip}
+    """One row of :func:`rows_schema`."""
+    changes = view.photometric._asdict() if view.photometric else {}
+    return {"key": key, "view": number, **dict(zip(BOX, view.box, strict=True)), "flip": view.flip, **changes}
+
+
+def view_of(left: float, top: float, right: float, bottom: float, flip: float, *changes: float) -> View:
+    """A view from the values of its row, in the order of `geometry_columns`."""
+    return View((left, top, right, bottom), bool(flip), Photometric(*changes) if changes else None)
 
 
 def views_of(rows: pa.Table) -> list[View]:
     """The stored view of every row."""
-    columns = [rows[name].to_pylist() for name in (*BOX, "flip")]
-    return [View((left, top, right, bottom), flip) for left, top, right, bottom, flip in zip(*columns, strict=True)]
+    names = [*BOX, "flip", *(name for name in PHOTOMETRIC_SCHEMA.names if name in rows.column_names)]
+    return [view_of(*values) for values in zip(*(rows[name].to_pylist() for name in names), strict=True)]
 
 
 def read_view_rows(part: Part, shard: int) -> ViewRows:

@@ -21,7 +21,7 @@ from pipeline.cache.layout.part import PART_SCHEMA, Part, image_key, part_id, te
 from pipeline.cache.layout.part_stats import STATISTICS, load_part_stats
 from pipeline.cache.layout.projection import load_projections
 from pipeline.cache.layout.shards import RECORDS, ShardFolder, ShardRecord, keys_of, projection_in, record_name
-from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, views_of
+from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, rows_schema, views_of
 from pipeline.errors import one_line
 from pipeline.storage.store import Store
 
@@ -145,7 +145,7 @@ def check_images(opened: Shard, keys: list[bytes] | None) -> pa.Table:
 
 def check_rows_shard(part: Part, opened: Shard, images: pa.Table | None) -> pa.Table:
     """Check and return the crops of a shard: every view of every image, in order."""
-    check_schema(opened, ROWS_SCHEMA)
+    check_schema(opened, rows_schema(part.policy))
     rows = opened.read()
     if images is not None:
         views = range(part.policy.rows_per_image)

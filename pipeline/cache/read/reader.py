@@ -18,12 +18,11 @@ from torch import Tensor
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, fixed_width, in_one_piece
-from pipeline.cache.layout.view_rows import BOX, ROWS_SCHEMA, check_rows
+from pipeline.cache.layout.view_rows import ROWS_SCHEMA, check_rows, geometry_columns, view_of
 from pipeline.cache.read.order import EpochOrder, ShuffleQuality, check_per_step
 from pipeline.cache.read.shard_reader import FeatureReader, SampleReader, ShardReader, image_reader
 from pipeline.errors import UserError
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool
-from pipeline.imaging.geometry import View
 from pipeline.imaging.gpu_decode import NvjpegPool
 from pipeline.imaging.shared_arrays import ArrayHandle
 from pipeline.runtime.prefetch import map_ahead
@@ -35,7 +34,6 @@ IO_THREADS = 2
 """Threads that read row groups."""
 BATCHES_AHEAD = 2
 """Batches whose images are decoded ahead of use."""
-GEOMETRY = (*BOX, "flip")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class PartialBatch:
 
     Attributes:
         images: B encoded images.
-        geometry: [B, 5] float32, box and flip of every view.
+        geometry: [B, G] float32, the values of every view by `geometry_columns`.
         assigned: rows that are assigned to a row group.
     """
 
@@ -125,6 +123,7 @@ class CacheReader:
         self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
         self.samples, self.images = SampleReader(dataset), image_reader(dataset)
         self.rows = ShardReader(lambda part: part.rows, dataset, "views") if dataset.policy.crops else None
+        self.geometry = geometry_columns(dataset.policy)
         self.teachers = {teacher.id: FeatureReader(dataset, teacher) for teacher in teachers}
         groups = dataset.row_groups()
         self.order = EpochOrder(groups, batch_size, seed, window, rank, world, per_step, views)
@@ -180,7 +179,7 @@ class CacheReader:
             name: {kind: self.arrays.empty(count, width) for kind, width in reader.widths.items()}
             for name, reader in self.teachers.items()
         }
-        labels, geometry = np.empty(count, np.int64), np.empty((count, len(GEOMETRY)), np.float32)
+        labels, geometry = np.empty(count, np.int64), np.empty((count, len(self.geometry)), np.float32)
         return PartialBatch((epoch, step), [""] * count, [None] * count, labels, geometry, features)
 
     def _read_group(self, work: tuple[int, RowGroup, list[RowSlice]]) -> int:
@@ -193,7 +192,7 @@ class CacheReader:
             rows = self.rows.read(group)
             check_rows(self.dataset.parts[group.part], group.shard, rows, images)
         encoded, views = in_one_piece(images["image"]), self.dataset.policy.rows_per_image
-        geometry = np.stack([rows[name].to_numpy() for name in GEOMETRY], axis=1)
+        geometry = np.stack([rows[name].to_numpy() for name in self.geometry], axis=1)
         stored: list[RowSlice] = []
         for batch, target, chosen in slices:
             owners = chosen // views
@@ -275,5 +274,4 @@ class _Work:
 
 
 def _crop_task(geometry: Sequence[float], target: np.ndarray | ArrayHandle) -> CropTask:
-    left, top, right, bottom, flip = geometry
-    return CropTask(View((left, top, right, bottom), bool(flip)), STUDENT_INTERPOLATION, target)
+    return CropTask(view_of(*geometry), STUDENT_INTERPOLATION, target)
