@@ -33,6 +33,12 @@ class TeacherConfig(Section):
         None, ge=1, description="side of the square of patches that is averaged into one; none: the teacher's default"
     )
     args: dict[str, Any] = Field({}, description="arguments passed to the library's model constructor")
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the images that it is asked about, chosen by their content; its loss is the mean over these",
+    )
     codec: str | None = Field(None, description="codec of its features; none: cache.codec")
     basis: str | None = Field(
         None,

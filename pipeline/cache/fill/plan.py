@@ -118,10 +118,14 @@ class SplitPlan:
     def missing_views(self, teacher: CachedTeacher) -> int:
         """Views that a teacher has still to encode, at most: some of the new images may be in the cache under another name.
 
-        Those of unopened archives count as `expected`.
+        Those of unopened archives count as `expected`. Of a teacher's share they are that share, which is expected, not counted.
         """
         known = sum(part.shard_rows(shard) for part, shard in self.missing(teacher))
-        return (known + self.new.num_rows + self.expected) * self.dataset.policy.rows_per_image
+        return round(teacher.share * (known + self.new.num_rows + self.expected) * self.dataset.policy.rows_per_image)
+
+    def views(self, teacher: CachedTeacher) -> int:
+        """Views that a teacher is asked about, cached or not, as far as known or expected."""
+        return round(teacher.share * self.images * self.dataset.policy.rows_per_image)
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
         raise UserError(
             f"teachers.{index}.basis: {name} has no projection; leave it out, or choose a codec that begins with pca"
         )
-    identity = teacher_id(spec, name, cache.precision, teacher.basis, cache.decoder)
+    identity = teacher_id(spec, name, cache.precision, teacher.basis, cache.decoder, teacher.share)
     return CachedTeacher(teacher, spec, identity, name, cache.precision, decoder=cache.decoder)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.layout.part import KEY, Part
@@ -48,6 +49,11 @@ class ViewRows(NamedTuple):
         """`count` images from number `first` on, with their views."""
         views = self.rows.num_rows // max(1, self.images.num_rows)
         return ViewRows(self.images.slice(first, count), self.rows.slice(first * views, count * views), self.files)
+
+    def of_images(self, chosen: np.ndarray) -> ViewRows:
+        """The images that are chosen ([N] bool), with their views."""
+        views = np.repeat(chosen, self.rows.num_rows // max(1, self.images.num_rows))
+        return ViewRows(self.images.filter(pa.array(chosen)), self.rows.filter(pa.array(views)), self.files)
 
 
 def rows_schema(policy: ViewPolicy) -> pa.Schema:

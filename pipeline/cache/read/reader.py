@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, fixed_width, in_one_piece
+from pipeline.cache.layout.shares import PRESENT, with_features
 from pipeline.cache.layout.view_rows import ROWS_SCHEMA, check_rows, geometry_columns, view_of
 from pipeline.cache.read.order import EpochOrder, ShuffleQuality, check_per_step
 from pipeline.cache.read.shard_reader import FeatureReader, SampleReader, ShardReader, image_reader
@@ -44,7 +45,8 @@ class Batch:
         keys: B sample ids; rows of one row group are adjacent, in the order of the shuffle.
         images: [B, 3, H, W] uint8 RGB.
         labels: [B] int64, `NO_LABEL` for a sample without one.
-        features: [B, row_bytes] uint8 as stored, by teacher id and token type (``summary``, ``patches``).
+        features: [B, row_bytes] uint8 as stored, by teacher id and token type (``summary``, ``patches``). Of a teacher that is
+            asked about a share of the images, rows of others are 0, and ``present`` [B] uint8 is 1 for those that are not.
         position: (epoch, number) in training order.
     """
 
@@ -177,6 +179,7 @@ class CacheReader:
         count = self.batch_size
         features = {
             name: {kind: self.arrays.empty(count, width) for kind, width in reader.widths.items()}
+            | ({PRESENT: self.arrays.empty(count)} if reader.share < 1 else {})
             for name, reader in self.teachers.items()
         }
         labels, geometry = np.empty(count, np.int64), np.empty((count, len(self.geometry)), np.float32)
@@ -203,8 +206,14 @@ class CacheReader:
             batch.geometry[target] = geometry[stored[-1][2]]
         for name, reader in self.teachers.items():
             table = reader.read_aligned(group, rows)
+            present = with_features(table["patches"]) if reader.share < 1 else None
+            if present is not None:
+                for batch, target, chosen in stored:
+                    batch.features[name][PRESENT][target] = present[chosen]
             for kind in reader.widths:
                 source = fixed_width(table[kind])
+                if present is not None:  # zeros can be decoded: what a null holds need not be a number
+                    source = np.where(present[:, None], source, 0)
                 for batch, target, chosen in stored:
                     # With mode="raise" numpy copies through a buffer of its own.
                     np.take(source, chosen, axis=0, out=batch.features[name][kind][target], mode="clip")
