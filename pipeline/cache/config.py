@@ -75,6 +75,9 @@ class ViewsConfig(Section):
     flip: float = Field(0.5, ge=0, le=1, description="probability that a crop is flipped")
     per_step: int = Field(1, ge=1, description="crops of an image per step; the image is decoded once for all of them")
     photometric: PhotometricConfig = PhotometricConfig()
+    mixup: Share = Field(
+        0.0, description="probability that a crop, but for an image's first, is mixed with one of another image"
+    )
 
 
 class CacheConfig(Section):

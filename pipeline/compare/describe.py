@@ -42,8 +42,9 @@ def describe(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, s
 
 
 def _changes(run: LoggedRun) -> str:
-    """The probabilities of photometric changes of the cached views; a run of an earlier version has no such parameters."""
+    """The probabilities of changes of the cached views; a run of an earlier version has no such parameters."""
     shares = {name: parameter(run, f"views.photometric.{name}") for name in ("jitter", "grey", "blur")}
+    shares["mixup"] = parameter(run, "views.mixup")
     return "".join(f", {name} {share}" for name, share in shares.items() if share and float(share))
 
 

@@ -13,6 +13,7 @@ from pipeline.distill.loss import check_losses
 from pipeline.distill.phases import Phase
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError
+from pipeline.imaging.gpu_decode import NO_MIXUP
 from pipeline.training.ray_train import count_shares
 from pipeline.training.task import check_best_metric
 
@@ -42,6 +43,8 @@ def training_plan(phase: Phase) -> dict[str, str]:
     share = config.train.batch_size // max(1, config.train.most_workers)
     check_per_step(config.views.per_step, config.views.crops or 1, share)
     check_images(phase)
+    if config.views.mixup and config.train.decoder != "cpu":
+        raise UserError(f"train.decoder: {NO_MIXUP}")
     if config.loss.standardise == "phi_s":
         _warn_of_projections(teachers)
     student = build_student(config)

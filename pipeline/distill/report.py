@@ -132,8 +132,8 @@ def _recipe(config: DistillJobConfig, train: TrainConfig) -> Section:
 
 
 def _changes(views: ViewsConfig) -> str:
-    """The photometric changes of the views that are not at their defaults."""
-    changes = views.photometric.decisive()
+    """The photometric changes and Mixup of the views that are not at their defaults."""
+    changes = views.photometric.decisive() | ({"mixup": views.mixup} if views.mixup else {})
     return f"; {_weights(changes)}" if changes else ""
 
 

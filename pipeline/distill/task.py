@@ -251,9 +251,9 @@ class DistillTask(Task):
         return features
 
     def before_step(self, batches: Sequence[Batch]) -> None:
-        """Count the images of the global batch that each teacher with a share has, alike on all ranks."""
+        """Count the images of the global batch that each teacher has if it lacks some, alike on all ranks."""
         for teacher in self.job.teachers:
-            if teacher.share < 1:
+            if PRESENT in batches[0].features[teacher.id]:
                 own = [batch.features[teacher.id][PRESENT] for batch in batches]
                 self.scales[teacher.id] = _scale(self.worker.all_gather(own))
 

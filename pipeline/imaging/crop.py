@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.imaging.geometry import View
+from pipeline.imaging.mixup import blend
 from pipeline.imaging.photometric import change_pixels
 from teachers.base import Interpolation
 
@@ -47,6 +48,29 @@ def crop_and_pad(
     padded[:3, :height, :width] = _resize(planes, view, (height, width), interpolation)
     padded[3, :height, :width] = 1
     return padded
+
+
+def mix_in(
+    pixels: np.ndarray,
+    image: np.ndarray,
+    view: View,
+    other: np.ndarray,
+    mixed: View,
+    share: float,
+    interpolation: Interpolation,
+) -> None:
+    """Blend a view of another image into the pixels of a view, which :func:`crop_and_resize` or :func:`crop_and_pad` gave.
+
+    The box of the other view is resized to where the first one's is, whatever the ratios of their sides, as both are squashed to
+    the student's square.
+    """
+    size = pixels.shape[1:]
+    if len(pixels) == 4:
+        rows, columns = box_in_pixels(view, *image.shape[:2])
+        size = fitted_size((rows.stop - rows.start, columns.stop - columns.start), size)
+    height, width = size
+    resized = _resize(_cut(other, mixed), mixed, (height, width), interpolation)
+    pixels[:3, :height, :width] = blend(pixels[:3, :height, :width], resized, share)
 
 
 def box_in_pixels(view: View, height: int, width: int) -> tuple[slice, slice]:

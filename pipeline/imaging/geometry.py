@@ -47,6 +47,7 @@ class ViewPolicy:
         flip: probability that a crop is mirrored.
         seed: determines the crops of an image together with its sample id.
         photometric: how the pixels of a crop are changed; None: not at all. Boxes do not depend on it.
+        mixup: probability that a crop is mixed with one of another image (`draw_mixes`); None: 0.
     """
 
     crops: int = 0
@@ -55,6 +56,7 @@ class ViewPolicy:
     flip: float = 0.5
     seed: int = 0
     photometric: PhotometricPolicy | None = None
+    mixup: float | None = None
 
     @property
     def rows_per_image(self) -> int:

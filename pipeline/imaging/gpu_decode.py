@@ -40,6 +40,8 @@ SUBSAMPLINGS = ("444", "422", "420", "440", "411")
 
 NO_GPU = "nvjpeg decodes on a GPU, and there is none here: set it to cpu"
 
+NO_MIXUP = "nvjpeg decodes no views that are mixed (views.mixup): set it to cpu"
+
 _START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _BASELINE, _PROGRESSIVE = 0xC0, 0xC2
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
@@ -203,7 +205,9 @@ def _decode_piece(device: torch.device, piece: Sequence[_Taken]) -> list[_Image]
             refused.append((data, crops))
             continue
         upright = _TURNS[header.orientation](planes) if header.orientation in _TURNS else planes
-        for view, interpolation, target in crops:
+        for view, interpolation, target, partner in crops:
+            if partner:
+                raise UserError(NO_MIXUP)
             pixels = target_array(target)
             box = upright[:, *box_in_pixels(view, *upright.shape[1:])]
             size = pixels.shape[1:] if len(pixels) == 3 else fitted_size(box.shape[1:], pixels.shape[1:])

@@ -29,7 +29,7 @@ from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, add_projectio
 from pipeline.cache.layout.shares import NONE_ASKED
 from pipeline.cache.layout.view_rows import ViewRows, read_view_rows, views_of
 from pipeline.errors import UserError, blame_field
-from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, PendingDecode, chunk_size
+from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, Partner, PendingDecode, chunk_size
 from pipeline.imaging.geometry import View
 from pipeline.imaging.gpu_decode import make_decoders
 from pipeline.imaging.shared_arrays import ArrayHandle
@@ -139,18 +139,18 @@ class BatchAssembler:
         self.targets: dict[int, dict[str, Sequence[np.ndarray | ArrayHandle]]] = {}
         self.pending: dict[int, list[PendingDecode]] = {}
 
-    def render(self, images: pa.ChunkedArray, views: Sequence[View], first: int) -> None:
-        """Start rendering a chunk of images, whose views are the rows from `first` on."""
+    def render(self, images: pa.ChunkedArray, views: Sequence[View], partners: Sequence[Any], first: int) -> None:
+        """Start rendering a chunk of images, whose views and partners (`ViewRows.partners`) are the rows from `first` on."""
         count = len(views) // len(images)
         work: DecodeTasks = [
-            (data, [task for row in range(i, i + count) for task in self._crop_tasks(views[row], first + row)])
+            (data, [t for row in range(i, i + count) for t in self._crop_tasks(views[row], partners[row], first + row)])
             for i, data in zip(range(0, len(views), count), images.to_pylist(), strict=True)
         ]
         pending = self.decoders.submit(work)
         for number in range(first // self.size, (first + len(views) - 1) // self.size + 1):
             self.pending.setdefault(number, []).append(pending)
 
-    def _crop_tasks(self, view: View, row: int) -> list[CropTask]:
+    def _crop_tasks(self, view: View, mixed: tuple[pa.Scalar, View, float] | None, row: int) -> list[CropTask]:
         number, position = divmod(row, self.size)
         if number not in self.pixels:
             # All of one size, so that their memory is reused; the rows that a short batch leaves over are never touched.
@@ -162,7 +162,10 @@ class BatchAssembler:
                 name: self.decoders.arrays.row_targets(pixels) for name, pixels in self.pixels[number].items()
             }
         targets = self.targets[number]
-        return [CropTask(view, spec.interpolation, targets[name][position]) for name, spec in self.specs.items()]
+        partner = mixed and Partner(mixed[0].as_py(), *mixed[1:])
+        return [
+            CropTask(view, spec.interpolation, targets[name][position], partner) for name, spec in self.specs.items()
+        ]
 
     def pop(self, number: int) -> dict[str, Tensor]:
         """Wait for a batch and return its pixels by teacher id, as `Teacher.encode` takes them."""
@@ -294,16 +297,17 @@ class Extract:
 
     def rendered(self, shard: ViewRows, names: list[str]) -> Iterator[dict[str, Tensor]]:
         """Batches of pixels by teacher id, rendered `BATCHES_AHEAD` batches ahead of the device."""
-        images, rows, _ = shard
+        images, rows = shard.images, shard.rows
         specs = {name: self.teachers[name].spec for name in names}
         assembler = BatchAssembler(self.decoders, specs, rows.num_rows, self.batch_size)
-        views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
+        views, partners, count = views_of(rows), shard.partners(), rows.num_rows // max(1, images.num_rows)
         started, chunk = 0, chunk_size(self.batch_size)
         try:
             for number in range(-(-rows.num_rows // self.batch_size)):
                 while started < images.num_rows and started * count < (number + 1 + BATCHES_AHEAD) * self.batch_size:
                     part = images["image"][started : started + chunk]
-                    assembler.render(part, views[started * count : (started + len(part)) * count], started * count)
+                    some = slice(started * count, (started + len(part)) * count)
+                    assembler.render(part, views[some], partners[some], some.start)
                     started += len(part)
                 yield assembler.pop(number)
         finally:

@@ -17,6 +17,7 @@ from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError, blame_field
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
+from pipeline.imaging.gpu_decode import NO_MIXUP
 from pipeline.imaging.photometric import PhotometricPolicy
 from pipeline.sources.base import Source
 from pipeline.sources.hold_out import HoldOut, Split
@@ -177,8 +178,12 @@ def view_policy(config: PrecomputeJobConfig) -> ViewPolicy:
             "views.photometric changes crops, and views.crops is 0: set views.crops (with views.min_area=1 a crop is the whole "
             "image)"
         )
-    drawn = views.model_dump(exclude={"per_step", "photometric"})
-    return ViewPolicy(**drawn, seed=config.seed, photometric=photometric or None)
+    if views.mixup and views.crops < 2:
+        raise UserError("views.mixup mixes all crops of an image but the first: set views.crops to 2 or more")
+    if views.mixup and config.cache.decoder != "cpu":
+        raise UserError(f"cache.decoder: {NO_MIXUP}")
+    drawn = views.model_dump(exclude={"per_step", "photometric", "mixup"})
+    return ViewPolicy(**drawn, seed=config.seed, photometric=photometric or None, mixup=views.mixup or None)
 
 
 def plan_splits(

@@ -33,37 +33,57 @@ PHOTOMETRIC_SCHEMA = pa.schema([pa.field(name, pa.float32(), nullable=False) for
 """What a row of crops has besides if their colours are changed: the fields of `Photometric`."""
 IMAGES_SCHEMA = pa.schema([*ROWS_SCHEMA, pa.field("image", pa.binary(), nullable=False)])
 """The rows of the view ``full``, and the encoded image."""
+MIXUP_SCHEMA = pa.schema([pa.field("partner", KEY), pa.field("mix", pa.float32(), nullable=False)])
+"""What a row of crops has besides if some are mixed: key of the partner, null for none, and the share of the image itself."""
 
 
 class ViewRows(NamedTuple):
     """A shard's images (`IMAGES_SCHEMA`), and the views of them that teachers encode (`rows_schema`), image by image.
 
-    `files` names the shard file that crops were read from, as ``rows``.
+    `files` names the shard file that crops were read from, as ``rows``. `source` holds all images of the shard and their rows, if
+    these are some of them: partners may be others.
     """
 
     images: pa.Table
     rows: pa.Table
     files: dict[str, str]
+    source: tuple[pa.Table, pa.Table] | None = None
 
     def slice(self, first: int, count: int) -> ViewRows:
         """`count` images from number `first` on, with their views."""
         views = self.rows.num_rows // max(1, self.images.num_rows)
-        return ViewRows(self.images.slice(first, count), self.rows.slice(first * views, count * views), self.files)
+        images, rows = self.images.slice(first, count), self.rows.slice(first * views, count * views)
+        return ViewRows(images, rows, self.files, self.source or (self.images, self.rows))
+
+    def partners(self) -> list[tuple[pa.Scalar, View, float] | None]:
+        """What every row is mixed with: the partner's encoded image and view, and the share of the row's own view."""
+        if "partner" not in self.rows.column_names:
+            return [None] * self.rows.num_rows
+        images, rows = self.source or (self.images, self.rows)
+        places = {key: place for place, key in enumerate(images["key"].to_pylist())}
+        views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
+        columns = (self.rows[name].to_pylist() for name in ("partner", "view", "mix"))
+        return [
+            None if key is None else (images["image"][places[key]], views[places[key] * count + number], share)
+            for key, number, share in zip(*columns, strict=True)
+        ]
 
     def of_images(self, chosen: np.ndarray) -> ViewRows:
         """The images that are chosen ([N] bool), with their views."""
         views = np.repeat(chosen, self.rows.num_rows // max(1, self.images.num_rows))
-        return ViewRows(self.images.filter(pa.array(chosen)), self.rows.filter(pa.array(views)), self.files)
+        images, rows = self.images.filter(pa.array(chosen)), self.rows.filter(pa.array(views))
+        return ViewRows(images, rows, self.files, self.source or (self.images, self.rows))
 
 
 def rows_schema(policy: ViewPolicy) -> pa.Schema:
     """Columns of the rows of a view."""
-    return pa.schema([*ROWS_SCHEMA, *PHOTOMETRIC_SCHEMA]) if policy.photometric else ROWS_SCHEMA
+    photometric = PHOTOMETRIC_SCHEMA if policy.photometric else ()
+    return pa.schema([*ROWS_SCHEMA, *photometric, *(MIXUP_SCHEMA if policy.mixup else ())])
 
 
 def geometry_columns(policy: ViewPolicy) -> list[str]:
     """Names of the columns that say how a view is made of its image, as `view_of` takes their values."""
-    return rows_schema(policy).names[2:]
+    return [*BOX, "flip", *(PHOTOMETRIC_SCHEMA.names if policy.photometric else ())]
 
 
 def view_row(key: bytes, number: int, view: View) -> dict[str, object]:
@@ -104,9 +124,11 @@ def complete_record(folder: ShardFolder, shard: int) -> ShardRecord:
 
 
 def check_rows(part: Part, shard: int, rows: pa.Table, images: pa.Table) -> None:
-    """Check that `rows` are the views of `images`, image by image; UserError if they are not."""
-    expected = [key for key in images["key"].to_pylist() for _ in range(part.policy.rows_per_image)]
-    if rows["key"].to_pylist() != expected:
+    """Check that `rows` are the views of `images`, image by image, mixed with these; UserError if they are not."""
+    keys = images["key"].to_pylist()
+    expected = [key for key in keys for _ in range(part.policy.rows_per_image)]
+    partners = {*rows["partner"].to_pylist()} - {None} if part.policy.mixup else set()
+    if rows["key"].to_pylist() != expected or not partners <= {*keys}:
         raise UserError(
             f"shard {shard} of {part.rows.store.uri} does not hold the views of its images; delete "
             f"{part.view.uri} and run the job again"

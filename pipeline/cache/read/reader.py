@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,8 @@ from pipeline.cache.layout.view_rows import ROWS_SCHEMA, check_rows, geometry_co
 from pipeline.cache.read.order import EpochOrder, ShuffleQuality, check_per_step
 from pipeline.cache.read.shard_reader import FeatureReader, SampleReader, ShardReader, image_reader
 from pipeline.errors import UserError
-from pipeline.imaging.decoder_pool import CropTask, DecoderPool
+from pipeline.imaging.decoder_pool import CropTask, DecoderPool, Partner
+from pipeline.imaging.geometry import View
 from pipeline.imaging.gpu_decode import NvjpegPool
 from pipeline.imaging.shared_arrays import ArrayHandle
 from pipeline.runtime.prefetch import map_ahead
@@ -64,6 +66,7 @@ class PartialBatch:
     Attributes:
         images: B encoded images.
         geometry: [B, G] float32, the values of every view by `geometry_columns`.
+        partners: encoded image, view and share of what a view is mixed with.
         assigned: rows that are assigned to a row group.
     """
 
@@ -73,6 +76,7 @@ class PartialBatch:
     labels: np.ndarray
     geometry: np.ndarray
     features: dict[str, dict[str, np.ndarray]]
+    partners: list[tuple[pa.Scalar, View, float] | None]
     assigned: int = 0
 
     def assign(self, count: int) -> slice:
@@ -179,11 +183,16 @@ class CacheReader:
         count = self.batch_size
         features = {
             name: {kind: self.arrays.empty(count, width) for kind, width in reader.widths.items()}
-            | ({PRESENT: self.arrays.empty(count)} if reader.share < 1 else {})
+            | ({PRESENT: self.arrays.empty(count)} if self._is_partial(reader) else {})
             for name, reader in self.teachers.items()
         }
         labels, geometry = np.empty(count, np.int64), np.empty((count, len(self.geometry)), np.float32)
-        return PartialBatch((epoch, step), [""] * count, [None] * count, labels, geometry, features)
+        nothing: list[Any] = [None] * count
+        return PartialBatch((epoch, step), [""] * count, nothing, labels, geometry, features, [*nothing])
+
+    def _is_partial(self, reader: FeatureReader) -> bool:
+        """Whether rows may lack features of a teacher: beyond its share, or mixed with images that are no samples."""
+        return reader.share < 1 or bool(self.dataset.policy.mixup)
 
     def _read_group(self, work: tuple[int, RowGroup, list[RowSlice]]) -> int:
         """Read a row group and copy its rows into their batches; returns its number."""
@@ -196,6 +205,7 @@ class CacheReader:
             check_rows(self.dataset.parts[group.part], group.shard, rows, images)
         encoded, views = in_one_piece(images["image"]), self.dataset.policy.rows_per_image
         geometry = np.stack([rows[name].to_numpy() for name in self.geometry], axis=1)
+        partners, usable = self._mixed(images, rows, encoded, geometry, samples.rows)
         stored: list[RowSlice] = []
         for batch, target, chosen in slices:
             owners = chosen // views
@@ -204,9 +214,11 @@ class CacheReader:
             batch.images[target] = [encoded[row] for row in samples.rows[owners]]
             batch.labels[target] = samples.labels[owners]
             batch.geometry[target] = geometry[stored[-1][2]]
+            if partners:
+                batch.partners[target] = [partners[row] for row in stored[-1][2].tolist()]
         for name, reader in self.teachers.items():
             table = reader.read_aligned(group, rows)
-            present = with_features(table["patches"]) if reader.share < 1 else None
+            present = with_features(table["patches"]) & usable if self._is_partial(reader) else None
             if present is not None:
                 for batch, target, chosen in stored:
                     batch.features[name][PRESENT][target] = present[chosen]
@@ -219,6 +231,26 @@ class CacheReader:
                     np.take(source, chosen, axis=0, out=batch.features[name][kind][target], mode="clip")
         return number
 
+    def _mixed(
+        self, images: pa.Table, rows: pa.Table, encoded: pa.Array, geometry: np.ndarray, chosen: np.ndarray
+    ) -> tuple[list[tuple[pa.Scalar, View, float] | None], np.ndarray]:
+        """What the rows of a row group are mixed with, and which of them ([R] bool) can be used.
+
+        An image that is no sample of the data set, `chosen` being those that are, must not be seen: what is mixed with it is
+        given as it is, without the features of the blend.
+        """
+        usable = np.ones(len(geometry), bool)
+        if not self.dataset.policy.mixup:
+            return [], usable
+        places, views = {key: n for n, key in enumerate(images["key"].to_pylist())}, self.dataset.policy.rows_per_image
+        own, found = set(chosen.tolist()), list[tuple[pa.Scalar, View, float] | None]()
+        for row, (key, share) in enumerate(zip(rows["partner"].to_pylist(), rows["mix"].to_pylist(), strict=True)):
+            usable[row] = key is None or places[key] in own
+            place = places[key] if key is not None and usable[row] else None
+            view = None if place is None else view_of(*geometry[place * views + row % views].tolist())
+            found.append(None if place is None or view is None else (encoded[place], view, share))
+        return found, usable
+
     def _finish(self, partial: PartialBatch) -> Batch:
         features = {
             name: {kind: torch.from_numpy(rows) for kind, rows in kinds.items()}
@@ -230,7 +262,7 @@ class CacheReader:
     def _decode_images(self, partial: PartialBatch) -> Tensor:
         """[B, 3, H, W] uint8; adjacent views of one image are decoded once."""
         pixels = self.arrays.empty(self.batch_size, 3, self.image_size, self.image_size)
-        crops = list(map(_crop_task, partial.geometry.tolist(), self.arrays.row_targets(pixels)))
+        crops = list(map(_crop_task, partial.geometry.tolist(), self.arrays.row_targets(pixels), partial.partners))
         starts = [i for i, key in enumerate(partial.keys) if i == 0 or key != partial.keys[i - 1]]
         self.decoders.decode(
             [(partial.images[first].as_py(), crops[first:last]) for first, last in pairwise([*starts, self.batch_size])]
@@ -282,5 +314,8 @@ class _Work:
                 yield self.partial[step], self.partial[step].assign(len(some)), some
 
 
-def _crop_task(geometry: Sequence[float], target: np.ndarray | ArrayHandle) -> CropTask:
-    return CropTask(view_of(*geometry), STUDENT_INTERPOLATION, target)
+def _crop_task(
+    geometry: Sequence[float], target: np.ndarray | ArrayHandle, mixed: tuple[pa.Scalar, View, float] | None
+) -> CropTask:
+    partner = mixed and Partner(mixed[0].as_py(), *mixed[1:])
+    return CropTask(view_of(*geometry), STUDENT_INTERPOLATION, target, partner)

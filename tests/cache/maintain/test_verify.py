@@ -503,7 +503,7 @@ def _features(dataset, teacher, kind):
         ROW_GROUP_SIZE * dataset.policy.rows_per_image,
     )
     for shard, record in folder.records().items():
-        images, rows, _ = read_view_rows(part, shard)
+        images, rows, *_ = read_view_rows(part, shard)
         decoded = [decode_pixels(data) for data in images["image"].to_pylist() for _ in range(len(rows) // len(images))]
         crops = map(crop_and_resize, decoded, views_of(rows), repeat(source.spec.input_size), repeat("bilinear"))
         exact = getattr(source.encode(torch.from_numpy(np.stack(list(crops)))), kind)
