@@ -146,8 +146,8 @@ def print_costs(
         teachers += estimates
         estimated.append((phase, plan, estimates))
         rates.append(read_rate(plan, phase, estimates))
-    if saved := left_to_some_phases(estimated):
-        print("teachers that not all phases have", table(saved), sep="\n", flush=True)
+    if saved := left_to_some_caches(estimated):
+        print("teachers that not all caches have", table(saved), sep="\n", flush=True)
     plans = [plan for _, plan in planned]
     check_space(*plans)
     hours = sum_known(teacher.gpu_hours for teacher in teachers)
@@ -188,14 +188,14 @@ def cost_plan(
     return "\n".join(["time", times, "bytes per view (<: at most)", codecs, "space", table(rows)])
 
 
-def left_to_some_phases(
-    phases: Sequence[tuple[PrecomputeJobConfig, CachePlan, Sequence[TeacherEstimate]]],
+def left_to_some_caches(
+    planned: Sequence[tuple[PrecomputeJobConfig, CachePlan, Sequence[TeacherEstimate]]],
 ) -> dict[str, str]:
-    """What teachers save that some phases lack: their cost on the views of each of these, at the rate of the phase with them."""
+    """What teachers save that some caches (of phases, in their order) lack: their cost on the views of each of these."""
     rows = {}
-    for _, plan, estimates in phases:
+    for _, plan, estimates in planned:
         for teacher, estimate in zip(plan.teachers, estimates, strict=True):
-            for number, (config, other, _) in enumerate(phases, 1):
+            for number, (config, other, _) in enumerate(planned, 1):
                 if any(_same(asked, teacher.config) for asked in config.teachers):
                     continue
                 own = {(split.dataset.store.uri, split.dataset.policy.id) for split in plan.splits}
@@ -205,7 +205,7 @@ def left_to_some_phases(
                     if (split.dataset.store.uri, split.dataset.policy.id) not in own
                 )
                 if views:
-                    rows[f"{estimate.label}, not in phase {number}"] = f"saves {_cost(estimate, views)}"
+                    rows[f"{estimate.label}, not in cache {number}"] = f"saves {_cost(estimate, views)}"
     return rows
 
 

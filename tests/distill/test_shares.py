@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jobs._plan import cost_plan, left_to_some_phases
+from jobs._plan import cost_plan, left_to_some_caches
 from pipeline.cache.fill.estimate import Probe, estimate_cache
 from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.shares import PRESENT
@@ -266,9 +266,9 @@ def test_the_plan_shows_what_a_teacher_saves_that_only_the_last_phase_has(photo_
     store = Store.at(tmp_path / "phases")
     planned = [(phase, plan_cache(phase, store)) for phase in config.phase_configs()]
     assert [len(plan.teachers) for _, plan in planned] == [1, 2]
-    rows = left_to_some_phases([(phase, plan, estimate_cache(plan, phase, _probe)) for phase, plan in planned])
+    rows = left_to_some_caches([(phase, plan, estimate_cache(plan, phase, _probe)) for phase, plan in planned])
     (name,) = rows
-    assert name == "colours12, not in phase 1"
+    assert name == "colours12, not in cache 1"
     assert rows[name].startswith("saves 300 views, 2.5 min on a GPU, ")
     same = [(planned[1][0], planned[1][1], estimate_cache(planned[1][1], planned[1][0], _probe))] * 2
-    assert left_to_some_phases(same) == {}
+    assert left_to_some_caches(same) == {}

@@ -274,7 +274,7 @@ def test_a_distillation_trains_on_mixed_views(mixed, photo_config):
     loss, _ = task.loss(task.module, batch, torch.device("cpu"))
     assert torch.isfinite(loss)
     count = int(batch.features[mixed.teacher.id][PRESENT].sum())
-    assert task.scales[mixed.teacher.id] == pytest.approx(30 / count)
+    assert task.scales["colours8"] == pytest.approx(30 / count)
 
 
 @pytest.mark.parametrize(
