@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.shares import PRESENT
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
 from pipeline.distill.augment import augment
@@ -185,18 +186,24 @@ def compare_with_teachers(
     """
     device = module.weights.device
     sums: defaultdict[str, float] = defaultdict(float)
-    images = 0
+    images: defaultdict[str, int] = defaultdict(int)
     for batch in batches:
         output = module.student(batch.images.to(device))
         for label, target in module.labelled_targets():
             raw = {kind: rows.to(device) for kind, rows in batch.features[target.teacher.id].items()}
             predicted, wanted = target.predict(output), target.targets(raw, codecs[target.teacher.id])
+            count = len(batch.keys)
+            if PRESENT in raw:
+                known = raw[PRESENT].bool()
+                if not (count := int(known.sum())):
+                    continue
+                predicted, wanted = ({k: rows[known] for k, rows in some.items()} for some in (predicted, wanted))
+            images[label] += count
             for kind, loss in target.image_losses(predicted, wanted).items():
                 cosines = F.cosine_similarity(predicted[kind].float(), wanted[kind].float(), dim=-1)
-                sums[f"val_cosine/{label}/{kind}"] += float(cosines.mean()) * len(batch.keys)
+                sums[f"val_cosine/{label}/{kind}"] += float(cosines.mean()) * count
                 sums[f"val_loss/{label}/{kind}"] += float(loss.sum())
-        images += len(batch.keys)
-    return {name: total / images for name, total in sums.items()}
+    return {name: total / images[name.split("/", 1)[1].rsplit("/", 1)[0]] for name, total in sums.items()}
 
 
 class DistillTask(Task):
@@ -224,6 +231,7 @@ class DistillTask(Task):
         self.module = build_distiller(job)
         if before:
             transfer_weights(self.module, PhaseState.load(Path(before)))
+        self.scales: dict[str, Tensor] = {}
         self.nvjpeg = decoding_gpu(config)
         self.reader = build_reader(job, rank, world, self.nvjpeg)
         self._steps = cache(self.reader.steps)
@@ -263,16 +271,39 @@ class DistillTask(Task):
                 progress = (epoch + number / steps) / config.train.epochs
                 weights = teacher_weights(teachers, progress).to(device, non_blocking=True)
             step = torch.tensor(epoch * steps + number).to(device, non_blocking=True)
-        result: tuple[Tensor, dict[str, Tensor]] = module(images, batch.features, weights, draws, step)
+        result: tuple[Tensor, dict[str, Tensor]] = module(images, self._features(batch), weights, draws, step)
         return result
+
+    def _features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """The features of a batch, in which ``present`` makes the loss of each teacher the mean over the images that it has."""
+        features = dict(batch.features)
+        for label, target in self.module.labelled_targets():
+            name = target.at(batch.images.shape[-1]).teacher.id
+            if PRESENT in (kinds := batch.features[name]):
+                scale = self.scales[label] if label in self.scales else _scale(kinds[PRESENT])
+                features[name] = {**kinds, PRESENT: kinds[PRESENT] * scale}
+        return features
+
+    def before_step(self, batches: Sequence[Batch | MixedBatch]) -> None:
+        """Count the images of the global batch, of all input sizes, that each teacher has if it lacks some."""
+        for label, target in self.module.labelled_targets():
+            present = []
+            for parts in zip(*map(parts_of, batches), strict=True):
+                name = target.at(parts[0].images.shape[-1]).teacher.id
+                if PRESENT in parts[0].features[name]:
+                    present.append(self.worker.all_gather([part.features[name][PRESENT] for part in parts]))
+            if present:
+                self.scales[label] = _scale(torch.cat(present))
 
     def after_step(self, batches: Sequence[Batch | MixedBatch]) -> None:
         """Append the summaries of the global batch to the queues, identically on all ranks."""
         for parts in zip(*map(parts_of, batches), strict=True):
             for target in self.module.targets_with_queue():
                 stored = target.at(parts[0].images.shape[-1])
-                own = [part.features[stored.teacher.id]["summary"] for part in parts]
-                target.push_summaries(self.worker.all_gather(own), stored)
+                own = [part.features[stored.teacher.id] for part in parts]
+                rows = self.worker.all_gather([kinds["summary"] for kinds in own])
+                present = self.worker.all_gather([kinds[PRESENT] for kinds in own]) if PRESENT in own[0] else None
+                target.push_summaries(rows, stored, present)
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
         """kNN accuracy in percent of averaged and raw weights on labelled held-out images, and the averaged weights compared
@@ -307,6 +338,11 @@ class DistillTask(Task):
         if self.figures is not None:
             assert isinstance(module, Distiller)
             self.figures.draw(module, evaluations, self.shown, self.held_out.codecs if self.held_out else None)
+
+
+def _scale(present: Tensor) -> Tensor:
+    """Factor that turns a mean over all of a batch, 0 for absent images, into one over those that are `present` [B] uint8."""
+    return len(present) / present.sum().clamp_min(1).float()
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:

@@ -394,12 +394,25 @@ def test_another_view_or_codec_is_computed_beside_what_there_is(job):
     assert job.seen == 0
 
 
-def test_crops_of_a_data_set_that_grew_and_shrank_are_those_of_its_images(job):
-    job.fill("views.crops=2")
+def test_views_whose_colours_are_changed_grow_by_the_new_images_alone(job):
+    settings = ("views.crops=2", "views.photometric={jitter: 0.8, grey: 0.2, blur: 0.5}")
+    job.fill(*settings)
+    assert job.seen == 2 * PHOTOS
+    write_photos(job.photos / "more", 3, seed=9)
+    plan = job.fill(*settings)
+    assert job.seen == 2 * 3
+    assert plan.split("train").dataset.count == PHOTOS + 3
+    job.fill("views.crops=2")  # the clean crops are another view
+    assert job.seen == 2 * (PHOTOS + 3)
+
+
+@pytest.mark.parametrize("changes", [(), ("views.photometric={jitter: 0.8, grey: 0.2, blur: 0.5}",)])
+def test_crops_of_a_data_set_that_grew_and_shrank_are_those_of_its_images(job, changes):
+    job.fill("views.crops=2", *changes)
     shutil.copy(job.photo(0), job.photos / "class1/twin.jpg")
     for number in range(1, 30, 3):
         job.photo(number).unlink()
-    plan = job.fill("views.crops=2")
+    plan = job.fill("views.crops=2", *changes)
     assert job.seen == 0
     dataset, expected = plan.split("train").dataset, samples_of(job.photos)
     for settings in ({}, {"batch_size": 2, "per_step": 2}):
