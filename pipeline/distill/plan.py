@@ -11,6 +11,7 @@ from pipeline.distill.distiller import feature_map_size
 from pipeline.distill.grid import GridRule
 from pipeline.distill.loss import check_losses
 from pipeline.distill.phases import Phase
+from pipeline.distill.sam_decoders import check_mask_teachers, makes_masks
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError
 from pipeline.training.ray_train import count_shares
@@ -39,6 +40,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
     """Readable rows on student, training and grids; raises a UserError if training would be refused."""
     config, teachers = phase.settled, phase.plan.teachers
     check_losses(config.loss)
+    check_mask_teachers(teachers)
     share = config.train.batch_size // max(1, config.train.most_workers)
     check_per_step(config.views.per_step, config.views.crops or 1, share)
     check_images(phase)
@@ -56,6 +58,11 @@ def training_plan(phase: Phase) -> dict[str, str]:
         if _labelled(phase.plan)
         else f"none: {_lacking(phase.plan)}",
     }
+    settings, masked = config.loss.masks, [labels[t.id] for t in teachers if makes_masks(t.config)]
+    if masked:
+        rows["masks"] = (
+            f"of {', '.join(masked)}: {settings.prompts} prompts per image, {settings.iterations} times each"
+        )
     return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
 
 
@@ -100,6 +107,7 @@ def _evaluated(plan: CachePlan) -> list[str]:
     labels = teacher_labels(plan.teachers)
     parts = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
     names = [f"val_{measure}/{part}" for measure in ("cosine", "loss") for part in parts]
+    names += [f"val_mask_iou/{labels[teacher.id]}" for teacher in plan.teachers if makes_masks(teacher.config)]
     return ["knn", "knn_raw", *names] if _labelled(plan) else names
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from pipeline.distill.balance import is_scheduled, teacher_weights
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.figures import FigureWriter
+from pipeline.distill.masks import draws_shape
 from pipeline.distill.phases import PhaseState, transfer_weights
+from pipeline.distill.sam_decoders import load_decoders, makes_masks
 from pipeline.distill.standardise import make_standardisers
 from pipeline.errors import UserError
 from pipeline.evaluate.knn import student_knn
@@ -33,9 +36,10 @@ from pipeline.imaging.decoder_pool import decoder_count
 from pipeline.imaging.gpu_decode import NO_GPU
 from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused
 from pipeline.training.task import History, Task
+from teachers.sam_masks import SamMasks
 
-MAX_IMAGES = 4096
-"""Most held-out images that are compared after an epoch."""
+MAX_IMAGES, MAX_MASKED = 4096, 256
+"""Most held-out images that are compared after an epoch, and of which masks are."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ def build_student(config: DistillJobConfig) -> Student:
         return Student(Encoder(backbone), config.student.token_dim, config.student.taps)
 
 
-def build_distiller(job: DistillJob) -> Distiller:
-    """Student, heads and frozen statistics, with seeded initial weights."""
+def build_distiller(job: DistillJob, decoders: Mapping[str, SamMasks] = MappingProxyType({})) -> Distiller:
+    """Student, heads and frozen statistics, with seeded initial weights; `decoders` as in :class:`Distiller`."""
     config, teachers = job.config, job.teachers
     student, size = build_student(config), config.student.input_size
     freeze_unused(student, size)
@@ -74,7 +78,7 @@ def build_distiller(job: DistillJob) -> Distiller:
     codecs = {teacher.id: load_codecs(job.train.cache, teacher) for teacher in teachers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Distiller(student, teachers, standardisers, codecs, size, config.student.head_dim, config.loss)
+        return Distiller(student, teachers, standardisers, codecs, size, config.student.head_dim, config.loss, decoders)
 
 
 def build_reader(
@@ -152,11 +156,13 @@ def compare_with_teachers(
 
     Returns:
         ``val_cosine/<teacher>/<kind>`` in [-1, 1], the mean over patches or summaries of standardised features, and
-        ``val_loss/<teacher>/<kind>``, the unweighted training losses that need no queue.
+        ``val_loss/<teacher>/<kind>``, the unweighted training losses that need no queue. Where masks are compared also
+        ``val_mask_iou/<teacher>`` in [0, 1], that of the student's and the teacher's masks under the same prompts every time.
     """
     device = module.weights.device
     sums: defaultdict[str, float] = defaultdict(float)
-    images = 0
+    images = masked = 0
+    random = torch.Generator().manual_seed(0)
     for batch in batches:
         output = module.student(batch.images.to(device))
         for label, target in module.labelled_targets():
@@ -166,8 +172,13 @@ def compare_with_teachers(
                 cosines = F.cosine_similarity(predicted[kind].float(), wanted[kind].float(), dim=-1)
                 sums[f"val_cosine/{label}/{kind}"] += float(cosines.mean()) * len(batch.keys)
                 sums[f"val_loss/{label}/{kind}"] += float(loss.sum())
+            if target.masks is not None and masked < MAX_MASKED:
+                draws = torch.rand(len(batch.keys), *draws_shape(module.loss.masks), generator=random).to(device)
+                _, iou = target.masks(*target.embeddings(output, raw, codecs[target.teacher.id]), draws)
+                sums[f"val_mask_iou/{label}"] += float(iou.sum())
         images += len(batch.keys)
-    return {name: total / images for name, total in sums.items()}
+        masked = images if masked < MAX_MASKED else masked
+    return {name: total / (masked if "mask_iou" in name else images) for name, total in sums.items()}
 
 
 class DistillTask(Task):
@@ -192,7 +203,7 @@ class DistillTask(Task):
         self.job, self.figures, self.world = job, figures, world
         config = job.config
         self.seed = config.seed
-        self.module = build_distiller(job)
+        self.module = build_distiller(job, load_decoders(job.teachers))
         if before:
             transfer_weights(self.module, PhaseState.load(Path(before)))
         self.nvjpeg = decoding_gpu(config)
@@ -216,10 +227,10 @@ class DistillTask(Task):
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """The distillation loss of a batch; module and batch are on `device`.
 
-        In training, augmentation and teacher dropping use torch's CPU generator, which the engine seeds.
+        In training, augmentation, teacher dropping and prompts use torch's CPU generator, which the engine seeds.
         """
         config, teachers = self.job.config, self.job.teachers
-        images, weights, draws, step = batch.images, None, None, None
+        images, weights, draws, step, prompts = batch.images, None, None, None, None
         if module.training:
             images = augment(images, config.augment)
             if config.loss.drop:
@@ -230,7 +241,10 @@ class DistillTask(Task):
                 progress = (epoch + number / steps) / config.train.epochs
                 weights = teacher_weights(teachers, progress).to(device, non_blocking=True)
             step = torch.tensor(epoch * steps + number).to(device, non_blocking=True)
-        result: tuple[Tensor, dict[str, Tensor]] = module(images, batch.features, weights, draws, step)
+            if any(makes_masks(teacher.config) for teacher in teachers):
+                shape = draws_shape(config.loss.masks)
+                prompts = torch.rand(len(batch.keys), *shape).to(device, non_blocking=True)
+        result: tuple[Tensor, dict[str, Tensor]] = module(images, batch.features, weights, draws, step, prompts)
         return result
 
     def after_step(self, batches: Sequence[Batch]) -> None:
