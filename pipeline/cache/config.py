@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.dotted import assign, is_field, keys_of, leaves, validate
 from pipeline.config.tree import Schedule, Section, operational
@@ -13,7 +13,7 @@ from pipeline.runs.config import ImageJobConfig
 Decoder = Literal["cpu", "nvjpeg"]
 """What decodes images: see pipeline/imaging/gpu_decode.py."""
 
-PHASE_FIELDS = ("data", "teachers", "views", "cache", "student.input_size", "loss", "augment", "train")
+PHASE_FIELDS = ("data", "teachers", "views", "cache", "student.input_size", "resolutions", "loss", "augment", "train")
 """Sections and fields that a phase may change. The others make the network and the run what they are."""
 
 
@@ -63,6 +63,17 @@ class ViewsConfig(Section):
     per_step: int = Field(1, ge=1, description="crops of an image per step; the image is decoded once for all of them")
 
 
+class ResolutionConfig(Section):
+    """A further input size, at which a share of the samples of each step is trained."""
+
+    input_size: int = Field(ge=16, description="side of the student's input in pixels")
+    share: float = Field(gt=0, lt=1, description="share of the samples of a step; the rest keeps student.input_size")
+    teachers: dict[int, int] = Field(
+        {},
+        description="input sizes of teachers there, by number: {0: 336}; each has its own cache. The others keep theirs",
+    )
+
+
 class CacheConfig(Section):
     """The feature cache and how it is filled."""
 
@@ -108,6 +119,24 @@ class PrecomputeJobConfig(CacheJobConfig):
         [],
         description="stages of the training, each the fields that it changes: [{train.epochs: 25}, {student.input_size: 384}]",
     )
+    resolutions: list[ResolutionConfig] = Field(
+        [], description="further input sizes in each step: [{input_size: 384, share: 0.25}]"
+    )
+
+    @model_validator(mode="after")
+    def _resolutions_fit(self) -> Self:
+        for number, resolution in enumerate(self.resolutions):
+            for teacher in resolution.teachers:
+                if not 0 <= teacher < len(self.teachers):
+                    raise ValueError(
+                        f"resolutions.{number}.teachers: there is no teacher {teacher}, only 0 to {len(self.teachers) - 1}"
+                    )
+        if (total := sum(resolution.share for resolution in self.resolutions)) >= 1:
+            raise ValueError(f"resolutions: the shares add up to {total:g}, which leaves nothing to student.input_size")
+        sizes = [resolution.input_size for resolution in self.resolutions]
+        if len(sizes) > len(set(sizes)):
+            raise ValueError(f"resolutions: two of them have the same input_size ({', '.join(map(str, sizes))})")
+        return self
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -133,6 +162,22 @@ class PrecomputeJobConfig(CacheJobConfig):
         """The images, and files of weights."""
         files = {f"teachers.{n}.weights": Path(teacher.weights).expanduser() for n, teacher in enumerate(self.teachers)}
         return super().inputs() | {field: str(file.resolve()) for field, file in files.items() if file.is_file()}
+
+    def at_resolution(self, resolution: ResolutionConfig) -> Self:
+        """The configuration at a further input size."""
+        teachers = [
+            teacher.model_copy(update={"input_size": resolution.teachers.get(number, teacher.input_size)})
+            for number, teacher in enumerate(self.teachers)
+        ]
+        return self.model_copy(update={"teachers": teachers, "resolutions": []})
+
+    def cache_configs(self) -> tuple[Self, ...]:
+        """The configuration of each cache that the phases need, and that of the phase itself first."""
+        return tuple(
+            part
+            for phase in self.phase_configs()
+            for part in (phase, *(phase.at_resolution(found) for found in phase.resolutions if found.teachers))
+        )
 
     def phase_configs(self) -> tuple[Self, ...]:
         """The configuration of each phase: the recipe with the changes of the phase. Without phases, the recipe itself.

@@ -1,10 +1,10 @@
 """Losses and augmentation."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, model_validator
 
-from pipeline.cache.config import Decoder, PrecomputeJobConfig
+from pipeline.cache.config import Decoder, PrecomputeJobConfig, ResolutionConfig
 from pipeline.config.tree import Section, Share
 from pipeline.evaluate.config import KnnConfig
 from pipeline.student.config import StudentConfig
@@ -78,6 +78,20 @@ class DistillJobConfig(PrecomputeJobConfig):
     augment: AugmentConfig = AugmentConfig()
     train: DistillTrainConfig = DistillTrainConfig()
     knn: KnnConfig = KnnConfig()
+
+    @model_validator(mode="after")
+    def _resolutions_differ(self) -> Self:
+        for number, resolution in enumerate(self.resolutions):
+            if resolution.input_size == self.student.input_size:
+                raise ValueError(
+                    f"resolutions.{number}.input_size: {resolution.input_size} is student.input_size already"
+                )
+        return self
+
+    def at_resolution(self, resolution: ResolutionConfig) -> Self:
+        """The configuration at a further input size."""
+        student = self.student.model_copy(update={"input_size": resolution.input_size})
+        return super().at_resolution(resolution).model_copy(update={"student": student})
 
     def subject(self) -> list[str]:
         """The student and its teachers."""

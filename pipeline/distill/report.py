@@ -16,6 +16,7 @@ from pipeline.cache.read.examples import read_examples
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.figures import enlarge, features_columns
 from pipeline.distill.job import DistillResult
+from pipeline.distill.mixed import first_batch
 from pipeline.distill.task import DistillJob, HeldOut, build_reader
 from pipeline.evaluate.chance import chance, class_counts, interval
 from pipeline.imaging.decode import decode_image
@@ -35,7 +36,7 @@ EXAMPLES, EXAMPLE_SIDE = 12, 128
 
 @dataclass(frozen=True)
 class Filled:
-    """The filled caches of all phases, and what filling them did."""
+    """The filled caches of all phases and input sizes, and what filling them did."""
 
     plans: Sequence[CachePlan]
     reports: Sequence[BuildReport]
@@ -116,6 +117,8 @@ def _recipe(config: DistillJobConfig, train: TrainConfig) -> Section:
         "targets": f"standardised by {loss.standardise}",
         "views": f"{views.crops} crops, area from {views.min_area:g}" if views.crops else "the whole image",
     }
+    if config.resolutions:
+        facts["in each step"] = "; ".join(f"{r.share:.0%} at {r.input_size} px" for r in config.resolutions)
     if len(phases := config.phase_configs()) > 1:
         facts["phases"] = "; ".join(
             f"{number}: {phase.train.epochs} epochs at {phase.student.input_size} px"
@@ -175,9 +178,9 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
     header = ("teacher", "weights", "licence", "input", "patches", "summary", "stored as", "cosine of what is stored")
     table = [(*header, "weight in the loss", "kNN (95 % interval)", "in the cache")]
     stored = teacher_bytes(*filled.plans)
-    used = _used_teachers(result.jobs, filled)
+    used = _used_teachers(filled)
     # Of teachers of one name, at two input sizes in two phases, kNN is that of the last.
-    latest = {name: teacher.id for name, teacher, _ in used}
+    latest = {name: teacher for job in result.jobs for teacher, name in teacher_labels(job.teachers).items()}
     for name, teacher, plan in used:
         spec = teacher.spec
         fidelity = teacher_fidelity(plan.splits[0].dataset, teacher)["patches"].get("target_cosine")
@@ -192,7 +195,7 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
                 teacher.codec,
                 "" if fidelity is None else f"{fidelity:.3f}",
                 str(teacher.config.weight),
-                labels.show(result.teacher_knn.get(name)) if labels and latest[name] == teacher.id else "",
+                labels.show(result.teacher_knn.get(name)) if labels and latest.get(name) == teacher.id else "",
                 size(stored[teacher.id]),
             )
         )
@@ -202,12 +205,12 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
     return Section("Teachers", lead if labels else "", table=tuple(table))
 
 
-def _used_teachers(jobs: Sequence[DistillJob], filled: Filled) -> list[tuple[str, CachedTeacher, CachePlan]]:
-    """Label, teacher and plan of every teacher, each once, as its first phase has it."""
+def _used_teachers(filled: Filled) -> list[tuple[str, CachedTeacher, CachePlan]]:
+    """Label, teacher and plan of every teacher, each once, as the first cache has it."""
     found: dict[str, tuple[str, CachedTeacher, CachePlan]] = {}
-    for job, plan in zip(jobs, filled.plans, strict=True):
-        for teacher in job.teachers:
-            found.setdefault(teacher.id, (teacher_labels(job.teachers)[teacher.id], teacher, plan))
+    for plan in filled.plans:
+        for teacher in plan.teachers:
+            found.setdefault(teacher.id, (teacher_labels(plan.teachers)[teacher.id], teacher, plan))
     return [*found.values()]
 
 
@@ -259,7 +262,7 @@ def _pictures(result: DistillResult) -> Section:
         held_out = HeldOut(job.held_out, job.teachers, side, job.config.knn.batch_size)
         batch, codecs = next(held_out.batches()), held_out.codecs
     else:
-        batch, codecs = next(build_reader(job).batches(0)), None
+        batch, codecs = first_batch(build_reader(job)), None
     columns = []
     for name, pictures in features_columns(result.distiller, batch, codecs).items():
         pixels = (enlarge(pictures) * 255).round().byte().numpy()

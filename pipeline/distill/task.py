@@ -27,6 +27,7 @@ from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.figures import FigureWriter
 from pipeline.distill.masks import draws_shape
+from pipeline.distill.mixed import MixedBatch, MixedReader, divide_batch, first_batch, parts_of
 from pipeline.distill.phases import PhaseState, transfer_weights
 from pipeline.distill.sam_decoders import load_decoders, makes_masks
 from pipeline.distill.standardise import make_standardisers
@@ -43,6 +44,21 @@ MAX_IMAGES, MAX_MASKED = 4096, 256
 
 
 @dataclass(frozen=True)
+class Resolution:
+    """A further input size of the student in each step.
+
+    Attributes:
+        share: of the samples.
+        teachers: as cached for this size in `train`, in the order of those of the job.
+    """
+
+    input_size: int
+    share: float
+    train: Dataset
+    teachers: tuple[CachedTeacher, ...]
+
+
+@dataclass(frozen=True)
 class DistillJob:
     """What every training worker receives.
 
@@ -50,6 +66,7 @@ class DistillJob:
         val: labelled held-out images for kNN.
         teachers: with complete shards in `train` and `held_out`.
         held_out: held-out images, labelled or not, on which student and teachers are compared.
+        resolutions: further input sizes in each step.
     """
 
     config: DistillJobConfig
@@ -57,6 +74,7 @@ class DistillJob:
     val: Dataset | None
     teachers: tuple[CachedTeacher, ...]
     held_out: Dataset | None = None
+    resolutions: tuple[Resolution, ...] = ()
 
 
 def build_student(config: DistillJobConfig) -> Student:
@@ -78,12 +96,17 @@ def build_distiller(job: DistillJob, decoders: Mapping[str, SamMasks] = MappingP
     codecs = {teacher.id: load_codecs(job.train.cache, teacher) for teacher in teachers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Distiller(student, teachers, standardisers, codecs, size, config.student.head_dim, config.loss, decoders)
+        hidden, loss = config.student.head_dim, config.loss
+        distiller = Distiller(student, teachers, standardisers, codecs, size, hidden, loss, decoders)
+    for further in job.resolutions:
+        found = {teacher.id: load_codecs(further.train.cache, teacher) for teacher in further.teachers}
+        distiller.add_size(further.input_size, further.teachers, found)
+    return distiller
 
 
 def build_reader(
     job: DistillJob, rank: int = 0, world: int = 1, nvjpeg: str | None = None
-) -> CacheReader | ReaderProcess:
+) -> CacheReader | ReaderProcess | MixedReader:
     """Training images and features in the order of one rank; with a GPU, a process of its own reads them.
 
     Args:
@@ -91,19 +114,26 @@ def build_reader(
     """
     config = job.config
     make = ReaderProcess if torch.cuda.is_available() else CacheReader
-    return make(
-        job.train,
-        job.teachers,
-        image_size=config.student.input_size,
-        batch_size=config.train.batch_size // world,
-        seed=config.seed,
-        window=config.train.shuffle_window,
-        rank=rank,
-        world=world,
-        threads=decoder_count(),
-        nvjpeg=nvjpeg,
-        per_step=config.views.per_step,
-    )
+    sources = [(job.train, job.teachers, config.student.input_size)]
+    sources += [(further.train, further.teachers, further.input_size) for further in job.resolutions]
+    sizes = divide_batch(config.train.batch_size // world, [further.share for further in job.resolutions])
+    readers = [
+        make(
+            dataset,
+            teachers,
+            image_size=side,
+            batch_size=size,
+            seed=config.seed + number,  # the sizes of a step have different images
+            window=config.train.shuffle_window,
+            rank=rank,
+            world=world,
+            threads=decoder_count(),
+            nvjpeg=nvjpeg,
+            per_step=config.views.per_step,
+        )
+        for number, ((dataset, teachers, side), size) in enumerate(zip(sources, sizes, strict=True))
+    ]
+    return MixedReader(readers, sizes) if job.resolutions else readers[0]
 
 
 def decoding_gpu(config: DistillJobConfig) -> str | None:
@@ -214,9 +244,13 @@ class DistillTask(Task):
         """Steps of an epoch."""
         return self._steps(epoch)
 
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch | MixedBatch]:
         """This rank's batches of an epoch."""
         return self.reader.batches(epoch, start)
+
+    def parts(self, batch: Batch | MixedBatch) -> Sequence[Batch]:
+        """The batch of each input size."""
+        return parts_of(batch)
 
     def with_share(self, share: int) -> DistillTask:
         """This task with the batches of another share."""
@@ -247,11 +281,13 @@ class DistillTask(Task):
         result: tuple[Tensor, dict[str, Tensor]] = module(images, batch.features, weights, draws, step, prompts)
         return result
 
-    def after_step(self, batches: Sequence[Batch]) -> None:
+    def after_step(self, batches: Sequence[Batch | MixedBatch]) -> None:
         """Append the summaries of the global batch to the queues, identically on all ranks."""
-        for target in self.module.targets_with_queue():
-            own = [batch.features[target.teacher.id]["summary"] for batch in batches]
-            target.push_summaries(self.worker.all_gather(own))
+        for parts in zip(*map(parts_of, batches), strict=True):
+            for target in self.module.targets_with_queue():
+                stored = target.at(parts[0].images.shape[-1])
+                own = [part.features[stored.teacher.id]["summary"] for part in parts]
+                target.push_summaries(self.worker.all_gather(own), stored)
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
         """kNN accuracy in percent of averaged and raw weights on labelled held-out images, and the averaged weights compared
@@ -279,7 +315,7 @@ class DistillTask(Task):
     @cached_property
     def shown(self) -> Batch:
         """Images whose features are drawn: held-out ones if there are any."""
-        return next(self.held_out.batches() if self.held_out else self.reader.batches(0))
+        return next(self.held_out.batches()) if self.held_out else first_batch(self.reader)
 
     def draw(self, module: nn.Module, evaluations: History) -> None:
         """Draw curves, and features as colours."""

@@ -192,7 +192,7 @@ def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
 def test_every_teacher_meets_the_student_by_the_declared_rule(grid):
     teacher = _teacher("a", grid=grid)
     distiller = _distiller(teacher)
-    assert distiller.targets[0].rule == GridRule((4, 4), grid)
+    assert distiller.targets[0].stored.rule == GridRule((4, 4), grid)
     total, _ = distiller(*_batch([teacher]))
     assert torch.isfinite(total)
 
@@ -358,7 +358,7 @@ def test_patch_relation_compares_the_patches_of_the_step_at_the_same_positions()
     pixels, stored = _batch([teacher])
     with torch.no_grad():
         _, parts = distiller(pixels, stored, step=torch.tensor(3))
-        target, positions = distiller.targets[0], distiller.targets[0].patch_subsets[3 % 2]
+        target, positions = distiller.targets[0], distiller.targets[0].stored.patch_subsets[3 % 2]
         predicted = target.predict(distiller.student(pixels))["patches"].flatten(1, 2)[:, positions]
         wanted = target.targets(stored["a-id"])["patches"].flatten(1, 2)[:, positions]
         expected = 2 * patch_relation(predicted, wanted, 0.3).mean()

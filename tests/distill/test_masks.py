@@ -249,7 +249,7 @@ def test_the_teachers_embedding_is_that_of_sam_in_its_own_scale(job):
         raw = batch.features[given.teachers[0].id]
         predicted, wanted = target.embeddings(task.module.student(batch.images), raw)
         assert (predicted.shape, wanted.shape) == ((16, DIM, 4, 4), (16, DIM, 8, 8))
-        stored = target.standardisers["patches"].inverse(target._decode("patches", raw["patches"], None, None))
+        stored = target.standardisers["patches"].inverse(target._decode("patches", raw["patches"], target.stored))
         torch.testing.assert_close(wanted, stored.permute(0, 3, 1, 2))
         if codec == "float16":
             decoded = given.teachers[0].codecs()["patches"].decode(raw["patches"])

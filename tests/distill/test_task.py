@@ -221,7 +221,7 @@ def test_all_shares_and_pieces_of_a_step_are_compared_with_the_steps_before(job,
     target, *_ = tasks[0].module.targets_with_queue()
     shares = [list(task.batches(0, 0)) for task in tasks]
     rows = [batch.features[target.teacher.id]["summary"] for step in zip(*shares, strict=True) for batch in step]
-    summaries = F.normalize(torch.cat([target._decode("summary", each, None, None) for each in rows]), dim=-1)
+    summaries = F.normalize(torch.cat([target._decode("summary", each, target.stored) for each in rows]), dim=-1)
     counts = []
     entries = target.queue.entries
     target.queue.entries = lambda: counts.append(int(entries()[1].sum())) or entries()
