@@ -290,6 +290,22 @@ def test_workers_of_two_shares_take_the_step_of_one(job):
     assert all(math.isfinite(loss) for loss in losses)
 
 
+def test_masks_are_compared_at_every_input_size_of_a_step(photo_config, sam_file, tmp_path):
+    mix = "resolutions=[{input_size: 128, share: 0.25, teachers: {0: 64}}]"
+    config = photo_config(*STUDENT, _teachers(sam_file()), mix, "train.epochs=1", "loss.masks.prompts=2")
+    (phase,) = plan_phases(config, cache_store(config))
+    assert "at 128 px" in training_plan(phase)
+    filled = phase.filled(iter([fill_in_process(plan)[0] for _, plan in phase.caches]))
+    given = dataclasses.replace(make_job(config, filled.plan, filled.further), val=None, held_out=None)
+    grids = []
+    task = DistillTask(given)
+    task.module.targets[0].masks.register_forward_pre_hook(
+        lambda _, found: grids.append(tuple(part.shape[2] for part in found[:2]))
+    )
+    run_training(task, given.config.train)
+    assert set(grids) == {(4, 8), (8, 4)}  # student and teacher
+
+
 def test_a_last_phase_may_compare_masks(photo_config, sam_file, tmp_path, monkeypatch):
     config = photo_config(
         *STUDENT,
