@@ -47,7 +47,7 @@ class MaskTarget(nn.Module):
         """Compare the masks of two embeddings; only `predicted` gets a gradient.
 
         If a batch has more than `PATCHES_AT_ONCE`, its images are decoded some at a time, and once more in the backward pass:
-        so the memory that decoding takes does not grow with the batch.
+        so the activations of the decoder do not grow with the batch, only the target masks do.
 
         Args:
             predicted, target: [B, D, h, w] float32 in SAM's scale; the grids may differ.
@@ -72,14 +72,18 @@ class MaskTarget(nn.Module):
                 logits, scores = self.masks(target, *prompts)
                 choice = _choose(prompts, scores)
                 wanted = _pick(logits, choice)
-            found = _pick(self._decode(predicted, prompts, recompute), choice)
-            if found.shape != wanted.shape:
-                found = F.interpolate(found, wanted.shape[2:], mode="bilinear", align_corners=False)
-            losses.append(mask_loss(found, wanted))
+            arguments = predicted, *prompts, choice, wanted
+            if recompute and torch.is_grad_enabled():
+                answer = checkpoint(self._student, *arguments, use_reentrant=False, preserve_rng_state=False)
+                assert answer is not None
+                loss, found = answer
+            else:
+                loss, found = self._student(*arguments)
+            losses.append(loss)
             with torch.no_grad():
-                ious.append(_iou(found > 0, wanted > 0))
+                ious.append(_iou(found, wanted > 0))
                 if number + 1 < self.settings.iterations:
-                    prompts = _with_point(prompts, found > 0, wanted > 0, draws[..., 3 + number])
+                    prompts = _with_point(prompts, found, wanted > 0, draws[..., 3 + number])
         return torch.stack(losses).mean(dim=(0, 2)), torch.stack(ious).mean(dim=(0, 2))
 
     def _first_prompts(self, target: Tensor, draws: Tensor) -> Prompts:
@@ -92,14 +96,14 @@ class MaskTarget(nn.Module):
         boxes = _boxes(masks) + 0.5 / INPUT_SIZE  # as teachers.sam_masks.to_shares
         return torch.where(boxed[..., None, None], boxes, points), torch.where(boxed[..., None], self.box, labels)
 
-    def _decode(self, embedding: Tensor, prompts: Prompts, recompute: bool) -> Tensor:
-        if recompute and torch.is_grad_enabled():
-            decoded = checkpoint(self.masks, embedding, *prompts, use_reentrant=False, preserve_rng_state=False)
-            assert decoded is not None
-        else:
-            decoded = self.masks(embedding, *prompts)
-        logits: Tensor = decoded[0]
-        return logits
+    def _student(
+        self, predicted: Tensor, points: Tensor, labels: Tensor, choice: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss [B, N] of the chosen masks, and these: bool, as large as the wanted logits [B, N, H, W]."""
+        found = _pick(self.masks(predicted, points, labels)[0], choice)
+        if found.shape != wanted.shape:
+            found = F.interpolate(found, wanted.shape[2:], mode="bilinear", align_corners=False)
+        return mask_loss(found, wanted), found.detach() > 0
 
 
 def draws_shape(settings: MasksConfig) -> tuple[int, int]:
