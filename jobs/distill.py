@@ -39,6 +39,7 @@ from pipeline.cache.fill.plan import CachePlan, check_weights
 from pipeline.distill.estimate import TrainingEstimate, estimate_training, time_on_cluster, time_student
 from pipeline.distill.phases import Phase, plan_phases
 from pipeline.distill.plan import check_session, training_plan
+from pipeline.distill.sam_decoders import check_decoders
 from pipeline.runs.folder import cache_store
 from pipeline.runs.usage import loading_lines
 from pipeline.runtime.ray_session import connect, hardware, is_cluster
@@ -50,6 +51,8 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     started = time.perf_counter()
     phases = planned_phases(config)
     check_weights(*(plan for _, plan in _caches(phases)))
+    for phase in phases:
+        check_decoders(phase.plan.teachers)
     if dry_run:
         return {"dry_run": True}
     check_space(*(plan for _, plan in _caches(phases)))

@@ -52,6 +52,11 @@ class TeacherConfig(Section):
     )
     summary_weight: Schedule = Field(1.0, description="weight of its summary loss, in the same forms")
     patch_weight: Schedule = Field(1.0, description="weight of its patch loss, in the same forms")
+    mask_weight: Schedule = Field(
+        0.0,
+        description="of a SAM: weight of the loss of masks that its decoder makes of the student's embedding, in the same "
+        "forms; 0: none are made",
+    )
 
 
 class PhotometricConfig(Section):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 
-FEATURE_KINDS = ("summary", "patches")
-"""Kinds of features, in the order of the columns of :func:`teacher_weights`."""
+LOSS_KINDS = ("summary", "patches", "masks")
+"""What losses of a teacher compare, in the order of the columns of :func:`teacher_weights`."""
 
 
 def weight_at(schedule: float | Mapping[float, float], progress: float) -> float:
@@ -23,18 +23,20 @@ def weight_at(schedule: float | Mapping[float, float], progress: float) -> float
 def is_scheduled(teachers: Sequence[CachedTeacher]) -> bool:
     """Whether any weight changes during training."""
     configs = [teacher.config for teacher in teachers]
-    return any(isinstance(w, Mapping) for c in configs for w in (c.weight, c.summary_weight, c.patch_weight))
+    return any(
+        isinstance(w, Mapping) for c in configs for w in (c.weight, c.summary_weight, c.patch_weight, c.mask_weight)
+    )
 
 
 def teacher_weights(teachers: Sequence[CachedTeacher], progress: float = 0.0) -> Tensor:
-    """Weights [T, 2] float32 of every teacher's summary and patch losses; 0 if the teacher has no summary."""
+    """Weights [T, 3] float32 of every teacher's summary, patch and mask losses; 0 if the teacher has no summary."""
     rows = []
     for teacher in teachers:
         config = teacher.config
-        schedules = config.weight, config.summary_weight, config.patch_weight
+        schedules = config.weight, config.summary_weight, config.patch_weight, config.mask_weight
         whole, *parts = (weight_at(schedule, progress) for schedule in schedules)
-        kinds = zip(FEATURE_KINDS, parts, strict=True)
-        rows.append([whole * part if kind in teacher.shapes else 0.0 for kind, part in kinds])
+        kinds = zip(LOSS_KINDS, parts, strict=True)
+        rows.append([whole * part if kind == "masks" or kind in teacher.shapes else 0.0 for kind, part in kinds])
     return torch.tensor(rows)
 
 

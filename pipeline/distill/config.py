@@ -11,6 +11,15 @@ from pipeline.student.config import StudentConfig
 from pipeline.training.config import TrainConfig
 
 
+class MasksConfig(Section):
+    """Prompts of the mask losses, which `mask_weight` of a SAM teacher turns on: see pipeline/distill/masks.py."""
+
+    prompts: int = Field(8, ge=1, description="random prompts per image and step, points and boxes")
+    iterations: int = Field(
+        2, ge=1, description="times a prompt is decoded; each after the first adds a point where the masks differ"
+    )
+
+
 class LossConfig(Section):
     """How the student's predictions are compared with the teachers' features: see pipeline/distill/loss.py."""
 
@@ -37,6 +46,7 @@ class LossConfig(Section):
     drop: Share = Field(
         0.0, description="probability of dropping every teacher but the one with the highest loss, by image"
     )
+    masks: MasksConfig = MasksConfig()
 
 
 class AugmentConfig(PhotometricConfig):

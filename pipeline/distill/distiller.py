@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.shares import PRESENT
-from pipeline.distill.balance import FEATURE_KINDS, drop_coefficients, teacher_weights
+from pipeline.distill.balance import LOSS_KINDS, drop_coefficients, teacher_weights
 from pipeline.distill.config import LossConfig
 from pipeline.distill.grid import GridRule, patch_subsets
 from pipeline.distill.loss import find_loss, image_loss
+from pipeline.distill.masks import MaskTarget
 from pipeline.distill.standardise import Standardiser
 from pipeline.errors import UserError, one_line
 from pipeline.student.model import Student, StudentOutput, distillation_head
+from teachers.sam_masks import SamMasks
 
 
 class SummaryQueue(nn.Module):
@@ -77,7 +80,7 @@ class StoredFeatures(nn.Module):
 
 class TeacherTarget(nn.Module):
     """One teacher's part of the loss: prediction heads, frozen statistics, cached features by the student's input size, and past
-    summaries if a loss needs them.
+    summaries or SAM's decoder if a loss needs them.
 
     Attributes:
         stored: at the input size of the student's export.
@@ -94,6 +97,7 @@ class TeacherTarget(nn.Module):
         grid: tuple[int, int],
         hidden: int,
         loss: LossConfig,
+        decoder: SamMasks | None = None,
     ) -> None:
         super().__init__()
         self.teacher, self.loss = teacher, loss
@@ -107,6 +111,7 @@ class TeacherTarget(nn.Module):
         queued = {name: weight for name, weight in loss.summary.items() if find_loss(name).compares == "queue"}
         self.queue_losses = queued if "summary" in teacher.shapes else {}
         self.queue = SummaryQueue(loss.queue, *teacher.shapes["summary"]) if self.queue_losses else None
+        self.masks = MaskTarget(decoder, loss.masks) if decoder else None
 
     def add_size(
         self, side: int, teacher: CachedTeacher, codecs: Mapping[str, FeatureCodec], grid: tuple[int, int]
@@ -178,18 +183,39 @@ class TeacherTarget(nn.Module):
         features = decoder.decode(rows, positions)
         return features if codecs is None and kind in stored.folded else self.standardisers[kind](features)
 
+    def embeddings(
+        self,
+        output: StudentOutput,
+        raw: Mapping[str, Tensor],
+        codecs: Mapping[str, FeatureCodec] | None = None,
+        stored: StoredFeatures | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The student's prediction and the teacher's patches [B, D, h, w] float32, in the teacher's scale, each on its own grid.
+
+        The student's is the one that exported heads give. Other arguments as in `targets`.
+        """
+        tokens = self.heads["patches"](output.feature_map.permute(0, 2, 3, 1))
+        standardiser = self.standardisers["patches"]
+        assert isinstance(standardiser, Standardiser)
+        with torch.autocast(tokens.device.type, enabled=False):
+            wanted = self._decode("patches", raw["patches"], stored or self.stored, codecs)
+            pair = (standardiser.inverse(features).permute(0, 3, 1, 2) for features in (tokens.float(), wanted))
+            return next(pair), next(pair)
+
     def losses(
         self,
         output: StudentOutput,
         raw: Mapping[str, Tensor],
         step: Tensor | None = None,
+        prompts: Tensor | None = None,
         stored: StoredFeatures | None = None,
     ) -> dict[str, Tensor]:
-        """[B] float32 by part: each kind of feature, and in training each loss that needs the queue.
+        """[B] float32 by part: each kind of feature, in training each loss that needs the queue, and with prompts masks.
 
         Args:
             raw, stored: as in `targets`.
             step: scalar int64 that selects the subset of patches to compare; None: all patches.
+            prompts: random numbers of :func:`~pipeline.distill.masks.draws_shape`, [B, ...]; None: no masks are compared.
         """
         stored = stored or self.stored
         positions = stored.positions(step)
@@ -201,6 +227,8 @@ class TeacherTarget(nn.Module):
             for name in self.queue_losses:
                 loss = find_loss(name)
                 parts[name] = loss(predicted["summary"], target["summary"], *entries, self.loss.temperature)
+        if self.masks is not None and prompts is not None:
+            parts["masks"], parts["mask_iou"] = self.masks(*self.embeddings(output, raw, stored=stored), prompts)
         return parts
 
     def image_losses(self, predicted: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,6 +251,7 @@ class Distiller(nn.Module):
     Args:
         standardisers, codecs: by teacher id, then by kind of feature.
         image_size: side of the student's input in pixels.
+        decoders: SAM's, by the id of each teacher whose masks are compared.
     """
 
     weights: Tensor
@@ -238,13 +267,23 @@ class Distiller(nn.Module):
         image_size: int,
         hidden: int,
         loss: LossConfig,
+        decoders: Mapping[str, SamMasks] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.student, self.loss = student, loss
         self.labels = teacher_labels(teachers)
         grid = feature_map_size(student, image_size)
         self.targets = nn.ModuleList(
-            TeacherTarget(teacher, standardisers[teacher.id], codecs[teacher.id], student, grid, hidden, loss)
+            TeacherTarget(
+                teacher,
+                standardisers[teacher.id],
+                codecs[teacher.id],
+                student,
+                grid,
+                hidden,
+                loss,
+                decoders.get(teacher.id),
+            )
             for teacher in teachers
         )
         self.register_buffer("weights", teacher_weights(teachers), persistent=False)
@@ -255,16 +294,17 @@ class Distiller(nn.Module):
         self.register_buffer("owners", owners, persistent=False)
 
     def _mixing_table(self) -> tuple[list[str], Tensor]:
-        """All parts of the loss, those of training only last, and the factor of each weight [T, 2] in each part: [P, T, 2]."""
+        """All parts of the loss, those of training only last, and the factor of each weight [T, 3] in each part: [P, T, 3]."""
         rows = []
         for number, (label, target) in enumerate(self.labelled_targets()):
-            image = {kind: [float(kind == column) for column in FEATURE_KINDS] for kind in target.heads}
+            kinds = [*target.heads, *(["masks"] if target.masks else [])]
+            image = {kind: [float(kind == column) for column in LOSS_KINDS] for kind in kinds}
             for part, factors in (
-                image | {name: [weight, 0.0] for name, weight in target.queue_losses.items()}
+                image | {name: [weight, 0.0, 0.0] for name, weight in target.queue_losses.items()}
             ).items():
                 table = torch.zeros_like(self.weights)
                 table[number] = torch.tensor(factors)
-                rows.append((part in target.queue_losses, f"{label}/{part}", table))
+                rows.append((part not in target.heads, f"{label}/{part}", table))
         rows.sort(key=itemgetter(0))
         return [name for _, name, _ in rows], torch.stack([table for *_, table in rows])
 
@@ -299,6 +339,7 @@ class Distiller(nn.Module):
         weights: Tensor | None = None,
         draws: Tensor | None = None,
         step: Tensor | None = None,
+        prompts: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch.
 
@@ -306,29 +347,32 @@ class Distiller(nn.Module):
             pixels: [B, 3, H, W] uint8, of one of the input sizes.
             features: by teacher id and kind, [B, row_bytes] uint8 as stored for this size; with ``present`` [B], factors of the
                 images' losses, 0 for images that the teacher is not asked about.
-            weights: [T, 2], current weights of summary and patches by teacher; None: the initial ones.
+            weights: [T, 3], current weights of summary, patches and masks by teacher; None: the initial ones.
             draws: [B, T] uniform in [0, 1) for teacher dropping; None: no teacher is dropped.
             step: scalar int64, the step's number, which selects the patches to compare; None: all patches.
+            prompts: [B, ...], as in :meth:`TeacherTarget.losses`, given whenever a teacher's masks are compared.
 
         Returns:
-            The weighted total, and every unweighted part as ``<teacher's label>/<part>``, detached; with dropping also
-            ``<teacher's label>/kept``, the share of the images that kept the teacher.
+            The weighted total, and every unweighted part as ``<teacher's label>/<part>``, detached; also
+            ``<teacher's label>/mask_iou``, the IoU of the masks compared, and with dropping ``<teacher's label>/kept``, the share
+            of the images that kept the teacher.
         """
         output = self.student(pixels)
         weights = self.weights if weights is None else weights
         found: dict[str, Tensor] = {}
         for label, target in self.labelled_targets():
             stored = target.at(pixels.shape[-1])
-            losses = target.losses(output, features[stored.teacher.id], step, stored)
+            losses = target.losses(output, features[stored.teacher.id], step, prompts, stored)
             found |= {f"{label}/{part}": loss for part, loss in losses.items()}
         # Stacked: operations on each part alone would be many small kernels.
-        stacked = torch.stack([found[name] for name in self.parts if name in found], dim=1)
+        stacked = torch.stack([found.pop(name) for name in self.parts if name in found], dim=1)
         asked = self._asked(features, pixels.shape[-1])
         # Without features a loss may be anything.
-        shares = None if asked is None else asked.index_select(1, self.owners[: len(found)])
+        shares = None if asked is None else asked.index_select(1, self.owners[: stacked.shape[1]])
         means = (stacked if shares is None else torch.where(shares > 0, shares * stacked, 0.0)).mean(dim=0)
         parts = dict(zip(self.parts, means.detach().unbind(), strict=False))
-        factors = (self.mixing[: len(found)] * weights).sum(dim=-1)
+        parts |= {name: self._mean(measure, name, asked) for name, measure in found.items()}
+        factors = (self.mixing[: len(means)] * weights).sum(dim=-1)
         if draws is None:
             return (means * factors.sum(dim=1)).sum(), parts
         totals = (stacked.unsqueeze(-1) * factors).sum(dim=1)
@@ -339,6 +383,13 @@ class Distiller(nn.Module):
         kept = kept.mean(dim=0)
         parts |= {f"{label}/kept": share for label, share in zip(self.labels.values(), kept, strict=True)}
         return (coefficients * totals).sum(dim=1).mean(), parts
+
+    def _mean(self, measure: Tensor, name: str, asked: Tensor | None) -> Tensor:
+        """The mean of a measure [B] of a teacher over the images that it is asked about."""
+        if asked is None:
+            return measure.mean()
+        factors = asked[:, [*self.labels.values()].index(name.rsplit("/", 1)[0])]
+        return torch.where(factors > 0, factors * measure, 0.0).mean()
 
     def _asked(self, features: Mapping[str, Mapping[str, Tensor]], side: int) -> Tensor | None:
         """Factors [B, T] of every image's losses by teacher; None if all teachers have features of all images."""

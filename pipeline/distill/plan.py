@@ -13,6 +13,7 @@ from pipeline.distill.grid import GridRule
 from pipeline.distill.loss import check_losses
 from pipeline.distill.mixed import divide_batch
 from pipeline.distill.phases import Phase
+from pipeline.distill.sam_decoders import check_mask_teachers, makes_masks
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError
 from pipeline.imaging.gpu_decode import NO_MIXUP
@@ -42,6 +43,7 @@ def training_plan(phase: Phase) -> dict[str, str]:
     """Readable rows on student, training and grids; raises a UserError if training would be refused."""
     config, teachers = phase.settled, phase.plan.teachers
     check_losses(config.loss)
+    check_mask_teachers(teachers)
     share = config.train.batch_size // max(1, config.train.most_workers)
     _check_share(config, share)
     check_images(phase)
@@ -61,9 +63,15 @@ def training_plan(phase: Phase) -> dict[str, str]:
         if _labelled(phase.plan)
         else f"none: {_lacking(phase.plan)}",
     }
+    settings, masked = config.loss.masks, [labels[t.id] for t in teachers if makes_masks(t.config)]
+    if masked:
+        rows["masks"] = (
+            f"of {', '.join(masked)}: {settings.prompts} prompts per image, {settings.iterations} times each"
+        )
     rows |= {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
     for resolution, plan in zip(config.resolutions, phase.further, strict=True):
         side, own = resolution.input_size, (plan or phase.plan).teachers
+        check_mask_teachers(own)
         grid = feature_map_size(student, side)
         rules = (
             f"{label} {GridRule(grid, found.spec.grid)}" for label, found in zip(labels.values(), own, strict=True)
@@ -123,6 +131,7 @@ def _evaluated(plan: CachePlan) -> list[str]:
     labels = teacher_labels(plan.teachers)
     parts = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
     names = [f"val_{measure}/{part}" for measure in ("cosine", "loss") for part in parts]
+    names += [f"val_mask_iou/{labels[teacher.id]}" for teacher in plan.teachers if makes_masks(teacher.config)]
     return ["knn", "knn_raw", *names] if _labelled(plan) else names
 
 

@@ -244,12 +244,13 @@ def _charts(curves: Curves, result: DistillResult, labels: HeldOutLabels | None)
     if cosines := _family(curves, "val_cosine/"):
         caption = "Mean cosine of predicted and standardised teacher features, of patches and summaries; 1 is equal."
         yield Chart("Cosine to the teachers on held-out images", "epoch", "cosine", cosines, caption)
+    if ious := _family(curves, "val_mask_iou/"):
+        caption = "Mean IoU of the masks that SAM's decoder makes of the student's and of SAM's embedding under the same prompts."
+        yield Chart("SAM's masks on held-out images", "epoch", "IoU", ious, caption)
     if loss := by_epoch(curves, "loss"):
-        parts = _family(curves, "loss/")
+        parts = [line for line in _family(curves, "loss/") if not line.name.endswith(("/kept", "/mask_iou"))]
         total = Line("total", loss, last=f"{loss[-1][1]:.3g}")
-        yield Chart(
-            "Training loss", "epoch", "loss", (total, *(line for line in parts if not line.name.endswith("/kept")))
-        )
+        yield Chart("Training loss", "epoch", "loss", (total, *parts))
 
 
 def _family(curves: Curves, prefix: str) -> tuple[Line, ...]:

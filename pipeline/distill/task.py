@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,18 +27,21 @@ from pipeline.distill.balance import is_scheduled, teacher_weights
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.figures import FigureWriter
+from pipeline.distill.masks import draws_shape
 from pipeline.distill.mixed import MixedBatch, MixedReader, divide_batch, first_batch, parts_of
 from pipeline.distill.phases import PhaseState, transfer_weights
+from pipeline.distill.sam_decoders import load_decoders, makes_masks
 from pipeline.distill.standardise import make_standardisers
 from pipeline.errors import UserError
 from pipeline.evaluate.knn import student_knn
 from pipeline.imaging.decoder_pool import decoder_count
 from pipeline.imaging.gpu_decode import NO_GPU
-from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused
+from pipeline.student.model import Encoder, Student, StudentOutput, create_backbone, freeze_unused
 from pipeline.training.task import History, Task
+from teachers.sam_masks import SamMasks
 
-MAX_IMAGES = 4096
-"""Most held-out images that are compared after an epoch."""
+MAX_IMAGES, MAX_MASKED = 4096, 256
+"""Most held-out images that are compared after an epoch, and of which masks are."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ def build_student(config: DistillJobConfig) -> Student:
         return Student(Encoder(backbone), config.student.token_dim, config.student.taps)
 
 
-def build_distiller(job: DistillJob) -> Distiller:
-    """Student, heads and frozen statistics, with seeded initial weights."""
+def build_distiller(job: DistillJob, decoders: Mapping[str, SamMasks] = MappingProxyType({})) -> Distiller:
+    """Student, heads and frozen statistics, with seeded initial weights; `decoders` as in :class:`Distiller`."""
     config, teachers = job.config, job.teachers
     student, size = build_student(config), config.student.input_size
     freeze_unused(student, size)
@@ -93,7 +97,8 @@ def build_distiller(job: DistillJob) -> Distiller:
     codecs = {teacher.id: load_codecs(job.train.cache, teacher) for teacher in teachers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        distiller = Distiller(student, teachers, standardisers, codecs, size, config.student.head_dim, config.loss)
+        hidden, loss = config.student.head_dim, config.loss
+        distiller = Distiller(student, teachers, standardisers, codecs, size, hidden, loss, decoders)
     for further in job.resolutions:
         found = {teacher.id: load_codecs(further.train.cache, teacher) for teacher in further.teachers}
         distiller.add_size(further.input_size, further.teachers, found)
@@ -182,28 +187,41 @@ def compare_with_teachers(
 
     Returns:
         ``val_cosine/<teacher>/<kind>`` in [-1, 1], the mean over patches or summaries of standardised features, and
-        ``val_loss/<teacher>/<kind>``, the unweighted training losses that need no queue.
+        ``val_loss/<teacher>/<kind>``, the unweighted training losses that need no queue. Where masks are compared also
+        ``val_mask_iou/<teacher>`` in [0, 1], that of the student's and the teacher's masks under the same prompts every time.
     """
     device = module.weights.device
     sums: defaultdict[str, float] = defaultdict(float)
     images: defaultdict[str, int] = defaultdict(int)
+    masked: defaultdict[str, int] = defaultdict(int)
+    random = torch.Generator().manual_seed(0)
     for batch in batches:
         output = module.student(batch.images.to(device))
         for label, target in module.labelled_targets():
             raw = {kind: rows.to(device) for kind, rows in batch.features[target.teacher.id].items()}
-            predicted, wanted = target.predict(output), target.targets(raw, codecs[target.teacher.id])
-            count = len(batch.keys)
+            seen = output
             if PRESENT in raw:
-                known = raw[PRESENT].bool()
-                if not (count := int(known.sum())):
+                known = raw.pop(PRESENT).bool()
+                if not known.any():
                     continue
-                predicted, wanted = ({k: rows[known] for k, rows in some.items()} for some in (predicted, wanted))
-            images[label] += count
+                seen = StudentOutput(*(part[known] for part in output))
+                raw = {kind: rows[known] for kind, rows in raw.items()}
+            predicted, wanted = target.predict(seen), target.targets(raw, codecs[target.teacher.id])
+            images[label] += len(seen.summary)
             for kind, loss in target.image_losses(predicted, wanted).items():
                 cosines = F.cosine_similarity(predicted[kind].float(), wanted[kind].float(), dim=-1)
-                sums[f"val_cosine/{label}/{kind}"] += float(cosines.mean()) * count
+                sums[f"val_cosine/{label}/{kind}"] += float(cosines.mean()) * len(seen.summary)
                 sums[f"val_loss/{label}/{kind}"] += float(loss.sum())
-    return {name: total / images[name.split("/", 1)[1].rsplit("/", 1)[0]] for name, total in sums.items()}
+            if target.masks is not None and masked[label] < MAX_MASKED:
+                draws = torch.rand(len(seen.summary), *draws_shape(module.loss.masks), generator=random).to(device)
+                _, iou = target.masks(*target.embeddings(seen, raw, codecs[target.teacher.id]), draws)
+                sums[f"val_mask_iou/{label}"] += float(iou.sum())
+                masked[label] += len(iou)
+    means = {}
+    for name, total in sums.items():
+        measure, label = name.split("/", 1)
+        means[name] = total / (masked[label] if measure == "val_mask_iou" else images[label.rsplit("/", 1)[0]])
+    return means
 
 
 class DistillTask(Task):
@@ -228,7 +246,7 @@ class DistillTask(Task):
         self.job, self.figures, self.world = job, figures, world
         config = job.config
         self.seed = config.seed
-        self.module = build_distiller(job)
+        self.module = build_distiller(job, load_decoders(job.teachers))
         if before:
             transfer_weights(self.module, PhaseState.load(Path(before)))
         self.scales: dict[str, Tensor] = {}
@@ -257,10 +275,10 @@ class DistillTask(Task):
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """The distillation loss of a batch; module and batch are on `device`.
 
-        In training, augmentation and teacher dropping use torch's CPU generator, which the engine seeds.
+        In training, augmentation, teacher dropping and prompts use torch's CPU generator, which the engine seeds.
         """
         config, teachers = self.job.config, self.job.teachers
-        images, weights, draws, step = batch.images, None, None, None
+        images, weights, draws, step, prompts = batch.images, None, None, None, None
         if module.training:
             images = augment(images, config.augment)
             if config.loss.drop:
@@ -271,7 +289,10 @@ class DistillTask(Task):
                 progress = (epoch + number / steps) / config.train.epochs
                 weights = teacher_weights(teachers, progress).to(device, non_blocking=True)
             step = torch.tensor(epoch * steps + number).to(device, non_blocking=True)
-        result: tuple[Tensor, dict[str, Tensor]] = module(images, self._features(batch), weights, draws, step)
+            if any(makes_masks(teacher.config) for teacher in teachers):
+                shape = draws_shape(config.loss.masks)
+                prompts = torch.rand(len(batch.keys), *shape).to(device, non_blocking=True)
+        result: tuple[Tensor, dict[str, Tensor]] = module(images, self._features(batch), weights, draws, step, prompts)
         return result
 
     def _features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:

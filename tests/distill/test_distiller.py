@@ -277,7 +277,7 @@ def test_weights_of_now_replace_those_of_the_start():
     teachers = [_teacher("a"), _teacher("b", summary=None)]
     batch = _batch(teachers)
     distiller = _distiller(*teachers).eval()
-    total, parts = distiller(*batch, weights=torch.tensor([[0.5, 3.0], [0.0, 0.25]]))
+    total, parts = distiller(*batch, weights=torch.tensor([[0.5, 3.0, 0.0], [0.0, 0.25, 0.0]]))
     torch.testing.assert_close(total, 0.5 * parts["a/summary"] + 3 * parts["a/patches"] + 0.25 * parts["b/patches"])
 
 
