@@ -4,9 +4,9 @@
         teachers.1.weights=mobilenetv2.safetensors train.epochs=6 --seeds 0 1 2
 
 Students of one seed start with equal weights and see equally many samples. Ray fills the caches, which the arms share;
-training runs in this process. Scores are kNN and a linear probe on frozen features of the averaged weights. Prints means and
-standard deviations over the seeds, and each arm's difference to `--base` with its standard error over pairs of equal seed; then
-one line of JSON.
+training runs in this process. Scores are kNN and a linear probe on frozen features of the averaged weights, and with `--masks` a
+linear segmentation probe on other images: mIoU, and the accuracy of all pixels (aacc). Prints means and standard deviations over
+the seeds, and each arm's difference to `--base` with its standard error over pairs of equal seed; then one line of JSON.
 """
 
 import json
@@ -23,32 +23,37 @@ if not __package__:  # a script imports from its own checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import nn
 
 from benchmarks.results import mean_and_deviation, measure_once, study_parser
+from benchmarks.segmentation_probe import segmentation_probe
+from pipeline.cache.config import ResolutionConfig, TeacherConfig
 from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
-from pipeline.distill.task import DistillJob, DistillTask
+from pipeline.distill.job import make_job
+from pipeline.distill.task import DistillTask
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.job import plan_finetune, with_absolute_paths
 from pipeline.downstream.training import FinetuneJob, FinetuneTask
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.knn import embed, knn_accuracy
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
-from pipeline.runs.folder import cache_store
+from pipeline.runs.folder import cache_store, work_folder
 from pipeline.runtime.ray_session import connect
 from pipeline.student.config import NamedBackboneConfig
-from pipeline.student.model import save_encoder
+from pipeline.student.model import Encoder, save_encoder
 from pipeline.training.checkpoint import Snapshot
 from pipeline.training.loop import train
 from pipeline.training.task import Task
 from pipeline.training.worker import Worker
 
+MAPS_SIZE = 2
+"""Side of the images of the segmentation probe, over that of training: a map of 64 px has 4x4 positions only."""
+
 Arm = Callable[[DistillJobConfig], DistillJobConfig]
-SCORES = ("knn", "linear")
+SCORES = ("knn", "linear", "miou", "aacc")
 
 
 def changed(**sections: Any) -> Arm:
@@ -62,9 +67,9 @@ def changed(**sections: Any) -> Arm:
     return change
 
 
-def only(number: int) -> Arm:
-    """The recipe with one of its teachers."""
-    return lambda config: config.model_copy(update={"teachers": (config.teachers[number],)})
+def only(*numbers: int) -> Arm:
+    """The recipe with some of its teachers."""
+    return lambda config: config.model_copy(update={"teachers": tuple(config.teachers[number] for number in numbers)})
 
 
 def crops(count: int) -> Arm:
@@ -80,18 +85,59 @@ def crops(count: int) -> Arm:
     return change
 
 
+def patch_relation(weight: float) -> Arm:
+    """The relation of an image's patches beside the usual losses of patches."""
+    return changed(loss={"patches": {"cosine": 0.9, "smooth_l1": 0.1, "patch_relation": weight}})
+
+
+def mixed(share: float) -> Arm:
+    """A share of the samples at one and a half times the input size; the first teacher (HOG) sees images of that size too."""
+
+    def change(config: DistillJobConfig) -> DistillJobConfig:
+        side = config.student.input_size * 3 // 2
+        sizes = [ResolutionConfig(input_size=side, share=share, teachers={0: side})]
+        return config.model_copy(update={"resolutions": sizes})
+
+    return change
+
+
+def proxy(name: str) -> Arm:
+    """A larger student, distilled by the same recipe, as the only teacher (EUPE's proxy)."""
+
+    def change(config: DistillJobConfig) -> DistillJobConfig:
+        larger = changed(student={"name": name})(config)
+        folder = Path(work_folder(config), "proxies", f"{larger.fingerprint()[:12]}-{config.seed}")
+        if not folder.exists():
+            encoder = _distilled(larger, _plan_of(larger))
+            save_encoder(encoder, name, {}, config.student.input_size, folder)
+        teacher = TeacherConfig(
+            model="student", weights=str(folder.resolve()), input_size=2 * config.student.input_size
+        )
+        return config.model_copy(update={"teachers": [teacher]})
+
+    return change
+
+
 ARMS: dict[str, Arm] = {
     "labels": changed(),
     "teacher-0": only(0),
     "teacher-1": only(1),
+    "teacher-2": only(2),
+    "first-two": only(0, 1),
+    "last-two": only(1, 2),
     "all": changed(),
     "drop": changed(loss={"drop": 0.5}),
     "phi_s": changed(loss={"standardise": "phi_s"}),
-    "patch-relation": changed(loss={"patches": {"cosine": 0.9, "smooth_l1": 0.1, "patch_relation": 0.5}}),
+    **{f"patch-relation-{weight:g}": patch_relation(weight) for weight in (0.1, 0.5, 1.0)},
     "phi_s-mse": changed(loss={"standardise": "phi_s", "patches": {"mse": 1.0}}),
     "augment": changed(augment={"jitter": 0.8, "grey": 0.2}),
     "no-relation": changed(loss={"summary": {"cosine": 1.0}}),
     "relation-0.5": changed(loss={"summary": {"cosine": 1.0, "relation": 0.5}}),
+    "angle": changed(loss={"summary": {"benchmarks.losses:angle": 1.0, "relation": 0.1}}),
+    "queue-8192": changed(loss={"queue": 8192}),
+    "mixed-0.25": mixed(0.25),
+    "proxy-s": proxy("regla_s"),
+    "proxy-m": proxy("regla_m"),
     "crops-1": crops(1),
     "crops-2": crops(2),
     **{codec: changed(cache={"codec": codec}) for codec in ("int8", "float16", "float32", "pca-int8-zstd")},
@@ -108,13 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = study_parser(__doc__, "proof")
     parser.add_argument("items", nargs="+", help="a recipe and overrides, as for the jobs")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--masks", type=Path, help="folder with images/{train,val} and masks/{train,val}")
     parser.add_argument("--base", default="all", choices=ARMS, metavar="ARM", help="arm that others are compared with")
     options = parser.parse_args(arguments)
-    rows = [_run(options.items, arm, seed, options.results) for seed in options.seeds for arm in options.arms]
+    rows = [
+        _run(options.items, arm, seed, options.results, options.masks) for seed in options.seeds for arm in options.arms
+    ]
     print(json.dumps(_report(rows, options.base)))
 
 
-def _run(items: Sequence[str], arm: str, seed: int, results: Path) -> dict[str, Any]:
+def _run(items: Sequence[str], arm: str, seed: int, results: Path, masks: Path | None) -> dict[str, Any]:
     def measure() -> dict[str, float]:
         started = time.perf_counter()
         recipe, *overrides = items
@@ -123,7 +172,13 @@ def _run(items: Sequence[str], arm: str, seed: int, results: Path) -> dict[str, 
         encoder = _labels_alone(config) if arm == "labels" else _distilled(config, plan)
         datasets = {split.split: split.dataset for split in plan.splits}
         scores = _score(encoder, datasets["train"], datasets["val"], config)
-        seconds, shown = time.perf_counter() - started, "  ".join(f"{name} {scores[name]:.2f} %" for name in SCORES)
+        if masks:
+            probed = segmentation_probe(encoder, masks, MAPS_SIZE * config.student.input_size, seed)
+            scores |= {name: probed[name] for name in ("miou", "aacc")}
+        seconds, shown = (
+            time.perf_counter() - started,
+            "  ".join(f"{name} {score:.2f} %" for name, score in scores.items()),
+        )
         print(f"{arm} seed {seed}  {shown}  {seconds:.0f} s", flush=True)
         return {**scores, "seconds": round(seconds)}
 
@@ -149,16 +204,17 @@ def _train(task: Task, config: DistillJobConfig) -> Any:
     return task.module.eval()
 
 
-def _distilled(config: DistillJobConfig, plan: CachePlan) -> nn.Module:
+def _distilled(config: DistillJobConfig, plan: CachePlan) -> Encoder:
     """The backbone of a student that was distilled from random weights."""
     if config.student.weights != "random":
         raise SystemExit("student.weights: this benchmark compares students from random weights")
-    datasets = {split.split: split.dataset for split in plan.splits}
-    task = DistillTask(DistillJob(config, datasets["train"], datasets["val"], plan.teachers))
-    return _train(task, config).student.encoder
+    further = [_plan_of(config.at_resolution(found)) for found in config.resolutions]
+    task = DistillTask(make_job(config, plan, further))
+    encoder: Encoder = _train(task, config).student.encoder
+    return encoder
 
 
-def _labels_alone(config: DistillJobConfig) -> nn.Module:
+def _labels_alone(config: DistillJobConfig) -> Encoder:
     """The backbone of a classifier, trained with the augmentation of recipes/classify.yaml."""
     mild = {"augment": None, "min_area": 0.5, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
     root = FinetuneJobConfig.of_task("classify")
@@ -169,10 +225,11 @@ def _labels_alone(config: DistillJobConfig) -> nn.Module:
         start = plan_finetune(settings).start
         save_encoder(start.encoder, start.name, start.args, config.student.input_size, Path(folder, "start"))
         task = FinetuneTask(FinetuneJob(settings, Path(folder, "start"), Path(folder)))
-        return _train(task, config).encoder
+        encoder: Encoder = _train(task, config).encoder
+        return encoder
 
 
-def _score(encoder: nn.Module, train: Dataset, val: Dataset, config: DistillJobConfig) -> dict[str, float]:
+def _score(encoder: Encoder, train: Dataset, val: Dataset, config: DistillJobConfig) -> dict[str, float]:
     """kNN and the best linear probe in percent, with all training images as the bank."""
     settings, size = EvaluateConfig(), config.student.input_size
     ([bank], labels), ([queries], expected) = (
@@ -192,10 +249,11 @@ def _report(rows: Sequence[dict[str, Any]], base: str) -> dict[str, Any]:
     for row in rows:
         by_arm.setdefault(row["arm"], {})[row["seed"]] = row
     figures: dict[str, Any] = {}
-    print(f"{'arm':<14}" + "".join(f"{f'{name}, %':>16}{f'minus {base}':>20}" for name in SCORES) + f"{'seeds':>7}")
+    measured = [name for name in SCORES if all(name in row for row in rows)]
+    print(f"{'arm':<19}" + "".join(f"{f'{name}, %':>16}{f'minus {base}':>20}" for name in measured) + f"{'seeds':>7}")
     for arm, seeds in by_arm.items():
-        line, figures[arm] = f"{arm:<14}", {"seeds": len(seeds)}
-        for name in SCORES:
+        line, figures[arm] = f"{arm:<19}", {"seeds": len(seeds)}
+        for name in measured:
             values = [row[name] for row in seeds.values()]
             pairs = [(row[name], by_arm[base][seed][name]) for seed, row in seeds.items() if base in by_arm]
             gaps = [] if arm == base else [value - other for value, other in pairs]

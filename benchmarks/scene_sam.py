@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.runtime.progress import Progress
 from pipeline.sources.sample_scenes import SampleScenes, Scene
 from teachers.sam_decoder import MaskDecoder
-from teachers.sam_masks import SamMasks, box_prompts, to_shares
+from teachers.sam_masks import SamMasks, box_prompts, point_prompts, to_shares
 from teachers.sam_prompts import PromptEncoder
 
 SIDE = 64
@@ -56,8 +56,12 @@ class TinySam(nn.Module):
         torch.save(state | self.masks.state_dict(), file)
 
 
-def train_sam(source: SampleScenes, epochs: int, file: Path, rate: float = 1e-3) -> None:
-    """Train a tiny SAM on boxes of a source's objects: focal and dice loss as in SAM, and its predicted IoU."""
+def train_sam(source: SampleScenes, epochs: int, file: Path, rate: float = 1e-3, points: bool = False) -> None:
+    """Train a tiny SAM on boxes of a source's objects: focal and dice loss as in SAM, and its predicted IoU.
+
+    With `points`, a third of the steps has a point on each object instead, and a third boxes or points with one or two further
+    points anywhere.
+    """
     torch.manual_seed(source.seed)
     random = np.random.default_rng(source.seed)
     scenes = [source.scene(number) for number in range(source.count)]
@@ -68,7 +72,7 @@ def train_sam(source: SampleScenes, epochs: int, file: Path, rate: float = 1e-3)
     with Progress(steps * epochs, "step", "train SAM") as progress:
         for _ in range(epochs):
             for rows in torch.randperm(source.count)[: steps * BATCH].view(steps, BATCH).tolist():
-                loss = _loss(model, *_batch([scenes[row] for row in rows], random))
+                loss = _loss(model, *_batch([scenes[row] for row in rows], random), points=points)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -78,29 +82,47 @@ def train_sam(source: SampleScenes, epochs: int, file: Path, rate: float = 1e-3)
     model.eval().save(file)
 
 
-def _loss(model: TinySam, images: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
+def _loss(model: TinySam, images: Tensor, boxes: Tensor, masks: Tensor, points: bool) -> Tensor:
     """Of images [B, 3, side, side], boxes [B, N, 4] and masks [B, N, side / 4, side / 4] as shares."""
     corners, kinds = box_prompts(boxes.flatten(0, 1))
-    shares = to_shares(corners, SIDE, SIDE).unflatten(0, boxes.shape[:2])
+    shares, labels = to_shares(corners, SIDE, SIDE), kinds
+    further = int(torch.randint(3, ())) if points else 0  # 0: boxes, 1: a point, 2: further points
+    if further == 1 or (further == 2 and torch.rand(()) < 0.5):
+        shares, labels = point_prompts(_points(masks.flatten(0, 1), 1), torch.ones(len(kinds), 1, dtype=torch.int64))
+    if further == 2:
+        anywhere = torch.rand(len(kinds), int(torch.randint(1, 3, ())), 2)
+        pixels = (anywhere * masks.shape[-1]).long()
+        on = masks.flatten(0, 1)[torch.arange(len(kinds))[:, None], pixels[..., 1], pixels[..., 0]] > 0.5
+        shares, labels = torch.cat([shares, anywhere], dim=1), torch.cat([labels, on.long()], dim=1)
     embeddings = model.image_encoder.forward_features(images)  # type: ignore[operator]
-    logits, iou = model.masks(embeddings, shares, kinds.unflatten(0, boxes.shape[:2]))
-    return mask_loss(logits[:, :, 0], masks) + _iou_loss(logits[:, :, 0], masks, iou[:, :, 0])
+    logits, iou = model.masks(embeddings, *(part.unflatten(0, boxes.shape[:2]) for part in (shares, labels)))
+    several = slice(1, None) if further == 1 else slice(0, 1)
+    logits, iou, masks = logits[:, :, several], iou[:, :, several], masks[:, :, None]
+    return mask_loss(logits, masks).amin(dim=2).mean() + _iou_loss(logits, masks, iou)
+
+
+def _points(masks: Tensor, count: int) -> Tensor:
+    """Random points [N, count, 2] as shares of the image, in masks [N, h, w] of shares."""
+    pixels = torch.multinomial(masks.flatten(1) + 1e-6, count, replacement=True)
+    side = masks.shape[-1]
+    return (torch.stack([pixels % side, pixels // side], dim=-1) + torch.rand(*pixels.shape, 2)) / side
 
 
 def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """20 parts of focal loss and one of dice loss, as in SAM (section 3, "Losses"), of [B, N, h, w] with shares in [0, 1]."""
+    """20 parts of focal loss and one of dice loss, as in SAM (section 3, "Losses"): logits and shares [..., h, w] -> [...]."""
     chance = logits.sigmoid()
+    masks = masks.expand_as(logits)
     wrong = (chance - masks).abs()
-    focal = (wrong.square() * F.binary_cross_entropy_with_logits(logits, masks, reduction="none")).mean()
-    both, sizes = (chance * masks).sum(dim=(2, 3)), (chance + masks).sum(dim=(2, 3))
-    dice = (1 - (2 * both + 1) / (sizes + 1)).mean()
-    return 20 * focal + dice
+    crossed = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
+    focal = (wrong.square() * crossed).mean(dim=(-2, -1))
+    both, sizes = (chance * masks).sum(dim=(-2, -1)), (chance + masks).sum(dim=(-2, -1))
+    return 20 * focal + 1 - (2 * both + 1) / (sizes + 1)
 
 
 def _iou_loss(logits: Tensor, masks: Tensor, predicted: Tensor) -> Tensor:
     found, truth = logits.detach() > 0, masks > 0.5
-    either = (found | truth).sum(dim=(2, 3)).clamp(min=1)
-    return F.mse_loss(predicted, (found & truth).sum(dim=(2, 3)) / either)
+    either = (found | truth).sum(dim=(-2, -1)).clamp(min=1)
+    return F.mse_loss(predicted, (found & truth).sum(dim=(-2, -1)) / either)
 
 
 def _batch(scenes: Sequence[Scene], random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,9 +8,8 @@ python jobs/distill.py recipes/quickstart.yaml --plan              bytes and hou
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,14 @@ if __name__ == "__main__":
     run(DistillJobConfig, later("jobs.distill"), __doc__, add_modes=add_modes)
     sys.exit()
 
-from jobs._plan import fill, print_costs, print_plan, span, sum_known
+from jobs._plan import cache_plan, fill, print_costs, print_plan, span, sum_known
 from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import check_space
-from pipeline.cache.fill.plan import check_weights
+from pipeline.cache.fill.plan import CachePlan, check_weights
 from pipeline.distill.estimate import TrainingEstimate, estimate_training, time_on_cluster, time_student
 from pipeline.distill.phases import Phase, plan_phases
 from pipeline.distill.plan import check_session, training_plan
+from pipeline.distill.sam_decoders import check_decoders
 from pipeline.runs.folder import cache_store
 from pipeline.runs.usage import loading_lines
 from pipeline.runtime.ray_session import connect, hardware, is_cluster
@@ -50,10 +50,12 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
     """Run the whole pipeline; an interrupted run of the same configuration resumes where it stopped."""
     started = time.perf_counter()
     phases = planned_phases(config)
-    check_weights(*(phase.plan for phase in phases))
+    check_weights(*(plan for _, plan in _caches(phases)))
+    for phase in phases:
+        check_decoders(phase.plan.teachers)
     if dry_run:
         return {"dry_run": True}
-    check_space(*(phase.plan for phase in phases))
+    check_space(*(plan for _, plan in _caches(phases)))
     # MLflow takes seconds to import, which a dry run need not wait for.
     from pipeline.cache.fill.job import cache_bytes, image_bytes
     from pipeline.distill.job import distill
@@ -66,8 +68,9 @@ def main(config: DistillJobConfig, dry_run: bool) -> dict[str, Any]:
                 check_session(phase)
         for phase in phases:
             check_decoder("train.decoder", phase.config.train.decoder)
-        plans, reports = zip(*fill(job, [(phase.config, phase.plan) for phase in phases]), strict=True)
-        filled = [replace(phase, plan=plan) for phase, plan in zip(phases, plans, strict=True)]
+        plans, reports = zip(*fill(job, _caches(phases)), strict=True)
+        ready = iter(plans)
+        filled = [phase.filled(ready) for phase in phases]
         computed = sum(report.shards_computed for report in reports)
         print(f"{computed} shards computed in {sum(report.seconds for report in reports):.0f} s", flush=True)
         with job.child_run("distill") as tracked:
@@ -118,15 +121,22 @@ def planned_phases(config: DistillJobConfig) -> tuple[Phase, ...]:
     """Plan every phase, and print the plans."""
     phases = plan_phases(config, cache_store(config))
     for number, phase in enumerate(phases, 1):
-        print_plan(phase.config, phase.plan, number, len(phases), table(training_plan(phase)))
+        first, *others = phase.caches
+        further = [f"cache for {part.student.input_size} px\n{cache_plan(plan, part)}" for part, plan in others]
+        print_plan(*first, number, len(phases), *further, table(training_plan(phase)))
     return phases
+
+
+def _caches(phases: Sequence[Phase]) -> list[tuple[DistillJobConfig, CachePlan]]:
+    """The caches that the phases read."""
+    return [cache for phase in phases for cache in phase.caches]
 
 
 def show_plan(config: DistillJobConfig, _: argparse.Namespace) -> dict[str, Any]:
     """Probe teachers and student, and print what cache and training cost; raise an error if the cache cannot fit."""
     with connect() if is_cluster() else nullcontext():
         cluster, phases = hardware() if is_cluster() else None, planned_phases(config)
-        figures = print_costs([(phase.config, phase.plan) for phase in phases], cluster)
+        figures = print_costs(_caches(phases), cluster)
         timer = time_on_cluster if cluster and cluster.gpus else time_student
         workers = [phase.config.train.most_workers or (cluster.gpus if cluster else 0) or 1 for phase in phases]
         trained = [estimate_training(phase, timer) for phase in phases]

@@ -112,7 +112,7 @@ def main(config: PrecomputeJobConfig, dry_run: bool) -> dict[str, Any]:
 def _planned(config: PrecomputeJobConfig) -> list[tuple[PrecomputeJobConfig, CachePlan]]:
     """Plan every phase (a recipe without phases is one), and print the plans."""
     store, snapshot = cache_store(config), RecordSnapshot()
-    planned = [(phase, plan_cache(phase, store, snapshot)) for phase in config.phase_configs()]
+    planned = [(phase, plan_cache(phase, store, snapshot)) for phase in config.cache_configs()]
     for number, (phase, plan) in enumerate(planned, 1):
         print_plan(phase, plan, number, len(planned))
     return planned

@@ -25,8 +25,9 @@ class PositionEncoding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """(x, y) [..., 2] as shares of the image -> [..., D]."""
-        angles = 2 * math.pi * (2 * positions - 1) @ self.positional_encoding_gaussian_matrix
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+        with torch.autocast(positions.device.type, enabled=False):  # 16-bit angles would move a point by several pixels
+            angles = 2 * math.pi * (2 * positions - 1) @ self.positional_encoding_gaussian_matrix
+            return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class PromptEncoder(nn.Module):

@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.dotted import assign, is_field, keys_of, leaves, validate
-from pipeline.config.tree import Schedule, Section, operational
+from pipeline.config.tree import Schedule, Section, Share, operational
 from pipeline.errors import UserError
 from pipeline.runs.config import ImageJobConfig
 
 Decoder = Literal["cpu", "nvjpeg"]
 """What decodes images: see pipeline/imaging/gpu_decode.py."""
 
-PHASE_FIELDS = ("data", "teachers", "views", "cache", "student.input_size", "loss", "augment", "train")
+PHASE_FIELDS = ("data", "teachers", "views", "cache", "student.input_size", "resolutions", "loss", "augment", "train")
 """Sections and fields that a phase may change. The others make the network and the run what they are."""
 
 
@@ -33,6 +33,12 @@ class TeacherConfig(Section):
         None, ge=1, description="side of the square of patches that is averaged into one; none: the teacher's default"
     )
     args: dict[str, Any] = Field({}, description="arguments passed to the library's model constructor")
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the images that it is asked about, chosen by their content; its loss is the mean over these",
+    )
     codec: str | None = Field(None, description="codec of its features; none: cache.codec")
     basis: str | None = Field(
         None,
@@ -46,6 +52,23 @@ class TeacherConfig(Section):
     )
     summary_weight: Schedule = Field(1.0, description="weight of its summary loss, in the same forms")
     patch_weight: Schedule = Field(1.0, description="weight of its patch loss, in the same forms")
+    mask_weight: Schedule = Field(
+        0.0,
+        description="of a SAM: weight of the loss of masks that its decoder makes of the student's embedding, in the same "
+        "forms; 0: none are made",
+    )
+
+
+class PhotometricConfig(Section):
+    """Photometric changes of images."""
+
+    jitter: Share = Field(0.0, description="probability of colour jitter per image; 0.8 is usual")
+    brightness: float = Field(0.4, ge=0, description="largest relative change of brightness")
+    contrast: float = Field(0.4, ge=0, description="largest relative change of contrast")
+    saturation: float = Field(0.2, ge=0, description="largest relative change of saturation")
+    hue: float = Field(0.1, ge=0, le=0.5, description="largest rotation of the hue, as a share of the circle")
+    grey: Share = Field(0.0, description="probability that an image loses its colour; 0.2 is usual")
+    blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")
 
 
 class ViewsConfig(Section):
@@ -56,6 +79,21 @@ class ViewsConfig(Section):
     max_ratio: float = Field(4 / 3, ge=1, description="largest ratio of a crop's sides")
     flip: float = Field(0.5, ge=0, le=1, description="probability that a crop is flipped")
     per_step: int = Field(1, ge=1, description="crops of an image per step; the image is decoded once for all of them")
+    photometric: PhotometricConfig = PhotometricConfig()
+    mixup: Share = Field(
+        0.0, description="probability that a crop, but for an image's first, is mixed with one of another image"
+    )
+
+
+class ResolutionConfig(Section):
+    """A further input size, at which a share of the samples of each step is trained."""
+
+    input_size: int = Field(ge=16, description="side of the student's input in pixels")
+    share: float = Field(gt=0, lt=1, description="share of the samples of a step; the rest keeps student.input_size")
+    teachers: dict[int, int] = Field(
+        {},
+        description="input sizes of teachers there, by number: {0: 336}; each has its own cache. The others keep theirs",
+    )
 
 
 class CacheConfig(Section):
@@ -103,6 +141,24 @@ class PrecomputeJobConfig(CacheJobConfig):
         [],
         description="stages of the training, each the fields that it changes: [{train.epochs: 25}, {student.input_size: 384}]",
     )
+    resolutions: list[ResolutionConfig] = Field(
+        [], description="further input sizes in each step: [{input_size: 384, share: 0.25}]"
+    )
+
+    @model_validator(mode="after")
+    def _resolutions_fit(self) -> Self:
+        for number, resolution in enumerate(self.resolutions):
+            for teacher in resolution.teachers:
+                if not 0 <= teacher < len(self.teachers):
+                    raise ValueError(
+                        f"resolutions.{number}.teachers: there is no teacher {teacher}, only 0 to {len(self.teachers) - 1}"
+                    )
+        if (total := sum(resolution.share for resolution in self.resolutions)) >= 1:
+            raise ValueError(f"resolutions: the shares add up to {total:g}, which leaves nothing to student.input_size")
+        sizes = [resolution.input_size for resolution in self.resolutions]
+        if len(sizes) > len(set(sizes)):
+            raise ValueError(f"resolutions: two of them have the same input_size ({', '.join(map(str, sizes))})")
+        return self
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -128,6 +184,22 @@ class PrecomputeJobConfig(CacheJobConfig):
         """The images, and files of weights."""
         files = {f"teachers.{n}.weights": Path(teacher.weights).expanduser() for n, teacher in enumerate(self.teachers)}
         return super().inputs() | {field: str(file.resolve()) for field, file in files.items() if file.is_file()}
+
+    def at_resolution(self, resolution: ResolutionConfig) -> Self:
+        """The configuration at a further input size."""
+        teachers = [
+            teacher.model_copy(update={"input_size": resolution.teachers.get(number, teacher.input_size)})
+            for number, teacher in enumerate(self.teachers)
+        ]
+        return self.model_copy(update={"teachers": teachers, "resolutions": []})
+
+    def cache_configs(self) -> tuple[Self, ...]:
+        """The configuration of each cache that the phases need, and that of the phase itself first."""
+        return tuple(
+            part
+            for phase in self.phase_configs()
+            for part in (phase, *(phase.at_resolution(found) for found in phase.resolutions if found.teachers))
+        )
 
     def phase_configs(self) -> tuple[Self, ...]:
         """The configuration of each phase: the recipe with the changes of the phase. Without phases, the recipe itself.

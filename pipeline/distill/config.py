@@ -1,14 +1,23 @@
 """Losses and augmentation."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, model_validator
 
-from pipeline.cache.config import Decoder, PrecomputeJobConfig
+from pipeline.cache.config import Decoder, PhotometricConfig, PrecomputeJobConfig, ResolutionConfig
 from pipeline.config.tree import Section, Share
 from pipeline.evaluate.config import KnnConfig
 from pipeline.student.config import StudentConfig
 from pipeline.training.config import TrainConfig
+
+
+class MasksConfig(Section):
+    """Prompts of the mask losses, which `mask_weight` of a SAM teacher turns on: see pipeline/distill/masks.py."""
+
+    prompts: int = Field(8, ge=1, description="random prompts per image and step, points and boxes")
+    iterations: int = Field(
+        2, ge=1, description="times a prompt is decoded; each after the first adds a point where the masks differ"
+    )
 
 
 class LossConfig(Section):
@@ -37,18 +46,11 @@ class LossConfig(Section):
     drop: Share = Field(
         0.0, description="probability of dropping every teacher but the one with the highest loss, by image"
     )
+    masks: MasksConfig = MasksConfig()
 
 
-class AugmentConfig(Section):
+class AugmentConfig(PhotometricConfig):
     """Photometric augmentation of the student's images; teachers see the clean view."""
-
-    jitter: Share = Field(0.0, description="probability of colour jitter per image; 0.8 is usual")
-    brightness: float = Field(0.4, ge=0, description="largest relative change of brightness")
-    contrast: float = Field(0.4, ge=0, description="largest relative change of contrast")
-    saturation: float = Field(0.2, ge=0, description="largest relative change of saturation")
-    hue: float = Field(0.1, ge=0, le=0.5, description="largest rotation of the hue, as a share of the circle")
-    grey: Share = Field(0.0, description="probability that an image loses its colour; 0.2 is usual")
-    blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")
 
 
 class DistillTrainConfig(TrainConfig):
@@ -68,6 +70,20 @@ class DistillJobConfig(PrecomputeJobConfig):
     augment: AugmentConfig = AugmentConfig()
     train: DistillTrainConfig = DistillTrainConfig()
     knn: KnnConfig = KnnConfig()
+
+    @model_validator(mode="after")
+    def _resolutions_differ(self) -> Self:
+        for number, resolution in enumerate(self.resolutions):
+            if resolution.input_size == self.student.input_size:
+                raise ValueError(
+                    f"resolutions.{number}.input_size: {resolution.input_size} is student.input_size already"
+                )
+        return self
+
+    def at_resolution(self, resolution: ResolutionConfig) -> Self:
+        """The configuration at a further input size."""
+        student = self.student.model_copy(update={"input_size": resolution.input_size})
+        return super().at_resolution(resolution).model_copy(update={"student": student})
 
     def subject(self) -> list[str]:
         """The student and its teachers."""

@@ -41,7 +41,10 @@ def estimate_training(phase: Phase, timer: Callable[[DistillJobConfig], tuple[fl
     batch, train = config.train.batch_size, phase.plan.split("train")
     known = train is not None and train.is_estimated
     images = phase.views // batch * batch * config.train.epochs if known else None
-    return TrainingEstimate(images, *timer(config))
+    rate, device = timer(config)
+    seconds = (1 - sum(found.share for found in config.resolutions)) / rate
+    seconds += sum(found.share / timer(config.at_resolution(found))[0] for found in config.resolutions)
+    return TrainingEstimate(images, 1 / seconds, device)
 
 
 def time_student(config: DistillJobConfig) -> tuple[float, str]:

@@ -20,7 +20,14 @@ from pipeline.distill.kept_heads import save_heads
 from pipeline.distill.phases import Phase, PhaseState, start_file
 from pipeline.distill.plan import check_images
 from pipeline.distill.provenance import lineage, provenance
-from pipeline.distill.task import DistillJob, build_distiller, build_reader, build_student, make_distill_task
+from pipeline.distill.task import (
+    DistillJob,
+    Resolution,
+    build_distiller,
+    build_reader,
+    build_student,
+    make_distill_task,
+)
 from pipeline.errors import one_line
 from pipeline.evaluate.knn import teacher_knn
 from pipeline.student.cost import inference_cost
@@ -78,7 +85,7 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
     for number, phase in enumerate(phases, 1):
         name = "train" if len(phases) == 1 else f"train/phase-{number}"
         file = folder / f"{name}.pt"
-        job = make_job(phase.settled, phase.plan)
+        job = make_job(phase.settled, phase.plan, phase.further)
         jobs.append(job)
         teachers |= evaluate_teachers(job, run, state.steps)
         if not file.exists():
@@ -149,10 +156,13 @@ def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
     return {"parameters": counted.parameters, "macs": counted.macs}
 
 
-def make_job(config: DistillJobConfig, plan: CachePlan) -> DistillJob:
-    """The job on a complete cache, with the rotations of PHI-S if the loss standardises by them.
+def make_job(config: DistillJobConfig, plan: CachePlan, further: Sequence[CachePlan | None] = ()) -> DistillJob:
+    """The job on complete caches, with the rotations of PHI-S if the loss standardises by them.
 
     If held-out images have no labels, it logs a warning and measures no kNN.
+
+    Args:
+        further: as in :class:`~pipeline.distill.phases.Phase`.
     """
     train, val = plan.split("train"), plan.split("val")
     assert train is not None
@@ -163,7 +173,13 @@ def make_job(config: DistillJobConfig, plan: CachePlan) -> DistillJob:
     labelled = held_out if held_out and train.dataset.labelled and held_out.labelled else None
     if held_out and not labelled:
         log.warning("no kNN: data.train or data.val has no labels")
-    return DistillJob(config, train.dataset, labelled, plan.teachers, held_out)
+    resolutions = []
+    for resolution, own in zip(config.resolutions, further, strict=True):
+        images = own.split("train") if own else train
+        assert images is not None
+        teachers = (own or plan).teachers
+        resolutions.append(Resolution(resolution.input_size, resolution.share, images.dataset, teachers))
+    return DistillJob(config, train.dataset, labelled, plan.teachers, held_out, tuple(resolutions))
 
 
 def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:

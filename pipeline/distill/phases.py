@@ -11,7 +11,7 @@ schedule. Heads keep their weights for teachers of the same label and width; sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,11 +45,27 @@ class Phase:
     Attributes:
         start: backbone that the first phase starts from; None: random weights, those of the phase before, or those that an
             interrupted run has already loaded.
+        further: plans of the caches for `resolutions`; None: that of the phase serves.
     """
 
     config: DistillJobConfig
     plan: CachePlan
     start: LoadedStudent | None = None
+    further: tuple[CachePlan | None, ...] = ()
+
+    @property
+    def caches(self) -> list[tuple[DistillJobConfig, CachePlan]]:
+        """Every cache that the phase reads, with the configuration that fills it."""
+        others = zip(self.config.resolutions, self.further, strict=True)
+        return [
+            (self.config, self.plan),
+            *((self.config.at_resolution(resolution), plan) for resolution, plan in others if plan is not None),
+        ]
+
+    def filled(self, plans: Iterator[CachePlan]) -> Phase:
+        """The phase with the plans of filled caches, taken in the order of `caches`."""
+        own = next(plans)
+        return replace(self, plan=own, further=tuple(plan and next(plans) for plan in self.further))
 
     @property
     def views(self) -> int:
@@ -76,8 +92,19 @@ def plan_phases(config: DistillJobConfig, store: Store) -> tuple[Phase, ...]:
         fetch = partial(fetch_student, tracking_uri=resolve_uri(config.tracking.uri, work_folder(config)))
         start = load_initial_student(student.name, student.weights, student.args, fetch)
     snapshot = RecordSnapshot()
-    plans = [(phase, plan_cache(phase, store, snapshot, run.data)) for phase in config.phase_configs()]
-    first, *others = (Phase(phase, plan) for phase, plan in plans)
+
+    def plan(part: DistillJobConfig) -> CachePlan:
+        return plan_cache(part, store, snapshot, run.data)
+
+    first, *others = (
+        Phase(
+            phase,
+            plan(phase),
+            None,
+            tuple(plan(phase.at_resolution(r)) if r.teachers else None for r in phase.resolutions),
+        )
+        for phase in config.phase_configs()
+    )
     phases = replace(first, start=start), *others
     for phase in phases:
         train, val = phase.plan.split("train"), phase.plan.split("val")

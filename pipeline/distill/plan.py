@@ -7,12 +7,16 @@ from pipeline.cache.fill.plan import CachePlan
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.read.order import check_per_step
+from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import feature_map_size
 from pipeline.distill.grid import GridRule
 from pipeline.distill.loss import check_losses
+from pipeline.distill.mixed import divide_batch
 from pipeline.distill.phases import Phase
+from pipeline.distill.sam_decoders import check_mask_teachers, makes_masks
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError
+from pipeline.imaging.gpu_decode import NO_MIXUP
 from pipeline.training.ray_train import count_shares
 from pipeline.training.task import check_best_metric
 
@@ -39,9 +43,12 @@ def training_plan(phase: Phase) -> dict[str, str]:
     """Readable rows on student, training and grids; raises a UserError if training would be refused."""
     config, teachers = phase.settled, phase.plan.teachers
     check_losses(config.loss)
+    check_mask_teachers(teachers)
     share = config.train.batch_size // max(1, config.train.most_workers)
-    check_per_step(config.views.per_step, config.views.crops or 1, share)
+    _check_share(config, share)
     check_images(phase)
+    if config.views.mixup and config.train.decoder != "cpu":
+        raise UserError(f"train.decoder: {NO_MIXUP}")
     if config.loss.standardise == "phi_s":
         _warn_of_projections(teachers)
     student = build_student(config)
@@ -56,7 +63,21 @@ def training_plan(phase: Phase) -> dict[str, str]:
         if _labelled(phase.plan)
         else f"none: {_lacking(phase.plan)}",
     }
-    return rows | {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
+    settings, masked = config.loss.masks, [labels[t.id] for t in teachers if makes_masks(t.config)]
+    if masked:
+        rows["masks"] = (
+            f"of {', '.join(masked)}: {settings.prompts} prompts per image, {settings.iterations} times each"
+        )
+    rows |= {f"grid {labels[t.id]}": str(GridRule(grid, t.spec.grid)) for t in teachers}
+    for resolution, plan in zip(config.resolutions, phase.further, strict=True):
+        side, own = resolution.input_size, (plan or phase.plan).teachers
+        check_mask_teachers(own)
+        grid = feature_map_size(student, side)
+        rules = (
+            f"{label} {GridRule(grid, found.spec.grid)}" for label, found in zip(labels.values(), own, strict=True)
+        )
+        rows[f"at {side} px"] = f"{resolution.share:.0%} of the samples of a step; {'; '.join(rules)}"
+    return rows
 
 
 def _training(phase: Phase) -> str:
@@ -89,8 +110,18 @@ def _warn_of_projections(teachers: Sequence[CachedTeacher]) -> None:
 def check_session(phase: Phase) -> None:
     """Raise a UserError if the GPUs of this Ray session do not divide the batch, or each would get too few images."""
     config = phase.settled
-    share = config.train.batch_size // count_shares(config.train)
-    check_per_step(config.views.per_step, config.views.crops or 1, share)
+    _check_share(config, config.train.batch_size // count_shares(config.train))
+
+
+def _check_share(config: DistillJobConfig, share: int) -> None:
+    """Raise a UserError if a worker's part of a batch cannot be divided into input sizes, or these into images of all crops."""
+    sizes = divide_batch(share, [resolution.share for resolution in config.resolutions])
+    if min(sizes) < 1:
+        raise UserError(
+            f"resolutions: {share} images a worker are too few to divide into {sizes}; raise train.batch_size"
+        )
+    for size in sizes:
+        check_per_step(config.views.per_step, config.views.crops or 1, size)
 
 
 def _evaluated(plan: CachePlan) -> list[str]:
@@ -100,6 +131,7 @@ def _evaluated(plan: CachePlan) -> list[str]:
     labels = teacher_labels(plan.teachers)
     parts = [f"{labels[teacher.id]}/{kind}" for teacher in plan.teachers for kind in teacher.shapes]
     names = [f"val_{measure}/{part}" for measure in ("cosine", "loss") for part in parts]
+    names += [f"val_mask_iou/{labels[teacher.id]}" for teacher in plan.teachers if makes_masks(teacher.config)]
     return ["knn", "knn_raw", *names] if _labelled(plan) else names
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from pipeline.cache.config import ViewsConfig
 from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.job import image_bytes, teacher_bytes
 from pipeline.cache.fill.plan import CachePlan
@@ -16,6 +17,7 @@ from pipeline.cache.read.examples import read_examples
 from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.figures import enlarge, features_columns
 from pipeline.distill.job import DistillResult
+from pipeline.distill.mixed import first_batch
 from pipeline.distill.task import DistillJob, HeldOut, build_reader
 from pipeline.evaluate.chance import chance, class_counts, interval
 from pipeline.imaging.decode import decode_image
@@ -35,7 +37,7 @@ EXAMPLES, EXAMPLE_SIDE = 12, 128
 
 @dataclass(frozen=True)
 class Filled:
-    """The filled caches of all phases, and what filling them did."""
+    """The filled caches of all phases and input sizes, and what filling them did."""
 
     plans: Sequence[CachePlan]
     reports: Sequence[BuildReport]
@@ -114,8 +116,12 @@ def _recipe(config: DistillJobConfig, train: TrainConfig) -> Section:
         "loss of patches": _weights(loss.patches),
         "loss of summaries": _weights(loss.summary),
         "targets": f"standardised by {loss.standardise}",
-        "views": f"{views.crops} crops, area from {views.min_area:g}" if views.crops else "the whole image",
+        "views": f"{views.crops} crops, area from {views.min_area:g}{_changes(views)}"
+        if views.crops
+        else "the whole image",
     }
+    if config.resolutions:
+        facts["in each step"] = "; ".join(f"{r.share:.0%} at {r.input_size} px" for r in config.resolutions)
     if len(phases := config.phase_configs()) > 1:
         facts["phases"] = "; ".join(
             f"{number}: {phase.train.epochs} epochs at {phase.student.input_size} px"
@@ -126,6 +132,12 @@ def _recipe(config: DistillJobConfig, train: TrainConfig) -> Section:
         "All fields": _yaml(config.model_dump(mode="json")),
     }
     return Section("Recipe", facts=facts, folded=folded)
+
+
+def _changes(views: ViewsConfig) -> str:
+    """The photometric changes and Mixup of the views that are not at their defaults."""
+    changes = views.photometric.decisive() | ({"mixup": views.mixup} if views.mixup else {})
+    return f"; {_weights(changes)}" if changes else ""
 
 
 def _weights(losses: Mapping[str, float]) -> str:
@@ -175,9 +187,9 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
     header = ("teacher", "weights", "licence", "input", "patches", "summary", "stored as", "cosine of what is stored")
     table = [(*header, "weight in the loss", "kNN (95 % interval)", "in the cache")]
     stored = teacher_bytes(*filled.plans)
-    used = _used_teachers(result.jobs, filled)
+    used = _used_teachers(filled)
     # Of teachers of one name, at two input sizes in two phases, kNN is that of the last.
-    latest = {name: teacher.id for name, teacher, _ in used}
+    latest = {name: teacher for job in result.jobs for teacher, name in teacher_labels(job.teachers).items()}
     for name, teacher, plan in used:
         spec = teacher.spec
         fidelity = teacher_fidelity(plan.splits[0].dataset, teacher)["patches"].get("target_cosine")
@@ -192,7 +204,7 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
                 teacher.codec,
                 "" if fidelity is None else f"{fidelity:.3f}",
                 str(teacher.config.weight),
-                labels.show(result.teacher_knn.get(name)) if labels and latest[name] == teacher.id else "",
+                labels.show(result.teacher_knn.get(name)) if labels and latest.get(name) == teacher.id else "",
                 size(stored[teacher.id]),
             )
         )
@@ -202,12 +214,12 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
     return Section("Teachers", lead if labels else "", table=tuple(table))
 
 
-def _used_teachers(jobs: Sequence[DistillJob], filled: Filled) -> list[tuple[str, CachedTeacher, CachePlan]]:
-    """Label, teacher and plan of every teacher, each once, as its first phase has it."""
+def _used_teachers(filled: Filled) -> list[tuple[str, CachedTeacher, CachePlan]]:
+    """Label, teacher and plan of every teacher, each once, as the first cache has it."""
     found: dict[str, tuple[str, CachedTeacher, CachePlan]] = {}
-    for job, plan in zip(jobs, filled.plans, strict=True):
-        for teacher in job.teachers:
-            found.setdefault(teacher.id, (teacher_labels(job.teachers)[teacher.id], teacher, plan))
+    for plan in filled.plans:
+        for teacher in plan.teachers:
+            found.setdefault(teacher.id, (teacher_labels(plan.teachers)[teacher.id], teacher, plan))
     return [*found.values()]
 
 
@@ -232,12 +244,13 @@ def _charts(curves: Curves, result: DistillResult, labels: HeldOutLabels | None)
     if cosines := _family(curves, "val_cosine/"):
         caption = "Mean cosine of predicted and standardised teacher features, of patches and summaries; 1 is equal."
         yield Chart("Cosine to the teachers on held-out images", "epoch", "cosine", cosines, caption)
+    if ious := _family(curves, "val_mask_iou/"):
+        caption = "Mean IoU of the masks that SAM's decoder makes of the student's and of SAM's embedding under the same prompts."
+        yield Chart("SAM's masks on held-out images", "epoch", "IoU", ious, caption)
     if loss := by_epoch(curves, "loss"):
-        parts = _family(curves, "loss/")
+        parts = [line for line in _family(curves, "loss/") if not line.name.endswith(("/kept", "/mask_iou"))]
         total = Line("total", loss, last=f"{loss[-1][1]:.3g}")
-        yield Chart(
-            "Training loss", "epoch", "loss", (total, *(line for line in parts if not line.name.endswith("/kept")))
-        )
+        yield Chart("Training loss", "epoch", "loss", (total, *parts))
 
 
 def _family(curves: Curves, prefix: str) -> tuple[Line, ...]:
@@ -258,7 +271,7 @@ def _pictures(result: DistillResult) -> Section:
         held_out = HeldOut(job.held_out, job.teachers, side, job.config.knn.batch_size)
         batch, codecs = next(held_out.batches()), held_out.codecs
     else:
-        batch, codecs = next(build_reader(job).batches(0)), None
+        batch, codecs = first_batch(build_reader(job)), None
     columns = []
     for name, pictures in features_columns(result.distiller, batch, codecs).items():
         pixels = (enlarge(pictures) * 255).round().byte().numpy()

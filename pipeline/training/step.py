@@ -6,7 +6,7 @@ A step with a non-finite gradient changes no weight (only BatchNorm's statistics
 float32 and bfloat16 training has diverged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -120,6 +120,7 @@ class Stepper:
         """
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
+        self.task.before_step(batches)
         parts = self._accumulate(batches, step, clock)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)
@@ -134,21 +135,29 @@ class Stepper:
     def _accumulate(self, batches: Sequence[TrainingBatch], step: int, clock: StepTimer) -> dict[str, Tensor]:
         worker, images = self.worker, sum(len(batch.keys) for batch in batches)
         everywhere = images // len(batches) * worker.all_shares
-        cuts = worker.pieces(len(batches[0].keys), self.config.micro_batch)
-        last = (len(batches) - 1, cuts[-1] - 1)
+        parts = self.task.parts(batches[0])
+        cuts = [worker.pieces(len(part.keys), self.config.micro_batch) for part in parts]
+        forwards = sum(map(sum, cuts))
         sums: dict[str, Tensor] = {}
-        for own, (share, batch) in enumerate(zip(worker.own_shares, batches, strict=True)):
+        for share, batch, own_cuts in zip(worker.own_shares, batches, zip(*cuts, strict=True), strict=True):
             seeds = np.random.SeedSequence([self.task.seed, step, share])
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-            pieces = split_batch(batch, cuts[own])
-            for number in range(cuts[own]):
-                # a share with fewer pieces than forwards repeats the last one with weight 0: the other ranks wait for it
-                piece = pieces[min(number, len(pieces) - 1)]
-                count = len(piece.keys) if number < len(pieces) else 0
+            for piece, count in self._pieces(batch, own_cuts):
+                forwards -= 1
                 weight = count * worker.world / everywhere  # DDP averages gradients over the workers
-                for name, value in self._backward(piece, weight, (own, number) == last, clock).items():
+                for name, value in self._backward(piece, weight, not forwards, clock).items():
                     sums[name] = sums.get(name, 0) + value.float() * (count / images)
         return sums
+
+    def _pieces(self, batch: TrainingBatch, cuts: Sequence[int]) -> Iterator[tuple[TrainingBatch, int]]:
+        """The micro-batches of a batch, `cuts` of each part, and the images of each that count.
+
+        A part with fewer images than forwards repeats its last micro-batch, which does not count: the other ranks wait for it.
+        """
+        for part, forwards in zip(self.task.parts(batch), cuts, strict=True):
+            pieces = split_batch(part, forwards)
+            yield from ((piece, len(piece.keys)) for piece in pieces)
+            yield from ((pieces[-1], 0) for _ in range(forwards - len(pieces)))
 
     def _backward(self, piece: TrainingBatch, weight: float, synchronise: bool, clock: StepTimer) -> dict[str, Tensor]:
         device = self.worker.device

@@ -69,6 +69,13 @@ class Task(ABC):
     def loss(self, module: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss of a batch on the device, and its detached parts by name, all means over the images; runs under autocast."""
 
+    def parts(self, batch: Any) -> Sequence[Any]:
+        """The parts of a batch whose images have one size each; every part is a forward of its own, or several."""
+        return [batch]
+
+    def before_step(self, batches: Sequence[Any]) -> None:  # noqa: B027  optional
+        """Hook before a step, on every rank; `batches` are those of the own shares, on the device, whole."""
+
     def after_step(self, batches: Sequence[Any]) -> None:  # noqa: B027  optional
         """Hook after a step, on every rank; `batches` are those of the own shares, on the device."""
 

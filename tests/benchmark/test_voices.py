@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.scene_clip import NAME, captions, contrastive_loss, register
-from benchmarks.scene_sam import DIM, ENCODER, SIDE, TinySam
+from benchmarks.scene_sam import DIM, ENCODER, SIDE, TinySam, _loss, _points
 from pipeline.sources.sample_scenes import Scene
 from pipeline.sources.shapes import CLASSES
 from teachers.clip_text import load_text_tower
@@ -40,6 +40,27 @@ def test_every_caption_that_is_true_of_an_image_is_right():
     assert contrastive_loss(Fixed(), own, own, right) == pytest.approx(
         contrastive_loss(Fixed(), own, own, alone).item()
     )
+
+
+def test_points_lie_on_their_objects_and_all_kinds_of_prompts_teach():
+    torch.manual_seed(0)
+    masks = torch.zeros(2, 3, 16, 16)
+    for number in range(6):
+        masks.view(6, 16, 16)[number, number : number + 3, 2 * number : 2 * number + 2] = 1
+    at = (_points(masks.flatten(0, 1), 50) * 16).long()
+    assert masks.flatten(0, 1)[torch.arange(6)[:, None], at[..., 1], at[..., 0]].eq(1).all()
+    boxes, images, model, seen = (
+        torch.tensor([8.0, 8, 40, 40]).expand(2, 3, 4),
+        torch.rand(2, 3, SIDE, SIDE),
+        TinySam(),
+        set(),
+    )
+    model.masks.register_forward_pre_hook(lambda _, given: seen.add(given[2].shape[2]))
+    for _ in range(30):
+        model.zero_grad()
+        _loss(model, images, boxes, masks, points=True).backward()
+        assert model.image_encoder.patch_embed.proj.weight.grad.abs().sum() > 0
+    assert seen == {2, 3, 4}  # a box or a point, and one or two further points
 
 
 @torch.no_grad()

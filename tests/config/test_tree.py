@@ -29,7 +29,7 @@ def sections(job):
 
 def test_a_job_has_the_sections_that_it_reads():
     base = {"tracking", "data"}
-    teachers = base | {"cache", "teachers", "views", "plan"}
+    teachers = base | {"cache", "teachers", "views", "plan", "resolutions"}
     assert sections("precompute") == teachers
     assert sections("distill") == teachers | {"student", "loss", "augment", "train", "knn"}
     assert sections("finetune") == base | {"student", "train", "finetune", "classify", "segment", "detect"}

@@ -31,10 +31,10 @@ class _Cached:
 def test_weights_of_token_types_are_parts_of_the_teachers():
     teachers = [
         _Cached("summary", "patches", weight={0: 2, 1: 0}, summary_weight=0.5, patch_weight={0: 1, 1: 3}),
-        _Cached("patches", weight=0.25),
+        _Cached("patches", weight=0.25, mask_weight=2),
     ]
-    torch.testing.assert_close(teacher_weights(teachers), torch.tensor([[1.0, 2.0], [0.0, 0.25]]))
-    torch.testing.assert_close(teacher_weights(teachers, 0.5), torch.tensor([[0.5, 2.0], [0.0, 0.25]]))
+    torch.testing.assert_close(teacher_weights(teachers), torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.25, 0.5]]))
+    torch.testing.assert_close(teacher_weights(teachers, 0.5), torch.tensor([[0.5, 2.0, 0.0], [0.0, 0.25, 0.5]]))
     assert is_scheduled(teachers)
     assert not is_scheduled(teachers[1:])
 

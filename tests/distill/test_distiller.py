@@ -192,7 +192,7 @@ def test_the_loss_compares_heads_with_standardised_targets_on_the_common_grid():
 def test_every_teacher_meets_the_student_by_the_declared_rule(grid):
     teacher = _teacher("a", grid=grid)
     distiller = _distiller(teacher)
-    assert distiller.targets[0].rule == GridRule((4, 4), grid)
+    assert distiller.targets[0].stored.rule == GridRule((4, 4), grid)
     total, _ = distiller(*_batch([teacher]))
     assert torch.isfinite(total)
 
@@ -277,7 +277,7 @@ def test_weights_of_now_replace_those_of_the_start():
     teachers = [_teacher("a"), _teacher("b", summary=None)]
     batch = _batch(teachers)
     distiller = _distiller(*teachers).eval()
-    total, parts = distiller(*batch, weights=torch.tensor([[0.5, 3.0], [0.0, 0.25]]))
+    total, parts = distiller(*batch, weights=torch.tensor([[0.5, 3.0, 0.0], [0.0, 0.25, 0.0]]))
     torch.testing.assert_close(total, 0.5 * parts["a/summary"] + 3 * parts["a/patches"] + 0.25 * parts["b/patches"])
 
 
@@ -358,7 +358,7 @@ def test_patch_relation_compares_the_patches_of_the_step_at_the_same_positions()
     pixels, stored = _batch([teacher])
     with torch.no_grad():
         _, parts = distiller(pixels, stored, step=torch.tensor(3))
-        target, positions = distiller.targets[0], distiller.targets[0].patch_subsets[3 % 2]
+        target, positions = distiller.targets[0], distiller.targets[0].stored.patch_subsets[3 % 2]
         predicted = target.predict(distiller.student(pixels))["patches"].flatten(1, 2)[:, positions]
         wanted = target.targets(stored["a-id"])["patches"].flatten(1, 2)[:, positions]
         expected = 2 * patch_relation(predicted, wanted, 0.3).mean()

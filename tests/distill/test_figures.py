@@ -57,7 +57,7 @@ def test_nearness_is_the_mean_over_images_of_cosine_and_loss(job):
         predicted, decoders = target.predict(output), load_codecs(job.held_out.cache, teacher)
         for kind, values in predicted.items():
             wanted = target.standardisers[kind](decoders[kind].decode(raw[kind]))
-            wanted = target.rule.align_teacher(wanted) if kind == "patches" else wanted
+            wanted = target.stored.rule.align_teacher(wanted) if kind == "patches" else wanted
             weights = {"patches": job.config.loss.patches, "summary": job.config.loss.summary}[kind]
             loss = image_loss(weights, values, wanted, job.config.loss.temperature)
             cosine = F.cosine_similarity(values, wanted, dim=-1).mean()

@@ -128,7 +128,7 @@ def test_training_draws_augmentation_and_dropping_and_takes_the_weights_of_now(j
     for seed, batch in ((0, first), (1, first), (0, dataclasses.replace(first, position=(2, 0)))):
         torch.manual_seed(seed)
         task.loss(task.module.train(), batch, torch.device("cpu"))
-    (images, _, weights, draws, _), other, again = seen
+    (images, _, weights, draws, *_), other, again = seen
     assert torch.equal(images, again[0])
     assert torch.equal(draws, again[3])
     assert draws.shape == (16, 2)
@@ -139,7 +139,7 @@ def test_training_draws_augmentation_and_dropping_and_takes_the_weights_of_now(j
     torch.testing.assert_close(again[2][:, 1], torch.tensor([0.55, 1.0]))
     task.loss(task.module.eval(), first, torch.device("cpu"))
     assert torch.equal(seen[3][0], first.images)
-    assert seen[3][2:] == (None, None, None)
+    assert seen[3][2:] == (None, None, None, None)
 
 
 def test_evaluation_is_knn_of_the_given_weights_and_nearness_to_the_teachers(job):
@@ -201,7 +201,9 @@ def test_a_step_is_known_by_its_number_over_all_epochs(job):
 
 def test_a_worker_of_several_shares_builds_one_distiller(job, monkeypatch):
     built, build = [], module.build_distiller
-    monkeypatch.setattr(module, "build_distiller", lambda given: built.append(given) or build(given))
+    monkeypatch.setattr(
+        module, "build_distiller", lambda given, decoders: built.append(given) or build(given, decoders)
+    )
     payload = {"job": job()}
     tasks = make_tasks(make_distill_task, payload, Worker(shares=2))
     assert len(built) == 1
@@ -219,7 +221,7 @@ def test_all_shares_and_pieces_of_a_step_are_compared_with_the_steps_before(job,
     target, *_ = tasks[0].module.targets_with_queue()
     shares = [list(task.batches(0, 0)) for task in tasks]
     rows = [batch.features[target.teacher.id]["summary"] for step in zip(*shares, strict=True) for batch in step]
-    summaries = F.normalize(torch.cat([target._decode("summary", each, None, None) for each in rows]), dim=-1)
+    summaries = F.normalize(torch.cat([target._decode("summary", each, target.stored) for each in rows]), dim=-1)
     counts = []
     entries = target.queue.entries
     target.queue.entries = lambda: counts.append(int(entries()[1].sum())) or entries()

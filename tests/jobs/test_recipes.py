@@ -1,5 +1,7 @@
 """Every recipe loads, and resolves to a plan before any weights are there; what it lacks is one clear line."""
 
+import re
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -134,3 +136,18 @@ def test_a_base_that_cannot_be_is_named(tmp_path, base, message):
     (tmp_path / "one.yaml").write_text(f"base: {base}\n")
     with pytest.raises(UserError, match=message):
         load_config(DistillJobConfig, tmp_path / "one.yaml")
+
+
+def test_the_optional_phase_of_the_promptable_recipe_resolves(photos, tmp_path, job, quick_teachers):
+    folder = tmp_path / "recipes"
+    shutil.copytree(RECIPES[0].parent, folder)
+    recipe = folder / "promptable.yaml"
+    text, count = re.subn(r"(?m)^  # (- data:|  \S)", r"  \1", recipe.read_text())
+    assert count == 8
+    recipe.write_text(text)
+    overrides = [f"phases.{n}.train.batch_size=8" for n in range(3)]
+    overrides += [f"phases.{n}.data.train={photos}/part" for n in (1, 2)]
+    overrides += [f"{key}={photos}/{part}" for key, part in DATA.items()]
+    text, _ = job(distill.main, str(recipe), *overrides, f"work={tmp_path}", "--dry-run")
+    assert text.count("8 prompts per image, 2 times each") == 1
+    assert text.index("plan of phase 3 of 3") < text.index("8 prompts per image")
