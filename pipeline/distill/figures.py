@@ -1,15 +1,18 @@
-"""PNG figures of a distillation, drawn after each evaluation: curves, and features as colours."""
+"""PNG figures of a distillation, drawn after each evaluation: curves, and features as colours.
+
+Imports matplotlib where it draws, which the job itself never does.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pipeline.cache.layout.codec import FeatureCodec
@@ -18,6 +21,9 @@ from pipeline.cache.read.reader import Batch
 from pipeline.distill.distiller import Distiller
 from pipeline.storage.atomic import atomic_write
 from pipeline.training.task import History
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 IMAGES = 6
 CELL = 96
@@ -64,6 +70,9 @@ def curves_figure(evaluations: History, teacher_knn: Mapping[str, float]) -> Fig
     """kNN accuracy by epoch of the averaged and the raw weights and, dashed, of the teachers (the paper's figure 3), and the
     cosine to every teacher on held-out images.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     metrics = [metrics for _, metrics in evaluations]
     cosines = sorted({name for point in metrics for name in point if name.startswith("val_cosine/")})
     knn = any("knn" in point for point in metrics)
@@ -119,6 +128,8 @@ def features_columns(
 
 def features_figure(module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None) -> Figure:
     """The pictures of :func:`features_columns`, in columns."""
+    from matplotlib.figure import Figure
+
     columns = {name: enlarge(pictures) for name, pictures in features_columns(module, batch, codecs).items()}
     mosaic = torch.cat([*columns.values()], dim=1)
     figure = Figure(figsize=(1.25 * len(columns), 1.25 * len(mosaic) / CELL + 0.6), layout="constrained")

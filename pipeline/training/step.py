@@ -6,7 +6,7 @@ A step with a non-finite gradient changes no weight (only BatchNorm's statistics
 float32 and bfloat16 training has diverged.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.training.compiling import is_compiled
 from pipeline.training.config import TrainConfig
 from pipeline.training.meter import StepTimer
+from pipeline.training.optimizer import EagerAdamW, by_decay, with_lr_factors
 from pipeline.training.task import Task, TrainingBatch, split_batch
 from pipeline.training.worker import Worker, synchronised
 
@@ -76,9 +76,8 @@ class Stepper:
         if self.compiled:
             module.compile()
         self.wrapped = worker.wrap(module, task.uses_all_parameters)
-        groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=exempt_from_decay(module))
-        groups = with_lr_factors(groups, module, task.lr_factors)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=True)
+        groups = with_lr_factors(by_decay(module, config.weight_decay), module, task.lr_factors)
+        self.optimizer = EagerAdamW(groups, lr=config.peak_lr, fused=True)
         self.dtype = autocast_dtype(config, device)
         self.half = self.dtype == torch.float16
         # enabled on a GPU even without scaling: it skips a non-finite step without a GPU sync
@@ -180,35 +179,6 @@ def warmup(config: TrainConfig, steps: Sequence[int]) -> dict[str, Any]:
         "warmup_prefix": False,
         "t_in_epochs": False,
     }
-
-
-def with_lr_factors(
-    groups: Sequence[dict[str, Any]], module: nn.Module, factors: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """The groups of an optimiser divided by the factors of their parameters' learning rates, which timm's schedulers apply.
-
-    Args:
-        factors: by the name of a submodule, none of which contains another.
-    """
-    if not factors:
-        return [*groups]
-    own = {id(weight): factor for name, factor in factors.items() for weight in module.get_submodule(name).parameters()}
-    divided = []
-    for group in groups:
-        for factor in (1.0, *dict.fromkeys(factors.values())):
-            if weights := [weight for weight in group["params"] if own.get(id(weight), 1.0) == factor]:
-                divided.append({**group, "params": weights, "lr_scale": factor})
-    return sorted(divided, key=lambda group: group["lr_scale"] != 1)  # the first group's rate is logged
-
-
-def exempt_from_decay(module: nn.Module) -> list[str]:
-    """Parameters that timm networks in the module exempt from weight decay, besides norms, biases and other vectors."""
-    return [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, part in module.named_modules()
-        if hasattr(part, "no_weight_decay")
-        for name in part.no_weight_decay()
-    ]
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

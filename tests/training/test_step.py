@@ -9,7 +9,8 @@ from timm.scheduler import StepLRScheduler
 from torch import nn
 
 from pipeline.training.loop import train
-from pipeline.training.step import Stepper, exempt_from_decay, with_lr_factors
+from pipeline.training.optimizer import EagerAdamW, exempt_from_decay, with_lr_factors
+from pipeline.training.step import Stepper
 from pipeline.training.worker import Worker
 from tests.training.engine import PLAIN, history_of, losses_of, run_training, train_config
 from tests.training.tiny_task import STEPS, TinyTask
@@ -113,7 +114,7 @@ def test_gradients_are_clipped_and_their_norm_before_it_is_logged():
             return loss * 1e4, parts
 
     task, norms = Steep(), []
-    step = torch.optim.AdamW.step
+    step = EagerAdamW.step
 
     def spy(optimizer, *args, **kwargs):
         gradients = [p.grad.flatten() for p in task.module.parameters() if p.grad is not None]
@@ -121,7 +122,7 @@ def test_gradients_are_clipped_and_their_norm_before_it_is_logged():
         return step(optimizer, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", spy)
+        patch.setattr(EagerAdamW, "step", spy)
         history = history_of(run_training(task, train_config(epochs=1, clip_grad=0.25)))
     assert norms == pytest.approx([0.25] * STEPS, rel=1e-3)
     assert all(metrics["grad_norm"] > 100 for _, metrics in history if "loss" in metrics)

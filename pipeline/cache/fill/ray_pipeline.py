@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.cache.fill.extract import CONCURRENT_SHARDS, Extract
+from pipeline.cache.fill.inline_arguments import inline_small_arguments
 from pipeline.cache.fill.placement import Measured, measure_on_gpu, place
 from pipeline.cache.layout.part import Part
 from pipeline.errors import UserError
@@ -93,6 +94,7 @@ def run_in_actors(
     import ray
     from ray.data import ActorPoolStrategy
 
+    inline_small_arguments()
     cpus = int(ray.cluster_resources().get("CPU", 1))
     placed = place(cpus, gpus(), len(rows), _node_cpus(), measured)
     if placed.gpus:
