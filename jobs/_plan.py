@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from jobs._cli import grid, table
-from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig
+from pipeline.cache.config import CacheJobConfig, PrecomputeJobConfig, TeacherConfig
 from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.decoders import check_decoder
 from pipeline.cache.fill.estimate import (
@@ -98,13 +98,15 @@ def uncounted(plan: CachePlan) -> str | None:
 
 def _teacher(plan: CachePlan, teacher: CachedTeacher) -> str:
     spec = teacher.spec
-    views = sum(split.images * split.dataset.policy.rows_per_image for split in plan.splits)
+    views = sum(split.views(teacher) for split in plan.splits)
     missing = min(views, sum(split.missing_views(teacher) for split in plan.splits))
     summary = "none" if spec.summary_dim is None else str(spec.summary_dim)
     computed = f", {spec.computation}" if spec.computation else ""
+    asked = f"asked about {teacher.share:.4g} of the images; " if teacher.share < 1 else ""
     decoded = "" if teacher.decoder == "cpu" else f", decoded by {teacher.decoder}"
     return (
-        f"{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, summary {summary}; "
+        f"{asked}{spec.input_size[0]}x{spec.input_size[1]} px -> {spec.grid[0]}x{spec.grid[1]}x{spec.patch_dim}, "
+        f"summary {summary}; "
         f"{RESIZED[spec.resize_mode]}, {spec.interpolation}{decoded}{computed}; "
         f"weights {spec.weights[:20]}; {teacher.precision}, stored as {teacher.codec}: {_stored(plan, teacher)}; "
         f"{teacher.id}: {views - missing} of {views} views cached"
@@ -137,12 +139,15 @@ def print_costs(
     Raises:
         UserError: if the cache cannot fit.
     """
-    teachers, rates = [], []
+    teachers, rates, estimated = [], [], []
     for phase, plan in planned:
         estimates = estimate_cache(plan, phase, probe_on_cluster if cluster else None)
         print(cost_plan(plan, phase, estimates, cluster), flush=True)
         teachers += estimates
+        estimated.append((phase, plan, estimates))
         rates.append(read_rate(plan, phase, estimates))
+    if saved := left_to_some_caches(estimated):
+        print("teachers that not all caches have", table(saved), sep="\n", flush=True)
     plans = [plan for _, plan in planned]
     check_space(*plans)
     hours = sum_known(teacher.gpu_hours for teacher in teachers)
@@ -174,8 +179,46 @@ def cost_plan(
         "to read": f"{size(read_rate(plan, config, teachers))}/s for plan.images_per_second="
         f"{config.plan.images_per_second:g}",
         "cluster": cluster and _on_cluster(cluster, teachers),
+        **{
+            f"share of {teacher.label}": f"{teacher.share:g} saves {_cost(teacher, teacher.views * (1 / teacher.share - 1))}"
+            for teacher in teachers
+            if teacher.share < 1
+        },
     }
     return "\n".join(["time", times, "bytes per view (<: at most)", codecs, "space", table(rows)])
+
+
+def left_to_some_caches(
+    planned: Sequence[tuple[PrecomputeJobConfig, CachePlan, Sequence[TeacherEstimate]]],
+) -> dict[str, str]:
+    """What teachers save that some caches (of phases, in their order) lack: their cost on the views of each of these."""
+    rows = {}
+    for _, plan, estimates in planned:
+        for teacher, estimate in zip(plan.teachers, estimates, strict=True):
+            for number, (config, other, _) in enumerate(planned, 1):
+                if any(_same(asked, teacher.config) for asked in config.teachers):
+                    continue
+                own = {(split.dataset.store.uri, split.dataset.policy.id) for split in plan.splits}
+                views = sum(
+                    split.views(teacher)
+                    for split in other.splits
+                    if (split.dataset.store.uri, split.dataset.policy.id) not in own
+                )
+                if views:
+                    rows[f"{estimate.label}, not in cache {number}"] = f"saves {_cost(estimate, views)}"
+    return rows
+
+
+def _same(one: TeacherConfig, other: TeacherConfig) -> bool:
+    """Whether two phases ask the same teacher, at whatever resolution."""
+    return (one.model, one.weights, one.args) == (other.model, other.weights, other.args)
+
+
+def _cost(teacher: TeacherEstimate, views: float) -> str:
+    """What it takes to compute and to store so many views."""
+    hours = None if teacher.gpu_hours_per_view is None else views * teacher.gpu_hours_per_view
+    bound = "" if teacher.codec in teacher.exact else "at most "
+    return f"{views:.0f} views, {span(hours)} on a GPU, {bound}{size(views * teacher.view_bytes[teacher.codec])}"
 
 
 def _on_cluster(cluster: Hardware, teachers: Sequence[TeacherEstimate]) -> str:
@@ -235,5 +278,5 @@ def _codecs(teacher: TeacherEstimate) -> dict[str, str]:
 def read_rate(plan: CachePlan, config: PrecomputeJobConfig, teachers: Sequence[TeacherEstimate]) -> float:
     """Bytes per second that a training at `plan.images_per_second` reads: images and all features."""
     image = plan.splits[0].image_bytes
-    features = sum(teacher.view_bytes[teacher.codec] for teacher in teachers)
+    features = sum(teacher.share * teacher.view_bytes[teacher.codec] for teacher in teachers)
     return float(config.plan.images_per_second * (image + features))

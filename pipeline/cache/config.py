@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.dotted import assign, is_field, keys_of, leaves, validate
-from pipeline.config.tree import Schedule, Section, operational
+from pipeline.config.tree import Schedule, Section, Share, operational
 from pipeline.errors import UserError
 from pipeline.runs.config import ImageJobConfig
 
@@ -33,6 +33,12 @@ class TeacherConfig(Section):
         None, ge=1, description="side of the square of patches that is averaged into one; none: the teacher's default"
     )
     args: dict[str, Any] = Field({}, description="arguments passed to the library's model constructor")
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the images that it is asked about, chosen by their content; its loss is the mean over these",
+    )
     codec: str | None = Field(None, description="codec of its features; none: cache.codec")
     basis: str | None = Field(
         None,
@@ -53,6 +59,18 @@ class TeacherConfig(Section):
     )
 
 
+class PhotometricConfig(Section):
+    """Photometric changes of images."""
+
+    jitter: Share = Field(0.0, description="probability of colour jitter per image; 0.8 is usual")
+    brightness: float = Field(0.4, ge=0, description="largest relative change of brightness")
+    contrast: float = Field(0.4, ge=0, description="largest relative change of contrast")
+    saturation: float = Field(0.2, ge=0, description="largest relative change of saturation")
+    hue: float = Field(0.1, ge=0, le=0.5, description="largest rotation of the hue, as a share of the circle")
+    grey: Share = Field(0.0, description="probability that an image loses its colour; 0.2 is usual")
+    blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")
+
+
 class ViewsConfig(Section):
     """Which views of the training images are cached; held-out images are always whole."""
 
@@ -61,6 +79,10 @@ class ViewsConfig(Section):
     max_ratio: float = Field(4 / 3, ge=1, description="largest ratio of a crop's sides")
     flip: float = Field(0.5, ge=0, le=1, description="probability that a crop is flipped")
     per_step: int = Field(1, ge=1, description="crops of an image per step; the image is decoded once for all of them")
+    photometric: PhotometricConfig = PhotometricConfig()
+    mixup: Share = Field(
+        0.0, description="probability that a crop, but for an image's first, is mixed with one of another image"
+    )
 
 
 class ResolutionConfig(Section):

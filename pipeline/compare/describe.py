@@ -22,7 +22,9 @@ def describe(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, s
     """Text by :data:`~pipeline.compare.measures.TEXTS`; unknown ones are missing."""
     job, student = run.tags.get("job", ""), evaluated_student(run) or parameter(run, "student.name")
     data_set, distils, crops = image_set(run, data, "train"), job == "distill", parameter(run, "views.crops")
-    views = "whole image" if crops == "0" else f"{crops} crops, area from {parameter(run, 'views.min_area')}"
+    views = (
+        "whole image" if crops == "0" else f"{crops} crops, area from {parameter(run, 'views.min_area')}{_changes(run)}"
+    )
     teachers = _teachers(run) if distils else []
     found = {
         "status": run.status.lower(),
@@ -37,6 +39,13 @@ def describe(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[str, s
         "device": run.tags.get("device"),
     }
     return {name: text for name, text in found.items() if text}
+
+
+def _changes(run: LoggedRun) -> str:
+    """The probabilities of changes of the cached views; a run of an earlier version has no such parameters."""
+    shares = {name: parameter(run, f"views.photometric.{name}") for name in ("jitter", "grey", "blur")}
+    shares["mixup"] = parameter(run, "views.mixup")
+    return "".join(f", {name} {share}" for name, share in shares.items() if share and float(share))
 
 
 def evaluated_student(run: LoggedRun) -> str | None:

@@ -41,7 +41,9 @@ def teacher_weights(teachers: Sequence[CachedTeacher], progress: float = 0.0) ->
 
 
 @torch.no_grad()
-def drop_coefficients(losses: Tensor, weights: Tensor, draws: Tensor, probability: float) -> Tensor:
+def drop_coefficients(
+    losses: Tensor, weights: Tensor, draws: Tensor, probability: float, asked: Tensor | None = None
+) -> Tensor:
     """Teacher dropping as in UNIC (Sariyildiz et al. 2024, section 3.3), normalised per image.
 
     Each image keeps the teacher with the largest loss and drops every other one with `probability`. In UNIC, an image that
@@ -51,12 +53,18 @@ def drop_coefficients(losses: Tensor, weights: Tensor, draws: Tensor, probabilit
     Args:
         losses: [B, T], weighted by `weights` [T].
         draws: [B, T] uniform in [0, 1).
+        asked: [B, T] factors of the losses, 0 where a teacher has no features of an image: such a teacher is neither kept nor
+            dropped, and the image's weight is that of the others; None: all 1.
 
     Returns:
-        [B, T] float32 coefficients of the losses.
+        [B, T] float32 coefficients of the losses, without these factors.
     """
-    kept = draws >= probability
-    kept.scatter_(1, losses.argmax(dim=1, keepdim=True), True)
+    kept, hardest = draws >= probability, losses
+    if asked is not None:
+        weights, hardest = weights * asked, losses.masked_fill(asked == 0, float("-inf"))
+    kept.scatter_(1, hardest.argmax(dim=1, keepdim=True), True)
+    kept = kept if asked is None else kept & (asked > 0)
     left = (kept * weights).sum(dim=1, keepdim=True)
     # If all weights are 0, there is no loss to distribute.
-    return kept * torch.where(left > 0, weights.sum() / left.clamp_min(torch.finfo(left.dtype).tiny), 0.0)
+    total = weights.sum(dim=-1, keepdim=True)
+    return kept * torch.where(left > 0, total / left.clamp_min(torch.finfo(left.dtype).tiny), 0.0)

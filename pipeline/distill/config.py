@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from pipeline.cache.config import Decoder, PrecomputeJobConfig, ResolutionConfig
+from pipeline.cache.config import Decoder, PhotometricConfig, PrecomputeJobConfig, ResolutionConfig
 from pipeline.config.tree import Section, Share
 from pipeline.evaluate.config import KnnConfig
 from pipeline.student.config import StudentConfig
@@ -49,16 +49,8 @@ class LossConfig(Section):
     masks: MasksConfig = MasksConfig()
 
 
-class AugmentConfig(Section):
+class AugmentConfig(PhotometricConfig):
     """Photometric augmentation of the student's images; teachers see the clean view."""
-
-    jitter: Share = Field(0.0, description="probability of colour jitter per image; 0.8 is usual")
-    brightness: float = Field(0.4, ge=0, description="largest relative change of brightness")
-    contrast: float = Field(0.4, ge=0, description="largest relative change of contrast")
-    saturation: float = Field(0.2, ge=0, description="largest relative change of saturation")
-    hue: float = Field(0.1, ge=0, le=0.5, description="largest rotation of the hue, as a share of the circle")
-    grey: Share = Field(0.0, description="probability that an image loses its colour; 0.2 is usual")
-    blur: Share = Field(0.0, description="probability that an image is blurred; 0.5 is usual")
 
 
 class DistillTrainConfig(TrainConfig):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.codec import FeatureCodec
+from pipeline.cache.layout.shares import PRESENT
 from pipeline.distill.balance import LOSS_KINDS, drop_coefficients, teacher_weights
 from pipeline.distill.config import LossConfig
 from pipeline.distill.grid import GridRule, patch_subsets
@@ -237,10 +238,11 @@ class TeacherTarget(nn.Module):
             kind: image_loss(weights[kind], predicted[kind], target[kind], self.loss.temperature) for kind in predicted
         }
 
-    def push_summaries(self, rows: Tensor, stored: StoredFeatures | None = None) -> None:
-        """Append a step's teacher summaries, [B, row_bytes] uint8 as stored and on the device, to the queue."""
+    def push_summaries(self, rows: Tensor, stored: StoredFeatures | None = None, present: Tensor | None = None) -> None:
+        """Append a step's teacher summaries to the queue: [B, row_bytes] uint8 as stored, on the device, where `present` [B]."""
         assert self.queue is not None
-        self.queue.push(self._decode("summary", rows, stored or self.stored))
+        known = rows if present is None else rows[present.bool()]
+        self.queue.push(self._decode("summary", known, stored or self.stored))
 
 
 class Distiller(nn.Module):
@@ -254,6 +256,7 @@ class Distiller(nn.Module):
 
     weights: Tensor
     mixing: Tensor
+    owners: Tensor
 
     def __init__(
         self,
@@ -286,6 +289,9 @@ class Distiller(nn.Module):
         self.register_buffer("weights", teacher_weights(teachers), persistent=False)
         self.parts, mixing = self._mixing_table()
         self.register_buffer("mixing", mixing, persistent=False)
+        labels = [*self.labels.values()]
+        owners = torch.tensor([labels.index(part.rsplit("/", 1)[0]) for part in self.parts])
+        self.register_buffer("owners", owners, persistent=False)
 
     def _mixing_table(self) -> tuple[list[str], Tensor]:
         """All parts of the loss, those of training only last, and the factor of each weight [T, 3] in each part: [P, T, 3]."""
@@ -339,7 +345,8 @@ class Distiller(nn.Module):
 
         Args:
             pixels: [B, 3, H, W] uint8, of one of the input sizes.
-            features: by teacher id and kind, [B, row_bytes] uint8 as stored for this size.
+            features: by teacher id and kind, [B, row_bytes] uint8 as stored for this size; with ``present`` [B], factors of the
+                images' losses, 0 for images that the teacher is not asked about.
             weights: [T, 3], current weights of summary, patches and masks by teacher; None: the initial ones.
             draws: [B, T] uniform in [0, 1) for teacher dropping; None: no teacher is dropped.
             step: scalar int64, the step's number, which selects the patches to compare; None: all patches.
@@ -359,17 +366,39 @@ class Distiller(nn.Module):
             found |= {f"{label}/{part}": loss for part, loss in losses.items()}
         # Stacked: operations on each part alone would be many small kernels.
         stacked = torch.stack([found.pop(name) for name in self.parts if name in found], dim=1)
-        means = stacked.mean(dim=0)
+        asked = self._asked(features, pixels.shape[-1])
+        # Without features a loss may be anything.
+        shares = None if asked is None else asked.index_select(1, self.owners[: stacked.shape[1]])
+        means = (stacked if shares is None else torch.where(shares > 0, shares * stacked, 0.0)).mean(dim=0)
         parts = dict(zip(self.parts, means.detach().unbind(), strict=False))
-        parts |= {name: measure.mean() for name, measure in found.items()}
+        parts |= {name: self._mean(measure, name, asked) for name, measure in found.items()}
         factors = (self.mixing[: len(means)] * weights).sum(dim=-1)
         if draws is None:
             return (means * factors.sum(dim=1)).sum(), parts
         totals = (stacked.unsqueeze(-1) * factors).sum(dim=1)
-        coefficients = drop_coefficients(totals, weights.sum(dim=1), draws, self.loss.drop)
-        kept = (coefficients > 0).float().mean(dim=0)
+        coefficients = drop_coefficients(totals, weights.sum(dim=1), draws, self.loss.drop, asked)
+        kept = (coefficients > 0).float()
+        if asked is not None:
+            kept, coefficients, totals = kept * asked, coefficients * asked, torch.where(asked > 0, totals, 0.0)
+        kept = kept.mean(dim=0)
         parts |= {f"{label}/kept": share for label, share in zip(self.labels.values(), kept, strict=True)}
         return (coefficients * totals).sum(dim=1).mean(), parts
+
+    def _mean(self, measure: Tensor, name: str, asked: Tensor | None) -> Tensor:
+        """The mean of a measure [B] of a teacher over the images that it is asked about."""
+        if asked is None:
+            return measure.mean()
+        factors = asked[:, [*self.labels.values()].index(name.rsplit("/", 1)[0])]
+        return torch.where(factors > 0, factors * measure, 0.0).mean()
+
+    def _asked(self, features: Mapping[str, Mapping[str, Tensor]], side: int) -> Tensor | None:
+        """Factors [B, T] of every image's losses by teacher; None if all teachers have features of all images."""
+        present = [features[target.at(side).teacher.id].get(PRESENT) for _, target in self.labelled_targets()]
+        known = next((factors for factors in present if factors is not None), None)
+        if known is None:
+            return None
+        whole = torch.ones_like(known, dtype=torch.float32)
+        return torch.stack([whole if factors is None else factors.float() for factors in present], dim=1)
 
 
 def _select(patches: Tensor, positions: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pipeline.cache.layout.codec import FeatureCodec
+from pipeline.cache.layout.shares import PRESENT
 from pipeline.cache.read.reader import Batch
 from pipeline.distill.distiller import Distiller
 from pipeline.storage.atomic import atomic_write
@@ -93,7 +94,7 @@ def features_columns(
     module: Distiller, batch: Batch, codecs: Mapping[str, Mapping[str, FeatureCodec]] | None
 ) -> dict[str, Tensor]:
     """Pictures [B, h, w, 3] in [0, 1] of up to `IMAGES` images: the images, every teacher's patch features, and the student's
-    predictions of them, by the name of the column.
+    predictions of them, by the name of the column; white where a teacher was not asked.
 
     Teacher and prediction share the teacher's colours, over all images, so that equal colours mean equal features. The
     student's own feature map has colours of its own.
@@ -106,7 +107,10 @@ def features_columns(
     for label, target in module.labelled_targets():
         raw = {kind: rows[:count].to(device) for kind, rows in batch.features[target.teacher.id].items()}
         wanted = target.targets(raw, codecs[target.teacher.id] if codecs else None)["patches"].float().cpu()
-        shown = colours(wanted, wanted, target.predict(output)["patches"].float().cpu())
+        predicted = target.predict(output)["patches"].float().cpu()
+        known = raw[PRESENT].bool().cpu() if PRESENT in raw else torch.ones(count, dtype=torch.bool)
+        shown = colours(wanted[known] if known.any() else predicted, wanted, predicted)
+        shown[0][~known] = 1.0
         columns |= {label: shown[0], f"student of {label}": shown[1]}
     own = output.feature_map.float().permute(0, 2, 3, 1).cpu()
     (columns["student's own"],) = colours(own, own)

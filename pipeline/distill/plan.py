@@ -16,6 +16,7 @@ from pipeline.distill.phases import Phase
 from pipeline.distill.sam_decoders import check_mask_teachers, makes_masks
 from pipeline.distill.task import build_student
 from pipeline.errors import UserError
+from pipeline.imaging.gpu_decode import NO_MIXUP
 from pipeline.training.ray_train import count_shares
 from pipeline.training.task import check_best_metric
 
@@ -46,6 +47,8 @@ def training_plan(phase: Phase) -> dict[str, str]:
     share = config.train.batch_size // max(1, config.train.most_workers)
     _check_share(config, share)
     check_images(phase)
+    if config.views.mixup and config.train.decoder != "cpu":
+        raise UserError(f"train.decoder: {NO_MIXUP}")
     if config.loss.standardise == "phi_s":
         _warn_of_projections(teachers)
     student = build_student(config)

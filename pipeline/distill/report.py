@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from pipeline.cache.config import ViewsConfig
 from pipeline.cache.fill.build import BuildReport
 from pipeline.cache.fill.job import image_bytes, teacher_bytes
 from pipeline.cache.fill.plan import CachePlan
@@ -115,7 +116,9 @@ def _recipe(config: DistillJobConfig, train: TrainConfig) -> Section:
         "loss of patches": _weights(loss.patches),
         "loss of summaries": _weights(loss.summary),
         "targets": f"standardised by {loss.standardise}",
-        "views": f"{views.crops} crops, area from {views.min_area:g}" if views.crops else "the whole image",
+        "views": f"{views.crops} crops, area from {views.min_area:g}{_changes(views)}"
+        if views.crops
+        else "the whole image",
     }
     if config.resolutions:
         facts["in each step"] = "; ".join(f"{r.share:.0%} at {r.input_size} px" for r in config.resolutions)
@@ -129,6 +132,12 @@ def _recipe(config: DistillJobConfig, train: TrainConfig) -> Section:
         "All fields": _yaml(config.model_dump(mode="json")),
     }
     return Section("Recipe", facts=facts, folded=folded)
+
+
+def _changes(views: ViewsConfig) -> str:
+    """The photometric changes and Mixup of the views that are not at their defaults."""
+    changes = views.photometric.decisive() | ({"mixup": views.mixup} if views.mixup else {})
+    return f"; {_weights(changes)}" if changes else ""
 
 
 def _weights(losses: Mapping[str, float]) -> str:

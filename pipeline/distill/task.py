@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
+from pipeline.cache.layout.shares import PRESENT
 from pipeline.cache.read.reader import Batch, CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
 from pipeline.distill.augment import augment
@@ -35,7 +36,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.knn import student_knn
 from pipeline.imaging.decoder_pool import decoder_count
 from pipeline.imaging.gpu_decode import NO_GPU
-from pipeline.student.model import Encoder, Student, create_backbone, freeze_unused
+from pipeline.student.model import Encoder, Student, StudentOutput, create_backbone, freeze_unused
 from pipeline.training.task import History, Task
 from teachers.sam_masks import SamMasks
 
@@ -191,24 +192,36 @@ def compare_with_teachers(
     """
     device = module.weights.device
     sums: defaultdict[str, float] = defaultdict(float)
-    images = masked = 0
+    images: defaultdict[str, int] = defaultdict(int)
+    masked: defaultdict[str, int] = defaultdict(int)
     random = torch.Generator().manual_seed(0)
     for batch in batches:
         output = module.student(batch.images.to(device))
         for label, target in module.labelled_targets():
             raw = {kind: rows.to(device) for kind, rows in batch.features[target.teacher.id].items()}
-            predicted, wanted = target.predict(output), target.targets(raw, codecs[target.teacher.id])
+            seen = output
+            if PRESENT in raw:
+                known = raw.pop(PRESENT).bool()
+                if not known.any():
+                    continue
+                seen = StudentOutput(*(part[known] for part in output))
+                raw = {kind: rows[known] for kind, rows in raw.items()}
+            predicted, wanted = target.predict(seen), target.targets(raw, codecs[target.teacher.id])
+            images[label] += len(seen.summary)
             for kind, loss in target.image_losses(predicted, wanted).items():
                 cosines = F.cosine_similarity(predicted[kind].float(), wanted[kind].float(), dim=-1)
-                sums[f"val_cosine/{label}/{kind}"] += float(cosines.mean()) * len(batch.keys)
+                sums[f"val_cosine/{label}/{kind}"] += float(cosines.mean()) * len(seen.summary)
                 sums[f"val_loss/{label}/{kind}"] += float(loss.sum())
-            if target.masks is not None and masked < MAX_MASKED:
-                draws = torch.rand(len(batch.keys), *draws_shape(module.loss.masks), generator=random).to(device)
-                _, iou = target.masks(*target.embeddings(output, raw, codecs[target.teacher.id]), draws)
+            if target.masks is not None and masked[label] < MAX_MASKED:
+                draws = torch.rand(len(seen.summary), *draws_shape(module.loss.masks), generator=random).to(device)
+                _, iou = target.masks(*target.embeddings(seen, raw, codecs[target.teacher.id]), draws)
                 sums[f"val_mask_iou/{label}"] += float(iou.sum())
-        images += len(batch.keys)
-        masked = images if masked < MAX_MASKED else masked
-    return {name: total / (masked if "mask_iou" in name else images) for name, total in sums.items()}
+                masked[label] += len(iou)
+    means = {}
+    for name, total in sums.items():
+        measure, label = name.split("/", 1)
+        means[name] = total / (masked[label] if measure == "val_mask_iou" else images[label.rsplit("/", 1)[0]])
+    return means
 
 
 class DistillTask(Task):
@@ -236,6 +249,7 @@ class DistillTask(Task):
         self.module = build_distiller(job, load_decoders(job.teachers))
         if before:
             transfer_weights(self.module, PhaseState.load(Path(before)))
+        self.scales: dict[str, Tensor] = {}
         self.nvjpeg = decoding_gpu(config)
         self.reader = build_reader(job, rank, world, self.nvjpeg)
         self._steps = cache(self.reader.steps)
@@ -278,16 +292,39 @@ class DistillTask(Task):
             if any(makes_masks(teacher.config) for teacher in teachers):
                 shape = draws_shape(config.loss.masks)
                 prompts = torch.rand(len(batch.keys), *shape).to(device, non_blocking=True)
-        result: tuple[Tensor, dict[str, Tensor]] = module(images, batch.features, weights, draws, step, prompts)
+        result: tuple[Tensor, dict[str, Tensor]] = module(images, self._features(batch), weights, draws, step, prompts)
         return result
+
+    def _features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """The features of a batch, in which ``present`` makes the loss of each teacher the mean over the images that it has."""
+        features = dict(batch.features)
+        for label, target in self.module.labelled_targets():
+            name = target.at(batch.images.shape[-1]).teacher.id
+            if PRESENT in (kinds := batch.features[name]):
+                scale = self.scales[label] if label in self.scales else _scale(kinds[PRESENT])
+                features[name] = {**kinds, PRESENT: kinds[PRESENT] * scale}
+        return features
+
+    def before_step(self, batches: Sequence[Batch | MixedBatch]) -> None:
+        """Count the images of the global batch, of all input sizes, that each teacher has if it lacks some."""
+        for label, target in self.module.labelled_targets():
+            present = []
+            for parts in zip(*map(parts_of, batches), strict=True):
+                name = target.at(parts[0].images.shape[-1]).teacher.id
+                if PRESENT in parts[0].features[name]:
+                    present.append(self.worker.all_gather([part.features[name][PRESENT] for part in parts]))
+            if present:
+                self.scales[label] = _scale(torch.cat(present))
 
     def after_step(self, batches: Sequence[Batch | MixedBatch]) -> None:
         """Append the summaries of the global batch to the queues, identically on all ranks."""
         for parts in zip(*map(parts_of, batches), strict=True):
             for target in self.module.targets_with_queue():
                 stored = target.at(parts[0].images.shape[-1])
-                own = [part.features[stored.teacher.id]["summary"] for part in parts]
-                target.push_summaries(self.worker.all_gather(own), stored)
+                own = [part.features[stored.teacher.id] for part in parts]
+                rows = self.worker.all_gather([kinds["summary"] for kinds in own])
+                present = self.worker.all_gather([kinds[PRESENT] for kinds in own]) if PRESENT in own[0] else None
+                target.push_summaries(rows, stored, present)
 
     def evaluate(self, averaged: nn.Module, raw: nn.Module | None) -> dict[str, float]:
         """kNN accuracy in percent of averaged and raw weights on labelled held-out images, and the averaged weights compared
@@ -322,6 +359,11 @@ class DistillTask(Task):
         if self.figures is not None:
             assert isinstance(module, Distiller)
             self.figures.draw(module, evaluations, self.shown, self.held_out.codecs if self.held_out else None)
+
+
+def _scale(present: Tensor) -> Tensor:
+    """Factor that turns a mean over all of a batch, 0 for absent images, into one over those that are `present` [B] uint8."""
+    return len(present) / present.sum().clamp_min(1).float()
 
 
 def make_distill_task(payload: dict[str, Any], rank: int, world: int) -> DistillTask:

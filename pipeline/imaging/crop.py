@@ -1,4 +1,4 @@
-"""Cut a view from decoded pixels and resize it once, squashed or padded."""
+"""Cut a view from decoded pixels, resize it once, squashed or padded, and change its colours."""
 
 import numpy as np
 import torch
@@ -7,6 +7,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.imaging.geometry import View
+from pipeline.imaging.mixup import blend
+from pipeline.imaging.photometric import change_pixels
 from teachers.base import Interpolation
 
 THIN = 10
@@ -16,7 +18,7 @@ THIN = 10
 def crop_and_resize(
     image: np.ndarray | Image.Image, view: View, size: tuple[int, ...], interpolation: Interpolation
 ) -> np.ndarray:
-    """Cut the view's box from an RGB image at whole pixels, resize once with antialiasing, then flip.
+    """Cut the view's box from an RGB image at whole pixels, resize once with antialiasing, flip, and change its colours.
 
     Uses torch's 8-bit resizing, which is within one level of Pillow's and four times as fast.
 
@@ -46,6 +48,29 @@ def crop_and_pad(
     padded[:3, :height, :width] = _resize(planes, view, (height, width), interpolation)
     padded[3, :height, :width] = 1
     return padded
+
+
+def mix_in(
+    pixels: np.ndarray,
+    image: np.ndarray,
+    view: View,
+    other: np.ndarray,
+    mixed: View,
+    share: float,
+    interpolation: Interpolation,
+) -> None:
+    """Blend a view of another image into the pixels of a view, which :func:`crop_and_resize` or :func:`crop_and_pad` gave.
+
+    The box of the other view is resized to where the first one's is, whatever the ratios of their sides, as both are squashed to
+    the student's square.
+    """
+    size = pixels.shape[1:]
+    if len(pixels) == 4:
+        rows, columns = box_in_pixels(view, *image.shape[:2])
+        size = fitted_size((rows.stop - rows.start, columns.stop - columns.start), size)
+    height, width = size
+    resized = _resize(_cut(other, mixed), mixed, (height, width), interpolation)
+    pixels[:3, :height, :width] = blend(pixels[:3, :height, :width], resized, share)
 
 
 def box_in_pixels(view: View, height: int, width: int) -> tuple[slice, slice]:
@@ -94,7 +119,7 @@ def _resize(planes: Tensor, view: View, size: tuple[int, ...], interpolation: In
     if planes.shape[1:] != size:
         planes = F.interpolate(planes[None], size, mode=interpolation, align_corners=False, antialias=True)[0]
     resized: np.ndarray = (planes.flip(-1) if view.flip else planes).contiguous().numpy()
-    return resized
+    return change_pixels(resized, view.photometric)
 
 
 def _whole_pixels(start: float, end: float, length: int) -> tuple[int, int]:

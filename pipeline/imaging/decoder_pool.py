@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-from pipeline.imaging.crop import crop_and_pad, crop_and_resize
+from pipeline.imaging.crop import crop_and_pad, crop_and_resize, mix_in
 from pipeline.imaging.decode import decode_pixels
 from pipeline.imaging.geometry import View
 from pipeline.imaging.shared_arrays import ArrayHandle, ArrayPool, AttachedArrays, SharedArrayPool
@@ -53,6 +53,14 @@ def decoder_count() -> int:
     return max(2, torch.get_num_threads())
 
 
+class Partner(NamedTuple):
+    """What a view is mixed with: an encoded image, a view of it, and the share of the view itself."""
+
+    data: bytes | ArrayHandle
+    view: View
+    share: float
+
+
 class CropTask(NamedTuple):
     """A view of an image, how to resize it, and the uint8 array of :meth:`ArrayPool.row_targets` to write.
 
@@ -62,6 +70,7 @@ class CropTask(NamedTuple):
     view: View
     interpolation: Interpolation
     target: np.ndarray | ArrayHandle
+    partner: Partner | None = None
 
 
 DecodeTasks = Sequence[tuple[bytes | ArrayHandle, Sequence[CropTask]]]
@@ -149,13 +158,25 @@ class DecoderPool:
 
 def _stage(tasks: DecodeTasks, arrays: SharedArrayPool) -> tuple[DecodeTasks, np.ndarray]:
     """The tasks with their encoded images in shared memory, which is faster than a pipe, and that memory."""
-    encoded = [data for data, _ in tasks if isinstance(data, bytes)]
+    encoded = [data for data, crops in tasks for data in (data, *_partners(crops)) if isinstance(data, bytes)]
     ends = [*accumulate(map(len, encoded), initial=0)]
     staging = arrays.empty(1 << max(MIN_STAGING_BYTES - 1, ends[-1]).bit_length())
     staging[: ends[-1]] = np.frombuffer(b"".join(encoded), np.uint8)
     whole = arrays.handle(staging)
-    handles = [whole.part(first, (last - first,)) for first, last in pairwise(ends)]
-    return [(handle, crops) for handle, (_, crops) in zip(handles, tasks, strict=True)], staging
+    handles = (whole.part(first, (last - first,)) for first, last in pairwise(ends))
+    staged: list[tuple[ArrayHandle, Sequence[CropTask]]] = []
+    for _, crops in tasks:
+        own = next(handles)
+        moved = [
+            crop._replace(partner=crop.partner._replace(data=next(handles))) if crop.partner else crop for crop in crops
+        ]
+        staged.append((own, moved))
+    return staged, staging
+
+
+def _partners(crops: Sequence[CropTask]) -> list[bytes | ArrayHandle]:
+    """The encoded images that crops are mixed with, in order."""
+    return [crop.partner.data for crop in crops if crop.partner]
 
 
 _attached = AttachedArrays()
@@ -175,7 +196,10 @@ def decode_tasks(tasks: DecodeTasks) -> None:
     """Run tasks on a core, in a worker; ValueError for the first image that cannot be decoded."""
     for data, crops in tasks:
         image = decode_pixels(encoded_bytes(data))
-        for view, interpolation, target in crops:
+        for view, interpolation, target, partner in crops:
             pixels = target_array(target)
             crop = crop_and_pad if len(pixels) == 4 else crop_and_resize
             pixels[:] = crop(image, view, pixels.shape[1:], interpolation)
+            if partner:
+                other = decode_pixels(encoded_bytes(partner.data))
+                mix_in(pixels, image, view, other, partner.view, partner.share, interpolation)

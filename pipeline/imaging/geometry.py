@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+
+from pipeline.imaging.photometric import Photometric, PhotometricPolicy
 
 
 @dataclass(frozen=True)
@@ -15,10 +17,12 @@ class View:
     Attributes:
         box: (left, top, right, bottom) as fractions of the upright image, in [0, 1].
         flip: whether left and right are mirrored after the cut.
+        photometric: changes of its resized pixels; None: none.
     """
 
     box: tuple[float, float, float, float]
     flip: bool = False
+    photometric: Photometric | None = None
 
     def __post_init__(self) -> None:
         left, top, right, bottom = self.box
@@ -42,6 +46,8 @@ class ViewPolicy:
         max_ratio: maximum aspect ratio of a crop, in either direction.
         flip: probability that a crop is mirrored.
         seed: determines the crops of an image together with its sample id.
+        photometric: how the pixels of a crop are changed; None: not at all. Boxes do not depend on it.
+        mixup: probability that a crop is mixed with one of another image (`draw_mixes`); None: 0.
     """
 
     crops: int = 0
@@ -49,6 +55,8 @@ class ViewPolicy:
     max_ratio: float = 4 / 3
     flip: float = 0.5
     seed: int = 0
+    photometric: PhotometricPolicy | None = None
+    mixup: float | None = None
 
     @property
     def rows_per_image(self) -> int:
@@ -57,18 +65,23 @@ class ViewPolicy:
 
     @property
     def id(self) -> str:
-        """``full``, or ``crops<n>-`` and a short hash of all fields."""
+        """``full``, or ``crops<n>-`` and a short hash of all fields that are set."""
         if not self.crops:
             return "full"
-        return f"crops{self.crops}-{hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]}"
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return f"crops{self.crops}-{hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]}"
 
     def views(self, sample_id: str, width: int, height: int) -> list[View]:
-        """The views of an upright image of this size in pixels; box values are exact in float32."""
+        """The views of an upright image of this size in pixels; all values are exact in float32."""
         if not self.crops:
             return [FULL]
         digest = hashlib.blake2b(f"{self.seed} {sample_id}".encode(), digest_size=8).digest()
         rng = np.random.default_rng(int.from_bytes(digest, "little"))
-        return [self._crop(rng, width, height) for _ in range(self.crops)]
+        views = [self._crop(rng, width, height) for _ in range(self.crops)]
+        if self.photometric is None:
+            return views
+        changes = self.photometric.draw(self.seed, sample_id, self.crops)
+        return [replace(view, photometric=values) for view, values in zip(views, changes, strict=True)]
 
     def _crop(self, rng: np.random.Generator, width: int, height: int) -> View:
         for _ in range(_ATTEMPTS):

@@ -23,6 +23,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.imaging.crop import box_in_pixels, fitted_size
 from pipeline.imaging.decode import jpeg_orientation
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, decode_tasks, encoded_bytes, target_array
+from pipeline.imaging.photometric import Photometric, change_pixels
 from teachers.base import Interpolation
 
 Decoder = Literal["cpu", "nvjpeg"]
@@ -38,6 +39,8 @@ SUBSAMPLINGS = ("444", "422", "420", "440", "411")
 """Of the colour planes, among those that nvJPEG documents."""
 
 NO_GPU = "nvjpeg decodes on a GPU, and there is none here: set it to cpu"
+
+NO_MIXUP = "nvjpeg decodes no views that are mixed (views.mixup): set it to cpu"
 
 _START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _BASELINE, _PROGRESSIVE = 0xC0, 0xC2
@@ -195,18 +198,20 @@ def _pieces(taken: Sequence[_Taken]) -> Iterator[list[_Taken]]:
 def _decode_piece(device: torch.device, piece: Sequence[_Taken]) -> list[_Image]:
     """Decode, cut and resize images; returns those that nvJPEG has refused."""
     refused: list[_Image] = []
-    groups: defaultdict[_Kind, list[tuple[Tensor, np.ndarray]]] = defaultdict(list)
+    groups: defaultdict[_Kind, list[_Member]] = defaultdict(list)
     found = decode_or_refuse([data for _, data, _ in piece], device)
     for (header, data, crops), planes in zip(piece, found, strict=True):
         if planes is None:
             refused.append((data, crops))
             continue
         upright = _TURNS[header.orientation](planes) if header.orientation in _TURNS else planes
-        for view, interpolation, target in crops:
+        for view, interpolation, target, partner in crops:
+            if partner:
+                raise UserError(NO_MIXUP)
             pixels = target_array(target)
             box = upright[:, *box_in_pixels(view, *upright.shape[1:])]
             size = pixels.shape[1:] if len(pixels) == 3 else fitted_size(box.shape[1:], pixels.shape[1:])
-            groups[_Kind(box.shape[1:], size, interpolation, view.flip)].append((box, pixels))
+            groups[_Kind(box.shape[1:], size, interpolation, view.flip)].append((box, pixels, view.photometric))
     for kind, members in groups.items():
         _resize(kind, members)
     return refused
@@ -221,22 +226,29 @@ class _Kind(NamedTuple):
     flip: bool
 
 
-def _resize(kind: _Kind, members: Sequence[tuple[Tensor, np.ndarray]]) -> None:
-    """Resize boxes [3, h, w] of one kind, and write them to their arrays: [3, H, W], or [4, H, W] with the mask."""
+_Member = tuple[Tensor, np.ndarray, Photometric | None]
+"""A box [3, h, w] on the device, the array that its pixels go to, and the changes of its colours."""
+
+
+def _resize(kind: _Kind, members: Sequence[_Member]) -> None:
+    """Resize boxes of one kind, and write them to their arrays: [3, H, W], or [4, H, W] with the mask.
+
+    Colours are changed on the CPU, by the same function as everywhere.
+    """
     together = max(1, MOST_PIXELS // max(kind.box[0] * kind.box[1], kind.size[0] * kind.size[1]))
     for first in range(0, len(members), together):
         some = members[first : first + together]
-        boxes = torch.stack([box for box, _ in some])
+        boxes = torch.stack([box for box, *_ in some])
         for sides in ((kind.box[0], kind.size[1]), kind.size):
             boxes = _resize_to_levels(boxes, sides, kind.interpolation)
         # Waits for the device: nvJPEG, in a stream of its own, writes next to memory that these kernels have read.
         rows = (boxes.flip(-1) if kind.flip else boxes).cpu().numpy()
         height, width = kind.size
-        for row, (_, pixels) in zip(rows, some, strict=True):
+        for row, (_, pixels, changes) in zip(rows, some, strict=True):
             if len(pixels) == 4:
                 pixels[:] = 0
                 pixels[3, :height, :width] = 1
-            pixels[:3, :height, :width] = row
+            pixels[:3, :height, :width] = change_pixels(row, changes)
 
 
 def _resize_to_levels(boxes: Tensor, sides: tuple[int, ...], interpolation: Interpolation) -> Tensor:

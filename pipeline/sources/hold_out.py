@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.sources.base import ROWS_HELD, NoImagesError, Source
+from pipeline.sources.image_folder import ImageFolder
+from pipeline.sources.listed import Listed
 from pipeline.storage.files import Entry
 
 if TYPE_CHECKING:
@@ -74,9 +76,19 @@ class HoldOut:
         """This side of those files."""
         return replace(self, whole=self.whole.only(files))
 
+    def listed(self) -> Listed | None:
+        """As the whole, with the index of this side; None if it does not consist of single files."""
+        if not isinstance(self.whole, ImageFolder):
+            return None
+        whole = self.whole.listed()
+        return replace(whole, index=lambda: self._side(whole.index()))
+
     def index(self) -> pa.Table:
         """The rows of this side; raises as the whole does, and if there are none."""
-        rows = self.whole.index()
+        return self._side(self.whole.index())
+
+    def _side(self, rows: pa.Table) -> pa.Table:
+        """Those rows of the whole that are of this side; raises as `index`."""
         mine = self._mine(rows)
         if not mine.num_rows:
             raise NoImagesError(

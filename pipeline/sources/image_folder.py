@@ -1,11 +1,12 @@
 """Images in a folder: one folder per class, or all in one folder without labels."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,9 +15,10 @@ from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.sources.base import INDEX_SCHEMA, ROWS_HELD, finish_index, oversize
 from pipeline.sources.left_out import LeftOut, some
+from pipeline.sources.listed import Files, Listed
 from pipeline.sources.listing import images_directly_in, images_in, top_level
 from pipeline.sources.locations import readable_name, refuse_split_folders
-from pipeline.storage.files import THREADS, read_bytes
+from pipeline.storage.files import THREADS, local_versions, read_bytes
 from pipeline.storage.remote import is_uri
 
 _LONGEST = 1 << 30
@@ -82,20 +84,39 @@ class ImageFolder:
         """This source, which has no such files."""
         return self
 
+    def listed(self) -> Listed:
+        """The image files as they are now."""
+        left_out, files = LeftOut(), Files()
+        if self.classes:
+            folders = [os.path.join(self.root, name) for name in self.classes]
+            counts = [files.add(found) for found in images_in(folders, left_out, self.root)]
+        else:
+            counts = [files.add(images_directly_in(self.root, left_out))]
+        if empty := [name for name, count in zip(self.classes, counts, strict=False) if not count]:
+            left_out.notes.append(f"{len(empty)} classes without an image: {some(empty)}")
+        notes, found = tuple(left_out.all_notes()), files.table()
+        return Listed(files.digest(self.root, self.classes, counts), notes, lambda: self._index(found, counts, notes))
+
     def index(self) -> pa.Table:
         """One row per image file, with its size; the index's notes name what was left out."""
-        left_out = LeftOut()
-        start = len(os.fsencode(os.path.join(self.root, "")))
-        if self.classes:
-            below = images_in([os.path.join(self.root, name) for name in self.classes], left_out, self.root)
-            table = _joined(_rows(files, label, start) for label, files in enumerate(below))
-        else:
-            table = _joined([_rows(images_directly_in(self.root, left_out), None, start)])
-        found = {self.classes[label] for label in pc.unique(table["label"]).drop_null().to_pylist()}
-        if empty := sorted({*self.classes} - found):
-            left_out.notes.append(f"{len(empty)} classes without an image: {some(empty)}")
+        return self.listed().index()
+
+    def _index(self, files: pa.Table, counts: Sequence[int], left_out: Sequence[str]) -> pa.Table:
+        """The index of files, so many of each class."""
+        start, tables, first = len(os.fsencode(os.path.join(self.root, ""))), [INDEX_SCHEMA.empty_table()], 0
+        labels = np.repeat(np.arange(len(counts)) if self.classes else -1, counts)  # -1: none
+        for batch in files.to_batches(ROWS_HELD):
+            names = pc.binary_slice(batch["uri"].cast(pa.binary()), start, _LONGEST).cast(pa.string())
+            if os.sep != "/":
+                names = pc.replace_substring(names, os.sep, "/")
+            sizes, versions = batch["size"].to_numpy(), batch["stamp"].to_numpy()
+            if not is_uri(self.root):
+                versions = local_versions(sizes, versions)
+            of_class, zeros = labels[first : first + len(batch)], np.zeros(len(batch), np.int64)
+            tables.append(pa.table([names, of_class, batch["uri"], zeros, sizes, versions], schema=INDEX_SCHEMA))
+            first += len(batch)
         looked_for = f"class folders or images ({', '.join(IMAGE_EXTENSIONS)}), .tar or .parquet files"
-        return finish_index(table, location=self.location, looked_for=looked_for, left_out=left_out.all_notes())
+        return finish_index(pa.concat_tables(tables), location=self.location, looked_for=looked_for, left_out=left_out)
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Exception]:
         """File contents of these index rows; an exception instead of a file that cannot be read or is too large."""
@@ -105,27 +126,6 @@ class ImageFolder:
             return
         with ThreadPoolExecutor(THREADS) as pool:
             yield from map_ahead(pool, _read_remote, files, THREADS)
-
-
-def _rows(files: pa.Table, label: int | None, start: int) -> pa.Table:
-    """The rows of files whose names begin at this byte of their paths."""
-    names = pc.binary_slice(files["uri"].cast(pa.binary()), start, _LONGEST).cast(pa.string())
-    if os.sep != "/":
-        names = pc.replace_substring(names, os.sep, "/")
-    labels, offsets = (pa.repeat(pa.scalar(value, pa.int64()), files.num_rows) for value in (label, 0))
-    return pa.table([names, labels, files["uri"], offsets, files["size"], files["version"]], schema=INDEX_SCHEMA)
-
-
-def _joined(tables: Iterable[pa.Table]) -> pa.Table:
-    """Tables as one, in pieces: the buffers of a table that was made of objects are up to twice as large as their content."""
-    pieces, some, rows = [INDEX_SCHEMA.empty_table()], list[pa.Table](), 0
-    for table in tables:
-        some.append(table)
-        rows += table.num_rows
-        if rows >= ROWS_HELD:
-            pieces.append(pa.concat_tables(some).combine_chunks())
-            some, rows = [], 0
-    return pa.concat_tables([*pieces, *some])
 
 
 def _read_local(path: str) -> bytes | Exception:

@@ -14,17 +14,21 @@ from pipeline.imaging.decode import IMAGE_EXTENSIONS
 from pipeline.runtime.prefetch import map_ahead
 from pipeline.sources.base import ROWS_HELD, foreign_name
 from pipeline.sources.left_out import LeftOut, is_system
-from pipeline.storage.files import THREADS, Entry, describe_local, list_folder
+from pipeline.storage.files import THREADS, Entry, list_folder, stat_local
 from pipeline.storage.remote import is_uri
 
 FILES_SCHEMA = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
-        pa.field("version", pa.int64(), nullable=False),
+        pa.field("stamp", pa.int64(), nullable=False),
     ]
 )
-"""One row per file: its path or URI, its bytes, and its version (:class:`~pipeline.storage.files.Entry`)."""
+"""One row per file: its path or URI, its bytes, and its stamp; where it differs, the content may.
+
+That is the modification time in nanoseconds of a local file (:func:`~pipeline.storage.files.stat_local`), of one in a store its
+version (:class:`~pipeline.storage.files.Entry`).
+"""
 LOCAL_THREADS = 4
 """Local folders listed at the same time: a network's file system answers each question after a while."""
 
@@ -96,13 +100,14 @@ def _images(files: Iterable[Entry], root: str, left_out: LeftOut) -> list[Entry]
 
 def _described(folder: str, names: Sequence[str]) -> pa.Table:
     """Rows of `FILES_SCHEMA` of local files; a broken link has no size, and reading it fails for that sample alone."""
-    start = os.path.join(folder, "")
-    paths = [start + name for name in names]
-    try:
-        sizes, versions = describe_local(paths)
-        return pa.table([paths, sizes, versions], schema=FILES_SCHEMA)
-    except UnicodeEncodeError:
-        raise _foreign(paths) from None
+    start, tables = os.path.join(folder, ""), [FILES_SCHEMA.empty_table()]
+    for first in range(0, len(names), ROWS_HELD):
+        paths = [start + name for name in names[first : first + ROWS_HELD]]
+        try:
+            tables.append(pa.table([paths, *stat_local(paths)], schema=FILES_SCHEMA))
+        except UnicodeEncodeError:
+            raise _foreign(paths) from None
+    return pa.concat_tables(tables)
 
 
 def _foreign(paths: Iterable[str]) -> UserError:
@@ -131,7 +136,7 @@ def _walk(folder: str, root: str) -> tuple[pa.Table, LeftOut]:
         parent, outside = folders.pop()
         below, images = _list(parent, left_out)
         tables.append(_described(parent, images))
-        for entry in below:
+        for entry in sorted(below):  # for the digest of a folder that has not changed
             path, is_outside = os.path.join(parent, entry.name), outside or entry.is_link
             if is_outside:
                 real = os.path.realpath(path)
@@ -163,12 +168,13 @@ def _list(folder: str, left_out: LeftOut) -> tuple[list[_Folder], list[str]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if is_system(name):
-                    continue
-                if entry.is_dir():
-                    folders.append(_Folder(name, entry.is_symlink()))
-                elif name.lower().endswith(IMAGE_EXTENSIONS):
+                # First what nearly all are: this runs a million times.
+                if name.lower().endswith(IMAGE_EXTENSIONS) and not (name[0] == "." or entry.is_dir()):
                     images.append(name)
+                elif is_system(name):
+                    continue
+                elif entry.is_dir():
+                    folders.append(_Folder(name, entry.is_symlink()))
                 else:
                     left_out.count(name)
     except OSError as error:

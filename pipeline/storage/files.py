@@ -15,7 +15,7 @@ import numpy as np
 from pyarrow import fs
 
 from pipeline.errors import UserError
-from pipeline.storage.remote import attempt, fsspec_driver, is_uri, is_web, resolve
+from pipeline.storage.remote import attempt, fsspec_driver, is_uri, is_web, list_infos, resolve
 from pipeline.storage.remote_file import BLOCK, RemoteFile
 
 HEADER = 1 << 16
@@ -60,8 +60,9 @@ def describe(path: str) -> Entry:
     return Entry(path, stat.S_ISDIR(info.st_mode), info.st_size, _version(info.st_mtime_ns, info.st_size))
 
 
-def describe_local(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes and versions (:class:`Entry`) of local files, int64; zeros for one that cannot be looked at, such as a broken link.
+def stat_local(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes and modification times in nanoseconds of local files, int64; 0 and -1 for one that cannot be looked at, such as a
+    broken link.
 
     The system is asked for all of them outside the interpreter's lock, so that threads wait for it at the same time.
 
@@ -69,10 +70,17 @@ def describe_local(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         UnicodeEncodeError: if a path is not valid UTF-8.
     """
     found = _local_infos(paths)
-    sizes, times = [info.size or 0 for info in found], [info.mtime_ns for info in found]
-    tags = [b"%d %d" % (time or 0, size) for time, size in zip(times, sizes, strict=True)]
-    versions = np.frombuffer(b"".join(map(_digest, tags)), "<i8")
-    return np.array(sizes, np.int64), np.where([time is None for time in times], 0, versions)
+    sizes, times = [info.size for info in found], [info.mtime_ns for info in found]
+    if None in sizes or None in times:
+        sizes, times = [size or 0 for size in sizes], [-1 if time is None else time for time in times]
+    return np.array(sizes, np.int64), np.array(times, np.int64)
+
+
+def local_versions(sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """The versions (:class:`Entry`) of local files from what `stat_local` gives, int64; 0 for one that cannot be looked at."""
+    blake2b, tags = hashlib.blake2b, map(b"%d %d".__mod__, zip(times.tolist(), sizes.tolist(), strict=True))
+    versions = np.frombuffer(b"".join([blake2b(tag, digest_size=8).digest() for tag in tags]), "<i8")
+    return np.where(times == -1, 0, versions)
 
 
 def _local_infos(paths: Sequence[str]) -> list[fs.FileInfo]:
@@ -156,7 +164,8 @@ def _list(uri: str, recursive: bool) -> Iterator[Entry]:
     system, root = resolve(uri)
     driver = fsspec_driver(system)
     if driver is None:
-        for info in system.get_file_info(fs.FileSelector(root, recursive=recursive)):
+        selector = fs.FileSelector(root, recursive=True)
+        for info in system.get_file_info(selector) if recursive else list_infos(system, root):
             entry = _arrow_entry(uri + info.path[len(root) :], info)
             if not (recursive and entry.is_folder):
                 yield entry

@@ -9,8 +9,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -43,6 +43,8 @@ _REFUSED = re.compile(
 _NO_BUCKET = re.compile("NO_SUCH_BUCKET|Bucket '.*' not found")
 _DRIVERS = ("aiohttp", "azure", "fsspec", "httpx2", "huggingface_hub")
 """Packages whose exceptions are failures of a store, whatever their classes."""
+_TIMES = ("mtime", "last_modified", "LastModified", "created")
+"""What drivers of fsspec call the modification time, the best first."""
 _NOT_FOUND = (404, 410)
 _PASSING = (408, 425, 429)
 """HTTP statuses below 500 that may be temporary."""
@@ -107,6 +109,52 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 def fsspec_driver(system: fs.FileSystem) -> Any:
     """The driver of fsspec below what :func:`resolve` gives, or None for those of pyarrow."""
     return system.handler.fs if isinstance(system, fs.PyFileSystem) else None
+
+
+def list_infos(system: fs.FileSystem, folder: str, *, missing: bool = False) -> list[fs.FileInfo]:
+    """What a folder of a file system holds; `missing`: one that does not exist holds nothing.
+
+    Of Google's store pyarrow names only folders that have an object of their own as a marker, which uploads do not make: they are
+    found in the names of all objects below, at the price of listing these. A driver of fsspec is asked itself: pyarrow asks it to
+    find files to a depth of one, which adlfs does not heed, and passes on the modification time under one of its names alone.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+    """
+    driver = fsspec_driver(system)
+    if driver is not None:
+        try:
+            items = driver.ls(folder, detail=True)
+        except FileNotFoundError:
+            if missing:
+                return []
+            raise
+        return [_driver_info(item) for item in items if item["name"].strip("/") != folder.strip("/")]
+    if isinstance(system, fs.GcsFileSystem):
+        return _list_gcs(system, folder, missing)
+    return list(system.get_file_info(fs.FileSelector(folder, allow_not_found=missing)))
+
+
+def _driver_info(item: Mapping[str, Any]) -> fs.FileInfo:
+    """A file or folder as a driver of fsspec describes it."""
+    path = item["name"].rstrip("/")
+    if item["type"] == "directory":
+        return fs.FileInfo(path, fs.FileType.Directory)
+    modified = next((item[name] for name in _TIMES if item.get(name)), None)
+    time_s = modified if isinstance(modified, (float, datetime)) else None
+    return fs.FileInfo(path, fs.FileType.File, size=item["size"], mtime=time_s)
+
+
+def _list_gcs(system: fs.GcsFileSystem, folder: str, missing: bool) -> list[fs.FileInfo]:
+    found, start = dict[str, fs.FileInfo](), len(folder.rstrip("/")) + 1
+    infos = system.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=True))
+    if not (infos or missing) and system.get_file_info(folder).type == fs.FileType.NotFound:
+        raise FileNotFoundError(folder)  # pyarrow's own error here is of no such kind
+    for info in infos:
+        name, below, _ = info.path[start:].partition("/")
+        path = info.path[:start] + name
+        found.setdefault(path, fs.FileInfo(path, fs.FileType.Directory) if below else info)
+    return [*found.values()]
 
 
 def _options(scheme: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pyarrow import fs
 
 from pipeline.errors import UserError, one_line
 from pipeline.storage.atomic import atomic_write
-from pipeline.storage.remote import RetriedFile, attempt, check_address, resolve
+from pipeline.storage.remote import RetriedFile, attempt, check_address, list_infos, resolve
 
 LEFTOVER_AGE_S = 3600.0
 """Age in seconds at which a temporary file counts as left by a killed writer."""
@@ -148,7 +148,8 @@ class Store:
                 name.startswith(".") and bool(_TEMPORARY.fullmatch(name))
             ) != temporary or info.type != fs.FileType.File:
                 continue
-            if not age or info.mtime.timestamp() <= latest:
+            # A file whose age is not known counts as new.
+            if not age or (info.mtime is not None and info.mtime.timestamp() <= latest):
                 sizes[name] = info.size
         return sizes
 
@@ -163,9 +164,7 @@ class Store:
             self._run("delete", "", _delete_folder)
 
     def _list(self) -> list[fs.FileInfo]:
-        return self._run(
-            "list", "", lambda system, root: system.get_file_info(fs.FileSelector(root, allow_not_found=True))
-        )
+        return self._run("list", "", lambda system, root: list_infos(system, root, missing=True))
 
     def _info(self, path: str) -> fs.FileInfo:
         return self._run("read", path, lambda system, target: system.get_file_info(target))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pyarrow import fs
 
 from pipeline.errors import UserError, blame_field, one_line
-from pipeline.storage.remote import resolve
+from pipeline.storage.remote import list_infos, resolve
 from pipeline.storage.store import Store
 from pipeline.training.config import TrainConfig
 
@@ -111,7 +111,7 @@ def delete_previous_best(filesystem: fs.FileSystem, path: str) -> None:
     """Delete the copies of checkpoints that were the best before this one."""
     best = PurePosixPath(best_copy_path(path))
     try:
-        for known in filesystem.get_file_info(fs.FileSelector(str(best.parent), allow_not_found=True)):
+        for known in list_infos(filesystem, str(best.parent), missing=True):
             if known.type == fs.FileType.Directory and known.base_name != best.name:
                 filesystem.delete_dir(known.path)
     except OSError as error:

@@ -121,6 +121,7 @@ class Stepper:
         """
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
+        self.task.before_step(batches)
         parts = self._accumulate(batches, step, clock)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)

@@ -73,6 +73,9 @@ class Task(ABC):
         """The parts of a batch whose images have one size each; every part is a forward of its own, or several."""
         return [batch]
 
+    def before_step(self, batches: Sequence[Any]) -> None:  # noqa: B027  optional
+        """Hook before a step, on every rank; `batches` are those of the own shares, on the device, whole."""
+
     def after_step(self, batches: Sequence[Any]) -> None:  # noqa: B027  optional
         """Hook after a step, on every rank; `batches` are those of the own shares, on the device."""
 

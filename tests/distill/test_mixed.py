@@ -8,6 +8,7 @@ import torch
 
 from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import load_codecs
+from pipeline.cache.layout.shares import PRESENT
 from pipeline.distill import mixed as module
 from pipeline.distill.job import make_job
 from pipeline.distill.mixed import MixedReader, divide_batch
@@ -62,6 +63,27 @@ def test_every_size_has_its_own_images_and_the_features_of_its_own_cache(mixed):
     raw = second.features[further.teachers[0].id]
     expected = target.standardisers["patches"](codec.decode(raw["patches"]))
     torch.testing.assert_close(target.targets(raw, stored=target.at(64))["patches"], expected)
+
+
+def test_the_loss_of_a_teacher_with_a_share_is_the_mean_over_the_images_of_all_sizes(mixed):
+    task = DistillTask(mixed("teachers.0.share=0.4", "loss.summary={cosine: 1}"))
+    task.module.eval()
+    batch = next(task.batches(0, 0))
+    parts, (target,) = task.parts(batch), task.module.targets
+    stored = [part.features[target.at(part.images.shape[-1]).teacher.id] for part in parts]
+    counts = [int(kinds[PRESENT].sum()) for kinds in stored]
+    assert 0 < sum(counts) < 16
+    task.before_step([batch])
+    assert float(task.scales["hog"]) == pytest.approx(16 / sum(counts))
+    losses = [task.loss(task.module, part, torch.device("cpu"))[0] * len(part.keys) / 16 for part in parts]
+    whole = 0.0
+    for part, kinds in zip(parts, stored, strict=True):
+        keep, at = kinds[PRESENT].bool(), target.at(part.images.shape[-1])
+        if keep.any():
+            raw = {kind: rows[keep] for kind, rows in kinds.items() if kind != PRESENT}
+            found = target.losses(task.module.student(part.images[keep]), raw, stored=at)
+            whole += float(sum(loss.detach().sum() for loss in found.values()))
+    assert float(sum(losses)) == pytest.approx(whole / sum(counts), rel=1e-4)
 
 
 def test_an_epoch_has_as_many_samples_as_without_and_every_size_sees_all_images_equally_often(mixed):

@@ -20,9 +20,14 @@ from pipeline.imaging.gpu_decode import (
     decode_or_refuse,
     make_decoders,
 )
+from pipeline.imaging.photometric import Photometric
 from tests.imaging.pictures import encode
 
-VIEWS = (FULL, View((0.1, 0.2, 0.8, 0.9)), View((0.3, 0.5, 0.5, 1.0), flip=True))
+VIEWS = (
+    FULL,
+    View((0.1, 0.2, 0.8, 0.9), photometric=Photometric(1.2, 0.8, 1.1, 0.05, 0.02)),
+    View((0.3, 0.5, 0.5, 1.0), flip=True),
+)
 CPU = torch.device("cpu")
 
 

@@ -1,11 +1,13 @@
 import importlib.util
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import UserError
 from pipeline.storage import remote
@@ -122,11 +124,27 @@ def test_a_store_that_only_fsspec_knows():
     with pytest.raises(FileNotFoundError):
         store.get("none")
     assert store.free_bytes() is None
+    assert (store.files(age=3600), store.leftovers()) == ({}, {})
+    MemoryFileSystem.store["/cache/y"].created -= timedelta(hours=2)
+    assert store.files(age=3600) == {"y": 3}
     store.delete("y")
     store.delete("y")
     store.delete_folder()
     store.delete_folder()
     assert (store.files(), store.folders()) == ({}, [])
+
+
+def test_a_driver_that_finds_deeper_than_it_is_asked_to_lists_a_folder_alone(monkeypatch):
+    find = MemoryFileSystem.find
+    monkeypatch.setattr(
+        MemoryFileSystem, "find", lambda self, path, maxdepth=None, **how: find(self, path, **how)
+    )  # as adlfs
+    store = Store.at("memory://deep")
+    for name in ("x", "a/y", "a/b/z"):
+        store.put(name, b"123")
+    assert (store.folders(), store.files(), store.sub("a").folders()) == (["a"], {"x": 3}, ["b"])
+    assert store.bytes_below() == 9
+    store.delete_folder()
 
 
 def test_a_driver_that_fails_is_called_again(monkeypatch):

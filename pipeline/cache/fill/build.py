@@ -112,7 +112,9 @@ def _with_weights(plan: CachePlan, cached: CachedTeacher) -> CachedTeacher:
             f"(jobs/precompute.py --delete {cached.id})"
         )
     if known is None:
-        identity = teacher_identity(cached.spec, cached.codec, cached.precision, cached.config.basis, cached.decoder)
+        identity = teacher_identity(
+            cached.spec, cached.codec, cached.precision, cached.config.basis, cached.decoder, cached.share
+        )
         description = {**asdict(cached.spec), **identity}
         description |= {"id": cached.id, "weights_sha256": teacher.weights_sha256}
         home.put("teacher.json", sealed(description))
@@ -336,7 +338,7 @@ def _extract_missing(
     )
     for number, row in enumerate(finished, 1):
         report.shards_computed += row["computed"]
-        report.images_extracted += row["images"] * row["computed"]
+        report.images_extracted += row["images"]
         for stage, seconds in json.loads(row["stages"]).items():
             stages[stage] += seconds
         speed = report.images_extracted / (time.perf_counter() - started)

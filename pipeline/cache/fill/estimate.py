@@ -61,11 +61,13 @@ class TeacherEstimate:
     Attributes:
         view_bytes: bytes of one view by codec, for the chosen one and `ALTERNATIVES`.
         exact: codecs whose `view_bytes` are known or measured on shards; the others are upper bounds.
-        views, missing: in all splits.
+        views, missing: that the teacher is asked about, in all splits.
+        share: of all views; 1 unless the recipe gives a smaller one.
         probe: None if the teacher cannot be created without its weights.
         hours: of this machine's device for the missing views, or None.
         gpu_hours: measured on a GPU, otherwise estimated from the multiply-accumulates (`GPU_MACS_PER_SECOND`); equals
             `hours` if there are none to count; or None.
+        gpu_hours_per_view: the same of one view.
     """
 
     label: str
@@ -77,6 +79,8 @@ class TeacherEstimate:
     probe: Probe | None
     hours: float | None
     gpu_hours: float | None
+    share: float = 1.0
+    gpu_hours_per_view: float | None = None
 
 
 def estimate_cache(
@@ -90,32 +94,34 @@ def estimate_cache(
 def _estimate(plan: CachePlan, teacher: CachedTeacher, label: str, probe: Probe | None) -> TeacherEstimate:
     sizes = {codec: view_bytes(plan, teacher, codec) for codec in (teacher.codec, *ALTERNATIVES)}
     views = sum(split.missing_views(teacher) for split in plan.splits)
-    hours = gpu_hours = None
+    hours = per_view = None
     if probe is not None:
         hours = views / probe.views_per_second / 3600
-        counted = views * probe.macs / GPU_MACS_PER_SECOND[teacher.precision] / 3600
-        gpu_hours = counted if probe.device == "cpu" and probe.macs else hours
+        counted = probe.macs / GPU_MACS_PER_SECOND[teacher.precision] / 3600
+        per_view = counted if probe.device == "cpu" and probe.macs else 1 / probe.views_per_second / 3600
     return TeacherEstimate(
         label=label,
         codec=teacher.codec,
         view_bytes={codec: size for codec, (size, _) in sizes.items()},
         exact=frozenset(codec for codec, (_, exact) in sizes.items() if exact),
-        views=sum(split.images * split.dataset.policy.rows_per_image for split in plan.splits),
+        views=sum(split.views(teacher) for split in plan.splits),
         missing=views,
         probe=probe,
         hours=hours,
-        gpu_hours=gpu_hours,
+        gpu_hours=None if per_view is None else views * per_view,
+        share=teacher.share,
+        gpu_hours_per_view=per_view,
     )
 
 
 def view_bytes(plan: CachePlan, teacher: CachedTeacher, codec: str) -> tuple[float, bool]:
-    """Bytes of one view in a codec, measured on shards if there are any; and whether that is exact or an upper bound."""
+    """Bytes of a view with features in a codec, measured on shards if there are any; whether that is exact or an upper bound."""
     basis = teacher.config.basis if Codec.parse(codec).pca else None
-    identity = teacher_id(teacher.spec, codec, teacher.precision, basis, teacher.decoder)
+    identity = teacher_id(teacher.spec, codec, teacher.precision, basis, teacher.decoder, teacher.share)
     other = replace(teacher, codec=codec, id=identity)
     known = [summary for split in plan.splits for summary in split.dataset.summaries(other.id)]
     if rows := sum(summary.rows for summary in known):
-        return sum(summary.bytes for summary in known) / rows, True
+        return sum(summary.bytes for summary in known) / (teacher.share * rows), True
     return float(other.row_bytes()), codec in ("float32", "float16", "bfloat16", "int8")
 
 
@@ -229,8 +235,9 @@ def _missing_teacher_bytes(split: SplitPlan, teacher: CachedTeacher) -> int:
     if not views:
         return 0
     projections = projections_of(split.dataset.cache, teacher)
-    beside = side_bytes(teacher, 1, fitted=projections is not None) + side_bytes(teacher, _shards(split, views))
-    return views * (teacher.row_bytes(projections) + KEY_BYTES) + beside
+    rows = round(views / teacher.share)
+    beside = side_bytes(teacher, 1, fitted=projections is not None) + side_bytes(teacher, _shards(split, rows))
+    return views * teacher.row_bytes(projections) + rows * KEY_BYTES + beside
 
 
 def _shards(split: SplitPlan, views: int) -> int:
@@ -254,10 +261,10 @@ def all_bytes(split: SplitPlan, teacher: CachedTeacher, row_bytes: float) -> int
     """Upper bound of the bytes of all files of a teacher for a split, given those of a row of features."""
     components = [part.components for part in (projections_of(split.dataset.cache, teacher) or {}).values()]
     known = 2 * sum(part.numel() for part in components if part is not None)
-    views = split.images * split.dataset.policy.rows_per_image
+    rows = split.images * split.dataset.policy.rows_per_image
     # One shard more, for the merged statistics and the teacher's description.
-    beside = side_bytes(teacher, _shards(split, views) + 1, fitted=bool(known)) + known
-    return int(views * (row_bytes + KEY_BYTES)) + beside
+    beside = side_bytes(teacher, _shards(split, rows) + 1, fitted=bool(known)) + known
+    return int(split.views(teacher) * row_bytes + rows * KEY_BYTES) + beside
 
 
 def check_space(*plans: CachePlan) -> None:

@@ -7,6 +7,7 @@ actor that computed a shard writes it. This module imports neither Ray nor MLflo
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,9 +26,10 @@ from pipeline.cache.layout.codec import Codec, Projection
 from pipeline.cache.layout.part import Part, image_groups, teacher_home
 from pipeline.cache.layout.projection import dump_projections, fit_projections
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, add_projection, evenly_spaced, projection_in
+from pipeline.cache.layout.shares import NONE_ASKED
 from pipeline.cache.layout.view_rows import ViewRows, read_view_rows, views_of
 from pipeline.errors import UserError, blame_field
-from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, PendingDecode, chunk_size
+from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, Partner, PendingDecode, chunk_size
 from pipeline.imaging.geometry import View
 from pipeline.imaging.gpu_decode import make_decoders
 from pipeline.imaging.shared_arrays import ArrayHandle
@@ -137,18 +139,18 @@ class BatchAssembler:
         self.targets: dict[int, dict[str, Sequence[np.ndarray | ArrayHandle]]] = {}
         self.pending: dict[int, list[PendingDecode]] = {}
 
-    def render(self, images: pa.ChunkedArray, views: Sequence[View], first: int) -> None:
-        """Start rendering a chunk of images, whose views are the rows from `first` on."""
+    def render(self, images: pa.ChunkedArray, views: Sequence[View], partners: Sequence[Any], first: int) -> None:
+        """Start rendering a chunk of images, whose views and partners (`ViewRows.partners`) are the rows from `first` on."""
         count = len(views) // len(images)
         work: DecodeTasks = [
-            (data, [task for row in range(i, i + count) for task in self._crop_tasks(views[row], first + row)])
+            (data, [t for row in range(i, i + count) for t in self._crop_tasks(views[row], partners[row], first + row)])
             for i, data in zip(range(0, len(views), count), images.to_pylist(), strict=True)
         ]
         pending = self.decoders.submit(work)
         for number in range(first // self.size, (first + len(views) - 1) // self.size + 1):
             self.pending.setdefault(number, []).append(pending)
 
-    def _crop_tasks(self, view: View, row: int) -> list[CropTask]:
+    def _crop_tasks(self, view: View, mixed: tuple[pa.Scalar, View, float] | None, row: int) -> list[CropTask]:
         number, position = divmod(row, self.size)
         if number not in self.pixels:
             # All of one size, so that their memory is reused; the rows that a short batch leaves over are never touched.
@@ -160,7 +162,10 @@ class BatchAssembler:
                 name: self.decoders.arrays.row_targets(pixels) for name, pixels in self.pixels[number].items()
             }
         targets = self.targets[number]
-        return [CropTask(view, spec.interpolation, targets[name][position]) for name, spec in self.specs.items()]
+        partner = mixed and Partner(mixed[0].as_py(), *mixed[1:])
+        return [
+            CropTask(view, spec.interpolation, targets[name][position], partner) for name, spec in self.specs.items()
+        ]
 
     def pop(self, number: int) -> dict[str, Tensor]:
         """Wait for a batch and return its pixels by teacher id, as `Teacher.encode` takes them."""
@@ -225,8 +230,8 @@ class Extract:
         """Compute what `row["shard"]` of `row["part"]` lacks.
 
         Returns:
-            The row with ``images`` (rows encoded), ``computed`` (teacher shards), ``stages`` (JSON of `Stages`) and
-            ``error`` (a user-fixable failure in one line, or "").
+            The row with ``images`` (rows encoded, over all teachers), ``computed`` (teacher shards), ``stages`` (JSON of
+            `Stages`) and ``error`` (a user-fixable failure in one line, or "").
         """
         part, shard = self.parts[row["part"]], int(row["shard"])
         stages = Stages()
@@ -248,21 +253,38 @@ class Extract:
         with stages.measure("read"):
             views = read_view_rows(part, shard)
         writers = {name: ShardBuilder(self.cached[name], *self._projections(name)) for name in names}
-        fitted = {name: self._fitted_groups(part, name, shard) for name in names}
-        group_rows = ROW_GROUP_SIZE * part.policy.rows_per_image
-        for number, pixels in enumerate(stages.measure_each("render", self.rendered(views, names))):
+        encoded = 0
+        for some in by_share(self.cached[name] for name in names).values():
+            asked = some[0].asked(views.images["key"])
+            self._encode(part, shard, views, asked, {teacher.id: writers[teacher.id] for teacher in some}, stages)
+            encoded += len(some) * int(asked.sum()) * part.policy.rows_per_image
+        for name, writer in writers.items():
+            with stages.measure("write"):
+                writer.commit(part.teacher(name), shard, views, self.device.name)
+        return encoded
+
+    def _encode(
+        self,
+        part: Part,
+        shard: int,
+        views: ViewRows,
+        asked: np.ndarray,
+        writers: Mapping[str, ShardBuilder],
+        stages: Stages,
+    ) -> None:
+        """Compute the features of the images that are `asked` about ([N] bool)."""
+        fitted = {name: self._fitted_groups(part, name, shard) for name in writers}
+        groups = np.repeat(np.flatnonzero(asked) // ROW_GROUP_SIZE, part.policy.rows_per_image)
+        rendered = self.rendered(views if asked.all() else views.of_images(asked), [*writers])
+        for number, pixels in enumerate(stages.measure_each("render", rendered)):
             for name, batch in pixels.items():
                 sampled = self.sampled.pop((part.teacher(name).store.uri, shard, number), None)
                 output, seconds = (sampled.to(self.device.name), 0.0) if sampled else self.encode(name, batch)
                 stages["teacher"] += seconds
                 with stages.measure("encode"):
-                    first, last = number * self.batch_size, number * self.batch_size + len(batch) - 1
-                    groups = range(first // group_rows, last // group_rows + 1)
-                    writers[name].add(output, seconds, held_out=fitted[name].isdisjoint(groups))
-        for name, writer in writers.items():
-            with stages.measure("write"):
-                writer.commit(part.teacher(name), shard, views, self.device.name)
-        return views.rows.num_rows
+                    first = number * self.batch_size
+                    own = {*groups[first : first + len(batch)].tolist()}
+                    writers[name].add(output, seconds, held_out=fitted[name].isdisjoint(own))
 
     def features(self, views: ViewRows, names: list[str]) -> Iterator[dict[str, TeacherOutput]]:
         """Features of these teachers for `views`: batches by teacher id, in order."""
@@ -275,16 +297,17 @@ class Extract:
 
     def rendered(self, shard: ViewRows, names: list[str]) -> Iterator[dict[str, Tensor]]:
         """Batches of pixels by teacher id, rendered `BATCHES_AHEAD` batches ahead of the device."""
-        images, rows, _ = shard
+        images, rows = shard.images, shard.rows
         specs = {name: self.teachers[name].spec for name in names}
         assembler = BatchAssembler(self.decoders, specs, rows.num_rows, self.batch_size)
-        views, count = views_of(rows), rows.num_rows // max(1, images.num_rows)
+        views, partners, count = views_of(rows), shard.partners(), rows.num_rows // max(1, images.num_rows)
         started, chunk = 0, chunk_size(self.batch_size)
         try:
             for number in range(-(-rows.num_rows // self.batch_size)):
                 while started < images.num_rows and started * count < (number + 1 + BATCHES_AHEAD) * self.batch_size:
                     part = images["image"][started : started + chunk]
-                    assembler.render(part, views[started * count : (started + len(part)) * count], started * count)
+                    some = slice(started * count, (started + len(part)) * count)
+                    assembler.render(part, views[some], partners[some], some.start)
                     started += len(part)
                 yield assembler.pop(number)
         finally:
@@ -294,7 +317,9 @@ class Extract:
         """Row groups of images, evenly spaced over the parts of the basis, that the projections of a teacher are fitted on."""
         shards, parts = self.basis_shards, self.basis
         groups = [group for group in image_groups(parts) if (parts[group.part].key, group.shard) in shards]
-        return evenly_spaced(groups, -(-_sample_size(self.cached[name]) // ROW_GROUP_SIZE))
+        return evenly_spaced(
+            groups, math.ceil(_sample_size(self.cached[name]) / self.cached[name].share / ROW_GROUP_SIZE)
+        )
 
     def _fitted_groups(self, part: Part, name: str, shard: int) -> set[int]:
         """Row groups of a shard's images that the projections of a teacher are fitted on."""
@@ -320,7 +345,8 @@ class Extract:
     def _fit(self, name: str) -> dict[str, Projection]:
         """The projections of a sample of images.
 
-        Outputs of batches that the sample shares with their shards are kept until then: no teacher runs twice on an image.
+        Outputs of batches that the sample shares with their shards are kept until then: no teacher runs twice on an image. A
+        teacher with a share does on its sample.
         """
         cached = self.cached[name]
         parts: dict[str, list[Tensor]] = {kind: [] for kind in cached.shapes}
@@ -329,11 +355,16 @@ class Extract:
             shard, start = read_view_rows(part, sample.shard), sample.group * ROW_GROUP_SIZE
             is_last = start + sample.rows == shard.images.num_rows
             first, rest = divmod(start * part.policy.rows_per_image, self.batch_size)
-            for number, output in enumerate(self.features(shard.slice(start, sample.rows), [name]), first):
+            chosen = shard.slice(start, sample.rows)
+            if cached.share < 1:  # its batches begin elsewhere
+                chosen, rest = chosen.of_images(cached.asked(chosen.images["key"])), self.batch_size
+            for number, output in enumerate(self.features(chosen, [name]), first):
                 for kind, features in parts.items():
                     features.append(getattr(output[name], kind).cpu())
                 if not rest and (is_last or len(parts["patches"][-1]) == self.batch_size):
                     self.sampled[part.teacher(name).store.uri, sample.shard, number] = output[name].to("cpu")
+        if not parts["patches"]:
+            raise UserError(f"teacher {cached.spec.name}: {NONE_ASKED.format(share=cached.share)}")
         together = {kind: torch.cat(features).float() for kind, features in parts.items()}
         for kind, values in together.items():
             if not torch.isfinite(values).all():
@@ -344,6 +375,14 @@ class Extract:
             return fit_projections(Codec.parse(cached.codec), together)
         except UserError as error:
             raise UserError(f"teacher {cached.spec.name}: {error}") from error
+
+
+def by_share(teachers: Iterable[CachedTeacher]) -> dict[float, list[CachedTeacher]]:
+    """Teachers that are asked about the same images, by their share."""
+    found: dict[float, list[CachedTeacher]] = {}
+    for teacher in teachers:
+        found.setdefault(teacher.share, []).append(teacher)
+    return found
 
 
 def _sample_size(teacher: CachedTeacher) -> int:

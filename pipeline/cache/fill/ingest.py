@@ -5,7 +5,7 @@ listed, features of the old ones are unlisted.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +17,12 @@ from pipeline.cache.fill.digest import packed, unpacked
 from pipeline.cache.fill.staging import PLACES_SCHEMA, read_staged
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.part import KEY, Part, image_key
-from pipeline.cache.layout.shards import ShardFolder, ShardRecord
-from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, complete_record, view_row
+from pipeline.cache.layout.shards import ROW_GROUP_SIZE, ShardFolder, ShardRecord
+from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, complete_record, rows_schema, view_row
 from pipeline.errors import UserError
 from pipeline.imaging.decode import image_size
-from pipeline.imaging.geometry import FULL
+from pipeline.imaging.geometry import FULL, ViewPolicy
+from pipeline.imaging.mixup import draw_mixes
 from pipeline.runtime import logs
 from pipeline.sources.base import Source
 from pipeline.sources.left_out import some
@@ -106,11 +107,25 @@ def _about(staged: pa.Table, listed: pa.Table) -> tuple[str, int, str]:
 def commit_crops(part: Part, shard: int) -> None:
     """Draw the crops of a shard of images, and commit them; UserError if the images are missing."""
     images, rows = part.images.read(complete_record(part.images, shard), ["key", "image"]), []
-    for key, data in zip(images["key"].to_pylist(), images["image"], strict=True):
+    keys = images["key"].to_pylist()
+    for place, (key, data) in enumerate(zip(keys, images["image"], strict=True)):
         views = part.policy.views(key.hex(), *image_size(data.as_py()))
-        rows += [view_row(key, number, view) for number, view in enumerate(views)]
-    table = pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
+        mixes = _mixes(part.policy, keys, place)
+        rows += [view_row(key, number, view) | mixes[number] for number, view in enumerate(views)]
+    table = pa.Table.from_pylist(rows, schema=rows_schema(part.policy))
     part.rows.commit(shard, table, before_listing=partial(_unlist_features, part.view.sub("teachers")))
+
+
+def _mixes(policy: ViewPolicy, keys: Sequence[bytes], place: int) -> list[dict[str, Any]]:
+    """What the rows of an image of a shard have besides, of `MIXUP_SCHEMA`: partners are images of the same row group."""
+    if not policy.mixup:
+        return [{}] * policy.rows_per_image
+    first = place // ROW_GROUP_SIZE * ROW_GROUP_SIZE
+    group = keys[first : first + ROW_GROUP_SIZE]
+    drawn = draw_mixes(policy.mixup, policy.seed, keys[place].hex(), place - first, len(group), policy.crops)
+    return [
+        {"partner": group[mix.partner], "mix": mix.share} if mix else {"partner": None, "mix": 1.0} for mix in drawn
+    ]
 
 
 def _unlist_features(teachers: Store, record: ShardRecord) -> None:

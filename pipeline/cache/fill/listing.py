@@ -28,6 +28,8 @@ from pipeline.cache.layout.dataset import (
 )
 from pipeline.cache.layout.part import Part
 from pipeline.sources.base import INDEX_SCHEMA, NoImagesError, Source
+from pipeline.sources.hold_out import HoldOut
+from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.left_out import notes_of
 from pipeline.sources.streamed import streamed
 from pipeline.storage.files import Entry
@@ -100,13 +102,36 @@ def list_source(source: Source, empty: Dataset) -> tuple[Listing, Dataset]:
     elif archives:
         listing = _compare_archives(source, archives, before)
     else:
-        index = source.index()
-        listing = replace(_compare(index, before), notes=tuple(notes_of(index)))
+        listing, listed = _list(source, empty, before)
+        empty = replace(empty, listed=listed)
     pa.default_memory_pool().release_unused()  # a pool keeps what the pieces of an index took
     if stream and listing.unopened:
         expected = stream.count([archive.path for archive in listing.unopened])
         listing = replace(listing, expected=expected, notes=listing.notes or tuple(stream.notes(())))
     return listing, make_dataset(empty, listing.parts, listing.known, listing.bad, listing.kept)
+
+
+def _list(source: Source, empty: Dataset, before: Dataset | None) -> tuple[Listing, tuple[str, int]]:
+    """What a source lists, compared with a version, and :attr:`~pipeline.cache.layout.dataset.Dataset.listed`."""
+    now = source.listed() if isinstance(source, HoldOut | ImageFolder) else None
+    if now and before and before.location == empty.location and before.listed[0] == now.digest:
+        same = _same(before)
+        if same is not None:
+            return replace(same, notes=now.notes), before.listed
+    index = now.index() if now else source.index()
+    listed = (now.digest, index.num_rows) if now else ("", 0)
+    return replace(_compare(index, before), notes=tuple(notes_of(index))), listed
+
+
+def _same(before: Dataset) -> Listing | None:
+    """A version as a listing in which nothing has changed; None if it cannot be read in full."""
+    kept = {chosen.part: (chosen, before) for chosen in before.selections}
+    readable = all(_readable(partial(before.samples, number)) is not None for number in range(len(kept)))
+    bad = _readable(before.bad_samples) if readable else None
+    if bad is None or before.count + bad.num_rows != before.listed[1]:
+        return None
+    again = bad.filter(pc.invert(bad["read"])).select(INDEX_SCHEMA.names)
+    return Listing({}, bad.filter(bad["read"]), again, kept, parts=before.parts)
 
 
 def compare_again(listing: Listing, dataset: Dataset) -> tuple[Listing, Dataset]:

@@ -17,6 +17,8 @@ from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.snapshot import RecordSnapshot
 from pipeline.errors import UserError, blame_field
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
+from pipeline.imaging.gpu_decode import NO_MIXUP
+from pipeline.imaging.photometric import PhotometricPolicy
 from pipeline.sources.base import Source
 from pipeline.sources.hold_out import HoldOut, Split
 from pipeline.sources.open import open_images
@@ -117,10 +119,14 @@ class SplitPlan:
     def missing_views(self, teacher: CachedTeacher) -> int:
         """Views that a teacher has still to encode, at most: some of the new images may be in the cache under another name.
 
-        Those of unopened archives count as `expected`.
+        Those of unopened archives count as `expected`. Of a teacher's share they are that share, which is expected, not counted.
         """
         known = sum(part.shard_rows(shard) for part, shard in self.missing(teacher))
-        return (known + self.new.num_rows + self.expected) * self.dataset.policy.rows_per_image
+        return round(teacher.share * (known + self.new.num_rows + self.expected) * self.dataset.policy.rows_per_image)
+
+    def views(self, teacher: CachedTeacher) -> int:
+        """Views that a teacher is asked about, cached or not, as far as known or expected."""
+        return round(teacher.share * self.images * self.dataset.policy.rows_per_image)
 
 
 @dataclass(frozen=True)
@@ -159,8 +165,25 @@ def plan_cache(
     ids = [teacher.id for teacher in cached]
     for twin in {name for name in ids if ids.count(name) > 1}:
         raise UserError(f"teachers: {twin} is listed {ids.count(twin)} times; list each teacher once")
-    policy = ViewPolicy(**config.views.model_dump(exclude={"per_step"}), seed=config.seed)
-    return CachePlan(store, plan_splits(config, store, policy, snapshot, pins), cached, config.cache.shard_size)
+    splits = plan_splits(config, store, view_policy(config), snapshot, pins)
+    return CachePlan(store, splits, cached, config.cache.shard_size)
+
+
+def view_policy(config: PrecomputeJobConfig) -> ViewPolicy:
+    """The views of the training images; UserError for changes of whole images, whose features all recipes share."""
+    views = config.views
+    photometric = PhotometricPolicy(**views.photometric.model_dump())
+    if photometric and not views.crops:
+        raise UserError(
+            "views.photometric changes crops, and views.crops is 0: set views.crops (with views.min_area=1 a crop is the whole "
+            "image)"
+        )
+    if views.mixup and views.crops < 2:
+        raise UserError("views.mixup mixes all crops of an image but the first: set views.crops to 2 or more")
+    if views.mixup and config.cache.decoder != "cpu":
+        raise UserError(f"cache.decoder: {NO_MIXUP}")
+    drawn = views.model_dump(exclude={"per_step", "photometric", "mixup"})
+    return ViewPolicy(**drawn, seed=config.seed, photometric=photometric or None, mixup=views.mixup or None)
 
 
 def plan_splits(
@@ -194,7 +217,7 @@ def _cached_teacher(config: PrecomputeJobConfig, index: int) -> CachedTeacher:
         raise UserError(
             f"teachers.{index}.basis: {name} has no projection; leave it out, or choose a codec that begins with pca"
         )
-    identity = teacher_id(spec, name, cache.precision, teacher.basis, cache.decoder)
+    identity = teacher_id(spec, name, cache.precision, teacher.basis, cache.decoder, teacher.share)
     return CachedTeacher(teacher, spec, identity, name, cache.precision, decoder=cache.decoder)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import Codec, Projection
 from pipeline.cache.layout.shards import ShardFolder, ShardRecord
+from pipeline.cache.layout.shares import spread
 from pipeline.cache.layout.stats import Moments, MomentSums
 from pipeline.cache.layout.target import fidelity
 from pipeline.cache.layout.view_rows import ViewRows
@@ -86,13 +87,18 @@ class ShardBuilder:
         return found
 
     def commit(self, folder: ShardFolder, shard: int, views: ViewRows, device: str) -> ShardRecord:
-        """Write the shard of features of these views."""
-        table = views.rows.select(["key", "view"])
+        """Write the shard of features of these views, which are null where the teacher is not asked."""
+        table, asked = views.rows.select(["key", "view"]), self.teacher.asked(views.rows["key"])
+        whole = self.teacher.share == 1
         for kind, parts in self.encoded.items():
             width = self.codecs[kind].row_bytes
             rows = np.concatenate(parts) if parts else np.empty((0, width), np.uint8)
-            column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
-            table = table.append_column(pa.field(kind, column.type, nullable=False), column)
+            column = (
+                pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
+                if whole
+                else spread(rows, asked)
+            )
+            table = table.append_column(pa.field(kind, column.type, nullable=not whole), column)
         moments = {kind: sums.moments() for kind, sums in self.sums.items() if sums.count}
         facts = {
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+import pyarrow as pa
 import torch
 
 from pipeline.cache.layout.cached_teacher import CachedTeacher, load_codecs
@@ -10,6 +11,7 @@ from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.part import Part
 from pipeline.cache.layout.part_stats import STATISTICS, PartStats, dump_part_stats
 from pipeline.cache.layout.shards import ShardRecord, fixed_width
+from pipeline.cache.layout.shares import NONE_ASKED, with_features
 from pipeline.cache.layout.stats import Moments, MomentSums, dump_moments, merge_all
 from pipeline.errors import UserError
 
@@ -23,7 +25,11 @@ def freeze_stats(dataset: Dataset, teacher: CachedTeacher) -> None:
     if not store.exists("stats.npz"):
         for part in dataset.parts:  # an earlier job may have been killed before it did that
             part.merge_statistics(part.teacher(teacher.id))
-        store.put("stats.npz", dump_moments(merge_all(dataset_moments(dataset, teacher))))
+        found = [*dataset_moments(dataset, teacher)]
+        if not found:
+            reason = NONE_ASKED.format(share=teacher.share)
+            raise UserError(f"{dataset.location}: teacher {teacher.spec.name}: {reason}")
+        store.put("stats.npz", dump_moments(merge_all(found)))
 
 
 def dataset_moments(dataset: Dataset, teacher: CachedTeacher) -> Iterator[Mapping[str, Moments]]:
@@ -48,12 +54,16 @@ def restore_statistics(part: Part, teacher: CachedTeacher) -> None:
     folder, codecs, found = part.teacher(teacher.id), load_codecs(part.cache, teacher), {}
     for record in part.records(folder).values():
         table = folder.read(record, [*codecs])
-        found[record.file] = {
-            kind: Moments.of(codec.decode(torch.from_numpy(fixed_width(table[kind]).copy())))
-            for kind, codec in codecs.items()
-        }
+        rows = {kind: stored_rows(table[kind]) for kind in codecs}
+        if len(rows["patches"]):
+            found[record.file] = {kind: Moments.of(codec.decode(rows[kind])) for kind, codec in codecs.items()}
     if found:
         folder.store.put(STATISTICS, dump_part_stats(PartStats.of(found)))
+
+
+def stored_rows(column: pa.ChunkedArray) -> torch.Tensor:
+    """The rows [n, row_bytes] uint8 of a column of features that hold some."""
+    return torch.from_numpy(fixed_width(column)[with_features(column)])
 
 
 def needed_records(dataset: Dataset, number: int, teacher: CachedTeacher) -> list[ShardRecord]:
@@ -75,6 +85,6 @@ def selected_features(
     rows = None if images is None else (images[:, None] * views + range(views)).reshape(-1)
     table = folder.read(record, [*codecs])
     for kind in codecs:
-        stored = fixed_width(table[kind])
-        chosen = torch.from_numpy(stored.copy() if rows is None else stored[rows])
+        column = table[kind] if rows is None else table[kind].take(pa.array(rows))
+        chosen = stored_rows(column)
         yield from ((kind, some) for some in chosen.split(folder.row_group_size) if len(some))

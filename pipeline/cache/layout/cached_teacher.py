@@ -3,12 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+
 from pipeline.cache.config import TeacherConfig
 from pipeline.cache.layout.codec import Codec, FeatureCodec, Projection
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.part import teacher_home
 from pipeline.cache.layout.projection import load_projections
 from pipeline.cache.layout.shards import Figures, merge_figures, projection_in
+from pipeline.cache.layout.shares import in_share
 from pipeline.cache.layout.stats import Moments, load_moments
 from pipeline.imaging.gpu_decode import Decoder
 from pipeline.storage.store import Store, report_damage
@@ -37,6 +41,15 @@ class CachedTeacher:
     precision: str
     weights_sha256: str = ""
     decoder: Decoder = "cpu"
+
+    @property
+    def share(self) -> float:
+        """Share of the images that it is asked about."""
+        return self.config.share
+
+    def asked(self, keys: pa.ChunkedArray) -> np.ndarray:
+        """[N] bool: whether it is asked about the images with these keys."""
+        return in_share(keys, self.share) if self.share < 1 else np.ones(len(keys), bool)
 
     def create(self) -> Teacher:
         """The teacher itself, without weights."""

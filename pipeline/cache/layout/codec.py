@@ -146,6 +146,8 @@ class FeatureCodec(nn.Module):
 
     def stored_values(self, rows: Tensor, positions: Tensor | None = None) -> Tensor:
         """`decode` before the inverse of the projection: [N, tokens, width] float32."""
+        if not len(rows):
+            rows = rows.new_empty(rows.shape)  # an empty selection may have strides that cannot be viewed
         if self.scalar == "int8":
             scales = rows[:, : 2 * self.num_tokens].contiguous().view(torch.float16).unsqueeze(-1)
             levels = self._by_token(rows[:, 2 * self.num_tokens :].view(torch.int8))

@@ -76,6 +76,8 @@ class Dataset:
         policy: the view whose features teachers compute.
         snapshot: the shard records that the job has read, shared by its data sets.
         draft: the files of a version that is not written yet, by name.
+        listed: digest of what a source of single files listed (:class:`~pipeline.sources.listed.Listed`), and the number of its
+            rows; "" and 0 for other sources, and where a version does not say.
     """
 
     cache: Store
@@ -88,6 +90,7 @@ class Dataset:
     policy: ViewPolicy = WHOLE
     snapshot: RecordSnapshot = field(default_factory=RecordSnapshot, repr=False, compare=False)
     draft: Mapping[str, pa.Table] = field(default_factory=dict, repr=False, compare=False)
+    listed: tuple[str, int] = field(default=("", 0), compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -279,7 +282,8 @@ def read_version(
         files = tuple((str(uri), int(version)) for uri, version in meta["files"])
         chosen = tuple(Selection(*item)._replace(files=tuple(item[-1])) for item in meta["selections"])
         content = meta["name"], meta["location"], tuple(meta["classes"]), files, chosen, meta["bad"]
-        dataset = Dataset(cache, *content, policy, snapshot or RecordSnapshot())
+        listed, rows = meta.get("listed", ("", 0))
+        dataset = Dataset(cache, *content, policy, snapshot or RecordSnapshot(), listed=(str(listed), int(rows)))
         _check_fields(dataset)
         return Version(file, float(meta["made"]), dataset)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
@@ -370,7 +374,7 @@ def write_dataset(dataset: Dataset, damaged: Collection[str] = ()) -> Dataset:
     if latest and latest.dataset == dataset:
         return replace(dataset, draft={})
     made = max(time.time(), latest.made + 1e-3 if latest else 0.0)
-    fields = ("name", "location", "count", "fingerprint", "classes", "files", "bad", "selections")
+    fields = ("name", "location", "count", "fingerprint", "classes", "files", "bad", "selections", "listed")
     meta = {"format": FORMAT_VERSION, **{name: getattr(dataset, name) for name in fields}, "made": made}
     dataset.store.put(f"version-{round(1000 * made):014d}-{dataset.fingerprint[:8]}.json", sealed(meta))
     return replace(dataset, draft={})

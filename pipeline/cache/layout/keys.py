@@ -79,33 +79,38 @@ def fingerprint(table: pa.Table) -> str:
 
 
 def teacher_identity(
-    spec: TeacherSpec, codec: str, precision: str, basis: str | None = None, decoder: str = "cpu"
+    spec: TeacherSpec, codec: str, precision: str, basis: str | None = None, decoder: str = "cpu", share: float = 1.0
 ) -> dict[str, Any]:
     """Everything that decides the numbers of a cached teacher, JSON-ready.
 
     Args:
         basis: names a projection other than the first.
         decoder: that of the teacher's JPEGs, `cpu` or `nvjpeg`.
+        share: of the images that it is asked about.
     """
     # Version 0.1 compressed values in token order.
     order = {"order": "by channel"} if codec.endswith("-zstd") else {}
     projection = {"basis": basis} if basis else {}
     pixels = {} if decoder == "cpu" else {"decoder": decoder}
+    asked = {} if share == 1 else {"share": share}
     return {
         "format": FEATURES_VERSION,
         "codec": codec,
         **order,
         **projection,
         **pixels,
+        **asked,
         "precision": precision,
         **spec.identity(),
     }
 
 
-def teacher_id(spec: TeacherSpec, codec: str, precision: str, basis: str | None = None, decoder: str = "cpu") -> str:
+def teacher_id(
+    spec: TeacherSpec, codec: str, precision: str, basis: str | None = None, decoder: str = "cpu", share: float = 1.0
+) -> str:
     """Folder of a teacher: its readable name and a short hash of its identity.
 
     The readable name is that of the architecture, so that an alias finds the shards cached under the full name.
     """
-    identity = json.loads(json.dumps(teacher_identity(spec, codec, precision, basis, decoder)))
+    identity = json.loads(json.dumps(teacher_identity(spec, codec, precision, basis, decoder, share)))
     return f"{folder_name(spec.architecture.rsplit('/', 1)[-1])}-{digest(identity)[:10]}"

@@ -244,8 +244,8 @@ class ShardFolder:
                 return None
 
     def moments(self, records: Iterable[ShardRecord]) -> list[Mapping[str, Moments]]:
-        """Statistics of these shards: merged if they are all, otherwise of each, in order."""
-        records = [*records]
+        """Statistics of these shards: merged if they are all, otherwise of each, in order; those without features have none."""
+        records = [record for record in records if record.moments]
         if whole := self._together(records):
             return [whole]
         with ThreadPoolExecutor(4) as pool:
@@ -279,8 +279,8 @@ class ShardFolder:
 
     def merge_statistics(self, records: Mapping[int, ShardRecord]) -> None:
         """Write the statistics of all shards, which are complete, into one file, and delete those of each."""
-        names = self.store.files()
-        if not (single := [record for record in records.values() if record.moments in names]):
+        names, counted = self.store.files(), [record for record in records.values() if record.moments]
+        if not (single := [record for record in counted if record.moments in names]):
             return
         present = self.part_stats()
         kept = present.shards if present else {}
@@ -292,9 +292,9 @@ class ShardFolder:
                 own[record.file] = found
             # A shard that was computed again has the same name if it has the same features.
             same = present and all(present.says(file, found) for file, found in own.items() if file in kept)
-            if not same or [*kept] != [record.file for record in records.values()]:
+            if not same or [*kept] != [record.file for record in counted]:
                 known = {**kept, **own}
-                shards = {item.file: known.get(item.file) or self.shard_moments(item) for item in records.values()}
+                shards = {item.file: known.get(item.file) or self.shard_moments(item) for item in counted}
                 self.store.put(STATISTICS, dump_part_stats(PartStats.of(shards)))
             [*pool.map(self.store.delete, [record.moments for record in single])]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -21,7 +22,8 @@ from pipeline.cache.layout.part import PART_SCHEMA, Part, image_key, part_id, te
 from pipeline.cache.layout.part_stats import STATISTICS, load_part_stats
 from pipeline.cache.layout.projection import load_projections
 from pipeline.cache.layout.shards import RECORDS, ShardFolder, ShardRecord, keys_of, projection_in, record_name
-from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, views_of
+from pipeline.cache.layout.shares import with_features
+from pipeline.cache.layout.view_rows import IMAGES_SCHEMA, ROWS_SCHEMA, rows_schema, views_of
 from pipeline.errors import one_line
 from pipeline.storage.store import Store
 
@@ -145,7 +147,7 @@ def check_images(opened: Shard, keys: list[bytes] | None) -> pa.Table:
 
 def check_rows_shard(part: Part, opened: Shard, images: pa.Table | None) -> pa.Table:
     """Check and return the crops of a shard: every view of every image, in order."""
-    check_schema(opened, ROWS_SCHEMA)
+    check_schema(opened, rows_schema(part.policy))
     rows = opened.read()
     if images is not None:
         views = range(part.policy.rows_per_image)
@@ -173,7 +175,7 @@ def _check_geometry(opened: Shard, rows: pa.Table) -> None:
 def check_features(teacher: CachedTeacher, opened: Shard, rows: pa.Table | None) -> None:
     """Check the types and keys of a teacher's shard; `check_values` checks the values."""
     if not Codec.parse(teacher.codec).pca:
-        check_schema(opened, features_schema(teacher.codecs()))
+        check_schema(opened, features_schema(teacher, teacher.codecs()))
     metadata = opened.file.schema_arrow.metadata or {}
     due = {b"teacher": teacher.id, b"codec": teacher.codec, b"projection": opened.record.projection}
     for name, value in due.items():
@@ -185,12 +187,19 @@ def check_features(teacher: CachedTeacher, opened: Shard, rows: pa.Table | None)
             raise opened.broken(f"does not have the shape {shape} of {kind} in its metadata")
     if rows is not None:
         _check_keys(opened, keys_of(rows), keys_of(opened.read(["key", "view"])))
+    for kind in teacher.shapes if teacher.share < 1 else ():
+        table = opened.read(["key", kind])
+        wrong = np.flatnonzero(with_features(table[kind]) != teacher.asked(table["key"]))
+        if len(wrong):
+            row = table["key"][int(wrong[0])].as_py().hex()
+            raise opened.broken(f"has {kind} of other images than those of its share, first in the row of {row}")
 
 
-def features_schema(codecs: Mapping[str, FeatureCodec]) -> pa.Schema:
+def features_schema(teacher: CachedTeacher, codecs: Mapping[str, FeatureCodec]) -> pa.Schema:
     """Columns of a teacher's shard."""
     keys = [ROWS_SCHEMA.field("key"), ROWS_SCHEMA.field("view")]
-    columns = [pa.field(kind, pa.binary(codec.row_bytes), nullable=False) for kind, codec in codecs.items()]
+    null = teacher.share < 1
+    columns = [pa.field(kind, pa.binary(codec.row_bytes), nullable=null) for kind, codec in codecs.items()]
     return pa.schema([*keys, *columns])
 
 

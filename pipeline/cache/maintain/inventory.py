@@ -156,6 +156,7 @@ def _teacher(cache: Store, teacher: str, folders: Sequence[tuple[Part, Store]]) 
         described = {}  # --verify reports it
     kept = merge_figures((record.facts.get("fidelity", {}), record.rows) for record in records).get("patches", {})
     what = f"{described.get('name', '?')} {described.get('weights', '?')[:20]}, {described.get('codec', '?')}"
+    what += f", {described['share']:g} of the images" if "share" in described else ""
     stores = (home, *(store for _, store in folders))
     fidelity, licence = kept.get("target_cosine"), described.get("licence", "unknown")
     of, size = sum(part.shards for part, _ in folders), sum(store.bytes_below() for store in stores)

@@ -7,13 +7,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.fill.statistics import dataset_moments
+from pipeline.cache.fill.statistics import dataset_moments, stored_rows
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.part_stats import STATISTICS
 from pipeline.cache.layout.phi_s import PhiS, load_phi_s
-from pipeline.cache.layout.shards import ShardFolder, ShardRecord, fixed_width, record_name
+from pipeline.cache.layout.shards import ShardFolder, ShardRecord, record_name
+from pipeline.cache.layout.shares import with_features
 from pipeline.cache.layout.stats import Moments, load_moments, merge_all
 from pipeline.cache.layout.target import target_cosines
 from pipeline.cache.maintain.checks import BrokenError, Shard, check_schema, features_schema, load_file
@@ -32,15 +33,15 @@ def check_values(
     folder: ShardFolder, teacher: CachedTeacher, opened: Shard, codecs: Mapping[str, FeatureCodec]
 ) -> None:
     """Check that every stored value is finite, and that all together have the statistics taken before encoding."""
-    check_schema(opened, features_schema(codecs))
+    check_schema(opened, features_schema(teacher, codecs))
     moments = check_moments(folder, opened.record, teacher)
     sums = {kind: _Sums(codec.shape[-1]) for kind, codec in codecs.items()}
     for table in map(opened.read_group, range(opened.file.num_row_groups)):
         for kind, codec in codecs.items():
-            values = decode(table[kind], codec)
+            values, rows = decode(table[kind], codec), np.flatnonzero(with_features(table[kind]))
             finite = torch.isfinite(values).flatten(1).all(dim=1)
             if not finite.all():
-                row = int((~finite).nonzero()[0])
+                row = int(rows[int((~finite).nonzero()[0])])
                 raise opened.broken(f"holds {kind} that are not finite, first of {table['key'][row].as_py().hex()}")
             sums[kind].add(values)
     for kind, total in sums.items():
@@ -50,8 +51,8 @@ def check_values(
 
 
 def decode(column: pa.ChunkedArray, codec: FeatureCodec) -> Tensor:
-    """A column of stored rows as features [N, *shape] float32."""
-    return codec.decode(torch.from_numpy(fixed_width(column).copy()))
+    """The rows of a column that hold features, as these: [N, *shape] float32."""
+    return codec.decode(stored_rows(column))
 
 
 class _Sums:
@@ -83,7 +84,7 @@ class _Sums:
 
 def check_moments(folder: ShardFolder, record: ShardRecord, teacher: CachedTeacher) -> Mapping[str, Moments]:
     """Check and return the statistics of a teacher's shard; nothing if `check_part_stats` finds them lost."""
-    if not record.rows:
+    if not record.rows or not (record.moments or record.facts.get("fidelity") or teacher.share == 1):
         return {}
     if not record.moments:
         raise BrokenError(record_name(record.shard), "names no statistics")
@@ -172,6 +173,8 @@ def compare(
     """
     stored, cosines = opened.read_group(group), {}
     for kind, codec in codecs.items():
+        if not outputs:  # the teacher is asked about none of these images
+            continue
         features: Tensor = torch.cat([getattr(output, kind) for output in outputs]).cpu()
         try:
             kept = codec.decode(torch.from_numpy(codec.encode(features)))
@@ -181,10 +184,11 @@ def compare(
         loss = relative_errors(features, found)
         bound = relative_errors(features, kept) + TOLERANCE[teacher.precision]
         if wrong := (loss > bound).nonzero().flatten().tolist():
-            row = wrong[0]
+            first, allowed = float(loss[wrong[0]]), float(bound[wrong[0]])
+            row = int(np.flatnonzero(with_features(stored[kind]))[wrong[0]])
             raise opened.broken(
                 f"holds other {kind} than the teacher computes: {len(wrong)} of {len(loss)} recomputed rows differ, first "
-                f"{stored['key'][row].as_py().hex()} view {stored['view'][row]} by {loss[row]:.3f}, allowed {bound[row]:.3f}"
+                f"{stored['key'][row].as_py().hex()} view {stored['view'][row]} by {first:.3f}, allowed {allowed:.3f}"
             )
         if kind in frozen:
             mean, std = (torch.from_numpy(part.copy()) for part in (frozen[kind].mean, frozen[kind].std))

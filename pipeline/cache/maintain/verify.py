@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.cache.fill.extract import USER_ERRORS, Extract
+from pipeline.cache.fill.extract import USER_ERRORS, Extract, by_share
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.codec import FeatureCodec
 from pipeline.cache.layout.part import Part
@@ -149,9 +149,14 @@ class _ShardCheck:
 
     def _recompute(self, shard: ViewRows, asked: dict[str, Shard], group: int) -> None:
         """Recompute a row group of images with these teachers; a teacher that differs is dropped from `asked`."""
-        views = shard.slice(group * ROW_GROUP_SIZE, ROW_GROUP_SIZE)
-        outputs = list(self.verify.extract.features(views, list(asked)))
-        for name, opened in list(asked.items()):
+        whole, cached = shard.slice(group * ROW_GROUP_SIZE, ROW_GROUP_SIZE), self.verify.extract.cached
+        for some in by_share(cached[name] for name in asked).values():
+            views = whole.of_images(some[0].asked(whole.images["key"]))
+            self._compare(views, {teacher.id: asked[teacher.id] for teacher in some}, asked, group)
+
+    def _compare(self, views: ViewRows, some: Mapping[str, Shard], asked: dict[str, Shard], group: int) -> None:
+        outputs = list(self.verify.extract.features(views, list(some)))
+        for name, opened in some.items():
             teacher = self.verify.extract.cached[name]
             codecs = self._codecs(teacher)
             assert codecs is not None

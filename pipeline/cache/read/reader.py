@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +19,12 @@ from torch import Tensor
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, fixed_width, in_one_piece
-from pipeline.cache.layout.view_rows import BOX, ROWS_SCHEMA, check_rows
+from pipeline.cache.layout.shares import PRESENT, with_features
+from pipeline.cache.layout.view_rows import ROWS_SCHEMA, check_rows, geometry_columns, view_of
 from pipeline.cache.read.order import EpochOrder, ShuffleQuality, check_per_step
 from pipeline.cache.read.shard_reader import FeatureReader, SampleReader, ShardReader, image_reader
 from pipeline.errors import UserError
-from pipeline.imaging.decoder_pool import CropTask, DecoderPool
+from pipeline.imaging.decoder_pool import CropTask, DecoderPool, Partner
 from pipeline.imaging.geometry import View
 from pipeline.imaging.gpu_decode import NvjpegPool
 from pipeline.imaging.shared_arrays import ArrayHandle
@@ -35,7 +37,6 @@ IO_THREADS = 2
 """Threads that read row groups."""
 BATCHES_AHEAD = 2
 """Batches whose images are decoded ahead of use."""
-GEOMETRY = (*BOX, "flip")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Batch:
         keys: B sample ids; rows of one row group are adjacent, in the order of the shuffle.
         images: [B, 3, H, W] uint8 RGB.
         labels: [B] int64, `NO_LABEL` for a sample without one.
-        features: [B, row_bytes] uint8 as stored, by teacher id and token type (``summary``, ``patches``).
+        features: [B, row_bytes] uint8 as stored, by teacher id and token type (``summary``, ``patches``). Of a teacher that is
+            asked about a share of the images, rows of others are 0, and ``present`` [B] uint8 is 1 for those that are not.
         position: (epoch, number) in training order.
     """
 
@@ -63,7 +65,8 @@ class PartialBatch:
 
     Attributes:
         images: B encoded images.
-        geometry: [B, 5] float32, box and flip of every view.
+        geometry: [B, G] float32, the values of every view by `geometry_columns`.
+        partners: encoded image, view and share of what a view is mixed with.
         assigned: rows that are assigned to a row group.
     """
 
@@ -73,6 +76,7 @@ class PartialBatch:
     labels: np.ndarray
     geometry: np.ndarray
     features: dict[str, dict[str, np.ndarray]]
+    partners: list[tuple[pa.Scalar, View, float] | None]
     assigned: int = 0
 
     def assign(self, count: int) -> slice:
@@ -125,6 +129,7 @@ class CacheReader:
         self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
         self.samples, self.images = SampleReader(dataset), image_reader(dataset)
         self.rows = ShardReader(lambda part: part.rows, dataset, "views") if dataset.policy.crops else None
+        self.geometry = geometry_columns(dataset.policy)
         self.teachers = {teacher.id: FeatureReader(dataset, teacher) for teacher in teachers}
         groups = dataset.row_groups()
         self.order = EpochOrder(groups, batch_size, seed, window, rank, world, per_step, views)
@@ -178,10 +183,16 @@ class CacheReader:
         count = self.batch_size
         features = {
             name: {kind: self.arrays.empty(count, width) for kind, width in reader.widths.items()}
+            | ({PRESENT: self.arrays.empty(count)} if self._is_partial(reader) else {})
             for name, reader in self.teachers.items()
         }
-        labels, geometry = np.empty(count, np.int64), np.empty((count, len(GEOMETRY)), np.float32)
-        return PartialBatch((epoch, step), [""] * count, [None] * count, labels, geometry, features)
+        labels, geometry = np.empty(count, np.int64), np.empty((count, len(self.geometry)), np.float32)
+        nothing: list[Any] = [None] * count
+        return PartialBatch((epoch, step), [""] * count, nothing, labels, geometry, features, [*nothing])
+
+    def _is_partial(self, reader: FeatureReader) -> bool:
+        """Whether rows may lack features of a teacher: beyond its share, or mixed with images that are no samples."""
+        return reader.share < 1 or bool(self.dataset.policy.mixup)
 
     def _read_group(self, work: tuple[int, RowGroup, list[RowSlice]]) -> int:
         """Read a row group and copy its rows into their batches; returns its number."""
@@ -193,7 +204,8 @@ class CacheReader:
             rows = self.rows.read(group)
             check_rows(self.dataset.parts[group.part], group.shard, rows, images)
         encoded, views = in_one_piece(images["image"]), self.dataset.policy.rows_per_image
-        geometry = np.stack([rows[name].to_numpy() for name in GEOMETRY], axis=1)
+        geometry = np.stack([rows[name].to_numpy() for name in self.geometry], axis=1)
+        partners, usable = self._mixed(images, rows, encoded, geometry, samples.rows)
         stored: list[RowSlice] = []
         for batch, target, chosen in slices:
             owners = chosen // views
@@ -202,14 +214,42 @@ class CacheReader:
             batch.images[target] = [encoded[row] for row in samples.rows[owners]]
             batch.labels[target] = samples.labels[owners]
             batch.geometry[target] = geometry[stored[-1][2]]
+            if partners:
+                batch.partners[target] = [partners[row] for row in stored[-1][2].tolist()]
         for name, reader in self.teachers.items():
             table = reader.read_aligned(group, rows)
+            present = with_features(table["patches"]) & usable if self._is_partial(reader) else None
+            if present is not None:
+                for batch, target, chosen in stored:
+                    batch.features[name][PRESENT][target] = present[chosen]
             for kind in reader.widths:
                 source = fixed_width(table[kind])
+                if present is not None:  # zeros can be decoded: what a null holds need not be a number
+                    source = np.where(present[:, None], source, 0)
                 for batch, target, chosen in stored:
                     # With mode="raise" numpy copies through a buffer of its own.
                     np.take(source, chosen, axis=0, out=batch.features[name][kind][target], mode="clip")
         return number
+
+    def _mixed(
+        self, images: pa.Table, rows: pa.Table, encoded: pa.Array, geometry: np.ndarray, chosen: np.ndarray
+    ) -> tuple[list[tuple[pa.Scalar, View, float] | None], np.ndarray]:
+        """What the rows of a row group are mixed with, and which of them ([R] bool) can be used.
+
+        An image that is no sample of the data set, `chosen` being those that are, must not be seen: what is mixed with it is
+        given as it is, without the features of the blend.
+        """
+        usable = np.ones(len(geometry), bool)
+        if not self.dataset.policy.mixup:
+            return [], usable
+        places, views = {key: n for n, key in enumerate(images["key"].to_pylist())}, self.dataset.policy.rows_per_image
+        own, found = set(chosen.tolist()), list[tuple[pa.Scalar, View, float] | None]()
+        for row, (key, share) in enumerate(zip(rows["partner"].to_pylist(), rows["mix"].to_pylist(), strict=True)):
+            usable[row] = key is None or places[key] in own
+            place = places[key] if key is not None and usable[row] else None
+            view = None if place is None else view_of(*geometry[place * views + row % views].tolist())
+            found.append(None if place is None or view is None else (encoded[place], view, share))
+        return found, usable
 
     def _finish(self, partial: PartialBatch) -> Batch:
         features = {
@@ -222,7 +262,7 @@ class CacheReader:
     def _decode_images(self, partial: PartialBatch) -> Tensor:
         """[B, 3, H, W] uint8; adjacent views of one image are decoded once."""
         pixels = self.arrays.empty(self.batch_size, 3, self.image_size, self.image_size)
-        crops = list(map(_crop_task, partial.geometry.tolist(), self.arrays.row_targets(pixels)))
+        crops = list(map(_crop_task, partial.geometry.tolist(), self.arrays.row_targets(pixels), partial.partners))
         starts = [i for i, key in enumerate(partial.keys) if i == 0 or key != partial.keys[i - 1]]
         self.decoders.decode(
             [(partial.images[first].as_py(), crops[first:last]) for first, last in pairwise([*starts, self.batch_size])]
@@ -274,6 +314,8 @@ class _Work:
                 yield self.partial[step], self.partial[step].assign(len(some)), some
 
 
-def _crop_task(geometry: Sequence[float], target: np.ndarray | ArrayHandle) -> CropTask:
-    left, top, right, bottom, flip = geometry
-    return CropTask(View((left, top, right, bottom), bool(flip)), STUDENT_INTERPOLATION, target)
+def _crop_task(
+    geometry: Sequence[float], target: np.ndarray | ArrayHandle, mixed: tuple[pa.Scalar, View, float] | None
+) -> CropTask:
+    partner = mixed and Partner(mixed[0].as_py(), *mixed[1:])
+    return CropTask(view_of(*geometry), STUDENT_INTERPOLATION, target, partner)

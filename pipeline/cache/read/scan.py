@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import compress
 
 import pyarrow as pa
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from pipeline.cache.layout.cached_teacher import CachedTeacher
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.cache.layout.shards import ROW_GROUP_SIZE, RowGroup, evenly_spaced, fixed_width
+from pipeline.cache.layout.shares import with_features
 from pipeline.cache.layout.view_rows import views_of
 from pipeline.cache.read.reader import STUDENT_INTERPOLATION, Batch
 from pipeline.cache.read.shard_reader import FeatureReader, SampleReader, Samples, image_reader
@@ -57,7 +59,7 @@ def scan_images(
 def read_summaries(
     dataset: Dataset, teacher: CachedTeacher, limit: int | None = None, shards: Collection[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One cached vector per sample: the summary, or the mean of the patches if the teacher has no summary.
+    """One cached vector per sample that has one: the summary, or the mean of the patches if the teacher has no summary.
 
     Returns vectors [N, D] float32 of each image's first view, and labels [N] int64, in the order of :func:`scan_images`
     with the same `limit`. `shards` are numbers in the list of the shards of all parts, by default all.
@@ -76,9 +78,10 @@ def read_summaries(
         if (found := table["key"].to_pylist()[::views]) != expected:
             raise reader.key_error(group, [key.hex() for key in expected], [key.hex() for key in found])
         chosen = samples.read(group)
-        values = reader.codecs[kind].decode(torch.from_numpy(fixed_width(table[kind])[::views][chosen.rows]))
+        present = with_features(table[kind])[::views][chosen.rows]
+        values = reader.codecs[kind].decode(torch.from_numpy(fixed_width(table[kind])[::views][chosen.rows[present]]))
         vectors.append(values if kind == "summary" else values.mean(dim=(1, 2)))
-        labels.append(torch.from_numpy(chosen.labels.copy()))
+        labels.append(torch.from_numpy(chosen.labels[present]))
     return torch.cat(vectors), torch.cat(labels)
 
 
@@ -104,12 +107,14 @@ class PatchReader:
         return len(self._groups)
 
     def read(self, number: int) -> tuple[list[str], Tensor]:
-        """The sample ids of a row group and their patches [n, h, w, D] float32."""
+        """The sample ids of a row group, those that have features, and their patches [n, h, w, D] float32."""
         group, views = self._groups[number], self._views
         chosen, table = self._samples.read(group), self._reader.read(group, ["patches"])
         rows = (chosen.rows[:, None] * views + range(views)).reshape(-1)
-        patches = self._reader.codecs["patches"].decode(torch.from_numpy(fixed_width(table["patches"])[rows]))
-        return [name for name in chosen.names for _ in range(views)], patches
+        present = with_features(table["patches"])[rows]
+        patches = self._reader.codecs["patches"].decode(torch.from_numpy(fixed_width(table["patches"])[rows[present]]))
+        names = (name for name in chosen.names for _ in range(views))
+        return [*compress(names, present)], patches
 
 
 def _groups(dataset: Dataset, limit: int | None = None) -> list[RowGroup]:

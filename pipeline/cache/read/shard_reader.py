@@ -89,7 +89,7 @@ class FeatureReader(ShardReader):
 
     def __init__(self, dataset: Dataset, teacher: CachedTeacher) -> None:
         super().__init__(lambda part: part.teacher(teacher.id), dataset, teacher.id)
-        self.codecs = load_codecs(dataset.cache, teacher)
+        self.codecs, self.share = load_codecs(dataset.cache, teacher), teacher.share
         self.widths = {kind: codec.row_bytes for kind, codec in self.codecs.items()}
 
     def read_aligned(self, group: RowGroup, rows: pa.Table) -> pa.Table:

@@ -110,7 +110,7 @@ def test_a_teacher_of_padded_images_is_cached_beside_one_of_squashed_ones(tmp_pa
     assert "longest side resized, padded to a square, bilinear" in cache_plan(plan, config)
     plan, _ = build_cache(plan, config)
     (part,) = plan.split("train").dataset.parts
-    images, rows, _ = read_view_rows(part, 0)
+    images, rows, *_ = read_view_rows(part, 0)
     views, decoded = views_of(rows), [decode_pixels(data) for data in images["image"].to_pylist()]
     assert len({image.shape for image in decoded}) > 1
     for teacher, crop in zip(plan.teachers, (crop_and_pad, crop_and_resize), strict=True):

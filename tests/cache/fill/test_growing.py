@@ -1,6 +1,7 @@
 """A data set that grows, shrinks, moves or is named anew: a teacher runs on the images whose bytes the cache does not have."""
 
 import io
+import os
 import shutil
 import tarfile
 from collections import Counter
@@ -15,11 +16,14 @@ from pipeline.cache.fill import build, draft, places, waves
 from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import load_codecs, teacher_stats
+from pipeline.cache.layout.dataset import dataset_store, version_files
+from pipeline.cache.layout.keys import sealed, unsealed
 from pipeline.cache.layout.phi_s import load_phi_s
 from pipeline.cache.read.reader import CacheReader
 from pipeline.cache.read.scan import PatchReader, read_summaries, scan_images
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
+from pipeline.sources.image_folder import ImageFolder
 from pipeline.storage.store import Store
 from tests.fakes import colours_entry, fill_in_process, images_seen, write_photos
 from tests.faults import FORK
@@ -134,6 +138,97 @@ def test_an_unchanged_folder_keeps_its_version_as_it_is(job):
     (split,) = job.plan().splits
     assert (split.new.num_rows, split.listing.known, split.dataset.draft) == (0, {}, {})
     assert split.dataset == job.fill().splits[0].dataset
+
+
+def test_what_has_not_changed_is_known_by_its_digest_alone(job, monkeypatch):
+    dataset = job.fill().splits[0].dataset
+    (job.photos / "class0/notes.txt").write_text("x")
+    monkeypatch.setattr(ImageFolder, "_index", lambda *_: pytest.fail("makes an index"))
+    (split,) = job.plan().splits
+    assert (split.new.num_rows, split.dataset, split.dataset.listed) == (0, dataset, dataset.listed)
+    assert split.left_out == ("1 files that are no images by their ending: .txt 1",)
+    assert split.dataset.listed[1] == PHOTOS
+
+
+def test_a_held_out_share_that_has_not_changed_is_known_by_its_digest_too(job, monkeypatch):
+    plan = job.fill("data.val=0.2")
+    monkeypatch.setattr(ImageFolder, "_index", lambda *_: pytest.fail("makes an index"))
+    again = job.plan("data.val=0.2")
+    assert [split.dataset for split in again.splits] == [split.dataset for split in plan.splits]
+    assert sum(split.dataset.listed[1] for split in again.splits) == PHOTOS
+
+
+def _touch(job):
+    info = job.photo(3).stat()
+    os.utime(job.photo(3), ns=(info.st_atime_ns, info.st_mtime_ns + 1))
+
+
+def _change_size(job):
+    info = job.photo(3).stat()
+    job.photo(3).write_bytes(job.photo(3).read_bytes() + b"x")
+    os.utime(job.photo(3), ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def _move_deeper(job):
+    (job.photos / "class0/deeper").mkdir()
+    job.photo(3).rename(job.photos / "class0/deeper/photo003.jpg")
+
+
+def _break_a_link(job):
+    (job.photos / "class0/broken.jpg").symlink_to(job.root / "nowhere.jpg")
+
+
+CHANGES = {
+    "touched": _touch,
+    "of another size, with its old time": _change_size,
+    "renamed": lambda job: job.photo(3).rename(job.photos / "class0/other.jpg"),
+    "in another class": lambda job: job.photo(3).rename(job.photos / "class1/photo003.jpg"),
+    "deeper": _move_deeper,
+    "removed": lambda job: job.photo(3).unlink(),
+    "one more": lambda job: shutil.copy2(job.photo(3), job.photos / "class0/copy.jpg"),
+    "a broken link more": _break_a_link,
+    "another class": lambda job: (job.photos / "class9").mkdir(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_of_a_folder_is_compared_file_by_file(job, change):
+    """As without the digest, which older versions do not have."""
+    known = job.plan().splits[0].dataset
+    CHANGES[change](job)
+    (found,) = job.plan().splits
+    assert found.dataset.listed[0] != known.listed[0]
+    forget_listing(job)
+    (expected,) = job.plan().splits
+    assert found.new.equals(expected.new)
+    assert (found.dataset, found.listing.known) == (expected.dataset, expected.listing.known)
+
+
+def forget_listing(job):
+    """Make the latest version one that does not say what its source listed."""
+    store = dataset_store(job.store, job.plan().splits[0].dataset.name)
+    file = version_files(store)[0]
+    meta = unsealed(store.get(file))
+    del meta["listed"]
+    store.put(file, sealed(meta))
+
+
+def test_a_version_that_does_not_say_what_its_source_listed_is_compared_file_by_file(job):
+    dataset = job.fill().splits[0].dataset
+    forget_listing(job)
+    plan = job.fill()
+    assert (job.seen, plan.splits[0].dataset) == (0, dataset)
+    (job.photos / "class0/photo003.jpg").unlink()
+    assert job.fill().splits[0].dataset.listed[1] == PHOTOS - 1
+
+
+def test_a_version_that_lacks_rows_of_its_listing_is_compared_file_by_file(job):
+    store = dataset_store(job.store, job.plan().splits[0].dataset.name)
+    (file,) = version_files(store)
+    meta = unsealed(store.get(file))
+    store.put(file, sealed({**meta, "listed": [meta["listed"][0], PHOTOS + 1]}))
+    (split,) = job.plan().splits
+    assert (split.new.num_rows, split.dataset.listed[1]) == (0, PHOTOS)
 
 
 def test_samples_are_compared_in_pieces_too(job, monkeypatch):
@@ -299,12 +394,25 @@ def test_another_view_or_codec_is_computed_beside_what_there_is(job):
     assert job.seen == 0
 
 
-def test_crops_of_a_data_set_that_grew_and_shrank_are_those_of_its_images(job):
-    job.fill("views.crops=2")
+def test_views_whose_colours_are_changed_grow_by_the_new_images_alone(job):
+    settings = ("views.crops=2", "views.photometric={jitter: 0.8, grey: 0.2, blur: 0.5}")
+    job.fill(*settings)
+    assert job.seen == 2 * PHOTOS
+    write_photos(job.photos / "more", 3, seed=9)
+    plan = job.fill(*settings)
+    assert job.seen == 2 * 3
+    assert plan.split("train").dataset.count == PHOTOS + 3
+    job.fill("views.crops=2")  # the clean crops are another view
+    assert job.seen == 2 * (PHOTOS + 3)
+
+
+@pytest.mark.parametrize("changes", [(), ("views.photometric={jitter: 0.8, grey: 0.2, blur: 0.5}",)])
+def test_crops_of_a_data_set_that_grew_and_shrank_are_those_of_its_images(job, changes):
+    job.fill("views.crops=2", *changes)
     shutil.copy(job.photo(0), job.photos / "class1/twin.jpg")
     for number in range(1, 30, 3):
         job.photo(number).unlink()
-    plan = job.fill("views.crops=2")
+    plan = job.fill("views.crops=2", *changes)
     assert job.seen == 0
     dataset, expected = plan.split("train").dataset, samples_of(job.photos)
     for settings in ({}, {"batch_size": 2, "per_step": 2}):

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_a_bad_image_is_read_once_until_its_file_changes(tmp_path, photo_config,
     dataset = fill_in_process(again)[0].split("train").dataset
     assert {*dataset.bad_samples()["sample_id"].to_pylist()} == names - {repaired}
     assert dataset.count == 148
+
+
+def test_a_file_that_cannot_be_read_is_tried_again_in_a_folder_that_has_not_changed(tmp_path, damaged, photo_config):
+    plan, names = damaged
+    photos = Path(plan.split("train").dataset.location)
+    link = photos / "class0/link.jpg"
+    link.symlink_to(tmp_path / "later.jpg")
+    fill_in_process(plan_cache(photo_config(), plan.store))
+    again = plan_cache(photo_config(), plan.store).split("train")
+    assert again.new["sample_id"].to_pylist() == ["class0/link.jpg"]
+    assert {*again.listing.bad["sample_id"].to_pylist()} == names
+    shutil.copy(photos / sorted(names)[0], link)  # the digest differs again
+    assert plan_cache(photo_config(), plan.store).split("train").new["version"].to_pylist() != [0]
 
 
 def test_bad_images_are_quarantined_by_name_and_the_rest_goes_on(damaged):

@@ -10,20 +10,26 @@ import torch
 
 from pipeline.cache.fill.plan import plan_cache
 from pipeline.cache.layout.cached_teacher import teacher_stats
+from pipeline.cache.layout.view_rows import ROWS_SCHEMA, views_of
 from pipeline.cache.read.reader import CacheReader
 from pipeline.cache.read.scan import read_summaries, scan_images
 from pipeline.errors import UserError
+from pipeline.imaging.decode import image_size
 from pipeline.imaging.geometry import WHOLE, ViewPolicy
+from pipeline.imaging.photometric import UNCHANGED, PhotometricPolicy
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process
 
 POLICY = ViewPolicy(crops=2, min_area=0.3, seed=3)
 
 
-@pytest.fixture
-def cropped(tmp_path, photo_config):
+PHOTOMETRIC = "views.photometric={jitter: 0.8, grey: 0.2, blur: 0.5}"
+
+
+@pytest.fixture(params=[(), (PHOTOMETRIC,)], ids=["geometry", "photometric"])
+def cropped(tmp_path, photo_config, request):
     """A complete cache of two crops of each image, stored as float32, with one teacher at the student's size."""
-    crops = ["views.crops=2", "views.min_area=0.3", "seed=3", "cache.codec=float32"]
+    crops = ["views.crops=2", "views.min_area=0.3", "seed=3", "cache.codec=float32", *request.param]
     config = photo_config(*crops, "teachers=[{model: 'tests.fakes:colours', args: {dim: 8}}]")
     plan, computed = fill_in_process(plan_cache(config, Store.at(tmp_path / "cache")))
     assert computed == 3
@@ -104,6 +110,57 @@ def test_features_stay_with_their_view_when_views_lie_together(cropped, monkeypa
         torch.testing.assert_close(stored, source.encode(batch.images).patches, rtol=1e-5, atol=1e-5)
 
 
+def test_photometric_values_are_stored_row_by_row_and_change_what_teacher_and_student_see(cropped):
+    (part,) = cropped.train.parts
+    rows = pa.concat_tables(part.rows.read(record) for record in part.rows.records().values())
+    if cropped.train.policy.photometric is None:
+        assert rows.schema.names == ROWS_SCHEMA.names
+        return
+    stored, plain = views_of(rows), POLICY
+    keys = [key.hex() for key in rows["key"].to_pylist()]
+    data = {key.hex(): image for record in part.images.records().values() for key, image in _images(part, record)}
+    drawn = {key: cropped.train.policy.views(key, *image_size(image)) for key, image in data.items()}
+    assert stored == [drawn[key][view] for key, view in zip(keys, rows["view"].to_pylist(), strict=True)]
+    assert [(view.box, view.flip) for view in drawn[keys[0]]] == [
+        (view.box, view.flip) for view in plain.views(keys[0], *image_size(data[keys[0]]))
+    ]
+    changed = sum(view.photometric != UNCHANGED for view in stored)
+    assert 0.8 * len(stored) < changed < len(stored)
+
+
+def _images(part, record):
+    table = part.images.read(record, ["key", "image"])
+    return zip(table["key"].to_pylist(), table["image"].to_pylist(), strict=True)
+
+
+def test_a_resumed_epoch_gives_the_same_pixels(cropped):
+    whole = list(_reader(cropped, batch_size=50).batches(1))
+    resumed = list(_reader(cropped, batch_size=50).batches(1, start=4))
+    assert len(resumed) == len(whole) - 4
+    for before, after in zip(whole[4:], resumed, strict=True):
+        assert before.keys == after.keys
+        assert torch.equal(before.images, after.images)
+
+
+def test_another_photometric_policy_is_another_view(cropped, photo_config, tmp_path):
+    settings = ["views.crops=2", "views.min_area=0.3", "seed=3", "views.photometric.grey=1.0"]
+    plan = plan_cache(photo_config(*settings), Store.at(tmp_path / "cache"))
+    train = plan.split("train")
+    assert train.dataset.policy.id not in (cropped.train.policy.id, POLICY.id)
+    assert not train.new.num_rows
+    assert train.missing_views(plan.teachers[0]) == 300
+
+
+def test_photometric_changes_of_whole_images_are_refused(photo_config, tmp_path):
+    with pytest.raises(UserError, match=r"views\.photometric changes crops, and views\.crops is 0: set views\.crops"):
+        plan_cache(photo_config("views.photometric.blur=0.5"), Store.at(tmp_path / "cache"))
+
+
+def test_a_crop_of_all_of_the_area_is_the_whole_image():
+    policy = ViewPolicy(crops=2, min_area=1.0, flip=0.0, photometric=PhotometricPolicy(jitter=1.0))
+    assert [view.box for view in policy.views("x", 60, 45)] == [(0, 0, 1, 1)] * 2
+
+
 @pytest.mark.parametrize("settings", [{"per_step": 3}, {"per_step": 2, "batch_size": 15}])
 def test_views_in_a_step_that_do_not_divide_are_refused(cropped, settings):
     with pytest.raises(
@@ -133,8 +190,10 @@ def test_images_are_stored_once_and_held_out_images_stay_whole(cropped):
     (part,), (held_out,) = cropped.train.parts, cropped.val.parts
     assert sum(record.rows for record in part.images.records().values()) == 150
     assert cropped.val.policy == WHOLE
-    assert Path(part.store.uri, "views", POLICY.id).exists()
-    assert not Path(held_out.store.uri, "views", POLICY.id).exists()
+    policy = cropped.train.policy
+    assert (policy == POLICY) == (policy.photometric is None)
+    assert Path(part.store.uri, "views", policy.id).exists()
+    assert not Path(held_out.store.uri, "views", policy.id).exists()
 
 
 def test_another_policy_is_another_view_of_the_same_images(cropped, photo_config, tmp_path):

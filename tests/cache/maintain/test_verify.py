@@ -503,7 +503,7 @@ def _features(dataset, teacher, kind):
         ROW_GROUP_SIZE * dataset.policy.rows_per_image,
     )
     for shard, record in folder.records().items():
-        images, rows, _ = read_view_rows(part, shard)
+        images, rows, *_ = read_view_rows(part, shard)
         decoded = [decode_pixels(data) for data in images["image"].to_pylist() for _ in range(len(rows) // len(images))]
         crops = map(crop_and_resize, decoded, views_of(rows), repeat(source.spec.input_size), repeat("bilinear"))
         exact = getattr(source.encode(torch.from_numpy(np.stack(list(crops)))), kind)
@@ -867,6 +867,22 @@ def test_broken_crops_are_drawn_again_and_are_the_same(projected):
     assert folder.read_record(0).sha256 == record.sha256
     changed = {name for name, state in _state(projected).items() if state != before[name]}
     assert all("/rows/shard-00000" in name or name.endswith("/records.json") for name in changed)
+
+
+def test_views_whose_colours_are_changed_verify_and_are_repaired(cache_of):
+    changed = cache_of(*PROJECTED, "views.photometric={jitter: 0.8, grey: 0.2, blur: 0.5}")
+    found = verify_cache(changed.plan, changed.config)
+    assert (found.findings, found.recomputed > 0) == ([], True)
+    rows, teacher = _part(changed).rows, _part(changed).teacher(changed.plan.teachers[0].id)
+    record = rows.read_record(0)
+    _rewrite(rows, 0, lambda table: _with_column(table, "brightness", [0.5] * table.num_rows))
+    _rewrite(teacher, 1, lambda table: _with_column(table, "patches", table["patches"].to_pylist()[::-1]))
+    found = verify_cache(changed.plan, changed.config)
+    assert {(item.what, item.shard) for item in found.findings} >= {(changed.plan.teachers[0].id, 0)}
+    rows.unlist(0)
+    found = verify_cache(changed.plan, changed.config)
+    assert repair_cache(changed.plan, changed.config, found)[1].findings == []
+    assert rows.read_record(0).sha256 == record.sha256
 
 
 def test_a_gpu_of_too_little_memory_is_said_in_a_line(filled, monkeypatch):
