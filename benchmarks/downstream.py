@@ -3,7 +3,8 @@
     python benchmarks/downstream.py recipes/segment.yaml data.train=images/train data.val=images/val \
         --student work/runs/<run>/student --others iformer_t --seeds 0 1 2
 
-Every run is a `jobs/finetune.py` of the recipe with equal schedule and samples; `scratch` is the student's own architecture.
+Every run is a `jobs/finetune.py` of the recipe with equal schedule and samples; `scratch` is the student's own architecture, and
+`slow` the distilled one with a tenth of the learning rate in the backbone.
 Prints mean and standard deviation over the seeds of every metric on the held-out images, and one line of JSON.
 """
 
@@ -53,6 +54,7 @@ def starts(student: Path, others: Sequence[str]) -> dict[str, list[str]]:
     return {
         "scratch": [f"finetune.student={described['model']}", *built],
         "distilled": [exported],
+        "slow": [exported, "finetune.backbone_lr=0.1"],
         "frozen": [exported, "finetune.frozen=true"],
         **{name: [f"finetune.student={name}"] for name in others},
     }
