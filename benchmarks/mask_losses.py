@@ -5,12 +5,13 @@
 A tiny SAM learns masks of generated scenes from boxes and points. Each student learns SAM's embedding in a first phase, which is
 the same for all; the arms differ in the losses of the second. On unseen scenes, student and SAM get the ground-truth box of every
 object, and a random point on it: `box` and `point` are mean IoU with the object, `box_agreement` and `point_agreement` with SAM's
-own mask of the prompt, all in percent. The last line is JSON.
+own mask of the prompt, and `loop_agreement` the same under prompts as in training; all in percent. The last line is JSON.
 """
 
 import json
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ import regla
 from benchmarks.results import mean_and_deviation, measure_once, study_parser
 from benchmarks.scene_sam import ENCODER, SIDE, train_sam
 from pipeline.config.load import load_config
+from pipeline.distill.config import MasksConfig
+from pipeline.distill.masks import MaskTarget, draws_shape
 from pipeline.downstream.detect.task import Objects
 from pipeline.runtime.ray_session import connect
 from pipeline.sources.sample_scenes import SampleScenes
@@ -40,7 +43,7 @@ ARMS: dict[str, dict[str, float]] = {
     "masks": {"mask_weight": 5.0, "patch_weight": 0.0},
 }
 """Weights of the teacher in the second phase."""
-COLUMNS = ("box", "point", "box_agreement", "point_agreement")
+COLUMNS = ("box", "point", "box_agreement", "point_agreement", "loop_agreement")
 
 Figures = dict[str, Any]
 
@@ -99,21 +102,27 @@ def measure(fields: Figures, student: str, prompts: Figures) -> Figures:
     config = load_config(PromptsJobConfig, {**fields, "evaluate": {"student": student}, "prompts": prompts})
     plan = plan_promptable(config)
     random = torch.Generator().manual_seed(0)
+    settings = MasksConfig()
+    compare = MaskTarget(deepcopy(plan.teacher.masks), settings)
     found: dict[str, list[torch.Tensor]] = {}
     for row in plan.rows:
         pixels, objects = plan.examples.read(row)
         truth, image = objects.masks.bool(), pixels.permute(1, 2, 0).numpy()
         places = torch.multinomial(truth.flatten(1).float(), 1, generator=random).squeeze(1)
         points = [(place % truth.shape[2] + 0.5, place // truth.shape[2] + 0.5) for place in places.tolist()]
-        masks = {}
+        masks, embeddings = {}, []
         for name, model in (("", plan.student), ("teacher_", plan.teacher)):
             embedded = model.embed(image)
+            embeddings.append(embedded.embedding)
             masks[f"{name}box"] = _masks(embedded.boxes(objects.boxes.tolist()))
             masks[f"{name}point"] = torch.cat([_masks(embedded.points([point])) for point in points])
         pairs = {name: (part, truth) for name, part in masks.items()}
         pairs |= {f"{name}_agreement": (masks[name], masks[f"teacher_{name}"]) for name in ("box", "point")}
         for name, pair in pairs.items():
             found.setdefault(name, []).append(mask_iou(*pair))
+        with torch.no_grad():
+            _, agreement = compare(*embeddings, torch.rand(1, *draws_shape(settings), generator=random))
+        found.setdefault("loop_agreement", []).append(agreement)
     return {name: 100 * torch.cat(parts).mean().item() for name, parts in found.items()}
 
 
@@ -127,7 +136,7 @@ def report(rows: dict[str, list[Figures]]) -> Figures:
     print("| second phase | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (1 + len(COLUMNS)))
     first = next(iter(rows.values()))
     teacher = [mean_and_deviation([row[f"teacher_{name}"] for row in first]) for name in ("box", "point")]
-    print("| (SAM itself) | " + " | ".join([*teacher, "", ""]) + " |")
+    print("| (SAM itself) | " + " | ".join([*teacher, "", "", ""]) + " |")
     gains: Figures = {"seeds": [row["seed"] for row in first]}
     for arm, found in rows.items():
         print(f"| {arm} | " + " | ".join(mean_and_deviation([row[name] for row in found]) for name in COLUMNS) + " |")
