@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.imaging.geometry import View
 from pipeline.imaging.mixup import blend
-from pipeline.imaging.photometric import change_pixels
+from pipeline.imaging.recolour import change_pixels
 from teachers.base import Interpolation
 
 THIN = 10

@@ -23,7 +23,8 @@ from pipeline.errors import UserError, one_line
 from pipeline.imaging.crop import box_in_pixels, fitted_size
 from pipeline.imaging.decode import jpeg_orientation
 from pipeline.imaging.decoder_pool import CropTask, DecoderPool, DecodeTasks, decode_tasks, encoded_bytes, target_array
-from pipeline.imaging.photometric import Photometric, change_pixels
+from pipeline.imaging.photometric import Photometric
+from pipeline.imaging.recolour import change_pixels
 from teachers.base import Interpolation
 
 Decoder = Literal["cpu", "nvjpeg"]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from pipeline.imaging.crop import crop_and_pad, crop_and_resize
 from pipeline.imaging.geometry import FULL, View, ViewPolicy
-from pipeline.imaging.photometric import BLUR, LUMA, UNCHANGED, Photometric, PhotometricPolicy, change_pixels
+from pipeline.imaging.photometric import BLUR, UNCHANGED, Photometric, PhotometricPolicy
+from pipeline.imaging.recolour import LUMA, change_pixels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 40, 56), dtype=np.uint8)
 ALL = PhotometricPolicy(jitter=0.8, grey=0.2, blur=0.5)
@@ -104,7 +105,7 @@ def test_pixels_do_not_depend_on_the_order_of_sums():
         assert np.array_equal(alone, change_pixels(PIXELS, values))
     finally:
         torch.set_num_threads(threads)
-    from pipeline.imaging.photometric import _colour_map
+    from pipeline.imaging.recolour import _colour_map
 
     matrix, offset = _colour_map(values, PIXELS)
     exact = np.einsum("ij,jhw->ihw", matrix, PIXELS.astype(np.float64)) + offset
