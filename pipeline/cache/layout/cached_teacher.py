@@ -15,8 +15,9 @@ from pipeline.cache.layout.shards import Figures, merge_figures, projection_in
 from pipeline.cache.layout.shares import in_share
 from pipeline.cache.layout.stats import Moments, load_moments
 from pipeline.imaging.gpu_decode import Decoder
+from pipeline.runtime.compiler_import import without_compiler
 from pipeline.storage.store import Store, report_damage
-from teachers.base import Teacher, TeacherSpec
+from teachers.base import Teacher, TeacherError, TeacherSpec
 from teachers.registry import create_teacher
 
 OWN_TEACHERS = {"student": "pipeline.student.teacher:student"}
@@ -82,7 +83,12 @@ def teacher_labels(teachers: Sequence[CachedTeacher]) -> dict[str, str]:
 def make_teacher(config: TeacherConfig) -> Teacher:
     """The teacher that a configuration names, without weights; TeacherError if its settings do not fit it."""
     options = config.model_dump(include={"weights", "input_size", "pool", "args"})
-    return create_teacher(OWN_TEACHERS.get(config.model, config.model), **options)
+    model = OWN_TEACHERS.get(config.model, config.model)
+    try:
+        with without_compiler():
+            return create_teacher(model, **options)
+    except (AttributeError, ImportError, TeacherError):
+        return create_teacher(model, **options)  # which may need the compiler after all; if not, it says the same again
 
 
 def projections_of(cache: Store, teacher: CachedTeacher) -> dict[str, Projection] | None:
