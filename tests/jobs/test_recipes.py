@@ -12,9 +12,11 @@ from jobs import distill, precompute
 from pipeline.cache.fill import plan
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
+from pipeline.distill.task import build_student
 from pipeline.errors import UserError
 from teachers.hub import HubFile
 from tests.fakes import write_photos
+from tests.student.conftest import export_student
 
 RECIPES = [
     path
@@ -30,6 +32,15 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     for split in ("train", "part", "val"):
         write_photos(folder / split, 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory):
+    """The exported student of another recipe."""
+    folder = tmp_path_factory.mktemp("proxy")
+    config = load_config(DistillJobConfig, None, ["student.name=regla_l"])
+    export_student(build_student(config).encoder, config, folder)
     return folder
 
 
@@ -65,7 +76,7 @@ def test_there_are_the_recipes_that_the_readme_promises():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_resolves_to_a_plan(recipe, photos, tmp_path, job, quick_teachers):
+def test_a_recipe_resolves_to_a_plan(recipe, photos, proxy, tmp_path, job, quick_teachers):
     config = load_config(DistillJobConfig, recipe)
     phases = config.phase_configs()
     overrides = [f"{key}={photos}/{part}" for key, part in DATA.items()]
@@ -75,6 +86,7 @@ def test_a_recipe_resolves_to_a_plan(recipe, photos, tmp_path, job, quick_teache
     overrides += [f"{'phases.0.' if config.phases else ''}train.batch_size=8", f"work={tmp_path}"]
     overrides += [f"phases.{n}.train.batch_size=8" for n in range(1, len(config.phases))]
     overrides += ["teachers.1.weights=random"] if recipe.stem == "photos" else []
+    overrides += [f"teachers.0.weights={proxy}"] if recipe.stem.endswith("_proxy") else []
     text, figures = job(distill.main, str(recipe), *overrides, "--dry-run")
     assert figures == {"dry_run": True}
     assert text.count(" views cached") >= len(phases) * len(config.teachers)
