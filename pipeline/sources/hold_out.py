@@ -77,11 +77,12 @@ class HoldOut:
         return replace(self, whole=self.whole.only(files))
 
     def listed(self) -> Listed | None:
-        """As the whole, with the index of this side; None if it does not consist of single files."""
+        """As the whole, with the index of this side, which its digest names; None if it does not consist of single files."""
         if not isinstance(self.whole, ImageFolder):
             return None
         whole = self.whole.listed()
-        return replace(whole, index=lambda: self._side(whole.index()))
+        digest = f"{whole.digest} {self.split} {self.share!r}"  # the location names only six digits of the share
+        return replace(whole, digest=digest, index=lambda: self._side(whole.index()))
 
     def index(self) -> pa.Table:
         """The rows of this side; raises as the whole does, and if there are none."""

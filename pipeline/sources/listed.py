@@ -17,8 +17,8 @@ class Listed:
     """What a source of single files lists.
 
     Attributes:
-        digest: of root, classes, and path, size and stamp of every file; 128 bits in hexadecimal digits. Where it is that of
-            another listing, both have the same index.
+        digest: of root, classes, and path, size and stamp of every file, 128 bits in hexadecimal digits, and what else
+            decides the index. Where it is that of another listing, both have the same index.
         notes: what was passed over, in phrases.
         index: makes the index; raises as :meth:`~pipeline.sources.base.Source.index`.
     """

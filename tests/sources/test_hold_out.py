@@ -14,7 +14,8 @@ from pipeline.downstream.images import open_labelled, refuse_same_images, split_
 from pipeline.downstream.job import with_absolute_paths
 from pipeline.errors import UserError
 from pipeline.sources.config import DataConfig
-from pipeline.sources.open import open_images
+from pipeline.sources.hold_out import HoldOut
+from pipeline.sources.open import open_images, open_source
 from pipeline.storage.store import Store
 from tests.fakes import fill_in_process, write_photos
 from tests.storage.web_server import WebServer
@@ -91,6 +92,15 @@ def test_teachers_run_once_whatever_is_held_out(tmp_path, photo_config):
     whole, _, _ = filled("data.val=none")
     assert len(whole.splits) == 1
     assert {path.name for path in (tmp_path / "cache").rglob("images/*.parquet")} == stored
+
+
+def test_an_equal_listing_means_an_equal_side(photos):
+    whole = open_source(str(photos), split="train")
+    sides = [HoldOut(whole, share, split) for share in (0.3, 0.3 + 1e-9, 0.5) for split in ("train", "val")]
+    assert len({side.listed().digest for side in sides}) == len(sides)
+    assert whole.listed().digest not in {side.listed().digest for side in sides}
+    assert sides[0].listed().digest == HoldOut(open_source(str(photos), split="train"), 0.3, "train").listed().digest
+    assert sides[1].listed().index().equals(sides[1].index())
 
 
 def test_archives_of_a_store_are_divided_too(tmp_path, photos, photo_config):
