@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.results import mean_and_deviation, measure_once, study_parser
 from benchmarks.segmentation_probe import segmentation_probe
-from pipeline.cache.config import ResolutionConfig, TeacherConfig
+from pipeline.cache.config import PhotometricConfig, ResolutionConfig, TeacherConfig
 from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.dataset import Dataset
@@ -52,6 +52,8 @@ from pipeline.training.worker import Worker
 MAPS_SIZE = 2
 """Side of the images of the segmentation probe, over that of training: a map of 64 px has 4x4 positions only."""
 
+COLOURS = PhotometricConfig(jitter=0.8, grey=0.2)
+
 Arm = Callable[[DistillJobConfig], DistillJobConfig]
 SCORES = ("knn", "linear", "miou", "aacc")
 
@@ -72,15 +74,15 @@ def only(*numbers: int) -> Arm:
     return lambda config: config.model_copy(update={"teachers": tuple(config.teachers[number] for number in numbers)})
 
 
-def crops(count: int) -> Arm:
-    """Cached crops instead of whole images, and fewer epochs, so that the number of samples stays the same."""
+def crops(count: int, **views: Any) -> Arm:
+    """Cached crops, with other changes of the views, and fewer epochs, so that the number of samples stays the same."""
 
     def change(config: DistillJobConfig) -> DistillJobConfig:
         epochs, warmup = config.train.epochs, config.train.warmup_epochs
         if epochs % count:
             raise SystemExit(f"train.epochs={epochs} is not divisible by {count} crops per image")
         train = {"epochs": epochs // count, "warmup_epochs": warmup / count}
-        return changed(views={"crops": count}, train=train)(config)
+        return changed(views={"crops": count, **views}, train=train)(config)
 
     return change
 
@@ -140,6 +142,11 @@ ARMS: dict[str, Arm] = {
     "proxy-m": proxy("regla_m"),
     "crops-1": crops(1),
     "crops-2": crops(2),
+    "crops-8": crops(8),
+    "crops-2-colours": crops(2, photometric=COLOURS),
+    "crops-2-mixup": crops(2, mixup=0.5),
+    "crops-2-both": crops(2, photometric=COLOURS, mixup=0.5),
+    "crops-8-both": crops(8, photometric=COLOURS, mixup=0.5),
     **{codec: changed(cache={"codec": codec}) for codec in ("int8", "float16", "float32", "pca-int8-zstd")},
     **{f"patches-{count}": changed(loss={"max_patches": count}) for count in (4, 8, 16)},
     "patches-all": changed(loss={"max_patches": None}),
@@ -186,7 +193,8 @@ def _run(items: Sequence[str], arm: str, seed: int, results: Path, masks: Path |
 
 
 def _plan_of(config: DistillJobConfig) -> CachePlan:
-    """Plan of a complete cache; Ray computes missing features."""
+    """Plan of a complete cache with the same views for all seeds; Ray computes missing features."""
+    config = config.model_copy(update={"seed": 0})
     plan = plan_cache(config, cache_store(config))
     missing = any(split.missing_views(teacher) for split in plan.splits for teacher in plan.teachers)
     with connect() if missing else nullcontext():

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.allocator import ENVIRONMENT
 from pipeline.runtime.openmp import short_waits
+from pipeline.runtime.ray_servers import without_servers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Folder of the packages: a checkout, or site-packages."""
@@ -204,7 +205,7 @@ def _session(address: str) -> Iterator[None]:
         _check_loopback()
     try:
         _probe(address)
-        servers = _without_servers if embedded else nullcontext
+        servers = without_servers if embedded else nullcontext
         with _keep_root_logger(), _environment(variables if embedded else {}), servers():
             ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
@@ -329,25 +330,6 @@ def _keep_root_logger() -> Iterator[None]:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
-
-
-@contextmanager
-def _without_servers() -> Iterator[None]:
-    """Start neither the autoscaler's monitor nor the process that stays of the dashboard when it is off.
-
-    No argument or variable of Ray 2.60 prevents them, so the methods that start them are replaced; where another version has
-    none of this name, they start.
-    """
-    from ray._private.node import Node
-
-    before = {name: vars(Node)[name] for name in ("start_monitor", "start_api_server") if name in vars(Node)}
-    for name in before:
-        setattr(Node, name, lambda *_, **__: None)
-    try:
-        yield
-    finally:
-        for name, method in before.items():
-            setattr(Node, name, method)
 
 
 def _probe(address: str) -> None:

@@ -1,26 +1,32 @@
 """Ray Train with fewer processes: each of its actors takes a second or two of a processor, and 120 MiB or more.
 
-Imports Ray, so it is imported where a training starts, and in Ray Train's controller; and no torch, which the controller of a
-single worker need not load.
+Imports Ray, so it is imported where a training starts.
 """
 
+import asyncio
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ray
+from ray.runtime_context import RuntimeContext
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from pipeline.runtime.replaced import replaced
 
 
 class LightTrainer(DataParallelTrainer):
     """A trainer without datasets, for a session of one job.
 
-    It does without the manager of datasets, the cleaner of placement groups, which end with the session, and, if the number of
-    workers is fixed, without the coordinator that asks an autoscaler for nodes. A single worker has no actor that waits for the
-    reports of all workers.
+    The controller runs in the thread that calls `fit`. There is no manager of datasets, no cleaner of placement groups, which end
+    with the session, and, if the number of workers is fixed, no coordinator that asks an autoscaler for nodes. A single worker
+    has no actor that waits for the reports of all workers.
     """
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -29,8 +35,22 @@ class LightTrainer(DataParallelTrainer):
         policy = arguments["scaling_policy"]
         if type(policy) is FixedScalingPolicy:
             policy = _FixedWorkers(policy.scaling_config)
-        changed = {"callbacks": [_NoDatasets(), *kept], "scaling_policy": policy}
-        return super()._initialize_and_run_controller(**{**arguments, **changed})
+        arguments |= {"callbacks": [_NoDatasets(), *kept], "scaling_policy": policy}
+        with _reports_alone() if self.scaling_config.num_workers == 1 else nullcontext():
+            controller = _Controller(**arguments)
+            asyncio.run(controller.run())
+            return controller.get_result()
+
+
+class _Workers(WorkerGroup):
+    def _init_train_context_on_workers(self, *arguments: Any) -> None:
+        # Only an actor has a handle for workers that ask for all checkpoints so far; ours do not.
+        with replaced((RuntimeContext, "current_actor", None)):
+            super()._init_train_context_on_workers(*arguments)
+
+
+class _Controller(TrainController):
+    worker_group_cls = _Workers
 
 
 class _NoDatasets(WorkerGroupCallback):
@@ -40,22 +60,15 @@ class _NoDatasets(WorkerGroupCallback):
 
 class _FixedWorkers(FixedScalingPolicy):
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Register no resources; called in the controller before it starts workers."""
-        if self.scaling_config.num_workers == 1:
-            _report_alone()
+        """Register no resources."""
 
     def _maybe_send_resource_request(self) -> None:
         """Send none."""
 
 
-def _report_alone() -> None:
-    """Let the worker groups of this process, a controller, have no actor for what their workers agree on."""
-    from ray.train.v2._internal.execution.worker_group import state, worker_group
-
-    names = {worker_group: "SynchronizationActor", state: "_shutdown_sync_actor"}
-    if all(hasattr(module, name) for module, name in names.items()):
-        setattr(worker_group, names[worker_group], _Alone())
-        setattr(state, names[state], lambda _: None)
+def _reports_alone() -> AbstractContextManager[None]:
+    """Let worker groups of this process have no actor for what their workers agree on."""
+    return replaced((worker_group, "SynchronizationActor", _Alone()), (state, "_shutdown_sync_actor", lambda _: None))
 
 
 class _Echo:

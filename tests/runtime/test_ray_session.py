@@ -10,6 +10,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.runtime.openmp import short_waits
+from pipeline.runtime.ray_servers import _start
 from pipeline.runtime.ray_session import (
     _EMBEDDED,
     _workers_environment,
@@ -143,8 +144,15 @@ def test_workers_share_the_cores_with_other_programs():
 def test_an_embedded_session_starts_no_server_that_only_a_cluster_needs():
     commands = " ".join(descendants(os.getpid()).values())
     assert "/raylet/raylet " in commands
-    assert "/dashboard/dashboard.py " not in commands
+    assert "/dashboard/" not in commands  # neither its server nor its agent
     assert "/autoscaler/" not in commands
+
+
+def test_the_agent_starts_where_its_ports_cannot_be_written():
+    started = []
+    command = ["raylet", "--dashboard_agent_command=python agent.py", "--session_dir=/nowhere"]  # of a version without node ids
+    _start(lambda command, kind: started.append((command, kind)), command, "raylet")
+    assert started == [(command, "raylet")]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

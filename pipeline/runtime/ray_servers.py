@@ -1,0 +1,55 @@
+"""An embedded Ray session without the servers that nobody asks: each takes a second of a processor, and 50 to 120 MiB.
+
+No argument or variable of Ray 2.60 prevents them, so what starts them is replaced; where another version has none of these
+names, they start.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from pipeline.runtime.replaced import replaced
+
+_AGENT = "--dashboard_agent_command="
+
+
+@contextmanager
+def without_servers() -> Iterator[None]:
+    """Start neither the autoscaler's monitor, nor the process and the agent that stay of the dashboard when it is off."""
+    from ray._private import services
+    from ray._private.node import Node
+
+    with ExitStack() as stack:
+        for name in ("start_monitor", "start_api_server"):
+            stack.enter_context(replaced((Node, name, lambda *_, **__: None)))
+        if shutil.which("cat"):
+            start = partial(_start, getattr(services, "start_ray_process", None))
+            stack.enter_context(replaced((services, "start_ray_process", start)))
+        yield
+
+
+def _start(start: Callable[..., Any], command: list[str], *arguments: Any, **named: Any) -> Any:
+    """Start a process of Ray; a raylet gets `cat` in place of the dashboard's agent, because it must start one.
+
+    A port of -1 says that there is no such service, as the agent says where the dashboard's packages are missing. `cat` ends
+    when the raylet closes its input, which is how the agent learns that the raylet has died.
+    """
+    flags = dict(one.split("=", 1) for one in command if "=" in one)
+    if _AGENT.rstrip("=") in flags and _without_ports(flags):
+        command = [f"{_AGENT}cat" if one.startswith(_AGENT) else one for one in command]
+    return start(command, *arguments, **named)
+
+
+def _without_ports(flags: dict[str, str]) -> bool:
+    """Whether the files with the agent's ports could be written, for which the raylet waits."""
+    try:
+        from ray import _raylet
+
+        names = (_raylet.METRICS_AGENT_PORT_NAME, _raylet.METRICS_EXPORT_PORT_NAME)
+        for name in (*names, _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME):
+            _raylet.persist_port(flags["--session_dir"], flags["--node_id"], name, -1)
+    except (ImportError, AttributeError, KeyError):
+        return False
+    return True
