@@ -3,10 +3,11 @@
     python benchmarks/proof.py recipes/photos.yaml data.train=train.parquet data.val=test.parquet data.name=cifar \
         teachers.1.weights=mobilenetv2.safetensors train.epochs=6 --seeds 0 1 2
 
-Students of one seed start with equal weights and see equally many samples. Ray fills the caches, which the arms share;
-training runs in this process. Scores are kNN and a linear probe on frozen features of the averaged weights, and with `--masks` a
-linear segmentation probe on other images: mIoU, and the accuracy of all pixels (aacc). Prints means and standard deviations over
-the seeds, and each arm's difference to `--base` with its standard error over pairs of equal seed; then one line of JSON.
+Students of one seed start with equal weights and see equally many samples. Ray fills the caches, which the arms share; training
+runs in this process, on its GPU if it has one. Without Ray (a bare GPU host) it fills the caches too. Scores are kNN and a linear
+probe on frozen features of the averaged weights, and with `--masks` a linear segmentation probe on other images: mIoU, and the
+accuracy of all pixels (aacc). Prints means and standard deviations over the seeds, and each arm's difference to `--base` with
+its standard error over pairs of equal seed; then one line of JSON.
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -32,11 +34,9 @@ from pipeline.cache.fill.plan import CachePlan, plan_cache
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
-from pipeline.distill.job import make_job
+from pipeline.distill.plan import make_job
 from pipeline.distill.task import DistillTask
 from pipeline.downstream.config import FinetuneJobConfig
-from pipeline.downstream.job import plan_finetune, with_absolute_paths
-from pipeline.downstream.training import FinetuneJob, FinetuneTask
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.evaluate.knn import embed, knn_accuracy
 from pipeline.evaluate.linear import LinearHeads, accuracies, shuffled, train_heads
@@ -108,10 +108,9 @@ def proxy(name: str) -> Arm:
 
     def change(config: DistillJobConfig) -> DistillJobConfig:
         larger = changed(student={"name": name})(config)
-        folder = Path(work_folder(config), "proxies", f"{larger.fingerprint()[:12]}-{config.seed}")
+        folder = _kept(larger)
         if not folder.exists():
-            encoder = _distilled(larger, _plan_of(larger))
-            save_encoder(encoder, name, {}, config.student.input_size, folder)
+            _distilled(larger, _plan_of(larger))
         teacher = TeacherConfig(
             model="student", weights=str(folder.resolve()), input_size=2 * config.student.input_size
         )
@@ -197,7 +196,7 @@ def _plan_of(config: DistillJobConfig) -> CachePlan:
     config = config.model_copy(update={"seed": 0})
     plan = plan_cache(config, cache_store(config))
     missing = any(split.missing_views(teacher) for split in plan.splits for teacher in plan.teachers)
-    with connect() if missing else nullcontext():
+    with connect(in_process=find_spec("ray") is None) if missing else nullcontext():
         return build_cache(plan, config)[0]
 
 
@@ -205,25 +204,36 @@ def _train(task: Task, config: DistillJobConfig) -> Any:
     """Train in this process without evaluations; returns the module with its averaged weights, in eval mode."""
     task.evaluate = lambda averaged, raw: {}  # type: ignore[method-assign]
     snapshots: list[Snapshot] = []
-    train(task, config.train, Worker(), None, snapshots.append)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    worker = Worker(device=device, wrap=lambda module, _: module.to(device))
+    train(task, config.train, worker, None, snapshots.append)
     state = snapshots[-1].state
     assert state is not None
     task.module.load_state_dict(state["ema"])
-    return task.module.eval()
+    return task.module.cpu().eval()
 
 
 def _distilled(config: DistillJobConfig, plan: CachePlan) -> Encoder:
-    """The backbone of a student that was distilled from random weights."""
+    """The backbone of a student distilled from random weights, which is also kept, for example for `benchmarks/downstream.py`."""
     if config.student.weights != "random":
         raise SystemExit("student.weights: this benchmark compares students from random weights")
     further = [_plan_of(config.at_resolution(found)) for found in config.resolutions]
     task = DistillTask(make_job(config, plan, further))
     encoder: Encoder = _train(task, config).student.encoder
+    save_encoder(encoder, config.student.name, config.student.args, config.student.input_size, _kept(config))
     return encoder
+
+
+def _kept(config: DistillJobConfig) -> Path:
+    """Folder of a student that was distilled."""
+    return Path(work_folder(config), "students", f"{config.fingerprint()[:12]}-{config.seed}")
 
 
 def _labels_alone(config: DistillJobConfig) -> Encoder:
     """The backbone of a classifier, trained with the augmentation of recipes/classify.yaml."""
+    from pipeline.downstream.job import plan_finetune, with_absolute_paths  # imports MLflow
+    from pipeline.downstream.training import FinetuneJob, FinetuneTask
+
     mild = {"augment": None, "min_area": 0.5, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
     root = FinetuneJobConfig.of_task("classify")
     shared = config.model_dump(include=set(root.model_fields))

@@ -19,6 +19,7 @@ ABSENT = "import sys; sys.modules |= dict.fromkeys(('ray', 'mlflow')); "
         "benchmarks.cache_read, benchmarks.cache_size, benchmarks.extraction, benchmarks.train_step, jobs.benchmark",
         "benchmarks.folder_scale, benchmarks.index_scale, benchmarks.shared_cores, benchmarks.startup",
         "benchmarks.card, benchmarks.floor, benchmarks.jpeg_decode, benchmarks.latency, benchmarks.sam_attention",
+        "benchmarks.proof, benchmarks.segmentation_probe",
     ],
 )
 def test_ray_and_mlflow_are_imported_where_they_are_used(modules):
@@ -31,8 +32,7 @@ def test_ray_and_mlflow_are_imported_where_they_are_used(modules):
 def test_the_controller_of_ray_train_imports_little():
     """What is pickled for it names these modules."""
     modules = (
-        "pipeline.training.entry, pipeline.training.checkpoint, pipeline.training.light_trainer, pipeline.tracking.run_log, "
-        "pipeline.distill.commits"
+        "pipeline.training.entry, pipeline.training.checkpoint, pipeline.tracking.run_log, pipeline.distill.commits"
     )
     heavy = "{'mlflow', 'timm', 'torch', 'torchvision'}"
     code = f"import sys, {modules}, pipeline.downstream.commits; print(*sorted({heavy} & sys.modules.keys()))"

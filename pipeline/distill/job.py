@@ -9,20 +9,16 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cache.fill.plan import CachePlan
-from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.distill.commits import log_commit
-from pipeline.distill.config import DistillJobConfig
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.figures import FigureWriter
 from pipeline.distill.kept_heads import save_heads
 from pipeline.distill.phases import Phase, PhaseState, start_file
-from pipeline.distill.plan import check_images
+from pipeline.distill.plan import check_images, make_job
 from pipeline.distill.provenance import lineage, provenance
 from pipeline.distill.task import (
     DistillJob,
-    Resolution,
     build_distiller,
     build_reader,
     build_student,
@@ -154,32 +150,6 @@ def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
         log.warning("parameters and MACs are not logged: %s", one_line(error))
         return {}
     return {"parameters": counted.parameters, "macs": counted.macs}
-
-
-def make_job(config: DistillJobConfig, plan: CachePlan, further: Sequence[CachePlan | None] = ()) -> DistillJob:
-    """The job on complete caches, with the rotations of PHI-S if the loss standardises by them.
-
-    If held-out images have no labels, it logs a warning and measures no kNN.
-
-    Args:
-        further: as in :class:`~pipeline.distill.phases.Phase`.
-    """
-    train, val = plan.split("train"), plan.split("val")
-    assert train is not None
-    held_out = val.dataset if val else None
-    if config.loss.standardise == "phi_s":
-        for teacher in plan.teachers:
-            freeze_phi_s(train.dataset, teacher)
-    labelled = held_out if held_out and train.dataset.labelled and held_out.labelled else None
-    if held_out and not labelled:
-        log.warning("no kNN: data.train or data.val has no labels")
-    resolutions = []
-    for resolution, own in zip(config.resolutions, further, strict=True):
-        images = own.split("train") if own else train
-        assert images is not None
-        teachers = (own or plan).teachers
-        resolutions.append(Resolution(resolution.input_size, resolution.share, images.dataset, teachers))
-    return DistillJob(config, train.dataset, labelled, plan.teachers, held_out, tuple(resolutions))
 
 
 def evaluate_teachers(job: DistillJob, run: Run, step: int) -> dict[str, float]:

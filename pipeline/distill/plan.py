@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from pipeline.cache.fill.plan import CachePlan
+from pipeline.cache.fill.second_moments import freeze_phi_s
 from pipeline.cache.layout.cached_teacher import CachedTeacher, teacher_labels
 from pipeline.cache.layout.codec import Codec
 from pipeline.cache.read.order import check_per_step
@@ -14,7 +15,7 @@ from pipeline.distill.loss import check_losses
 from pipeline.distill.mixed import divide_batch
 from pipeline.distill.phases import Phase
 from pipeline.distill.sam_decoders import check_mask_teachers, makes_masks
-from pipeline.distill.task import build_student
+from pipeline.distill.task import DistillJob, Resolution, build_student
 from pipeline.errors import UserError
 from pipeline.imaging.gpu_decode import NO_MIXUP
 from pipeline.training.ray_train import count_shares
@@ -146,3 +147,29 @@ def _if_labelled(plan: CachePlan) -> str:
 
 def _lacking(plan: CachePlan) -> str:
     return "the images have no labels" if plan.split("val") else "data.val names no held-out images"
+
+
+def make_job(config: DistillJobConfig, plan: CachePlan, further: Sequence[CachePlan | None] = ()) -> DistillJob:
+    """The job on complete caches, with the rotations of PHI-S if the loss standardises by them.
+
+    If held-out images have no labels, it logs a warning and measures no kNN.
+
+    Args:
+        further: as in :class:`~pipeline.distill.phases.Phase`.
+    """
+    train, val = plan.split("train"), plan.split("val")
+    assert train is not None
+    held_out = val.dataset if val else None
+    if config.loss.standardise == "phi_s":
+        for teacher in plan.teachers:
+            freeze_phi_s(train.dataset, teacher)
+    labelled = held_out if held_out and train.dataset.labelled and held_out.labelled else None
+    if held_out and not labelled:
+        log.warning("no kNN: data.train or data.val has no labels")
+    resolutions = []
+    for resolution, own in zip(config.resolutions, further, strict=True):
+        images = own.split("train") if own else train
+        assert images is not None
+        teachers = (own or plan).teachers
+        resolutions.append(Resolution(resolution.input_size, resolution.share, images.dataset, teachers))
+    return DistillJob(config, train.dataset, labelled, plan.teachers, held_out, tuple(resolutions))

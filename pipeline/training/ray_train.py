@@ -165,7 +165,7 @@ def _trainer(scaling: Any) -> Callable[..., Any]:
             from pipeline.training.light_trainer import LightTrainer
 
             if scaling.num_workers == 1 and not scaling.use_gpu:
-                return LightTrainer  # a process group of one, for which the controller would load torch
+                return LightTrainer  # without a process group of one
             from ray.train.torch import TorchConfig
 
             return partial(LightTrainer, backend_config=TorchConfig())

@@ -150,7 +150,11 @@ def test_an_embedded_session_starts_no_server_that_only_a_cluster_needs():
 
 def test_the_agent_starts_where_its_ports_cannot_be_written():
     started = []
-    command = ["raylet", "--dashboard_agent_command=python agent.py", "--session_dir=/nowhere"]  # of a version without node ids
+    command = [
+        "raylet",
+        "--dashboard_agent_command=python agent.py",
+        "--session_dir=/nowhere",
+    ]  # of a version without node ids
     _start(lambda command, kind: started.append((command, kind)), command, "raylet")
     assert started == [(command, "raylet")]
 

@@ -18,9 +18,8 @@ from pipeline.cache.read import reader as reader_module
 from pipeline.cache.read.reader import CacheReader
 from pipeline.cache.read.reader_process import ReaderProcess
 from pipeline.cache.read.scan import read_summaries
-from pipeline.distill.job import make_job
 from pipeline.distill.phases import Phase
-from pipeline.distill.plan import training_plan
+from pipeline.distill.plan import make_job, training_plan
 from pipeline.distill.task import DistillTask
 from pipeline.errors import UserError
 from pipeline.imaging.crop import crop_and_pad, crop_and_resize
