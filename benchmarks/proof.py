@@ -52,8 +52,6 @@ from pipeline.training.worker import Worker
 MAPS_SIZE = 2
 """Side of the images of the segmentation probe, over that of training: a map of 64 px has 4x4 positions only."""
 
-COLOURS = PhotometricConfig(jitter=0.8, grey=0.2)
-
 Arm = Callable[[DistillJobConfig], DistillJobConfig]
 SCORES = ("knn", "linear", "miou", "aacc")
 
@@ -142,10 +140,9 @@ ARMS: dict[str, Arm] = {
     "crops-1": crops(1),
     "crops-2": crops(2),
     "crops-8": crops(8),
-    "crops-2-colours": crops(2, photometric=COLOURS),
+    "crops-2-colours": crops(2, photometric=PhotometricConfig(jitter=0.8, grey=0.2)),
     "crops-2-mixup": crops(2, mixup=0.5),
-    "crops-2-both": crops(2, photometric=COLOURS, mixup=0.5),
-    "crops-8-both": crops(8, photometric=COLOURS, mixup=0.5),
+    "crops-8-mixup": crops(8, mixup=0.5),
     **{codec: changed(cache={"codec": codec}) for codec in ("int8", "float16", "float32", "pca-int8-zstd")},
     **{f"patches-{count}": changed(loss={"max_patches": count}) for count in (4, 8, 16)},
     "patches-all": changed(loss={"max_patches": None}),
