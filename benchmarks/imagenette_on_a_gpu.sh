@@ -4,7 +4,8 @@
 #     benchmarks/imagenette_on_a_gpu.sh <folder with train and val> <mobilenetv2>.safetensors <efficientnet_lite2>.safetensors [arm]...
 #
 # ReGLA-T at 160 px (SIZE) for some 3,000 steps of 64 images (STEPS), one seed. Arms are trained one after the other, the most wanted
-# first; those for which the time does not suffice are missing in the table and in the JSON of the last line.
+# first; those for which the time does not suffice are missing in the table and in the JSON of the last line. WORK is the folder of
+# the cache and the students.
 # PYTHON is the interpreter, with the packages of pyproject.toml but Ray and MLflow.
 set -uo pipefail
 images=$(realpath "$1") mobilenet=$(realpath "$2") efficientnet=$(realpath "$3") || exit 1
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3} size=${SIZE:-160} steps=${STEPS:-3000} budget=580
 count=$(find "$images/train" -type f | wc -l)
 epochs=$(((steps * 64 / count + 4) / 8 * 8)) # arms with crops divide them by 8
-work=work/imagenette-on-a-gpu
+work=${WORK:-work/imagenette-on-a-gpu}
 proof=(benchmarks/proof.py benchmarks/three_teachers.yaml "data.train=$images/train" "data.val=$images/val" data.name=imagenette
     "teachers.1.weights=$mobilenet" "teachers.2.weights=$efficientnet" "teachers.0.input_size=$size" "teachers.1.input_size=$((2 * size))"
     "teachers.2.input_size=$((2 * size))" "student.input_size=$size" train.batch_size=64 "train.epochs=$((epochs > 8 ? epochs : 8))"

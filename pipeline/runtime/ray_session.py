@@ -38,6 +38,7 @@ _EMBEDDED = {
     "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would set up the loggers of the job's own process anew
     # When memory runs low, the monitor kills Ray's newest process, whichever program uses the memory.
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_prestart_worker_first_driver": "0",  # training uses none of them, and tasks start what they need

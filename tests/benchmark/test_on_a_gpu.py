@@ -1,4 +1,4 @@
-"""The script of what only a GPU can tell, on the CPU with tiny sizes: every step runs, and its lines of JSON are kept."""
+"""The scripts for a GPU, on the CPU with tiny sizes: every step runs, and their lines of JSON are there."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.fakes import write_photos
 
 STEPS = (
     "card",
@@ -41,3 +42,18 @@ def test_every_step_runs_and_a_failing_one_stops_no_other(tmp_path):
     train = {line["step"]: line for line in results if line["step"].startswith("train")}
     assert [train[name]["compile"] for name in STEPS[3:6]] == [False, True, True]
     assert json.loads(ended.stdout.splitlines()[-1]) == summary
+
+
+@pytest.mark.slow
+def test_arms_for_which_the_time_suffices_are_compared(tmp_path, shared_data):
+    for split, count in (("train", 70), ("val", 12)):
+        write_photos(tmp_path / "photos" / split, count, seed=count)
+    weights = [str(path) for path in sorted((shared_data / "weights").glob("*.safetensors"))]
+    environment = {**os.environ, "PYTHON": sys.executable, "SIZE": "32", "STEPS": "4", "WORK": str(tmp_path / "work")}
+    command = ["benchmarks/imagenette_on_a_gpu.sh", str(tmp_path / "photos"), *weights, "all", "angle"]
+    ended = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=600
+    )
+    figures = json.loads(ended.stdout.splitlines()[-1])
+    assert figures.keys() == {"all", "angle"}, ended.stdout
+    assert figures["all"].keys() == {"seeds", "knn", "linear"}

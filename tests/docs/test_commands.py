@@ -61,7 +61,12 @@ RUN: dict[str, list[str]] = {
 
 SHELL = {".", "export", "cd", "source", "eval"}
 """Words of the shell itself; nothing of ours to try."""
-OTHERS = {"benchmarks/imagenette_on_a_gpu.sh": ("imagenette",), "benchmarks/on_a_gpu.sh": ("cuda",), "kubectl": ("apply",), "pip": ("install",)}
+OTHERS = {
+    "benchmarks/imagenette_on_a_gpu.sh": ("imagenette",),
+    "benchmarks/on_a_gpu.sh": ("cuda",),
+    "kubectl": ("apply",),
+    "pip": ("install",),
+}
 """Programs that cannot run here, and what is asked of them; files that they are given must be there."""
 
 
