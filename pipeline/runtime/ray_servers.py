@@ -8,11 +8,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from pipeline.runtime.replaced import replaced
 
-_AGENT = "--dashboard_agent_command="
+_AGENT = "--dashboard_agent_command"
 
 
 @contextmanager
@@ -25,8 +26,8 @@ def without_servers() -> Iterator[None]:
         for name in ("start_monitor", "start_api_server"):
             stack.enter_context(replaced((Node, name, lambda *_, **__: None)))
         if shutil.which("cat"):
-            start = partial(_start, getattr(services, "start_ray_process", None))
-            stack.enter_context(replaced((services, "start_ray_process", start)))
+            start: Any = getattr(services, "start_ray_process", None)
+            stack.enter_context(replaced((services, "start_ray_process", partial(_start, start))))
         yield
 
 
@@ -37,19 +38,18 @@ def _start(start: Callable[..., Any], command: list[str], *arguments: Any, **nam
     when the raylet closes its input, which is how the agent learns that the raylet has died.
     """
     flags = dict(one.split("=", 1) for one in command if "=" in one)
-    if _AGENT.rstrip("=") in flags and _without_ports(flags):
-        command = [f"{_AGENT}cat" if one.startswith(_AGENT) else one for one in command]
+    if _AGENT in flags and _without_ports(flags):
+        command = [f"{_AGENT}=cat" if one.startswith(f"{_AGENT}=") else one for one in command]
     return start(command, *arguments, **named)
 
 
 def _without_ports(flags: dict[str, str]) -> bool:
     """Whether the files with the agent's ports could be written, for which the raylet waits."""
+    names = ("METRICS_AGENT_PORT_NAME", "METRICS_EXPORT_PORT_NAME", "DASHBOARD_AGENT_LISTEN_PORT_NAME")
     try:
-        from ray import _raylet
-
-        names = (_raylet.METRICS_AGENT_PORT_NAME, _raylet.METRICS_EXPORT_PORT_NAME)
-        for name in (*names, _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME):
-            _raylet.persist_port(flags["--session_dir"], flags["--node_id"], name, -1)
+        core: Any = import_module("ray._raylet")
+        for name in names:
+            core.persist_port(flags["--session_dir"], flags["--node_id"], getattr(core, name), -1)
     except (ImportError, AttributeError, KeyError):
         return False
     return True
