@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --device cuda --batch-size 256 --images 8192 --threads 14 --steps 20 --online-images 16
     python benchmarks/train_step.py --ray --no-online
 
-A step is forward, backward, clipping, AdamW and weight average of ReGLA, with features of three teachers in their real shapes
+A step is forward, backward, clipping, AdamW and weight average of ReGLA, with features of teachers in their real shapes
 (DINOv2-S, CLIP-B, SAM-B). Kinds of steps run in interleaved blocks; the first steps of a block warm up. Features are stored
 with the cache's default codec. Their values are noise, which cannot be compressed, so reading costs more than in a real cache.
 Neither side augments images.
@@ -14,7 +14,7 @@ Neither side augments images.
     cached      the same on batches that are read, joined and decoded during the previous step
 
 `cached_over_student` and `cached_over_in_memory` are medians over the rounds of the ratio within a round. `online` is a step in
-memory plus the forward passes of all three teachers, with random weights, on the same device; images are resized beforehand, and
+memory plus the forward passes of all teachers, with random weights, on the same device; images are resized beforehand, and
 the time of `--online-images` is scaled to the batch. `--ray` runs equal epochs in this process and under Ray Train, interleaved.
 Prints a table and one line of JSON.
 
@@ -150,7 +150,7 @@ class Bench:
         self.options, self.device = options, torch.device(options.device)
         self.jpegs = jpegs(options.image_size)
         self.dataset = write_dataset(f"{folder}/cache", options.images, self.jpegs, -(-options.images // 4))
-        self.teachers = [write_features(self.dataset, model, options.codec) for model in TEACHERS]
+        self.teachers = [write_features(self.dataset, model, options.codec) for model in options.teachers]
         self.reader, self.epoch = make_reader(options, self.dataset, self.teachers), 0
         self.batch = to_device(next(self.reader.batches(0)), self.device)
         student, distiller = make_student(options.student), make_distiller(options, self.teachers)
@@ -163,7 +163,7 @@ class Bench:
     def measure(self) -> dict[str, Any]:
         """Ratios between the kinds of steps, measured in interleaved blocks."""
         online = self.options.online
-        rendered = [self._render(model) for model in TEACHERS] if online else []
+        rendered = [self._render(model) for model in options.teachers] if online else []
         ways: dict[str, Callable[[], np.ndarray]] = {
             "student": lambda: self._block("student", repeat(self.batch)),
             "in memory": lambda: self._block("cached", repeat(self.batch)),
@@ -331,6 +331,7 @@ def ray_over_bare(bench: Bench, folder: str) -> dict[str, float]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="regla_m")
+    parser.add_argument("--teachers", nargs="+", default=TEACHERS)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=1024, help="hidden channels of the heads")
