@@ -163,7 +163,7 @@ class Bench:
     def measure(self) -> dict[str, Any]:
         """Ratios between the kinds of steps, measured in interleaved blocks."""
         online = self.options.online
-        rendered = [self._render(model) for model in options.teachers] if online else []
+        rendered = [self._render(model) for model in self.options.teachers] if online else []
         ways: dict[str, Callable[[], np.ndarray]] = {
             "student": lambda: self._block("student", repeat(self.batch)),
             "in memory": lambda: self._block("cached", repeat(self.batch)),
