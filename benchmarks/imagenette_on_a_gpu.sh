@@ -11,7 +11,7 @@ set -uo pipefail
 images=$(realpath "$1") mobilenet=$(realpath "$2") efficientnet=$(realpath "$3") || exit 1
 shift 3
 arms=("$@")
-((${#arms[@]})) || arms=(all crops-8-mixup patch-relation-0.5 crops-8)
+((${#arms[@]})) || arms=(all crops-8 crops-8-mixup patch-relation-0.5)
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3} size=${SIZE:-160} steps=${STEPS:-3000} budget=580
 count=$(find "$images/train" -type f | wc -l)

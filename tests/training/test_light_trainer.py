@@ -13,7 +13,7 @@ from pipeline.training.light_trainer import LightTrainer, _Controller, _reports_
 from pipeline.training.ray_train import _trainer
 
 
-@pytest.mark.parametrize(("workers", "fixed"), [(1, True), ((1, 2), False)])
+@pytest.mark.parametrize(("workers", "fixed"), [(1, True), (2, True), ((1, 2), False)])
 def test_the_controller_gets_nothing_that_starts_an_actor_for_others(monkeypatch, tmp_path, workers, fixed):
     class Controller:
         def __init__(self, **names):
@@ -37,7 +37,7 @@ def test_the_controller_gets_nothing_that_starts_an_actor_for_others(monkeypatch
     assert left - right == {"DatasetsCallback", "PlacementGroupCleanerCallback"}
     (own,) = (one for one in given["callbacks"] if type(one).__name__ == "_NoDatasets")
     assert own.before_init_train_context(["a", "b"]) == {"dataset_shard_provider": [None, None]}
-    assert (given["synchroniser"] is not theirs) is fixed  # here a single worker
+    assert (given["synchroniser"] is not theirs) is (workers == 1)
     assert worker_group.SynchronizationActor is theirs  # for a later training of this process
     assert (given["scaling_policy"] is not policy) is fixed
     if fixed:
