@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
@@ -101,6 +102,11 @@ def mixed(share: float) -> Arm:
     return change
 
 
+def together(*arms: Arm) -> Arm:
+    """The changes of several arms."""
+    return lambda config: reduce(lambda changing, arm: arm(changing), arms, config)
+
+
 def proxy(name: str) -> Arm:
     """A larger student, distilled by the same recipe, as the only teacher (EUPE's proxy)."""
 
@@ -123,6 +129,7 @@ ARMS: dict[str, Arm] = {
     "teacher-1": only(1),
     "teacher-2": only(2),
     "first-two": only(0, 1),
+    "first-last": only(0, 2),
     "last-two": only(1, 2),
     "all": changed(),
     "drop": changed(loss={"drop": 0.5}),
@@ -143,6 +150,7 @@ ARMS: dict[str, Arm] = {
     "crops-2-colours": crops(2, photometric=PhotometricConfig(jitter=0.8, grey=0.2)),
     "crops-2-mixup": crops(2, mixup=0.5),
     "crops-8-mixup": crops(8, mixup=0.5),
+    "crops-8-mixed": together(crops(8), mixed(0.25)),
     **{codec: changed(cache={"codec": codec}) for codec in ("int8", "float16", "float32", "pca-int8-zstd")},
     **{f"patches-{count}": changed(loss={"max_patches": count}) for count in (4, 8, 16)},
     "patches-all": changed(loss={"max_patches": None}),
