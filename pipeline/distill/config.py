@@ -53,6 +53,11 @@ class AugmentConfig(PhotometricConfig):
     """Photometric augmentation of the student's images; teachers see the clean view."""
 
 
+def training_names(phases: int) -> list[str]:
+    """Where the checkpoints of each of so many phases lie in the folder of a run."""
+    return [f"train/phase-{number}" for number in range(1, phases + 1)] if phases > 1 else ["train"]
+
+
 class DistillTrainConfig(TrainConfig):
     """The training run of a distillation, which reads its images from the cache."""
 
@@ -99,3 +104,8 @@ class DistillJobConfig(PrecomputeJobConfig):
     def shared_folders(self) -> dict[str, str]:
         """Cache and checkpoints, if they are not in the work folder."""
         return super().shared_folders() | self.train.shared_folders()
+
+    def trainings(self) -> dict[str, TrainConfig]:
+        """One for each phase."""
+        phases = self.phase_configs()
+        return {name: phase.train for name, phase in zip(training_names(len(phases)), phases, strict=True)}

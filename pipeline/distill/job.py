@@ -11,6 +11,7 @@ import torch
 
 from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.distill.commits import log_commit
+from pipeline.distill.config import training_names
 from pipeline.distill.distiller import Distiller
 from pipeline.distill.figures import FigureWriter
 from pipeline.distill.kept_heads import save_heads
@@ -26,11 +27,12 @@ from pipeline.distill.task import (
 )
 from pipeline.errors import one_line
 from pipeline.evaluate.knn import teacher_knn
+from pipeline.runs.disk import RELEASED, checkpoint_folder
 from pipeline.student.cost import inference_cost
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking.models import log_student
 from pipeline.tracking.run import Run
-from pipeline.training.checkpoint import STATE_FILE, checkpoint_folder, load_state
+from pipeline.training.checkpoint import STATE_FILE, load_state
 from pipeline.training.ray_train import fit
 
 log = logging.getLogger(__name__)
@@ -78,8 +80,7 @@ def distill(phases: Sequence[Phase], run: Run, folder: Path) -> DistillResult:
     state, file_before = (PhaseState.load(file), file) if file.exists() else (PhaseState(), None)
     teachers: dict[str, float] = {}
     jobs = []
-    for number, phase in enumerate(phases, 1):
-        name = "train" if len(phases) == 1 else f"train/phase-{number}"
+    for number, (name, phase) in enumerate(zip(training_names(len(phases)), phases, strict=True), 1):
         file = folder / f"{name}.pt"
         job = make_job(phase.settled, phase.plan, phase.further)
         jobs.append(job)
@@ -107,8 +108,11 @@ def _train(
     checkpoint = fit(make_distill_task, payload, job.config.train, folder, on_commit)
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
-        location = f"{folder}/{Path(checkpoint.path).name}/{STATE_FILE}"
-        run.log_reference(Path(directory, STATE_FILE), location, "checkpoint/reference.json")
+        if job.config.train.keep_finished:
+            location = f"{folder}/{Path(checkpoint.path).name}/{STATE_FILE}"
+            run.log_reference(Path(directory, STATE_FILE), location, "checkpoint/reference.json")
+        else:
+            run.set_tags({"checkpoint": RELEASED})
     return before.then(state, job.config.train.epochs, list(teacher_labels(job.teachers).values()))
 
 

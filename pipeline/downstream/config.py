@@ -129,6 +129,10 @@ class FinetuneJobConfig(ImageJobConfig):
         """The checkpoints, if they are not in the work folder."""
         return self.train.shared_folders()
 
+    def trainings(self) -> dict[str, TrainConfig]:
+        """One."""
+        return {"train": self.train}
+
     def __reduce__(self) -> Any:  # pickle cannot find a variant, as no module holds it
         return _restore, (type(self).root or type(self), type(self).task, self.model_dump())
 
@@ -173,6 +177,10 @@ class EvaluateModelJobConfig(FinetuneJobConfig):
 
     def shared_folders(self) -> dict[str, str]:
         """None: there are no checkpoints."""
+        return {}
+
+    def trainings(self) -> dict[str, TrainConfig]:
+        """None."""
         return {}
 
 

@@ -19,6 +19,7 @@ from pipeline.downstream.pictures import write_report
 from pipeline.downstream.saved import SavedModel, find_model, finished_model, load_model
 from pipeline.downstream.training import FinetuneJob, FinetuneTask, build_model, epoch_steps
 from pipeline.errors import UserError
+from pipeline.runs.disk import RELEASED, checkpoint_folder
 from pipeline.runs.folder import work_folder
 from pipeline.sources.locations import SAMPLES, absolute
 from pipeline.student.loading import LoadedStudent
@@ -27,7 +28,7 @@ from pipeline.student.nearest import nearest_folders
 from pipeline.tracking.address import resolve_uri
 from pipeline.tracking.models import log_model_folder
 from pipeline.tracking.run import Run
-from pipeline.training.checkpoint import checkpoint_folder, load_state
+from pipeline.training.checkpoint import load_state
 from pipeline.training.ray_train import fit
 from pipeline.training.worker import ALONE
 
@@ -118,6 +119,8 @@ def finetune(config: FinetuneJobConfig, plan: FinetunePlan, run: Run, folder: Pa
     checkpoint = fit(make_finetune_task, {"job": job}, config.train, checkpoints, partial(log_commit, run))
     with checkpoint.as_directory() as directory:
         state = load_state(directory)
+    if not config.train.keep_finished:
+        run.set_tags({"checkpoint": RELEASED})
     model = build_model(job, plan.train.classes)
     model.load_state_dict(state["ema"])
     before, after = state["evaluations"][0][1], state["evaluations"][-1][1]

@@ -5,6 +5,7 @@ from pydantic import Field
 from pipeline.config.tree import JobRoot, operational
 from pipeline.sources.config import DataConfig
 from pipeline.tracking.config import TrackingConfig
+from pipeline.training.config import TrainConfig
 
 
 class JobConfig(JobRoot):
@@ -50,6 +51,10 @@ class JobConfig(JobRoot):
 
     def shared_folders(self) -> dict[str, str]:
         """Folders and addresses that the job's processes share in addition to `work`, by field."""
+        return {}
+
+    def trainings(self) -> dict[str, TrainConfig]:
+        """The settings of each training of a run, by the folder of its checkpoints in the run's."""
         return {}
 
 

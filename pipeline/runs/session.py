@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.errors import blame_field, one_line
 from pipeline.report.report import Report, write_report
 from pipeline.runs.config import JobConfig
+from pipeline.runs.disk import release
 from pipeline.runs.folder import RunState, open_run, work_folder
 from pipeline.runs.results import outputs_store, publish
 from pipeline.runs.shared_paths import check_shared
@@ -103,6 +104,7 @@ def open_job(config: JobConfig, name: str) -> Iterator[Job]:
         # only after everything is sent: the next start of an unfinished run sends the rest
         state.finished = True
         state.save()
+        release(state.folder, config.trainings())  # after that: killed in between, the next start would train again
 
 
 def _announce(config: JobConfig, state: RunState, uri: str, outputs: Store | None) -> None:

@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from pipeline.errors import UserError, blame_field, one_line
+from pipeline.errors import UserError, one_line
 from pipeline.storage.remote import list_infos, resolve
-from pipeline.storage.store import Store
-from pipeline.training.config import TrainConfig
 
 if TYPE_CHECKING:  # it imports timm
     from pipeline.training.task import History
@@ -26,18 +24,6 @@ if TYPE_CHECKING:  # it imports timm
 STATE_FILE = "state.pt"
 
 log = logging.getLogger(__name__)
-
-
-def checkpoint_folder(config: TrainConfig, run: Path, name: str) -> str:
-    """Absolute path or URI of the checkpoints of stage `name` of the run in folder `run`.
-
-    Raises:
-        UserError: if the URI holds credentials.
-    """
-    if config.checkpoints is None:
-        return str(run / name)
-    with blame_field("train.checkpoints"):
-        return Store.at(config.checkpoints).sub(f"{run.name}/{name}").uri
 
 
 def open_folder(folder: str) -> tuple[fs.FileSystem, str]:

@@ -61,7 +61,14 @@ class TrainConfig(Section):
     checkpoint_steps: int = operational(
         0, ge=0, description="steps between checkpoints within an epoch; 0: only at the end of an epoch"
     )
-    keep_checkpoints: int = operational(2, ge=1, description="number of latest checkpoints to keep")
+    keep_checkpoints: int = operational(
+        2, ge=1, description="number of latest checkpoints that stay while the run trains"
+    )
+    keep_finished: int = operational(
+        0,
+        ge=0,
+        description="how many of them stay when the run has finished, for each phase; the student and the best always do",
+    )
     checkpoints: str | None = operational(
         None, description="folder or s3://, gs:// address of the checkpoints; none: in the run's folder below `work`"
     )

@@ -1,7 +1,7 @@
 """Ray Train around the loop: workers, DDP, checkpoints with retention, elasticity, preemption and SIGTERM.
 
     <folder>/shares                                   shares of the global batch, fixed when the run starts
-    <folder>/checkpoint-<epoch>-<batch>/state.pt      the last `train.keep_checkpoints`
+    <folder>/checkpoint-<epoch>-<batch>/state.pt      the last `train.keep_checkpoints`, until the run has finished
     <folder>/best/<checkpoint>/state.pt               the best by `train.best_metric`
     <folder>/diverged-step-<step>.pt                  keys, weights and optimiser when the loss was not finite
     <folder>/stop                                     makes the workers save and stop; written on SIGTERM
@@ -70,7 +70,7 @@ def fit(
 
     Args:
         make_task: called once per worker with `payload`, the number of its first share and the number of shares.
-        folder: of the checkpoints, from :func:`checkpoint_folder`; all nodes must see it.
+        folder: of the checkpoints, an absolute path or a URI; all nodes must see it.
         on_commit: called in Ray Train's controller with the metrics and path of each registered checkpoint.
 
     Returns:

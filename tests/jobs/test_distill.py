@@ -17,6 +17,7 @@ from jobs._cli import run
 from pipeline.distill.config import DistillJobConfig
 from pipeline.evaluate import job as evaluation
 from pipeline.runs.addresses import fetch_student
+from pipeline.runs.disk import RELEASED
 from pipeline.runtime.units import size
 from pipeline.student.loading import load_student
 from pipeline.student.model import Encoder
@@ -145,7 +146,7 @@ def test_precompute_logs_where_the_cache_came_from(client, phases):
     assert run.data.tags["teacher.0"].startswith("colours8-")
 
 
-def test_distill_logs_its_curves_and_checkpoint(first, client, phases):
+def test_distill_logs_its_curves(first, client, phases):
     run, figures = phases["distill"], first.figures
     steps = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "knn")}
     assert sorted(steps) == [0, 6, 12]
@@ -165,8 +166,15 @@ def test_distill_logs_its_curves_and_checkpoint(first, client, phases):
     assert run.data.metrics["macs"] > run.data.metrics["parameters"]
     assert 0 <= run.data.metrics["data_wait_share"] <= 1
     assert run.data.metrics["teacher_knn/hog"] == figures["teacher_knn/hog"]
-    assert run.data.tags["checkpoint"].endswith("checkpoint-0002-000000")
-    assert Path(run.data.tags["checkpoint"]).is_dir()
+    assert run.data.tags["checkpoint"] == RELEASED
+
+
+def test_a_finished_run_keeps_its_results_alone(first):
+    folder = Path(first.figures["student"]).parent
+    files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    assert not [name for name in files if name.endswith(".pt")]
+    student = sum(count for name, count in files.items() if name.startswith("student/"))
+    assert sum(files.values()) - student < 1e6
 
 
 def test_the_student_loads_from_mlflow_and_is_as_good_as_the_job_said(first, job):
@@ -221,13 +229,14 @@ def test_a_segmentation_probe_of_it_takes_maps_from_the_model_in_mlflow(first, c
 
 
 @pytest.mark.slow
-def test_a_second_student_runs_no_teacher(first, job):
+def test_a_second_student_runs_no_teacher(first, client, job):
     seen = images_seen(first.folder / "one")
     text, second = job(
         distill.main,
         *first.arguments,
         *first.teachers,
         "train.epochs=1",
+        "train.keep_finished=1",
         "train.workers=2",  # that wait for the gradients of all layers that are trained
         "loss.summary={cosine: 1, relation: 0.1}",  # to what all workers have seen
         "student.name=timm/mobilenetv4_conv_small_035",
@@ -237,6 +246,14 @@ def test_a_second_student_runs_no_teacher(first, job):
     assert images_seen(first.folder / "one") == seen
     assert second["mlflow_run_id"] != first.figures["mlflow_run_id"]
     assert (second["knn_before"], second["knn_after"]) != (None, None)
+    (kept,) = Path(second["student"]).parent.rglob("*.pt")
+    (child,) = client.search_runs(
+        [client.get_run(second["mlflow_run_id"]).info.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{second['mlflow_run_id']}' and attributes.run_name = 'distill'",
+    )
+    assert Path(child.data.tags["checkpoint"], "state.pt") == kept
+    reference = mlflow.artifacts.load_dict(f"runs:/{child.info.run_id}/checkpoint/reference.json")
+    assert (Path(reference["file"]), reference["bytes"]) == (kept, kept.stat().st_size)
 
 
 def test_an_added_teacher_is_computed_alone(first, job):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.storage.store import Store
 from regla import load_predictor
 from tests.cache.fill.test_archives import tar_of
 from tests.conftest import REPOSITORY
@@ -71,6 +72,7 @@ def test_a_job_from_a_bucket_to_a_bucket(server, tmp_path):
     assert not [path for method, path in server.requests if method == "PUT" and path.startswith("/images/")]
     assert first["knn_after"] is not None
     assert not list((tmp_path / "work").rglob("*.parquet"))
+    assert not Store.at(f"s3://lake/checkpoints/{Path(first['student']).parent.name}/train").folders()
 
     server.clear()
     _, second = _run("distill.py", [*arguments, "train.epochs=1", "name=again"], tmp_path)

@@ -6,25 +6,24 @@ import pytest
 import torch
 from pyarrow import fs
 
-from pipeline.config.load import load_config
-from pipeline.distill.config import DistillJobConfig
-from pipeline.errors import UserError
+from pipeline.runs.disk import checkpoint_folder, release
 from pipeline.storage.store import Store
 from pipeline.training.checkpoint import (
     STATE_FILE,
     best_copy_path,
-    checkpoint_folder,
     delete_previous_best,
     open_folder,
 )
 from pipeline.training.config import TrainConfig
 from pipeline.training.ray_train import _shares
 
+ELSEWHERE = TrainConfig(checkpoints="s3://models/here/")
+
 
 @pytest.fixture
 def folder(bucket, tmp_path):
     """Where the checkpoints of a run go."""
-    return checkpoint_folder(TrainConfig(checkpoints="s3://models/here/"), tmp_path / "photos-distill-1a2b", "train")
+    return checkpoint_folder(ELSEWHERE, tmp_path / "photos-distill-1a2b", "train")
 
 
 def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
@@ -57,10 +56,14 @@ def test_shares_stop_file_states_and_the_best_lie_in_the_bucket(folder):
     ]
 
 
-def test_checkpoints_are_in_the_folder_of_the_run_by_default(tmp_path):
-    run = tmp_path / "run"
-    assert checkpoint_folder(TrainConfig(), run, "train/phase-1") == f"{run}/train/phase-1"
-    elsewhere = load_config(DistillJobConfig, None, [f"train.checkpoints={tmp_path}/elsewhere"]).train
-    assert checkpoint_folder(elsewhere, run, "train") == f"{tmp_path}/elsewhere/run/train"
-    with pytest.raises(UserError, match=r"train\.checkpoints: credentials in an address are refused"):
-        checkpoint_folder(TrainConfig(checkpoints="s3://me:secret@models"), run, "train")
+def test_checkpoints_in_the_bucket_go_when_the_run_has_finished(folder, tmp_path):
+    filesystem, path = open_folder(folder)
+    names = [f"checkpoint-000{number}-000000" for number in range(3)]
+    for name in (*names, f"best/{names[0]}"):
+        with filesystem.open_output_stream(f"{path}/{name}/{STATE_FILE}") as stream:
+            stream.write(b"state")
+    store, run = Store(folder), tmp_path / "photos-distill-1a2b"
+    for keep, left in ((5, names), (2, names[1:]), (0, [])):
+        release(run, {"train": ELSEWHERE.model_copy(update={"keep_finished": keep})})
+        assert store.folders() == ["best", *left]
+    assert store.sub(f"best/{names[0]}").exists(STATE_FILE)
