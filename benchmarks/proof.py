@@ -32,9 +32,11 @@ from benchmarks.segmentation_probe import segmentation_probe
 from pipeline.cache.config import PhotometricConfig, ResolutionConfig, TeacherConfig
 from pipeline.cache.fill.build import build_cache
 from pipeline.cache.fill.plan import CachePlan, plan_cache
+from pipeline.cache.layout.cached_teacher import teacher_labels
 from pipeline.cache.layout.dataset import Dataset
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
+from pipeline.distill.phases import PhaseState, transfer_weights
 from pipeline.distill.plan import make_job
 from pipeline.distill.task import DistillTask
 from pipeline.downstream.config import FinetuneJobConfig
@@ -70,7 +72,25 @@ def changed(**sections: Any) -> Arm:
 
 def only(*numbers: int) -> Arm:
     """The recipe with some of its teachers."""
-    return lambda config: config.model_copy(update={"teachers": tuple(config.teachers[number] for number in numbers)})
+    return lambda config: config.model_copy(update={"teachers": [config.teachers[number] for number in numbers]})
+
+
+def last_asked_about(share: float) -> Arm:
+    """The last teacher is asked about a share of the images only."""
+
+    def change(config: DistillJobConfig) -> DistillJobConfig:
+        *others, last = config.teachers
+        return config.model_copy(update={"teachers": [*others, last.model_copy(update={"share": share})]})
+
+    return change
+
+
+def last_joins_late(config: DistillJobConfig) -> DistillJobConfig:
+    """The last teacher joins in the last third of the epochs, which is a phase of its own."""
+    late = config.train.epochs // 3
+    teachers = [teacher.model_dump() for teacher in config.teachers[:-1]]
+    first = {"train": {"epochs": config.train.epochs - late}, "teachers": teachers}
+    return config.model_copy(update={"phases": [first, {"train": {"epochs": late}}]})
 
 
 def crops(count: int, **views: Any) -> Arm:
@@ -114,7 +134,7 @@ def proxy(name: str) -> Arm:
         larger = changed(student={"name": name})(config)
         folder = _kept(larger)
         if not folder.exists():
-            _distilled(larger, _plan_of(larger))
+            _distilled(larger)
         teacher = TeacherConfig(
             model="student", weights=str(folder.resolve()), input_size=2 * config.student.input_size
         )
@@ -132,6 +152,8 @@ ARMS: dict[str, Arm] = {
     "first-last": only(0, 2),
     "last-two": only(1, 2),
     "all": changed(),
+    "last-0.25": last_asked_about(0.25),
+    "last-late": last_joins_late,
     "drop": changed(loss={"drop": 0.5}),
     "phi_s": changed(loss={"standardise": "phi_s"}),
     **{f"patch-relation-{weight:g}": patch_relation(weight) for weight in (0.1, 0.5, 1.0)},
@@ -180,7 +202,7 @@ def _run(items: Sequence[str], arm: str, seed: int, results: Path, masks: Path |
         recipe, *overrides = items
         config = ARMS[arm](load_config(DistillJobConfig, recipe, [*overrides, f"seed={seed}"]))
         plan = _plan_of(config)
-        encoder = _labels_alone(config) if arm == "labels" else _distilled(config, plan)
+        encoder = _labels_alone(config) if arm == "labels" else _distilled(config)
         datasets = {split.split: split.dataset for split in plan.splits}
         scores = _score(encoder, datasets["train"], datasets["val"], config)
         if masks:
@@ -218,13 +240,18 @@ def _train(task: Task, config: DistillJobConfig) -> Any:
     return task.module.cpu().eval()
 
 
-def _distilled(config: DistillJobConfig, plan: CachePlan) -> Encoder:
+def _distilled(config: DistillJobConfig) -> Encoder:
     """The backbone of a student distilled from random weights, which is also kept, for example for `benchmarks/downstream.py`."""
     if config.student.weights != "random":
         raise SystemExit("student.weights: this benchmark compares students from random weights")
-    further = [_plan_of(config.at_resolution(found)) for found in config.resolutions]
-    task = DistillTask(make_job(config, plan, further))
-    encoder: Encoder = _train(task, config).student.encoder
+    before = PhaseState()
+    for phase in config.phase_configs():
+        further = [_plan_of(phase.at_resolution(found)) for found in phase.resolutions]
+        task = DistillTask(make_job(phase, _plan_of(phase), further))
+        transfer_weights(task.module, before)
+        distiller = _train(task, phase)
+        before = PhaseState(teachers=tuple(teacher_labels(task.job.teachers).values()), weights=distiller.state_dict())
+    encoder: Encoder = distiller.student.encoder
     save_encoder(encoder, config.student.name, config.student.args, config.student.input_size, _kept(config))
     return encoder
 
