@@ -46,6 +46,7 @@ def test_a_server_that_is_killed_during_training_misses_nothing_and_no_password_
     arguments = [
         *SMALL_JOB,
         f"train.epochs={EPOCHS}",
+        "train.keep_finished=1",  # or there is no checkpoint to refer to
         f"work={work}",
         f"teachers=[{colours_entry(tmp_path / 'calls')}]",
     ]
