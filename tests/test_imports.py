@@ -38,3 +38,12 @@ def test_the_controller_of_ray_train_imports_little():
     code = f"import sys, {modules}, pipeline.downstream.commits; print(*sorted({heavy} & sys.modules.keys()))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert ended.stdout.split() == []
+
+
+def test_a_job_that_has_yet_to_train_has_not_imported_what_its_results_need():
+    """The worker's memory is at its peak while the job waits; Triton comes with torch's counter of operations."""
+    modules = "jobs.distill, pipeline.distill.job, pipeline.distill.report, pipeline.runs.session"
+    heavy = "{'matplotlib', 'ray.data', 'sympy', 'torch._dynamo', 'triton'}"
+    code = f"import sys, {modules}; print(*sorted({heavy} & sys.modules.keys()))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == []

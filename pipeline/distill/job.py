@@ -28,7 +28,6 @@ from pipeline.distill.task import (
 from pipeline.errors import one_line
 from pipeline.evaluate.knn import teacher_knn
 from pipeline.runs.disk import RELEASED, checkpoint_folder
-from pipeline.student.cost import inference_cost
 from pipeline.student.model import Encoder, save_encoder
 from pipeline.tracking.models import log_student
 from pipeline.tracking.run import Run
@@ -148,6 +147,8 @@ def _finish(
 
 def _size(encoder: Encoder, input_size: int) -> dict[str, float]:
     """Parameters and multiply-accumulates of the inference form; nothing if they cannot be counted."""
+    from pipeline.student.cost import inference_cost  # torch imports Triton for its counter
+
     try:
         counted = inference_cost(encoder, input_size)
     except (RuntimeError, AssertionError) as error:

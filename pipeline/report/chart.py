@@ -4,8 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from matplotlib.ticker import MaxNLocator
-
 COLOURS = ("#3b6fd4", "#d9622b", "#2a9d63", "#a55ad6", "#c2417c", "#1a97a6", "#9a7b1f", "#6b7280")
 """Distinguishable on white and on black, with a contrast of at least 3 to both."""
 
@@ -131,5 +129,7 @@ def _widened(low: float, high: float, share: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, integer: bool = False) -> Sequence[float]:
+    from matplotlib.ticker import MaxNLocator  # a job that has just started has no chart yet
+
     found = MaxNLocator(nbins=5, integer=integer).tick_values(low, high)
     return [float(value) for value in found if low <= value <= high]

@@ -221,10 +221,6 @@ def _session(address: str) -> Iterator[None]:
             f"Ray did not start on this machine ({one_line(error, 120)}): it is very busy, or short of memory; run "
             "the same command again when it is less so"
         ) from error
-    import ray.data
-
-    ray.data.DataContext.get_current().print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
     try:
         with _killed_in_one_line():
             yield

@@ -132,6 +132,8 @@ def _results(dataset: Any) -> Iterator[dict[str, Any]]:
 def _dataset(rows: Sequence[dict[str, Any]]) -> Any:
     import ray.data
 
+    ray.data.DataContext.get_current().print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
     return ray.data.from_items(_carried(rows), override_num_blocks=len(rows))
 
 
