@@ -31,19 +31,25 @@ def test_ray_and_mlflow_are_imported_where_they_are_used(modules):
 
 def test_the_controller_of_ray_train_imports_little():
     """What is pickled for it names these modules."""
-    modules = (
-        "pipeline.training.entry, pipeline.training.checkpoint, pipeline.tracking.run_log, pipeline.distill.commits"
-    )
-    heavy = "{'mlflow', 'timm', 'torch', 'torchvision'}"
-    code = f"import sys, {modules}, pipeline.downstream.commits; print(*sorted({heavy} & sys.modules.keys()))"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert ended.stdout.split() == []
+    modules = "pipeline.training.entry, pipeline.training.checkpoint, pipeline.tracking.run_log"
+    modules += ", pipeline.distill.commits, pipeline.downstream.commits"
+    assert _imported(modules, "{'mlflow', 'timm', 'torch', 'torchvision'}") == []
 
 
-def test_a_job_that_has_yet_to_train_has_not_imported_what_its_results_need():
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "jobs.distill, pipeline.distill.job, pipeline.distill.report, pipeline.runs.session",
+        "jobs.finetune, pipeline.downstream.job, pipeline.downstream.report, pipeline.runs.session",
+    ],
+)
+def test_a_job_that_has_yet_to_train_has_not_imported_what_its_results_need(modules):
     """The worker's memory is at its peak while the job waits; Triton comes with torch's counter of operations."""
-    modules = "jobs.distill, pipeline.distill.job, pipeline.distill.report, pipeline.runs.session"
-    heavy = "{'matplotlib', 'ray.data', 'sympy', 'torch._dynamo', 'triton'}"
+    assert _imported(modules, "{'matplotlib', 'ray.data', 'sympy', 'torch._dynamo', 'triton'}") == []
+
+
+def _imported(modules, heavy):
+    """Those of `heavy` that come with these modules."""
     code = f"import sys, {modules}; print(*sorted({heavy} & sys.modules.keys()))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert ended.stdout.split() == []
+    return ended.stdout.split()

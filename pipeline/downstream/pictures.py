@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -69,6 +68,8 @@ def write_report(report: Report, folder: Path, classes: Sequence[str]) -> None:
 
 def confusion_figure(matrix: Tensor, classes: Sequence[str], path: Path) -> None:
     """Plot int64 [K, K] as shares of each true class, with names for up to 40 classes."""
+    from matplotlib.figure import Figure  # a job that has just started draws nothing yet
+
     shares = (matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     side = min(12.0, 3.5 + 0.28 * len(classes))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
