@@ -27,3 +27,11 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20), (_M_ARENA_MAX, 1)):
         mallopt(parameter, value)
+
+
+def one_arena() -> None:
+    """Limit this process, and its forks, as `ENVIRONMENT` does, which glibc reads only when a program starts."""
+    try:
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    except (AttributeError, OSError, TypeError):  # another C library
+        return

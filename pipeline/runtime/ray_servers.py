@@ -5,41 +5,53 @@ names, they start.
 """
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any
 
+from pipeline.runtime import fork_client
 from pipeline.runtime.replaced import replaced
 
-_AGENT = "--dashboard_agent_command"
+_AGENT, _WORKER = "--dashboard_agent_command", "--python_worker_command"
 
 
 @contextmanager
-def without_servers() -> Iterator[None]:
-    """Start neither the autoscaler's monitor, nor the process and the agent that stay of the dashboard when it is off."""
+def light_session(forks: str | None = None) -> Iterator[None]:
+    """Start neither the autoscaler's monitor, nor the process and the agent that stay of the dashboard when it is off.
+
+    Args:
+        forks: address of a fork server, for the workers.
+    """
     from ray._private import services
     from ray._private.node import Node
 
     with ExitStack() as stack:
         for name in ("start_monitor", "start_api_server"):
             stack.enter_context(replaced((Node, name, lambda *_, **__: None)))
-        if shutil.which("cat"):
-            start: Any = getattr(services, "start_ray_process", None)
-            stack.enter_context(replaced((services, "start_ray_process", partial(_start, start))))
+        start: Any = getattr(services, "start_ray_process", None)
+        stack.enter_context(replaced((services, "start_ray_process", partial(_start, start, forks))))
         yield
 
 
-def _start(start: Callable[..., Any], command: list[str], *arguments: Any, **named: Any) -> Any:
+def _start(start: Callable[..., Any], forks: str | None, command: list[str], *arguments: Any, **named: Any) -> Any:
     """Start a process of Ray; a raylet gets `cat` in place of the dashboard's agent, because it must start one.
 
     A port of -1 says that there is no such service, as the agent says where the dashboard's packages are missing. `cat` ends
     when the raylet closes its input, which is how the agent learns that the raylet has died.
     """
     flags = dict(one.split("=", 1) for one in command if "=" in one)
-    if _AGENT in flags and _without_ports(flags):
-        command = [f"{_AGENT}=cat" if one.startswith(f"{_AGENT}=") else one for one in command]
+    changed = {}
+    if _AGENT in flags and shutil.which("cat") and _without_ports(flags):
+        changed[_AGENT] = "cat"
+    if _WORKER in flags and forks:
+        client = [sys.executable, "-I", "-S", fork_client.__file__, forks]
+        changed[_WORKER] = f"{subprocess.list2cmdline(client)} {flags[_WORKER]}"
+    for name, value in changed.items():
+        command = [f"{name}={value}" if one.startswith(f"{name}=") else one for one in command]
     return start(command, *arguments, **named)
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from pipeline.errors import UserError, one_line
 from pipeline.runtime.allocator import ENVIRONMENT
+from pipeline.runtime.fork_server import fork_server
 from pipeline.runtime.openmp import short_waits
-from pipeline.runtime.ray_servers import without_servers
+from pipeline.runtime.ray_servers import light_session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Folder of the packages: a checkout, or site-packages."""
@@ -153,9 +154,10 @@ def connect(in_process: bool = False) -> Iterator[None]:
         os.environ.setdefault(name, value)
     # A later connection of this process may be to a cluster.
     embedded = {} if is_cluster() else {**_EMBEDDED, **short_waits()}
-    with _environment({name: value for name, value in embedded.items() if name not in os.environ}):
+    forking = fork_server() if embedded else nullcontext()
+    with _environment({name: value for name, value in embedded.items() if name not in os.environ}), forking as forks:
         import_ray()
-        with _session(_address()):
+        with _session(_address(), forks):
             yield
 
 
@@ -190,7 +192,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _session(address: str) -> Iterator[None]:
+def _session(address: str, forks: str | None) -> Iterator[None]:
     """See :func:`connect`."""
     import ray
 
@@ -206,8 +208,8 @@ def _session(address: str) -> Iterator[None]:
         _check_loopback()
     try:
         _probe(address)
-        servers = without_servers if embedded else nullcontext
-        with _keep_root_logger(), _environment(variables if embedded else {}), servers():
+        light = light_session(forks) if embedded else nullcontext()
+        with _keep_root_logger(), _environment(variables if embedded else {}), light:
             ray.init(**arguments, log_to_driver=True, logging_level=logging.WARNING)
     except OSError as error:
         reason = one_line(f"{error}: {error.__cause__}" if error.__cause__ else error)

@@ -155,7 +155,7 @@ def test_the_agent_starts_where_its_ports_cannot_be_written():
         "--dashboard_agent_command=python agent.py",
         "--session_dir=/nowhere",
     ]  # of a version without node ids
-    _start(lambda command, kind: started.append((command, kind)), command, "raylet")
+    _start(lambda command, kind: started.append((command, kind)), None, command, "raylet")
     assert started == [(command, "raylet")]
 
 
