@@ -1,6 +1,7 @@
 """How the threads of an OpenMP loop wait for each other."""
 
 import os
+import sys
 from collections.abc import Mapping
 
 _WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -17,5 +18,6 @@ def short_waits() -> Mapping[str, str]:
 
 
 def wait_shortly() -> None:
-    """Set them for this process, and those that it starts; without effect on this one if torch is imported already."""
-    os.environ.update(short_waits())
+    """Set them for this process, and those that it starts; not if torch is imported already, whose threads wait as they did."""
+    if "torch" not in sys.modules:
+        os.environ.update(short_waits())

@@ -153,8 +153,11 @@ def connect(in_process: bool = False) -> Iterator[None]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # A later connection of this process may be to a cluster.
-    embedded = {} if is_cluster() else {**_EMBEDDED, **short_waits()}
-    forking = fork_server() if embedded else nullcontext()
+    waits = short_waits()
+    embedded = {} if is_cluster() else {**_EMBEDDED, **waits}
+    forking = (
+        fork_server() if embedded and not waits else nullcontext()
+    )  # else the job's torch waits long, and so would forks
     with _environment({name: value for name, value in embedded.items() if name not in os.environ}), forking as forks:
         import_ray()
         with _session(_address(), forks):

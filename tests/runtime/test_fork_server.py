@@ -288,7 +288,7 @@ def test_a_killed_job_leaves_neither_server_nor_folder(job):
     process = job()
     address = process.stdout.readline().split()[1]
     assert process.stdout.readline() == "asked\n"
-    (server,) = [pid for pid, title in descendants(process.pid).items() if "multiprocessing" not in title]
+    (server,) = [pid for pid, title in descendants(process.pid).items() if title == read_proc(process.pid, "cmdline")]
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
@@ -299,9 +299,13 @@ def test_a_killed_job_leaves_neither_server_nor_folder(job):
 
 SESSION = """
 import json, os, sys
-import torch
 from pipeline.runtime import fork_server
+from pipeline.runtime.openmp import wait_shortly
 from pipeline.runtime.ray_session import connect
+
+if "spins" not in sys.argv:
+    wait_shortly()
+import torch
 
 if "gpus" in sys.argv:
     fork_server._GPU_DEVICES = ("/dev/null",)
@@ -326,7 +330,7 @@ def session(*arguments):
     text = subprocess.run(
         [sys.executable, "-c", SESSION, *arguments],
         cwd=REPOSITORY,
-        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        env={name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")},
         capture_output=True,
         text=True,
         check=True,
@@ -344,8 +348,9 @@ def test_workers_of_a_session_have_what_the_job_has_imported_and_the_threads_tha
 
 
 @linux_only
-def test_on_a_machine_with_gpus_ray_starts_its_workers():
-    one, three, blue = session("gpus")
+@pytest.mark.parametrize("reason", ["gpus", "spins"])
+def test_with_gpus_or_a_torch_whose_threads_wait_long_ray_starts_its_workers(reason):
+    one, three, blue = session(reason)
     assert [has_torch for has_torch, *_ in (one, three, blue)] == [False, False, False]
     assert [threads for _, threads, *_ in (one, three)] == [1, min(3, os.cpu_count())]
     assert [colour for *_, colour, _ in (one, blue)] == [None, "blue"]

@@ -14,6 +14,7 @@ def plain(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "x")  # so that it is removed again at the end
         monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     return monkeypatch
 
 
@@ -28,6 +29,12 @@ def test_threads_wait_shortly_unless_the_user_has_set_how(plain):
     plain.setenv("OMP_WAIT_POLICY", "ACTIVE")
     wait_shortly()
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_after_torch_is_imported_it_is_left_to_new_processes(plain):
+    plain.setitem(sys.modules, "torch", object())
+    wait_shortly()
+    assert short_waits() == {"GOMP_SPINCOUNT": "1000"}
 
 
 @pytest.mark.usefixtures("plain")
