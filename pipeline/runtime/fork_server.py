@@ -37,7 +37,7 @@ _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 _HARMLESS = {"jemalloc_bg_thd"}
 """Arrow's allocator knows of forks, as do the threads of OpenBLAS, which are named like the process."""
 _SECONDS = 10
-"""How long the server waits for a client that has begun to ask."""
+"""How long the server waits for a client that has begun to ask, and at its end for the workers."""
 
 
 @contextmanager
@@ -123,7 +123,10 @@ def _serve(folder: Path, listener: socket.socket, job: socket.socket, others: so
                 _answer(client, (listener, job))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os._exit(0)  # without waiting for the workers
+        signal.alarm(_SECONDS)  # which ends this process
+        with contextlib.suppress(ChildProcessError):  # there is none left
+            os.waitpid(-1, 0)
+        os._exit(0)
 
 
 def _answer(client: socket.socket, others: Sequence[socket.socket]) -> None:

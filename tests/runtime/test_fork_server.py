@@ -316,13 +316,14 @@ with connect():
         import sys
         had_torch = "torch" in sys.modules
         import torch
-        return had_torch, torch.get_num_threads(), os.environ.get("COLOUR"), ray.get_runtime_context().get_worker_id()
+        return had_torch, torch.get_num_threads(), os.environ.get("COLOUR"), os.getpid()
 
     one = ray.get(ray.remote(num_cpus=1)(look).remote())
     actor = ray.remote(num_cpus=3)(type("Actor", (), {"look": lambda self: look()})).remote()
     three = ray.get(actor.look.remote())
     blue = ray.get(ray.remote(runtime_env={"env_vars": {"COLOUR": "blue"}})(look).remote())
-print(json.dumps([one, three, blue]))
+left = [pid for *_, pid in (one, three, blue) if os.path.exists(f"/proc/{pid}")]
+print(json.dumps([one, three, blue, left]))
 """
 
 
@@ -340,7 +341,8 @@ def session(*arguments):
 
 @linux_only
 def test_workers_of_a_session_have_what_the_job_has_imported_and_the_threads_that_ray_allows():
-    one, three, blue = session()
+    one, three, blue, left = session()
+    assert not left
     assert [has_torch for has_torch, *_ in (one, three, blue)] == [True, True, True]
     assert [threads for _, threads, *_ in (one, three)] == [1, min(3, os.cpu_count())]
     assert [colour for *_, colour, _ in (one, blue)] == [None, "blue"]
@@ -350,7 +352,7 @@ def test_workers_of_a_session_have_what_the_job_has_imported_and_the_threads_tha
 @linux_only
 @pytest.mark.parametrize("reason", ["gpus", "spins"])
 def test_with_gpus_or_a_torch_whose_threads_wait_long_ray_starts_its_workers(reason):
-    one, three, blue = session(reason)
+    one, three, blue, _ = session(reason)
     assert [has_torch for has_torch, *_ in (one, three, blue)] == [False, False, False]
     assert [threads for _, threads, *_ in (one, three)] == [1, min(3, os.cpu_count())]
     assert [colour for *_, colour, _ in (one, blue)] == [None, "blue"]
