@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _distil(steps: Path, fields: Sequence[str]) -> None:
     """Run the job itself, whose training workers write a character into a file after every step."""
     from jobs._cli import run
+    from pipeline.runtime.openmp import wait_shortly
+
+    wait_shortly()  # as `run` does, before torch is imported
     from jobs.distill import main as distil
     from pipeline.distill import job
     from pipeline.distill.config import DistillJobConfig
