@@ -22,7 +22,7 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from importlib import import_module
@@ -109,8 +109,10 @@ def _serve(folder: Path, listener: socket.socket, job: socket.socket, others: so
     """Fork for every client until the job has ended."""
     others.close()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # Ctrl-C is for the job, as in all processes of Ray
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a worker that has ended is gone
+    # What ends the job ends this process after it, and a worker that has ended is gone.
+    ignored: dict[int, Any] = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    }
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nothing, number)
@@ -120,7 +122,7 @@ def _serve(folder: Path, listener: socket.socket, job: socket.socket, others: so
             client, _ = listener.accept()
             with client, contextlib.suppress(OSError, ValueError):  # the client then starts a worker itself
                 client.settimeout(_SECONDS)
-                _answer(client, (listener, job))
+                _answer(client, (listener, job), ignored)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         signal.alarm(_SECONDS)  # which ends this process
@@ -129,25 +131,28 @@ def _serve(folder: Path, listener: socket.socket, job: socket.socket, others: so
         os._exit(0)
 
 
-def _answer(client: socket.socket, others: Sequence[socket.socket]) -> None:
+def _answer(client: socket.socket, others: Sequence[socket.socket], ignored: Mapping[int, Any]) -> None:
     _, streams, *_ = socket.recv_fds(client, 1, 3)
     try:
         request = json.loads(b"".join(iter(partial(client.recv, 1 << 16), b"")))
-        get_context("fork").Process(target=_work, args=(request, streams, [client, *others])).start()
+        get_context("fork").Process(target=_work, args=(request, streams, [client, *others], ignored)).start()
         client.sendall(b"\n")
     finally:
         for stream in streams:
             os.close(stream)
 
 
-def _work(request: dict[str, Any], streams: Sequence[int], of_server: Sequence[socket.socket]) -> None:
+def _work(
+    request: dict[str, Any], streams: Sequence[int], of_server: Sequence[socket.socket], ignored: Mapping[int, Any]
+) -> None:
     """Be the worker that a new process would have been."""
     for one in of_server:
         one.close()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number, before in ignored.items():  # a new process ignores what its parent ignores, as after `nohup`
+        signal.signal(number, signal.SIG_IGN if before is signal.SIG_IGN else signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])

@@ -18,7 +18,7 @@ from pipeline.runtime import fork_client, fork_server
 from pipeline.runtime.fork_client import make_request
 from pipeline.runtime.ray_servers import _start
 from tests.conftest import REPOSITORY
-from tests.processes import descendants, read_proc
+from tests.processes import descendants, kill, read_proc
 
 RAY_FOLDER = "/somewhere/ray/_private/workers"
 PLAIN = [sys.executable, f"{RAY_FOLDER}/default_worker.py", "--node-id=1"]
@@ -132,7 +132,7 @@ def test_where_the_address_is_too_long_ray_starts_its_workers(monkeypatch, tmp_p
 
 
 JOB = """
-import logging, os, subprocess, sys, tempfile
+import logging, os, signal, subprocess, sys, tempfile
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
@@ -141,6 +141,7 @@ from pipeline.runtime import fork_client
 from pipeline.runtime.fork_server import fork_server
 
 def main(workers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     torch.randn(500, 500) @ torch.randn(500, 500)
     torch.nn.Conv2d(3, 8, 3)(torch.randn(8, 3, 64, 64)).sum().backward()  # OpenMP has threads now
     logging.getLogger().addHandler(logging.StreamHandler(sys.stdout))
@@ -186,7 +187,7 @@ def main():
         "handlers": len(logging.getLogger().handlers),
         "random": [float(np.random.rand()), float(torch.rand(1))],
         "helper": helper.exitcode,
-        "children": signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL,
+        "signals": [signal.getsignal(number).name for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP)],
         "interrupt": signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []),
         "sockets": [link for link in map(read, os.listdir("/proc/self/fd")) if link.startswith("socket:")],
     }
@@ -260,7 +261,7 @@ def test_a_fork_is_the_worker_that_a_new_process_would_be(job, tmp_path):
         assert str(Path(script).parent) in facts["path"]
         assert (facts["name"], facts["colour"], facts["folder"], facts["handlers"]) == ("__main__", "red", "/", 0)
         assert facts["helper"] == 0
-        assert facts["children"]
+        assert facts["signals"] == ["SIG_DFL", "SIG_DFL", "SIG_IGN"]  # the last as in the job
         assert facts["interrupt"]
         assert not facts["sockets"]
     assert not set(first["random"]) & set(second["random"])
@@ -289,6 +290,9 @@ def test_a_killed_job_leaves_neither_server_nor_folder(job):
     address = process.stdout.readline().split()[1]
     assert process.stdout.readline() == "asked\n"
     (server,) = [pid for pid, title in descendants(process.pid).items() if title == read_proc(process.pid, "cmdline")]
+    kill(server, signal.SIGTERM)  # as one that stops all processes of a job does
+    time.sleep(0.2)
+    assert read_proc(server, "cmdline")
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
