@@ -1,8 +1,8 @@
 """Workers of an embedded Ray session as forks of the job, which share the pages of what it has imported.
 
-A worker that starts anew imports torch again: two to four seconds of a processor, and 300 MiB (figures: docs/results.md, Start).
-So a job forks a server before it imports Ray, and the raylet starts `fork_client.py`, which asks the server for a fork, in
-place of a worker. Where it gets none, it becomes the worker that Ray would have started.
+A worker that starts anew imports torch again: two to four seconds of a processor, and 300 MiB (docs/results.md, Starting). So a
+job forks a server before it imports Ray, and the raylet starts `fork_client.py`, which asks the server for a fork, in place of
+a worker. Where it gets none, it becomes the worker that Ray would have started.
 """
 
 import atexit

@@ -1,7 +1,7 @@
 """An embedded Ray session without the servers that nobody asks: each takes a second of a processor, and 50 to 120 MiB.
 
-No argument or variable of Ray 2.60 prevents them, so what starts them is replaced; where another version has none of these
-names, they start.
+No argument or variable of Ray 2.60 prevents them, so what starts them is replaced, which lets workers be forks too; where another
+version has none of these names, all start as they do there.
 """
 
 import shutil
@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from pipeline.runtime import fork_client
 from pipeline.runtime.replaced import replaced
 
 _AGENT, _WORKER = "--dashboard_agent_command", "--python_worker_command"
+_CLIENT = Path(__file__).with_name("fork_client.py")
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def _start(start: Callable[..., Any], forks: str | None, command: list[str], *ar
     if _AGENT in flags and shutil.which("cat") and _without_ports(flags):
         changed[_AGENT] = "cat"
     if _WORKER in flags and forks:
-        client = [sys.executable, "-I", "-S", fork_client.__file__, forks]
+        client = [sys.executable, "-I", "-S", str(_CLIENT), forks]
         changed[_WORKER] = f"{subprocess.list2cmdline(client)} {flags[_WORKER]}"
     for name, value in changed.items():
         command = [f"{name}={value}" if one.startswith(f"{name}=") else one for one in command]

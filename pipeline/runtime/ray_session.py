@@ -155,9 +155,8 @@ def connect(in_process: bool = False) -> Iterator[None]:
     # A later connection of this process may be to a cluster.
     waits = short_waits()
     embedded = {} if is_cluster() else {**_EMBEDDED, **waits}
-    forking = (
-        fork_server() if embedded and not waits else nullcontext()
-    )  # else the job's torch waits long, and so would forks
+    # Forks wait as this process does, for which it is too late if the waits are still to be set.
+    forking = fork_server() if embedded and not waits else nullcontext()
     with _environment({name: value for name, value in embedded.items() if name not in os.environ}), forking as forks:
         import_ray()
         with _session(_address(), forks):
