@@ -1,6 +1,7 @@
 """How the C library handles memory that tensors have freed."""
 
 import ctypes
+from collections.abc import Mapping
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -21,17 +22,18 @@ def keep_freed_memory() -> None:
     docs/results.md, Extraction). The price is that the process stays at its peak size. Covers all threads only if it is
     called before they start, or if the process runs with `ENVIRONMENT`.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20), (_M_ARENA_MAX, 1)):
-        mallopt(parameter, value)
+    _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20, _M_ARENA_MAX: 1})
 
 
 def one_arena() -> None:
     """Limit this process, and its forks, as `ENVIRONMENT` does, which glibc reads only when a program starts."""
+    _set({_M_ARENA_MAX: 1})
+
+
+def _set(parameters: Mapping[int, int]) -> None:
     try:
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
+    for parameter, value in parameters.items():
+        mallopt(parameter, value)

@@ -15,7 +15,7 @@ _CONTEXT, _LANGUAGE = "--serialized-runtime-env-context=", "--language="
 
 
 def main(address: str, command: list[str]) -> None:
-    """Ask the server; run the command if it does not answer, or has not to be asked."""
+    """Ask the server; run the command if that has no answer, or cannot be asked of it."""
     request = make_request(command)
     if request is None or not _ask(address, json.dumps(request).encode()):
         os.execv(command[0], command)
@@ -38,6 +38,7 @@ def make_request(command: list[str]) -> dict[str, object] | None:
             return None
         environment |= variables
     return {
+        "command": command,
         "arguments": arguments,
         "environment": environment,
         "folder": os.getcwd(),

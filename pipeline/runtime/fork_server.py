@@ -50,9 +50,13 @@ def fork_server() -> Iterator[str | None]:
     if sys.platform != "linux" or "ray" in sys.modules or _has_threads() or any(map(os.path.exists, _GPU_DEVICES)):
         yield None
         return
-    folder = Path(tempfile.mkdtemp(prefix="regla-fork-"))  # which nobody else may enter
+    try:
+        ours, theirs = socket.socketpair()
+        folder = Path(tempfile.mkdtemp(prefix="regla-fork-"))  # which nobody else may enter
+    except OSError:  # a full disk, or too many open files
+        yield None
+        return
     address = str(folder / "socket")
-    ours, theirs = socket.socketpair()
     server = None
     try:
         with theirs, socket.socket(socket.AF_UNIX) as listener, contextlib.suppress(OSError):
@@ -145,7 +149,7 @@ def _answer(client: socket.socket, others: Sequence[socket.socket], ignored: Map
 def _work(
     request: dict[str, Any], streams: Sequence[int], of_server: Sequence[socket.socket], ignored: Mapping[int, Any]
 ) -> None:
-    """Be the worker that a new process would have been."""
+    """Be the worker that a new process would have been; if that fails before it begins, start that process."""
     for one in of_server:
         one.close()
     for number, stream in enumerate(streams):
@@ -155,14 +159,17 @@ def _work(
         signal.signal(number, signal.SIG_IGN if before is signal.SIG_IGN else signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(request["environment"])
-    os.chdir(request["folder"])
-    os.nice(request["nice"] - os.nice(0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, request["files"])
-    _forget_job()
-    script, *_ = sys.argv = request["arguments"]
-    paths = [str(Path(script).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
-    _follow_ray()
+    try:
+        os.chdir(request["folder"])
+        os.nice(request["nice"] - os.nice(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, request["files"])
+        _forget_job()
+        script, *_ = sys.argv = request["arguments"]
+        paths = [str(Path(script).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
+        _follow_ray()
+    except Exception:  # noqa: BLE001  another version may lack an inner name, and Ray would wait for a worker that is not there
+        os.execv(request["command"][0], request["command"])
     try:
         runpy.run_path(script, run_name="__main__")
     finally:

@@ -41,6 +41,8 @@ def light_session(forks: str | None = None) -> Iterator[None]:
 def _start(start: Callable[..., Any], forks: str | None, command: list[str], *arguments: Any, **named: Any) -> Any:
     """Start a process of Ray; a raylet gets `cat` in place of the dashboard's agent, because it must start one.
 
+    Given a fork server, it gets a client of that before the command of its workers.
+
     A port of -1 says that there is no such service, as the agent says where the dashboard's packages are missing. `cat` ends
     when the raylet closes its input, which is how the agent learns that the raylet has died.
     """

@@ -155,7 +155,7 @@ def connect(in_process: bool = False) -> Iterator[None]:
     # A later connection of this process may be to a cluster.
     waits = short_waits()
     embedded = {} if is_cluster() else {**_EMBEDDED, **waits}
-    # Forks wait as this process does, for which it is too late if the waits are still to be set.
+    # A fork's threads wait as those of this process do, and torch reads how only when it is imported.
     forking = fork_server() if embedded and not waits else nullcontext()
     with _environment({name: value for name, value in embedded.items() if name not in os.environ}), forking as forks:
         import_ray()

@@ -138,9 +138,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from pipeline.runtime import fork_client
+from pipeline.runtime import fork_server as module
 from pipeline.runtime.fork_server import fork_server
 
 def main(workers):
+    if "BREAK" in os.environ:
+        setattr(module, os.environ["BREAK"], None)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     torch.randn(500, 500) @ torch.randn(500, 500)
     torch.nn.Conv2d(3, 8, 3)(torch.randn(8, 3, 64, 64)).sum().backward()  # OpenMP has threads now
@@ -268,6 +271,28 @@ def test_a_fork_is_the_worker_that_a_new_process_would_be(job, tmp_path):
 
 
 @linux_only
+def test_a_fork_that_fails_before_it_begins_becomes_a_new_process(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("BREAK", "_forget_job")
+    process = job(WORKER)
+    (facts,) = found(tmp_path, 1)
+    process.communicate("\n")
+    assert process.returncode == 0
+    assert not facts["had_torch"]
+    assert facts["arguments"][1:] == ["--x=1"]
+    assert (facts["colour"], facts["folder"]) == ("red", "/")
+
+
+@linux_only
+@pytest.mark.parametrize("function", ["tempfile.mkdtemp", "socket.socketpair"])
+def test_where_disk_or_descriptors_are_used_up_ray_starts_its_workers(monkeypatch, function):
+    monkeypatch.delitem(sys.modules, "ray")
+    monkeypatch.setattr(fork_server, "_has_threads", lambda: False)
+    monkeypatch.setattr(function, Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with fork_server.fork_server() as address:
+        assert address is None
+
+
+@linux_only
 def test_without_its_server_a_client_starts_the_worker_itself(tmp_path):
     file = tmp_path / "default_worker.py"
     file.write_text("import sys; print(*sys.argv[1:])")
@@ -332,12 +357,12 @@ print(json.dumps([one, three, blue, left]))
 
 
 def session(*arguments):
+    # Other tests set how threads wait.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     text = subprocess.run(
         [sys.executable, "-c", SESSION, *arguments],
         cwd=REPOSITORY,
-        env={
-            name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))
-        },  # other tests set some
+        env=environment,
         capture_output=True,
         text=True,
         check=True,
