@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,28 @@ def fill_and_die(plan: CachePlan, step: int, lag: float = 0.0) -> None:
 
     sys.addaudithook(count)
     fill_in_process(plan)
+
+
+BLINK = """
+import os, shutil, sys
+print("begins", flush=True)
+while True:
+    os.makedirs(sys.argv[1])
+    open(sys.argv[1] + "/x", "wb").close()
+    shutil.rmtree(sys.argv[1])
+"""
+
+
+@contextlib.contextmanager
+def blinking(folder: Path) -> Iterator[None]:
+    """Another process makes a folder with a file `x` and removes it, over and over."""
+    with subprocess.Popen([sys.executable, "-c", BLINK, str(folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline()
+        try:
+            yield
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
 def _die() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,12 +61,18 @@ def _state(file: Path) -> str:
 
 
 def bytes_of(*paths: Path) -> int:
-    """Bytes of these files, and of all files below these folders; links count nothing."""
-    total = 0
-    for path in paths:
-        files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
-        total += sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
-    return total
+    """Bytes of these files, and of all files below these folders; nothing for links, nor for what a job removes meanwhile."""
+    return sum(_bytes(path) for path in paths)
+
+
+def _bytes(path: Path) -> int:
+    try:
+        info = path.lstat()
+        if stat.S_ISDIR(info.st_mode):
+            return bytes_of(*path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return info.st_size if stat.S_ISREG(info.st_mode) else 0
 
 
 def remove_checkpoints(run: RunOnDisk) -> int:

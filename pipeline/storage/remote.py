@@ -121,18 +121,19 @@ def list_infos(system: fs.FileSystem, folder: str, *, missing: bool = False) -> 
     Raises:
         FileNotFoundError: if the folder does not exist.
     """
-    driver = fsspec_driver(system)
-    if driver is not None:
-        try:
-            items = driver.ls(folder, detail=True)
-        except FileNotFoundError:
-            if missing:
-                return []
-            raise
-        return [_driver_info(item) for item in items if item["name"].strip("/") != folder.strip("/")]
     if isinstance(system, fs.GcsFileSystem):
         return _list_gcs(system, folder, missing)
-    return list(system.get_file_info(fs.FileSelector(folder, allow_not_found=missing)))
+    driver = fsspec_driver(system)
+    try:
+        if driver is None:
+            return list(system.get_file_info(fs.FileSelector(folder, allow_not_found=missing)))
+        items = driver.ls(folder, detail=True)
+    except FileNotFoundError:
+        # Also of pyarrow: it looks again for a folder that it could not open, and another process may have made it meanwhile.
+        if missing:
+            return []
+        raise
+    return [_driver_info(item) for item in items if item["name"].strip("/") != folder.strip("/")]
 
 
 def _driver_info(item: Mapping[str, Any]) -> fs.FileInfo:

@@ -9,6 +9,7 @@ from pipeline.downstream.config import EvaluateModelJobConfig, FinetuneJobConfig
 from pipeline.errors import UserError
 from pipeline.runs.disk import bytes_of, checkpoint_folder, release, remove_checkpoints, runs_of
 from pipeline.training.config import TrainConfig
+from tests.faults import blinking
 
 
 @pytest.fixture
@@ -61,6 +62,12 @@ def test_bytes_are_those_of_files(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a/one")
     assert bytes_of(tmp_path) == bytes_of(tmp_path / "a") == 7
     assert bytes_of(tmp_path / "a/one", tmp_path / "missing") == 3
+
+
+def test_what_a_job_removes_meanwhile_counts_nothing(tmp_path):
+    (tmp_path / "stays").write_bytes(bytes(3))
+    with blinking(tmp_path / "a"):
+        assert {bytes_of(tmp_path) for _ in range(5000)} == {3}
 
 
 def kept(run):

@@ -12,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.errors import UserError
 from pipeline.storage import remote
 from pipeline.storage.store import LEFTOVER_AGE_S, Store, report_damage
+from tests.faults import blinking
 
 
 def test_put_then_get_list_and_size(tmp_path):
@@ -25,6 +26,14 @@ def test_put_then_get_list_and_size(tmp_path):
     assert store.folders() == ["a"]
     assert store.sub("a").files() == {"b.bin": 5}
     assert store.sub("nowhere").files() == {}
+
+
+def test_a_folder_that_comes_and_goes_is_listed_or_empty(tmp_path):
+    folder, seen = Store.at(tmp_path / "a"), set()
+    with blinking(tmp_path / "a"):
+        for _ in range(20000):
+            seen.add(tuple(folder.files()))
+    assert seen == {(), ("x",)}  # whole, or not there
 
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
