@@ -99,7 +99,8 @@ while True:
 def blinking(folder: Path) -> Iterator[None]:
     """Another process makes a folder with a file `x` and removes it, over and over."""
     with subprocess.Popen([sys.executable, "-c", BLINK, str(folder)], stdout=subprocess.PIPE) as process:
-        assert process.stdout and process.stdout.readline()
+        assert process.stdout
+        assert process.stdout.readline()
         try:
             yield
             assert process.poll() is None
