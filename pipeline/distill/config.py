@@ -103,7 +103,12 @@ class DistillJobConfig(PrecomputeJobConfig):
 
     def shared_folders(self) -> dict[str, str]:
         """Cache and checkpoints, if they are not in the work folder."""
-        return super().shared_folders() | self.train.shared_folders()
+        found = super().shared_folders() | self.train.shared_folders()
+        for number, phase in enumerate(self.phase_configs()):
+            for field, folder in phase.train.shared_folders().items():
+                if found.get(field) != folder:
+                    found[f"phases.{number}.{field}"] = folder
+        return found
 
     def trainings(self) -> dict[str, TrainConfig]:
         """One for each phase."""

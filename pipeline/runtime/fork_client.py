@@ -22,7 +22,8 @@ def main(address: str, command: list[str]) -> None:
 
 
 def make_request(command: list[str]) -> dict[str, object] | None:
-    """What a fork needs to be the worker that the command starts; None if its runtime environment is more than variables."""
+    """What a fork needs to be the worker that the command starts; None if a fork cannot be it: its runtime environment is
+    more than variables, or its working directory is deleted."""
     executable, *arguments = command
     if arguments and os.path.basename(arguments[0]) == _SETUP:
         del arguments[0]
@@ -37,11 +38,15 @@ def make_request(command: list[str]) -> dict[str, object] | None:
         if is_other or any("$" in value for value in variables.values()):  # Ray replaces those
             return None
         environment |= variables
+    try:
+        folder = os.getcwd()
+    except OSError:  # it is deleted: a new process still runs in it
+        return None
     return {
         "command": command,
         "arguments": arguments,
         "environment": environment,
-        "folder": os.getcwd(),
+        "folder": folder,
         "nice": os.nice(0),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
     }

@@ -29,6 +29,18 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_starts(tmp_path
         pass
 
 
+def test_a_place_of_one_phase_that_cannot_be_written_is_named_before_anything_starts(tmp_path, config):
+    (tmp_path / "file").touch()
+    elsewhere = f"phases=[{{train.checkpoints: {tmp_path}/a}}, {{train.checkpoints: {tmp_path}/file/below}}, {{}}]"
+    changed = config(elsewhere, f"train.checkpoints={tmp_path}/a")
+    assert list(changed.shared_folders()) == ["train.checkpoints", "phases.1.train.checkpoints"]
+    with (
+        pytest.raises(UserError, match=r"^phases\.1\.train\.checkpoints: cannot write .*"),
+        open_job(changed, "distill"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("field", ["outputs", "train.checkpoints"])
 @pytest.mark.usefixtures("bucket")
 def test_a_bucket_that_is_not_there_is_named_before_anything_starts(config, field):

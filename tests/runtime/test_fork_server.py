@@ -69,6 +69,13 @@ def test_a_command_that_is_not_known_is_left_to_ray(script):
     assert make_request([sys.executable]) is None
 
 
+def test_in_a_deleted_folder_a_worker_is_a_new_process(monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert make_request(PLAIN) is None
+
+
 def test_the_raylet_gets_the_client_before_its_own_command():
     started = []
     command = ["raylet", "--python_worker_command=python 'a b.py' --x=1", "--session_dir=/nowhere"]
