@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf
@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "7200",  # starvation is an error, not a hang; a shard may take an hour
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_COLOR_PREFIX": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # or a thread that outlasts a Ctrl-C would start another session
 }
 _EMBEDDED = {
     "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
@@ -49,6 +50,7 @@ _STARTUP_FAILED = re.compile(r"during startup|raylet|GCS")
 _GPU_TYPE = "accelerator_type:"
 _MULTI_NODE_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _in_process = False
+_threads: list[Callable[[], None]] = []
 
 
 def is_submitted_job() -> bool:
@@ -164,6 +166,18 @@ def connect(in_process: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def uses_ray(end: Callable[[], None]) -> Iterator[None]:
+    """In this block a thread uses Ray; `end`, called in another thread before the job's own session ends, returns when it does
+    not any more.
+    """
+    _threads.append(end)
+    try:
+        yield
+    finally:
+        _threads.remove(end)
+
+
+@contextmanager
 def _without_ray() -> Iterator[None]:
     """See `connect`; `is_in_process` is true in this block."""
     global _in_process
@@ -229,6 +243,8 @@ def _session(address: str, forks: str | None) -> Iterator[None]:
         with _killed_in_one_line():
             yield
     finally:
+        for end in [*_threads]:
+            end()
         ray.shutdown()
 
 

@@ -4,8 +4,9 @@ Imports Ray, so it is imported where a training starts.
 """
 
 import asyncio
+import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import ray
@@ -18,7 +19,11 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from pipeline.runtime.ray_session import uses_ray
 from pipeline.runtime.replaced import replaced
+
+PATIENCE_S = 10.0
+"""How long the end of a session waits for the controller, which may be waiting for new workers."""
 
 
 class LightTrainer(DataParallelTrainer):
@@ -38,8 +43,25 @@ class LightTrainer(DataParallelTrainer):
         arguments |= {"callbacks": [_NoDatasets(), *kept], "scaling_policy": policy}
         with _reports_alone() if self.scaling_config.num_workers == 1 else nullcontext():
             controller = _Controller(**arguments)
-            asyncio.run(controller.run())
+            asyncio.run(_run(controller))
             return controller.get_result()
+
+
+async def _run(controller: TrainController) -> None:
+    """Run a controller until it has finished, or the session is to end."""
+    loop, task, ended = asyncio.get_running_loop(), asyncio.current_task(), threading.Event()
+    assert task
+
+    def end() -> None:
+        with suppress(RuntimeError):  # the loop is closed: it has just finished
+            loop.call_soon_threadsafe(task.cancel)
+        ended.wait(PATIENCE_S)
+
+    with uses_ray(end):
+        try:
+            await controller.run()
+        finally:
+            ended.set()
 
 
 class _Workers(WorkerGroup):

@@ -126,7 +126,9 @@ def test_two_jobs_on_one_cache_outlast_the_kill_of_worker_actor_node_and_driver(
         jobs = [start_precompute([*arguments, f"cache.uri={cache}"], head.address, log) for log in logs]
 
         def seen(found):
-            return wait_until(lambda: found() or not all(job.is_alive() for job in jobs))
+            result = wait_until(lambda: found() or not all(job.is_alive() for job in jobs))
+            assert all(job.is_alive() for job in jobs), "".join(log.read_text() for log in logs)
+            return result
 
         kill(draw.choice(seen(lambda: running("(Ingest)", head, second))))
         seen(lambda: _teacher_shards(cache) and running("(Extract)", head, second))

@@ -20,6 +20,7 @@ from pipeline.runtime.ray_session import (
     devices,
     is_cluster,
     is_submitted_job,
+    uses_ray,
 )
 from tests.processes import descendants
 
@@ -54,6 +55,26 @@ def test_a_machine_too_busy_for_ray_is_one_line(monkeypatch, error):
     ):
         pass
     assert "\n" not in str(raised.value)
+
+
+def test_a_thread_that_uses_ray_ends_before_the_session(monkeypatch):
+    ended = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", Mock())
+    monkeypatch.setattr("ray.shutdown", lambda: ended.append("session"))
+    monkeypatch.setattr("pipeline.runtime.ray_session._check_loopback", lambda: None)
+    thread = uses_ray(lambda: ended.append("thread"))
+
+    def job():
+        with connect():
+            thread.__enter__()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job()
+    thread.__exit__(None, None, None)
+    assert ended == ["thread", "session"]
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -1,7 +1,10 @@
 """The loop on Ray Train workers."""
 
+import asyncio
 import json
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ import torch
 from pipeline.config.load import load_config
 from pipeline.distill.config import DistillJobConfig
 from pipeline.errors import UserError
+from pipeline.runtime import ray_session
 from pipeline.training.checkpoint import load_state
 from pipeline.training.meter import DivergedError
 from pipeline.training.ray_train import _out_of_memory, _shares, _trainer, fit
@@ -126,6 +130,25 @@ def test_on_ray_what_one_worker_refuses_ends_the_training_after_one_more_start(t
     with pytest.raises(UserError, match=r"^shard 7 is not as it should be$"):
         fit(make_tiny_task, payload, train_config(workers=2), str(tmp_path / "train"), lambda history, checkpoint: None)
     assert [lines(tmp_path, "made", rank) for rank in (0, 1)] == [["made"], ["made"]]
+
+
+def test_a_controller_in_a_thread_ends_before_its_session_does():
+    from pipeline.training import light_trainer
+
+    started = threading.Event()
+
+    class Controller:
+        async def run(self):
+            started.set()
+            await asyncio.sleep(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(asyncio.run, light_trainer._run(Controller()))
+        assert started.wait(10)
+        (end,) = ray_session._threads
+        end()
+        assert ray_session._threads == []
+        assert isinstance(running.exception(10), asyncio.CancelledError)
 
 
 def test_a_ray_train_of_other_inner_parts_has_its_own_trainer(monkeypatch):
