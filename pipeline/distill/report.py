@@ -184,8 +184,8 @@ def _examples(data: Dataset) -> tuple[Picture, ...]:
 
 
 def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | None) -> Section:
-    header = ("teacher", "weights", "licence", "input", "patches", "summary", "stored as", "cosine of what is stored")
-    table = [(*header, "weight in the loss", "kNN (95 % interval)", "in the cache")]
+    header = ("teacher", "kNN (95 % interval)", "weights", "licence", "input", "patches", "summary", "in the loss")
+    table = [(*header, "stored as", "cosine of what is stored", "in the cache")]
     stored = teacher_bytes(*filled.plans)
     used = _used_teachers(filled)
     # Of teachers of one name, at two input sizes in two phases, kNN is that of the last.
@@ -196,15 +196,15 @@ def _teachers(result: DistillResult, filled: Filled, labels: HeldOutLabels | Non
         table.append(
             (
                 name,
+                labels.show(result.teacher_knn.get(name)) if labels and latest.get(name) == teacher.id else "",
                 spec.weights[:20],
                 spec.licence,
                 f"{spec.input_size[0]}x{spec.input_size[1]} px",
                 f"{spec.grid[0]}x{spec.grid[1]} of {spec.patch_dim}",
                 "none" if spec.summary_dim is None else str(spec.summary_dim),
+                str(teacher.config.weight),
                 teacher.codec,
                 "" if fidelity is None else f"{fidelity:.3f}",
-                str(teacher.config.weight),
-                labels.show(result.teacher_knn.get(name)) if labels and latest.get(name) == teacher.id else "",
                 size(stored[teacher.id]),
             )
         )

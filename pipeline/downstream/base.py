@@ -214,6 +214,10 @@ class DownstreamTask(ABC, Generic[Settings]):
         """The value of a metric in :attr:`Report.metrics`, for people."""
         return f"{value:.3f}"
 
+    def charts(self, metrics: Mapping[str, float]) -> dict[str, list[str]]:
+        """What a report draws of :attr:`Report.metrics`: by the title of a chart, the names of metrics of one unit."""
+        return {name: [name] for name in metrics}
+
     @abstractmethod
     def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Any]:
         """A result for each image, on the CPU; called in inference mode.

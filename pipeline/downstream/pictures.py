@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from pipeline.downstream.base import Report
+from pipeline.downstream.lettering import lines_below
 from pipeline.storage.names import folder_name
 
 LEAST_SIDE = 256
@@ -42,12 +42,7 @@ def scale_of(size: Sequence[int]) -> int:
 
 def caption(image: Tensor, lines: Sequence[str]) -> Tensor:
     """[3, H, W] float in [0, 1] -> uint8 [3, H', W'], enlarged if small, with lines of text below it."""
-    pixels = enlarge((image.detach().float().clamp(0, 1) * 255).round().byte().cpu())
-    strip = Image.new("RGB", (pixels.shape[2], 14 * len(lines) + 4), "white")
-    draw = ImageDraw.Draw(strip)
-    for number, line in enumerate(lines):
-        draw.text((3, 2 + 14 * number), line, fill="black")
-    return torch.cat([pixels, torch.from_numpy(np.array(strip)).permute(2, 0, 1)], dim=1)
+    return lines_below(enlarge((image.detach().float().clamp(0, 1) * 255).round().byte().cpu()), lines)
 
 
 def write_report(report: Report, folder: Path, classes: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from pipeline.runs.session import Job
 from pipeline.runtime.ray_session import IS_INSTALLED, devices
 from pipeline.runtime.units import counted, time_span
 
-PICTURES, SIDE = 12, 320
+PICTURES, SIDE = 12, 640
 """Held-out images that are shown with their predictions, and their longest side in pixels."""
 
 
@@ -30,12 +30,12 @@ def finetune_report(
     """The report of a finished fine-tuning that took `seconds` since its last start."""
     task, folder = make_task(config), job.state.folder
     curves = read_curves(folder / "metrics.jsonl")
-    judged = tuple(_pictures(folder / "evaluation"))
     sections = (
         Section("Recipe", facts=_recipe(config, plan), folded={"All fields": _yaml(config)}),
         Section("Data", table=_data(plan), facts={"notes": "; ".join(plan.notes)} if plan.notes else {}),
         Section("Curves", charts=tuple(_charts(curves, task, result))),
-        Section("On held-out images", examples=judged, table=_per_class(folder / "evaluation/per_class.csv")),
+        Section("On held-out images", examples=tuple(_pictures(folder / "evaluation"))),
+        Section("By class", table=_per_class(folder / "evaluation/per_class.csv")),
         Section("Cost", facts=_cost(job, seconds)),
         Section("Load the model", facts={"model in MLflow": result.model_uri}, code=_lines(result.model)),
     )
@@ -85,21 +85,22 @@ def _data(plan: FinetunePlan) -> tuple[tuple[str, ...], ...]:
 
 
 def _charts(curves: Curves, task: DownstreamTask[Any], result: FinetuneResult) -> Iterator[Chart]:
-    for name in result.after:
-        if points := by_epoch(curves, name):
-            line = Line(name, points, last=task.in_words(name, points[-1][1]))
-            yield Chart(f"{name} on held-out images", "epoch", name, (line,))
+    for title, names in task.charts(result.after).items():
+        points = {name: found for name in names if (found := by_epoch(curves, name))}
+        lines = tuple(Line(name, line, last=task.in_words(name, line[-1][1])) for name, line in points.items())
+        if lines:
+            yield Chart(f"{title} on held-out images", "epoch", title, lines)
     if loss := by_epoch(curves, "loss"):
         yield Chart("Training loss", "epoch", "loss", (Line("total", loss, last=f"{loss[-1][1]:.3g}"),))
 
 
 def _pictures(folder: Path) -> Iterator[Picture]:
     files = sorted((folder / "pictures").glob("*.png"))[:PICTURES]
-    named = {file: file.stem for file in files} | {folder / "confusion.png": "confusion of the classes"}
-    for file, name in named.items():
+    named = {file: file.stem.partition("-")[2] for file in files}  # without the number
+    for file, name in (named | {folder / "confusion.png": "confusion of the classes"}).items():
         if file.is_file():
             with Image.open(file) as image:
-                yield picture(image.convert("RGB"), name, side=SIDE if file in files else 2 * SIDE)
+                yield picture(image.convert("RGB"), name, side=SIDE)
 
 
 def _per_class(file: Path) -> tuple[tuple[str, ...], ...]:

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 COLOURS = ("#3b6fd4", "#d9622b", "#2a9d63", "#a55ad6", "#c2417c", "#1a97a6", "#9a7b1f", "#6b7280")
 """Distinguishable on white and on black, with a contrast of at least 3 to both."""
 
 WIDTH, HEIGHT = 420.0, 260.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 34.0
-"""Margins around the axes."""
+RIGHT, TOP, BOTTOM = 10.0, 10.0, 34.0
+"""Margins around the axes; the left one suits the labels."""
+LEAST_LEFT, PER_CHARACTER = 46.0, 7.2
+"""Least left margin, and width of a character of its labels, in the page's font."""
 MOST_POINTS = 400
 """Points of a longer line are thinned evenly; its last one stays."""
 MOST_MARKERS = 32
@@ -75,7 +78,13 @@ class Chart:
     @property
     def y_ticks(self) -> list[Tick]:
         """Labels beside the axes."""
-        return [Tick(self._down(value), f"{value:.6g}") for value in _ticks(*self._y_range)]
+        return [Tick(self._down(value), _text(value)) for value in _ticks(*self._y_range)]
+
+    @cached_property
+    def left(self) -> float:
+        """Left margin in pixels, which holds the labels beside the axes."""
+        longest = max((len(_text(value)) for value in _ticks(*self._y_range)), default=0)
+        return max(LEAST_LEFT, 12 + PER_CHARACTER * longest)
 
     def path(self, line: Line) -> str:
         """The points of a line for an SVG polyline."""
@@ -96,17 +105,20 @@ class Chart:
     @property
     def _x_range(self) -> tuple[float, float]:
         xs = [x for line in self.lines for x, _ in line.points]
-        return _widened(min(xs), max(xs), 0.0)
+        low, high = min(xs), max(xs)
+        return (low, high) if low < high else (low - 0.5, high + 0.5)
 
     @property
     def _y_range(self) -> tuple[float, float]:
         ys = [y for line in self.lines for _, y in line.points]
         ys += [y for line in self.lines for _, low, high in line.band for y in (low, high)]
-        return _widened(min(ys), max(ys), 0.04)
+        low, high = min(ys), max(ys)
+        margin = 0.04 * (high - low) if low < high else abs(low) / 10 or 1.0
+        return 0.0 if low == high == 0 else low - margin, high + margin
 
     def _across(self, x: float) -> float:
         low, high = self._x_range
-        return LEFT + (WIDTH - LEFT - RIGHT) * (x - low) / (high - low)
+        return self.left + (WIDTH - self.left - RIGHT) * (x - low) / (high - low)
 
     def _down(self, y: float) -> float:
         low, high = self._y_range
@@ -123,9 +135,8 @@ def _joined(points: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _widened(low: float, high: float, share: float) -> tuple[float, float]:
-    margin = share * (high - low) if high > low else 0.5
-    return low - margin, high + margin
+def _text(value: float) -> str:
+    return f"{value:.6g}"
 
 
 def _ticks(low: float, high: float, integer: bool = False) -> Sequence[float]:

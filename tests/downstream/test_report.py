@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config.load import load_config
 from pipeline.downstream import report as module
-from pipeline.downstream.base import Report
+from pipeline.downstream.base import Report, make_task
 from pipeline.downstream.config import FinetuneJobConfig
 from pipeline.downstream.job import FinetunePlan, FinetuneResult
 from pipeline.downstream.pictures import write_report
@@ -58,15 +58,23 @@ def test_it_shows_curves_predictions_and_classes(page, tmp_path):
     report = Report({"top1": 60.0}, rows, torch.from_numpy(np.eye(2, dtype=np.int64)), pictures)
     write_report(report, tmp_path / "evaluation", ("cat", "dog"))
     shown = page(Images(count=40, classes=("cat", HOSTILE), location="photos/val"), {"top1": 60.0})
-    assert shown.titles == ["Recipe", "Data", "Curves", "On held-out images", "Cost", "Load the model"]
+    assert shown.titles == ["Recipe", "Data", "Curves", "On held-out images", "By class", "Cost", "Load the model"]
     assert shown.points("top1") == [(0.0, 30.0), (1.0, 60.0)]
     assert len(shown.elements["img"]) == 12 + 1
+    figures = [figure["style"] for figure in shown.elements["figure"] if "style" in figure]
+    assert figures[0] == "--width: 300px"  # as large as the picture
     assert f"{HOSTILE} 40 61.23" in shown.text
     assert "40 held-out images" in shown.text
     assert "time of this start 1.2 min" in shown.text
     assert "backbone regla_t from scratch" in shown.text
     assert "rate of the backbone 0.1 of the learning rate" in shown.text
     assert "load_predictor(" in shown.text
+
+
+def test_a_detectors_numbers_share_charts_without_those_that_no_object_has():
+    task = make_task(load_config(FinetuneJobConfig, None, ["finetune.task=detect"]))
+    numbers = {"box/AP": 0.1, "box/AP50": 0.2, "box/AP_large": -1.0, "box/AR1": 0.2, "mask/AP": 0.0}
+    assert task.charts(numbers) == {"box/AP": ["box/AP", "box/AP50"], "box/AR": ["box/AR1"], "mask/AP": ["mask/AP"]}
 
 
 def test_without_held_out_images_there_is_a_report_too(page):

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.report.chart import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIGHT, TOP, WIDTH, Chart, Line, thinned
+from pipeline.report.chart import BOTTOM, HEIGHT, MOST_POINTS, RIGHT, TOP, WIDTH, Chart, Line, thinned
 
 
 def places(path):
@@ -13,7 +13,7 @@ def test_points_lie_within_the_axes_in_proportion():
     line = Line("a", ((0.0, 10.0), (1.0, 20.0), (4.0, 30.0)), band=((0.0, 5.0, 15.0), (4.0, 25.0, 35.0)))
     chart = Chart("t", "epoch", "kNN", (line,))
     (x0, y0), (x1, y1), (x2, y2) = places(chart.path(line))
-    assert (x0, x2) == (LEFT, WIDTH - RIGHT)
+    assert (x0, x2) == (chart.left, WIDTH - RIGHT)
     assert x1 - x0 == pytest.approx((x2 - x0) / 4, abs=0.1)
     assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
     around = places(chart.outline(line))
@@ -27,7 +27,7 @@ def test_points_lie_within_the_axes_in_proportion():
 def test_a_point_a_constant_and_an_extreme_are_drawn(points):
     line = Line("a", points)
     chart = Chart("t", "x", "y", (line,))
-    assert all(LEFT <= x <= WIDTH - RIGHT and TOP <= y <= HEIGHT - BOTTOM for x, y in places(chart.path(line)))
+    assert all(chart.left <= x <= WIDTH - RIGHT and TOP <= y <= HEIGHT - BOTTOM for x, y in places(chart.path(line)))
     assert chart.x_ticks
     assert chart.y_ticks
 
@@ -40,3 +40,15 @@ def test_a_long_line_is_thinned_to_its_last_point_and_has_no_markers():
     assert len({round(b[0] - a[0]) for a, b in pairwise(kept)}) == 1
     assert Chart("t", "x", "y", (Line("a", points),)).markers(Line("a", points)) == []
     assert thinned(()) == ()
+
+
+@pytest.mark.parametrize("top", [1.6e-05, 0.0061, 1.0, 123456.0])
+def test_labels_beside_the_axes_have_room(top):
+    chart = Chart("t", "x", "y", (Line("a", ((0.0, 0.0), (1.0, top))),))
+    longest = max(len(tick.text) for tick in chart.y_ticks)
+    assert chart.left - 6 >= 7 * longest  # of 12 px, a digit of the widest usual font takes 7
+
+
+def test_of_zeros_the_axis_ends_at_zero():
+    chart = Chart("t", "x", "y", (Line("a", ((0.0, 0.0), (1.0, 0.0))),))
+    assert [float(tick.text) for tick in chart.y_ticks] == [0, 0.2, 0.4, 0.6, 0.8, 1]

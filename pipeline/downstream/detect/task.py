@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.models.detection import FasterRCNN
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_segmentation_masks
 
 from pipeline.downstream.base import Column, DownstreamTask, Report, Split, device_of, evenly
 from pipeline.downstream.detect.coco import CocoImages, ObjectTargets, SceneObjects, open_objects
@@ -20,6 +20,7 @@ from pipeline.downstream.detect.coco_eval import NOTHING, Kind, average_precisio
 from pipeline.downstream.detect.config import DetectConfig
 from pipeline.downstream.detect.mask_rcnn import build_detector
 from pipeline.downstream.images import read_rows
+from pipeline.downstream.lettering import draw_boxes, side_by_side
 from pipeline.downstream.pictures import enlarge, palette, scale_of
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.student.model import Encoder
@@ -141,6 +142,14 @@ class Detection(DownstreamTask[DetectConfig]):
         """A number of the COCO API."""
         return in_words(metric, value)
 
+    def charts(self, metrics: Mapping[str, float]) -> dict[str, list[str]]:
+        """Precision and recall, of boxes and of masks, each with all that can be measured."""
+        found: dict[str, list[str]] = {}
+        for name, value in metrics.items():
+            if value != NOTHING:
+                found.setdefault(name[: len("box/AP")], []).append(name)
+        return found
+
     def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Objects]:
         """The objects in each image, one by one: padding to the size of others would change the scores."""
         return [self._find(model, image, classes) for image in images]
@@ -182,7 +191,7 @@ class Detection(DownstreamTask[DetectConfig]):
             image, objects = examples.read(row)
             truth = draw_objects(image, objects, [examples.classes[label - 1] for label in objects.labels])
             found = self.draw(image, self._find(detector, image, examples.classes), examples.classes)
-            pictures[examples.key(row)] = torch.cat([truth, found], dim=2)
+            pictures[examples.key(row)] = side_by_side({"annotated": truth, f"predicted (score ≥ {SHOWN})": found})
         return pictures
 
 
@@ -267,10 +276,10 @@ def draw_objects(image: Tensor, objects: ObjectTargets, names: list[str]) -> Ten
     """An image uint8 [3, H, W], enlarged where it is small, with masks and named boxes over it."""
     canvas, factor = enlarge(image), scale_of(image.shape[-2:])
     numbers = objects.labels.numpy()
-    colours = [tuple(colour) for colour in palette(numbers.max(initial=0))[numbers - 1].tolist()]
+    colours = [(red, green, blue) for red, green, blue in palette(numbers.max(initial=0))[numbers - 1].tolist()]
     if len(objects.masks):
         masks = objects.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colours)
     if len(objects.boxes):
-        canvas = draw_bounding_boxes(canvas, objects.boxes * factor, names, colors=colours, width=2)
+        canvas = draw_boxes(canvas, objects.boxes * factor, names, colours)
     return canvas

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from pipeline.downstream.backbone import pyramid_levels
 from pipeline.downstream.base import Column, DownstreamTask, Report, Split, device_of, evenly
 from pipeline.downstream.images import read_rows
+from pipeline.downstream.lettering import Colour, legend_below, side_by_side
 from pipeline.downstream.pictures import enlarge, palette
 from pipeline.downstream.sampling import Draw, prepare, seeded
 from pipeline.downstream.segment.classes import IGNORE
@@ -150,8 +151,8 @@ class Segmentation(DownstreamTask[SegmentConfig]):
         return [self.label_map(model, image).cpu() for image in images]
 
     def draw(self, image: Tensor, result: Tensor, classes: Sequence[str]) -> Tensor:
-        """The image under the colours of its classes."""
-        return overlay(image, result, len(classes))
+        """The image under the colours of its classes, and their names."""
+        return legend_below(enlarge(overlay(image, result, len(classes))), class_colours(result, classes))
 
     def describe(
         self, image: Tensor, result: Tensor, classes: Sequence[str], folder: Path, stem: str
@@ -192,14 +193,17 @@ class Segmentation(DownstreamTask[SegmentConfig]):
         return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False).argmax(1)[0]
 
     def _pictures(self, model: nn.Module, examples: Examples) -> dict[str, Tensor]:
-        """Image, ground truth and prediction side by side; ignored pixels are black in both."""
+        """Image, ground truth and prediction side by side, with the names of the colours; ignored pixels are black in both."""
         pictures: dict[str, Tensor] = {}
         for row in evenly(len(examples), self.config.finetune.pictures):
             image, labels = examples.read(row)
             guess = self.label_map(model, image).cpu()
             guess[labels == IGNORE] = IGNORE
-            maps = [overlay(image, part, len(examples.classes)) for part in (labels, guess)]
-            pictures[examples.key(row)] = torch.cat([enlarge(part) for part in (image, *maps)], dim=2)
+            maps = {"annotated": labels, "predicted": guess}
+            columns = {title: overlay(image, part, len(examples.classes)) for title, part in maps.items()}
+            shown = side_by_side({title: enlarge(part) for title, part in {"image": image, **columns}.items()})
+            colours = class_colours(torch.stack([*maps.values()]), examples.classes)
+            pictures[examples.key(row)] = legend_below(shown, colours)
         return pictures
 
 
@@ -283,6 +287,13 @@ def segmentation_metrics(
         for name, pixels, i, a in zip(classes, matrix.sum(1), iou, accuracy, strict=True)
     ]
     return metrics, table
+
+
+def class_colours(labels: Tensor, classes: Sequence[str]) -> dict[str, Colour]:
+    """The colours of the classes in label maps, by name, those of most pixels first."""
+    numbers, counts = labels[labels < len(classes)].unique(return_counts=True)
+    colours = palette(len(classes)).tolist()
+    return {classes[number]: tuple(colours[number]) for number in numbers[counts.argsort(descending=True)].tolist()}
 
 
 def overlay(image: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -15,6 +15,12 @@ def test_examples_are_spread_over_the_data_with_their_classes_and_images(filled,
         assert decode_image(example.image).height == 48
 
 
+def test_examples_are_of_as_many_classes_as_there_are(filled):
+    assert len({example.label for example in read_examples(filled.train, len(filled.train.classes))}) == len(
+        filled.train.classes
+    )
+
+
 def test_a_small_set_is_shown_whole(filled):
     assert sorted(example.name for example in read_examples(filled.val, 100)) == sorted(
         name for part in range(len(filled.val.selections)) for name in filled.val.samples(part)["sample_id"].to_pylist()
