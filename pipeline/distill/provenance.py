@@ -66,18 +66,12 @@ def _parts(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def lineage(phases: Sequence[DistillJob], origin: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of a registered student: teachers and licences, also of its initial weights, and the cache folders that it read."""
-    read = dict.fromkeys(
-        f"{dataset.id}/{dataset.policy.id}/{t.id}"
-        for job in phases
-        for dataset in (job.train, job.val)
-        if dataset is not None
-        for t in job.teachers
-    )
+    """Tags of a registered student: teachers and licences, also of its initial weights, and the versions of its images."""
+    read = dict.fromkeys(data.id for job in phases for data in (job.train, job.val) if data is not None)
     return {
         "student": phases[-1].config.student.name,
         "teachers": ", ".join(dict.fromkeys(teacher["name"] for teacher in all_teachers(origin))),
         "licences": ", ".join(all_licences(origin)),
         **({"start": origin["start"]["named"]} if "start" in origin else {}),
-        "cache": "\n".join(read),
+        "images": ", ".join(read),
     }

@@ -13,7 +13,7 @@ LEAST_TEXT, LEAST_WIDTH = 13, 160
 """Font size and width of lines in pixels, also below smaller pictures."""
 MOST_HEIGHT = 4096
 """A picture that is higher is not widened to `LEAST_WIDTH`: it would become huge."""
-TEXTS_PER_SIDE = 28
+TEXTS_PER_SIDE = 24
 """The short side of a large picture in font sizes."""
 MOST_NAMES = 24
 """Names in a legend."""
@@ -84,7 +84,8 @@ def draw_boxes(picture: Tensor, boxes: Tensor, names: Sequence[str], colours: Se
         boxes: float [N, 4], x and y of two corners in pixels.
         names, colours: of each box.
     """
-    font, image = _font(text_size(picture)), Image.fromarray(picture.permute(1, 2, 0).numpy())
+    size = max(LEAST_TEXT, text_size(picture) * 3 // 4)  # names hide what is below them
+    font, image = _font(size), Image.fromarray(picture.permute(1, 2, 0).numpy())
     draw, margin = ImageDraw.Draw(image), round(font.size / 6)
     objects = [*zip(boxes.tolist(), names, colours, strict=True)][::-1]
     for corners, _, colour in objects:

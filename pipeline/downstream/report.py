@@ -20,7 +20,7 @@ from pipeline.runs.session import Job
 from pipeline.runtime.ray_session import IS_INSTALLED, devices
 from pipeline.runtime.units import counted, time_span
 
-PICTURES, SIDE = 12, 640
+PICTURES, SIDE = 12, 960
 """Held-out images that are shown with their predictions, and their longest side in pixels."""
 
 

@@ -30,7 +30,7 @@ class Registration:
         model_uri: of the logged model.
         metric, score: for comparing versions; higher is better; None: not measured, so that it is never the best.
         held_out: identity of the images that the score was measured on; scores on other images are not comparable.
-        lineage: the model's origin, by tag: teachers, licences, cache, manifests.
+        lineage: the model's origin, by tag: teachers, licences, images, manifests.
     """
 
     name: str
@@ -135,7 +135,7 @@ def _show_best(run: Run) -> None:
 
 
 _BEST = "Best: "
-_FOR_PROGRAMS = ("cache", "manifests", "run", "distilled_in")
+_FOR_PROGRAMS = ("manifests", "run", "distilled_in")
 """Beginnings of the tags that hold ids and hashes, which the text leaves out."""
 _MODEL_NOTE = """Newest: `models:/{name}/latest`. Best by `{metric}`: `models:/{name}@best`, among versions measured on the
 same held-out images (tag `held_out`) as the first marked version."""
@@ -144,12 +144,10 @@ same held-out images (tag `held_out`) as the first marked version."""
 def _version_note(run: Run, registration: Registration) -> str:
     score = "nothing was measured" if registration.score is None else f"{registration.metric} {registration.score:.4g}"
     rows = [
-        f"| {name} | {', '.join(value.splitlines())} |"
-        for name, value in registration.lineage.items()
-        if not name.startswith(_FOR_PROGRAMS)
+        f"| {name} | {value} |" for name, value in registration.lineage.items() if not name.startswith(_FOR_PROGRAMS)
     ]
     table = ["| | |", "|---|---|", *rows, ""] if rows else []
-    more = "The tags name what programs look up: the run, the cache's folders and the hashes of their files."
+    more = "The tags name what programs look up: the run, and the artifacts with the hashes of the cache's files."
     return "\n".join([f"From [the job's run]({run_link(run)}): {score}.", "", *table, more])
 
 

@@ -147,7 +147,8 @@ class Detection(DownstreamTask[DetectConfig]):
         found: dict[str, list[str]] = {}
         for name, value in metrics.items():
             if value != NOTHING:
-                found.setdefault(name[: len("box/AP")], []).append(name)
+                kind, number = name.split("/")
+                found.setdefault(f"{kind}/{number[:2]}", []).append(name)
         return found
 
     def predict(self, model: nn.Module, images: Sequence[Tensor], classes: Sequence[str]) -> list[Objects]:
