@@ -9,6 +9,7 @@ from pipeline.config.jobs import all_roots, job_root
 from pipeline.config.tree import iter_fields
 from pipeline.downstream.config import TASKS
 from pipeline.errors import UserError
+from pipeline.sources.config import SamplesConfig
 from pipeline.tracking.reading import LoggedRun
 
 
@@ -90,11 +91,12 @@ def _teachers(run: LoggedRun) -> list[tuple[str, str]]:
 
 
 def image_set(run: LoggedRun, data: Mapping[str, tuple[str, str]], split: str) -> str | None:
-    """Identity of the images of a split; that of generated scenes is their name, since the seed decides them."""
+    """Identity of the images of a split; that of generated scenes is their number and size, since the seed decides the rest."""
     location, identity = data.get(split, (None, None))
     known = location or parameter(run, f"data.{split}")
     if known == "samples" or (split == "val" and known is None and parameter(run, "data.train") == "samples"):
-        return "samples"
+        count, size = (parameter(run, f"data.samples.{name}") for name in (split, "size"))
+        return SamplesConfig.name_of_all_seeds(count, size) if count and size else "samples"
     return identity or (shortened(known) if known else None)
 
 

@@ -74,5 +74,6 @@ class ImageJobConfig(JobConfig):
         return {field: location for field, location in locations.items() if location not in (None, "samples")}
 
     def name_held_out(self, identity: str) -> str:
-        """The identity; generated scenes of all seeds count as one set."""
-        return "samples" if self.data.held_out == "samples" else identity
+        """The identity; as many generated scenes of one size count as one set, whichever seed made them."""
+        scenes = self.data.samples
+        return scenes.name_of_all_seeds(scenes.val, scenes.size) if self.data.held_out == "samples" else identity

@@ -17,6 +17,11 @@ class SamplesConfig(Section):
     val: int = Field(300, ge=0, description="number of generated held-out scenes")
     size: int = Field(96, ge=32, description="side of a generated scene in pixels")
 
+    @staticmethod
+    def name_of_all_seeds(count: int | str, size: int | str) -> str:
+        """What as many scenes of this size are called, whichever seed made them, where accuracies are compared."""
+        return f"samples-n{count}-s{size}"
+
 
 class DataConfig(Section):
     """Where images come from."""

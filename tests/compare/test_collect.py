@@ -182,7 +182,16 @@ def test_generated_scenes_are_the_same_data_whatever_the_seed(store, read):
         store.distil("regla_t", ["hog"], seed, 20.0, "data.train=samples", "data.val=null", data=data)
     one, other = collect(read()).entries
     assert one.config == other.config
-    assert one.held_out == other.held_out == "samples"
+    assert one.held_out == other.held_out == "samples-n300-s96"
+
+
+@pytest.mark.parametrize("changed", ["data.samples.val=60", "data.samples.size=64"])
+def test_generated_scenes_of_another_number_or_size_are_other_images(store, read, changed):
+    data = dict.fromkeys(("train", "val"), ("samples", "samples-1"))
+    for settings in ((), (changed,)):
+        store.distil("regla_t", ["hog"], 0, 20.0, "data.train=samples", "data.val=null", *settings, data=data)
+    one, other = collect(read()).entries
+    assert one.held_out != other.held_out
 
 
 def test_an_experiment_with_nothing_to_compare_is_refused(store, read):

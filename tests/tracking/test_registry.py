@@ -23,7 +23,7 @@ from pipeline.tracking.run import start_run
 LINEAGE = {
     "teachers": "hog, sam",
     "licences": "apache-2.0",
-    "cache": "photos-1/full/hog-1\nphotos-1/full/sam-2",
+    "images": "photos-train-1, photos-val-2",
     "manifests": "runs:/0/manifests",
 }
 
@@ -63,8 +63,8 @@ def test_a_model_becomes_the_first_version_with_its_lineage_and_a_link_to_its_ru
     assert f"(#/experiments/{run.experiment_id}/runs/{run.run_id}): top1 50." in version.description
     assert "| licences | apache-2.0 |" in version.description
     assert "| teachers | hog, sam |" in version.description
-    assert "photos-1/full" not in version.description  # hashes are for programs, which read the tags
-    assert "runs:/0/manifests" not in version.description
+    assert "| images | photos-train-1, photos-val-2 |" in version.description
+    assert "runs:/0/manifests" not in version.description  # ids are for programs, which read the tags
     assert f"{registration.name}@best" in client.get_registered_model(registration.name).description
 
 
