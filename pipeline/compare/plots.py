@@ -108,7 +108,7 @@ def curves_plot(comparison: Comparison, images: str | None) -> Plot:
     deviation.
     """
     drawn = [member for member in comparable_groups(comparison, images, KNN.key) if len(member[1].curve) > 1]
-    title = f"{KNN.title} (line: averaged weights, dotted: raw)"
+    title = f"{KNN.title}; dotted: raw weights"
     epochs = max((point.epoch for _, group, _ in drawn for point in group.curve), default=0)
     traces = [trace for member in drawn for trace in _curves(*member)]
     plot = _plot([*traces, *_teachers([(number, group) for number, group, _ in drawn], epochs)], "epoch", title)
