@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import shutil
 import time
@@ -23,6 +24,8 @@ from pipeline.storage.remote import RetriedFile, attempt, check_address, list_in
 
 LEFTOVER_AGE_S = 3600.0
 """Age in seconds at which a temporary file counts as left by a killed writer."""
+DELETIONS = 5
+"""How often the deletion of a local folder is tried, into which another process writes meanwhile."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 
 Result = TypeVar("Result")
@@ -214,4 +217,10 @@ def _download(system: fs.FileSystem, target: str) -> bytes:
 def _delete_folder(system: fs.FileSystem, root: str) -> None:
     # Keep the bucket itself, which we did not create either.
     delete = system.delete_dir if "/" in root.strip("/") else system.delete_dir_contents
-    delete(root)
+    for left in reversed(range(DELETIONS)):
+        try:
+            delete(root)
+            break
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or not left:
+                raise

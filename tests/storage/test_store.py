@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import shutil
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow import fs
 
 from pipeline.errors import UserError
 from pipeline.storage import remote
@@ -96,6 +98,25 @@ def test_deletion(tmp_path):
     store.sub("a").delete_folder()
     store.sub("a").delete_folder()
     assert store.folders() == []
+
+
+@pytest.mark.parametrize(("writes", "fails"), [(2, False), (9, True)])
+def test_a_folder_into_which_another_process_writes_is_deleted_again(tmp_path, monkeypatch, writes, fails):
+    (tmp_path / "a").mkdir()
+    kept, left = fs.LocalFileSystem(), iter(range(writes))
+
+    class Written:
+        """Its folder has a new file at each of the first deletions."""
+
+        def delete_dir(self, folder):
+            if next(left, None) is not None:
+                os.rmdir(tmp_path)  # the system's own error
+            kept.delete_dir(folder)
+
+    monkeypatch.setattr(fs, "LocalFileSystem", Written)
+    with pytest.raises(UserError, match="Directory not empty") if fails else nullcontext():
+        Store.at(tmp_path / "a").delete_folder()
+    assert (tmp_path / "a").exists() == fails
 
 
 def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path):
