@@ -316,12 +316,19 @@ def test_without_its_server_a_client_starts_the_worker_itself(tmp_path):
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "--x=1\n"
 
 
+def _ignores(process, number):
+    (line,) = [line for line in read_proc(process, "status").splitlines() if line.startswith("SigIgn:")]
+    return int(line.split()[1], 16) >> (number - 1) & 1
+
+
 @linux_only
 def test_a_killed_job_leaves_neither_server_nor_folder(job):
     process = job()
     address = process.stdout.readline().split()[1]
     assert process.stdout.readline() == "asked\n"
     (server,) = [pid for pid, title in descendants(process.pid).items() if title == read_proc(process.pid, "cmdline")]
+    while not _ignores(server, signal.SIGTERM):  # it has only just begun
+        time.sleep(0.01)
     kill(server, signal.SIGTERM)  # as one that stops all processes of a job does
     time.sleep(0.2)
     assert read_proc(server, "cmdline")
