@@ -78,13 +78,12 @@ class Chart:
     @property
     def y_ticks(self) -> list[Tick]:
         """Labels beside the axes."""
-        return [Tick(self._down(value), _text(value)) for value in _ticks(*self._y_range)]
+        return [Tick(self._down(value), f"{value:.6g}") for value in _ticks(*self._y_range)]
 
     @cached_property
     def left(self) -> float:
         """Left margin in pixels, which holds the labels beside the axes."""
-        longest = max((len(_text(value)) for value in _ticks(*self._y_range)), default=0)
-        return max(LEAST_LEFT, 12 + PER_CHARACTER * longest)
+        return max([LEAST_LEFT, *(12 + PER_CHARACTER * len(tick.text) for tick in self.y_ticks)])
 
     def path(self, line: Line) -> str:
         """The points of a line for an SVG polyline."""
@@ -102,19 +101,21 @@ class Chart:
             return []
         return [Marker(self._across(x), self._down(y), x, y) for x, y in line.points]
 
-    @property
+    @cached_property
     def _x_range(self) -> tuple[float, float]:
         xs = [x for line in self.lines for x, _ in line.points]
         low, high = min(xs), max(xs)
         return (low, high) if low < high else (low - 0.5, high + 0.5)
 
-    @property
+    @cached_property
     def _y_range(self) -> tuple[float, float]:
         ys = [y for line in self.lines for _, y in line.points]
         ys += [y for line in self.lines for _, low, high in line.band for y in (low, high)]
         low, high = min(ys), max(ys)
-        margin = 0.04 * (high - low) if low < high else abs(low) / 10 or 1.0
-        return 0.0 if low == high == 0 else low - margin, high + margin
+        if low == high == 0:
+            return 0.0, 1.0
+        margin = 0.04 * (high - low) if low < high else abs(low) / 10
+        return low - margin, high + margin
 
     def _across(self, x: float) -> float:
         low, high = self._x_range
@@ -133,10 +134,6 @@ def thinned(points: Points) -> Points:
 
 def _joined(points: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-
-
-def _text(value: float) -> str:
-    return f"{value:.6g}"
 
 
 def _ticks(low: float, high: float, integer: bool = False) -> Sequence[float]:
