@@ -9,7 +9,7 @@ from pipeline.config.jobs import all_roots, job_root
 from pipeline.config.tree import iter_fields
 from pipeline.downstream.config import TASKS
 from pipeline.errors import UserError
-from pipeline.sources.config import SamplesConfig
+from pipeline.sources.config import scenes_of_any_seed
 from pipeline.tracking.reading import LoggedRun
 
 
@@ -96,7 +96,7 @@ def image_set(run: LoggedRun, data: Mapping[str, tuple[str, str]], split: str) -
     known = location or parameter(run, f"data.{split}")
     if known == "samples" or (split == "val" and known is None and parameter(run, "data.train") == "samples"):
         count, size = (parameter(run, f"data.samples.{name}") for name in (split, "size"))
-        return SamplesConfig.name_of_all_seeds(count, size) if count and size else "samples"
+        return scenes_of_any_seed(count, size) if count and size else "samples"
     return identity or (shortened(known) if known else None)
 
 
@@ -104,7 +104,7 @@ def configuration(run: LoggedRun, data: Mapping[str, tuple[str, str]]) -> dict[s
     """The parameters that decide what a run computes, comparable between machines: without seed, names and paths."""
     own, known, operational = _declared_fields(run.tags.get("job", ""), parameter(run, "finetune.task") or "")
     unread = ("student.name", "student.weights") if evaluated_student(run) else ()  # another field names the student
-    ignored = (*operational, "seed", *unread)
+    ignored = (*operational, "seed", "data.samples", *unread)  # the names of scenes hold their number and size
     kept = {
         key: shortened(value)
         for key, value in run.params.items()

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from pipeline.config.tree import JobRoot, operational
-from pipeline.sources.config import DataConfig
+from pipeline.sources.config import DataConfig, scenes_of_any_seed
 from pipeline.tracking.config import TrackingConfig
 from pipeline.training.config import TrainConfig
 
@@ -76,4 +76,4 @@ class ImageJobConfig(JobConfig):
     def name_held_out(self, identity: str) -> str:
         """The identity; as many generated scenes of one size count as one set, whichever seed made them."""
         scenes = self.data.samples
-        return scenes.name_of_all_seeds(scenes.val, scenes.size) if self.data.held_out == "samples" else identity
+        return scenes_of_any_seed(scenes.val, scenes.size) if self.data.held_out == "samples" else identity

@@ -61,7 +61,9 @@ def _state(file: Path) -> str:
 
 
 def bytes_of(*paths: Path) -> int:
-    """Bytes of these files, and of all files below these folders; nothing for links, nor for what a job removes meanwhile."""
+    """Bytes of these files, and of all files below these folders; nothing for links, nor for what cannot be read or a job
+    removes meanwhile.
+    """
     return sum(_bytes(path) for path in paths)
 
 
@@ -70,7 +72,7 @@ def _bytes(path: Path) -> int:
         info = path.lstat()
         if stat.S_ISDIR(info.st_mode):
             return bytes_of(*path.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return 0
     return info.st_size if stat.S_ISREG(info.st_mode) else 0
 

@@ -22,8 +22,10 @@ def main(address: str, command: list[str]) -> None:
 
 
 def make_request(command: list[str]) -> dict[str, object] | None:
-    """What a fork needs to be the worker that the command starts; None if a fork cannot be it: its runtime environment is
-    more than variables, or its working directory is deleted."""
+    """What a fork needs to be the worker that the command starts.
+
+    None if a fork cannot be it: its runtime environment is more than variables, or its working directory is deleted.
+    """
     executable, *arguments = command
     if arguments and os.path.basename(arguments[0]) == _SETUP:
         del arguments[0]
@@ -40,7 +42,7 @@ def make_request(command: list[str]) -> dict[str, object] | None:
         environment |= variables
     try:
         folder = os.getcwd()
-    except OSError:  # it is deleted: a new process still runs in it
+    except OSError:  # it is deleted
         return None
     return {
         "command": command,

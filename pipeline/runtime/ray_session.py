@@ -50,7 +50,7 @@ _STARTUP_FAILED = re.compile(r"during startup|raylet|GCS")
 _GPU_TYPE = "accelerator_type:"
 _MULTI_NODE_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _in_process = False
-_threads: list[Callable[[], None]] = []
+_before_shutdown: list[Callable[[], None]] = []
 
 
 def is_submitted_job() -> bool:
@@ -166,15 +166,13 @@ def connect(in_process: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def uses_ray(end: Callable[[], None]) -> Iterator[None]:
-    """In this block a thread uses Ray; `end`, called in another thread before the job's own session ends, returns when it does
-    not any more.
-    """
-    _threads.append(end)
+def before_shutdown(end: Callable[[], None]) -> Iterator[None]:
+    """A block in a thread that uses Ray. The job's own session calls `end` before it shuts down; it ends the block and waits."""
+    _before_shutdown.append(end)
     try:
         yield
     finally:
-        _threads.remove(end)
+        _before_shutdown.remove(end)
 
 
 @contextmanager
@@ -243,7 +241,7 @@ def _session(address: str, forks: str | None) -> Iterator[None]:
         with _killed_in_one_line():
             yield
     finally:
-        for end in [*_threads]:
+        for end in [*_before_shutdown]:
             end()
         ray.shutdown()
 

@@ -17,10 +17,10 @@ class SamplesConfig(Section):
     val: int = Field(300, ge=0, description="number of generated held-out scenes")
     size: int = Field(96, ge=32, description="side of a generated scene in pixels")
 
-    @staticmethod
-    def name_of_all_seeds(count: int | str, size: int | str) -> str:
-        """What as many scenes of this size are called, whichever seed made them, where accuracies are compared."""
-        return f"samples-n{count}-s{size}"
+
+def scenes_of_any_seed(count: int | str, size: int | str) -> str:
+    """The name of that many generated scenes of this size, whichever seed made them: accuracies on them are compared."""
+    return f"samples-n{count}-s{size}"
 
 
 class DataConfig(Section):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyarrow import fs
 
+from pipeline.storage.remote import list_infos
 from pipeline.training.checkpoint import (
     STATE_FILE,
     Snapshot,
@@ -87,10 +88,9 @@ class _Checkpoints:
 
     def paths(self) -> list[str]:
         """Paths of the checkpoints, by position."""
-        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
-        files = (info.path for info in self.filesystem.get_file_info(selector) if info.is_file)
-        folders = [file.removesuffix(f"/{STATE_FILE}") for file in files if file.endswith(f"/{STATE_FILE}")]
-        return sorted(folder for folder in folders if folder.rpartition("/")[0] == self.path)
+        found = list_infos(self.filesystem, self.path, missing=True)
+        folders = (f"{self.path}/{info.base_name}" for info in found if info.type == fs.FileType.Directory)
+        return sorted(folder for folder in folders if self.filesystem.get_file_info(f"{folder}/{STATE_FILE}").is_file)
 
     def commit(self, snapshot: Snapshot) -> None:
         """Write a snapshot, delete own checkpoints that are not kept, and pass on its metrics."""

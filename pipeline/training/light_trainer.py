@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from pipeline.runtime.ray_session import uses_ray
+from pipeline.runtime.ray_session import before_shutdown
 from pipeline.runtime.replaced import replaced
 
 PATIENCE_S = 10.0
@@ -57,7 +57,7 @@ async def _run(controller: TrainController) -> None:
             loop.call_soon_threadsafe(task.cancel)
         ended.wait(PATIENCE_S)
 
-    with uses_ray(end):
+    with before_shutdown(end):
         try:
             await controller.run()
         finally:

@@ -192,6 +192,8 @@ def test_generated_scenes_of_another_number_or_size_are_other_images(store, read
         store.distil("regla_t", ["hog"], 0, 20.0, "data.train=samples", "data.val=null", *settings, data=data)
     one, other = collect(read()).entries
     assert one.held_out != other.held_out
+    assert one.config["data.val"] == one.held_out
+    assert not [key for key in one.config if key.startswith("data.samples")]  # told once
 
 
 def test_an_experiment_with_nothing_to_compare_is_refused(store, read):

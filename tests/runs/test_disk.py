@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,20 @@ def test_what_a_job_removes_meanwhile_counts_nothing(tmp_path):
     (tmp_path / "stays").write_bytes(bytes(3))
     with blinking(tmp_path / "a"):
         assert {bytes_of(tmp_path) for _ in range(5000)} == {3}
+
+
+def test_what_cannot_be_read_counts_nothing(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "stays").write_bytes(bytes(3))
+    listed = Path.iterdir
+
+    def refuse(path):
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert bytes_of(tmp_path) == 3
 
 
 def kept(run):

@@ -14,13 +14,13 @@ from pipeline.runtime.ray_servers import _start
 from pipeline.runtime.ray_session import (
     _EMBEDDED,
     _workers_environment,
+    before_shutdown,
     check_devices,
     connect,
     cpus_per_worker,
     devices,
     is_cluster,
     is_submitted_job,
-    uses_ray,
 )
 from tests.processes import descendants
 
@@ -64,7 +64,7 @@ def test_a_thread_that_uses_ray_ends_before_the_session(monkeypatch):
     monkeypatch.setattr("ray.init", Mock())
     monkeypatch.setattr("ray.shutdown", lambda: ended.append("session"))
     monkeypatch.setattr("pipeline.runtime.ray_session._check_loopback", lambda: None)
-    thread = uses_ray(lambda: ended.append("thread"))
+    thread = before_shutdown(lambda: ended.append("thread"))
 
     def job():
         with connect():

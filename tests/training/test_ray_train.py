@@ -145,9 +145,9 @@ def test_a_controller_in_a_thread_ends_before_its_session_does():
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(asyncio.run, light_trainer._run(Controller()))
         assert started.wait(10)
-        (end,) = ray_session._threads
+        (end,) = ray_session._before_shutdown
         end()
-        assert ray_session._threads == []
+        assert ray_session._before_shutdown == []
         assert isinstance(running.exception(10), asyncio.CancelledError)
 
 

@@ -16,9 +16,8 @@ def test_examples_are_spread_over_the_data_with_their_classes_and_images(filled,
 
 
 def test_examples_are_of_as_many_classes_as_there_are(filled):
-    assert len({example.label for example in read_examples(filled.train, len(filled.train.classes))}) == len(
-        filled.train.classes
-    )
+    classes = filled.train.classes
+    assert {example.label for example in read_examples(filled.train, len(classes))} == {*classes}
 
 
 def test_a_small_set_is_shown_whole(filled):
